@@ -1,0 +1,44 @@
+# The chores of this repository: `make` lists them. Each sets up what it needs by itself.
+
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
+	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo "$$p"; break; }; done)
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test soak lint types docs clean
+
+help: ## list the chores
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(READY) ## make the virtual environment (the others do it when needed)
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: Python 3.11, 3.12 or 3.13 is needed; name it with make PYTHON=..." >&2; exit 2; }
+	@echo "setting up $(VENV) (some minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY) ## play a federated job on a real model (about 10 minutes)
+	@PATH="$(BIN):$$PATH" examples/quickstart/demo.sh
+
+test: $(READY) ## run the tests; choose with ARGS="-k merge"
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+soak: $(READY) ## run the tests that take minutes or much disk
+	@$(BIN)/python -m pytest -q -m soak $(ARGS)
+
+lint: $(READY) ## check style
+	@$(BIN)/ruff check .
+
+types: $(READY) ## check types, strictly
+	@$(BIN)/mypy
+
+docs: $(READY) ## write docs/commands/ from the commands' own help
+	@$(BIN)/python docs/generate.py
+
+clean: ## remove the virtual environment and all caches
+	@rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,122 @@
+"""The end of a job: the trained visible part and the hidden part, which never left, become one model again.
+
+    λ = 1    the paper's "logical AND": visible units from the trained server model, hidden ones from the global model
+    λ < 1    hidden units R + λ (W_h − R), R = 0 or the public base; visible units times s + λ (1 − s)
+    λ = 0    the trained server model itself, its scale folded in
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedqsn_cli.aggregation.accumulate import mix
+from fedqsn_cli.aggregation.merge import MergeResult, merged_manifest, open_job_model
+from fedqsn_cli.artifacts import MODEL_MANIFEST, manifest_bytes
+from fedqsn_cli.checkpoint import ArtifactWriter
+from fedqsn_cli.errors import InputError
+from fedqsn_cli.jobmasks import ServerMasks
+from fedqsn_cli.logical import OpenModel
+from fedqsn_cli.masking import hidden_count, scale
+from fedqsn_cli.outputs import tensor_specs
+from fedqsn_cli.owner import METADATA, shard_bytes
+from fedqsn_cli.pipeline import CHUNK_ELEMENTS, Flow, flows
+from fedqsn_cli.progress import Progress
+from fedqsn_cli.residual import Residual, residual_sink
+from fedqsn_cli.server_model import copy_companions
+from fedqsn_cli.storage import row_chunks
+
+Array = NDArray[Any]
+
+
+def restore_model(
+    source: str,
+    trained: str,
+    out: str | Path,
+    *,
+    key: str | Path,
+    blend: float,
+    max_shard_size: str,
+    force: bool,
+    progress: Progress,
+) -> MergeResult:
+    """Put a trained server model and the hidden units of the global model together.
+
+    Args:
+        source: the global model. trained: the server model that the job ended with. blend: λ, 0 to 1.
+
+    Raises:
+        InputError: the two models do not belong together, or λ is out of range. Nothing was written then.
+    """
+    if not (math.isfinite(blend) and 0 <= blend <= 1):
+        raise InputError(f"{blend} is not a blend", where="--blend", hint="a number from 0 to 1")
+    job, whole = open_job_model(source, key)
+    _, server = open_job_model(trained, key)
+    if whole.kind != "global-model":
+        raise InputError("this is a server model", where=source, hint="give the global model, which has the hidden units")
+    if server.kind != "server-model":
+        raise InputError("this is not a server model", where=trained, hint="it is made by 'fedqsn mask'")
+    _check_same_shapes(whole, server, trained)
+    masks = ServerMasks(job)
+    todo = flows(whole, None, masks.hidden)
+    with ArtifactWriter(Path(out), force=force) as writer:
+        limit = shard_bytes(max_shard_size)
+        sink = writer.tensors("model", tensor_specs(todo, None), max_shard_bytes=limit, metadata=METADATA)
+        residuals = Residual(whole), Residual(server)
+        keeps = blend == 1 and any(residual.exists for residual in residuals)
+        rest = residual_sink(writer, whole.plan.tensors, None) if keeps else None
+        progress.start("restoring", whole.checkpoint.total_bytes, "bytes")
+        for flow in todo:
+            for first, rows in row_chunks(flow.storage, 1, CHUNK_ELEMENTS):
+                values = _rows(flow, first, rows, whole, server, blend)
+                offset = first * flow.storage.view[2]
+                sink.write(flow.name, offset * values.itemsize, values)
+                if rest is not None and flow.logical.dtype in {"F16", "BF16"}:
+                    rest.write(flow.name, offset * 2, _residual_rows(flow, first, rows, *residuals))
+                progress.advance(values.nbytes)
+        progress.finish()
+        sink.close()
+        if rest is not None:
+            rest.close()
+        copy_companions(whole, writer)
+        writer.add_bytes(MODEL_MANIFEST, manifest_bytes(merged_manifest(whole, job, None, "global-model")))
+        path = writer.publish()
+    return MergeResult(str(path), "global-model", (), 0, 0.0, None)
+
+
+def _check_same_shapes(whole: OpenModel, server: OpenModel, trained: str) -> None:
+    for name, tensor in whole.tensors.items():
+        other = server.tensors.get(name)
+        if other is None or (other.dtype, other.shape) != (tensor.dtype, tensor.shape):
+            raise InputError("the two models differ in this tensor", where=f"{trained}: {name}")
+    if len(server.tensors) != len(whole.tensors):
+        raise InputError("the two models do not have the same tensors", where=trained)
+
+
+def _rows(flow: Flow, first: int, rows: int, whole: OpenModel, server: OpenModel, blend: float) -> Array:
+    """Rows of the restored tensor, as stored bits."""
+    values = server.read_rows(flow.name, flow.storage, first, rows)
+    if flow.hidden is None:
+        return values
+    full = whole.read_rows(flow.name, flow.storage, first, rows)
+    if blend < 1:
+        assert server.manifest is not None
+        s = 1.0
+        if server.manifest.rescale:
+            s = float(scale(flow.tensor.units, hidden_count(flow.tensor.units, server.manifest.p1), 0))
+        full = mix(full, blend, values, 1.0 - blend, flow.logical.dtype)  # in the holes, values are R
+        values = mix(values, s + blend * (1.0 - s), values, 0.0, flow.logical.dtype)
+    flow.hidden.overwrite(values, first, full)
+    return values
+
+
+def _residual_rows(flow: Flow, first: int, rows: int, whole: Residual, server: Residual) -> Array:
+    cols = flow.storage.view[2]
+    values = server.rows(flow.name, first, rows, cols)
+    if flow.hidden is not None:
+        flow.hidden.overwrite(values, first, whole.rows(flow.name, first, rows, cols))
+    return np.ascontiguousarray(values)

@@ -1,0 +1,205 @@
+"""The manifests that travel with models, proxies and updates, and how they are read without trust.
+
+    fedqsn.json   next to a model that stays with the owner (server model, quantized model, merged model)
+    proxy.json    in a proxy: holds nothing that its reader could not find in the weights
+    update.json   in an update
+
+Every manifest is strict: an unknown or missing field, a wrong type or a doubled key is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedqsn_cli import strictjson
+from fedqsn_cli.errors import FormatError, InputError
+
+MODEL_MANIFEST = "fedqsn.json"
+PROXY_MANIFEST = "proxy.json"
+UPDATE_MANIFEST = "update.json"
+UPDATE_TENSORS = "update.safetensors"
+VISIBLE_TENSORS = "visible.safetensors"
+
+_LARGEST_MANIFEST = 256 * 2**20  # bytes; a 70-billion-parameter model needs less than one MiB
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Ratio = Annotated[float, Field(ge=0.0, lt=1.0)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Fill = Literal["zero", "base"]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+
+
+class Strict(BaseModel):
+    """A manifest part: no unknown fields, no silent conversions, no infinities."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Quantization(Strict):
+    """How quantized tensors are stored: block-wise absmax codes (`bnb`) or values snapped to the grid (`dense`)."""
+
+    format: Literal["nf4", "fp4", "int8", "nf3", "nf2"]
+    block_size: Annotated[int, Field(ge=32, le=4096)]
+    double_quant: bool
+    layout: Literal["bnb", "dense"]
+
+
+class PublicBase(Strict):
+    """The public checkpoint whose units stand in the holes."""
+
+    reference: str | None  # hf://owner/name@commit; None when it was a local folder, whose path stays private
+    sha256: Sha256  # content digest of the tensors used
+
+
+class Units(Strict):
+    """Where the units of one tensor lie: groups (one, or one a lead slice), axis and the view they are seen in."""
+
+    groups: tuple[str, ...] = Field(strict=False)
+    axis: Literal["row", "column", "element"]
+    view: tuple[Count, Count, Count] = Field(strict=False)
+
+
+class GroupCount(Strict):
+    """Size of a group: its units and how many of them the server mask hides."""
+
+    units: Count
+    hidden: Count
+
+
+class SourceRecord(Strict):
+    """Where a model was made from: the reference as typed and the resolved commit of a hub repository."""
+
+    reference: str
+    revision: str | None
+
+
+class ModelManifest(Strict):
+    """`fedqsn.json`: what a model that stays with the owner is. Private, but holds no secret."""
+
+    format: Literal["fedqsn-model/1"] = "fedqsn-model/1"
+    kind: Literal["global-model", "server-model", "masked-model"]
+    job: Sha256 | None
+    p1: Ratio
+    axis: Literal["neuron", "input", "element"]
+    rescale: bool
+    fill: Fill
+    public_base: PublicBase | None
+    plan: Sha256
+    overrides: dict[str, object]  # the user's plan rules, so that later commands need no --plan
+    model_digest: Sha256 | None
+    quantization: Quantization | None
+    groups: dict[str, GroupCount]
+    tensors: dict[str, Units]
+    source: SourceRecord
+
+
+class GroupUnits(Strict):
+    """Size of a group in a proxy, in units."""
+
+    units: Count
+
+
+class ProxyManifest(Strict):
+    """`proxy.json`: what a client needs to train and to answer. Holds no key, client id, path, host name or clock time."""
+
+    format: Literal["fedqsn-proxy/1"] = "fedqsn-proxy/1"
+    proxy_id: Sha256
+    job: Sha256
+    round: Count
+    quantization: Quantization | None
+    fill: Fill
+    public_base: PublicBase | None
+    rescale: bool
+    groups: dict[str, GroupUnits]
+    tensors: dict[str, Units]
+    files: dict[FileName, Sha256]
+
+
+class Losses(Strict):
+    """Training losses in nats, as the client reports them."""
+
+    first: float | None
+    last: float | None
+    eval_before: float | None
+    eval_after: float | None
+
+
+class UpdateManifest(Strict):
+    """`update.json`: what a client claims about its update. Self-declared: the server trusts none of it blindly."""
+
+    format: Literal["fedqsn-update/1"] = "fedqsn-update/1"
+    proxy_id: Sha256
+    proxy_sha256: Sha256
+    num_examples: Annotated[int, Field(ge=1, le=2**53)]
+    steps: Count
+    losses: Losses
+    precision: Literal["fp32", "bf16", "fp16"]
+    tool: str
+    files: dict[FileName, Sha256]
+
+
+Manifest = TypeVar("Manifest", ModelManifest, ProxyManifest, UpdateManifest)
+
+
+def read_manifest(folder: Path, kind: type[Manifest]) -> Manifest:
+    """Read and validate the manifest of class `kind` in `folder`.
+
+    Raises:
+        InputError: the folder or the manifest is missing. FormatError: the manifest is malformed.
+    """
+    path = folder / manifest_name(kind)
+    try:
+        if path.stat().st_size > _LARGEST_MANIFEST:
+            raise FormatError(f"manifest is larger than {_LARGEST_MANIFEST} bytes", where=path)
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"no {path.name} here", where=folder, hint=_MADE_BY[kind]) from None
+    return parse_manifest(data, kind, path)
+
+
+def parse_manifest(data: bytes, kind: type[Manifest], where: object) -> Manifest:
+    """Validate the bytes of a manifest of class `kind`. Raises FormatError."""
+    document = strictjson.loads(data, where)
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        raise FormatError(first_complaint(error), where=where) from None
+
+
+def manifest_bytes(manifest: BaseModel) -> bytes:
+    """The text of a manifest: indented JSON with sorted keys; equal manifests give equal bytes."""
+    return strictjson.pretty(manifest.model_dump(mode="json")).encode()
+
+
+def manifest_name(kind: type[BaseModel]) -> str:
+    """File name of a manifest class."""
+    return _NAMES[kind]
+
+
+def first_complaint(error: ValidationError) -> str:
+    """The first thing that a validation found wrong, as one clause."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"]) or "document"
+    return f"field {place}: {first['msg'].lower()}"
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_NAMES: dict[type[BaseModel], str] = {
+    ModelManifest: MODEL_MANIFEST,
+    ProxyManifest: PROXY_MANIFEST,
+    UpdateManifest: UPDATE_MANIFEST,
+}
+_MADE_BY: dict[type[BaseModel], str] = {
+    ModelManifest: "make a server model with 'fedqsn mask'",
+    ProxyManifest: "make a proxy with 'fedqsn export-proxy'",
+    UpdateManifest: "make an update with 'fedqsn client-train'",
+}

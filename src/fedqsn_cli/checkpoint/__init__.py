@@ -1,0 +1,34 @@
+"""Checkpoints on disk: strict reading, all-or-nothing writing, and where they come from.
+
+header.py   one safetensors header, read strictly or planned ahead
+reader.py   config, index and shards -> tensors, whole or in chunks
+stream.py   background threads that write and hash
+files.py    staging names, locks and renames
+writer.py   a directory of tensors and small files, published with one rename
+source.py   a path or hf://owner/name[@revision] -> a local path, and back
+"""
+
+from __future__ import annotations
+
+from fedqsn_cli.checkpoint.files import create_secret, write_file_atomically
+from fedqsn_cli.checkpoint.header import DTYPE_BYTES, Header, TensorEntry, TensorSpec, plan_file, read_header
+from fedqsn_cli.checkpoint.reader import Checkpoint
+from fedqsn_cli.checkpoint.source import Source, push, resolve
+from fedqsn_cli.checkpoint.writer import ArtifactWriter, TensorSink
+
+__all__ = [
+    "DTYPE_BYTES",
+    "ArtifactWriter",
+    "Checkpoint",
+    "Header",
+    "Source",
+    "TensorEntry",
+    "TensorSink",
+    "TensorSpec",
+    "create_secret",
+    "plan_file",
+    "push",
+    "read_header",
+    "resolve",
+    "write_file_atomically",
+]

@@ -1,0 +1,250 @@
+"""Files and directories that appear complete or not at all.
+
+Everything is first built under a staging name next to its final path, `.NAME.fedqsn-` and 16 random hex digits,
+which its maker holds an flock on. A kill leaves the staging name behind; the next run that makes the same
+NAME finds it unlocked and deletes it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import stat
+import sys
+from pathlib import Path
+
+from fedqsn_cli.errors import InputError
+
+AT_FDCWD = -100
+RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2  # linux/fs.h
+NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
+
+
+def write_file_atomically(path: Path, data: bytes, mode: int | None = None) -> None:
+    """Write a file so that `path` is the old one or the new one at any instant, whatever happens.
+
+    Args:
+        mode: permission bits; None means 0666 less the umask, as for any new file.
+
+    Raises:
+        InputError: the directory is missing or cannot be written.
+        OSError: the disk is full or failed.
+    """
+    staging, descriptor = _stage_file(path, data, 0o666 if mode is None else mode, mode is not None)
+    try:
+        os.replace(staging, path)
+        sync_directory(path.parent)
+    except IsADirectoryError:
+        raise InputError("is a directory", where=path) from None
+    finally:
+        remove_tree(staging)  # gone if all went well
+        os.close(descriptor)
+
+
+def create_secret(path: Path, data: bytes) -> None:
+    """Create a file that only its owner can read, complete from the instant at which it appears.
+
+    Raises:
+        FileExistsError: there is something at `path`; it is left alone, also when two processes race.
+        InputError: the directory is missing or cannot be written.
+        OSError: the disk is full or failed.
+    """
+    staging, descriptor = _stage_file(path, data, 0o600, True)
+    try:
+        try:
+            os.link(staging, path)
+        except OSError as error:
+            if error.errno not in NOT_SUPPORTED:
+                raise
+            rename_exclusive(staging, path)  # a file system without hard links
+        sync_directory(path.parent)
+    finally:
+        remove_tree(staging)
+        os.close(descriptor)
+
+
+def _stage_file(path: Path, data: bytes, mode: int, exactly: bool) -> tuple[Path, int]:
+    """Write and sync the staging file of `path`; returns it with the descriptor that holds its lock."""
+    sweep(path)
+    staging = staging_path(path)
+    try:
+        descriptor = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    except OSError as error:
+        raise InputError(f"cannot be written ({error.strerror})", where=path) from None
+    try:
+        try_lock(descriptor)
+        if exactly:
+            os.fchmod(descriptor, mode)
+        write_all(descriptor, data)
+        os.fsync(descriptor)
+    except BaseException:
+        remove_tree(staging)
+        os.close(descriptor)
+        raise
+    return staging, descriptor
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """Write every byte at the descriptor's position."""
+    view = memoryview(data)
+    while len(view):
+        view = view[os.write(descriptor, view) :]
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Reserve disk space for a file, where the file system can.
+
+    The C library's posix_fallocate is not used: where the file system cannot, it writes to every block instead.
+
+    Raises:
+        OSError: there is not enough space.
+    """
+    function = getattr(ctypes.CDLL(None, use_errno=True), "fallocate64", None)
+    if function is None or not size:
+        return
+    if function(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
+        code = ctypes.get_errno()
+        if code not in NOT_SUPPORTED:
+            raise OSError(code, os.strerror(code))
+
+
+def staging_path(path: Path) -> Path:
+    """A fresh hidden name next to `path`."""
+    return path.with_name(f".{path.name}.fedqsn-{secrets.token_hex(8)}")
+
+
+def sweep(path: Path) -> None:
+    """Delete what killed runs left of `path`: its staging names that nobody holds a lock on."""
+    pattern = re.compile(re.escape(f".{path.name}.fedqsn-") + "[0-9a-f]{16}")
+    try:
+        names = [name for name in os.listdir(path.parent) if pattern.fullmatch(name)]
+    except OSError:
+        return
+    for name in names:
+        leftover = path.with_name(name)
+        try:
+            descriptor = os.open(leftover, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            continue  # gone already, or not ours to touch
+        try:
+            if try_lock(descriptor):
+                remove_tree(leftover)
+        finally:
+            os.close(descriptor)
+
+
+def try_lock(descriptor: int) -> bool:
+    """Take the exclusive lock of a file or directory; False if another holds it or locks do not exist here."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def make_staging_directory(path: Path) -> tuple[Path, int]:
+    """Make and lock the staging directory of `path`; returns it with the descriptor that holds its lock.
+
+    Raises:
+        InputError: the parent directory cannot be written.
+    """
+    sweep(path)
+    while True:
+        staging = staging_path(path)
+        try:
+            os.mkdir(staging)
+            descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            if path.parent.is_dir():
+                continue  # a sweeper was faster than our lock
+            raise InputError("has no parent directory", where=path) from None
+        except OSError as error:
+            raise InputError(f"cannot be created ({error.strerror})", where=path) from None
+        try_lock(descriptor)
+        if os.fstat(descriptor).st_nlink:  # else a sweeper came between the two lines above
+            return staging, descriptor
+        os.close(descriptor)
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a file or directory as far as possible; another process may be deleting it too."""
+    try:
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            os.unlink(path)
+    except OSError:
+        return
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rename_exclusive(source: Path, target: Path) -> None:
+    """Rename, but never onto something that exists.
+
+    Raises:
+        FileExistsError: the target exists.
+    """
+    try:
+        _renameat2(source, target, RENAME_NOREPLACE)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+        os.rename(source, target)
+
+
+def exchange(source: Path, target: Path) -> None:
+    """Swap two directories: in one step where the system can, else by renames with the target absent in between."""
+    try:
+        _renameat2(source, target, RENAME_EXCHANGE)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+        _exchange_by_renames(source, target)
+
+
+def _exchange_by_renames(source: Path, target: Path) -> None:
+    aside = aside_path(target)
+    os.rename(target, aside)
+    try:
+        os.rename(source, target)
+    except BaseException:
+        os.rename(aside, target)
+        raise
+    os.rename(aside, source)
+
+
+def aside_path(target: Path) -> Path:
+    """Where the old directory waits during an exchange by renames: no staging name, it may be the only copy."""
+    return target.with_name(f".{target.name}.fedqsn-old")
+
+
+def recover(target: Path) -> None:
+    """Finish or undo an exchange by renames that was killed between its steps."""
+    if os.path.lexists(target):
+        remove_tree(aside_path(target))
+    else:
+        os.rename(aside_path(target), target)
+
+
+def _renameat2(source: Path, target: Path, flags: int) -> None:
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if function is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if function(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), ctypes.c_uint(flags)):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(target))

@@ -1,0 +1,346 @@
+"""Reading a checkpoint: config, index and shards in, tensors out, whole or in chunks into a reused buffer.
+
+Nothing is memory-mapped, and at most 64 files are open at a time, however many checkpoints are. A checkpoint that
+could not stay in the page cache anyway (larger than half of the memory) is dropped from it behind the reader:
+that is several times faster than making the kernel search for old pages to evict.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedqsn_cli import strictjson
+from fedqsn_cli.checkpoint.header import FileIdentity, Header, TensorEntry, name_problem, open_regular_file, read_header
+from fedqsn_cli.errors import FormatError, InputError
+
+MAX_OPEN_FILES = 64
+MAX_JSON_BYTES = 100_000_000
+READ_AHEAD = 1 << 20  # bytes before a chunk that are dropped with it: large pages may lie on both sides
+
+STORAGE_DTYPES: dict[str, str] = {
+    "BOOL": "?",
+    "U8": "u1",
+    "I8": "i1",
+    "F8_E4M3": "u1",  # raw bits, like every float that numpy does not know
+    "F8_E5M2": "u1",
+    "F8_E8M0": "u1",
+    "F8_E4M3FNUZ": "u1",
+    "F8_E5M2FNUZ": "u1",
+    "I16": "<i2",
+    "U16": "<u2",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "I32": "<i4",
+    "U32": "<u4",
+    "F32": "<f4",
+    "C64": "<c8",
+    "F64": "<f8",
+    "I64": "<i8",
+    "U64": "<u8",
+}
+
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class Checkpoint:
+    """A model directory, or one safetensors file.
+
+    Attributes:
+        path: what was opened.
+        config: parsed config.json, None for a single file or a directory without one.
+        entries: every tensor in sequential reading order: shards by file name, then the order within the file.
+        metadata: the `__metadata__` of all files; where two files differ, the first one counts.
+        manifest: parsed fedqsn.json, None if there is none.
+        proxy_manifest: parsed proxy.json, None if there is none.
+        companions: tokenizer and generation files that belong to the model.
+    """
+
+    def __init__(self, path: Path, headers: Iterable[Header]) -> None:
+        self.path = path
+        self.config: dict[str, Any] | None = None
+        self.manifest: dict[str, Any] | None = None
+        self.proxy_manifest: dict[str, Any] | None = None
+        self.companions: list[Path] = []
+        self.entries: dict[str, TensorEntry] = {}
+        self.metadata: dict[str, str] = {}
+        self._identities: dict[Path, FileIdentity] = {}
+        self._drop_behind = False
+        for header in headers:
+            self._add(header)
+        if hasattr(os, "posix_fadvise"):
+            self._drop_behind = self.total_bytes > _memory_bytes() // 2
+
+    def _add(self, header: Header) -> None:
+        for name, entry in header.entries.items():
+            if name in self.entries:
+                other = self.entries[name].file.name
+                raise FormatError(f"tensor {name!r} is in {other} too", where=entry.file)
+            self.entries[name] = entry
+            self._identities[entry.file] = header.identity
+        self.metadata = header.metadata | self.metadata
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Open a checkpoint and check all headers; no tensor is read.
+
+        Args:
+            path: a directory with model.safetensors, with an index and its shards, or with exactly one
+                .safetensors file; or one .safetensors file.
+
+        Raises:
+            InputError: nothing there that can be read as safetensors.
+            FormatError: a header, the index or a JSON file is malformed.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            return cls(path, [read_header(path)])
+        checkpoint = cls(path, _directory_headers(path))
+        checkpoint.config = _read_json(path / "config.json")
+        checkpoint.manifest = _read_json(path / "fedqsn.json")
+        checkpoint.proxy_manifest = _read_json(path / "proxy.json")
+        checkpoint.companions = [path / name for name in COMPANIONS if (path / name).is_file()]
+        return checkpoint
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Read a whole tensor into a fresh array.
+
+        Returns:
+            A C-contiguous array of the stored shape. BF16 comes as uint16 and F8 as uint8: the raw bits.
+
+        Raises:
+            KeyError: there is no such tensor.
+            FormatError: the file got shorter or changed since it was opened, or a BOOL is neither 0 nor 1.
+        """
+        entry = self.entries[name]
+        raw: NDArray[np.uint8] = np.empty(entry.nbytes, np.uint8)
+        self.read_into(name, 0, raw)
+        if entry.dtype == "BOOL" and raw.size and raw.max() > 1:
+            raise FormatError("a BOOL is neither 0 nor 1", where=f"{entry.file}: {name}")
+        return raw.view(STORAGE_DTYPES[entry.dtype]).reshape(entry.shape)
+
+    def read_into(self, name: str, start: int, out: memoryview | NDArray[Any]) -> None:
+        """Fill `out` with the bytes [start, start + size of out) of a tensor.
+
+        Args:
+            out: a writable C-contiguous buffer of any dtype, meant to be used again and again.
+
+        Raises:
+            FormatError: the file got shorter or changed since it was opened.
+        """
+        entry = self.entries[name]
+        view = byte_view(out)
+        if start < 0 or start + len(view) > entry.nbytes:
+            raise ValueError(f"bytes [{start}, {start + len(view)}) are outside of {name!r} ({entry.nbytes} bytes)")
+        with DESCRIPTORS.borrow(entry.file, self._identities[entry.file]) as descriptor:
+            position = entry.start + start
+            while len(view):
+                count = os.preadv(descriptor, [view], position)
+                if not count:
+                    raise FormatError("truncated while it was read", where=f"{entry.file}: {name}")
+                position += count
+                view = view[count:]
+            if self._drop_behind:
+                begin = max(0, entry.start + start - READ_AHEAD)
+                os.posix_fadvise(descriptor, begin, position - begin, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        """Close the files of this checkpoint; a later read opens them again."""
+        for file, identity in self._identities.items():
+            DESCRIPTORS.discard(file, identity)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def byte_view(data: memoryview | bytes | NDArray[Any]) -> memoryview:
+    """See a C-contiguous buffer of any dtype and shape as plain bytes, without a copy."""
+    if isinstance(data, np.ndarray):
+        if not data.flags.c_contiguous:
+            raise ValueError("the array is not C-contiguous")
+        data = data.reshape(-1).view(np.uint8).data
+    view = memoryview(data)
+    return view.cast("B") if view.nbytes else memoryview(b"")
+
+
+def _directory_headers(folder: Path) -> list[Header]:
+    """Headers of the checkpoint in a directory, in shard order."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    indices = [index] if index.exists() else sorted(folder.glob("*.safetensors.index.json"))
+    if single.exists() and index.exists():
+        raise InputError("holds both model.safetensors and an index", where=folder, hint="remove one of them")
+    if single.exists():
+        return [read_header(single)]
+    if len(indices) == 1:
+        return _sharded_headers(indices[0])
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1 and not indices:
+        return [read_header(files[0])]
+    if files or indices:
+        raise InputError("holds several safetensors files and no single index", where=folder)
+    if any(file.suffix in PICKLES for file in folder.iterdir()):
+        raise InputError(
+            "holds no safetensors file, only pickled weights, which are never loaded",
+            where=folder,
+            hint="convert to safetensors first (save_pretrained writes them)",
+        )
+    raise InputError("holds no safetensors file", where=folder)
+
+
+def _sharded_headers(index: Path) -> list[Header]:
+    """Headers of all shards of an index, which must agree with it tensor for tensor."""
+    document = _read_json(index) or {}
+    weight_map = document.get("weight_map")
+    if type(weight_map) is not dict or not weight_map:
+        raise FormatError("weight_map is not an object that names tensors", where=index)
+    tensors: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        if name_problem(name):
+            raise FormatError(f"tensor name {name!r} {name_problem(name)}", where=index)
+        if not is_plain_file_name(file) or not file.endswith(".safetensors"):
+            raise FormatError(f"weight_map sends {name!r} to {file!r}, which is no file of this directory", where=index)
+        tensors.setdefault(file, set()).add(name)
+    headers = []
+    for file in sorted(tensors):
+        header = read_header(index.parent / file)
+        _check_shard(tensors[file], set(header.entries), index, file)
+        headers.append(header)
+    return headers
+
+
+def _check_shard(listed: set[str], stored: set[str], index: Path, file: str) -> None:
+    for name in sorted(listed - stored):
+        raise FormatError(f"tensor {name!r} is not in {file}", where=index)
+    for name in sorted(stored - listed):
+        raise FormatError(f"tensor {name!r} of {file} is not in the index", where=index)
+
+
+def is_plain_file_name(name: object) -> bool:
+    """Whether `name` can only mean a visible file right in its directory."""
+    return (
+        type(name) is str
+        and not name_problem(name)
+        and not name.startswith(".")
+        and "/" not in name
+        and "\\" not in name
+        and len(name.encode()) <= 255
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object from a file, None if there is no such file."""
+    if not os.path.lexists(path):
+        return None
+    with open(open_regular_file(path), "rb") as file:
+        text = file.read(MAX_JSON_BYTES + 1)
+    if len(text) > MAX_JSON_BYTES:
+        raise FormatError(f"larger than {MAX_JSON_BYTES} bytes", where=path)
+    document = strictjson.loads(text, path)
+    if type(document) is not dict:
+        raise FormatError("not a JSON object", where=path)
+    return document
+
+
+@dataclass(slots=True)
+class _Slot:
+    descriptor: int
+    users: int = 0
+    doomed: bool = False
+
+
+class DescriptorPool:
+    """At most `limit` open files, least recently used closed first; safe to use from many threads.
+
+    A descriptor that a thread reads from is never closed under it.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._slots: OrderedDict[tuple[Path, FileIdentity], _Slot] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    @contextmanager
+    def borrow(self, file: Path, identity: FileIdentity) -> Iterator[int]:
+        """Lend a descriptor of that version of the file.
+
+        Raises:
+            FormatError: the file is another one now.
+        """
+        with self._lock:
+            slot = self._slots.get((file, identity)) or self._open(file, identity)
+            self._slots.move_to_end((file, identity))
+            slot.users += 1
+        try:
+            yield slot.descriptor
+        finally:
+            with self._lock:
+                slot.users -= 1
+                if slot.doomed and not slot.users:
+                    os.close(slot.descriptor)
+
+    def discard(self, file: Path, identity: FileIdentity) -> None:
+        """Close that file, now or when its last user is done."""
+        with self._lock:
+            slot = self._slots.pop((file, identity), None)
+            if slot is not None:
+                self._retire(slot)
+
+    def _open(self, file: Path, identity: FileIdentity) -> _Slot:
+        while len(self._slots) >= self._limit:
+            self._retire(self._slots.popitem(last=False)[1])
+        descriptor = open_regular_file(file)
+        if FileIdentity.of(descriptor) != identity:
+            os.close(descriptor)
+            raise FormatError("changed while it was in use", where=file)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return self._slots.setdefault((file, identity), _Slot(descriptor))
+
+    @staticmethod
+    def _retire(slot: _Slot) -> None:
+        slot.doomed = True
+        if not slot.users:
+            os.close(slot.descriptor)
+
+
+DESCRIPTORS = DescriptorPool(MAX_OPEN_FILES)

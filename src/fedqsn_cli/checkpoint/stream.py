@@ -1,0 +1,270 @@
+"""Writing files in the background: past the page cache, hashed on the way, in constant memory.
+
+    write() --copy--> aligned buffer (4 MiB) --+--> writer thread: pwrite, O_DIRECT where the file system can
+                                               +--> hasher thread: sha256, in file order
+
+At most `BUFFERS_IN_FLIGHT` buffers wait for the two threads; then write() waits too. Going past the page cache
+matters because filling it costs more processor time than the copy, the hash and the disk together.
+"""
+
+from __future__ import annotations
+
+import bisect
+import errno
+import fcntl
+import hashlib
+import mmap
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedqsn_cli.checkpoint.files import reserve
+
+BUFFER_BYTES = 4 << 20
+BUFFERS_IN_FLIGHT = 8
+BLOCK = 4096  # what O_DIRECT asks of offsets, lengths and addresses
+O_DIRECT: int = getattr(os, "O_DIRECT", 0)
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """A full buffer on its way to the disk and to the hash."""
+
+    stream: FileStream
+    offset: int
+    length: int
+    buffer: mmap.mmap
+    pending: int = 2  # threads that have not finished with it
+
+
+class Pipeline:
+    """The two background threads and the buffers that they share. An error in one stops both."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._queues: tuple[deque[_Chunk], deque[_Chunk]] = (deque(), deque())
+        self._free: list[mmap.mmap] = []
+        self._in_flight = 0
+        self._error: BaseException | None = None
+        self._stopped = False
+        self._threads: list[threading.Thread] = []
+
+    def buffer(self) -> mmap.mmap:
+        """A page-aligned buffer to fill; waits while too many are on their way."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._over or self._free or self._in_flight < BUFFERS_IN_FLIGHT)
+            self.check()
+            return self._free.pop() if self._free else mmap.mmap(-1, BUFFER_BYTES)
+
+    def submit(self, stream: FileStream, offset: int, length: int, buffer: mmap.mmap) -> None:
+        """Hand over a buffer. The caller must not touch it again."""
+        if not self._threads:
+            self._start()
+        chunk = _Chunk(stream, offset, length, buffer)
+        with self._changed:
+            self.check()
+            self._in_flight += 1
+            for queue in self._queues:
+                queue.append(chunk)
+            self._changed.notify_all()
+
+    def drain(self) -> None:
+        """Wait until everything submitted is written and hashed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._over or not self._in_flight)
+            self.check()
+
+    def stop(self) -> None:
+        """End the threads; what still waits is thrown away."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        self._free.clear()
+
+    def check(self) -> None:
+        """Raise, as it was, the error that stopped a background thread."""
+        if self._error is not None:
+            raise self._error
+        if self._stopped:
+            raise RuntimeError("writing goes on after it was given up")
+
+    @property
+    def _over(self) -> bool:
+        return self._stopped or self._error is not None
+
+    def _start(self) -> None:
+        for queue, work in zip(self._queues, (_write, _hash), strict=True):
+            thread = threading.Thread(target=self._run, args=(queue, work), name=f"fedqsn{work.__name__}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _run(self, queue: deque[_Chunk], work: Callable[[_Chunk], None]) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: queue or self._over)
+                if self._over:
+                    return
+                chunk = queue.popleft()
+            try:
+                work(chunk)
+            except BaseException as error:
+                with self._changed:
+                    self._error = self._error or error
+                    self._changed.notify_all()
+                return
+            self._done(chunk)
+
+    def _done(self, chunk: _Chunk) -> None:
+        with self._changed:
+            chunk.pending -= 1
+            if not chunk.pending:
+                self._in_flight -= 1
+                self._free.append(chunk.buffer)
+                self._changed.notify_all()
+
+
+def _write(chunk: _Chunk) -> None:
+    chunk.stream.store(chunk.buffer, chunk.offset, chunk.length)
+
+
+def _hash(chunk: _Chunk) -> None:
+    chunk.stream.sha256.update(memoryview(chunk.buffer)[: chunk.length])
+
+
+@dataclass(slots=True)
+class FileStream:
+    """One file of a known size, written in any order, every byte exactly once.
+
+    Bytes that come in file order go straight to the pipeline. Others are parked at their place in the file and
+    picked up from there when their turn comes.
+    """
+
+    path: Path
+    size: int
+    pipeline: Pipeline
+    sha256: hashlib._Hash = field(default_factory=hashlib.sha256)
+    _descriptor: int = -1
+    _parking: int = -1  # a second descriptor, through the page cache
+    _direct: bool = False
+    _frontier: int = 0  # every byte before it was given to the pipeline
+    _parked: list[tuple[int, int]] = field(default_factory=list)  # [start, end) beyond the frontier, sorted
+    _buffer: mmap.mmap | None = None
+    _stored: int = 0
+
+    def create(self) -> None:
+        """Create the file and reserve its space, so that a full disk is known now; its mode follows the umask.
+
+        Raises:
+            OSError: the disk is full or failed.
+        """
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            reserve(descriptor, self.size)
+        finally:
+            os.close(descriptor)
+
+    def _open(self) -> None:
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        if self.size >= BUFFER_BYTES and O_DIRECT:
+            self._direct = _set_direct(self._descriptor, True)
+
+    @property
+    def complete(self) -> bool:
+        return self._frontier == self.size
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Take the bytes [offset, offset + len(data)) of the file; the data is copied.
+
+        Raises:
+            RuntimeError: one of the bytes was written before (a bug in the caller).
+            OSError: an earlier write failed.
+        """
+        if self._descriptor < 0:
+            self._open()  # not before the first byte, so that few files are open at a time
+        end = offset + len(data)
+        position = bisect.bisect_left(self._parked, (offset, offset))
+        before = self._parked[position - 1][1] if position else self._frontier
+        after = self._parked[position][0] if position < len(self._parked) else self.size
+        if offset < max(before, self._frontier) or end > after:
+            raise RuntimeError(f"bytes [{offset}, {end}) of {self.path.name} are written twice or outside of it")
+        if offset == self._frontier:
+            self._append(data)
+            self._pick_up()
+        else:
+            self._park(offset, data)
+            self._parked.insert(position, (offset, end))
+
+    def _append(self, data: memoryview) -> None:
+        """Copy the next bytes in file order into buffers; hand over those that are full."""
+        while len(data):
+            if self._buffer is None:
+                self._buffer = self.pipeline.buffer()
+            filled = self._frontier % BUFFER_BYTES
+            count = min(len(data), BUFFER_BYTES - filled)
+            self._buffer[filled : filled + count] = data[:count]
+            self._frontier += count
+            data = data[count:]
+            if self._frontier % BUFFER_BYTES == 0 or self.complete:
+                offset = (self._frontier - 1) // BUFFER_BYTES * BUFFER_BYTES
+                buffer, self._buffer = self._buffer, None
+                self.pipeline.submit(self, offset, self._frontier - offset, buffer)
+
+    def _park(self, offset: int, data: memoryview) -> None:
+        if self._parking < 0:
+            self._parking = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        while len(data):
+            count = os.pwrite(self._parking, data, offset)
+            offset, data = offset + count, data[count:]
+
+    def _pick_up(self) -> None:
+        """Append parked bytes whose turn has come."""
+        while self._parked and self._parked[0][0] == self._frontier:
+            start, end = self._parked.pop(0)
+            for position in range(start, end, BUFFER_BYTES):
+                data = os.pread(self._parking, min(BUFFER_BYTES, end - position), position)
+                self._append(memoryview(data))
+
+    def store(self, buffer: mmap.mmap, offset: int, length: int) -> None:
+        """Write one buffer; after the last one, sync and close. Runs in the writer thread."""
+        padded = -(-length // BLOCK) * BLOCK if self._direct else length
+        view = memoryview(buffer)[:padded]
+        while len(view):
+            count = self._pwrite(view, offset)
+            offset, view = offset + count, view[count:]
+        self._stored += length
+        if self._stored == self.size:
+            if self._direct:
+                os.ftruncate(self._descriptor, self.size)
+            os.fsync(self._descriptor)
+            self.close()
+
+    def _pwrite(self, view: memoryview, offset: int) -> int:
+        try:
+            return os.pwrite(self._descriptor, view, offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not self._direct:
+                raise
+            self._direct = _set_direct(self._descriptor, False)  # this file system refuses after all
+            return os.pwrite(self._descriptor, view, offset)
+
+    def close(self) -> None:
+        """Close the descriptors; writing is over."""
+        for descriptor in (self._descriptor, self._parking):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._descriptor = self._parking = -1
+
+
+def _set_direct(descriptor: int, wanted: bool) -> bool:
+    """Switch O_DIRECT; returns whether it is on now."""
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~O_DIRECT
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | (O_DIRECT if wanted else 0))
+    except OSError:
+        return False
+    return wanted

@@ -1,0 +1,158 @@
+"""The program: finds the command, runs it, and turns whatever happens into one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from fedqsn_cli import __version__, console
+from fedqsn_cli.cli import failures, helptext
+from fedqsn_cli.cli.interrupts import unwinding
+from fedqsn_cli.errors import InputError
+
+COMMANDS = ("mask", "quantize", "export-proxy", "client-train", "merge", "inspect", "evaluate")
+
+_HELP_NAMES = {"help_option_names": ["-h", "--help"]}
+
+# Libraries that talk on stderr by themselves; who wants to hear them sets these before.
+_QUIET = {
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+class Command(TyperCommand):
+    """A command with our own help text; an option never takes another option's name for its value."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        formatter.write(helptext.of_command(self, ctx))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        options = {name: param for param in self.get_params(ctx) for name in (*param.opts, *param.secondary_opts)}
+        for word, following in zip(args, args[1:], strict=False):
+            if word == "--":
+                break
+            param = options.get(word)
+            if word.startswith("-") and following in options and following.startswith("-") and _takes_value(param):
+                raise InputError("needs a value", where=word, hint=f"see '{ctx.command_path} --help'")
+        return super().parse_args(ctx, args)
+
+
+class Group(TyperGroup):
+    """All commands; the file of each is imported when it is asked for."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return build(cmd_name) if cmd_name in COMMANDS else None
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        formatter.write(helptext.of_group(self, ctx, {name: function_of(name) for name in COMMANDS}))
+
+
+def _takes_value(param: Any) -> bool:
+    return param is not None and not getattr(param, "is_flag", True)
+
+
+def function_of(command: str) -> Any:
+    """The function that implements a command."""
+    name = command.replace("-", "_")
+    return getattr(import_module(f"fedqsn_cli.cli.{name}"), name)
+
+
+def build(command: str) -> Any:
+    """The typer command of one function."""
+    lone = typer.Typer(add_completion=False, rich_markup_mode=None)
+    lone.command(command, cls=Command, context_settings=_HELP_NAMES)(function_of(command))
+    return typer.main.get_command(lone)
+
+
+def program() -> Any:
+    """The typer group of all commands."""
+    app = typer.Typer(cls=Group, rich_markup_mode=None, context_settings=_HELP_NAMES)
+    app.callback()(fedqsn)
+    return typer.main.get_command(app)
+
+
+def help_of(command: str | None) -> str:
+    """The help text of a command, or of the whole program."""
+    built, path = (build(command), f"fedqsn {command}") if command else (program(), "fedqsn")
+    return str(built.get_help(built.make_context(path, [], resilient_parsing=True)))
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        console.text(f"fedqsn {__version__}")
+        raise typer.Exit
+
+
+def fedqsn(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Federated learning without giving the model away.
+
+    The owner hides neurons of a model and quantizes the rest; clients train what they get and send updates back; the
+    owner merges them. Every step is a command that reads files and writes files.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `fedqsn` with these arguments (those of the process by default). Returns the exit code."""
+    _quieten_libraries()
+    with unwinding():
+        return run(sys.argv[1:] if arguments is None else arguments)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command in this process, without touching its signals or environment. Returns the exit code."""
+    path = f"fedqsn {arguments[0]}" if arguments and arguments[0] in COMMANDS else "fedqsn"
+    try:
+        code = _invoke(path, list(arguments))
+        console.finish()
+        return code
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if os.environ.get("FEDQSN_DEBUG"):
+            traceback.print_exc()
+        line, code = failures.explain(error, path)
+        console.complain(line)
+        return code
+
+
+def _invoke(path: str, arguments: list[str]) -> int:
+    if "_FEDQSN_COMPLETE" in os.environ:
+        program().main(arguments, prog_name="fedqsn")  # a shell asks for completions; exits
+    if path == "fedqsn":
+        if not arguments or not arguments[0].startswith("-"):
+            failures.refuse_command("".join(arguments[:1]), COMMANDS)
+        command = program()
+    else:  # past the group, which would import pydantic to parse its own options
+        command, arguments = build(arguments[0]), arguments[1:]
+    try:
+        with command.make_context(path, arguments) as context:
+            command.invoke(context)
+        return 0
+    except typer.Exit as leaving:
+        return int(leaving.exit_code)
+
+
+def _quieten_libraries() -> None:
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions and not os.environ.get("FEDQSN_DEBUG"):
+        warnings.simplefilter("ignore")

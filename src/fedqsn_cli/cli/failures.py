@@ -1,0 +1,109 @@
+"""From an exception to the one line that a user reads and the exit code that a script checks.
+
+wrong use (unknown option, missing argument ...)   2     FedqsnError   its own exit code
+OSError (no such file, disk full, no permission)   2     interrupted   130
+anything else is a bug                             70
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import traceback
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import typer
+
+from fedqsn_cli.cli.interrupts import EXIT_INTERRUPTED
+from fedqsn_cli.errors import FedqsnError, InputError
+
+EXIT_USAGE = 2
+EXIT_BUG = 70
+
+_ADVICE = {
+    errno.ENOSPC: "free some space or choose another --out",
+    errno.EDQUOT: "free some space or choose another --out",
+    errno.EACCES: "check the permissions",
+    errno.EPERM: "check the permissions",
+    errno.EROFS: "choose another place",
+    errno.EMFILE: "raise the limit with 'ulimit -n'",
+}
+_WORDS_FOR_NUMBERS = {
+    "int_parsing": "is not a whole number",
+    "int_from_float": "is not a whole number",
+    "int_parsing_size": "is too large a number",
+    "float_parsing": "is not a number",
+}
+
+
+def explain(error: BaseException, command: str) -> tuple[str, int]:
+    """The line to print (without a line feed) and the exit code; `command` is what was run, as in `fedqsn mask`."""
+    if isinstance(error, KeyboardInterrupt):
+        return "fedqsn: interrupted", EXIT_INTERRUPTED
+    if isinstance(error, FedqsnError):
+        return f"fedqsn: error: {error}", error.exit_code
+    if isinstance(error, typer.TyperException):
+        return f"fedqsn: error: {_wrong_use(error, command)}", EXIT_USAGE
+    if isinstance(error, OSError):
+        return f"fedqsn: error: {_from_system(error)}", EXIT_USAGE
+    line = traceback.format_exception_only(error)[-1].strip()
+    return f"fedqsn: internal error: {line} (set FEDQSN_DEBUG=1 for the traceback)", EXIT_BUG
+
+
+def refuse_command(name: str, commands: Sequence[str]) -> NoReturn:
+    """Say that there is no such command, and which one may have been meant. Raises InputError."""
+    near = difflib.get_close_matches(name, commands, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(commands)}"
+    raise InputError(f"no such command '{name}'" if name else "a command is missing", hint=hint)
+
+
+def _from_system(error: OSError) -> str:
+    paths = [str(path) for path in (error.filename, error.filename2) if path not in (None, "")]
+    reason = error.strerror or str(error) or type(error).__name__
+    advice = _ADVICE.get(error.errno or 0)
+    return ": ".join([*paths, reason]) + (f"; {advice}" if advice else "")
+
+
+def _wrong_use(error: Any, command: str) -> str:
+    """One clause for an error of the option parser, told apart by what it carries (its classes are private)."""
+    help_hint = f"see '{command} --help'"
+    if hasattr(error, "possibilities"):
+        near = [name for name in error.possibilities or () if name.startswith("--")]
+        return f"no such option {error.option_name}; {f'did you mean {near[0]}?' if near else help_hint}"
+    if hasattr(error, "option_name"):
+        return f"{error.option_name}: {_about_missing_value(error.message)}; {help_hint}"
+    if hasattr(error, "param_type"):
+        return f"missing {_name(error.param)}; {help_hint}"
+    if getattr(error, "param", None) is not None:
+        return f"{_name(error.param)}: {_bad_value(error)}; {help_hint}"
+    message = str(error.message).rstrip(".")
+    extra = message.removeprefix("Got unexpected extra argument(s) (")
+    return f"unexpected argument {extra.removesuffix(')')}; {help_hint}" if extra != message else message
+
+
+def _about_missing_value(message: str) -> str:
+    return "takes no value" if "not take" in message else "needs a value"
+
+
+def _name(param: Any) -> str:
+    """`--key` for an option, the placeholder in capitals for an argument."""
+    return str(max(param.opts, key=len)) if param.param_type_name == "option" else str(param.display_name_raw)
+
+
+def _bad_value(error: Any) -> str:
+    details: list[Any] = getattr(error.__cause__, "errors", list)()
+    first = details[0] if details else {}
+    value = first.get("input")
+    choices = error.param.type_descriptor.choices
+    if choices is not None:
+        return _not_a_choice(str(value), [str(choice) for choice in choices])
+    if first.get("type") in _WORDS_FOR_NUMBERS:
+        return f"{value!r} {_WORDS_FOR_NUMBERS[first['type']]}"
+    return str(error.message)
+
+
+def _not_a_choice(value: str, choices: list[str]) -> str:
+    near = difflib.get_close_matches(value, choices, n=1)
+    guess = f"did you mean {near[0]}? " if near else ""
+    return f"{value!r} is not a choice; {guess}choose from {', '.join(choices)}"

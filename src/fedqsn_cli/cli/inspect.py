@@ -1,0 +1,159 @@
+"""`fedqsn inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fedqsn_cli import console
+from fedqsn_cli.cli import options
+
+if TYPE_CHECKING:
+    from fedqsn_cli.inspection import Inspection
+    from fedqsn_cli.ledger import Release
+    from fedqsn_cli.plan import TensorPlan
+
+
+def inspect(
+    path: Annotated[
+        str,
+        options.argument(
+            "PATH", text="A model, proxy, update, key, ledger or .safetensors file; or an hf:// reference."
+        ),
+    ],
+    plan: Annotated[
+        bool,
+        options.option("--plan", text="Show, for every tensor, its units and what is done to it.", panel=options.PLAN),
+    ] = False,
+    axis: options.Axis = None,
+    overrides: Annotated[
+        str | None,
+        options.file("--overrides", text="Plan with these TOML rules (--plan of other commands).", panel=options.PLAN),
+    ] = None,
+    as_json: options.Json = False,
+    quiet: Annotated[
+        bool, options.option("--quiet", "-q", text="Print the kind of artifact only.", panel=options.OUTPUT)
+    ] = False,
+) -> None:
+    """Tell what an artifact is and what is masked in it.
+
+    Works on everything that fedqsn reads or writes: its tensors and bytes, how many parameters are masked and
+    quantized, and every tensor that ships in the clear. For a model that was not masked yet, this is what would be
+    done. Never shows a secret: of a key it tells only the job that it belongs to.
+
+    Examples:
+
+      fedqsn inspect global/ --plan
+      fedqsn inspect proxy/
+      fedqsn inspect ledger.jsonl --json
+    """
+    how = console.view(as_json, quiet)
+    from fedqsn_cli import inspect as run
+
+    found = run(path, plan=plan, axis=axis, overrides=overrides)
+    console.show(how, found, essential=[found.kind], parts=_parts(found))
+
+
+def _parts(found: Inspection) -> list[console.Part]:
+    from fedqsn_cli.cli import tables
+
+    rows: list[tuple[str, object]] = [(found.kind, found.path), *_facts(found.facts)]
+    if found.contents is not None:
+        rows += tables.contents(found.contents)
+    parts: list[console.Part] = [console.Facts(rows)]
+    if found.shares is not None:
+        how = tables.quantization(found.shares_as)
+        parts.append(console.Facts([("parameters, with quantization", how), *tables.shares(found.shares)]))
+    if found.clear:
+        parts.append(_clear_table(found))
+    if found.releases:
+        parts.append(_release_table(found.releases))
+    if found.plan is not None:
+        parts.append(_plan_table(found.plan))
+    if found.unknown:
+        names = ", ".join(found.unknown)
+        parts.append(f"No rule knows: {names}. Nothing is exported before a plan file (--plan) names their role.")
+    if found.problem is not None:
+        parts.append(f"No plan: {found.problem}")
+    return parts
+
+
+def _facts(facts: Mapping[str, Any]) -> list[tuple[str, object]]:
+    """Facts as people read them: nested ones spelled out, absent ones left out."""
+    from fedqsn_cli.artifacts import Quantization
+    from fedqsn_cli.cli import tables
+
+    rows: list[tuple[str, object]] = []
+    for name, value in facts.items():
+        words = name.replace("_", " ")
+        if name == "hidden":
+            rows.append((words, f"{console.percent(value)} of all parameters"))
+        elif isinstance(value, Quantization):
+            rows.append((words, tables.quantization(value)))
+        elif isinstance(value, Mapping):
+            rows += [(f"{words}: {inner.replace('_', ' ')}", item) for inner, item in value.items()]
+        elif isinstance(value, list):
+            rows.append((words, ", ".join(str(item) for item in value) or None))
+        else:
+            rows.append((words, value))
+    return rows
+
+
+def _clear_table(found: Inspection) -> console.Table:
+    return console.Table(
+        ("in the clear", "role", "tensors", "parameters", "share"),
+        [
+            (each.name, each.role, each.tensors, console.number(each.parameters), console.percent(each.share))
+            for each in found.clear
+        ],
+        numbers=frozenset({"tensors", "parameters", "share"}),
+    )
+
+
+def _release_table(releases: Sequence[Release]) -> console.Table:
+    return console.Table(
+        ("round", "client", "p1", "p2", "schedule", "format", "proxy"),
+        [
+            (
+                r.round,
+                r.client,
+                r.p1,
+                r.p2,
+                r.schedule,
+                r.quantization.format if r.quantization else "none",
+                r.proxy_id[:12],
+            )
+            for r in releases
+        ],
+        numbers=frozenset({"round", "p1", "p2"}),
+    )
+
+
+def _plan_table(plan: Sequence[TensorPlan]) -> console.Table:
+    return console.Table(
+        ("tensor", "dtype", "shape", "role", "units", "along", "mask of", "quantized", "decided by"),
+        [
+            (
+                tensor.name,
+                tensor.dtype,
+                "x".join(map(str, tensor.shape)),
+                tensor.role,
+                console.number(tensor.units) if tensor.masked else "-",
+                tensor.axis or "-",
+                _mask_of(tensor),
+                ("packed" if tensor.packable else "dense") if tensor.quantized else "-",
+                tensor.origin + (", clears it" if tensor.cleared else ""),
+            )
+            for tensor in plan
+        ],
+        numbers=frozenset({"units"}),
+    )
+
+
+def _mask_of(tensor: TensorPlan) -> str:
+    """Whose mask a tensor has: its own, or that of the tensor it goes with."""
+    if not tensor.masked:
+        return "-"
+    first = tensor.groups[0]
+    own = "its own" if first.split("#")[0] == tensor.name else first
+    return own if len(tensor.groups) == 1 else f"{own}, one an expert"

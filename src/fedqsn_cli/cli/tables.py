@@ -1,0 +1,60 @@
+"""Parts of what commands print that more than one of them needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from fedqsn_cli import console
+from fedqsn_cli.artifacts import Quantization
+
+if TYPE_CHECKING:
+    from fedqsn_cli.inspection import Contents
+    from fedqsn_cli.training.scoring import Evaluation
+
+_SHIPS = {
+    "masked_quantized": "masked and quantized",
+    "masked_only": "masked, not quantized",
+    "quantized_only": "quantized, not masked",
+    "clear": "in the clear",
+}
+
+
+def shares(shares: Mapping[str, float]) -> list[tuple[str, object]]:
+    """How the parameters of a model ship, as shares of all of them."""
+    return [(words, console.percent(shares[name])) for name, words in _SHIPS.items()]
+
+
+def quantization(how: Quantization | None) -> str:
+    """A quantization in a few words: `nf4, blocks of 64, layout bnb`."""
+    if how is None:
+        return "none"
+    double = ", scales quantized too" if how.double_quant else ""
+    return f"{how.format}, blocks of {how.block_size}, layout {how.layout}{double}"
+
+
+def contents(found: Contents) -> list[tuple[str, object]]:
+    """What an artifact holds, in numbers."""
+    kinds = ", ".join(found.dtypes)
+    return [
+        ("tensors", f"{console.number(found.tensors)} ({kinds})"),
+        ("parameters", console.number(found.parameters)),
+        ("size", console.size(found.bytes)),
+    ]
+
+
+def evaluations(measured: Sequence[tuple[str, Evaluation]]) -> console.Table:
+    """Measurements under each other, with the columns that their task has."""
+    task = measured[0][1].task
+    columns: dict[str, list[str]] = {
+        "model": [name for name, _ in measured],
+        "examples": [console.number(each.examples) for _, each in measured],
+        "loss": [console.real(each.loss) for _, each in measured],
+    }
+    if task == "classification":
+        columns["accuracy"] = [console.real(each.accuracy) for _, each in measured]
+        columns["macro F1"] = [console.real(each.macro_f1) for _, each in measured]
+    else:
+        columns["perplexity"] = [console.real(each.perplexity) for _, each in measured]
+    rows = list(zip(*columns.values(), strict=True))
+    return console.Table(tuple(columns), rows, numbers=frozenset(columns) - {"model"})

@@ -1,0 +1,285 @@
+"""The only place that prints: tables, JSON documents, essential values, progress bars, error lines.
+
+Data goes to stdout, everything else to stderr. Whoever closes the pipe early is not an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, Literal, TextIO
+
+from fedqsn_cli.errors import InputError
+from fedqsn_cli.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+    from rich.table import Table as RichTable
+
+View = Literal["table", "json", "quiet"]
+
+_UNLIMITED = 100_000  # columns: what is piped into another program is never folded
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Facts:
+    """A list of names and values, a line each; a value of None leaves its line out."""
+
+    rows: Sequence[tuple[str, object]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Table:
+    """Rows under column names; the columns named in `numbers` are aligned to the right."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    numbers: frozenset[str] = frozenset()
+
+
+Part = Facts | Table | str
+
+
+def view(as_json: bool, quiet: bool) -> View:
+    """How a command shows its result. Raises InputError when both ways are asked for."""
+    if as_json and quiet:
+        raise InputError("cannot be given together", where="--json, --quiet", hint="choose one")
+    return "json" if as_json else "quiet" if quiet else "table"
+
+
+def show(how: View, document: object, *, essential: Sequence[object], parts: Sequence[Part]) -> None:
+    """Print a result on stdout.
+
+    Args:
+        how: as `view` returns it.
+        document: what --json prints: a dataclass, mapping or sequence of plain values.
+        essential: what --quiet prints, one a line.
+        parts: what people see, from top to bottom.
+    """
+    if how == "json":
+        _write(sys.stdout, json.dumps(plain(document), indent=2, allow_nan=False) + "\n")
+    elif how == "quiet":
+        _write(sys.stdout, "".join(f"{clean(str(value))}\n" for value in essential))
+    else:
+        _write(sys.stdout, _render(parts))
+
+
+def text(line: str) -> None:
+    """Print text that is ready to be read on stdout."""
+    _write(sys.stdout, line + "\n")
+
+
+def complain(line: str) -> None:
+    """Print one line about trouble on stderr; a stderr that cannot be written to is nobody's trouble."""
+    try:
+        _write(sys.stderr, _shortened(clean(line)) + "\n")
+    except OSError:
+        return
+
+
+def finish() -> None:
+    """Write out what stdout still holds, while errors can still be reported."""
+    _write(sys.stdout, "")
+
+
+@contextmanager
+def progress(how: View) -> Iterator[Progress]:
+    """A bar on stderr when that is a terminal, silence otherwise and with --quiet."""
+    if how == "quiet" or not _is_terminal(sys.stderr):
+        yield Silent()
+        return
+    bar = Bar()
+    try:
+        yield bar
+    finally:
+        bar.stop()
+
+
+@dataclasses.dataclass(slots=True)
+class _Work:
+    """A piece of work that a bar shows."""
+
+    task: TaskID
+    total: int | None
+    unit: str
+    done: int = 0
+
+
+class Bar:
+    """Progress as a bar that vanishes when the work is done. Implements `progress.Progress`."""
+
+    def __init__(self) -> None:
+        self._rich: RichProgress | None = None
+        self._works: list[_Work] = []
+
+    def start(self, label: str, total: int | None, unit: str) -> None:
+        if self._rich is None:
+            self._rich = _rich_progress()
+            self._rich.start()
+        task = self._rich.add_task(clean(label), total=total, amount="", figures="")
+        self._works.append(_Work(task, total, unit))
+
+    def advance(self, amount: int, **figures: float) -> None:
+        if self._rich is None or not self._works:
+            return
+        work = self._works[-1]
+        work.done += amount
+        self._rich.update(work.task, advance=amount, amount=_amount(work.done, work.total, work.unit))
+        if figures:
+            self._rich.update(work.task, figures="  ".join(f"{_words(k)} {v:.4g}" for k, v in figures.items()))
+
+    def finish(self) -> None:
+        if self._rich is not None and self._works:
+            self._rich.remove_task(self._works.pop().task)
+
+    def stop(self) -> None:
+        """Take the bar off the screen."""
+        if self._rich is not None:
+            self._rich.stop()
+
+
+def size(count: float) -> str:
+    """Bytes for people: `87.3 MB` (decimal, as disks and networks count)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def percent(share: float) -> str:
+    """A share from 0 to 1 for people: `9.97 %`."""
+    return f"{100 * share:.3g} %" if 0 < share < 0.995 else f"{100 * share:.4g} %"
+
+
+def number(count: int) -> str:
+    """A count for people: `22,713,216`."""
+    return f"{count:,}"
+
+
+def real(value: float | None) -> str:
+    """A measured value for people: `0.6931`, a dash for none."""
+    return "-" if value is None else f"{value:.4g}"
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it: dataclasses become objects, paths become text, NaN and infinities null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if hasattr(value, "model_dump"):
+        return plain(value.model_dump(mode="json"))
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(item) for item in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value) if isinstance(value, PurePath) else value
+
+
+def clean(dirty: str) -> str:
+    """The text without control characters: names in files of others must not steer the terminal."""
+    if dirty.isprintable():
+        return dirty
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in dirty)
+
+
+def _render(parts: Sequence[Part]) -> str:
+    from rich.console import Console
+
+    screen = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+    if not screen.is_terminal:
+        screen.width = _UNLIMITED
+    with screen.capture() as capture:
+        for number_, part in enumerate(parts):
+            if number_:
+                screen.print()
+            screen.print(clean(part) if isinstance(part, str) else _renderable(part), soft_wrap=isinstance(part, str))
+    return "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines())
+
+
+def _renderable(part: Facts | Table) -> RenderableType:
+    from rich.table import Table as RichTable
+
+    table = RichTable(box=None, pad_edge=False, show_header=isinstance(part, Table), header_style="bold")
+    if isinstance(part, Facts):
+        _add_facts(table, part)
+        return table
+    for name in part.columns:
+        table.add_column(name, justify="right" if name in part.numbers else "left", overflow="fold")
+    for row in part.rows:
+        table.add_row(*(clean(str(cell)) for cell in row))
+    return table
+
+
+def _add_facts(table: RichTable, facts: Facts) -> None:
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.rows:
+        if value is not None:
+            table.add_row(name, clean(str(value)))
+
+
+def _rich_progress() -> RichProgress:
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    return RichProgress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=28),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[amount]}", markup=False),
+        TextColumn("{task.fields[figures]}", style="dim", markup=False),
+        TimeRemainingColumn(compact=True),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def _amount(done: float, total: float | None, unit: str) -> str:
+    if unit == "bytes":
+        return size(done) if total is None else f"{size(done)} of {size(total)}"
+    return f"{done:,.0f} {unit}" if total is None else f"{done:,.0f} of {total:,.0f} {unit}"
+
+
+def _words(name: str) -> str:
+    return name.replace("_per_s", "/s").replace("_", " ")
+
+
+def _shortened(line: str, longest: int = 2000) -> str:
+    return line if len(line) <= longest else f"{line[: longest - 1]}…"
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _write(stream: TextIO | None, data: str) -> None:
+    """Write and flush. A closed pipe is fine: nobody reads on. Raises OSError for a full disk and the like."""
+    if stream is None:
+        return
+    encoding = stream.encoding or "utf-8"
+    try:
+        stream.write(data.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+    except BrokenPipeError:
+        _abandon(stream)
+    except OSError:
+        _abandon(stream)
+        raise
+
+
+def _abandon(stream: TextIO) -> None:
+    """Send what the stream still buffers nowhere, so that the interpreter's own flush at exit cannot fail."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

@@ -1,0 +1,92 @@
+"""Every error that fedqsn raises on purpose, and the exit code that it ends with.
+
+    FedqsnError
+    ├── InputError                exit 2   bad usage or bad input; nothing was written
+    │   ├── FormatError                    a file is malformed (safetensors header, JSON, TOML, ledger line)
+    │   ├── PlanError                      a tensor has no rule, or a plan file asks for the impossible
+    │   ├── KeyFileError                   a key is missing, readable by others, or belongs to another job
+    │   ├── RefusedUpdate                  an update is stale, foreign, doubled, non-finite or poisoned
+    │   ├── OutputExists                   an output path is taken and --force was not given
+    │   ├── DataError                      a training or evaluation file cannot be used
+    │   └── HubError                       a hf:// reference cannot be resolved, fetched or pushed
+    ├── GateFailed                exit 1   an audit found more leakage than the policy allows
+    ├── AuditIncomplete           exit 3   an audit could not be completed; it fails closed
+    └── InvariantBroken           exit 4   a hard invariant does not hold; never waivable
+
+An exception of any other class is a bug in fedqsn and ends with exit code 70.
+"""
+
+from __future__ import annotations
+
+
+class FedqsnError(Exception):
+    """Base of all errors raised on purpose.
+
+    Args:
+        what: what is wrong, without a full stop.
+        where: the file, tensor or option it was found in, if any.
+        hint: what to do next, if there is something to do.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, where: object = None, hint: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = None if where is None else str(where)
+        self.hint = hint
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        advice = f"; {self.hint}" if self.hint else ""
+        return " ".join(f"{place}{self.what}{advice}".split())
+
+
+class InputError(FedqsnError):
+    """Bad usage or bad input. Nothing was written."""
+
+
+class FormatError(InputError):
+    """A file does not follow its format."""
+
+
+class PlanError(InputError):
+    """A tensor has no rule, or a plan file asks for something impossible."""
+
+
+class KeyFileError(InputError):
+    """A job key is missing, readable by others, malformed, or belongs to another job."""
+
+
+class RefusedUpdate(InputError):
+    """An update is stale, foreign, doubled, non-finite or poisoned."""
+
+
+class OutputExists(InputError):
+    """An output path is already taken."""
+
+
+class DataError(InputError):
+    """A training or evaluation file cannot be used."""
+
+
+class HubError(InputError):
+    """A hf:// reference cannot be resolved, fetched or pushed."""
+
+
+class GateFailed(FedqsnError):
+    """A gate measured more leakage than its policy allows."""
+
+    exit_code = 1
+
+
+class AuditIncomplete(FedqsnError):
+    """An audit could not be completed and therefore fails closed."""
+
+    exit_code = 3
+
+
+class InvariantBroken(FedqsnError):
+    """A hard invariant does not hold."""
+
+    exit_code = 4

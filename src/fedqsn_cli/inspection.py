@@ -1,0 +1,296 @@
+"""`inspect`: what an artifact is, what is masked in it and how, and what ships in the clear. Never a secret.
+
+model folder, single .safetensors      global model, server model, masked model, quantized or not
+folder with proxy.json, update.json    proxy, update
+visible.safetensors, update.safetensors   parts of those
+file that names its format             job key, ledger, manifest
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedqsn_cli import artifacts, keyfile, ledger
+from fedqsn_cli.artifacts import ModelManifest, ProxyManifest, Quantization, UpdateManifest
+from fedqsn_cli.checkpoint import Checkpoint, Header, Source, read_header, resolve
+from fedqsn_cli.errors import FormatError, InputError, PlanError
+from fedqsn_cli.logical import LogicalTensor, logical_tensors
+from fedqsn_cli.overrides import load_overrides
+from fedqsn_cli.plan import Plan, TensorPlan, make_plan
+from fedqsn_cli.storage import clear_shares
+
+_NUMBERED = re.compile(r"(?<![^.])\d+(?![^.])")  # a component that is a number, as in layers.11.mlp
+_FORMAT = re.compile(rb'"format"\s*:\s*"fedqsn-(key|ledger|model|proxy|update)/\d+"')
+_SNIFFED = 1 << 16  # bytes
+_USUAL = Quantization(format="nf4", block_size=64, double_quant=False, layout="bnb")
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """The tensors of an artifact: how many, their parameters (elements before packing), bytes and stored dtypes."""
+
+    tensors: int
+    parameters: int
+    bytes: int
+    dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ClearTensors:
+    """Tensors that ship neither masked nor quantized; `name` holds `*` for every layer number."""
+
+    name: str
+    role: str
+    tensors: int
+    parameters: int
+    share: float  # of all parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What `inspect` found.
+
+    Args:
+        kind: "global model", "proxy", "job key" and so on.
+        facts: what its manifest, or the file itself, says; plain values.
+        shares: share of all parameters that are, or in a proxy would be, masked and quantized, masked only, quantized
+            only, in the clear. With what `shares_as`: that quantization.
+        clear: what is in the clear, the largest first.
+        unknown: tensors that no rule knows; they are never shipped before a rule is given.
+        releases: the lines of a ledger.
+        plan: one row a tensor, when asked for.
+        problem: why there is no plan.
+    """
+
+    kind: str
+    path: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    contents: Contents | None = None
+    shares: dict[str, float] | None = None
+    shares_as: Quantization | None = None
+    clear: tuple[ClearTensors, ...] = ()
+    unknown: tuple[str, ...] = ()
+    releases: tuple[ledger.Release, ...] = ()
+    plan: tuple[TensorPlan, ...] | None = None
+    problem: str | None = None
+
+
+def inspect(
+    path: str | Path, *, plan: bool = False, axis: str | None = None, overrides: str | Path | None = None
+) -> Inspection:
+    """Tell what stands at a path or hub reference; reads headers and manifests, no weights.
+
+    Args:
+        plan: also return the plan, tensor by tensor.
+        axis, overrides: plan a model that was not masked yet with this unit and these TOML rules.
+
+    Raises:
+        InputError: nothing there that fedqsn knows. FormatError: it is malformed.
+        PlanError: the plan was asked for and cannot be made.
+        KeyFileError: a key that others can read.
+    """
+    source = resolve(str(path))
+    if source.path.is_dir():
+        found = _folder(source, axis, overrides)
+    elif source.path.suffix == ".safetensors":
+        found = _tensors_file(source, axis, overrides)
+    else:
+        found = _named_format(source.path)
+    if not plan:
+        return replace(found, plan=None)
+    if found.plan is None:
+        raise PlanError(found.problem or f"a {found.kind} has no plan", where=path, hint="leave out --plan")
+    return found
+
+
+def _folder(source: Source, axis: str | None, overrides: str | Path | None) -> Inspection:
+    if (source.path / artifacts.PROXY_MANIFEST).is_file():
+        return _proxy(source)
+    if (source.path / artifacts.UPDATE_MANIFEST).is_file():
+        return _update(source)
+    return _model(source, axis, overrides)
+
+
+def _tensors_file(source: Source, axis: str | None, overrides: str | Path | None) -> Inspection:
+    path = source.path
+    if path.name == artifacts.VISIBLE_TENSORS:
+        header = read_header(path)
+        facts = {"groups": len(header.entries), "meaning": "one bit a unit, set when the proxy shows it"}
+        return Inspection("visible units of a proxy", str(path), facts, _stored(header))
+    if path.name == artifacts.UPDATE_TENSORS:
+        return Inspection("tensors of an update", str(path), {}, _stored(read_header(path)))
+    return _model(source, axis, overrides)
+
+
+def _named_format(path: Path) -> Inspection:
+    """A JSON file that says what it is, near its beginning."""
+    with path.open("rb") as file:
+        match = _FORMAT.search(file.read(_SNIFFED))
+    kind = match[1].decode() if match else None
+    if kind == "key":
+        return _key(path)
+    if kind == "ledger":
+        return _ledger(path)
+    if kind is not None:
+        raise InputError(f"this is the manifest of a {kind}", where=path, hint=f"inspect its folder, {path.parent}")
+    known = "a model, proxy or update folder, a .safetensors file, a job key or a ledger"
+    raise InputError("not something that fedqsn made or reads", where=path, hint=f"give {known}")
+
+
+def _key(path: Path) -> Inspection:
+    job = keyfile.load(path)
+    facts = {
+        "p1": job.p1,
+        "axis": job.axis,
+        "plan": job.plan_digest,
+        "rules": len(job.overrides.get("rule", [])),
+        "commitment": job.commitment,
+    }
+    return Inspection("job key", str(path), facts)
+
+
+def _ledger(path: Path) -> Inspection:
+    releases = ledger.read(path)
+    facts = {
+        "releases": len(releases),
+        "clients": len({release.client for release in releases}),
+        "rounds": len({release.round for release in releases}),
+        "jobs": sorted({release.job for release in releases}),
+    }
+    return Inspection("ledger", str(path), facts, releases=tuple(releases))
+
+
+def _update(source: Source) -> Inspection:
+    manifest = artifacts.read_manifest(source.path, UpdateManifest)
+    facts = manifest.model_dump(mode="json", exclude={"format", "files", "losses"})
+    facts["losses"] = manifest.losses.model_dump(mode="json")
+    return Inspection("update", str(source.path), facts, _stored(read_header(source.path / artifacts.UPDATE_TENSORS)))
+
+
+def _proxy(source: Source) -> Inspection:
+    manifest = artifacts.read_manifest(source.path, ProxyManifest)
+    with Checkpoint.open(source.path) as checkpoint:
+        tensors = logical_tensors(checkpoint)
+        plan = make_plan({name: (t.dtype, t.shape) for name, t in tensors.items()}, checkpoint.config)
+        contents = _contents(tensors, checkpoint.total_bytes)
+    shown = _visible_shares(source.path / artifacts.VISIBLE_TENSORS, manifest)
+    rows = [_as_shipped(tensor, tensors[tensor.name], manifest) for tensor in plan.tensors]
+    hidden = sum(
+        math.prod(row.shape) * (1 - float(np.mean([shown[group] for group in manifest.tensors[row.name].groups])))
+        for row in rows
+        if row.masked
+    )
+    facts = manifest.model_dump(mode="json", exclude={"format", "groups", "tensors", "files", "quantization"})
+    facts |= {"groups": len(manifest.groups), "hidden": hidden / max(1, contents.parameters)}
+    found = Inspection("proxy", str(source.path), facts, contents, plan=tuple(rows))
+    return _with_shares(found, rows, manifest.quantization)
+
+
+def _as_shipped(tensor: TensorPlan, logical: LogicalTensor, manifest: ProxyManifest) -> TensorPlan:
+    """The tensor's row, with what the proxy itself says in place of what the rules would."""
+    quantized = logical.packing is not None or (tensor.quantized and manifest.quantization is not None)
+    units = manifest.tensors.get(tensor.name)
+    if units is None:
+        return replace(tensor, masked=False, axis=None, groups=(), units=0, quantized=quantized)
+    size = manifest.groups[units.groups[0]].units
+    return replace(tensor, masked=True, axis=units.axis, groups=units.groups, units=size, quantized=quantized)
+
+
+def _visible_shares(path: Path, manifest: ProxyManifest) -> dict[str, float]:
+    """Share of units that each group shows. Raises FormatError when the bits do not fit the manifest."""
+    with Checkpoint.open(path) as bits:
+        for name, group in manifest.groups.items():
+            entry = bits.entries.get(name)
+            if entry is None or (entry.dtype, entry.shape) != ("U8", ((group.units + 7) // 8,)):
+                raise FormatError(f"group {name!r} is missing or has another size than proxy.json says", where=path)
+        return {
+            name: float(np.unpackbits(bits.read(name), count=group.units).mean())
+            for name, group in manifest.groups.items()
+        }
+
+
+def _model(source: Source, axis: str | None, overrides: str | Path | None) -> Inspection:
+    with Checkpoint.open(source.path) as checkpoint:
+        has_manifest = checkpoint.manifest is not None
+        manifest = artifacts.read_manifest(source.path, ModelManifest) if has_manifest else None
+        tensors = logical_tensors(checkpoint)
+        contents = _contents(tensors, checkpoint.total_bytes)
+        config = checkpoint.config
+    kind = manifest.kind.replace("-", " ") if manifest else "global model"
+    facts: dict[str, Any] = {"architecture": (config or {}).get("architectures"), "revision": source.revision}
+    if manifest is not None:
+        facts |= _from_manifest(manifest, tensors)
+    found = Inspection(kind, str(source.path), {k: v for k, v in facts.items() if v is not None}, contents)
+    try:
+        plan = _plan(tensors, config, manifest, axis, overrides)
+    except PlanError as error:
+        return replace(found, problem=str(error))
+    quantization = manifest.quantization if manifest else None
+    found = replace(found, plan=plan.tensors, unknown=tuple(tensor.name for tensor in plan.unknown))
+    return _with_shares(found, plan.tensors, quantization or _USUAL)
+
+
+def _plan(
+    tensors: dict[str, LogicalTensor],
+    config: dict[str, Any] | None,
+    manifest: ModelManifest | None,
+    axis: str | None,
+    overrides: str | Path | None,
+) -> Plan:
+    """The plan of the manifest for a model that was masked, else that of the rules and the user's wishes."""
+    shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    if manifest is not None and manifest.kind != "global-model":
+        return make_plan(shapes, config, axis=manifest.axis, overrides=manifest.overrides)
+    rules = load_overrides(overrides) if overrides is not None else None
+    return make_plan(shapes, config, axis=axis or "neuron", overrides=rules)
+
+
+def _from_manifest(manifest: ModelManifest, tensors: dict[str, LogicalTensor]) -> dict[str, Any]:
+    facts = manifest.model_dump(
+        mode="json", exclude={"format", "kind", "groups", "tensors", "overrides", "quantization"}
+    )
+    facts["quantization"] = manifest.quantization
+    if manifest.groups:
+        hidden = sum(
+            math.prod(tensor.shape) * manifest.groups[units.groups[0]].hidden / manifest.groups[units.groups[0]].units
+            for name, tensor in tensors.items()
+            if (units := manifest.tensors.get(name)) is not None
+        )
+        facts["groups"] = len(manifest.groups)
+        facts["hidden"] = hidden / max(1, sum(math.prod(tensor.shape) for tensor in tensors.values()))
+    return facts
+
+
+def _with_shares(found: Inspection, rows: Sequence[TensorPlan], how: Quantization | None) -> Inspection:
+    clear = [row for row in rows if not row.masked and not (row.quantized and how is not None)]
+    total = max(1, sum(math.prod(row.shape) for row in rows))
+    return replace(found, shares=clear_shares(rows, how), shares_as=how, clear=_collapsed(clear, total))
+
+
+def _collapsed(rows: Iterable[TensorPlan], total: int) -> tuple[ClearTensors, ...]:
+    """Tensors that differ only in layer numbers, counted together; the largest first."""
+    alike: dict[tuple[str, str], list[int]] = {}
+    for row in rows:
+        alike.setdefault((_NUMBERED.sub("*", row.name), row.role), []).append(math.prod(row.shape))
+    listed = [
+        ClearTensors(name, role, len(sizes), sum(sizes), sum(sizes) / total) for (name, role), sizes in alike.items()
+    ]
+    return tuple(sorted(listed, key=lambda each: (-each.parameters, each.name)))
+
+
+def _contents(tensors: dict[str, LogicalTensor], stored: int) -> Contents:
+    parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    return Contents(len(tensors), parameters, stored, tuple(sorted({tensor.dtype for tensor in tensors.values()})))
+
+
+def _stored(header: Header) -> Contents:
+    entries = header.entries.values()
+    elements = sum(math.prod(entry.shape) for entry in entries)
+    return Contents(len(entries), elements, sum(e.nbytes for e in entries), tuple(sorted({e.dtype for e in entries})))

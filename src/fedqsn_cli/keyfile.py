@@ -1,0 +1,188 @@
+"""The job key: the one secret from which all masks of a job derive.
+
+    {"format": "fedqsn-key/1", "key": 64 hex digits, "p1": ratio, "axis": axis, "plan": sha256, "overrides": {...}}
+
+A key file belongs to one job: one p1, one plan, one axis. It must be a regular file that nobody but its owner can open.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedqsn_cli import strictjson
+from fedqsn_cli.errors import FormatError, InputError, KeyFileError, OutputExists, PlanError
+from fedqsn_cli.masking import KEY_BYTES, derive, validate_ratio
+from fedqsn_cli.overrides import canonical
+from fedqsn_cli.plan import AXES, Plan
+
+FORMAT = "fedqsn-key/1"
+MAX_BYTES = 16 * 2**20
+
+_FIELDS = {"format", "key", "p1", "axis", "plan", "overrides"}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job: its key, and what may never change while it runs."""
+
+    key: bytes = field(repr=False)
+    p1: float
+    axis: str
+    plan_digest: str
+    overrides: dict[str, Any]
+
+    @property
+    def commitment(self) -> str:
+        """Names the key without revealing it: HMAC-SHA256(key, "fedqsn/v1/commitment"), hex."""
+        return derive(self.key, ("fedqsn/v1/commitment",)).hex()
+
+
+def draw(p1: float, axis: str, plan: Plan) -> Job:
+    """A new job with a key drawn from the operating system's generator; nothing is written yet."""
+    return Job(secrets.token_bytes(KEY_BYTES), validate_ratio(p1), axis, plan.digest, canonical(plan.overrides))
+
+
+def save(path: str | Path, job: Job) -> None:
+    """Write a new key file, complete from the first instant, mode 0600.
+
+    Raises:
+        OutputExists: something is there already; it is not touched.
+    """
+    from fedqsn_cli.checkpoint import create_secret
+
+    document = {
+        "format": FORMAT,
+        "key": job.key.hex(),
+        "p1": job.p1,
+        "axis": job.axis,
+        "plan": job.plan_digest,
+        "overrides": job.overrides,
+    }
+    try:
+        create_secret(Path(path), strictjson.pretty(document).encode())
+    except FileExistsError:
+        raise OutputExists("a file is already there", where=path) from None
+
+
+def load(path: str | Path) -> Job:
+    """Read a key file.
+
+    Raises:
+        KeyFileError: it is missing, no regular file, another user's, open to others, or malformed.
+    """
+    document = _document(path)
+    if not isinstance(document, dict) or set(document) != _FIELDS or document["format"] != FORMAT:
+        raise KeyFileError(f"not a key file of format {FORMAT}", where=path)
+    try:
+        return Job(
+            _key(document["key"], path),
+            _ratio(document["p1"], path),
+            _one_of(document["axis"], AXES, path),
+            _hex(document["plan"], path),
+            canonical(document["overrides"]),
+        )
+    except PlanError as error:
+        raise KeyFileError(f"the key file's overrides are malformed: {error}", where=path) from None
+
+
+def open_or_draw(path: str | Path, *, p1: float | None, axis: str, plan: Plan) -> tuple[Job, bool]:
+    """The job at a path, or a new one where there is none, which the caller saves once its work has succeeded.
+
+    Args:
+        p1: server mask ratio; None takes the key's, and does not start a job.
+
+    Returns:
+        The job, and whether it is new.
+
+    Raises:
+        KeyFileError: the key belongs to a job with another p1, axis or plan, or there is none and p1 is None.
+    """
+    if os.path.lexists(path):
+        job = load(path)
+        check_same(job, p1, axis, plan, path)
+        return job, False
+    if p1 is None:
+        raise KeyFileError("there is no key", where=path, hint="give --p1 to start a new job")
+    return draw(p1, axis, plan), True
+
+
+def check_same(job: Job, p1: float | None, axis: str, plan: Plan, path: str | Path) -> None:
+    """Refuse another p1, axis or plan than the job has: its hidden set never changes.
+
+    Raises:
+        KeyFileError: one of them differs.
+    """
+    if p1 is not None and validate_ratio(p1) != job.p1:
+        raise _another_job(f"p1 = {job.p1!r}", f"p1 = {float(p1)!r} was asked for", path)
+    if axis != job.axis:
+        raise _another_job(f"axis {job.axis}", f"axis {axis} was asked for", path)
+    if plan.digest != job.plan_digest:
+        why = "its tensors, shapes or roles differ" if plan.overrides == job.overrides else "its plan file differs"
+        raise _another_job(f"plan {job.plan_digest[:12]}", f"this checkpoint has plan {plan.digest[:12]}: {why}", path)
+
+
+def _another_job(held: str, asked: str, path: str | Path) -> KeyFileError:
+    hint = "a job has one of each: use the key's, or start a new job with a new key file"
+    return KeyFileError(f"the key belongs to a job with {held}, but {asked}", where=path, hint=hint)
+
+
+def _document(path: str | Path) -> Any:
+    """Open first, then look at what was opened: a file swapped in between changes nothing."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise KeyFileError("there is no key", where=path) from None
+    except OSError as error:
+        raise KeyFileError(f"cannot open the key ({error.strerror})", where=path) from None
+    try:
+        _check_private(os.fstat(descriptor), path)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            data = file.read(MAX_BYTES + 1)
+    finally:
+        os.close(descriptor)
+    if len(data) > MAX_BYTES:
+        raise KeyFileError("the file is too large for a key", where=path)
+    try:
+        return strictjson.loads(data, path)
+    except FormatError as error:
+        raise KeyFileError(error.what, where=path) from None
+
+
+def _check_private(found: os.stat_result, path: str | Path) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise KeyFileError("the key must be a regular file", where=path)
+    if found.st_uid not in (os.geteuid(), 0):
+        raise KeyFileError("the key belongs to another user", where=path)
+    if found.st_mode & 0o077:
+        mode = stat.S_IMODE(found.st_mode)
+        raise KeyFileError(f"other users can open the key (mode {mode:04o})", where=path, hint=f"run: chmod 600 {path}")
+
+
+def _key(value: object, path: str | Path) -> bytes:
+    return bytes.fromhex(_hex(value, path))
+
+
+def _hex(value: object, path: str | Path) -> str:
+    if not isinstance(value, str) or len(value) != 64 or set(value) - set("0123456789abcdef"):
+        raise KeyFileError("a field of the key file is not 64 hexadecimal digits", where=path)
+    return value
+
+
+def _ratio(value: object, path: str | Path) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise KeyFileError("p1 in the key file is not a number", where=path)
+    try:
+        return validate_ratio(value)
+    except InputError as error:
+        raise KeyFileError(f"p1 in the key file: {error.what}", where=path) from None
+
+
+def _one_of(value: object, allowed: tuple[str, ...], path: str | Path) -> str:
+    if not isinstance(value, str) or value not in allowed:
+        raise KeyFileError(f"axis in the key file is not one of {', '.join(allowed)}", where=path)
+    return value

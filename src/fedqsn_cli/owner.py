@@ -1,0 +1,199 @@
+"""What the owner's commands share: opening a model with its job, its base and its options, and checking that they agree."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedqsn_cli import keyfile
+from fedqsn_cli.artifacts import Fill, GroupCount, ModelManifest, PublicBase, Quantization, SourceRecord, Units
+from fedqsn_cli.errors import InputError, KeyFileError
+from fedqsn_cli.jobmasks import ServerMasks
+from fedqsn_cli.keyfile import Job
+from fedqsn_cli.logical import OpenModel, open_model
+from fedqsn_cli.masking import hidden_count
+from fedqsn_cli.plan import TensorPlan, load_overrides
+
+METADATA = {"format": "pt"}
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Work:
+    """A model that is about to be masked: opened, planned, and bound to its job.
+
+    Args:
+        model: the global, server or quantized server model.
+        job: key, p1 and plan; new_key says that it is not on disk yet.
+        fill: what stands in a hole. base: the public base for fill "base".
+        rescale: whether the visible part is scaled by n / |V|; never with a public base.
+    """
+
+    model: OpenModel
+    job: Job
+    key: Path
+    new_key: bool
+    masks: ServerMasks
+    fill: Fill
+    base: OpenModel | None
+    rescale: bool
+
+    def save_key(self) -> None:
+        """Put a new key on disk; an old one stays as it is."""
+        if self.new_key:
+            keyfile.save(self.key, self.job)
+
+
+def open_work(
+    source: str,
+    *,
+    key: str | Path,
+    p1: float | None,
+    axis: str | None,
+    plan: str | Path | None,
+    rescale: bool | None,
+    fill: Fill | None,
+    public_base: str | None,
+) -> Work:
+    """Open a model for masking, with the job that its key belongs to.
+
+    None stands for "not given": then the key or the model's manifest decides, and where there is neither, the
+    defaults (axis neuron, rescale, zero fill).
+
+    Raises:
+        InputError: options, key, manifest and model do not go together.
+    """
+    key = Path(key)
+    known = keyfile.load(key) if os.path.lexists(key) else None
+    overrides = load_overrides(plan) if plan is not None else known.overrides if known else None
+    model = open_model(source, axis=axis or (known.axis if known else "neuron"), overrides=overrides)
+    model.plan.require_known()
+    if not any(tensor.masked for tensor in model.plan.tensors):
+        raise InputError("the plan masks no tensor", where=source, hint="see 'fedqsn inspect --plan'")
+    server = model.manifest if model.kind == "server-model" else None
+    if model.kind == "masked-model":
+        raise InputError("this model carries a client mask already", where=source, hint="give the server model")
+    if model.is_quantized and server is None:
+        raise InputError("this model was quantized before it was masked", where=source, hint="mask it first")
+    if server is not None and known is None:
+        raise KeyFileError("there is no key", where=key, hint="a server model needs the key it was masked with")
+    if server is not None:
+        _agreed("--axis", axis, server.axis, None)
+        _agreed("--plan", overrides if plan is not None else None, server.overrides, None)
+    job, new = keyfile.open_or_draw(key, p1=p1, axis=model.plan.axis, plan=model.plan)
+    chosen = _agreed("--fill", fill, server.fill if server else None, "zero")
+    scaled = _agreed("--rescale", rescale, server.rescale if server and server.fill == "zero" else None, True)
+    if server is not None and server.job != job.commitment:
+        raise KeyFileError("the key belongs to another job than this server model", where=key)
+    base = _open_base(model, chosen, public_base, job, plan)
+    return Work(model, job, key, new, ServerMasks(job), chosen, base, scaled and chosen == "zero")
+
+
+def _agreed(option: str, asked: Any, recorded: Any, default: Any) -> Any:
+    """The value of an option: what was asked, which must be what the manifest says, which stands before the default."""
+    if asked is not None and recorded is not None and asked != recorded:
+        raise InputError(f"the model was made with {recorded}, asked was {asked}", where=option)
+    return next((value for value in (asked, recorded) if value is not None), default)
+
+
+def _open_base(
+    model: OpenModel, fill: Fill, reference: str | None, job: Job, plan: str | Path | None
+) -> OpenModel | None:
+    if fill == "zero":
+        if reference is not None:
+            raise InputError("a public base is only used with --fill base", where="--public-base")
+        return None
+    if reference is None:
+        raise InputError("--fill base needs the public base", where="--public-base")
+    base = open_model(reference, axis=job.axis, overrides=job.overrides if plan is None else load_overrides(plan))
+    if base.is_quantized:
+        raise InputError("the public base is quantized", where=reference, hint="give its dense checkpoint")
+    for tensor in model.plan.tensors:
+        if tensor.masked:
+            _check_alike(tensor, base, reference)
+    return base
+
+
+def _check_alike(tensor: TensorPlan, base: OpenModel, reference: str) -> None:
+    other = base.tensors.get(tensor.name)
+    if other is None:
+        raise InputError("the public base has no such tensor", where=f"{reference}: {tensor.name}")
+    if (other.dtype, other.shape) != (tensor.dtype, tensor.shape):
+        found, wanted = f"{other.dtype} {list(other.shape)}", f"{tensor.dtype} {list(tensor.shape)}"
+        raise InputError(f"the public base has {found}, the model {wanted}", where=f"{reference}: {tensor.name}")
+
+
+def model_manifest(
+    work: Work, kind: str, digest: str, base_digest: str | None, how: Quantization | None
+) -> ModelManifest:
+    """`fedqsn.json` of a model that was masked."""
+    model, plan = work.model, work.model.plan
+    old = model.manifest
+    base = old.public_base if old and old.public_base else public_base(work.base, base_digest)
+    return ModelManifest.model_validate(
+        {
+            "kind": kind,
+            "job": work.job.commitment,
+            "p1": work.job.p1,
+            "axis": plan.axis,
+            "rescale": work.rescale,
+            "fill": work.fill,
+            "public_base": base,
+            "plan": plan.digest,
+            "overrides": plan.overrides,
+            "model_digest": digest,
+            "quantization": how,
+            "groups": group_counts(plan.groups(), work.job.p1),
+            "tensors": unit_table(plan.tensors),
+            "source": source_record(model),
+        }
+    )
+
+
+def public_base(base: OpenModel | None, digest: str | None) -> PublicBase | None:
+    """The record of a public base: a hub reference with its commit, never a local path."""
+    if base is None or digest is None:
+        return None
+    reference = None
+    if base.source.revision is not None:
+        reference = f"{base.source.reference.split('@')[0]}@{base.source.revision}"
+    return PublicBase(reference=reference, sha256=digest)
+
+
+def group_counts(groups: Mapping[str, int], p1: float) -> dict[str, GroupCount]:
+    """How many units each group has and how many the server mask hides."""
+    return {name: GroupCount(units=n, hidden=hidden_count(n, p1)) for name, n in groups.items()}
+
+
+def unit_table(tensors: tuple[TensorPlan, ...]) -> dict[str, Units]:
+    """Where the units of each masked tensor lie."""
+    return {t.name: Units(groups=t.groups, axis=t.axis, view=t.view) for t in tensors if t.axis is not None}
+
+
+def source_record(model: OpenModel) -> SourceRecord:
+    """Where the model came from, for the private manifest."""
+    return SourceRecord(reference=model.source.reference, revision=model.source.revision)
+
+
+def shard_bytes(text: str) -> int:
+    """Bytes of a size such as "5GB", "500MB" or "2GiB".
+
+    Raises:
+        InputError: it is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+        raise InputError(f"{text!r} is not a size", where="--max-shard-size", hint="for example 5GB or 500MB")
+    return math.ceil(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def visible_bits(flags: np.ndarray[Any, np.dtype[np.bool_]]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """One bit a unit, the first unit in the highest bit of the first byte: [ceil(n / 8)]."""
+    return np.packbits(flags)

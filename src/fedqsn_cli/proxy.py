@@ -1,0 +1,307 @@
+"""`export_proxy`: from the owner's model to what one client, or many, may have.
+
+    plan ─▶ server mask ─▶ quantize ─▶ client mask ─▶ proxy/ ─▶ ledger line ─▶ publish (─▶ push)
+
+The ledger line is on disk before the proxy appears, so no proxy is ever out without one; the proxy id depends on
+nothing but key, model and options, so a repeated export is the same release and adds no line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fedqsn_cli import ledger as ledgers
+from fedqsn_cli import strictjson
+from fedqsn_cli.artifacts import (
+    PROXY_MANIFEST,
+    Fill,
+    GroupUnits,
+    ProxyManifest,
+    PublicBase,
+    Quantization,
+    manifest_bytes,
+)
+from fedqsn_cli.checkpoint import ArtifactWriter, TensorSpec, push as push_to_hub
+from fedqsn_cli.errors import InputError
+from fedqsn_cli.jobmasks import ClientMasks
+from fedqsn_cli.ledger import Release
+from fedqsn_cli.masking import LABEL, derive, validate_client, validate_ratio
+from fedqsn_cli.outputs import ClientOutput, tensor_specs
+from fedqsn_cli.owner import METADATA, Work, open_work, public_base, shard_bytes, unit_table, visible_bits
+from fedqsn_cli.pipeline import Digests, Flow, flows, run
+from fedqsn_cli.progress import Progress, Silent
+from fedqsn_cli.quantization.bnb_format import quantization_config
+from fedqsn_cli.release import public_companion, public_config
+from fedqsn_cli.storage import clear_shares, quantization
+
+Schedule = Literal["fresh", "sticky"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedProxy:
+    """One proxy that is out.
+
+    Args:
+        bytes: size of all its files together.
+        pushed: the hub commit it was pushed as, or None.
+    """
+
+    client: str
+    path: str
+    proxy_id: str
+    bytes: int
+    pushed: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """What `export_proxy` made.
+
+    Args:
+        hidden_by_server: share of all parameters that the server mask hides (never transmitted).
+        hidden_from_client: share of all parameters that a proxy does not show, server and client mask together.
+        shares: share of all parameters shipped masked and quantized, masked only, quantized only, in the clear.
+        key_created: a new job key was written.
+    """
+
+    proxies: tuple[ExportedProxy, ...]
+    round: int
+    model_digest: str
+    quantization: Quantization | None
+    hidden_by_server: float
+    hidden_from_client: float
+    shares: dict[str, float]
+    key_created: bool
+
+
+def export_proxy(
+    source: str,
+    out: str | Path,
+    *,
+    client: Sequence[str],
+    round: int,
+    key: str | Path,
+    ledger: str | Path,
+    p2: float,
+    p1: float | None = None,
+    format: str | None = None,
+    block_size: int | None = None,
+    double_quant: bool | None = None,
+    layout: str | None = None,
+    schedule: Schedule = "fresh",
+    axis: str | None = None,
+    rescale: bool | None = None,
+    fill: Fill | None = None,
+    public_base: str | None = None,
+    plan: str | Path | None = None,
+    push: str | None = None,
+    max_shard_size: str = "5GB",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Write the proxy of each client: P = s · M_C ⊙ Q(M_H ⊙ W) (equation of DESIGN; FedQSN, arXiv 2508.18911).
+
+    Args:
+        source: global model, server model or quantized server model; all three give the same bytes.
+        out: directory to make; with several clients it must hold "{client}".
+        client: client ids. round: number of the federated round.
+        p1: ratio hidden by the server; None takes the key's. p2: ratio of the rest hidden from each client.
+        format, block_size, double_quant, layout: quantization; None takes the source's, else nf4, 64, off, bnb.
+        push: hub repository ("hf://owner/name", may hold "{client}") to upload to once the proxy is complete.
+
+    Raises:
+        InputError: anything does not fit together; nothing was written then.
+    """
+    clients, targets = _targets(client, out, push)
+    validate_ratio(p2)
+    _check_round(round)
+    work = open_work(
+        source, key=key, p1=p1, axis=axis, plan=plan, rescale=rescale, fill=fill, public_base=public_base
+    )
+    how = chosen_quantization(work, format, block_size, double_quant, layout)
+    todo = flows(work.model, how, work.masks.hidden)
+    masks = [ClientMasks(work.masks, name, round, p2, schedule, work.rescale) for name in clients]
+    with ExitStack() as stack:
+        writers = [stack.enter_context(ArtifactWriter(target, force=force)) for target in targets]
+        specs = tensor_specs(todo, how)
+        limit = shard_bytes(max_shard_size)
+        sinks = [writer.tensors("model", specs, max_shard_bytes=limit, metadata=METADATA) for writer in writers]
+        outputs = [ClientOutput(sink, how, mask.hidden, mask.factor) for sink, mask in zip(sinks, masks, strict=True)]
+        digests = run(work.model, todo, how, outputs, base=work.base, progress=progress or Silent())
+        releases = []
+        for writer, sink, mask in zip(writers, sinks, masks, strict=True):
+            sink.close()
+            releases.append(_complete(writer, work, mask, how, digests))
+        work.save_key()
+        ledgers.record(Path(ledger), releases)
+        published = [writer.publish() for writer in writers]
+    pushed = [push_to_hub(path, push.replace("{client}", name)) if push else None
+              for path, name in zip(published, clients, strict=True)]  # fmt: skip
+    return _result(work, masks[0], todo, how, digests, releases, published, pushed)
+
+
+def chosen_quantization(
+    work: Work, format: str | None, block_size: int | None, double_quant: bool | None, layout: str | None
+) -> Quantization | None:
+    """The quantization of the output: the source's if it is quantized, else what was asked, else nf4 in blocks of 64.
+
+    Raises:
+        InputError: the source is quantized in another way than asked.
+    """
+    old = work.model.manifest.quantization if work.model.manifest else None
+    if old is None:
+        how = quantization(
+            format or "nf4", block_size=block_size or 64, double_quant=bool(double_quant), layout=layout
+        )
+    else:
+        asked = {"format": format, "block_size": block_size, "double_quant": double_quant, "layout": layout}
+        for option, value in asked.items():
+            if value is not None and value != getattr(old, option):
+                raise InputError(
+                    f"the model is quantized with {option.replace('_', ' ')} {getattr(old, option)}, asked was {value}",
+                    where=f"--{option.replace('_', '-')}",
+                )
+        how = old
+    if work.fill == "base" and how is not None and how.double_quant:
+        raise InputError("double quantization cannot be used with --fill base", where="--double-quant")
+    return how
+
+
+def _targets(client: Sequence[str], out: str | Path, push: str | None) -> tuple[list[str], list[Path]]:
+    clients = [validate_client(name) for name in ([client] if isinstance(client, str) else client)]
+    if not clients:
+        raise InputError("no client was named", where="--client")
+    if len(set(clients)) != len(clients):
+        raise InputError("a client is named twice", where="--client")
+    for option, text in (("--out", str(out)), ("--push", push)):
+        if len(clients) > 1 and text is not None and "{client}" not in text:
+            raise InputError("several clients need a place each", where=option, hint='put "{client}" into it')
+    return clients, [Path(str(out).replace("{client}", name)) for name in clients]
+
+
+def _check_round(round: int) -> None:
+    if not 0 <= round <= 2**53:
+        raise InputError(f"{round} is not a round", where="--round", hint="count rounds from 1")
+
+
+def _complete(
+    writer: ArtifactWriter, work: Work, mask: ClientMasks, how: Quantization | None, digests: Digests
+) -> Release:
+    """Write everything but the model's tensors, proxy.json last; returns the ledger line."""
+    write_companions(writer, work, how)
+    _write_visible(writer, work, mask)
+    base = work.model.manifest.public_base if work.model.manifest else None
+    base = base or public_base(work.base, digests.base)
+    manifest = ProxyManifest(
+        proxy_id=_proxy_id(work, mask, how, digests, base),
+        job=work.job.commitment,
+        round=mask.round,
+        quantization=how,
+        fill=work.fill,
+        public_base=base,
+        rescale=work.rescale,
+        groups={name: GroupUnits(units=n) for name, n in work.model.plan.groups().items()},
+        tensors=unit_table(work.model.plan.tensors),
+        files=writer.digests,
+    )
+    data = manifest_bytes(manifest)
+    writer.add_bytes(PROXY_MANIFEST, data)
+    return Release(
+        client=mask.client,
+        round=mask.round,
+        schedule=mask.schedule,
+        proxy_id=manifest.proxy_id,
+        proxy_sha256=hashlib.sha256(data).hexdigest(),
+        p1=work.job.p1,
+        p2=mask.p2,
+        rescale=work.rescale,
+        fill=work.fill,
+        quantization=how,
+        plan=work.model.plan.digest,
+        model_digest=digests.model,
+        job=work.job.commitment,
+    )
+
+
+def write_companions(writer: ArtifactWriter, work: Work, how: Quantization | None) -> None:
+    """config.json, tokenizer and generation files, without anything private."""
+    model = work.model
+    packed = None
+    if how is not None and how.layout == "bnb":
+        skip = model.plan.skip_modules(model.checkpoint.config)
+        packed = quantization_config(how.format, how.block_size, how.double_quant, skip, model.config_dtype)
+    if model.checkpoint.config is not None:
+        writer.add_bytes("config.json", public_config(model.checkpoint.config, packed))
+    for companion in model.checkpoint.companions:
+        writer.add_bytes(companion.name, public_companion(companion))
+
+
+def _write_visible(writer: ArtifactWriter, work: Work, mask: ClientMasks) -> None:
+    groups = sorted(work.model.plan.groups().items())
+    specs = [TensorSpec(name, "U8", ((units + 7) // 8,)) for name, units in groups]
+    sink = writer.tensors("visible", specs, max_shard_bytes=None, metadata={})
+    for name, units in groups:
+        sink.write(name, 0, visible_bits(mask.visible_group(name, units)))
+    sink.close()
+
+
+def _proxy_id(
+    work: Work, mask: ClientMasks, how: Quantization | None, digests: Digests, base: PublicBase | None
+) -> str:
+    """HMAC(key, scope, model digest, options): unpredictable outside, equal when the same export is run again."""
+    options: dict[str, Any] = {
+        "p2": mask.p2,
+        "schedule": mask.schedule,
+        "rescale": work.rescale,
+        "fill": work.fill,
+        "public_base": base.sha256 if base else None,
+        "quantization": how.model_dump() if how else None,
+        "plan": work.model.plan.digest,
+    }
+    fields = (LABEL, "proxy", mask.client, str(mask.round), digests.model, strictjson.dumps(options))
+    return derive(work.job.key, fields).hex()
+
+
+def _result(
+    work: Work,
+    mask: ClientMasks,
+    todo: Sequence[Flow],
+    how: Quantization | None,
+    digests: Digests,
+    releases: Sequence[Release],
+    published: Sequence[Path],
+    pushed: Sequence[str | None],
+) -> ExportResult:
+    tensors = [flow.tensor for flow in todo]
+    total = sum(flow.size for flow in todo)
+    by_server = sum(_marked(flow.hidden) for flow in todo)
+    by_client = sum(_marked(mask.hidden(tensor)) for tensor in tensors)
+    proxies = tuple(
+        ExportedProxy(release.client, str(path), release.proxy_id, folder_bytes(path), commit)
+        for release, path, commit in zip(releases, published, pushed, strict=True)
+    )
+    return ExportResult(
+        proxies=proxies,
+        round=mask.round,
+        model_digest=digests.model,
+        quantization=how,
+        hidden_by_server=by_server / total,
+        hidden_from_client=(by_server + by_client) / total,
+        shares=clear_shares(tensors, how),
+        key_created=work.new_key,
+    )
+
+
+def _marked(mask: Any) -> int:
+    return 0 if mask is None else mask.count
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files right in a folder."""
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+

@@ -1,0 +1,157 @@
+"""nf4 and fp4 codes, two a byte, bit for bit as bitsandbytes quantizes on a CPU.
+
+    packed[i] = code(x[2 i]) << 4 | code(x[2 i + 1])        absmax[b] = max |x| of block b
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedqsn_cli.quantization.blocks import normalize, rank, scaled_levels, stored_absmax
+from fedqsn_cli.quantization.codebooks import BLOCK_SIZES, FORMATS, Codebook, codebook
+from fedqsn_cli.quantization.jit import INFINITY, Bits, NonFinite, as_bits, kernel, largest, narrow, widen
+from fedqsn_cli.quantization.threads import run_ranges
+
+Bytes = NDArray[np.uint8]
+Float32s = NDArray[np.float32]
+
+
+def quantize_4bit(x: NDArray[Any], dtype: str, *, format: str, block: int, packed: Bytes, absmax: Float32s) -> None:
+    """Quantize values in C order.
+
+    Args:
+        x: a tensor, or a chunk of one: whole blocks, unless it is the tensor's end.
+        dtype: F32, F16 or BF16; 16-bit floats come as uint16.
+        format: nf4 or fp4.
+        block: values a scale, 32 to 4096.
+        packed: [ceil(n / 2)] receives the codes. An odd end is padded with the code of zero.
+        absmax: [ceil(n / block)] receives the scales.
+
+    Raises:
+        NonFinite: a value is NaN or infinite.
+    """
+    _quantize(x, dtype, format, block, packed, absmax, given=False)
+
+
+def quantize_4bit_with(
+    x: NDArray[Any], dtype: str, *, format: str, block: int, absmax_given: Float32s, packed: Bytes
+) -> None:
+    """Quantize values by scales that are there already; what they cannot reach gets the outermost level.
+
+    Arguments as for `quantize_4bit`; a block with scale 0 gets the code of zero.
+    """
+    _quantize(x, dtype, format, block, packed, absmax_given, given=True)
+
+
+def dequantize_4bit(
+    packed: Bytes, absmax: Float32s, *, format: str, block: int, dtype: str, out: NDArray[Any]
+) -> None:
+    """out = level of each code times its block's absmax in fp32, rounded once to `dtype` (ties to even).
+
+    Raises:
+        NonFinite: a scale is NaN or infinite.
+    """
+    bits, kind = as_bits(out, dtype)
+    book = _checked(bits.size, format, block, packed, absmax)
+    if not np.isfinite(absmax).all():
+        raise NonFinite("a block scale is NaN or infinite")
+    levels = np.empty_like(book.levels)
+    levels[book.order] = book.levels
+
+    def work(start: int, stop: int) -> None:
+        _decode(packed[start // 2 : (stop + 1) // 2], absmax[start // block :], block, levels, kind, bits[start:stop])
+
+    run_ranges(bits.size, block * GRAIN, work)
+
+
+GRAIN = 512  # blocks that are worth a thread
+
+
+def _quantize(
+    x: NDArray[Any], dtype: str, format: str, block: int, packed: Bytes, absmax: Float32s, *, given: bool
+) -> None:
+    bits, kind = as_bits(x, dtype)
+    book = _checked(bits.size, format, block, packed, absmax)
+    zero = FORMATS[format].zero_code
+    sorted_codes = format == "nf4"
+    flaws: list[int] = []
+
+    def work(start: int, stop: int) -> None:
+        part = packed[start // 2 : (stop + 1) // 2]
+        args = bits[start:stop], kind, block, book.bounds, book.order, sorted_codes, zero
+        if not _encode(*args, part, absmax[start // block :], given):
+            flaws.append(start)
+
+    run_ranges(bits.size, block * GRAIN, work)
+    if flaws:
+        raise NonFinite("a value is NaN or infinite")
+
+
+def _checked(n: int, format: str, block: int, packed: Bytes, absmax: Float32s) -> Codebook:
+    """The codebook, after the arrays were found to fit together. Raises ValueError: the caller is wrong."""
+    if block not in BLOCK_SIZES or FORMATS[format].kind != "codebook4":
+        raise ValueError(f"no 4-bit format {format} with blocks of {block}")
+    if packed.dtype != np.uint8 or packed.shape != (-(-n // 2),) or not packed.flags.c_contiguous:
+        raise ValueError(f"{n} codes need {-(-n // 2)} bytes")
+    if absmax.dtype != np.float32 or absmax.shape != (-(-n // block),) or not absmax.flags.c_contiguous:
+        raise ValueError(f"{n} values need {-(-n // block)} scales")
+    return codebook(format)
+
+
+@kernel
+def _encode(
+    source: Bits, kind: int, block: int, bounds: Any, order: Any, in_order: bool, zero: int, packed: Any, absmax: Any,
+    given: bool,
+) -> bool:  # fmt: skip
+    """All blocks of a chunk. Returns False if a value is not finite."""
+    bits = np.empty(block, np.uint32)
+    codes = np.empty(block, np.int32)
+    fine = True
+    for start in range(0, source.size, block):
+        count = min(block, source.size - start)
+        short = count < block
+        widen(source[start : start + count], kind, bits)
+        top = largest(bits[:count])
+        fine &= top < INFINITY
+        index = start // block
+        if not given:
+            absmax[index] = stored_absmax(top, short)
+        values = bits[:count].view(np.float32)
+        normalize(values, absmax[index], short)
+        rank(values, bounds, codes)
+        if not in_order:
+            for i in range(count):
+                codes[i] = order[codes[i]]
+        if count % 2:
+            codes[count] = zero
+        pack(codes.view(np.uint64), packed[start // 2 : (start + count + 1) // 2])
+    return fine
+
+
+@kernel
+def pack(pairs: Any, packed: Any) -> None:
+    """packed[i] = first code << 4 | second code, of pairs of 32-bit codes that were read as 64-bit numbers."""
+    for i in range(packed.size):
+        pair = pairs[i]
+        packed[i] = np.uint8(np.uint64(pair << np.uint64(4)) | np.uint64(pair >> np.uint64(32)))
+
+
+@kernel
+def _decode(packed: Any, absmax: Any, block: int, levels: Any, kind: int, out: Bits) -> None:
+    """All blocks of a chunk: sixteen products and roundings a block, then a table look-up a value."""
+    wide = np.empty(levels.size, np.uint32)
+    table = np.empty(levels.size, out.dtype)
+    for start in range(0, out.size, block):
+        count = min(block, out.size - start)
+        scaled_levels(levels, absmax[start // block], wide)
+        narrow(wide, kind, table)
+        codes = packed[start // 2 : (start + count + 1) // 2]
+        target = out[start : start + count]
+        for i in range(count // 2):
+            target[2 * i] = table[codes[i] >> 4]
+            target[2 * i + 1] = table[codes[i] & 15]
+        if count % 2:
+            target[count - 1] = table[codes[count // 2] >> 4]

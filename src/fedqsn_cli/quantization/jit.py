@@ -1,0 +1,142 @@
+"""How kernels are compiled, and what all of them need: bits of floats, 16-bit floats to fp32 and back, absmax.
+
+Floats travel as their bits (uint32 for F32, uint16 for F16 and BF16), so that one kernel reads all three. Nothing here
+may depend on the machine's rounding of subnormal numbers or on fused or reordered arithmetic: no fastmath.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+F = TypeVar("F", bound=Callable[..., Any])
+Bits = NDArray[Any]  # uint32 or uint16
+
+F32, F16, BF16 = 0, 1, 2
+KIND = {"F32": F32, "F16": F16, "BF16": BF16}
+
+MAGNITUDE = np.uint32(0x7FFFFFFF)
+INFINITY = np.uint32(0x7F800000)
+
+
+class NonFinite(Exception):
+    """A value is NaN, infinite, or beyond the range of the format."""
+
+
+def kernel(function: F) -> F:
+    """Compile a function at its first call, without the interpreter lock, and keep the machine code on disk.
+
+    numba keeps it next to the source, or in the user's cache directory where that is read-only. Where nothing can be
+    written it compiles in every process.
+    """
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        compiled: F = numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # numba found no directory for its cache
+        compiled = numba.njit(**options)(function)
+    return compiled
+
+
+def as_bits(x: NDArray[Any], dtype: str) -> tuple[Bits, int]:
+    """The flat bits of an array of stored floats, and the kernel's number for their dtype.
+
+    Raises:
+        ValueError: the array's type does not go with `dtype`, or it is not C-contiguous.
+    """
+    wide = dtype == "F32"
+    if x.dtype not in ((np.float32, np.uint32) if wide else (np.uint16, np.float16)) or not x.flags.c_contiguous:
+        raise ValueError(f"{x.dtype} array cannot hold {dtype} values in C order")
+    return x.reshape(-1).view(np.uint32 if wide else np.uint16), KIND[dtype]
+
+
+@kernel
+def to_float(bits: Any) -> Any:
+    """Reinterpret 32 bits as fp32."""
+    return np.uint32(bits).view(np.float32)
+
+
+@kernel
+def to_bits(x: Any) -> Any:
+    """Reinterpret fp32 as 32 bits."""
+    return np.float32(x).view(np.uint32)
+
+
+@kernel
+def widen_half(half: Any) -> Any:
+    """Bits of an fp16 number as bits of the same number in fp32."""
+    magnitude = np.uint32(half) & np.uint32(0x7FFF)
+    tiny = magnitude < np.uint32(0x0400)  # subnormal: 2^-14 * (1 + m) - 2^-14, both exact
+    bias = np.uint32(113 << 23) if tiny else np.uint32(112 << 23)
+    bias = np.uint32(224 << 23) if magnitude >= np.uint32(0x7C00) else bias  # infinity and NaN
+    less = np.float32(2.0**-14) if tiny else np.float32(0)
+    value = to_bits(to_float(np.uint32((magnitude << np.uint32(13)) + bias)) - less)
+    return np.uint32(value | ((np.uint32(half) & np.uint32(0x8000)) << np.uint32(16)))
+
+
+@kernel
+def narrow_half(bits: Any) -> Any:
+    """Bits of an fp32 number rounded to fp16, ties to even; overflow becomes infinity, NaN too."""
+    magnitude = np.uint32(bits & MAGNITUDE)
+    sign = np.uint32(bits >> np.uint32(16)) & np.uint32(0x8000)
+    even = np.uint32(magnitude >> np.uint32(13)) & np.uint32(1)
+    normal = np.uint32(magnitude - np.uint32(112 << 23) + np.uint32(0xFFF) + even) >> np.uint32(13)
+    # below 2^-14 the unit in the last place is 2^-24, as it is of fp32 numbers in [0.5, 1)
+    tiny = to_bits(to_float(magnitude) + np.float32(0.5)) - np.uint32(126 << 23)
+    rounded = tiny if magnitude < np.uint32(113 << 23) else normal
+    return np.uint16(sign | (np.uint32(0x7C00) if magnitude >= np.uint32(0x477FF000) else rounded))
+
+
+@kernel
+def narrow_brain(bits: Any) -> Any:
+    """Bits of an fp32 number rounded to bf16, ties to even; overflow becomes infinity."""
+    even = np.uint32(bits >> np.uint32(16)) & np.uint32(1)
+    return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + even) >> np.uint32(16))
+
+
+@kernel
+def widen(source: Any, kind: int, out: Any) -> None:
+    """out[: len(source)] = source as bits of fp32."""
+    if kind == F32:
+        for i in range(source.size):
+            out[i] = source[i]
+    elif kind == BF16:
+        for i in range(source.size):
+            out[i] = np.uint32(source[i]) << np.uint32(16)
+    else:
+        for i in range(source.size):
+            out[i] = widen_half(source[i])
+
+
+@kernel
+def narrow(source: Any, kind: int, out: Any) -> None:
+    """out = source[: len(out)], bits of fp32, rounded to the dtype of `kind`."""
+    if kind == F32:
+        for i in range(out.size):
+            out[i] = source[i]
+    elif kind == BF16:
+        for i in range(out.size):
+            out[i] = narrow_brain(source[i])
+    else:
+        for i in range(out.size):
+            out[i] = narrow_half(source[i])
+
+
+@kernel
+def largest(bits: Any) -> Any:
+    """Bits of the largest magnitude among fp32 numbers given as bits; at least INFINITY if one is not finite."""
+    most = np.uint32(0)
+    for i in range(bits.size):  # from 0: an index that cannot be negative is what lets LLVM vectorise
+        magnitude = np.uint32(bits[i] & MAGNITUDE)
+        most = magnitude if magnitude > most else most
+    return most
+
+
+@kernel
+def plain_zeros(out: Any) -> None:
+    """Replace -0.0 by 0.0 in an array of float bits: the sign of a zero would tell what was rounded to it."""
+    for i in range(out.size):
+        out[i] = 0 if out[i] << 1 == 1 << 8 * out.itemsize else out[i]

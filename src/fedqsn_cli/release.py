@@ -1,0 +1,67 @@
+"""The public side of an output: files that may leave the owner, cleaned of what must not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedqsn_cli import strictjson
+from fedqsn_cli.errors import FormatError
+
+# Fields in which libraries note where a file lay or who made it. None of them changes how a model computes.
+PRIVATE_FIELDS = frozenset(
+    {
+        "_name_or_path", "name_or_path", "_commit_hash", "_original_object_hash", "special_tokens_map_file",
+        "tokenizer_file", "vocab_file", "merges_file", "base_model_name_or_path", "_from_auto", "auto_map",
+    }
+)  # fmt: skip
+JSON_COMPANIONS_TO_CLEAN = frozenset(
+    {"tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "added_tokens.json"}
+)
+_ABSOLUTE_PATH = re.compile(r"(?:/[^/\s]+){2,}|[A-Za-z]:\\.+|~/.+|\\\\[^\\]+\\.+|file://.*")
+
+
+def public_config(config: Mapping[str, Any], quantization: dict[str, Any] | None) -> bytes:
+    """config.json of a proxy: without private fields, with the quantization that its weights have.
+
+    Args:
+        config: the owner's config.json.
+        quantization: `quantization_config` for packed weights, None for dense ones.
+    """
+    document = clean(config)
+    document.pop("quantization_config", None)
+    if quantization is not None:
+        document["quantization_config"] = quantization
+    return strictjson.pretty(document).encode()
+
+
+def public_companion(path: Path) -> bytes:
+    """A tokenizer or generation file as it may leave the owner.
+
+    Raises:
+        FormatError: it is not the JSON that its name promises.
+    """
+    data = path.read_bytes()
+    if path.name not in JSON_COMPANIONS_TO_CLEAN:
+        return data
+    document = strictjson.loads(data, path)
+    if not isinstance(document, dict):
+        raise FormatError("not a JSON object", where=path)
+    return strictjson.pretty(clean(document)).encode()
+
+
+def clean(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object without private fields, and without fields whose text is an absolute path."""
+    return {key: _clean(value) for key, value in document.items() if key not in PRIVATE_FIELDS and not _is_path(value)}
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return clean(value)
+    return [_clean(item) for item in value if not _is_path(item)] if isinstance(value, list) else value
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and _ABSOLUTE_PATH.fullmatch(value) is not None

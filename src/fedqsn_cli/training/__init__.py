@@ -1,0 +1,32 @@
+"""What a client does with a proxy: read its data, train the visible units, write the update.
+
+    proxies.py    check a proxy's files
+    tables.py     a JSONL, CSV or Parquet file -> rows
+    data.py       rows -> token ids and targets
+    batching.py   examples -> batches; their loss
+    visible.py    which units are visible, and where they lie in a model's parameters
+    compact.py    the visible part of the parameters, for the optimizer
+    loop.py       AdamW, step by step
+    scoring.py    loss, accuracy, macro F1, perplexity
+    update.py     U = T − P on disk
+    client.py     all of it, as one command
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedqsn_cli.training.client import TrainResult as TrainResult
+    from fedqsn_cli.training.client import client_train as client_train
+
+__all__ = ["TrainResult", "client_train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the command when it is first asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fedqsn_cli.training import client
+
+    return getattr(client, name)

@@ -1,0 +1,225 @@
+"""From rows of a data file to token ids and targets.
+
+    task             columns                   what the loss counts
+    classification   text, label               the label
+                     text, text_pair, label    the label
+    causal-lm        messages                  turns of the assistant, if the chat template marks them; else all tokens
+                     prompt, completion        the completion and the end-of-text token behind it
+                     text                      all tokens
+
+Where a file has the columns of several lines, the first line that it has counts. Other columns are left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedqsn_cli.errors import InputError
+from fedqsn_cli.modeling import Loaded, Task
+from fedqsn_cli.progress import Progress
+from fedqsn_cli.training.batching import IGNORED, Examples, Padding
+from fedqsn_cli.training.tables import Table
+
+_CHUNK = 1000  # rows that the tokenizer gets at once
+_MARKED_TURNS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+Ids = list[int]
+Encoded = tuple[dict[str, Ids], Ids]  # features and targets of one text
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """What decides how text becomes token ids.
+
+    Args:
+        task: classification or causal-lm.
+        tokenizer: the model's tokenizer.
+        inputs: names of inputs that the model takes.
+        label_ids: label -> class id, from the model's config. labels: number of classes.
+        max_length: most tokens of an example.
+    """
+
+    task: Task
+    tokenizer: Any
+    inputs: frozenset[str]
+    label_ids: Mapping[str, int]
+    labels: int
+    max_length: int
+
+    @classmethod
+    def of(cls, loaded: Loaded, max_length: int) -> Encoder:
+        """The encoder of a model, for texts of at most `max_length` tokens or what the model takes, if that is less.
+
+        Raises:
+            InputError: the model is for another task, or has no tokenizer.
+        """
+        if loaded.task not in ("classification", "causal-lm"):
+            raise InputError(
+                f"{type(loaded.model).__name__} is a {loaded.task} model",
+                hint="models for sequence classification and causal language models can be trained and evaluated",
+            )
+        if loaded.tokenizer is None:
+            raise InputError("the model comes without a tokenizer", hint="add its tokenizer files to the model's folder")
+        config = loaded.model.config
+        labels = int(getattr(config, "num_labels", 0)) if loaded.task == "classification" else 0
+        kind = getattr(config, "problem_type", None)
+        if loaded.task == "classification" and (labels < 2 or kind not in (None, "single_label_classification")):
+            raise InputError(f"the model's problem type is {kind or 'regression'}", hint="one label of several is needed")
+        limit = min(max_length, loaded.positions, int(loaded.tokenizer.model_max_length))
+        label_ids = {str(name): int(number) for name, number in (getattr(config, "label2id", None) or {}).items()}
+        return cls(loaded.task, loaded.tokenizer, loaded.inputs, label_ids, labels, limit)
+
+    @property
+    def padding(self) -> Padding:
+        """Ids to fill up batches with."""
+        token = self.tokenizer.pad_token_id
+        if token is None:
+            token = self.tokenizer.eos_token_id or 0  # hidden by the attention mask
+        return Padding(int(token), int(getattr(self.tokenizer, "pad_token_type_id", 0)))
+
+    def encode(self, table: Table, progress: Progress) -> Examples:
+        """Token ids and targets of all rows.
+
+        Raises:
+            DataError: a column is missing, or a row cannot be used.
+        """
+        progress.start(f"reading {table.path.name}", table.rows, "examples")
+        examples = self._classification(table, progress) if self.task == "classification" else self._text(table, progress)
+        progress.finish()
+        if not len(examples):
+            raise table.error("no row holds a text that something can be learnt from")
+        return examples
+
+    def _classification(self, table: Table, progress: Progress) -> Examples:
+        table.require("text", "label", why="classification needs the columns text and label, text_pair if texts come in pairs")
+        targets = [self._label(table, row, value) for row, value in enumerate(table.columns["label"])]
+        texts = table.texts("text")
+        pairs = table.texts("text_pair") if "text_pair" in table.columns else None
+        features: list[dict[str, Ids]] = []
+        for rows in _chunks(table.rows, progress):
+            features += self._tokens(texts[rows], pairs[rows] if pairs else None)
+        for row, feature in enumerate(features):
+            if not feature["input_ids"]:
+                raise table.error("the text is empty", row=row)
+        return Examples(self.task, features, targets)
+
+    def _label(self, table: Table, row: int, value: object) -> int:
+        """Class id of a label: by its name in the model's config, else by its number."""
+        if type(value) is str and value in self.label_ids:
+            number = self.label_ids[value]
+        elif type(value) is int:
+            number = value
+        elif type(value) is str and re.fullmatch(r"\s*\d{1,9}\s*", value):
+            number = int(value)
+        else:
+            known = ", ".join(list(self.label_ids)[:8])
+            shown = repr(value)[:60] if isinstance(value, (str, float, bool)) else "this"
+            raise table.error(f"{shown} is not a label of the model", row=row, hint=f"its labels are {known} or their numbers")
+        if not 0 <= number < self.labels:
+            raise table.error(f"label {number} is out of range", row=row, hint=f"the model has labels 0 to {self.labels - 1}")
+        return number
+
+    def _text(self, table: Table, progress: Progress) -> Examples:
+        if "messages" in table.columns:
+            encoded = self._each(table, progress, self._conversations(table))
+        elif "prompt" in table.columns or "completion" in table.columns:
+            table.require("prompt", "completion", why="a prompt goes with its completion")
+            encoded = self._completions(table, progress)
+        else:
+            table.require("text", why="language models need text, prompt and completion, or messages")
+            encoded = self._plain(table, progress)
+        return self._learnable(encoded)
+
+    def _learnable(self, encoded: Sequence[Encoded]) -> Examples:
+        """Leave out texts in which no token is predicted from another one."""
+        kept = [(features, targets) for features, targets in encoded if any(x != IGNORED for x in targets[1:])]
+        features = [_pick(item, self.inputs) for item, _ in kept]
+        return Examples(self.task, features, [[IGNORED, *targets[1:]] for _, targets in kept], len(encoded) - len(kept))
+
+    def _plain(self, table: Table, progress: Progress) -> list[Encoded]:
+        texts = table.texts("text")
+        encoded: list[Encoded] = []
+        for rows in _chunks(table.rows, progress):
+            encoded += [(feature, feature["input_ids"]) for feature in self._tokens(texts[rows], None)]
+        return encoded
+
+    def _completions(self, table: Table, progress: Progress) -> list[Encoded]:
+        prompts, completions = table.texts("prompt"), table.texts("completion")
+        end = self.tokenizer.eos_token_id
+        encoded: list[Encoded] = []
+        for rows in _chunks(table.rows, progress):
+            before = self.tokenizer(prompts[rows], add_special_tokens=True)["input_ids"]
+            after = self.tokenizer(completions[rows], add_special_tokens=False)["input_ids"]
+            encoded += [self._joined(prompt, reply, end) for prompt, reply in zip(before, after, strict=True)]
+        return encoded
+
+    def _joined(self, prompt: Ids, reply: Ids, end: int | None) -> Encoded:
+        """Prompt and reply as one text. What is too long loses the middle of the prompt first, then the reply's end."""
+        if end is not None:
+            prompt = prompt[:-1] if prompt and prompt[-1] == end else prompt
+            reply = reply if reply and reply[-1] == end else [*reply, end]
+        reply = reply[: self.max_length - 1]
+        room = self.max_length - len(reply)
+        if len(prompt) > room:
+            head = 1 if prompt[0] in self.tokenizer.all_special_ids and room > 1 else 0
+            prompt = prompt[:head] + prompt[len(prompt) - (room - head) :]
+        ids = prompt + reply
+        return {"input_ids": ids, "attention_mask": [1] * len(ids)}, [IGNORED] * len(prompt) + reply
+
+    def _conversations(self, table: Table) -> Callable[[int], Encoded]:
+        """How to encode the conversation of a row. Raises DataError when there is no chat template."""
+        template = self.tokenizer.chat_template
+        if not template:
+            raise table.error("the model's tokenizer has no chat template", hint="give prompt and completion, or text")
+        marked = isinstance(template, str) and _MARKED_TURNS.search(template) is not None
+
+        def encode(row: int) -> Encoded:
+            messages = table.columns["messages"][row]
+            if not _is_conversation(messages):
+                raise table.error("messages is not a list of objects with a role and a content", row=row)
+            try:
+                tokens = self.tokenizer.apply_chat_template(
+                    messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=marked,
+                    truncation=True, max_length=self.max_length,
+                )  # fmt: skip
+            except Exception as error:  # templates raise errors of their own about what they do not take
+                raise table.error(f"the chat template refuses it ({str(error).splitlines()[0][:150]})", row=row) from None
+            ids = list(tokens["input_ids"])
+            learnt = tokens["assistant_masks"] if marked else [1] * len(ids)
+            targets = [token if counts else IGNORED for token, counts in zip(ids, learnt, strict=True)]
+            return {"input_ids": ids, "attention_mask": [1] * len(ids)}, targets
+
+        return encode
+
+    def _each(self, table: Table, progress: Progress, encode: Callable[[int], Encoded]) -> list[Encoded]:
+        return [encode(row) for rows in _chunks(table.rows, progress) for row in range(*rows.indices(table.rows))]
+
+    def _tokens(self, texts: list[str], pairs: list[str] | None) -> list[dict[str, Ids]]:
+        """Inputs of some texts, cut to length."""
+        encoded = self.tokenizer(texts, pairs, truncation=True, max_length=self.max_length)
+        columns = _pick(dict(encoded), self.inputs)
+        return [{name: values[row] for name, values in columns.items()} for row in range(len(texts))]
+
+
+def _pick(features: Mapping[str, Any], inputs: frozenset[str]) -> dict[str, Any]:
+    return {name: value for name, value in features.items() if name in inputs}
+
+
+def _is_conversation(messages: object) -> bool:
+    """A list of turns, each an object with a role?"""
+    return (
+        isinstance(messages, list)
+        and bool(messages)
+        and all(isinstance(turn, dict) and isinstance(turn.get("role"), str) and "content" in turn for turn in messages)
+    )
+
+
+def _chunks(rows: int, progress: Progress) -> Iterator[slice]:
+    """Runs of rows, told to `progress` when they are done."""
+    for first in range(0, rows, _CHUNK):
+        part = slice(first, min(first + _CHUNK, rows))
+        yield part
+        progress.advance(part.stop - part.start)

@@ -1,0 +1,205 @@
+"""The training loop: AdamW with linear warm-up and decay on the visible units of a proxy.
+
+One step is `gradient_accumulation` batches; the loss of a step is the mean over everything that counts in them
+(examples, or tokens), so that how a step is cut into batches does not change what it means.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fedqsn_cli.errors import InputError
+from fedqsn_cli.progress import Progress
+from fedqsn_cli.training.batching import Batch, Examples, Padding, collate, loss_sum, shuffled
+from fedqsn_cli.training.compact import VisibleParameters
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How to train.
+
+    Args:
+        epochs: passes over the data, not necessarily whole ones.
+        max_steps: most optimizer steps, None for as many as epochs need.
+        lr: learning rate after warm-up.
+        warmup_ratio: share of all steps in which the learning rate rises.
+        batch_size: examples a batch. gradient_accumulation: batches a step.
+        max_grad_norm: gradients of all leaves together are clipped to this norm.
+        precision: fp32, or bf16 for mixed precision (weights stay fp32).
+        seed: decides the order of examples and dropout; never what is hidden.
+    """
+
+    epochs: float = 1.0
+    max_steps: int | None = None
+    lr: float = 5e-5
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    batch_size: int = 16
+    gradient_accumulation: int = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+
+    def steps(self, examples: int) -> int:
+        """Optimizer steps for a number of examples, at least one."""
+        batches = math.ceil(examples / self.batch_size)
+        steps = max(1, math.ceil(self.epochs * math.ceil(batches / self.gradient_accumulation)))
+        return min(steps, self.max_steps or steps)
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of a step (0 .. steps - 1): up linearly, then down linearly, never 0."""
+        warmup = math.ceil(self.warmup_ratio * steps)
+        if step < warmup:
+            return self.lr * (step + 1) / (warmup + 1)
+        return self.lr * (steps - step) / max(1, steps - warmup)
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What training did.
+
+    Args:
+        steps: optimizer steps. examples: different examples that took part.
+        first_loss, last_loss: mean loss in nats over the first and the last tenth of the steps.
+        seconds: wall time of all steps.
+    """
+
+    steps: int
+    examples: int
+    first_loss: float
+    last_loss: float
+    seconds: float
+
+
+def train(
+    model: Any, examples: Examples, masks: Mapping[str, Tensor], recipe: Recipe, padding: Padding, progress: Progress
+) -> Trained:
+    """Train the visible units of a model in place.
+
+    Args:
+        model: fp32, on the device to train on.
+        masks: bool masks of parameters with hidden units, True where visible.
+
+    Raises:
+        InputError: the loss is no longer a number.
+    """
+    visible = VisibleParameters(model, masks)
+    optimizer = make_optimizer(visible, recipe)
+    steps = recipe.steps(len(examples))
+    losses: list[float] = []
+    seen: set[int] = set()
+    progress.start("training", steps, "steps")
+    began = time.monotonic()
+    done = 0
+    with _repeatable(model.device, recipe.seed):
+        model.train()
+        for step, window in zip(range(steps), _windows(examples, recipe), strict=False):
+            rate = recipe.rate(step, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            losses.append(_backward(model, examples, window, recipe, padding))
+            if not math.isfinite(losses[-1]):
+                raise InputError(f"the loss is {losses[-1]} at step {step + 1}", hint="lower --lr, or use --precision fp32")
+            visible.pull_gradients()
+            torch.nn.utils.clip_grad_norm_(visible.leaves, recipe.max_grad_norm)
+            optimizer.step()
+            visible.push_values()
+            seen.update(row for rows in window for row in rows)
+            done += sum(map(len, window))
+            progress.advance(1, loss=losses[-1], examples_per_s=done / (time.monotonic() - began))
+        model.eval()
+    progress.finish()
+    tenth = max(1, steps // 10)
+    first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+    return Trained(steps, len(seen), first, last, time.monotonic() - began)
+
+
+def make_optimizer(visible: VisibleParameters, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW over the leaves, biases and norms without decay, all tensors in one fused kernel."""
+    groups = [
+        {"params": visible.decayed, "weight_decay": recipe.weight_decay},
+        {"params": visible.undecayed, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=recipe.lr, fused=True)
+
+
+def _windows(examples: Examples, recipe: Recipe) -> Iterator[list[list[int]]]:
+    """The batches of each step, epoch after epoch without end."""
+    lengths, epoch = examples.lengths, 0
+    while True:
+        batches = shuffled(lengths, recipe.batch_size, seed=recipe.seed, epoch=epoch)
+        for first in range(0, len(batches), recipe.gradient_accumulation):
+            yield batches[first : first + recipe.gradient_accumulation]
+        epoch += 1
+
+
+def _backward(model: Any, examples: Examples, window: list[list[int]], recipe: Recipe, padding: Padding) -> float:
+    """Add up the gradients of a step's batches; returns the step's mean loss."""
+    batches = [collate(examples, rows, padding) for rows in window]
+    count = sum(batch.count for batch in batches)
+    total = 0.0
+    for batch in batches:
+        loss = _loss(model, examples, batch.to(model.device), recipe.precision) / count
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def _loss(model: Any, examples: Examples, batch: Batch, precision: str) -> Tensor:
+    kind = model.device.type
+    with torch.autocast(kind, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        logits = model(**batch.inputs, **extra_inputs(model)).logits
+    return loss_sum(examples.task, logits, batch.targets)
+
+
+def extra_inputs(model: Any) -> dict[str, Any]:
+    """Arguments that keep a decoder from collecting keys and values nobody uses."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
+def choose_precision(name: str, device: torch.device) -> Literal["fp32", "bf16"]:
+    """Mixed precision where the hardware computes bf16 faster than fp32; `auto` is the only choice that looks.
+
+    On a CPU without bf16 instructions bf16 is emulated, and many times slower.
+    """
+    if name != "auto":
+        return "bf16" if name == "bf16" else "fp32"
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if _cpu_has_bf16() else "fp32"
+
+
+def _cpu_has_bf16() -> bool:
+    """Does the CPU multiply bf16 matrices itself (AVX512-BF16, AMX; on ARM whatever oneDNN takes)?"""
+    import platform
+
+    if platform.machine() in ("x86_64", "AMD64"):
+        tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, test, bool)() for test in tests)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if torch.backends.mkldnn.is_available() else False
+
+
+@contextmanager
+def _repeatable(device: torch.device, seed: int) -> Iterator[None]:
+    """Make dropout, and on a GPU every kernel, give the same result for the same seed; put all back afterwards."""
+    cuda = device.type == "cuda"
+    if cuda:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, when it is first used
+    strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with torch.random.fork_rng(devices=[device] if cuda else []):
+        torch.manual_seed(seed % 2**63)
+        torch.use_deterministic_algorithms(strict or cuda, warn_only=warn or cuda)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(strict, warn_only=warn)

@@ -1,0 +1,76 @@
+"""How good a model is on examples: loss, accuracy, macro F1, perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fedqsn_cli.errors import InputError
+from fedqsn_cli.modeling import Task
+from fedqsn_cli.progress import Progress
+from fedqsn_cli.training.batching import Examples, Padding, collate, in_order, loss_sum
+from fedqsn_cli.training.loop import extra_inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """How good a model is.
+
+    Args:
+        task: what was measured.
+        examples: how many took part.
+        loss: mean negative log-likelihood in nats, over examples (classification) or over tokens (causal-lm).
+        accuracy, macro_f1: 0 to 1, for classification. The macro F1 averages over all classes that occur in the data or
+            in the answers.
+        perplexity: exp(loss), for causal-lm.
+    """
+
+    task: Task
+    examples: int
+    loss: float
+    accuracy: float | None
+    macro_f1: float | None
+    perplexity: float | None
+
+
+@torch.inference_mode()
+def score(model: Any, examples: Examples, *, batch_size: int, padding: Padding, progress: Progress) -> Evaluation:
+    """Measure a model, in its own precision and on its own device.
+
+    Raises:
+        InputError: the loss is not a number.
+    """
+    progress.start("evaluating", len(examples), "examples")
+    total, count = 0.0, 0
+    answers: list[int] = []
+    truths: list[int] = []
+    model.eval()
+    for rows in in_order(examples.lengths, batch_size):
+        batch = collate(examples, rows, padding).to(model.device)
+        logits = model(**batch.inputs, **extra_inputs(model)).logits
+        total += loss_sum(examples.task, logits, batch.targets).item()
+        count += batch.count
+        if examples.task == "classification":
+            answers += logits.argmax(dim=-1).tolist()
+            truths += batch.targets.tolist()
+        progress.advance(len(rows), loss=total / count)
+    progress.finish()
+    loss = total / count
+    if not math.isfinite(loss):
+        raise InputError(f"the model's loss is {loss}, not a number", hint="its weights may be damaged")
+    if examples.task == "classification":
+        right = sum(answer == truth for answer, truth in zip(answers, truths, strict=True))
+        return Evaluation(examples.task, len(examples), loss, right / count, macro_f1(truths, answers), None)
+    perplexity = math.exp(min(loss, 700.0))  # beyond, it is larger than any float
+    return Evaluation(examples.task, len(examples), loss, None, None, perplexity)
+
+
+def macro_f1(truths: list[int], answers: list[int]) -> float:
+    """Mean over classes of 2 · hits / (times true + times answered), over classes that are true or answered at all."""
+    hits = Counter(truth for truth, answer in zip(truths, answers, strict=True) if truth == answer)
+    times = Counter(truths) + Counter(answers)
+    return sum(2 * hits[label] / times[label] for label in times) / len(times)

@@ -1,0 +1,112 @@
+"""The update that goes back: U = T − P on visible units, tensor by tensor, and its manifest.
+
+    T   the trained proxy, P the proxy as it came, both dense fp32 in the checkpoint's own names and shapes
+    U   the shape of the tensor, with the number of visible units in the place of the number of units; (visible,) where
+        single elements are units
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedqsn_cli.artifacts import UPDATE_MANIFEST, UPDATE_TENSORS, UpdateManifest, manifest_bytes
+from fedqsn_cli.checkpoint import ArtifactWriter, TensorSpec
+from fedqsn_cli.errors import InputError
+from fedqsn_cli.modeling import stored_tensors
+from fedqsn_cli.units import UnitMask
+
+UpdateFormat = Literal["fp32", "bf16", "fp16"]
+
+_DTYPES: dict[str, tuple[str, torch.dtype]] = {
+    "fp32": ("F32", torch.float32),
+    "bf16": ("BF16", torch.bfloat16),
+    "fp16": ("F16", torch.float16),
+}
+_STEM = UPDATE_TENSORS.removesuffix(".safetensors")
+
+
+def write_tensors(
+    writer: ArtifactWriter, model: Any, dense: Mapping[str, Tensor], visible: Mapping[str, UnitMask], form: UpdateFormat
+) -> None:
+    """Write update.safetensors.
+
+    Args:
+        model: the trained model, T.
+        dense: the proxy's tensors as they came, P.
+        visible: visible units of masked tensors.
+        form: precision of the update.
+
+    Raises:
+        InputError: a value is not finite in that precision.
+    """
+    tag, dtype = _DTYPES[form]
+    specs = [TensorSpec(name, tag, update_shape(dense[name], visible.get(name))) for name in _floats(dense)]
+    sink = writer.tensors(_STEM, specs, max_shard_bytes=None, metadata={"format": "pt"})
+    trained = stored_tensors(model, _floats(dense))
+    for name in _floats(dense):
+        sink.write(name, 0, _bits(name, _difference(trained.get(name), dense[name], visible.get(name)), dtype))
+    sink.close()
+
+
+def write_manifest(writer: ArtifactWriter, **facts: Any) -> None:
+    """Write update.json; `facts` are the fields of UpdateManifest without `files`. Nothing in it is private."""
+    files = {UPDATE_TENSORS: writer.digests[UPDATE_TENSORS]}
+    writer.add_bytes(UPDATE_MANIFEST, manifest_bytes(UpdateManifest(**facts, files=files)))
+
+
+def update_shape(tensor: Tensor, mask: UnitMask | None) -> tuple[int, ...]:
+    """Shape of a tensor in the update."""
+    shape = tuple(tensor.shape)
+    if mask is None:
+        return shape
+    lead, rows, cols = mask.view
+    visible = int(mask.marks.sum()) // (1 if mask.axis == "element" else lead)
+    if mask.axis == "element" or len(shape) == 1:
+        return (visible,)
+    matrix = (visible, cols) if mask.axis == "row" else (rows, visible)
+    if shape == (rows, cols):
+        return matrix
+    return (lead, visible) if len(shape) == 2 else (lead, *matrix)  # a bias of each slice, or a stack of matrices
+
+
+def _floats(dense: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that an update has, in their order in the file: that of their names."""
+    return sorted(name for name, tensor in dense.items() if tensor.is_floating_point())
+
+
+def _difference(trained: Tensor | None, before: Tensor, mask: UnitMask | None) -> Tensor:
+    """U of one tensor in fp32; zeros for a buffer that the architecture has no use for."""
+    if trained is None:
+        return torch.zeros(update_shape(before, mask))
+    whole = trained.detach().float().cpu() - before.float()
+    if mask is None:
+        return whole
+    lead, rows, cols = mask.view
+    marks = torch.from_numpy(mask.marks)
+    if mask.axis == "element":
+        return whole.reshape(-1)[marks]
+    if mask.axis == "row":
+        return whole.reshape(lead * rows, cols)[marks]
+    return torch.stack([part[:, shown] for part, shown in zip(whole.reshape(mask.view), marks, strict=True)])
+
+
+def _bits(name: str, update: Tensor, dtype: torch.dtype) -> NDArray[Any]:
+    """An update as it is stored, rounded once to nearest even."""
+    rounded = update.to(dtype).contiguous()
+    if not bool(rounded.isfinite().all()):
+        raise InputError(f"the update of {name} is not finite", hint="lower --lr, or use --update-format fp32")
+    flat = rounded.reshape(-1)
+    bits: NDArray[Any] = flat.numpy() if dtype == torch.float32 else flat.view(torch.int16).numpy().view(np.uint16)
+    return bits
+
+
+def parameters(dense: Mapping[str, Tensor], visible: Mapping[str, UnitMask]) -> int:
+    """How many numbers an update of this proxy holds."""
+    return sum(math.prod(update_shape(dense[name], visible.get(name))) for name in _floats(dense))

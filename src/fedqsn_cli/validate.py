@@ -1,0 +1,42 @@
+"""Small checks of option values, shared by the commands and the functions behind them.
+
+Each takes the value and the name to blame, returns the value, and raises InputError when it cannot be used.
+None of them looks at a file. Ratios and client ids are checked in `masking`, where they matter most.
+"""
+
+from __future__ import annotations
+
+import math
+
+from fedqsn_cli.errors import InputError
+
+SMALLEST_BLOCK, LARGEST_BLOCK = 32, 4096  # values per absmax: bitsandbytes' own range
+
+
+def block_size(value: int, where: str) -> int:
+    """Values that share one absmax: a power of two from 32 to 4096."""
+    if not SMALLEST_BLOCK <= value <= LARGEST_BLOCK or value & (value - 1):
+        hint = f"give a power of two from {SMALLEST_BLOCK} to {LARGEST_BLOCK}, such as 64"
+        raise InputError(f"{value} is not a block size", where=where, hint=hint)
+    return value
+
+
+def at_least(least: float, value: float, where: str) -> float:
+    """A finite number, `least` or more."""
+    if not (math.isfinite(value) and value >= least):
+        raise InputError(f"{value:g} is not {least:g} or more", where=where, hint="give a larger number")
+    return value
+
+
+def more_than_zero(value: float, where: str) -> float:
+    """A finite number above zero."""
+    if not (math.isfinite(value) and value > 0):
+        raise InputError(f"{value:g} is not a positive number", where=where, hint="give a number above 0")
+    return value
+
+
+def up_to_one(value: float, where: str) -> float:
+    """A number from 0 to 1, both allowed."""
+    if not 0.0 <= value <= 1.0:
+        raise InputError(f"{value:g} is out of range", where=where, hint="give a number from 0 to 1")
+    return value

@@ -1,0 +1,48 @@
+"""Run `fedqsn` for a test: in this process (fast), or as a process of its own (the real thing)."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedqsn_cli.cli import app
+
+SOURCES = Path(app.__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run(*arguments: str | Path) -> Outcome:
+    """Run a command in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = app.run([str(argument) for argument in arguments])
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a child process that finds these sources."""
+    return os.environ | {"PYTHONPATH": str(SOURCES), "PYTHONWARNINGS": ""} | more
+
+
+def command(*arguments: str | Path) -> list[str]:
+    """The words that start `fedqsn` as a process."""
+    return [sys.executable, "-m", "fedqsn_cli", *map(str, arguments)]
+
+
+def process(*arguments: str | Path, **environ: str) -> Outcome:
+    """Run a command as a process."""
+    done = subprocess.run(command(*arguments), env=environment(**environ), capture_output=True, text=True, timeout=120)
+    return Outcome(done.returncode, done.stdout, done.stderr)

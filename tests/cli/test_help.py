@@ -1,0 +1,103 @@
+"""The help: quick, light, complete, and the same as in docs/commands/."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cli.running import environment, process, run
+from fedqsn_cli.cli.app import COMMANDS, build, function_of, help_of
+
+HEAVY = ("torch", "numpy", "numba", "pydantic", "transformers", "datasets", "huggingface_hub", "rich", "bitsandbytes")
+ROOT = Path(__file__).parents[2]
+
+
+def context(command: str, arguments: list[str]) -> object:
+    return build(command).make_context(f"fedqsn {command}", arguments)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["export-proxy", "--help"], ["client-train", "-h"], ["--version"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    script = f"import sys; from fedqsn_cli.cli.app import main; main({arguments}); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=True)
+    modules = set(done.stdout.splitlines()[-1].split())
+    assert modules.isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["export-proxy", "--help"]])
+def test_help_takes_less_than_a_quarter_of_a_second(arguments: list[str]) -> None:
+    def seconds() -> float:
+        begin = time.perf_counter()
+        assert process(*arguments).code == 0
+        return time.perf_counter() - begin
+
+    assert min(seconds() for _ in range(5)) < 0.25
+
+
+def test_the_program_lists_every_command() -> None:
+    outcome = run("--help")
+    assert outcome.code == 0
+    for command in COMMANDS:
+        assert f"\n  {command} " in outcome.out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_explained_and_in_a_group(command: str) -> None:
+    text = help_of(command)
+    built = build(command)
+    for param in built.params:
+        assert param.help, param.name
+        if param.param_type_name == "option":
+            assert param.rich_help_panel, param.name
+            assert f"\n{param.rich_help_panel}:\n" in text
+            assert max(param.opts, key=len) in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_example_is_one_that_the_command_accepts(command: str) -> None:
+    examples = str(function_of(command).__doc__).split("Examples:")[1].replace("\\\n", " ").strip().splitlines()
+    assert examples
+    for example in examples:
+        words = shlex.split(example)
+        assert words[:2] == ["fedqsn", command]
+        context(command, words[2:])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_json_and_quiet(command: str) -> None:
+    options = {name for param in build(command).params for name in param.opts}
+    assert {"--json", "--quiet", "-q"} <= options
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_a_screen_of_100_columns(command: str) -> None:
+    too_long = [line for line in help_of(command).splitlines() if len(line) > 100]
+    assert [line for line in too_long if not line.startswith("  fedqsn")] == []
+
+
+def test_the_documentation_says_what_the_help_says() -> None:
+    script = ROOT / "docs" / "generate.py"
+    done = subprocess.run([sys.executable, script, "--check"], env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_shells_can_complete_commands_and_options() -> None:
+    words = {"_FEDQSN_COMPLETE": "complete_bash", "COMP_WORDS": "fedqsn export-proxy --dou", "COMP_CWORD": "2"}
+    assert process(**words).out.split() == ["--double-quant"]
+
+
+def test_a_terminal_gets_no_colour_when_no_color_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal:
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\033[1mUsage:" in help_of("mask")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\033" not in help_of("mask")
