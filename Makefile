@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY) ## play a federated job on a real model (about 10 minutes)
-	@PATH="$(BIN):$$PATH" examples/quickstart/demo.sh
+	@PATH="$(BIN):$$PATH" examples/quickstart/run.sh
 
 test: $(READY) ## run the tests; choose with ARGS="-k merge"
 	@$(BIN)/python -m pytest -q $(ARGS)

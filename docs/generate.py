@@ -1,4 +1,4 @@
-"""Write docs/commands/: one page a command, taken from its own --help. `--check` only says whether they are up to date."""
+"""Write docs/commands/, a page a command, from its own --help. `--check` only tells whether they are up to date."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}  # the same text on every terminal
 
-from fedqsn_cli.cli.app import COMMANDS, function_of, help_of  # noqa: E402
+from fedqsn_cli.cli.app import COMMANDS, function_of, help_of
 
 FOLDER = Path(__file__).parent / "commands"
 

@@ -83,7 +83,7 @@ def _unpacked(checkpoint: Checkpoint, name: str, logical: LogicalTensor, kind: s
     """A packed weight in its own shape and dtype."""
     assert logical.packing is not None
     scales = read_scales(checkpoint, name)
-    out = np.empty(logical.shape, _BITS[logical.dtype])
+    out = np.empty(logical.packing.shape, _BITS[logical.dtype])
     try:
         if logical.packing.kind == "pack8":
             kernels.dequantize_int8(checkpoint.read(name), scales.absmax, logical.dtype, out)

@@ -60,8 +60,8 @@ class Inspection:
     Args:
         kind: "global model", "proxy", "job key" and so on.
         facts: what its manifest, or the file itself, says; plain values.
-        shares: share of all parameters that are, or in a proxy would be, masked and quantized, masked only, quantized
-            only, in the clear. With what `shares_as`: that quantization.
+        shares: share of all parameters that ship masked and quantized, masked only, quantized only, in the clear.
+        presumed: the quantization that `shares` presumes, for a model that was not quantized yet.
         clear: what is in the clear, the largest first.
         unknown: tensors that no rule knows; they are never shipped before a rule is given.
         releases: the lines of a ledger.
@@ -74,7 +74,7 @@ class Inspection:
     facts: dict[str, Any] = field(default_factory=dict)
     contents: Contents | None = None
     shares: dict[str, float] | None = None
-    shares_as: Quantization | None = None
+    presumed: Quantization | None = None
     clear: tuple[ClearTensors, ...] = ()
     unknown: tuple[str, ...] = ()
     releases: tuple[ledger.Release, ...] = ()
@@ -171,7 +171,7 @@ def _update(source: Source) -> Inspection:
     manifest = artifacts.read_manifest(source.path, UpdateManifest)
     facts = manifest.model_dump(mode="json", exclude={"format", "files", "losses"})
     facts["losses"] = manifest.losses.model_dump(mode="json")
-    return Inspection("update", str(source.path), facts, _stored(read_header(source.path / artifacts.UPDATE_TENSORS)))
+    return Inspection("update", source.reference, facts, _stored(read_header(source.path / artifacts.UPDATE_TENSORS)))
 
 
 def _proxy(source: Source) -> Inspection:
@@ -187,9 +187,10 @@ def _proxy(source: Source) -> Inspection:
         for row in rows
         if row.masked
     )
-    facts = manifest.model_dump(mode="json", exclude={"format", "groups", "tensors", "files", "quantization"})
-    facts |= {"groups": len(manifest.groups), "hidden": hidden / max(1, contents.parameters)}
-    found = Inspection("proxy", str(source.path), facts, contents, plan=tuple(rows))
+    facts = manifest.model_dump(mode="json", exclude={"format", "groups", "tensors", "files"})
+    facts |= {"quantization": manifest.quantization, "groups": len(manifest.groups)}
+    facts |= {"hidden": hidden / max(1, contents.parameters)}
+    found = Inspection("proxy", source.reference, facts, contents, plan=tuple(rows))
     return _with_shares(found, rows, manifest.quantization)
 
 
@@ -223,17 +224,19 @@ def _model(source: Source, axis: str | None, overrides: str | Path | None) -> In
         tensors = logical_tensors(checkpoint)
         contents = _contents(tensors, checkpoint.total_bytes)
         config = checkpoint.config
-    kind = manifest.kind.replace("-", " ") if manifest else "global model"
+    quantization = manifest.quantization if manifest else None
+    kind = ("quantized " if quantization else "") + (manifest.kind.replace("-", " ") if manifest else "global model")
     facts: dict[str, Any] = {"architecture": (config or {}).get("architectures"), "revision": source.revision}
     if manifest is not None:
         facts |= _from_manifest(manifest, tensors)
-    found = Inspection(kind, str(source.path), {k: v for k, v in facts.items() if v is not None}, contents)
+    found = Inspection(kind, source.reference, {k: v for k, v in facts.items() if v is not None}, contents)
     try:
         plan = _plan(tensors, config, manifest, axis, overrides)
     except PlanError as error:
         return replace(found, problem=str(error))
-    quantization = manifest.quantization if manifest else None
     found = replace(found, plan=plan.tensors, unknown=tuple(tensor.name for tensor in plan.unknown))
+    if quantization is None:
+        found = replace(found, presumed=_USUAL)
     return _with_shares(found, plan.tensors, quantization or _USUAL)
 
 
@@ -264,14 +267,15 @@ def _from_manifest(manifest: ModelManifest, tensors: dict[str, LogicalTensor]) -
             if (units := manifest.tensors.get(name)) is not None
         )
         facts["groups"] = len(manifest.groups)
-        facts["hidden"] = hidden / max(1, sum(math.prod(tensor.shape) for tensor in tensors.values()))
+        word = "hidden" if manifest.kind == "server-model" else "hidden_by_server"
+        facts[word] = hidden / max(1, sum(math.prod(tensor.shape) for tensor in tensors.values()))
     return facts
 
 
 def _with_shares(found: Inspection, rows: Sequence[TensorPlan], how: Quantization | None) -> Inspection:
     clear = [row for row in rows if not row.masked and not (row.quantized and how is not None)]
     total = max(1, sum(math.prod(row.shape) for row in rows))
-    return replace(found, shares=clear_shares(rows, how), shares_as=how, clear=_collapsed(clear, total))
+    return replace(found, shares=clear_shares(rows, how), clear=_collapsed(clear, total))
 
 
 def _collapsed(rows: Iterable[TensorPlan], total: int) -> tuple[ClearTensors, ...]:

@@ -27,14 +27,14 @@ __all__ = ["Loaded", "Task", "build_model", "choose_device", "load_dense", "load
 
 Task = Literal["classification", "causal-lm", "masked-lm", "seq2seq"]
 
-# Ends of architecture names, their task, and the class of transformers that finds the model.
-TASKS: tuple[tuple[str, Task, str], ...] = (
-    ("ForSequenceClassification", "classification", "AutoModelForSequenceClassification"),
-    ("ForCausalLM", "causal-lm", "AutoModelForCausalLM"),
-    ("LMHeadModel", "causal-lm", "AutoModelForCausalLM"),
-    ("ForMaskedLM", "masked-lm", "AutoModelForMaskedLM"),
-    ("ForConditionalGeneration", "seq2seq", "AutoModelForSeq2SeqLM"),
-)
+# Ends of architecture names, and what such a model is for.
+TASKS: dict[str, Task] = {
+    "ForSequenceClassification": "classification",
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForMaskedLM": "masked-lm",
+    "ForConditionalGeneration": "seq2seq",
+}
 
 # Fields of config.json that would make transformers load code or kernels from elsewhere, or packed weights.
 _REFUSED_FIELDS = (
@@ -71,7 +71,7 @@ class Loaded(NamedTuple):
 
 
 def task_of(config: Mapping[str, Any] | None, where: object) -> tuple[Task, str]:
-    """The task of a model and the auto class that builds it, from the architecture in its config.json.
+    """The task and the architecture of a model, from its config.json.
 
     Raises:
         InputError: there is no config.json, or its architecture is for something else.
@@ -82,11 +82,10 @@ def task_of(config: Mapping[str, Any] | None, where: object) -> tuple[Task, str]
     name = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
     if not isinstance(name, str):
         raise InputError("config.json does not name one architecture", where=where, hint="save the model with its head")
-    for ending, task, auto in TASKS:
+    for ending, task in TASKS.items():
         if name.endswith(ending):
-            return task, auto
-    endings = ", ".join(ending for ending, _, _ in TASKS)
-    raise InputError(f"architecture {name} has no head that can be used", where=where, hint=f"heads: {endings}")
+            return task, name
+    raise InputError(f"architecture {name} has no head that can be used", where=where, hint=f"heads: {', '.join(TASKS)}")
 
 
 def load_model(
@@ -119,33 +118,32 @@ def build_model(
     Parameters may share memory with `state`. Raises InputError, also when a tensor is missing or too many: no part of
     the model is ever left at random values.
     """
-    task_of(config, where)
+    _, architecture = task_of(config, where)
     with quiet():
+        kind = _model_class(architecture, where)
         try:
-            import transformers
-
-            auto = getattr(transformers, task_of(config, where)[1])
-            model, report = auto.from_pretrained(
-                None, config=_clean_config(config, where), state_dict=dict(state), dtype=dtype, output_loading_info=True
+            model, report = kind.from_pretrained(
+                None, config=_clean_config(config, kind), state_dict=dict(state), dtype=dtype, output_loading_info=True
             )
-        except InputError:
-            raise
         except Exception as error:  # a config may ask for anything
             raise InputError(f"transformers cannot build the model ({_first_line(error)})", where=where) from None
     _check_report(report, state, where)
-    if type(model).__name__ != config["architectures"][0]:
-        raise InputError(f"architecture {config['architectures'][0]} cannot be built", where=where)
     return model
 
 
-def _clean_config(config: Mapping[str, Any], where: object) -> Any:
-    """transformers' config object, without fields that fetch or run something."""
-    from transformers import CONFIG_MAPPING
+def _model_class(architecture: str, where: object) -> Any:
+    """The class of transformers itself that has this name. Raises InputError."""
+    import transformers
 
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise InputError(f"model type {kind!r} is not one that transformers knows", where=where)
-    return CONFIG_MAPPING[kind].from_dict(_without_refused(dict(config)))
+    kind = getattr(transformers, architecture, None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise InputError(f"transformers has no architecture {architecture}", where=where, hint="custom code is never run")
+    return kind
+
+
+def _clean_config(config: Mapping[str, Any], kind: Any) -> Any:
+    """transformers' config object, without fields that fetch or run something."""
+    return kind.config_class.from_dict(_without_refused(dict(config)))
 
 
 def _without_refused(value: Any) -> Any:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fedqsn_cli import keyfile
+from fedqsn_cli import keyfile, validate
 from fedqsn_cli.artifacts import Fill, GroupCount, ModelManifest, PublicBase, Quantization, SourceRecord, Units
 from fedqsn_cli.errors import InputError, KeyFileError
 from fedqsn_cli.jobmasks import ServerMasks
@@ -20,9 +18,9 @@ from fedqsn_cli.keyfile import Job
 from fedqsn_cli.logical import OpenModel, open_model
 from fedqsn_cli.masking import hidden_count
 from fedqsn_cli.plan import TensorPlan, load_overrides
+from fedqsn_cli.twins import refuse_twins
 
 METADATA = {"format": "pt"}
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -82,12 +80,16 @@ def open_work(
         raise InputError("this model carries a client mask already", where=source, hint="give the server model")
     if model.is_quantized and server is None:
         raise InputError("this model was quantized before it was masked", where=source, hint="mask it first")
-    if server is not None and known is None:
+    if server is None:
+        refuse_twins(model.checkpoint, model.plan)
+    elif known is None:
         raise KeyFileError("there is no key", where=key, hint="a server model needs the key it was masked with")
     if server is not None:
         _agreed("--axis", axis, server.axis, None)
         _agreed("--plan", overrides if plan is not None else None, server.overrides, None)
     job, new = keyfile.open_or_draw(key, p1=p1, axis=model.plan.axis, plan=model.plan)
+    if fill not in {None, "zero", "base"}:
+        raise InputError(f"unknown fill {fill!r}", where="--fill", hint="zero or base")
     chosen = _agreed("--fill", fill, server.fill if server else None, "zero")
     scaled = _agreed("--rescale", rescale, server.rescale if server and server.fill == "zero" else None, True)
     if server is not None and server.job != job.commitment:
@@ -135,8 +137,7 @@ def model_manifest(
 ) -> ModelManifest:
     """`fedqsn.json` of a model that was masked."""
     model, plan = work.model, work.model.plan
-    old = model.manifest
-    base = old.public_base if old and old.public_base else public_base(work.base, base_digest)
+    base = public_base(work, base_digest)
     return ModelManifest.model_validate(
         {
             "kind": kind,
@@ -157,14 +158,20 @@ def model_manifest(
     )
 
 
-def public_base(base: OpenModel | None, digest: str | None) -> PublicBase | None:
-    """The record of a public base: a hub reference with its commit, never a local path."""
-    if base is None or digest is None:
+def public_base(work: Work, digest: str | None) -> PublicBase | None:
+    """The record of the public base: a hub reference with its commit, never a local path.
+
+    Raises:
+        InputError: it is not the one that the server model was filled with.
+    """
+    if work.base is None or digest is None:
         return None
-    reference = None
-    if base.source.revision is not None:
-        reference = f"{base.source.reference.split('@')[0]}@{base.source.revision}"
-    return PublicBase(reference=reference, sha256=digest)
+    recorded = work.model.manifest.public_base if work.model.manifest else None
+    if recorded is not None and recorded.sha256 != digest:
+        raise InputError("not the public base that the server model was filled with", where="--public-base")
+    source = work.base.source
+    reference = f"{source.reference.split('@')[0]}@{source.revision}" if source.revision is not None else None
+    return recorded or PublicBase(reference=reference, sha256=digest)
 
 
 def group_counts(groups: Mapping[str, int], p1: float) -> dict[str, GroupCount]:
@@ -188,10 +195,7 @@ def shard_bytes(text: str) -> int:
     Raises:
         InputError: it is no size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
-        raise InputError(f"{text!r} is not a size", where="--max-shard-size", hint="for example 5GB or 500MB")
-    return math.ceil(float(match[1]) * _UNITS[match[2].upper()])
+    return validate.size_in_bytes(text, "--max-shard-size")
 
 
 def visible_bits(flags: np.ndarray[Any, np.dtype[np.bool_]]) -> np.ndarray[Any, np.dtype[np.uint8]]:

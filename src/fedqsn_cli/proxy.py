@@ -119,7 +119,7 @@ def export_proxy(
     """
     clients, targets = _targets(client, out, push)
     validate_ratio(p2)
-    _check_round(round)
+    check_schedule(round, schedule)
     work = open_work(
         source, key=key, p1=p1, axis=axis, plan=plan, rescale=rescale, fill=fill, public_base=public_base
     )
@@ -184,9 +184,12 @@ def _targets(client: Sequence[str], out: str | Path, push: str | None) -> tuple[
     return clients, [Path(str(out).replace("{client}", name)) for name in clients]
 
 
-def _check_round(round: int) -> None:
+def check_schedule(round: int, schedule: str) -> None:
+    """Refuse a round or a schedule that cannot be. Raises InputError."""
     if not 0 <= round <= 2**53:
         raise InputError(f"{round} is not a round", where="--round", hint="count rounds from 1")
+    if schedule not in {"fresh", "sticky"}:
+        raise InputError(f"unknown schedule {schedule!r}", where="--schedule", hint="fresh or sticky")
 
 
 def _complete(
@@ -195,8 +198,7 @@ def _complete(
     """Write everything but the model's tensors, proxy.json last; returns the ledger line."""
     write_companions(writer, work, how)
     _write_visible(writer, work, mask)
-    base = work.model.manifest.public_base if work.model.manifest else None
-    base = base or public_base(work.base, digests.base)
+    base = public_base(work, digests.base)
     manifest = ProxyManifest(
         proxy_id=_proxy_id(work, mask, how, digests, base),
         job=work.job.commitment,

@@ -20,7 +20,7 @@ from fedqsn_cli.owner import METADATA, model_manifest, open_work, shard_bytes, s
 from fedqsn_cli.pipeline import Digests, flows, run
 from fedqsn_cli.plan import load_overrides
 from fedqsn_cli.progress import Progress, Silent
-from fedqsn_cli.proxy import Schedule, write_companions
+from fedqsn_cli.proxy import Schedule, check_schedule, write_companions
 from fedqsn_cli.residual import copy_residual
 from fedqsn_cli.quantization.bnb_format import quantization_config
 from fedqsn_cli.storage import clear_shares, quantization
@@ -219,5 +219,4 @@ def _check_client_options(client: str | None, round: int | None, p2: float | Non
         if value is None and not (option == "--round" and schedule == "sticky"):
             raise InputError("a client mask needs it", where=option)
     validate_ratio(p2 or 0.0)
-    if round is not None and round < 0:
-        raise InputError(f"{round} is not a round", where="--round", hint="count rounds from 1")
+    check_schedule(round or 0, schedule)

@@ -6,11 +6,16 @@ None of them looks at a file. Ratios and client ids are checked in `masking`, wh
 
 from __future__ import annotations
 
+import difflib
 import math
+import re
+from collections.abc import Sequence
 
 from fedqsn_cli.errors import InputError
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 32, 4096  # values per absmax: bitsandbytes' own range
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)(I?)B?", re.IGNORECASE | re.ASCII)
 
 
 def block_size(value: int, where: str) -> int:
@@ -40,3 +45,21 @@ def up_to_one(value: float, where: str) -> float:
     if not 0.0 <= value <= 1.0:
         raise InputError(f"{value:g} is out of range", where=where, hint="give a number from 0 to 1")
     return value
+
+
+def choice(value: str, choices: Sequence[str], where: str) -> str:
+    """One of a few words."""
+    if value not in choices:
+        near = difflib.get_close_matches(value, choices, n=1)
+        guess = f"did you mean {near[0]}? " if near else ""
+        raise InputError(f"{value!r} is not a choice", where=where, hint=f"{guess}choose from {', '.join(choices)}")
+    return value
+
+
+def size_in_bytes(text: str, where: str) -> int:
+    """Bytes in a size such as `5GB`, `0.5MB` (decimal) or `512MiB` (binary)."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or float(match[1]) == 0 or (match[3] and not match[2]):
+        raise InputError(f"{text!r} is not a size", where=where, hint="give a size such as 5GB or 512MiB")
+    exponent = " KMGT".index(match[2].upper() or " ")
+    return math.ceil(float(match[1]) * float((1024 if match[3] else 1000) ** exponent))

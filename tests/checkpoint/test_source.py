@@ -216,7 +216,10 @@ def test_a_push_without_a_token_is_refused(client: Client, proxy: Path) -> None:
 
 
 def test_importing_the_package_does_not_import_the_hub() -> None:
-    code = "import sys, fedqsn_cli.checkpoint; print([m for m in ('huggingface_hub', 'torch', 'safetensors') if m in sys.modules])"
+    code = (
+        "import sys, fedqsn_cli.checkpoint;"
+        "print([name for name in ('huggingface_hub', 'torch', 'safetensors') if name in sys.modules])"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},

@@ -89,9 +89,7 @@ def test_wrong_use_is_one_line_with_the_fix(
 
 
 @pytest.mark.parametrize("line", [MASK, QUANTIZE, EXPORT, TRAIN, MERGE, EVALUATE, INSPECT])
-def test_a_model_that_is_not_there_is_one_line(
-    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_is_not_there_is_one_line(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     outcome = run(*shlex.split(line))
     assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)

@@ -260,11 +260,14 @@ class FileStream:
         self._descriptor = self._parking = -1
 
 
+def _flags(descriptor: int) -> int:
+    return fcntl.fcntl(descriptor, fcntl.F_GETFL)
+
+
 def _set_direct(descriptor: int, wanted: bool) -> bool:
     """Switch O_DIRECT; returns whether it is on now."""
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~O_DIRECT
     try:
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | (O_DIRECT if wanted else 0))
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, _flags(descriptor) & ~O_DIRECT | (O_DIRECT if wanted else 0))
     except OSError:
         return False
     return wanted

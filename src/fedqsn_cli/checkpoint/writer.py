@@ -303,7 +303,8 @@ def split_into_shards(specs: Sequence[TensorSpec], max_shard_bytes: int | None) 
 
 def is_artifact(path: Path) -> bool:
     """Whether fedqsn made this directory: a real one that holds one of its manifests."""
-    return path.is_dir() and not path.is_symlink() and any((path / name).is_file() for name in MANIFESTS)
+    real = os.path.isdir(path) and not os.path.islink(path)  # os.path: False for a name too long, where Path raises
+    return real and any(os.path.isfile(path / name) for name in MANIFESTS)
 
 
 def _make_parents(path: Path) -> list[Path]:

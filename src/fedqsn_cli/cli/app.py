@@ -127,6 +127,8 @@ def run(arguments: Sequence[str]) -> int:
     except SystemExit:
         raise
     except BaseException as error:
+        if isinstance(error, BrokenPipeError) and not console.finish():
+            return 0
         if os.environ.get("FEDQSN_DEBUG"):
             traceback.print_exc()
         line, code = failures.explain(error, path)

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import typer
 
+from fedqsn_cli import validate
 from fedqsn_cli.cli.interrupts import EXIT_INTERRUPTED
 from fedqsn_cli.errors import FedqsnError, InputError
 
@@ -47,6 +48,8 @@ def explain(error: BaseException, command: str) -> tuple[str, int]:
         return f"fedqsn: error: {_wrong_use(error, command)}", EXIT_USAGE
     if isinstance(error, OSError):
         return f"fedqsn: error: {_from_system(error)}", EXIT_USAGE
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's own is no MemoryError
+        return "fedqsn: error: not enough memory; close other programs, or lower --batch-size", EXIT_USAGE
     line = traceback.format_exception_only(error)[-1].strip()
     return f"fedqsn: internal error: {line} (set FEDQSN_DEBUG=1 for the traceback)", EXIT_BUG
 
@@ -104,6 +107,7 @@ def _bad_value(error: Any) -> str:
 
 
 def _not_a_choice(value: str, choices: list[str]) -> str:
-    near = difflib.get_close_matches(value, choices, n=1)
-    guess = f"did you mean {near[0]}? " if near else ""
-    return f"{value!r} is not a choice; {guess}choose from {', '.join(choices)}"
+    try:
+        return validate.choice(value, choices, "")
+    except InputError as complaint:
+        return str(complaint)

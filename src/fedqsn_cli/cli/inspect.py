@@ -62,8 +62,8 @@ def _parts(found: Inspection) -> list[console.Part]:
         rows += tables.contents(found.contents)
     parts: list[console.Part] = [console.Facts(rows)]
     if found.shares is not None:
-        how = tables.quantization(found.shares_as)
-        parts.append(console.Facts([("parameters, with quantization", how), *tables.shares(found.shares)]))
+        presumed = tables.quantization(found.presumed) if found.presumed else None
+        parts.append(console.Facts([("if exported as", presumed), *tables.shares(found.shares)]))
     if found.clear:
         parts.append(_clear_table(found))
     if found.releases:
@@ -86,10 +86,12 @@ def _facts(facts: Mapping[str, Any]) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = []
     for name, value in facts.items():
         words = name.replace("_", " ")
-        if name == "hidden":
+        if name.startswith("hidden"):
             rows.append((words, f"{console.percent(value)} of all parameters"))
         elif isinstance(value, Quantization):
             rows.append((words, tables.quantization(value)))
+        elif isinstance(value, bool):
+            rows.append((words, "yes" if value else "no"))
         elif isinstance(value, Mapping):
             rows += [(f"{words}: {inner.replace('_', ' ')}", item) for inner, item in value.items()]
         elif isinstance(value, list):

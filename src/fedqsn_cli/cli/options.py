@@ -116,10 +116,8 @@ def _client(value: str, _: str) -> str:
     return validate_client(value)
 
 
-def _size(value: str, _: str) -> str:
-    from fedqsn_cli.owner import shard_bytes
-
-    shard_bytes(value)
+def _size(value: str, where: str) -> str:
+    validate.size_in_bytes(value, where)
     return value
 
 

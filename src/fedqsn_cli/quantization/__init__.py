@@ -12,6 +12,6 @@
     kernels.py      all of these under one name
     values.py       finite? scaled; widened and narrowed
     scales.py       the scales of a packed tensor, as they are stored, scaled and withheld
-    bnb_names.py    names, shapes and texts of a bitsandbytes checkpoint
-    bnb_format.py   reading them back
+    bnb_format.py   names, shapes and texts of a bitsandbytes checkpoint
+    bnb_reader.py   reading them back
 """

@@ -1,185 +1,162 @@
-"""bitsandbytes' checkpoint format: what to write is planned in bnb_names.py, and reading it is done here.
+"""Names, shapes and texts of packed tensors, exactly as transformers and bitsandbytes write them.
 
-Reading is strict: whatever bitsandbytes would not have written is refused.
+    <module>.weight                                  U8 [ceil(n / 2), 1]    two codes a byte
+    <module>.weight.absmax                           F32 [ceil(n / block)], or U8 when the scales are quantized
+    <module>.weight.quant_map                        F32 [16]
+    <module>.weight.nested_absmax                    F32 [ceil(blocks / 256)]    quantized scales only
+    <module>.weight.nested_quant_map                 F32 [256]                   quantized scales only
+    <module>.weight.quant_state.bitsandbytes__nf4    U8 [text], JSON (or __fp4)
+
+    <module>.weight    I8 [out, in]        <module>.SCB    F32 [out]        <module>.weight_format    U8 [], always 0
+
+The JSON of quantized scales ends in spaces: a fixed length can be planned before the offset is known.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedqsn_cli import strictjson
-from fedqsn_cli.checkpoint.header import TensorEntry, TensorSpec
-from fedqsn_cli.checkpoint.reader import Checkpoint
-from fedqsn_cli.errors import FormatError
-from fedqsn_cli.quantization.bnb_names import (
-    TORCH_NAMES,
-    Packing,
-    companion_arrays,
-    companion_specs,
-    quantization_config,
-    scb_name,
-    state_name,
-    weight_format_name,
-)
-from fedqsn_cli.quantization.codebooks import BLOCK_SIZES, FORMATS
-from fedqsn_cli.quantization.nested import NESTED_BLOCK, DoubleQuantized, double_dequantize
+from fedqsn_cli.checkpoint.header import TensorSpec
+from fedqsn_cli.quantization.codebooks import FORMATS
+from fedqsn_cli.quantization.nested import NESTED_BLOCK
 from fedqsn_cli.quantization.scales import Scales
-
-__all__ = [
-    "Packing",
-    "Scales",
-    "companion_arrays",
-    "companion_specs",
-    "find_packings",
-    "parse_companions",
-    "quantization_config",
-    "read_scales",
-]
 
 Array = NDArray[Any]
 
-_DTYPES = {name: dtype for dtype, name in TORCH_NAMES.items()}
-_FIELDS = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
-_NESTED_FIELDS = {"nested_blocksize": int, "nested_dtype": str, "nested_offset": float}
-_LONGEST_STATE = 1024
+TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+LONGEST_FLOAT = 24  # characters of Python's longest repr of a finite float
 
 
-def find_packings(checkpoint: Checkpoint) -> dict[str, Packing]:
-    """All packed tensors of a checkpoint, by name. int8 tensors get the dtype that config.json names.
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How one tensor of a checkpoint is packed.
 
-    Raises:
-        FormatError: a packed tensor is incomplete, or one of its parts is not what bitsandbytes writes.
+    Args:
+        kind: pack4 or pack8.
+        format: nf4, fp4 or int8.
+        dtype, shape: what it holds when it is unpacked (F32, F16 or BF16; [out, in]).
+        block: values a scale; 0 for int8.
+        double: are the scales quantized themselves?
+        companions: names of the tensors that belong to it.
     """
-    entries = checkpoint.entries
-    found = {}
-    for name in entries:
-        for format in ("nf4", "fp4"):
-            if name.endswith(suffix := state_name("", format)):
-                weight = name.removesuffix(suffix)
-                found[weight] = _packing4(checkpoint, weight, format)
-        if name.endswith(".SCB") or name == "SCB":
-            weight = f"{name.removesuffix('SCB')}weight"
-            found[weight] = _packing8(checkpoint, weight)
-    return found
+
+    kind: Literal["pack4", "pack8"]
+    format: str
+    dtype: str
+    shape: tuple[int, ...]
+    block: int
+    double: bool
+    companions: tuple[str, ...]
 
 
-def read_scales(checkpoint: Checkpoint, name: str) -> Scales:
-    """The scales of one packed tensor.
-
-    Raises:
-        FormatError: a scale is negative, NaN or infinite, or a map is not the one of the format.
-    """
-    if scb_name(name) in checkpoint.entries:
-        packing = _packing8(checkpoint, name)
-    else:
-        format = next(format for format in ("nf4", "fp4") if state_name(name, format) in checkpoint.entries)
-        packing = _packing4(checkpoint, name, format)
-    return parse_companions(name, packing, checkpoint.read, where=checkpoint.entries[name].file)
-
-
-def parse_companions(name: str, packing: Packing, read: Callable[[str], Array], *, where: object) -> Scales:
-    """The scales of one packed tensor, from its companions.
+def companion_specs(
+    name: str, shape: Sequence[int], dtype: str, format: str, block: int, double: bool
+) -> list[TensorSpec]:
+    """All stored tensors that one packed weight becomes, its codes first and its JSON last.
 
     Args:
         name: `<module>.weight`.
-        packing: what its JSON says.
-        read: gives the array of a companion.
-        where: the file, for errors.
-
-    Raises:
-        FormatError: see `read_scales`.
+        shape: [out, in].
+        dtype: what it holds when it is unpacked: F32, F16 or BF16.
+        format, block, double: nf4, fp4 or int8; values a scale; are the scales quantized too?
     """
-    if packing.kind == "pack8":
-        if read(weight_format_name(name)) != 0:
-            raise FormatError("int8 codes are not in row order", where=f"{where}: {weight_format_name(name)}")
-        return Scales(packing.block, _sound(read(scb_name(name)), f"{where}: {scb_name(name)}"))
-    levels = np.array(FORMATS[packing.format].values, np.float32)
-    if not np.array_equal(read(f"{name}.quant_map"), levels):
-        raise FormatError(f"not the levels of {packing.format}", where=f"{where}: {name}.quant_map")
-    stored = read(f"{name}.absmax")
-    if not packing.double:
-        return Scales(packing.block, _sound(stored, f"{where}: {name}.absmax"))
-    text = bytes(read(state_name(name, packing.format)))
-    offset = np.float32(_state(text, packing.format, f"{where}: {name}")["nested_offset"])
-    nested_absmax = _sound(read(f"{name}.nested_absmax"), f"{where}: {name}.nested_absmax")
-    nested_map = read(f"{name}.nested_quant_map")
-    if not (np.abs(nested_map) <= 1).all() or not (np.diff(nested_map) >= 0).all():
-        raise FormatError("not an ascending map within [-1, 1]", where=f"{where}: {name}.nested_quant_map")
-    nested = DoubleQuantized(stored, nested_absmax, nested_map, offset)
-    if not np.isfinite(double_dequantize(nested)).all():
-        raise FormatError("a scale is NaN or infinite", where=f"{where}: {name}.absmax")
-    return Scales(packing.block, None, nested)
+    shape = tuple(shape)
+    if format == "int8":
+        return [
+            TensorSpec(name, "I8", shape),
+            TensorSpec(scb_name(name), "F32", shape[:1]),
+            TensorSpec(weight_format_name(name), "U8", ()),
+        ]
+    count = math.prod(shape)
+    blocks = -(-count // block)
+    specs = [
+        TensorSpec(name, "U8", (-(-count // 2), 1)),
+        TensorSpec(f"{name}.absmax", "U8" if double else "F32", (blocks,)),
+        TensorSpec(f"{name}.quant_map", "F32", (16,)),
+    ]
+    if double:
+        specs.append(TensorSpec(f"{name}.nested_absmax", "F32", (-(-blocks // NESTED_BLOCK),)))
+        specs.append(TensorSpec(f"{name}.nested_quant_map", "F32", (256,)))
+    text = _state_text(shape, dtype, format, block, 0.0 if double else None)
+    return [*specs, TensorSpec(state_name(name, format), "U8", (len(text),))]
 
 
-def _sound(scales: Array, where: str) -> NDArray[np.float32]:
-    """Scales as they are, if they are finite and not negative."""
-    if not (np.isfinite(scales) & (scales >= 0)).all():
-        raise FormatError("a scale is negative, NaN or infinite", where=where)
-    return scales
+def companion_arrays(name: str, shape: Sequence[int], dtype: str, scales: Scales) -> dict[str, Array]:
+    """What `companion_specs` planned, except for the codes, by name."""
+    if scales.format == "int8":
+        return {scb_name(name): scales.absmax, weight_format_name(name): np.zeros((), np.uint8)}
+    nested = scales.nested
+    arrays: dict[str, Array] = {
+        f"{name}.absmax": scales.absmax if nested is None else nested.codes,
+        f"{name}.quant_map": np.array(FORMATS[scales.format].values, np.float32),
+    }
+    if nested is not None:
+        arrays[f"{name}.nested_absmax"] = nested.nested_absmax
+        arrays[f"{name}.nested_quant_map"] = nested.nested_map
+    offset = None if nested is None else float(nested.offset)
+    text = _state_text(tuple(shape), dtype, scales.format, scales.block, offset)
+    arrays[state_name(name, scales.format)] = np.frombuffer(text, np.uint8)
+    return arrays
 
 
-def _packing4(checkpoint: Checkpoint, name: str, format: str) -> Packing:
-    entries, full_name = checkpoint.entries, state_name(name, format)
-    where = f"{entries[full_name].file}: {full_name}"
-    if not 0 < entries[full_name].nbytes <= _LONGEST_STATE:
-        raise FormatError("not the JSON of a packed tensor", where=where)
-    state = _state(bytes(checkpoint.read(full_name)), format, where)
-    shape, dtype, block = tuple(state["shape"]), _DTYPES[state["dtype"]], state["blocksize"]
-    double = "nested_offset" in state
-    specs = companion_specs(name, shape, dtype, format, block, double)
-    _check_shapes(entries, specs[:-1], where)
-    return Packing("pack4", format, dtype, shape, block, double, tuple(spec.name for spec in specs[1:]))
+def _state_text(shape: tuple[int, ...], dtype: str, format: str, block: int, offset: float | None) -> bytes:
+    """The JSON of a packed tensor; with quantized scales, spaces make it as long as its longest offset would."""
+    state: dict[str, Any] = {
+        "quant_type": format, "blocksize": block, "dtype": TORCH_NAMES[dtype], "shape": list(shape),
+    }  # fmt: skip
+    if offset is None:
+        return json.dumps(state).encode()
+    state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
+    text = json.dumps(state)
+    return text.ljust(len(text) - len(repr(offset)) + LONGEST_FLOAT).encode()
 
 
-def _packing8(checkpoint: Checkpoint, name: str) -> Packing:
-    entries = checkpoint.entries
-    where = f"{entries[scb_name(name)].file}: {scb_name(name)}"
-    shape = entries[name].shape if name in entries else ()
-    if len(shape) != 2:
-        raise FormatError(f"{name} is not a matrix of int8 codes", where=where)
-    named = (checkpoint.config or {}).get("dtype") or (checkpoint.config or {}).get("torch_dtype")
-    dtype = _DTYPES.get(named, "F32") if isinstance(named, str) else "F32"
-    specs = companion_specs(name, shape, dtype, "int8", 0, False)
-    _check_shapes(entries, specs, where)
-    return Packing("pack8", "int8", dtype, shape, shape[1], False, tuple(spec.name for spec in specs[1:]))
+def state_name(name: str, format: str) -> str:
+    """Name of the JSON of `<module>.weight`."""
+    return f"{name}.quant_state.bitsandbytes__{format}"
 
 
-def _check_shapes(entries: Mapping[str, TensorEntry], specs: list[TensorSpec], where: str) -> None:
-    """Are all parts there, in the dtype and shape that they must have?"""
-    for spec in specs:
-        entry = entries.get(spec.name)
-        if entry is None:
-            raise FormatError(f"{spec.name} is missing", where=where)
-        if (entry.dtype, entry.shape) != (spec.dtype, spec.shape):
-            raise FormatError(
-                f"{spec.name} is {entry.dtype} {list(entry.shape)}, not {spec.dtype} {list(spec.shape)}", where=where
-            )
+def scb_name(name: str) -> str:
+    """Name of the row scales of an int8 `<module>.weight`."""
+    return f"{name.removesuffix('weight')}SCB"
 
 
-def _state(text: bytes, format: str, where: str) -> dict[str, Any]:
-    """The JSON of a packed tensor, checked field by field."""
-    state = strictjson.loads(text, where)
-    fields = dict(_FIELDS)
-    if isinstance(state, dict) and any(key in state for key in _NESTED_FIELDS):
-        fields |= _NESTED_FIELDS
-    if not isinstance(state, dict) or state.keys() != fields.keys():
-        raise FormatError("not the JSON of a packed tensor", where=where)
-    for key, kind in fields.items():
-        if type(state[key]) is not kind:
-            raise FormatError(f"{key} is not of type {kind.__name__}", where=where)
-    shape = state["shape"]
-    if state["quant_type"] != format or state["blocksize"] not in BLOCK_SIZES or state["dtype"] not in _DTYPES:
-        raise FormatError("names an unknown format, block size or dtype", where=where)
-    if not shape or not all(type(size) is int and 0 < size < 2**40 for size in shape) or math.prod(shape) >= 2**60:
-        raise FormatError(f"{shape} is not the shape of a weight", where=where)
-    if "nested_offset" in state:
-        if state["nested_blocksize"] != NESTED_BLOCK or state["nested_dtype"] != "float32":
-            raise FormatError("names unknown quantization of scales", where=where)
-        if not np.isfinite(np.float32(state["nested_offset"])):
-            raise FormatError("nested_offset is not finite in fp32", where=where)
-    return state
+def weight_format_name(name: str) -> str:
+    """Name of the layout flag of an int8 `<module>.weight`."""
+    return f"{name}_format"
+
+
+def quantization_config(
+    format: str, block: int, double: bool, skip_modules: Sequence[str], dtype: str
+) -> dict[str, Any]:
+    """`quantization_config` of config.json, as transformers' BitsAndBytesConfig writes it.
+
+    Args:
+        format, double: nf4, fp4 or int8; are the scales quantized too?
+        block: not part of it; every packed tensor tells its own.
+        skip_modules: every module that stays as it is, since a list given replaces transformers' own.
+        dtype: what 4-bit layers compute in: F32, F16 or BF16.
+    """
+    four = format != "int8"
+    return {
+        "_load_in_4bit": four,
+        "_load_in_8bit": not four,
+        "bnb_4bit_compute_dtype": TORCH_NAMES[dtype] if four else "float32",
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": format if four else "fp4",
+        "bnb_4bit_use_double_quant": four and double,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": list(skip_modules),
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": four,
+        "load_in_8bit": not four,
+        "quant_method": "bitsandbytes",
+    }

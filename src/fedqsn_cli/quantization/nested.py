@@ -88,7 +88,8 @@ def _nearest(block: Float32s, absmax: np.float32) -> Bytes:
     half = (np.float32(1) + y) * np.float32(0.5)
     cells = (half.astype(np.float64) * _CELLS + 0.5).astype(np.float32)  # exact in fp64, so rounded once, like an fma
     cells[np.isnan(cells)] = 0  # 0 times an infinite reciprocal
-    return _table()[cells.astype(np.uint16)]
+    codes: Bytes = _table()[cells.astype(np.uint16)]
+    return codes
 
 
 @cache

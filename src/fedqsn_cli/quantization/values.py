@@ -49,7 +49,7 @@ def _has_exponent(bits: Any, exponent: Any) -> bool:
     hits = np.uint32(0)
     for i in range(bits.size):
         hits |= np.uint32((bits[i] & exponent) == exponent)
-    return hits != 0
+    return bool(hits != 0)
 
 
 @kernel

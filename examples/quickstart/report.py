@@ -1,0 +1,79 @@
+"""Print what became of federated jobs, round by round.
+
+    python report.py work/fedqsn [work/fedavg]
+
+Reads only what a job left behind: file sizes, and the --json of `fedqsn evaluate` and `fedqsn inspect` in rN/scores/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean
+
+HEADINGS = ("round", "global model", "server model", "proxies", "MB down", "MB up", "never sent", "a proxy lacks")
+NOTES = """\
+global model    the owner's whole model after the round, on the test articles (round 0: before the job)
+server model    the same without the neurons that the job hides from everybody
+proxies         what the clients were sent in the round, before they trained; mean over clients
+MB down, up     proxies and updates of all clients together
+never sent      share of all parameters that no client ever gets
+a proxy lacks   share of all parameters that a client did not get in the round; mean over clients"""
+
+
+def accuracy(round_folder: Path, name: str) -> float:
+    """Share of test articles that a model put under the right topic."""
+    return float(json.loads((round_folder / "scores" / f"{name}.json").read_text())["accuracy"])
+
+
+def hidden(round_folder: Path, name: str) -> float:
+    """Share of all parameters that a server model or proxy does not hold."""
+    return float(json.loads((round_folder / "scores" / f"{name}.inspect.json").read_text())["facts"]["hidden"])
+
+
+def megabytes(folder: Path) -> float:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
+
+
+def row(folder: Path) -> list[str]:
+    """The line of one round; round 0 has no proxies and no updates."""
+    clients = [path.name for path in folder.glob("proxies/*")]
+    sent = ["-"] * 3
+    lacking = "-"
+    if clients:
+        sent = [percent(mean(accuracy(folder, client) for client in clients))]
+        sent += [f"{megabytes(folder / way):.1f}" for way in ("proxies", "updates")]
+        lacking = percent(mean(hidden(folder, client) for client in clients))
+    models = [percent(accuracy(folder, name)) for name in ("global", "server")]
+    return [folder.name.removeprefix("r"), *models, *sent, percent(hidden(folder, "server")), lacking]
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns under their headings, aligned to the right."""
+    widths = [max(len(line[column]) for line in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in rows)
+
+
+def report(jobs: Iterable[Path]) -> str:
+    """The tables of all jobs, and what their columns mean."""
+    parts = []
+    for job in jobs:
+        rounds = sorted(job.glob("r*"), key=lambda folder: int(folder.name.removeprefix("r")))
+        parts.append(f"{job.name}\n\n{table([HEADINGS, *map(row, rounds)])}")
+    return "\n\n\n".join([*parts, NOTES])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Print what became of federated jobs, round by round.")
+    parser.add_argument("jobs", type=Path, nargs="+", metavar="JOB", help="folder of a job, such as work/fedqsn")
+    print(f"\n{report(parser.parse_args(arguments).jobs)}")
+
+
+if __name__ == "__main__":
+    main()
