@@ -59,6 +59,8 @@ def test_the_file_is_what_the_format_says(path: Path) -> None:
         "axis": "neuron",
         "plan": PLAN.digest,
         "overrides": {"rule": []},
+        "groups": {name: list(size) for name, size in PLAN.sizes()[0].items()},
+        "clear": PLAN.sizes()[1],
     }
 
 
@@ -274,16 +276,16 @@ def test_a_job_never_shows_its_key(path: Path) -> None:
 
 
 def test_the_commitment_is_the_same_for_all_time() -> None:
-    job = Job(bytes(range(32)), 0.1, "neuron", PLAN.digest, {"rule": []})
+    job = Job(bytes(range(32)), 0.1, "neuron", PLAN.digest, {"rule": []}, {}, 0)
     message = (20).to_bytes(8, "big") + b"fedqsn/v1/commitment"
     assert job.commitment == hmac.new(bytes(range(32)), message, hashlib.sha256).hexdigest()
     assert job.commitment == "ac6ce04c005fc85d885df8594a48199a82b9fece3b091fca446e2d3b389a6305"
 
 
 def test_the_commitment_depends_on_the_key_alone() -> None:
-    one = Job(bytes(32), 0.1, "neuron", PLAN.digest, {"rule": []})
-    same = Job(bytes(32), 0.9, "element", "0" * 64, {"rule": []})
-    other = Job(bytes(31) + b"\x01", 0.1, "neuron", PLAN.digest, {"rule": []})
+    one = Job(bytes(32), 0.1, "neuron", PLAN.digest, {"rule": []}, {}, 0)
+    same = Job(bytes(32), 0.9, "element", "0" * 64, {"rule": []}, {}, 0)
+    other = Job(bytes(31) + b"\x01", 0.1, "neuron", PLAN.digest, {"rule": []}, {}, 0)
     assert one.commitment == same.commitment != other.commitment
 
 

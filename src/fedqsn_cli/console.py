@@ -85,9 +85,14 @@ def complain(line: str) -> None:
         return
 
 
-def finish() -> bool:
-    """Write out what stdout still holds, while errors can still be reported. False when nobody reads it any more."""
-    return _write(sys.stdout, "")
+def finish() -> None:
+    """Write out what stdout still holds, while errors can still be reported."""
+    _write(sys.stdout, "")
+
+
+def wants_style(stream: TextIO | None) -> bool:
+    """Whether to use bold and colours: on a terminal, unless NO_COLOR is set."""
+    return _is_terminal(stream) and not os.environ.get("NO_COLOR")
 
 
 @contextmanager
@@ -263,18 +268,16 @@ def _is_terminal(stream: TextIO | None) -> bool:
     return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def _write(stream: TextIO | None, data: str) -> bool:
-    """Write and flush. False for a closed pipe, which is no error; raises OSError for a full disk and the like."""
+def _write(stream: TextIO | None, data: str) -> None:
+    """Write and flush. A closed pipe is no error: nobody reads on. Raises OSError for a full disk and the like."""
     if stream is None:
-        return False
+        return
     encoding = stream.encoding or "utf-8"
     try:
         stream.write(data.encode(encoding, "backslashreplace").decode(encoding))
         stream.flush()
-        return True
     except BrokenPipeError:
         _abandon(stream)
-        return False
     except OSError:
         _abandon(stream)
         raise

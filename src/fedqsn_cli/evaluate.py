@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedqsn_cli import validate
 from fedqsn_cli.checkpoint import Checkpoint, resolve
-from fedqsn_cli.modeling import choose_device, load_model, quiet
+from fedqsn_cli.modeling import choose_device, load_model, memory_errors, quiet
 from fedqsn_cli.progress import Progress, Silent
 from fedqsn_cli.training.data import Encoder
 from fedqsn_cli.training.proxies import verify_proxy
@@ -45,7 +45,7 @@ def evaluate(
     place = choose_device(device)
     table = read_table(data)
     found = resolve(str(source))
-    with Checkpoint.open(found.path) as checkpoint, quiet():
+    with Checkpoint.open(found.path) as checkpoint, quiet(), memory_errors():
         if checkpoint.proxy_manifest is not None:
             verify_proxy(found.path)
         loaded = load_model(checkpoint)

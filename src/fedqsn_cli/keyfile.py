@@ -1,6 +1,7 @@
 """The job key: the one secret from which all masks of a job derive.
 
-    {"format": "fedqsn-key/1", "key": 64 hex digits, "p1": ratio, "axis": axis, "plan": sha256, "overrides": {...}}
+    {"format": "fedqsn-key/1", "key": 64 hex digits, "p1": ratio, "axis": axis, "plan": sha256, "overrides": {...},
+     "groups": {group: [units, parameters]}, "clear": parameters that no mask covers}
 
 A key file belongs to one job: one p1, one plan, one axis. It must be a regular file that nobody but its owner can open.
 """
@@ -23,18 +24,25 @@ from fedqsn_cli.plan import AXES, Plan
 FORMAT = "fedqsn-key/1"
 MAX_BYTES = 16 * 2**20
 
-_FIELDS = {"format", "key", "p1", "axis", "plan", "overrides"}
+_FIELDS = {"format", "key", "p1", "axis", "plan", "overrides", "groups", "clear"}
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A job: its key, and what may never change while it runs."""
+    """A job: its key, and what may never change while it runs.
+
+    Args:
+        groups: units and parameters of each group. clear: parameters in no group. With them, what clients have seen can
+            be computed from the ledger alone.
+    """
 
     key: bytes = field(repr=False)
     p1: float
     axis: str
     plan_digest: str
     overrides: dict[str, Any]
+    groups: dict[str, tuple[int, int]]
+    clear: int
 
     @property
     def commitment(self) -> str:
@@ -44,7 +52,10 @@ class Job:
 
 def draw(p1: float, axis: str, plan: Plan) -> Job:
     """A new job with a key drawn from the operating system's generator; nothing is written yet."""
-    return Job(secrets.token_bytes(KEY_BYTES), validate_ratio(p1), axis, plan.digest, canonical(plan.overrides))
+    groups, clear = plan.sizes()
+    return Job(
+        secrets.token_bytes(KEY_BYTES), validate_ratio(p1), axis, plan.digest, canonical(plan.overrides), groups, clear
+    )
 
 
 def save(path: str | Path, job: Job) -> None:
@@ -61,7 +72,7 @@ def save(path: str | Path, job: Job) -> None:
         "p1": job.p1,
         "axis": job.axis,
         "plan": job.plan_digest,
-        "overrides": job.overrides,
+        "overrides": job.overrides, "groups": job.groups, "clear": job.clear,
     }
     try:
         create_secret(Path(path), strictjson.pretty(document).encode())
@@ -85,6 +96,8 @@ def load(path: str | Path) -> Job:
             _one_of(document["axis"], AXES, path),
             _hex(document["plan"], path),
             canonical(document["overrides"]),
+            _groups(document["groups"], path),
+            _count(document["clear"], path),
         )
     except PlanError as error:
         raise KeyFileError(f"the key file's overrides are malformed: {error}", where=path) from None
@@ -185,4 +198,16 @@ def _ratio(value: object, path: str | Path) -> float:
 def _one_of(value: object, allowed: tuple[str, ...], path: str | Path) -> str:
     if not isinstance(value, str) or value not in allowed:
         raise KeyFileError(f"axis in the key file is not one of {', '.join(allowed)}", where=path)
+    return value
+
+
+def _groups(value: object, path: str | Path) -> dict[str, tuple[int, int]]:
+    if not isinstance(value, dict) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value.values()):
+        raise KeyFileError("groups in the key file are not pairs of counts", where=path)
+    return {name: (_count(units, path), _count(size, path)) for name, (units, size) in value.items()}
+
+
+def _count(value: object, path: str | Path) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise KeyFileError("a field of the key file is not a count", where=path)
     return value

@@ -59,6 +59,11 @@ class Loaded(NamedTuple):
         return frozenset(inspect.signature(self.model.forward).parameters)
 
     @property
+    def vocabulary(self) -> int:
+        """Number of token ids that the model knows."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
     def positions(self) -> int:
         """Longest input in tokens."""
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -218,6 +223,15 @@ def choose_device(name: str) -> torch.device:
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise InputError(f"there is no device {name}", where="--device", hint="use --device cpu")
     return torch.device(name)
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn an accelerator's lack of memory into an InputError that says what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise InputError("the device has too little memory", hint="lower --batch-size or --max-length") from None
 
 
 @contextmanager

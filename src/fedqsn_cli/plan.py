@@ -93,6 +93,18 @@ class Plan:
         """Number of units of each group, in checkpoint order."""
         return {group: tensor.units for tensor in self.tensors for group in tensor.groups}
 
+    def sizes(self) -> tuple[dict[str, tuple[int, int]], int]:
+        """Units and parameters of each group, and the parameters that are in no group."""
+        sizes: dict[str, tuple[int, int]] = {}
+        clear = 0
+        for tensor in self.tensors:
+            parameters = math.prod(tensor.shape)
+            if not tensor.groups:
+                clear += parameters if tensor.dtype in FLOAT_DTYPES else 0
+            for group in tensor.groups:
+                sizes[group] = tensor.units, sizes.get(group, (0, 0))[1] + parameters // len(tensor.groups)
+        return sizes, clear
+
     def skip_modules(self, config: Mapping[str, Any] | None) -> list[str]:
         """The full `llm_int8_skip_modules`: every module that transformers would pack and that is stored dense."""
         return skip_modules(self.tensors, config)

@@ -61,11 +61,11 @@ class Pipeline:
 
     def submit(self, stream: FileStream, offset: int, length: int, buffer: mmap.mmap) -> None:
         """Hand over a buffer. The caller must not touch it again."""
-        if not self._threads:
-            self._start()
         chunk = _Chunk(stream, offset, length, buffer)
         with self._changed:
             self.check()
+            if not self._threads:
+                self._start()
             self._in_flight += 1
             for queue in self._queues:
                 queue.append(chunk)

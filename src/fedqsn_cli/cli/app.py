@@ -8,7 +8,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -35,8 +35,9 @@ _QUIET = {
 class Command(TyperCommand):
     """A command with our own help text; an option never takes another option's name for its value."""
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        formatter.write(helptext.of_command(self, ctx))
+    def format_help(self, ctx: Any, formatter: Any) -> NoReturn:
+        console.text(helptext.of_command(self, ctx))
+        raise typer.Exit
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         options = {name: param for param in self.get_params(ctx) for name in (*param.opts, *param.secondary_opts)}
@@ -58,8 +59,9 @@ class Group(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        formatter.write(helptext.of_group(self, ctx, {name: function_of(name) for name in COMMANDS}))
+    def format_help(self, ctx: Any, formatter: Any) -> NoReturn:
+        console.text(_help_of_all(self, ctx))
+        raise typer.Exit
 
 
 def _takes_value(param: Any) -> bool:
@@ -88,8 +90,15 @@ def program() -> Any:
 
 def help_of(command: str | None) -> str:
     """The help text of a command, or of the whole program."""
-    built, path = (build(command), f"fedqsn {command}") if command else (program(), "fedqsn")
-    return str(built.get_help(built.make_context(path, [], resilient_parsing=True)))
+    if command is None:
+        group = program()
+        return _help_of_all(group, group.make_context("fedqsn", [], resilient_parsing=True))
+    built = build(command)
+    return helptext.of_command(built, built.make_context(f"fedqsn {command}", [], resilient_parsing=True))
+
+
+def _help_of_all(group: Any, context: Any) -> str:
+    return helptext.of_group(group, context, {name: function_of(name) for name in COMMANDS})
 
 
 def _show_version(asked: bool) -> None:
@@ -127,8 +136,6 @@ def run(arguments: Sequence[str]) -> int:
     except SystemExit:
         raise
     except BaseException as error:
-        if isinstance(error, BrokenPipeError) and not console.finish():
-            return 0
         if os.environ.get("FEDQSN_DEBUG"):
             traceback.print_exc()
         line, code = failures.explain(error, path)

@@ -50,7 +50,7 @@ def explain(error: BaseException, command: str) -> tuple[str, int]:
         return f"fedqsn: error: {_from_system(error)}", EXIT_USAGE
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's own is no MemoryError
         return "fedqsn: error: not enough memory; close other programs, or lower --batch-size", EXIT_USAGE
-    line = traceback.format_exception_only(error)[-1].strip()
+    line = " ".join("".join(traceback.format_exception_only(error)).split())
     return f"fedqsn: internal error: {line} (set FEDQSN_DEBUG=1 for the traceback)", EXIT_BUG
 
 
@@ -63,7 +63,7 @@ def refuse_command(name: str, commands: Sequence[str]) -> NoReturn:
 
 def _from_system(error: OSError) -> str:
     paths = [str(path) for path in (error.filename, error.filename2) if path not in (None, "")]
-    reason = error.strerror or str(error) or type(error).__name__
+    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
     advice = _ADVICE.get(error.errno or 0)
     return ": ".join([*paths, reason]) + (f"; {advice}" if advice else "")
 

@@ -7,7 +7,6 @@ terminal, while this text stands word for word in docs/commands/.
 from __future__ import annotations
 
 import inspect
-import os
 import re
 import shutil
 import sys
@@ -16,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import typer
+
+from fedqsn_cli import console
 
 _NAME_COLUMN = 28
 _SMALLEST_WIDTH, _LARGEST_WIDTH = 60, 100
@@ -143,4 +144,4 @@ def _width() -> int:
 
 def _heading(text: str) -> str:
     """Bold on a terminal that wants it."""
-    return f"\033[1m{text}\033[0m" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else text
+    return f"\033[1m{text}\033[0m" if console.wants_style(sys.stdout) else text

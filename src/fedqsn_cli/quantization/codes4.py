@@ -80,9 +80,9 @@ def _quantize(
     flaws: list[int] = []
 
     def work(start: int, stop: int) -> None:
-        part = packed[start // 2 : (stop + 1) // 2]
-        args = bits[start:stop], kind, block, book.bounds, book.order, sorted_codes, zero
-        if not _encode(*args, part, absmax[start // block :], given):
+        values, codes = bits[start:stop], packed[start // 2 : (stop + 1) // 2]
+        scales = absmax[start // block :]
+        if not _encode(values, kind, block, book.bounds, book.order, sorted_codes, zero, codes, scales, given):
             flaws.append(start)
 
     run_ranges(bits.size, block * GRAIN, work)

@@ -79,17 +79,14 @@ def snap_with(
     flaws: list[int] = []
 
     def runs(start: int, stop: int) -> None:
-        part = slice(start, stop)
+        x, scale_x, y = source[start:stop], scale_source[start:stop], target[start:stop]
         run = cols if geometry == "row" else stop - start
-        sources = source[part], scale_source[part], same
-        if not _snap_runs(*sources, kind, run, block, book.bounds, book.levels, target[part]):
+        if not _snap_runs(x, scale_x, same, kind, run, block, book.bounds, book.levels, y):
             flaws.append(start)
 
     def columns(start: int, stop: int) -> None:
-        shape = rows, cols
-        sources = source.reshape(shape), scale_source.reshape(shape), same
-        args = kind, start, stop, block, book.bounds, book.levels, target.reshape(shape)
-        if not _snap_columns(*sources, *args):
+        x, scale_x, y = (flat.reshape(rows, cols) for flat in (source, scale_source, target))
+        if not _snap_columns(x, scale_x, same, kind, start, stop, block, book.bounds, book.levels, y):
             flaws.append(start)
 
     if geometry == "column":
@@ -115,7 +112,7 @@ def _snap_runs(
             short = start + block > end
             args = kind, short, bounds, levels, bits, ranks, out[part]
             fine &= _snap_block(source[part], reference[part], same, *args)
-    return fine
+    return bool(fine)
 
 
 @kernel
@@ -142,7 +139,7 @@ def _snap_columns(
                 scales = values if same else scale_tile[column, :count]
                 fine &= _snap_block(values, scales, same, kind, short, bounds, levels, bits, ranks, values)
             _turn(tile[:width, :count], out[part])
-    return fine
+    return bool(fine)
 
 
 @kernel
@@ -177,4 +174,4 @@ def _snap_block(
     plain_zeros(table)
     for i in range(count):
         out[i] = table[ranks[i]]
-    return fine
+    return bool(fine)

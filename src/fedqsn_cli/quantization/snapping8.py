@@ -70,8 +70,8 @@ def snap_int8(
         factors = _factors(absmax)
 
     def work(first: int, stop: int) -> None:
-        parts = [matrix[first:stop] for matrix in matrices]
-        if not (_snap_columns(parts[0], kind, *factors, parts[2]) if by_column else _snap_rows(*parts, kind)):
+        x, scale_x, y = (matrix[first:stop] for matrix in matrices)
+        if not (_snap_columns(x, kind, factors, y) if by_column else _snap_rows(x, scale_x, y, kind)):
             flaws.append(first)
 
     run_ranges(rows, 16, work)
@@ -120,7 +120,8 @@ def _level(value: Any, up: Any, factor: Any, scale: Any, down: Any) -> Any:
 
 
 @kernel
-def _snap_columns(source: Any, kind: int, up: Any, factor: Any, scale: Any, down: Any, out: Any) -> bool:
+def _snap_columns(source: Any, kind: int, factors: Any, out: Any) -> bool:
+    up, factor, scale, down = factors
     bits = np.empty(source.shape[1], np.uint32)
     fine = True
     for row in range(source.shape[0]):

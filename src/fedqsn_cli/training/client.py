@@ -10,7 +10,7 @@ import fedqsn_cli
 from fedqsn_cli import validate
 from fedqsn_cli.artifacts import PROXY_MANIFEST, Losses, ProxyManifest, file_digest
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, resolve
-from fedqsn_cli.modeling import Task, choose_device, load_dense, load_model, quiet
+from fedqsn_cli.modeling import Task, choose_device, load_dense, load_model, memory_errors, quiet
 from fedqsn_cli.progress import Progress, Silent
 from fedqsn_cli.training import update
 from fedqsn_cli.training.data import Encoder
@@ -103,7 +103,7 @@ def client_train(
     )  # fmt: skip
     validate.at_least(1, max_length, "--max-length")
     validate.choice(update_format, ("fp32", "bf16", "fp16"), "--update-format")
-    with ArtifactWriter(Path(out), force=force) as writer, quiet():
+    with ArtifactWriter(Path(out), force=force) as writer, quiet(), memory_errors():
         tables = read_table(data), read_table(eval_data) if eval_data is not None else None
         folder = resolve(str(proxy)).path
         manifest = verify_proxy(folder)

@@ -37,14 +37,16 @@ class Encoder:
     Args:
         task: classification or causal-lm.
         tokenizer: the model's tokenizer.
-        inputs: names of inputs that the model takes.
+        inputs: names of inputs that the model takes. vocabulary: number of token ids that it knows.
         label_ids: label -> class id, from the model's config. labels: number of classes.
         max_length: most tokens of an example.
+        vocabulary: number of token ids that the model knows.
     """
 
     task: Task
     tokenizer: Any
     inputs: frozenset[str]
+    vocabulary: int
     label_ids: Mapping[str, int]
     labels: int
     max_length: int
@@ -70,7 +72,7 @@ class Encoder:
             raise InputError(f"the model's problem type is {kind or 'regression'}", hint="one label of several is needed")
         limit = min(max_length, loaded.positions, int(loaded.tokenizer.model_max_length))
         label_ids = {str(name): int(number) for name, number in (getattr(config, "label2id", None) or {}).items()}
-        return cls(loaded.task, loaded.tokenizer, loaded.inputs, label_ids, labels, limit)
+        return cls(loaded.task, loaded.tokenizer, loaded.inputs, loaded.vocabulary, label_ids, labels, limit)
 
     @property
     def padding(self) -> Padding:
@@ -91,6 +93,8 @@ class Encoder:
         progress.finish()
         if not len(examples):
             raise table.error("no row holds a text that something can be learnt from")
+        if max(max(feature["input_ids"]) for feature in examples.features) >= self.vocabulary:
+            raise InputError(f"the tokenizer has ids beyond the model's vocabulary of {self.vocabulary}")
         return examples
 
     def _classification(self, table: Table, progress: Progress) -> Examples:
@@ -182,7 +186,7 @@ class Encoder:
                 raise table.error("messages is not a list of objects with a role and a content", row=row)
             try:
                 tokens = self.tokenizer.apply_chat_template(
-                    messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=marked,
+                    _without_gaps(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=marked,
                     truncation=True, max_length=self.max_length,
                 )  # fmt: skip
             except Exception as error:  # templates raise errors of their own about what they do not take
@@ -215,6 +219,11 @@ def _is_conversation(messages: object) -> bool:
         and bool(messages)
         and all(isinstance(turn, dict) and isinstance(turn.get("role"), str) and "content" in turn for turn in messages)
     )
+
+
+def _without_gaps(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Turns without the fields that columnar files fill up with nulls where only other turns have them."""
+    return [{key: value for key, value in turn.items() if value is not None or key == "content"} for turn in messages]
 
 
 def _chunks(rows: int, progress: Progress) -> Iterator[slice]:
