@@ -104,7 +104,7 @@ class GroupUnits(Strict):
 
 
 class ProxyManifest(Strict):
-    """`proxy.json`: what a client needs to train and to answer. Holds no key, client id, path, host name or clock time."""
+    """`proxy.json`: what a client needs to train and answer. Holds no key, client id, path, host name or time."""
 
     format: Literal["fedqsn-proxy/1"] = "fedqsn-proxy/1"
     proxy_id: Sha256

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedqsn_cli.artifacts import ModelManifest, read_manifest
@@ -33,8 +36,8 @@ _BITS = {"F32": np.float32, "F16": np.uint16, "BF16": np.uint16}
 def load_dense(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Read every tensor of a model into memory, under its own name, in its own shape and dtype.
 
-    Packed weights (bitsandbytes nf4, fp4, int8) are unpacked; GPT-2's, which lie turned, are turned back. The scale of a
-    server model, n / (n - hidden), is applied; a proxy has it in its weights already.
+    Packed weights (bitsandbytes nf4, fp4, int8) are unpacked; GPT-2's, which lie turned, are turned back. The scale of
+    a server model, n / (n - hidden), is applied; a proxy has it in its weights already.
 
     Raises:
         FormatError: a packed tensor is malformed. InputError: a dtype that torch does not compute with.
@@ -99,7 +102,7 @@ def _unpacked(checkpoint: Checkpoint, name: str, logical: LogicalTensor, kind: s
     return tensor.t().contiguous() if role is not None and role.name == "conv1d" else tensor
 
 
-def _tensor(array: np.ndarray, dtype: str) -> Tensor:  # type: ignore[type-arg]
+def _tensor(array: NDArray[Any], dtype: str) -> Tensor:
     """A numpy array of stored values or bits as a torch tensor of the same memory."""
     if array.dtype == np.uint16:
         array = array.view(np.int16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +56,7 @@ class ClientMasks:
     client: str
     round: int
     p2: float
-    schedule: str
+    schedule: Literal["fresh", "sticky"]
     rescale: bool
 
     def group(self, name: str, units: int) -> Bools:

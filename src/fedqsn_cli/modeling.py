@@ -13,7 +13,6 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,8 +21,6 @@ from torch import Tensor
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.dense import load_dense
 from fedqsn_cli.errors import InputError
-
-__all__ = ["Loaded", "Task", "build_model", "choose_device", "load_dense", "load_model", "quiet", "stored_tensors", "task_of"]
 
 Task = Literal["classification", "causal-lm", "masked-lm", "seq2seq"]
 
@@ -90,7 +87,8 @@ def task_of(config: Mapping[str, Any] | None, where: object) -> tuple[Task, str]
     for ending, task in TASKS.items():
         if name.endswith(ending):
             return task, name
-    raise InputError(f"architecture {name} has no head that can be used", where=where, hint=f"heads: {', '.join(TASKS)}")
+    hint = f"known heads: {', '.join(TASKS)}"
+    raise InputError(f"architecture {name} has no head that can be used", where=where, hint=hint)
 
 
 def load_model(
@@ -111,7 +109,8 @@ def load_model(
     model = build_model(checkpoint.config or {}, state, where=checkpoint.path, dtype=dtype)
     tokenizer = load_tokenizer(checkpoint)
     if model.config.get_text_config().pad_token_id is None and tokenizer is not None:
-        model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        known = tokenizer.pad_token_id is not None
+        model.config.pad_token_id = tokenizer.pad_token_id if known else tokenizer.eos_token_id
     return Loaded(model, tokenizer, task)
 
 
@@ -131,7 +130,7 @@ def build_model(
                 None, config=_clean_config(config, kind), state_dict=dict(state), dtype=dtype, output_loading_info=True
             )
         except Exception as error:  # a config may ask for anything
-            raise InputError(f"transformers cannot build the model ({_first_line(error)})", where=where) from None
+            raise InputError(f"transformers cannot build the model ({first_line(error)})", where=where) from None
     _check_report(report, state, where)
     return model
 
@@ -142,7 +141,8 @@ def _model_class(architecture: str, where: object) -> Any:
 
     kind = getattr(transformers, architecture, None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise InputError(f"transformers has no architecture {architecture}", where=where, hint="custom code is never run")
+        hint = "code that comes with a model is never run"
+        raise InputError(f"transformers has no architecture {architecture}", where=where, hint=hint)
     return kind
 
 
@@ -163,10 +163,10 @@ def _check_report(report: Mapping[str, Any], state: Mapping[str, Tensor], where:
     for key, text in (("missing_keys", "lacks"), ("mismatched_keys", "has another shape for")):
         names = sorted(str(item[0] if isinstance(item, tuple) else item) for item in report.get(key) or ())
         if names:
-            raise InputError(f"the checkpoint {text} {_some(names)}", where=where, hint="save the whole model, with its head")
+            raise InputError(f"the checkpoint {text} {_some(names)}", where=where, hint="save the model with its head")
     extra = sorted(name for name in report.get("unexpected_keys") or () if name in floats or name not in state)
     if extra:
-        raise InputError(f"the architecture has no {_some(extra)}", where=where, hint="save the model as this architecture")
+        raise InputError(f"the architecture has no {_some(extra)}", where=where, hint="check config.json")
     if report.get("error_msgs"):
         raise InputError(f"the tensors do not fit ({report['error_msgs'][0]})", where=where)
 
@@ -210,7 +210,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
             return AutoTokenizer.from_pretrained(str(checkpoint.path), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # tokenizer files may hold anything
-            raise InputError(f"the tokenizer cannot be loaded ({_first_line(error)})", where=checkpoint.path) from None
+            raise InputError(f"the tokenizer cannot be loaded ({first_line(error)})", where=checkpoint.path) from None
 
 
 def choose_device(name: str) -> torch.device:
@@ -252,6 +252,7 @@ def quiet() -> Iterator[None]:
             chatter.enable_progress_bar()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error message, of at most 300 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:300]

@@ -15,8 +15,8 @@ from fedqsn_cli.pipeline import Chunk, Flow, TensorScales
 from fedqsn_cli.plan import TensorPlan
 from fedqsn_cli.quantization import kernels
 from fedqsn_cli.quantization.bnb_format import companion_arrays, companion_specs
-from fedqsn_cli.quantization.scales import Scales
 from fedqsn_cli.quantization.codebooks import FORMATS
+from fedqsn_cli.quantization.scales import Scales
 from fedqsn_cli.units import UnitMask
 
 Array = NDArray[Any]

@@ -1,4 +1,4 @@
-"""What the owner's commands share: opening a model with its job, its base and its options, and checking that they agree."""
+"""What the owner's commands share: a model opened with its job, its base and its options, which must agree."""
 
 from __future__ import annotations
 

@@ -118,8 +118,8 @@ class Digests:
 def flows(model: OpenModel, how: Quantization | None, hidden: Callable[[TensorPlan], UnitMask | None]) -> list[Flow]:
     """Decide for every tensor how it goes through a pass.
 
-    The order is that of the safetensors library (wide dtypes first, then names): shards change nothing, and an unchanged
-    model is written as the library would write it.
+    The order is that of the safetensors library (wide dtypes first, then names): shards change nothing, and an
+    unchanged model is written as the library would write it.
     """
     result = []
     for tensor in sorted(model.plan.tensors, key=lambda tensor: (_DTYPE_ORDER.index(tensor.dtype), tensor.name)):

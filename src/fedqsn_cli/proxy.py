@@ -26,7 +26,8 @@ from fedqsn_cli.artifacts import (
     Quantization,
     manifest_bytes,
 )
-from fedqsn_cli.checkpoint import ArtifactWriter, TensorSpec, push as push_to_hub
+from fedqsn_cli.checkpoint import ArtifactWriter, TensorSpec
+from fedqsn_cli.checkpoint import push as push_to_hub
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.jobmasks import ClientMasks
 from fedqsn_cli.ledger import Release
@@ -120,9 +121,7 @@ def export_proxy(
     clients, targets = _targets(client, out, push)
     validate_ratio(p2)
     check_schedule(round, schedule)
-    work = open_work(
-        source, key=key, p1=p1, axis=axis, plan=plan, rescale=rescale, fill=fill, public_base=public_base
-    )
+    work = open_work(source, key=key, p1=p1, axis=axis, plan=plan, rescale=rescale, fill=fill, public_base=public_base)
     how = chosen_quantization(work, format, block_size, double_quant, layout)
     todo = flows(work.model, how, work.masks.hidden)
     masks = [ClientMasks(work.masks, name, round, p2, schedule, work.rescale) for name in clients]
@@ -155,9 +154,7 @@ def chosen_quantization(
     """
     old = work.model.manifest.quantization if work.model.manifest else None
     if old is None:
-        how = quantization(
-            format or "nf4", block_size=block_size or 64, double_quant=bool(double_quant), layout=layout
-        )
+        how = quantization(format or "nf4", block_size=block_size or 64, double_quant=bool(double_quant), layout=layout)
     else:
         asked = {"format": format, "block_size": block_size, "double_quant": double_quant, "layout": layout}
         for option, value in asked.items():
@@ -306,4 +303,3 @@ def _marked(mask: Any) -> int:
 def folder_bytes(folder: Path) -> int:
     """Bytes of all files right in a folder."""
     return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-

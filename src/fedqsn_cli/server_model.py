@@ -1,6 +1,6 @@
 """`mask` and `quantize`: the owner's models on the way to a proxy, one step at a time.
 
-    global model ──mask──▶ server model ──quantize──▶ quantized server model ──mask --client──▶ the proxy's weights
+global model ──mask──▶ server model ──quantize──▶ quantized server model ──mask --client──▶ the proxy's weights
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from fedqsn_cli.pipeline import Digests, flows, run
 from fedqsn_cli.plan import load_overrides
 from fedqsn_cli.progress import Progress, Silent
 from fedqsn_cli.proxy import Schedule, check_schedule, write_companions
-from fedqsn_cli.residual import copy_residual
 from fedqsn_cli.quantization.bnb_format import quantization_config
+from fedqsn_cli.residual import copy_residual
 from fedqsn_cli.storage import clear_shares, quantization
 
 
@@ -85,9 +85,7 @@ def mask(
         InputError: anything does not fit together; nothing was written then.
     """
     _check_client_options(client, round, p2, schedule)
-    work = open_work(
-        source, key=key, p1=p1, axis=axis, plan=plan, rescale=rescale, fill=fill, public_base=public_base
-    )
+    work = open_work(source, key=key, p1=p1, axis=axis, plan=plan, rescale=rescale, fill=fill, public_base=public_base)
     how = work.model.manifest.quantization if work.model.manifest else None
     if client is None and work.model.kind != "global-model":
         raise InputError("this is a server model already", where=source, hint="name a --client to hide more")

@@ -111,7 +111,7 @@ def storage_of(tensor: TensorPlan, how: Quantization | None) -> Storage:
 def row_chunks(storage: Storage, block: int, elements: int) -> Iterator[tuple[int, int]]:
     """Cut a matrix into runs of whole rows: (first row, rows), of about `elements` elements.
 
-    No run splits a block or a byte of packed codes, and none leaves a lead slice where blocks or units run down columns.
+    No run splits a block or a byte of codes, and none leaves a lead slice where blocks or units run down columns.
     """
     lead, rows, cols = storage.view
     if storage.transposed:  # its input lies across, so it is read whole

@@ -51,7 +51,7 @@ def _shape(tensor: TensorPlan) -> tuple[int, ...]:
 
 
 def _sample(checkpoint: Checkpoint, tensor: TensorPlan) -> bytes | None:
-    """A few bytes of a tensor; None for one that is small, or constant there (zeros at initialization are no copies)."""
+    """A few bytes of a tensor; None for one that is small, or constant there (initial zeros are no copies)."""
     size = checkpoint.entries[tensor.name].nbytes
     if size < 256 or not (tensor.masked or tensor.dtype in {"F32", "F16", "BF16"}):
         return None
@@ -67,7 +67,7 @@ def _digest(checkpoint: Checkpoint, name: str) -> bytes:
     sha256 = hashlib.sha256()
     size = checkpoint.entries[name].nbytes
     for start in range(0, size, _PIECE):
-        piece = np.empty(min(_PIECE, size - start), np.uint8)
+        piece = memoryview(bytearray(min(_PIECE, size - start)))
         checkpoint.read_into(name, start, piece)
         sha256.update(piece)
     return sha256.digest()

@@ -72,9 +72,11 @@ class UnitMask:
         """
         lead_rows, cols = self.view[1], self.view[2]
         if self.axis == "row":
-            return self.marks[first : first + count]
+            rows: Bools = self.marks[first : first + count]
+            return rows
         if self.axis == "column":
-            return self.marks[first // lead_rows]
+            columns: Bools = self.marks[first // lead_rows]
+            return columns
         flags: Bools = self.marks[first * cols : (first + count) * cols].reshape(count, cols)
         return flags
 
@@ -103,7 +105,8 @@ class UnitMask:
         row, column = np.divmod(positions, cols)
         if self.axis == "row":
             flags = np.append(self.marks, False)
-            return _running(self.marks)[row] * cols + column * flags[row]
+            before: NDArray[np.int64] = _running(self.marks)[row] * cols + column * flags[row]
+            return before
         per_row = np.repeat(self.marks.sum(axis=1), rows)
         within = np.vstack([np.stack([_running(flags) for flags in self.marks]), np.zeros(cols + 1, dtype=np.int64)])
         counts: NDArray[np.int64] = _running(per_row)[row] + within[np.minimum(row // rows, lead), column]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint
+from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, files
 
 # Writes version after version of the same artifacts until it is killed; says when the first is out.
 FOREVER = """
@@ -72,27 +72,55 @@ def check_state(folder: Path) -> int:
     return max(versions, default=0)
 
 
+def start(code: str, folder: Path, version: int) -> subprocess.Popen[bytes]:
+    """A writer that has published its first version; leaving its block waits for its end."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, folder, str(version)], env=environment, stdout=subprocess.PIPE
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"going\n"
+    return child
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_kill_at_any_instant_leaves_the_old_state_or_the_new(seed: int, tmp_path: Path) -> None:
     chance = random.Random(seed)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     newest = 0
     for _ in range(8):
-        child = subprocess.Popen(
-            [sys.executable, "-c", FOREVER, tmp_path, str(newest + 1)], env=environment, stdout=subprocess.PIPE
-        )
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"going\n"
-        time.sleep(chance.uniform(0, 0.12))
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        child.stdout.close()
+        with start(FOREVER, tmp_path, newest + 1) as child:
+            time.sleep(chance.uniform(0, 0.12))
+            child.send_signal(signal.SIGKILL)
         before, newest = newest, check_state(tmp_path)
         assert newest > before
     for name in ["replaced", *(f"new-{version}" for version in range(newest + 2))]:
         with ArtifactWriter(tmp_path / name, force=True):
             pass  # starting to write is enough to sweep
-    assert not [
-        name for name in os.listdir(tmp_path) if name.startswith(".") and "ledger" not in name and "key" not in name
-    ]
+    assert [name for name in os.listdir(tmp_path) if name.startswith((".replaced", ".new-"))] == []
     check_state(tmp_path)
+
+
+# Makes the instant between the two renames long enough to be hit.
+SLOW_RENAMES = """
+import errno, os, time
+from fedqsn_cli.checkpoint import files
+def unsupported(*_):
+    raise OSError(errno.ENOSYS, "")
+rename = os.rename
+def slow(source, target):
+    rename(source, target)
+    time.sleep(0.02)
+files._renameat2, os.rename = unsupported, slow
+"""
+
+
+def test_where_directories_cannot_be_swapped_the_next_run_mends_a_killed_replacement(tmp_path: Path) -> None:
+    chance = random.Random(0)
+    for version in range(1000, 11_000, 1000):
+        with start(SLOW_RENAMES + FOREVER, tmp_path, version) as child:
+            time.sleep(chance.uniform(0, 0.2))
+            child.send_signal(signal.SIGKILL)
+        with ArtifactWriter(tmp_path / "replaced", force=True):
+            pass
+        assert check_artifact(tmp_path / "replaced") >= version
+        assert not files.aside_path(tmp_path / "replaced").exists()

@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from families import build
 from safetensors.numpy import save_file
 
+from families import build
 from fedqsn_cli.artifacts import GroupUnits, ProxyManifest, Units, file_digest, manifest_bytes
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.plan import Plan, make_plan
 from fedqsn_cli.quantization import kernels
 from fedqsn_cli.units import UnitMask
-
-TAGS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
 def small_model(folder: Path, name: str = "bert", **options: Any) -> Path:
@@ -35,15 +33,14 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 
 def labelled(path: Path, rows: int = 24, labels: int = 5) -> Path:
     """Texts of different lengths whose first word tells their label."""
-    return write_lines(
-        path,
-        ({"text": " ".join([f"w{10 + row % labels}"] + ["w5", "w6", "w7"] * (row % 4)), "label": row % labels} for row in range(rows)),
-    )
+    texts = (" ".join([f"w{10 + row % labels}"] + ["w5", "w6", "w7"] * (row % 4)) for row in range(rows))
+    return write_lines(path, ({"text": text, "label": row % labels} for row, text in enumerate(texts)))
 
 
 def plain_texts(path: Path, rows: int = 12) -> Path:
     """Texts for a language model, each of them a run of successive words."""
-    return write_lines(path, ({"text": " ".join(f"w{3 + (row + step) % 90}" for step in range(4 + row % 5))} for row in range(rows)))
+    texts = (" ".join(f"w{3 + (row + step) % 90}" for step in range(4 + row % 5)) for row in range(rows))
+    return write_lines(path, ({"text": text} for text in texts))
 
 
 def plan_of(checkpoint: Checkpoint, axis: str = "neuron") -> Plan:

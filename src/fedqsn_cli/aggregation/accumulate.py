@@ -146,7 +146,6 @@ def sum_of_squares(x: Array, dtype: str) -> float:
     return float(np.dot(values, values))
 
 
-
 def mix(a: Array, x: float, b: Array, y: float, dtype: str) -> Array:
     """x * a + y * b of stored floats, in double precision, rounded to fp32 and then to the dtype; fresh array."""
     first, second = (widened(part, dtype).astype(np.float64) for part in (a, b))

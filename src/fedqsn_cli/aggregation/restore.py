@@ -1,8 +1,8 @@
 """The end of a job: the trained visible part and the hidden part, which never left, become one model again.
 
-    λ = 1    the paper's "logical AND": visible units from the trained server model, hidden ones from the global model
-    λ < 1    hidden units R + λ (W_h − R), R = 0 or the public base; visible units times s + λ (1 − s)
-    λ = 0    the trained server model itself, its scale folded in
+λ = 1    the paper's "logical AND": visible units from the trained server model, hidden ones from the global model
+λ < 1    hidden units R + λ (W_h − R), R = 0 or the public base; visible units times s + λ (1 − s)
+λ = 0    the trained server model itself, its scale folded in
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def restore_model(
     job, whole = open_job_model(source, key)
     _, server = open_job_model(trained, key)
     if whole.kind != "global-model":
-        raise InputError("this is a server model", where=source, hint="give the global model, which has the hidden units")
+        raise InputError("this is a server model", where=source, hint="give the global model")
     if server.kind != "server-model":
         raise InputError("this is not a server model", where=trained, hint="it is made by 'fedqsn mask'")
     _check_same_shapes(whole, server, trained)

@@ -12,7 +12,7 @@ An update holds U = T − P (trained minus proxy) on the units that the client s
 from __future__ import annotations
 
 import hashlib
-import math
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from fedqsn_cli.artifacts import UPDATE_MANIFEST, UPDATE_TENSORS, UpdateManifest, read_manifest
 from fedqsn_cli.checkpoint import read_header
 from fedqsn_cli.checkpoint.header import FileIdentity, TensorEntry
-from fedqsn_cli.checkpoint.reader import DESCRIPTORS
+from fedqsn_cli.checkpoint.reader import DESCRIPTORS, byte_view
 from fedqsn_cli.errors import RefusedUpdate
 from fedqsn_cli.jobmasks import ClientMasks, ServerMasks
 from fedqsn_cli.ledger import Release
@@ -75,7 +75,7 @@ class ClientUpdate:
         """
         out = np.empty(count, BITS[self.dtype])
         start = self.starts[name] + first * out.itemsize
-        self.hash.read(start, memoryview(out).cast("B") if count else memoryview(b""))
+        self.hash.read(start, byte_view(out))
         return out
 
     def finish(self) -> None:
@@ -132,8 +132,6 @@ class FileHash:
         self._pending.append(self._executor.submit(self._sha256.update, piece))
 
     def _fill(self, start: int, out: memoryview) -> None:
-        import os
-
         with DESCRIPTORS.borrow(self._path, self._identity) as descriptor:
             while len(out):
                 count = os.preadv(descriptor, [out], start)
@@ -184,7 +182,7 @@ def _open(
     manifest = read_manifest(folder, UpdateManifest)
     release = releases.get(manifest.proxy_id)
     if release is None:
-        raise RefusedUpdate(f"the ledger has no release {manifest.proxy_id[:12]}", where=folder, hint=f"looked in {ledger}")
+        raise RefusedUpdate(f"its proxy {manifest.proxy_id[:12]} is not in the ledger {ledger}", where=folder)
     if release.proxy_sha256 != manifest.proxy_sha256:
         raise RefusedUpdate("it was trained on another proxy.json than the one released", where=folder)
     if release.job != masks.job.commitment or release.plan != plan.digest:
@@ -260,8 +258,3 @@ def rows_of(visible: UnitMask, first: int, rows: int) -> Rows:
     begin, end = visible.count_before(np.array([first * cols, (first + rows) * cols], dtype=np.int64))
     index = np.flatnonzero(visible.of_rows(first, rows).reshape(-1))
     return Rows(int(begin), int(end - begin), index.astype(np.int64))
-
-
-def total_examples(updates: Sequence[ClientUpdate]) -> int:
-    """Sum of examples that all clients claim."""
-    return math.fsum(update.manifest.num_examples for update in updates).__int__()

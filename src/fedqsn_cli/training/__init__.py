@@ -1,15 +1,15 @@
 """What a client does with a proxy: read its data, train the visible units, write the update.
 
-    proxies.py    check a proxy's files
-    tables.py     a JSONL, CSV or Parquet file -> rows
-    data.py       rows -> token ids and targets
-    batching.py   examples -> batches; their loss
-    visible.py    which units are visible, and where they lie in a model's parameters
-    compact.py    the visible part of the parameters, for the optimizer
-    loop.py       AdamW, step by step
-    scoring.py    loss, accuracy, macro F1, perplexity
-    update.py     U = T − P on disk
-    client.py     all of it, as one command
+proxies.py    check a proxy's files
+tables.py     a JSONL, CSV or Parquet file -> rows
+data.py       rows -> token ids and targets
+batching.py   examples -> batches; their loss
+visible.py    which units are visible, and where they lie in a model's parameters
+compact.py    the visible part of the parameters, for the optimizer
+loop.py       AdamW, step by step
+scoring.py    loss, accuracy, macro F1, perplexity
+update.py     U = T − P on disk
+client.py     all of it, as one command
 """
 
 from __future__ import annotations

@@ -124,5 +124,5 @@ class VisibleParameters:
 
 
 def _own_memory(parameter: Any) -> None:
-    """Give a parameter contiguous memory of its own: transformers lets it share that of the tensors it was loaded from."""
+    """Give a parameter contiguous memory of its own: transformers lets it share that of the tensors it came from."""
     parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)

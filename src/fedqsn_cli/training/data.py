@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.modeling import Loaded, Task
+from fedqsn_cli.modeling import Loaded, Task, first_line
 from fedqsn_cli.progress import Progress
 from fedqsn_cli.training.batching import IGNORED, Examples, Padding
 from fedqsn_cli.training.tables import Table
@@ -64,12 +64,13 @@ class Encoder:
                 hint="models for sequence classification and causal language models can be trained and evaluated",
             )
         if loaded.tokenizer is None:
-            raise InputError("the model comes without a tokenizer", hint="add its tokenizer files to the model's folder")
+            raise InputError("the model comes without a tokenizer", hint="add the tokenizer's files")
         config = loaded.model.config
         labels = int(getattr(config, "num_labels", 0)) if loaded.task == "classification" else 0
         kind = getattr(config, "problem_type", None)
         if loaded.task == "classification" and (labels < 2 or kind not in (None, "single_label_classification")):
-            raise InputError(f"the model's problem type is {kind or 'regression'}", hint="one label of several is needed")
+            kind = kind or "regression"
+            raise InputError(f"the model's problem type is {kind}", hint="one label out of several is needed")
         limit = min(max_length, loaded.positions, int(loaded.tokenizer.model_max_length))
         label_ids = {str(name): int(number) for name, number in (getattr(config, "label2id", None) or {}).items()}
         return cls(loaded.task, loaded.tokenizer, loaded.inputs, loaded.vocabulary, label_ids, labels, limit)
@@ -89,7 +90,8 @@ class Encoder:
             DataError: a column is missing, or a row cannot be used.
         """
         progress.start(f"reading {table.path.name}", table.rows, "examples")
-        examples = self._classification(table, progress) if self.task == "classification" else self._text(table, progress)
+        encode = self._classification if self.task == "classification" else self._text
+        examples = encode(table, progress)
         progress.finish()
         if not len(examples):
             raise table.error("no row holds a text that something can be learnt from")
@@ -98,7 +100,7 @@ class Encoder:
         return examples
 
     def _classification(self, table: Table, progress: Progress) -> Examples:
-        table.require("text", "label", why="classification needs the columns text and label, text_pair if texts come in pairs")
+        table.require("text", "label", why="classification needs text and label, and takes text_pair")
         targets = [self._label(table, row, value) for row, value in enumerate(table.columns["label"])]
         texts = table.texts("text")
         pairs = table.texts("text_pair") if "text_pair" in table.columns else None
@@ -121,9 +123,11 @@ class Encoder:
         else:
             known = ", ".join(list(self.label_ids)[:8])
             shown = repr(value)[:60] if isinstance(value, (str, float, bool)) else "this"
-            raise table.error(f"{shown} is not a label of the model", row=row, hint=f"its labels are {known} or their numbers")
+            hint = f"its labels are {known} or their numbers"
+            raise table.error(f"{shown} is not a label of the model", row=row, hint=hint)
         if not 0 <= number < self.labels:
-            raise table.error(f"label {number} is out of range", row=row, hint=f"the model has labels 0 to {self.labels - 1}")
+            hint = f"the model has labels 0 to {self.labels - 1}"
+            raise table.error(f"label {number} is out of range", row=row, hint=hint)
         return number
 
     def _text(self, table: Table, progress: Progress) -> Examples:
@@ -190,7 +194,7 @@ class Encoder:
                     truncation=True, max_length=self.max_length,
                 )  # fmt: skip
             except Exception as error:  # templates raise errors of their own about what they do not take
-                raise table.error(f"the chat template refuses it ({str(error).splitlines()[0][:150]})", row=row) from None
+                raise table.error(f"the chat template refuses it ({first_line(error)})", row=row) from None
             ids = list(tokens["input_ids"])
             learnt = tokens["assistant_masks"] if marked else [1] * len(ids)
             targets = [token if counts else IGNORED for token, counts in zip(ids, learnt, strict=True)]

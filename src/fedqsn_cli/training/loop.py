@@ -109,7 +109,8 @@ def train(
                 group["lr"] = rate
             losses.append(_backward(model, examples, window, recipe, padding))
             if not math.isfinite(losses[-1]):
-                raise InputError(f"the loss is {losses[-1]} at step {step + 1}", hint="lower --lr, or use --precision fp32")
+                hint = "lower --lr, or use --precision fp32"
+                raise InputError(f"the loss is {losses[-1]} at step {step + 1}", hint=hint)
             visible.pull_gradients()
             torch.nn.utils.clip_grad_norm_(visible.leaves, recipe.max_grad_norm)
             optimizer.step()
@@ -150,7 +151,7 @@ def _backward(model: Any, examples: Examples, window: list[list[int]], recipe: R
     total = 0.0
     for batch in batches:
         loss = _loss(model, examples, batch.to(model.device), recipe.precision) / count
-        loss.backward()
+        torch.autograd.backward(loss)
         total += loss.item()
     return total
 
@@ -186,7 +187,8 @@ def _cpu_has_bf16() -> bool:
     if platform.machine() in ("x86_64", "AMD64"):
         tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return any(getattr(torch.cpu, test, bool)() for test in tests)
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if torch.backends.mkldnn.is_available() else False
+    test = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return test is not None and bool(test())
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from fedqsn_cli.artifacts import PROXY_MANIFEST, ProxyManifest, file_digest, rea
 from fedqsn_cli.checkpoint.reader import COMPANIONS
 from fedqsn_cli.errors import FormatError
 
+_USED = (*COMPANIONS, "config.json")
 _AGAIN = "fetch the proxy again"
 
 
@@ -25,7 +26,7 @@ def verify_proxy(folder: Path) -> ProxyManifest:
         if file_digest(path) != digest:
             raise FormatError("is not the file that proxy.json lists (SHA-256 differs)", where=path, hint=_AGAIN)
     for path in sorted(folder.iterdir()):
-        used = path.name in (*COMPANIONS, "config.json") or path.name.endswith((".safetensors", ".safetensors.index.json"))
+        used = path.name in _USED or path.name.endswith((".safetensors", ".safetensors.index.json"))
         if used and path.name not in manifest.files and path.name != PROXY_MANIFEST:
             raise FormatError("is not listed in proxy.json", where=path, hint="remove it, or " + _AGAIN)
     return manifest

@@ -16,6 +16,10 @@ from fedqsn_cli.errors import DataError
 KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 COLUMNS = ("text", "text_pair", "label", "prompt", "completion", "messages")
 
+_WORDS: dict[type, str] = {
+    type(None): "nothing", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object",
+}  # fmt: skip
+
 # What is written in a CSV cell is text: no column of digits becomes numbers, no "NA" becomes a missing value.
 _CSV: dict[str, Any] = {"dtype": str, "keep_default_na": False, "index_col": False}
 
@@ -145,5 +149,4 @@ def _silence() -> Iterator[None]:
 
 def _kind(value: object) -> str:
     """A value's type in words."""
-    words = {type(None): "nothing", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return words.get(type(value), type(value).__name__)
+    return _WORDS.get(type(value), type(value).__name__)

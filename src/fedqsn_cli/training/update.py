@@ -1,8 +1,8 @@
 """The update that goes back: U = T − P on visible units, tensor by tensor, and its manifest.
 
-    T   the trained proxy, P the proxy as it came, both dense fp32 in the checkpoint's own names and shapes
-    U   the shape of the tensor, with the number of visible units in the place of the number of units; (visible,) where
-        single elements are units
+T   the trained proxy, P the proxy as it came, both dense fp32 in the checkpoint's own names and shapes
+U   the shape of the tensor, with the number of visible units in the place of the number of units; (visible,) where
+    single elements are units
 """
 
 from __future__ import annotations

@@ -81,7 +81,9 @@ def expanded(mask: UnitMask, shape: tuple[int, ...]) -> Tensor:
         marks = marks.view(lead, rows, 1)
     elif mask.axis == "column":
         marks = marks.view(lead, 1, cols)
-    return marks.view(lead, rows, cols).reshape(shape) if mask.axis == "element" else marks.expand(mask.view).reshape(shape)
+    else:
+        marks = marks.view(mask.view)
+    return marks.expand(mask.view).reshape(shape)
 
 
 def parameter_masks(

@@ -1,0 +1,130 @@
+"""What is printed, where, and how it looks to people and to programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cli.running import environment
+from fedqsn_cli import console
+from fedqsn_cli.errors import InputError
+from fedqsn_cli.progress import Silent
+
+
+@dataclass(frozen=True)
+class Sample:
+    path: Path
+    loss: float
+    members: tuple[str, ...]
+
+
+SAMPLE = Sample(Path("out/é"), float("nan"), ("a", "b"))
+PARTS: list[console.Part] = [
+    console.Facts([("model", "out"), ("key", None), ("hidden", "10 %")]),
+    console.Table(("client", "size"), [("alice", "9 B"), ("bob", "10 kB")], numbers=frozenset({"size"})),
+    "That is [all].",
+]
+
+
+def test_a_table_is_plain_aligned_text_when_it_is_piped(capsys: pytest.CaptureFixture[str]) -> None:
+    console.show("table", SAMPLE, essential=["out"], parts=PARTS)
+    expected = "model   out\nhidden  10 %\n\nclient   size\nalice     9 B\nbob     10 kB\n\nThat is [all].\n"
+    assert capsys.readouterr().out == expected
+
+
+def test_json_is_one_document_in_ascii(capsys: pytest.CaptureFixture[str]) -> None:
+    console.show("json", SAMPLE, essential=["out"], parts=PARTS)
+    out = capsys.readouterr().out
+    assert json.loads(out) == {"path": "out/é", "loss": None, "members": ["a", "b"]}
+    assert out.isascii()
+
+
+def test_quiet_prints_the_essential_values_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    console.show("quiet", SAMPLE, essential=["a", "b\n"], parts=PARTS)
+    assert capsys.readouterr().out == "a\nb\\n\n"
+
+
+def test_json_and_quiet_exclude_each_other() -> None:
+    assert (console.view(False, False), console.view(True, False), console.view(False, True)) == ("table", "json", "quiet")
+    with pytest.raises(InputError, match="--json, --quiet: cannot be given together"):
+        console.view(True, True)
+
+
+@pytest.mark.parametrize(
+    ("dirty", "clean"),
+    [
+        ("plain name, é and 神", "plain name, é and 神"),
+        ("a\033[31mb", "a\\x1b[31mb"),
+        ("two\nlines\r\t\0", "two\\nlines\\r\\t\\x00"),
+        ("\u202egnp.exe", "\\u202egnp.exe"),
+        ("\udc80", "\\udc80"),
+    ],
+)
+def test_names_of_others_cannot_steer_the_terminal(dirty: str, clean: str) -> None:
+    assert console.clean(dirty) == clean
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (87_300_000, "87.3 MB"), (3e15, "3000.0 TB")]
+)
+def test_sizes_are_readable(count: float, text: str) -> None:
+    assert console.size(count) == text
+
+
+@pytest.mark.parametrize(("share", "text"), [(0, "0 %"), (0.0997, "9.97 %"), (0.5, "50 %"), (0.99951, "99.95 %"), (1, "100 %")])
+def test_shares_are_readable(share: float, text: str) -> None:
+    assert console.percent(share) == text
+
+
+def test_there_is_no_progress_bar_when_nobody_looks() -> None:
+    with console.progress("table") as progress:
+        assert isinstance(progress, Silent)
+
+
+SHOW_PROGRESS = """
+import sys, time
+from fedqsn_cli import console
+with console.progress(sys.argv[1]) as progress:
+    progress.start("reading", 4_000_000, "bytes")
+    progress.advance(1_000_000)
+    progress.start("training", None, "steps")
+    progress.advance(3, loss=0.51234, examples_per_s=20.0)
+    time.sleep(0.3)
+    progress.finish()
+    progress.finish()
+print("done")
+"""
+
+
+def on_a_terminal(*arguments: str, **environ: str) -> str:
+    """What a process writes to a terminal on stderr."""
+    leader, follower = pty.openpty()
+    env = environment(**{"TERM": "xterm", "COLUMNS": "120"} | environ)
+    subprocess.run([sys.executable, "-c", SHOW_PROGRESS, *arguments], env=env, stderr=follower, stdout=subprocess.DEVNULL)
+    os.close(follower)
+    shown = b""
+    try:
+        while data := os.read(leader, 65536):
+            shown += data
+    except OSError:  # the other side is closed
+        os.close(leader)
+    return shown.decode()
+
+
+def test_a_terminal_sees_progress_with_amounts_and_figures() -> None:
+    shown = on_a_terminal("table")
+    assert "1.0 MB of 4.0 MB" in shown
+    assert "3 steps" in shown
+    assert "loss 0.5123  examples/s 20" in shown
+
+
+def test_quiet_and_dumb_terminals_see_no_progress() -> None:
+    assert on_a_terminal("quiet") == ""
+    assert on_a_terminal("table", TERM="dumb") == ""
