@@ -7,7 +7,7 @@ BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak lint types docs clean
+.PHONY: help setup demo test soak lint types docs bench clean
 
 help: ## list the chores
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -38,6 +38,9 @@ types: $(READY) ## check types, strictly
 
 docs: $(READY) ## write docs/commands/ from the commands' own help
 	@$(BIN)/python docs/generate.py
+
+bench: $(READY) ## measure speed and memory; choose with ARGS
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove the virtual environment and all caches
 	@rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

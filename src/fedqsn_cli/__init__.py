@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedqsn_cli.aggregation.merge import merge as merge
-    from fedqsn_cli.evaluate import evaluate as evaluate
+    from fedqsn_cli.evaluation import evaluate as evaluate
     from fedqsn_cli.inspection import inspect as inspect
     from fedqsn_cli.proxy import export_proxy as export_proxy
     from fedqsn_cli.server_model import mask as mask
@@ -27,7 +27,7 @@ __all__ = ["client_train", "evaluate", "export_proxy", "inspect", "mask", "merge
 
 _HOMES = {
     "client_train": "fedqsn_cli.training",
-    "evaluate": "fedqsn_cli.evaluate",
+    "evaluate": "fedqsn_cli.evaluation",
     "export_proxy": "fedqsn_cli.proxy",
     "inspect": "fedqsn_cli.inspection",
     "mask": "fedqsn_cli.server_model",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fedqsn_cli.checkpoint import Checkpoint
-from fedqsn_cli.dense import load_dense
+from fedqsn_cli.dense import load_dense as load_dense
 from fedqsn_cli.errors import InputError
 
 Task = Literal["classification", "causal-lm", "masked-lm", "seq2seq"]

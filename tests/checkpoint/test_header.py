@@ -120,10 +120,6 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "nesting without end": (raw("{" + '"a":{' * 100_000), "does not end|nested"),
     "nesting that ends": (raw('{"a":' * 100_000 + "1" + "}" * 100_000), "nested too deeply"),
     "nested shape": (raw('{"w":' + "[" * 100_000 + "]" * 100_000 + "}"), "nested too deeply"),
-    "header not padded": (
-        raw(f'{{"w":{TEXT},"w2": {TEXT.replace("0, 8", "8, 16")} }}', bytes(16), pad=False),
-        "aligned",
-    ),
     "tensor not aligned": (
         raw(
             {"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, "b": GOOD | {"data_offsets": [1, 9]}}, bytes(9)
@@ -200,7 +196,7 @@ def test_a_name_that_header_writers_use_is_not_mistaken_for_a_path(tmp_path: Pat
 
 
 NAMES = st.text(st.characters(categories=["L", "N", "P", "S"]), min_size=1, max_size=12).filter(
-    lambda name: ".." not in name and "/" not in name and "\\" not in name
+    lambda name: name != "__metadata__" and not {"/", "\\", ".."} & {*name, name}
 )
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 SPECS = st.lists(
@@ -281,3 +277,10 @@ def test_whatever_survives_damage_means_the_same_to_the_library(position: int, r
         assert {name: entry.shape for name, entry in header.entries.items()} == {
             name: array.shape for name, array in loaded.items()
         }
+
+
+def test_a_header_that_an_old_writer_did_not_pad_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "old.safetensors"
+    path.write_bytes(raw(f'{{"w":{TEXT}}}', bytes(8), pad=False))
+    assert (path.stat().st_size - 8) % 4, "the data must lie askew for this test to say anything"
+    assert read_header(path).entries["w"].nbytes == 8

@@ -52,7 +52,11 @@ def test_quiet_prints_the_essential_values_a_line_each(capsys: pytest.CaptureFix
 
 
 def test_json_and_quiet_exclude_each_other() -> None:
-    assert (console.view(False, False), console.view(True, False), console.view(False, True)) == ("table", "json", "quiet")
+    assert (console.view(False, False), console.view(True, False), console.view(False, True)) == (
+        "table",
+        "json",
+        "quiet",
+    )
     with pytest.raises(InputError, match="--json, --quiet: cannot be given together"):
         console.view(True, True)
 
@@ -78,7 +82,9 @@ def test_sizes_are_readable(count: float, text: str) -> None:
     assert console.size(count) == text
 
 
-@pytest.mark.parametrize(("share", "text"), [(0, "0 %"), (0.0997, "9.97 %"), (0.5, "50 %"), (0.99951, "99.95 %"), (1, "100 %")])
+@pytest.mark.parametrize(
+    ("share", "text"), [(0, "0 %"), (0.0997, "9.97 %"), (0.5, "50 %"), (0.99951, "99.95 %"), (1, "100 %")]
+)
 def test_shares_are_readable(share: float, text: str) -> None:
     assert console.percent(share) == text
 
@@ -107,7 +113,9 @@ def on_a_terminal(*arguments: str, **environ: str) -> str:
     """What a process writes to a terminal on stderr."""
     leader, follower = pty.openpty()
     env = environment(**{"TERM": "xterm", "COLUMNS": "120"} | environ)
-    subprocess.run([sys.executable, "-c", SHOW_PROGRESS, *arguments], env=env, stderr=follower, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-c", SHOW_PROGRESS, *arguments], env=env, stderr=follower, stdout=subprocess.DEVNULL
+    )
     os.close(follower)
     shown = b""
     try:

@@ -88,11 +88,9 @@ def test_ignored_signals_stay_ignored() -> None:
     assert done.stdout == "alive\n"
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "ledger.jsonl").write_text("")
-    done = subprocess.run(
-        [*command("--version")], env=environment(), stdout=open("/dev/full", "w"), stderr=subprocess.PIPE, text=True
-    )
+def test_a_full_disk_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command("--version"), env=environment(), stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
     assert done.stderr == "fedqsn: error: No space left on device; free some space or choose another --out\n"
 
@@ -108,7 +106,10 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
 
 def test_a_closed_stdout_is_no_error() -> None:
     done = subprocess.run(
-        ["bash", "-c", 'exec "$@" >&-', "bash", *command("--help")], env=environment(), stderr=subprocess.PIPE, text=True
+        ["bash", "-c", 'exec "$@" >&-', "bash", *command("--help")],
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert (done.returncode, done.stderr) == (0, "")
 

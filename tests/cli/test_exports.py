@@ -36,7 +36,10 @@ def test_a_command_and_its_function_have_the_same_defaults(command: str) -> None
     for name, param in signature(function_of(command)).items():
         if name not in SHELL_ONLY:
             theirs = python[RENAMED.get(name, name)].default
-            assert param.default == theirs or (param.default, theirs) in {(False, None), (None, inspect.Parameter.empty)}
+            assert param.default == theirs or (param.default, theirs) in {
+                (False, None),
+                (None, inspect.Parameter.empty),
+            }
 
 
 def test_the_public_functions_are_the_commands() -> None:
@@ -56,7 +59,9 @@ def test_no_module_takes_the_name_of_a_public_function() -> None:
 
 
 def test_importing_the_package_imports_nothing_else_of_it() -> None:
-    script = "import sys, fedqsn_cli; print(*(m for m in sys.modules if m.startswith('fedqsn_cli')), 'numpy' in sys.modules)"
+    script = (
+        "import sys, fedqsn_cli; print(*(m for m in sys.modules if m.startswith('fedqsn_cli')), 'numpy' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["fedqsn_cli", "False"]
 

@@ -14,7 +14,19 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.quantization import kernels, threads
 from fedqsn_cli.quantization.codebooks import FORMATS
-from quantization.reference import BLOCKS, DTYPES, bits, normals, numbers, pack, quantize_run, tensor, unpack, weights, wide
+from quantization.reference import (
+    BLOCKS,
+    DTYPES,
+    bits,
+    normals,
+    numbers,
+    pack,
+    quantize_run,
+    tensor,
+    unpack,
+    weights,
+    wide,
+)
 
 Array = NDArray[Any]
 FOUR = ("nf4", "fp4")

@@ -57,7 +57,9 @@ class Pipeline:
         with self._changed:
             self._changed.wait_for(lambda: self._over or self._free or self._in_flight < BUFFERS_IN_FLIGHT)
             self.check()
-            return self._free.pop() if self._free else mmap.mmap(-1, BUFFER_BYTES)
+            if self._free:
+                return self._free.pop()
+        return mmap.mmap(-1, BUFFER_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
     def submit(self, stream: FileStream, offset: int, length: int, buffer: mmap.mmap) -> None:
         """Hand over a buffer. The caller must not touch it again."""

@@ -165,6 +165,6 @@ def _state(text: bytes, format: str, where: str) -> dict[str, Any]:
     if "nested_offset" in state:
         if state["nested_blocksize"] != NESTED_BLOCK or state["nested_dtype"] != "float32":
             raise FormatError("names unknown quantization of scales", where=where)
-        if not np.isfinite(np.float32(state["nested_offset"])):
+        if not abs(state["nested_offset"]) <= float(np.finfo(np.float32).max):
             raise FormatError("nested_offset is not finite in fp32", where=where)
     return state

@@ -44,7 +44,7 @@ def run_ranges(n: int, align: int, fn: Callable[[int, int], None]) -> None:
             fn(0, n)
         return
     edges = [pieces * i // workers * align for i in range(workers)] + [n]
-    futures = [_pool(os.getpid()).submit(_run, fn, *pair) for pair in zip(edges[1:], edges[2:], strict=False)]
+    futures = [_pool(os.getpid(), thread_count()).submit(_run, fn, *pair) for pair in zip(edges[1:], edges[2:], strict=False)]
     try:
         _run(fn, edges[0], edges[1])
     finally:
@@ -64,6 +64,6 @@ def _run(fn: Callable[[int, int], None], start: int, stop: int) -> None:
 
 
 @cache
-def _pool(pid: int) -> ThreadPoolExecutor:
+def _pool(pid: int, count: int) -> ThreadPoolExecutor:
     """The pool; a forked child has none of its parent's threads and makes its own."""
-    return ThreadPoolExecutor(max(1, thread_count() - 1), thread_name_prefix="fedqsn-kernel")
+    return ThreadPoolExecutor(count - 1, thread_name_prefix="fedqsn-kernel")

@@ -10,7 +10,8 @@ import fedqsn_cli
 from fedqsn_cli import validate
 from fedqsn_cli.artifacts import PROXY_MANIFEST, Losses, ProxyManifest, file_digest
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, resolve
-from fedqsn_cli.modeling import Task, choose_device, load_dense, load_model, memory_errors, quiet
+from fedqsn_cli.dense import load_dense
+from fedqsn_cli.modeling import Task, choose_device, load_model, memory_errors, quiet
 from fedqsn_cli.progress import Progress, Silent
 from fedqsn_cli.training import update
 from fedqsn_cli.training.data import Encoder
@@ -28,7 +29,7 @@ class TrainResult:
     """What one round of training made.
 
     Args:
-        update: the folder to send back. proxy_id: the proxy it belongs to.
+        path: the update's folder, to send back. proxy_id: the proxy it belongs to.
         task: classification or causal-lm.
         examples: different examples that took part. skipped: rows with nothing to learn from.
         steps: optimizer steps. parameters: numbers in the update.
@@ -38,7 +39,7 @@ class TrainResult:
         seconds: wall time of the steps.
     """
 
-    update: Path
+    path: str
     proxy_id: str
     task: Task
     examples: int
@@ -164,7 +165,7 @@ def _round(
     update.write_tensors(writer, model, dense, visible, form)
     _write_manifest(writer, folder, manifest, trained, before, after, form)
     return TrainResult(
-        update=writer.publish(), proxy_id=manifest.proxy_id, task=loaded.task, examples=trained.examples,
+        path=str(writer.publish()), proxy_id=manifest.proxy_id, task=loaded.task, examples=trained.examples,
         skipped=examples.skipped, steps=trained.steps, parameters=update.parameters(dense, visible),
         first_loss=trained.first_loss, last_loss=trained.last_loss, before=before, after=after,
         precision=recipe.precision, seconds=trained.seconds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import tempfile
@@ -19,10 +20,6 @@ COLUMNS = ("text", "text_pair", "label", "prompt", "completion", "messages")
 _WORDS: dict[type, str] = {
     type(None): "nothing", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object",
 }  # fmt: skip
-
-# What is written in a CSV cell is text: no column of digits becomes numbers, no "NA" becomes a missing value.
-_CSV: dict[str, Any] = {"dtype": str, "keep_default_na": False, "index_col": False}
-
 
 @dataclass(frozen=True, slots=True)
 class Table:
@@ -88,7 +85,7 @@ def _load(path: Path, kind: str) -> Table:
     import datasets
 
     reader = getattr(datasets.Dataset, f"from_{kind}")
-    options = _CSV if kind == "csv" else {}
+    options = _csv_options(path) if kind == "csv" else {}
     with tempfile.TemporaryDirectory(prefix="fedqsn-") as folder, _silence():
         link = Path(folder) / f"data{path.suffix.lower()}"  # a name in which no character is a pattern
         link.symlink_to(path.absolute())
@@ -102,6 +99,33 @@ def _load(path: Path, kind: str) -> Table:
     if len(rows) == 0:
         raise DataError("the file holds no rows", where=path)
     return Table(path, columns, tuple(rows.column_names), len(rows))
+
+
+def _csv_options(path: Path) -> dict[str, Any]:
+    """How to read a CSV file: every cell is the text that stands there, be it "007", "NA" or nothing.
+
+    Raises:
+        DataError: a line has another number of fields than the header, or the file is no UTF-8 text.
+    """
+    from datasets import Features, Value
+
+    largest = csv.field_size_limit(2**31 - 1)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = csv.reader(file, strict=True)
+            header = next(lines)
+            for fields in lines:
+                if fields and len(fields) != len(header):
+                    what = f"{len(fields)} fields, but the header has {len(header)}"
+                    raise DataError(what, where=f"{path}: line {lines.line_num}", hint="put texts into quotes")
+    except (csv.Error, UnicodeDecodeError, StopIteration) as error:
+        raise DataError(f"not a readable csv file ({error})", where=path) from None
+    finally:
+        csv.field_size_limit(largest)
+    if len(set(header)) != len(header):
+        raise DataError("two columns have one name", where=path)
+    features = Features({name: Value("string") for name in header})
+    return {"features": features, "keep_default_na": False, "index_col": False, "encoding": "utf-8-sig"}
 
 
 def _unreadable(path: Path, kind: str, error: Exception) -> DataError:

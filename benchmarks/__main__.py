@@ -1,0 +1,82 @@
+"""Measure all figures and print them: `python -m benchmarks`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.figures import FIGURES, SIZES
+from benchmarks.inputs import NoRoom, Place
+from benchmarks.measure import Failed
+from benchmarks.report import Row, document, flatness, table
+from benchmarks.synthetic import SHAPES
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0; a figure that is not reached is for the reader to judge."""
+    options = parser().parse_args(arguments)
+    root = str(Path(__file__).resolve().parent.parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, f"{root}/src", os.environ.get("PYTHONPATH")]))
+    options.work.mkdir(parents=True, exist_ok=True)
+    place = Place(
+        options.work.resolve(), options.runs, update_format=options.update_format, updates=options.updates,
+        clients=sorted({1, *options.clients}), millions=options.millions,
+    )  # fmt: skip
+    begin = time.monotonic()
+    place.prepare_kernels()
+    rows: list[Row] = []
+    for name in options.only or FIGURES:
+        for size in options.sizes if options.sizes and SIZES[name] != ("",) else SIZES[name]:
+            rows += measured(place, name, size)
+            if not options.keep and size == "7b" and name == "memory":
+                place.clear("model-7b")
+    rows += flatness(rows)
+    settings = {"runs": place.runs, "update_format": place.update_format, "clients": list(place.clients),
+                "updates": place.updates, "kernel_millions": place.millions,
+                "seconds": round(time.monotonic() - begin)}  # fmt: skip
+    print(table(rows))
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(document(rows, settings, place.work), indent=1) + "\n")
+    if not options.keep:
+        place.clear(*(path.name for path in place.work.iterdir()))
+    return 0
+
+
+def measured(place: Place, name: str, size: str) -> list[Row]:
+    """The rows of one figure; one row that says why where it cannot be measured."""
+    print(f"{time.strftime('%H:%M:%S')} {name} {size}", file=sys.stderr, flush=True)
+    rows: list[Row] = []
+    try:
+        for row in FIGURES[name](place, size):
+            rows.append(row)
+            print(table([row]).splitlines()[2], file=sys.stderr, flush=True)
+    except (NoRoom, Failed) as error:
+        rows.append(Row.skipped(name, size, str(error)))
+        print(f"skipped: {error}", file=sys.stderr, flush=True)
+    return rows
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    result = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure fedqsn next to its peers.")
+    result.add_argument("--work", type=Path, default=Path("build/bench"), help="folder for models and outputs")
+    result.add_argument("--out", type=Path, help="write all figures as JSON")
+    result.add_argument("--runs", type=int, default=3, help="runs of each side (default 3)")
+    result.add_argument("--only", nargs="+", choices=FIGURES, help="measure these figures only")
+    result.add_argument("--sizes", nargs="+", choices=SHAPES, help="sizes instead of each figure's own")
+    result.add_argument("--clients", nargs="+", type=int, default=[1, 10, 100], help="fan-outs (default 1 10 100)")
+    result.add_argument("--updates", type=int, default=8, help="updates a merge takes (default 8)")
+    result.add_argument("--update-format", choices=("bf16", "fp32"), default="bf16", help="precision of the updates")
+    result.add_argument("--millions", type=float, default=64, help="numbers a kernel quantizes, in 2^20 (default 64)")
+    result.add_argument("--keep", action="store_true", help="keep models and outputs for the next time")
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""The figures, one function each. Each runs both sides of its comparison in turn, on the same files, in the same place.
+
+    kernel      nf4 codes in memory                 bitsandbytes quantize_4bit
+    floor       export-proxy                        plain loops that read and write as many bytes
+    peer        export-proxy                        transformers + bitsandbytes
+    fanout      export-proxy for 10 and 100         export-proxy for 1
+    merge       merge of 8 updates                  plain loops that read and write as many bytes
+    mergekit    merge of a model and 2 updates      mergekit-yaml, linear, 3 models
+    memory      export-proxy and merge by size      600 MiB, and each other
+    help        fedqsn --help                       hf --help
+    compile     the first command of all            the second one
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from benchmarks.inputs import Place
+from benchmarks.measure import Contender, Sample, compare, run, said_by, total_bytes
+from benchmarks.peers import install_mergekit, linear_merge
+from benchmarks.report import Row
+from benchmarks.synthetic import SHAPES
+
+MAX_PEAK = 600.0  # MiB
+
+
+def kernel(place: Place, size: str) -> Iterator[Row]:
+    """nf4 codes of numbers in memory; the size of the model does not matter."""
+    for dtype in ("bf16", "fp32"):
+        samples = {}
+        for who in ("ours", "bitsandbytes"):
+            arguments = "benchmarks.kernels", who, dtype, place.millions, place.runs
+            seconds = json.loads(said_by(place.module(*arguments)))
+            samples[who] = Sample(seconds, [0.0] * len(seconds), [0.0] * len(seconds))
+        count = place.millions * 2**20
+        speeds = {who: count / sample.median / 1e6 for who, sample in samples.items()}
+        note = f"{speeds['ours']:.0f} against {speeds['bitsandbytes']:.0f} million parameters/s"
+        yield Row.faster(f"nf4 kernel, {dtype}", "", samples["ours"], "bitsandbytes", samples["bitsandbytes"], 20, note)
+
+
+def floor(place: Place, size: str) -> Iterator[Row]:
+    """export-proxy against reading its input and writing its output."""
+    model = place.model(size)
+    out = _proxy_bytes(place, size)
+    samples = compare(
+        {"ours": _export(place, size, 1), "plain": _floor(place, "plain", out, [model]),
+         "direct": _floor(place, "direct", out, [model])}, place.runs,
+    )  # fmt: skip
+    yield from _against_floors(f"export-proxy {size}", size, samples, total_bytes(model), out)
+
+
+def peer(place: Place, size: str) -> Iterator[Row]:
+    """export-proxy against what users of transformers do."""
+    model = place.model(size)
+    place.need(2 * total_bytes(model))
+    theirs = Contender(
+        place.module("benchmarks.peers", "quantize", model, place.work / "peer"), [model],
+        lambda: place.clear("peer"), lambda: place.clear("peer"),
+    )  # fmt: skip
+    samples = compare({"ours": _export(place, size, 1), "theirs": theirs}, place.runs)
+    note = f"peak {samples['ours'].largest:.0f} against {samples['theirs'].largest:.0f} MiB"
+    yield Row.faster(
+        f"export-proxy {size}", size, samples["ours"], "transformers + bitsandbytes", samples["theirs"], 10, note
+    )
+
+
+def fanout(place: Place, size: str) -> Iterator[Row]:
+    """One call for several clients: each further proxy against the first."""
+    place.model(size)
+    out = _proxy_bytes(place, size)
+    possible = [count for count in place.clients if count == 1 or _fits(place, count * out)]
+    contenders = {str(count): _export(place, size, count) for count in possible}
+    contenders["floor"] = _floor(place, "direct", out, [])
+    samples = compare(contenders, place.runs)
+    first = samples["1"].median
+    for count in possible:
+        if count == 1:
+            continue
+        sample = samples[str(count)]
+        each = (sample.median - first) / (count - 1)
+        note = f"{each:.2f} s each; the disk alone takes {samples['floor'].median:.2f} s for its {out / 1e6:.0f} MB"
+        figure = f"each further proxy of {count}"
+        yield Row.of(figure, size, sample, "the first", samples["1"], each / first, 0.35, note)
+    for count in place.clients:
+        if count not in possible:
+            yield Row.skipped(f"each further proxy of {count}", size, f"the disk has no {count * out / 1e9:.0f} GB")
+
+
+def merge(place: Place, size: str) -> Iterator[Row]:
+    """A merge of updates against reading its input and writing its output."""
+    place.model(size)
+    job = place.job(size, place.updates, place.update_format)
+    inputs = [job.model, *job.updates]
+    out = 4 * SHAPES[size].parameters  # the model and what rounding drops
+    place.need(2 * out)
+    samples = compare(
+        {"ours": _merge(place, job), "plain": _floor(place, "plain", out, inputs),
+         "direct": _floor(place, "direct", out, inputs)}, place.runs,
+    )  # fmt: skip
+    figure = f"merge of {place.updates} updates ({place.update_format}) {size}"
+    yield from _against_floors(figure, size, samples, sum(map(total_bytes, inputs)), out)
+
+
+def mergekit(place: Place, size: str) -> Iterator[Row]:
+    """The average of three models against a merge of one model and two updates as large as it."""
+    figure = f"merge of 3 times {size}"
+    try:
+        command = install_mergekit(place.work / "venv-mergekit")
+    except subprocess.CalledProcessError as error:
+        lines = (error.stderr or "").strip().splitlines() or ["pip failed"]
+        yield Row.skipped(figure, size, f"mergekit cannot be installed: {lines[-1]}")
+        return
+    models = [place.model(size, copy) for copy in range(3)]
+    job = place.job(size, 2, "bf16", "--p1", "0", "--p2", "0")
+    place.need(3 * total_bytes(models[0]))
+    recipe = place.work / "linear.yaml"
+    recipe.write_text(linear_merge(models))
+    theirs = Contender(
+        [str(command), str(recipe), str(place.work / "merged")], models, lambda: place.clear("merged"),
+        lambda: place.clear("merged"), {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    samples = compare({"ours": _merge(place, job), "theirs": theirs}, place.runs)
+    note = f"peak {samples['ours'].largest:.0f} against {samples['theirs'].largest:.0f} MiB; ours writes twice as much"
+    yield Row.faster(figure, size, samples["ours"], "mergekit-yaml linear", samples["theirs"], 4, note)
+
+
+def memory(place: Place, size: str) -> Iterator[Row]:
+    """Peak resident memory of export and merge of one update, for one size; the report compares the sizes."""
+    model = place.model(size)
+    exported = compare({"ours": _export(place, size, 1)}, 1)["ours"]
+    yield Row.peak("peak memory, export-proxy", size, exported, MAX_PEAK)
+    place.need(3.3 * total_bytes(model))
+    job = place.job(size, 1, "bf16")
+    merged = compare({"ours": _merge(place, job)}, 1)["ours"]
+    yield Row.peak("peak memory, merge", size, merged, MAX_PEAK)
+    if size == "7b":
+        place.clear(job.folder.name)
+
+
+def help_text(place: Place, size: str) -> Iterator[Row]:
+    """How long the help takes to appear."""
+    scripts = Path(place.python).parent
+    ours = str(scripts / "fedqsn")
+    command = [ours] if os.path.exists(ours) else [place.python, "-m", "fedqsn_cli"]
+    samples = compare(
+        {"ours": Contender([*command, "--help"]), "theirs": Contender([str(scripts / "hf"), "--help"])}, 5 * place.runs
+    )
+    ratio = samples["ours"].median / samples["theirs"].median
+    yield Row.of("fedqsn --help", "", samples["ours"], "hf --help", samples["theirs"], ratio, 0.5)
+
+
+def compile_once(place: Place, size: str) -> Iterator[Row]:
+    """The very first export, which compiles its kernels, against the next."""
+    place.model("tiny")
+    ours = _export(place, "tiny", 1)
+    cache = {"NUMBA_CACHE_DIR": str(place.work / "numba")}
+    cold = Contender(ours.command, (), lambda: (ours.before(), place.clear("numba")), ours.after, cache)
+    warm = Contender(ours.command, (), ours.before, ours.after, cache)
+    samples = compare({"first": cold, "next": warm}, 1)
+    place.clear("numba")
+    yield Row.of("first export of all (tiny), which compiles", "", samples["first"], "the next one", samples["next"])
+
+
+def _fits(place: Place, size: int) -> bool:
+    """Is there room for so many bytes?"""
+    from benchmarks.inputs import NoRoom
+
+    try:
+        place.need(size)
+    except NoRoom:
+        return False
+    return True
+
+
+def _against_floors(figure: str, size: str, samples: dict[str, Sample], read: int, written: int) -> Iterator[Row]:
+    ours = samples["ours"]
+    busy = sum(ours.processor) / len(ours.processor)
+    note = f"{read / 1e9:.1f} GB in, {written / 1e9:.1f} GB out, {busy:.1f} processor seconds"
+    for how, target in (("plain", 1.5), ("direct", None)):
+        name = "floor: plain loops" if how == "plain" else "floor: loops past the page cache"
+        ratio = ours.median / samples[how].median
+        yield Row.of(figure, size, ours, name, samples[how], ratio, target, note)
+
+
+def _export(place: Place, size: str, count: int) -> Contender:
+    """export-proxy for so many clients; key and ledger are new each time."""
+    clients = [f"client-{number:03d}" for number in range(count)]
+    out = "out/{client}" if count > 1 else f"out/{clients[0]}"
+
+    def fresh() -> None:
+        place.clear("out", "bench.key", "bench.jsonl")
+
+    command = place.export(size, out, clients, "bench.key", "bench.jsonl")
+    return Contender(command, [place.work / f"model-{size}"], fresh, fresh)
+
+
+def _merge(place: Place, job: object) -> Contender:
+    from benchmarks.inputs import Job
+
+    assert isinstance(job, Job)
+
+    def fresh() -> None:
+        place.clear("merged")
+
+    return Contender(place.merge(job, "merged"), [job.model, *job.updates], fresh, fresh)
+
+
+def _floor(place: Place, how: str, size: int, inputs: list[Path]) -> Contender:
+    command = place.module("benchmarks.floor", how, size, place.work / "floor.bin", *inputs)
+    return Contender(command, inputs, lambda: place.clear("floor.bin"), lambda: place.clear("floor.bin"))
+
+
+def _proxy_bytes(place: Place, size: str) -> int:
+    """Bytes of one proxy, seen once and remembered."""
+    known = place.work / f"proxy-bytes-{size}"
+    if not known.exists():
+        place.need(SHAPES[size].parameters)
+        contender = _export(place, size, 1)
+        contender.before()
+        run(contender.command)
+        known.write_text(str(total_bytes(place.work / "out")))
+        contender.after()
+    return int(known.read_text())
+
+
+FIGURES: dict[str, Callable[[Place, str], Iterator[Row]]] = {
+    "help": help_text,
+    "compile": compile_once,
+    "kernel": kernel,
+    "peer": peer,
+    "fanout": fanout,
+    "merge": merge,
+    "mergekit": mergekit,
+    "floor": floor,
+    "memory": memory,
+}
+SIZES: dict[str, tuple[str, ...]] = {
+    "help": ("",),
+    "compile": ("",),
+    "kernel": ("",),
+    "peer": ("1.1b",),
+    "fanout": ("0.1b", "1.1b"),
+    "merge": ("1.1b",),
+    "mergekit": ("1.1b",),
+    "floor": ("0.1b", "1.1b", "7b"),
+    "memory": ("0.1b", "1.1b", "7b"),
+}
+"""On which sizes a figure is measured; "" where the size of a model does not matter."""

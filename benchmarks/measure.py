@@ -1,0 +1,128 @@
+"""One process at a time, measured from outside: seconds, processor seconds, peak resident memory.
+
+This process imports nothing large: on Linux a child's peak counts from that of the process which started it.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+class Failed(Exception):
+    """A process that was to be measured failed; the text is the end of what it said."""
+
+
+@dataclass
+class Sample:
+    """Runs of one thing. Times in seconds, peak in MiB."""
+
+    seconds: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+    peak: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def largest(self) -> float:
+        """Peak resident memory of the hungriest run, MiB."""
+        return max(self.peak)
+
+    def add(self, seconds: float, processor: float, peak: float) -> None:
+        self.seconds.append(seconds)
+        self.processor.append(processor)
+        self.peak.append(peak)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One side of a comparison.
+
+    Args:
+        command: what is measured.
+        inputs: files and folders to drop from the page cache before each run.
+        before: makes the place ready, unmeasured. after: cleans up, unmeasured.
+        environment: on top of this process's own.
+    """
+
+    command: Sequence[str]
+    inputs: Sequence[Path] = ()
+    before: Callable[[], object] = lambda: None
+    after: Callable[[], object] = lambda: None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def compare(contenders: Mapping[str, Contender], runs: int) -> dict[str, Sample]:
+    """Run all contenders in turn (A B C A B C ...), so that a machine that changes its pace is fair to each."""
+    samples = {name: Sample() for name in contenders}
+    for _ in range(runs):
+        for name, contender in contenders.items():
+            contender.before()
+            chill(contender.inputs)
+            try:
+                samples[name].add(*run(contender.command, contender.environment))
+            finally:
+                contender.after()
+    return samples
+
+
+def run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[float, float, float]:
+    """Run a command to its end.
+
+    Returns:
+        Wall seconds from start to exit, processor seconds, and peak resident memory in MiB, by the kernel's account.
+
+    Raises:
+        Failed: it could not be started, or its exit code was not 0.
+    """
+    with tempfile.TemporaryFile() as output:
+        begin = time.perf_counter()
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            env={**os.environ, **(environment or {})},
+        )  # fmt: skip
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - begin
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            output.seek(0)
+            said = output.read().decode(errors="replace").strip().splitlines()[-12:]
+            raise Failed(f"exit code {process.returncode}: {' '.join(command)}\n" + "\n".join(said))
+    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / unit
+
+
+def said_by(command: Sequence[str]) -> str:
+    """What a command prints. Raises Failed."""
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise Failed(f"exit code {result.returncode}: {' '.join(command)}\n{result.stderr[-2000:]}")
+    return result.stdout
+
+
+def chill(paths: Iterable[Path]) -> None:
+    """Write files back and drop them from the page cache: inputs come from the disk, programs stay warm."""
+    for path in paths:
+        files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+        for file in files:
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+
+
+def total_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder, or of one file."""
+    files = folder.rglob("*") if folder.is_dir() else [folder]
+    return sum(file.stat().st_size for file in files if file.is_file())

@@ -1,0 +1,47 @@
+"""What clients would have sent back: `python -m benchmarks.updates MODEL KEY LEDGER FORMAT FOLDER`.
+
+One update for each release in the ledger: numbers a hundredth of the weights' size, on the units that the client saw.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+
+from benchmarks.synthetic import write_file
+
+
+def write(model: str, key: str, ledger: str, form: str, folder: Path) -> None:
+    """Write the update of every release, as folders named after the clients."""
+    from fedqsn_cli import keyfile
+    from fedqsn_cli import ledger as ledgers
+    from fedqsn_cli.aggregation.update import update_shape, visible_units
+    from fedqsn_cli.artifacts import UPDATE_MANIFEST, UPDATE_TENSORS, Losses, UpdateManifest, manifest_bytes
+    from fedqsn_cli.logical import open_model
+
+    job = keyfile.load(Path(key))
+    plan = open_model(model, axis=job.axis, overrides=job.overrides).plan
+    for number, release in enumerate(ledgers.read(Path(ledger))):
+        target = folder / release.client
+        target.mkdir(parents=True)
+        shapes = {
+            tensor.name: update_shape(tensor, visible_units(tensor, release.p1, release.p2))
+            for tensor in sorted(plan.tensors, key=lambda tensor: tensor.name)
+        }
+        path = target / UPDATE_TENSORS
+        write_file(path, shapes, {"fp32": "F32", "bf16": "BF16"}[form], 2e-4, 1000 + number)
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        manifest = UpdateManifest.model_validate(
+            {
+                "proxy_id": release.proxy_id, "proxy_sha256": release.proxy_sha256, "num_examples": 100 + number,
+                "steps": 10, "losses": Losses(first=1.0, last=0.9, eval_before=None, eval_after=None),
+                "precision": form, "tool": "fedqsn benchmarks", "files": {path.name: digest},
+            }
+        )  # fmt: skip
+        (target / UPDATE_MANIFEST).write_bytes(manifest_bytes(manifest))
+
+
+if __name__ == "__main__":
+    write(*sys.argv[1:5], Path(sys.argv[5]))

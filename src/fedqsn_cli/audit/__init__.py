@@ -1,0 +1,1 @@
+"""What an attacker learns from proxies: hard invariants, exposure, recovered weights and recovered function."""

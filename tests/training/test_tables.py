@@ -1,0 +1,102 @@
+"""Reading data files: what is taken, and what is said about a file that cannot be used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from fedqsn_cli.errors import DataError
+from fedqsn_cli.training.tables import read_table
+
+JSONL = '{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("data.jsonl", JSONL),
+        ("data.JSONL", JSONL),
+        ("data.ndjson", JSONL),
+        ("data.json", '[{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]'),
+        ("data.csv", "label,text\nx,a\ny,b\n"),
+        ("odd [1]*?.jsonl", JSONL),
+    ],
+)
+def test_every_kind_of_file_gives_the_same_columns(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    table = read_table(tmp_path / name)
+    assert table.columns == {"text": ["a", "b"], "label": ["x", "y"]}
+    assert table.rows == 2
+
+
+def test_parquet_is_read(tmp_path: Path) -> None:
+    columns = {"text": ["a", "b"], "label": pyarrow.array([1, 0], pyarrow.int8()), "other": [1.5, 2.5]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "data.parquet")
+    table = read_table(tmp_path / "data.parquet")
+    assert table.columns == {"text": ["a", "b"], "label": [1, 0]}
+    assert table.found == ("text", "label", "other")
+
+
+def test_cells_of_a_csv_file_stay_the_text_they_are(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text('\ufefftext,label\n007,NA\n"with, comma",1.0\n')
+    assert read_table(tmp_path / "data.csv").columns == {"text": ["007", "with, comma"], "label": ["NA", "1.0"]}
+
+
+def test_one_relative_path_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data.jsonl").write_text(JSONL)
+    monkeypatch.chdir(tmp_path)
+    assert read_table("data.jsonl").rows == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("data.jsonl", "", "is empty"),
+        ("data.jsonl", "\n\n", "no rows"),
+        ("data.csv", "text,label\n", "no rows"),
+        ("data.jsonl", '{"text": "a"}\n{"text": "b"\n', "line 2: not a JSON object"),
+        ("data.jsonl", '{"text": "a"}\n["b"]\n', "line 2: not a JSON object"),
+        ("data.csv", 'text,label\na,"b\n', "not a readable csv file"),
+        ("data.csv", "label,text\n1,a\n1,hello, world\n", "line 3: 3 fields, but the header has 2"),
+        ("data.csv", "text,text\na,b\n", "two columns have one name"),
+        ("data.parquet", "PAR1 or not", "not a readable parquet file"),
+        ("data.txt", "a\n", "files of kind '.txt' are not read"),
+        ("data", "a\n", "files of kind '' are not read"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused_in_one_line(
+    tmp_path: Path, name: str, content: str, complaint: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(DataError, match=complaint) as caught:
+        read_table(path)
+    assert str(path) in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_csv_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_bytes("text,label\ncafé,1\n".encode("latin-1"))
+    with pytest.raises(DataError, match="not a readable csv file"):
+        read_table(tmp_path / "data.csv")
+
+
+def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        read_table(tmp_path / "absent.jsonl")
+    with pytest.raises(DataError, match="not a file"):
+        read_table(tmp_path)
+
+
+def test_no_copy_of_the_data_stays_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data.jsonl").write_text(JSONL)
+    for name in ("temporary", "home"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    read_table(tmp_path / "data.jsonl")
+    assert not list((tmp_path / "temporary").iterdir())
+    assert not list((tmp_path / "home").iterdir())
