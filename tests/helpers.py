@@ -1,4 +1,4 @@
-"""Small worlds for the tests of the owner's commands: checkpoints made with numpy alone, updates, and ways to look inside.
+"""Small worlds for the tests of the owner's commands: checkpoints made with numpy alone, updates, ways to look in.
 
 model = make_model(folder, "bert", dtype="BF16", hidden=33)     a checkpoint of a few kilobytes, in milliseconds
 send(proxy, folder, lambda name, shape: ...)                    an update as a client would send it

@@ -11,8 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedqsn_cli import export_proxy, mask, merge
-from helpers import contents, hidden_elements, make_model, noise, read_model, send
-from worlds import KINDS, Place, World, few, placed, worlds
+from fedqsn_cli.errors import InputError
+from helpers import (
+    contents,
+    hidden_elements,
+    make_config,
+    make_model,
+    make_tensors,
+    noise,
+    nothing_written,
+    read_model,
+    send,
+    write_model,
+)
+from worlds import KINDS, Place, World, few, placed, replaced, worlds
 
 
 @few(40)
@@ -54,7 +66,7 @@ def test_i1_hidden_weights_change_no_byte_of_the_server_model(world: World, kind
 def test_i1_hidden_weights_change_no_byte_of_a_later_round(world: World, kind: str) -> None:
     with placed(world) as place:
         proxies = place.export(place.model, "proxies")
-        updates = [send(proxies / name, place.root / f"u-{name}", noise(index)) for index, name in enumerate(("ann", "bob"))]
+        updates = [send(proxies / name, place.root / f"u-{name}", noise(len(name))) for name in ("ann", "bob")]
         rounds = []
         for source in (place.model, place.rewritten("changed", kind)):
             following = place.root / f"next-{source.name}"
@@ -96,10 +108,6 @@ def test_i1_a_visible_weight_does_change_the_proxy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["inf", "nan"])
 def test_i1_a_visible_number_that_is_not_finite_is_refused(kind: str, tmp_path: Path) -> None:
-    from fedqsn_cli.errors import InputError
-    from helpers import make_config, make_tensors, nothing_written, write_model
-    from worlds import replaced
-
     tensors = make_tensors("bert")
     name = "bert.encoder.layer.0.output.dense.weight"
     dtype, bits = tensors[name]

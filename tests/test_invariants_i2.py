@@ -47,7 +47,8 @@ def check_packed4(name: str, proxy: Tensors, whole: Tensors, shown: Array, s: np
     nested = (model[f"{name}.nested_absmax"][1].view(np.float32) for model in (proxy, whole))
     np.testing.assert_array_equal(next(nested), next(nested) * s)
     state = [next(k for k in model if k.startswith(f"{name}.quant_state")) for model in (proxy, whole)]
-    offsets = [json.loads(model[k][1].tobytes())["nested_offset"] for model, k in zip((proxy, whole), state, strict=True)]
+    texts = [model[k][1].tobytes() for model, k in zip((proxy, whole), state, strict=True)]
+    offsets = [json.loads(text)["nested_offset"] for text in texts]
     assert offsets[0] == float(np.float32(offsets[1]) * s)
 
 

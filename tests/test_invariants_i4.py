@@ -84,7 +84,9 @@ LARGE = World("gpt2", "BF16", 192, 512, 1, "neuron", "nf4", None, 64, False, "ze
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_oss"])
 @pytest.mark.parametrize("format", ["nf4", "int8", "nf3", "none"])
 @pytest.mark.parametrize("axis", ["neuron", "element"])
-def test_i4_the_number_of_threads_changes_no_byte_of_any_proxy(family: str, format: str, axis: str, folder: Path) -> None:
+def test_i4_the_number_of_threads_changes_no_byte_of_any_proxy(
+    family: str, format: str, axis: str, folder: Path
+) -> None:
     world = replace(LARGE, family=family, format=format, axis=axis)
     place = Place(world, folder)
     make_model(place.model, family, dtype="BF16", hidden=192, inner=512, vocabulary=301)
@@ -133,7 +135,9 @@ def test_i4_other_clients_of_the_same_export_and_their_order_change_no_byte(worl
 
 @few(12)
 @given(worlds(p1=0.3, p2=0.3), st.sampled_from(["fp32", "bf16", "fp16"]), st.sampled_from(["coverage", "clients"]))
-def test_i4_order_chunks_and_shards_change_no_byte_of_a_merged_model(world: World, precision: str, normalize: str) -> None:
+def test_i4_order_chunks_and_shards_change_no_byte_of_a_merged_model(
+    world: World, precision: str, normalize: str
+) -> None:
     with placed(replace(world, shards=1)) as place:
         proxies = place.export(place.model, "proxies", clients=SEVERAL)
         updates = [
@@ -177,7 +181,8 @@ def test_i4_order_of_tensors_in_the_file_changes_no_byte(family: str, axis: str,
     entries, data = {}, b""
     for name in sorted(tensors, key=lambda name: (tensors[name][0] == "I64", name), reverse=True):
         dtype, bits = tensors[name]
-        entries[name] = {"dtype": dtype, "shape": list(bits.shape), "data_offsets": [len(data), len(data) + bits.nbytes]}
+        offsets = [len(data), len(data) + bits.nbytes]
+        entries[name] = {"dtype": dtype, "shape": list(bits.shape), "data_offsets": offsets}
         data += bits.tobytes()
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fedqsn_cli import export_proxy, mask, quantize
-from helpers import SHAPES, Tensors, hidden_elements, make_config, make_model, make_tensors, write_model
+from helpers import SHAPES, hidden_elements, make_config, make_model, make_tensors, write_model
 
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where fsync costs nothing
 RATIOS = (0.0, 0.1, 0.5, 0.9)
@@ -99,8 +99,9 @@ class Place:
         out = self.root / name
         export_proxy(
             str(source), out / "{client}",
-            **{"client": clients, "round": 1, "key": self.key, "ledger": self.root / "ledger.jsonl", "axis": self.world.axis,
-               "p1": self.world.p1, "p2": self.world.p2, **self.world.packing, **self.filled, **options},
+            **{"client": clients, "round": 1, "key": self.key, "ledger": self.root / "ledger.jsonl",
+               "axis": self.world.axis, "p1": self.world.p1, "p2": self.world.p2, **self.world.packing, **self.filled,
+               **options},
         )  # fmt: skip
         return out
 
@@ -117,12 +118,11 @@ class Place:
     def rewritten(self, name: str, kind: str) -> Path:
         """The global model with every hidden weight changed to something else; needs the key."""
         hidden = hidden_elements(self.model, self.key)
-        tensors = make_tensors(
-            self.world.family, dtype=self.world.dtype, hidden=self.world.hidden, inner=self.world.inner
-        )
-        changed = {tensor: (dtype, replaced(bits, dtype, hidden[tensor], kind)) for tensor, (dtype, bits) in tensors.items()}
-        config = make_config(self.world.family, self.world.dtype)
-        return write_model(self.root / name, changed, config, shards=self.world.shards)
+        world = self.world
+        tensors = make_tensors(world.family, dtype=world.dtype, hidden=world.hidden, inner=world.inner)
+        for tensor, (dtype, bits) in tensors.items():
+            tensors[tensor] = (dtype, replaced(bits, dtype, hidden[tensor], kind))
+        return write_model(self.root / name, tensors, make_config(world.family, world.dtype), shards=world.shards)
 
 
 @contextmanager
@@ -156,10 +156,6 @@ def replaced(bits: NDArray[Any], dtype: str, where: NDArray[np.bool_], kind: str
         "inf": np.full_like(bits, _INFINITE[dtype]) | sign,
         "nan": np.full_like(bits, _INFINITE[dtype] + 1) | sign,
     }
-    picked = choices[kind] if kind != "all of it" else np.choose(chance.integers(5, size=bits.shape), list(choices.values()))
-    return np.where(where, picked, bits).astype(width)
-
-
-def shrunk(tensors: Tensors, names: set[str]) -> Tensors:
-    """Only some of the tensors."""
-    return {name: tensor for name, tensor in tensors.items() if name in names}
+    if kind == "all of it":
+        choices[kind] = np.choose(chance.integers(5, size=bits.shape), list(choices.values()))
+    return np.where(where, choices[kind], bits).astype(width)

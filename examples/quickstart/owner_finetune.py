@@ -12,13 +12,18 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
-def finetune(base: Path, data: Path, out: Path, *, epochs: int, lr: float, batch_size: int, max_length: int, seed: int) -> None:
+def finetune(
+    base: Path, data: Path, out: Path, *, epochs: int, lr: float, batch_size: int, max_length: int, seed: int
+) -> None:
     """Train all weights with AdamW, the learning rate falling linearly to zero; write `out` as safetensors."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(seed)  # dropout
     shuffler = random.Random(seed)
     rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
@@ -33,7 +38,8 @@ def finetune(base: Path, data: Path, out: Path, *, epochs: int, lr: float, batch
         losses = []
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
-            tokens = tokenizer([row["text"] for row in batch], truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+            texts = [row["text"] for row in batch]
+            tokens = tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
             labels = torch.tensor([model.config.label2id[row["label"]] for row in batch])
             loss = model(**tokens, labels=labels).loss
             loss.backward()
@@ -44,8 +50,15 @@ def finetune(base: Path, data: Path, out: Path, *, epochs: int, lr: float, batch
             losses.append(loss.item())
         print(f"owner: epoch {epoch + 1} of {epochs}, mean loss {sum(losses) / len(losses):.3f}", flush=True)
 
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save(out, model, tokenizer)
+
+
+def save(out: Path, *parts: Any) -> None:
+    """Write a checkpoint next to `out`, then rename it: `out` is complete from the moment it exists."""
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    for part in parts:
+        part.save_pretrained(unfinished)
+    unfinished.rename(out)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -59,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+    if options.out.exists():
+        raise SystemExit(f"{options.out} is already there; remove it to train again")
     finetune(**vars(options))
 
 

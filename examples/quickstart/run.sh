@@ -17,63 +17,66 @@ EPOCHS=${EPOCHS:-1}              # of every client in every round
 LR=${LR:-1e-4}
 SERVER_LR=${SERVER_LR:-1}
 MAX_LENGTH=${MAX_LENGTH:-64}     # tokens: the title and the first lines of an article
-CLIENTS=(alice bob carol dave)
+read -ra CLIENTS <<<"${CLIENTS:-alice bob carol dave}"
 
-say() { printf '== %s\n' "$*"; }
+say() { printf '\n== %s\n' "$*"; }
 
-# score MODEL NAME: measure a model or proxy on the test articles, for the table at the end.
+# score MODEL...: measure models or proxies on the test articles, and what they hide, for the table at the end.
 score() {
-    mkdir -p "$round/scores"
-    fedqsn evaluate "$1" --data "$WORK/data/test.jsonl" --max-length "$MAX_LENGTH" --json >"$round/scores/$2.json"
-    fedqsn inspect "$1" --json >"$round/scores/$2.inspect.json"
-}
-
-# What the server does with a global model before a round, and after the last: hide the job's neurons, and measure.
-open_round() {
-    fedqsn mask "$global" --out "$round/server" --key "$job/job.key" --p1 "$p1" "${mask_options[@]}" --quiet
-    score "$global" global
-    score "$round/server" server
-}
-
-# play NAME P1 P2 FORMAT FILL: a whole job in $WORK/NAME. Folder rN holds what belongs to the model after N rounds.
-play() {
-    local job=$WORK/$1 p1=$2 p2=$3 format=$4 global=$WORK/owner round=$WORK/$1/r0 client n
-    local mask_options=(--fill "$5")
-    [[ $5 == zero ]] || mask_options+=(--public-base "$WORK/base")
-    local names=("${CLIENTS[@]/#/--client=}")
-
-    rm -rf "$job" # of an earlier run; within $WORK, and always one of this script's own two jobs
-    mkdir -p "$job"
-    open_round
-    for ((n = 1; n <= ROUNDS; n++)); do
-        local server=$round/server
-        round=$job/r$n
-        say "$1, round $n of $ROUNDS: the owner makes four proxies"
-        fedqsn export-proxy "$server" --out "$round/proxies/{client}" "${names[@]}" --round "$n" \
-            --p2 "$p2" --format "$format" --key "$job/job.key" --ledger "$job/ledger.jsonl" --quiet
-
-        for client in "${CLIENTS[@]}"; do
-            say "$1, round $n of $ROUNDS: $client trains on articles that nobody else sees"
-            fedqsn client-train "$round/proxies/$client" --out "$round/updates/$client" --data "$WORK/data/$client.jsonl" \
-                --epochs "$EPOCHS" --lr "$LR" --max-length "$MAX_LENGTH" --seed "$n" --quiet
-            score "$round/proxies/$client" "$client"
-        done
-
-        say "$1, round $n of $ROUNDS: the owner merges four updates"
-        fedqsn merge "$global" "${CLIENTS[@]/#/$round/updates/}" --out "$round/global" \
-            --server-lr "$SERVER_LR" --key "$job/job.key" --ledger "$job/ledger.jsonl" --quiet
-        global=$round/global
-        open_round
+    local model
+    for model in "$@"; do
+        fedqsn evaluate "$model" --data "$WORK/data/test.jsonl" --max-length "$MAX_LENGTH" --json >"$model.score.json"
+        fedqsn inspect "$model" --json >"$model.inspect.json"
     done
 }
 
+# play NAME P1 P2 FORMAT FILL: a whole job in $WORK/NAME. Its folder rN holds what belongs to the model after N rounds.
+play() {
+    local name=$1 job=$WORK/$1 p1=$2 p2=$3 format=$4 fill=(--fill "$5") client n before now
+    [[ $5 == zero ]] || fill+=(--public-base "$WORK/base")
+    local secrets=(--key "$job/job.key" --ledger "$job/ledger.jsonl")
+
+    mkdir -p "$job/r0"
+    ln -s ../../owner "$job/r0/global"
+
+    say "$name: the owner hides $p1 of the neurons, for the whole job"
+    fedqsn mask "$job/r0/global" --out "$job/r0/server" --p1 "$p1" "${fill[@]}" --key "$job/job.key"
+    score "$job/r0/global" "$job/r0/server"
+
+    for ((n = 1; n <= ROUNDS; n++)); do
+        before=$job/r$((n - 1)) now=$job/r$n
+
+        say "$name, round $n of $ROUNDS: the owner makes a proxy for every client"
+        fedqsn export-proxy "$before/server" --out "$now/proxies/{client}" "${CLIENTS[@]/#/--client=}" --round "$n" \
+            --p2 "$p2" --format "$format" "${fill[@]}" "${secrets[@]}"
+        score "${CLIENTS[@]/#/$now/proxies/}"
+
+        for client in "${CLIENTS[@]}"; do
+            say "$name, round $n of $ROUNDS: $client trains on articles that stay with $client"
+            fedqsn client-train "$now/proxies/$client" --out "$now/updates/$client" --data "$WORK/data/$client.jsonl" \
+                --epochs "$EPOCHS" --lr "$LR" --max-length "$MAX_LENGTH" --seed "$n"
+        done
+
+        say "$name, round $n of $ROUNDS: the owner merges the updates into the whole model"
+        fedqsn merge "$before/global" "${CLIENTS[@]/#/$now/updates/}" --out "$now/global" --server-lr "$SERVER_LR" \
+            "${secrets[@]}"
+        fedqsn mask "$now/global" --out "$now/server" "${fill[@]}" --key "$job/job.key" --quiet
+        score "$now/global" "$now/server"
+    done
+}
+
+# Start afresh, so that the table never mixes settings; the Makefile beside this file resumes instead.
+rm -rf "$WORK"/{base,data,owner,owner.unfinished,fedqsn,fedavg}
+
+say "preparing the public base and everybody's articles"
 python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements.txt
-mkdir -p "$WORK"
 python prepare.py --out "$WORK"
+
 say "the owner fine-tunes the public base on articles of his own"
 python owner_finetune.py --base "$WORK/base" --data "$WORK/data/owner.jsonl" --out "$WORK/owner" --max-length "$MAX_LENGTH"
 
 play fedqsn "$P1" "$P2" "$FORMAT" "$FILL"
 [[ -z ${COMPARE:-} ]] || play fedavg 0 0 none zero
 
+say "accuracy on test articles that nobody trained on"
 python report.py "$WORK/fedqsn" ${COMPARE:+"$WORK/fedavg"}

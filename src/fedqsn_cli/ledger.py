@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError
 
 from fedqsn_cli import strictjson
 from fedqsn_cli.artifacts import Count, Fill, Quantization, Ratio, Sha256, Strict, first_complaint
+from fedqsn_cli.checkpoint.header import open_regular_file
 from fedqsn_cli.errors import FormatError, InputError
 
 _NO_LINE = "0" * 64
@@ -50,11 +51,21 @@ def read(path: Path) -> list[Release]:
     Raises:
         InputError: no such file. FormatError: a line is malformed, or the chain is broken.
     """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError("no ledger here", where=path, hint="it is written by 'fedqsn export-proxy --ledger'") from None
+    if not path.exists():
+        raise InputError("no ledger here", where=path, hint="it is written by 'fedqsn export-proxy --ledger'")
+    with open(open_regular_file(path), "rb") as file:
+        data = file.read()
     return _parse(data[: _whole_lines(data)], path)[0]
+
+
+def check(path: Path) -> None:
+    """Find a damaged ledger before any work is done for it; one that does not exist yet is fine.
+
+    Raises:
+        InputError: it is no file. FormatError: a line is malformed, or the chain is broken.
+    """
+    if path.exists():
+        read(path)
 
 
 def record(path: Path, releases: Sequence[Release]) -> None:

@@ -121,8 +121,13 @@ def flows(model: OpenModel, how: Quantization | None, hidden: Callable[[TensorPl
     The order is that of the safetensors library (wide dtypes first, then names): shards change nothing, and an
     unchanged model is written as the library would write it.
     """
+
+    def place(tensor: TensorPlan) -> tuple[int, str]:
+        packed = storage_of(tensor, how).kind == "pack8"  # int8 codes do not tell what dtype they were made of
+        return _DTYPE_ORDER.index("I8" if packed else tensor.dtype), tensor.name
+
     result = []
-    for tensor in sorted(model.plan.tensors, key=lambda tensor: (_DTYPE_ORDER.index(tensor.dtype), tensor.name)):
+    for tensor in sorted(model.plan.tensors, key=place):
         mask = hidden(tensor)
         if mask is not None and not mask.marks.any():
             mask = None

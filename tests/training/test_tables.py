@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pyarrow
@@ -45,6 +46,19 @@ def test_cells_of_a_csv_file_stay_the_text_they_are(tmp_path: Path) -> None:
     assert read_table(tmp_path / "data.csv").columns == {"text": ["007", "with, comma"], "label": ["NA", "1.0"]}
 
 
+def test_strings_of_json_stay_strings(tmp_path: Path) -> None:
+    values = ["2020-01-01", "5", 5, "{}", "1.0", None]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": value}) + "\n" for value in values))
+    assert read_table(tmp_path / "data.jsonl").columns == {"text": values}
+
+
+def test_a_field_that_a_row_lacks_is_nothing(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('\ufeff{"text": "a"}\n\n{"label": 1, "other": 2}\n')
+    table = read_table(tmp_path / "data.jsonl")
+    assert table.columns == {"text": ["a", None], "label": [None, 1]}
+    assert table.found == ("text", "label", "other")
+
+
 def test_one_relative_path_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data.jsonl").write_text(JSONL)
     monkeypatch.chdir(tmp_path)
@@ -57,8 +71,11 @@ def test_one_relative_path_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("data.jsonl", "", "is empty"),
         ("data.jsonl", "\n\n", "no rows"),
         ("data.csv", "text,label\n", "no rows"),
-        ("data.jsonl", '{"text": "a"}\n{"text": "b"\n', "line 2: not a JSON object"),
-        ("data.jsonl", '{"text": "a"}\n["b"]\n', "line 2: not a JSON object"),
+        ("data.jsonl", '{"text": "a"}\n{"text": "b"\n', "line 2: not valid JSON"),
+        ("data.jsonl", '{"text": "a"}\n["b"]\n', "line 2: a list, not a JSON object"),
+        ("data.jsonl", '{"text": "a", "text": "b"}\n', "line 1: JSON key 'text' is given twice"),
+        ("data.json", '[{"text": "a"}, 3]', "row 2: a number, not a JSON object"),
+        ("data.json", "[]", "no rows"),
         ("data.csv", 'text,label\na,"b\n', "not a readable csv file"),
         ("data.csv", "label,text\n1,a\n1,hello, world\n", "line 3: 3 fields, but the header has 2"),
         ("data.csv", "text,text\na,b\n", "two columns have one name"),
@@ -92,11 +109,11 @@ def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
 
 
 def test_no_copy_of_the_data_stays_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "data.jsonl").write_text(JSONL)
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "data.parquet")
     for name in ("temporary", "home"):
         (tmp_path / name).mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    read_table(tmp_path / "data.jsonl")
+    read_table(tmp_path / "data.parquet")
     assert not list((tmp_path / "temporary").iterdir())
     assert not list((tmp_path / "home").iterdir())

@@ -30,7 +30,15 @@ def make_proxy(source: Path, out: Path, *, p1: float = 0.2, p2: float = 0.2, **o
     here = out.parent
     options = {"format": "none", **options}
     export_proxy(
-        str(source), out, client=["a"], round=1, key=here / "job.key", ledger=here / "ledger.jsonl", p1=p1, p2=p2, **options
+        str(source),
+        out,
+        client=["a"],
+        round=1,
+        key=here / "job.key",
+        ledger=here / "ledger.jsonl",
+        p1=p1,
+        p2=p2,
+        **options,
     )
     return out
 
@@ -54,8 +62,14 @@ def plain_texts(path: Path, rows: int = 12) -> Path:
 
 
 def data_for(head: str, folder: Path) -> Path:
-    """Training data for a model class."""
-    return labelled(folder / "labelled.jsonl") if "Classification" in head else plain_texts(folder / "texts.jsonl")
+    """Training data for a model class. T5 wants one end-of-text id, which here is that of unknown words."""
+    if "Classification" not in head:
+        return plain_texts(folder / "texts.jsonl")
+    path = labelled(folder / "labelled.jsonl")
+    if head.startswith("T5"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        write_lines(path, ({**row, "text": row["text"] + " end"} for row in rows))
+    return path
 
 
 def dense_tensors(folder: Path) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ from fedqsn_cli.jobmasks import ServerMasks
 from fedqsn_cli.keyfile import Job
 from fedqsn_cli.logical import OpenModel, open_model
 from fedqsn_cli.outputs import tensor_specs
-from fedqsn_cli.owner import METADATA, shard_bytes, source_record
+from fedqsn_cli.owner import shard_bytes, source_record
 from fedqsn_cli.pipeline import Flow, ModelHash, flows, read_ahead
 from fedqsn_cli.progress import Progress, Silent
 from fedqsn_cli.residual import Residual, residual_sink
@@ -122,7 +122,7 @@ def merge(
     masks = ServerMasks(job)
     releases = {release.proxy_id: release for release in ledgers.read(Path(ledger))}
     todo = flows(model, None, masks.hidden)
-    with ThreadPoolExecutor(1) as hashing, ArtifactWriter(Path(out), force=force) as writer:
+    with ThreadPoolExecutor(1) as hashing, ArtifactWriter(Path(out), force=force, hashed=False) as writer:
         opened = open_updates(
             [Path(folder) for folder in updates], masks=masks, plan=model.plan, releases=releases,
             ledger=Path(ledger), max_examples=max_examples, executor=hashing,
@@ -310,7 +310,8 @@ class _Merger:
 def _write(merger: _Merger, todo: Sequence[Flow], writer: ArtifactWriter, limit: int, progress: Progress) -> str:
     """Stream the model through the merger into the writer; returns the digest of the new model."""
     specs = tensor_specs(todo, None)
-    sink = writer.tensors("model", specs, max_shard_bytes=limit, metadata=METADATA)
+    metadata = merger.model.checkpoint.metadata
+    sink = writer.tensors("model", specs, max_shard_bytes=limit, metadata=metadata)
     rest = residual_sink(writer, merger.model.plan.tensors, None)
     progress.start("merging", merger.model.checkpoint.total_bytes, "bytes")
     own: _Piece | None = None

@@ -23,7 +23,7 @@ from fedqsn_cli.jobmasks import ServerMasks
 from fedqsn_cli.logical import OpenModel
 from fedqsn_cli.masking import hidden_count, scale
 from fedqsn_cli.outputs import tensor_specs
-from fedqsn_cli.owner import METADATA, shard_bytes
+from fedqsn_cli.owner import shard_bytes
 from fedqsn_cli.pipeline import CHUNK_ELEMENTS, Flow, flows
 from fedqsn_cli.progress import Progress
 from fedqsn_cli.residual import Residual, residual_sink
@@ -63,9 +63,10 @@ def restore_model(
     _check_same_shapes(whole, server, trained)
     masks = ServerMasks(job)
     todo = flows(whole, None, masks.hidden)
-    with ArtifactWriter(Path(out), force=force) as writer:
+    with ArtifactWriter(Path(out), force=force, hashed=False) as writer:
         limit = shard_bytes(max_shard_size)
-        sink = writer.tensors("model", tensor_specs(todo, None), max_shard_bytes=limit, metadata=METADATA)
+        specs = tensor_specs(todo, None)
+        sink = writer.tensors("model", specs, max_shard_bytes=limit, metadata=whole.checkpoint.metadata)
         residuals = Residual(whole), Residual(server)
         keeps = blend == 1 and any(residual.exists for residual in residuals)
         rest = residual_sink(writer, whole.plan.tensors, None) if keeps else None

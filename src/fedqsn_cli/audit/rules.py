@@ -37,14 +37,14 @@ _LESS = "Hide more (a new job with a larger --p1), use a coarser format, release
 _RULES = (
     Rule(
         "FQ001", "hidden-influence", "hard",
-        "The proxy is built again from the server-visible weights of the truth; every byte of every tensor must be equal.",
+        "The proxy is built again from server-visible weights of the truth; every byte of every tensor must be equal.",
         "A byte that server-visible weights do not explain may carry hidden ones.",
         _EXPORT_AGAIN + " If it happens again, the exporting tool computes with hidden weights.",
     ),
     Rule(
         "FQ002", "hidden-unit-present", "hard",
-        "A hidden unit of the truth stands in the proxy: in its own place, or under any other name, transposed, in a tied "
-        "twin, negated, scaled, or in another precision.",
+        "A hidden unit of the truth stands in the proxy: in its own place, or under any other name, transposed, in a "
+        "tied twin, negated, scaled, or in another precision.",
         "A unit that is sent is not hidden, whatever it is called.",
         "Remove the copy from the model, or give it the mask of its twin (tie_word_embeddings, or a plan file); then "
         "export again in a new job.",
@@ -70,13 +70,13 @@ _RULES = (
     ),
     Rule(
         "FQ006", "secret-in-bytes", "hard",
-        "Key material, seeds, absolute paths, host or user names, clock times, or bytes that the format has no use for.",
+        "Key material, seeds, absolute paths, host or user names, clock times, or bytes that no format has a use for.",
         "Metadata travels with the proxy; a seed or a key in it gives every mask away.",
         "Export with fedqsn, which writes none of these; clean the tokenizer and configuration files of the source.",
     ),
     Rule(
         "FQ007", "clear-copy", "hard",
-        "A hidden bias is not zero, or visible weights are there once more, or in higher precision than the proxy says.",
+        "A hidden bias is not zero, or visible weights are there once more, or finer than the proxy says.",
         "A bias leaks its neuron; a second, finer copy makes the quantization of the first one pointless.",
         _EXPORT_AGAIN,
     ),
@@ -94,8 +94,8 @@ _RULES = (
     ),
     Rule(
         "FQ010", "unlisted-content", "hard",
-        "A file or tensor that a proxy does not consist of, a file that is not the one listed in proxy.json, or a proxy "
-        "that the ledger does not know.",
+        "A file or tensor that a proxy does not consist of, a file that is not the one listed in proxy.json, or a "
+        "proxy that the ledger does not know.",
         "What is not in the ledger was not counted, and what is not in the format may be anything.",
         _EXPORT_AGAIN,
     ),

@@ -1,10 +1,11 @@
 """Writing files in the background: past the page cache, hashed on the way, in constant memory.
 
-    write() --copy--> aligned buffer (4 MiB) --+--> writer thread: pwrite, O_DIRECT where the file system can
-                                               +--> hasher thread: sha256, in file order
+    write() --copy--> aligned buffer --+--> writer thread: pwrite, O_DIRECT where the file system can
+                                       +--> hasher thread: sha256, in file order
 
-At most `BUFFERS_IN_FLIGHT` buffers wait for the two threads; then write() waits too. Going past the page cache
-matters because filling it costs more processor time than the copy, the hash and the disk together.
+At most `IN_FLIGHT_BYTES` wait for the two threads; then write() waits too. Going past the page cache matters because
+filling it costs more processor time than the copy, the hash and the disk together. Many files can share the threads
+and the buffers, which are smaller then: each file that is being written holds one that is not full yet.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import fcntl
 import hashlib
 import mmap
 import os
+import resource
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -24,7 +26,10 @@ from pathlib import Path
 from fedqsn_cli.checkpoint.files import reserve
 
 BUFFER_BYTES = 4 << 20
-BUFFERS_IN_FLIGHT = 8
+SMALLEST_BUFFER = 256 << 10  # below, the disk slows down
+HELD_BYTES = 64 << 20  # in buffers that are not full yet, as long as that leaves them SMALLEST_BUFFER
+IN_FLIGHT_BYTES = 32 << 20
+OPEN_FILES = 128  # of everything else, inputs included
 BLOCK = 4096  # what O_DIRECT asks of offsets, lengths and addresses
 O_DIRECT: int = getattr(os, "O_DIRECT", 0)
 
@@ -37,15 +42,25 @@ class _Chunk:
     offset: int
     length: int
     buffer: mmap.mmap
-    pending: int = 2  # threads that have not finished with it
+    pending: int  # threads that have not finished with it
 
 
 class Pipeline:
-    """The two background threads and the buffers that they share. An error in one stops both."""
+    """The background threads and the buffers that they share. An error in one stops both.
 
-    def __init__(self) -> None:
+    Args:
+        files: how many files are written at the same time, about.
+        hashed: whether anybody wants to know the SHA-256 of the files.
+    """
+
+    def __init__(self, files: int = 1, *, hashed: bool = True) -> None:
+        share = 1 << max(HELD_BYTES // max(files, 1), 1).bit_length() - 1
+        self.buffer_bytes = max(SMALLEST_BUFFER, min(BUFFER_BYTES, share))
+        self.hashed = hashed
+        self._most = IN_FLIGHT_BYTES // self.buffer_bytes
         self._changed = threading.Condition()
-        self._queues: tuple[deque[_Chunk], deque[_Chunk]] = (deque(), deque())
+        self._jobs: tuple[Callable[[_Chunk], None], ...] = (_write, _hash) if hashed else (_write,)
+        self._queues: tuple[deque[_Chunk], ...] = tuple(deque() for _ in self._jobs)
         self._free: list[mmap.mmap] = []
         self._in_flight = 0
         self._error: BaseException | None = None
@@ -55,15 +70,15 @@ class Pipeline:
     def buffer(self) -> mmap.mmap:
         """A page-aligned buffer to fill; waits while too many are on their way."""
         with self._changed:
-            self._changed.wait_for(lambda: self._over or self._free or self._in_flight < BUFFERS_IN_FLIGHT)
+            self._changed.wait_for(lambda: self._over or self._free or self._in_flight < self._most)
             self.check()
             if self._free:
                 return self._free.pop()
-        return mmap.mmap(-1, BUFFER_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return mmap.mmap(-1, self.buffer_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
     def submit(self, stream: FileStream, offset: int, length: int, buffer: mmap.mmap) -> None:
         """Hand over a buffer. The caller must not touch it again."""
-        chunk = _Chunk(stream, offset, length, buffer)
+        chunk = _Chunk(stream, offset, length, buffer, len(self._jobs))
         with self._changed:
             self.check()
             if not self._threads:
@@ -100,7 +115,7 @@ class Pipeline:
         return self._stopped or self._error is not None
 
     def _start(self) -> None:
-        for queue, work in zip(self._queues, (_write, _hash), strict=True):
+        for queue, work in zip(self._queues, self._jobs, strict=True):
             thread = threading.Thread(target=self._run, args=(queue, work), name=f"fedqsn{work.__name__}", daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -172,7 +187,7 @@ class FileStream:
 
     def _open(self) -> None:
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
-        if self.size >= BUFFER_BYTES and O_DIRECT:
+        if self.size >= self.pipeline.buffer_bytes and O_DIRECT:
             self._direct = _set_direct(self._descriptor, True)
 
     @property
@@ -203,16 +218,17 @@ class FileStream:
 
     def _append(self, data: memoryview) -> None:
         """Copy the next bytes in file order into buffers; hand over those that are full."""
+        size = self.pipeline.buffer_bytes
         while len(data):
             if self._buffer is None:
                 self._buffer = self.pipeline.buffer()
-            filled = self._frontier % BUFFER_BYTES
-            count = min(len(data), BUFFER_BYTES - filled)
+            filled = self._frontier % size
+            count = min(len(data), size - filled)
             self._buffer[filled : filled + count] = data[:count]
             self._frontier += count
             data = data[count:]
-            if self._frontier % BUFFER_BYTES == 0 or self.complete:
-                offset = (self._frontier - 1) // BUFFER_BYTES * BUFFER_BYTES
+            if self._frontier % size == 0 or self.complete:
+                offset = (self._frontier - 1) // size * size
                 buffer, self._buffer = self._buffer, None
                 self.pipeline.submit(self, offset, self._frontier - offset, buffer)
 
@@ -273,3 +289,12 @@ def _set_direct(descriptor: int, wanted: bool) -> bool:
     except OSError:
         return False
     return wanted
+
+
+def allow_open_files(count: int) -> None:
+    """Raise this process's limit of open files, as far as it may, so that it can open `count` more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + OPEN_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))

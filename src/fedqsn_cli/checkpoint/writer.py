@@ -38,13 +38,16 @@ class ArtifactWriter:
     Args:
         out: the directory to make; missing parents are made too.
         force: replace an artifact of fedqsn that stands there. Any other directory is never touched.
+        pipeline: the background threads, for several writers that are filled at the same time and given up together;
+            None for threads of its own.
+        hashed: whether `digests` has to tell those of tensor files too; with a given pipeline, that one decides.
 
     Raises:
         OutputExists: `out` is taken.
         InputError: the place cannot be written.
     """
 
-    def __init__(self, out: Path, *, force: bool) -> None:
+    def __init__(self, out: Path, *, force: bool, pipeline: Pipeline | None = None, hashed: bool = True) -> None:
         self.out = Path(os.path.abspath(out))
         self._force = force
         if is_artifact(files.aside_path(self.out)):
@@ -53,7 +56,8 @@ class ArtifactWriter:
         self._new_parents = _make_parents(self.out)
         self._digests: dict[str, str] = {}
         self._sinks: list[TensorSink] = []
-        self._pipeline = Pipeline()
+        self._shared = pipeline is not None
+        self._pipeline = pipeline or Pipeline(hashed=hashed)
         self._finished = False
         try:
             self._staging, self._lock = files.make_staging_directory(self.out)
@@ -75,7 +79,7 @@ class ArtifactWriter:
 
     @property
     def digests(self) -> dict[str, str]:
-        """SHA-256, in hex, of each file that is finished."""
+        """SHA-256, in hex, of each file that is finished; without tensor files if those are not hashed."""
         return dict(self._digests)
 
     def tensors(
@@ -137,7 +141,8 @@ class ArtifactWriter:
 
     def finished(self, stream: FileStream) -> None:
         """Take down the digest of a file that is complete and synced."""
-        self._digests[stream.path.name] = stream.sha256.hexdigest()
+        if self._pipeline.hashed:
+            self._digests[stream.path.name] = stream.sha256.hexdigest()
 
     @property
     def pipeline(self) -> Pipeline:
@@ -151,7 +156,8 @@ class ArtifactWriter:
         """
         if self._finished or not all(sink.closed for sink in self._sinks):
             raise RuntimeError("published twice, or before every sink is closed")
-        self._pipeline.stop()
+        if not self._shared:
+            self._pipeline.stop()
         files.sync_directory(self._staging)
         self._check_out()
         if os.path.lexists(self.out):
@@ -239,13 +245,13 @@ class TensorSink:
             RuntimeError: bytes outside of the tensor, or written before (a bug in the caller).
             OSError: this or an earlier write failed, for example on a full disk.
         """
-        stream, start, nbytes = self._places[name]
         view = byte_view(np.ascontiguousarray(data) if isinstance(data, np.ndarray) else data)
-        if offset < 0 or offset + len(view) > nbytes:
-            raise RuntimeError(f"{name}: bytes [{offset}, {offset + len(view)}) of {nbytes}")
         with self._lock:
             if self.closed:
                 raise RuntimeError(f"{name}: written after close")
+            stream, start, nbytes = self._places[name]
+            if offset < 0 or offset + len(view) > nbytes:
+                raise RuntimeError(f"{name}: bytes [{offset}, {offset + len(view)}) of {nbytes}")
             if len(view):
                 self._begin(stream)
                 stream.write(start + offset, view)
@@ -271,6 +277,7 @@ class TensorSink:
             for stream in self._streams:
                 self._writer.finished(stream)
             self.closed = True
+            self._places = {}  # one of a thousand sinks, perhaps
         if self._index:
             self._writer.add_bytes(*self._index)
 

@@ -25,7 +25,6 @@ _HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 # Libraries that talk on stderr by themselves; who wants to hear them sets these before.
 _QUIET = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -121,9 +120,10 @@ def fedqsn(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `fedqsn` with these arguments (those of the process by default). Returns the exit code."""
-    _quieten_libraries()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    _quieten_libraries(arguments)
     with unwinding():
-        return run(sys.argv[1:] if arguments is None else arguments)
+        return run(arguments)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -136,7 +136,7 @@ def run(arguments: Sequence[str]) -> int:
     except SystemExit:
         raise
     except BaseException as error:
-        if os.environ.get("FEDQSN_DEBUG"):
+        if _debugging():
             traceback.print_exc()
         line, code = failures.explain(error, path)
         console.complain(line)
@@ -160,8 +160,14 @@ def _invoke(path: str, arguments: list[str]) -> int:
         return int(leaving.exit_code)
 
 
-def _quieten_libraries() -> None:
+def _quieten_libraries(arguments: Sequence[str]) -> None:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    if not sys.warnoptions and not os.environ.get("FEDQSN_DEBUG"):
+    if {"-q", "--quiet"} & set(arguments):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.warnoptions and not _debugging():
         warnings.simplefilter("ignore")
+
+
+def _debugging() -> bool:
+    return os.environ.get("FEDQSN_DEBUG", "") not in ("", "0")

@@ -107,7 +107,7 @@ def client_train(
             force=force,
             progress=progress,
         )
-    console.show(how, result, essential=[result.update], parts=_parts(result))
+    console.show(how, result, essential=[result.path], parts=_parts(result))
 
 
 def _parts(result: TrainResult) -> list[console.Part]:
@@ -115,7 +115,7 @@ def _parts(result: TrainResult) -> list[console.Part]:
 
     skipped = f" ({console.number(result.skipped)} rows skipped: nothing to learn from)" if result.skipped else ""
     facts: list[tuple[str, object]] = [
-        ("update", result.update),
+        ("update", result.path),
         ("trained on", f"{console.number(result.examples)} examples{skipped}"),
         ("steps", f"{console.number(result.steps)} in {result.seconds:.1f} s, {result.precision}"),
         ("training loss", f"{console.real(result.first_loss)} -> {console.real(result.last_loss)}"),

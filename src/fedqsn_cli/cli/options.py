@@ -46,9 +46,11 @@ def _callback(check: Check, name: str) -> Callable[[Any], Any]:
 
 
 def not_empty(value: str, name: str) -> str:
-    """A path, reference or word that is not the empty string (an unset variable in a script, most often)."""
+    """A path, reference or word: text, and not the empty string (an unset variable in a script, most often)."""
     if not value:
         raise InputError("is empty", where=name, hint="is a variable in your script unset?")
+    if any("\ud800" <= character <= "\udfff" for character in value):  # how Python passes on bytes that are no text
+        raise InputError(f"{value!r} is not UTF-8 text", where=name, hint="rename it")
     return value
 
 

@@ -12,11 +12,14 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.quantization.blocks import normalize, rank, scaled_levels, stored_absmax
 from fedqsn_cli.quantization.codebooks import BLOCK_SIZES, FORMATS, Codebook, codebook
-from fedqsn_cli.quantization.jit import INFINITY, Bits, NonFinite, as_bits, kernel, largest, narrow, widen
+from fedqsn_cli.quantization.jit import INFINITY, NonFinite, as_bits, kernel, largest, narrow, widen
 from fedqsn_cli.quantization.threads import run_ranges
 
 Bytes = NDArray[np.uint8]
 Float32s = NDArray[np.float32]
+
+GRAIN = 512  # blocks that are worth a thread
+BATCH = 1024  # values that go through each step together: they stay in the first cache
 
 
 def quantize_4bit(x: NDArray[Any], dtype: str, *, format: str, block: int, packed: Bytes, absmax: Float32s) -> None:
@@ -67,7 +70,6 @@ def dequantize_4bit(
     run_ranges(bits.size, block * GRAIN, work)
 
 
-GRAIN = 512  # blocks that are worth a thread
 
 
 def _quantize(
@@ -75,14 +77,14 @@ def _quantize(
 ) -> None:
     bits, kind = as_bits(x, dtype)
     book = _checked(bits.size, format, block, packed, absmax)
-    zero = FORMATS[format].zero_code
-    sorted_codes = format == "nf4"
+    remap = (book.order[:, None] << 4 | book.order).reshape(-1)
+    in_order = format == "nf4"
     flaws: list[int] = []
 
     def work(start: int, stop: int) -> None:
         values, codes = bits[start:stop], packed[start // 2 : (stop + 1) // 2]
         scales = absmax[start // block :]
-        if not _encode(values, kind, block, book.bounds, book.order, sorted_codes, zero, codes, scales, given):
+        if not _encode(values, kind, block, book.bounds, remap, in_order, codes, scales, given):
             flaws.append(start)
 
     run_ranges(bits.size, block * GRAIN, work)
@@ -103,32 +105,34 @@ def _checked(n: int, format: str, block: int, packed: Bytes, absmax: Float32s) -
 
 @kernel
 def _encode(
-    source: Bits, kind: int, block: int, bounds: Any, order: Any, in_order: bool, zero: int, packed: Any, absmax: Any,
-    given: bool,
-) -> bool:  # fmt: skip
+    source: Any, kind: int, block: int, bounds: Any, remap: Any, in_order: bool, packed: Any, absmax: Any, given: bool
+) -> bool:
     """All blocks of a chunk. Returns False if a value is not finite."""
-    bits = np.empty(block, np.uint32)
-    codes = np.empty(block, np.int32)
+    batch = max(block, BATCH)
+    bits, ranks = np.empty(batch, np.uint32), np.empty(batch, np.int32)
+    values, pairs = bits.view(np.float32), ranks.view(np.uint64)
     fine = True
-    for start in range(0, source.size, block):
-        count = min(block, source.size - start)
-        short = count < block
-        widen(source[start : start + count], kind, bits)
-        top = largest(bits[:count])
-        fine &= top < INFINITY
-        index = start // block
-        if not given:
-            absmax[index] = stored_absmax(top, short)
-        values = bits[:count].view(np.float32)
-        normalize(values, absmax[index], short)
-        rank(values, bounds, codes)
-        if not in_order:
-            for i in range(count):
-                codes[i] = order[codes[i]]
+    for begin in range(0, source.size, batch):
+        count = min(batch, source.size - begin)
+        widen(source[begin : begin + count], kind, bits)
+        for start in range(0, count, block):
+            stop = min(start + block, count)
+            top = largest(bits[start:stop])
+            fine &= top < INFINITY
+            index = (begin + start) // block
+            if not given:
+                absmax[index] = stored_absmax(top, stop - start < block)
+            normalize(values[start:stop], absmax[index], stop - start < block)
         if count % 2:
-            codes[count] = zero
-        pack(codes.view(np.uint64), packed[start // 2 : (start + count + 1) // 2])
-    return fine
+            values[count] = 0
+            count += 1
+        rank(values[:count], bounds, ranks)
+        target = packed[begin // 2 : (begin + count) // 2]
+        pack(pairs, target)
+        if not in_order:
+            for i in range(target.size):
+                target[i] = remap[target[i]]
+    return bool(fine)
 
 
 @kernel
@@ -140,18 +144,18 @@ def pack(pairs: Any, packed: Any) -> None:
 
 
 @kernel
-def _decode(packed: Any, absmax: Any, block: int, levels: Any, kind: int, out: Bits) -> None:
+def _decode(packed: Any, absmax: Any, block: int, levels: Any, kind: int, out: Any) -> None:
     """All blocks of a chunk: sixteen products and roundings a block, then a table look-up a value."""
     wide = np.empty(levels.size, np.uint32)
     table = np.empty(levels.size, out.dtype)
     for start in range(0, out.size, block):
-        count = min(block, out.size - start)
+        stop = min(start + block, out.size)
         scaled_levels(levels, absmax[start // block], wide)
         narrow(wide, kind, table)
-        codes = packed[start // 2 : (start + count + 1) // 2]
-        target = out[start : start + count]
-        for i in range(count // 2):
-            target[2 * i] = table[codes[i] >> 4]
-            target[2 * i + 1] = table[codes[i] & 15]
-        if count % 2:
-            target[count - 1] = table[codes[count // 2] >> 4]
+        codes = packed[start // 2 : (stop + 1) // 2]
+        target = out[start:stop]
+        for i in range(target.size // 2):
+            target[2 * i] = table[codes[i] >> np.uint8(4)]
+            target[2 * i + 1] = table[codes[i] & np.uint8(15)]
+        if target.size % 2:
+            target[target.size - 1] = table[codes[codes.size - 1] >> np.uint8(4)]

@@ -106,14 +106,14 @@ def _table() -> Bytes:
 def _mean(x: Any) -> Any:
     """torch.mean of fp32 numbers, in the order in which torch adds on a CPU with 256-bit vectors and one thread."""
     lanes = 8 if x.size >= 8 else 1
-    rows = 4 * lanes
-    sums = _cascade(x, x.size // rows, rows)
-    for start in range(x.size // rows * rows, x.size // lanes * lanes, lanes):
-        for lane in range(lanes):
-            sums[lane] += x[start + lane]
-    for row in range(1, 4):
-        for lane in range(lanes):
-            sums[lane] += sums[row * lanes + lane]
+    width = 4 * lanes
+    count = x.size // width
+    sums = np.zeros(4 * width, np.float32)
+    _cascade(x, count, width, sums)
+    for i in range(count * width, x.size // lanes * lanes):
+        sums[i % lanes] += x[i]
+    for k in range(lanes, width):
+        sums[k % lanes] += sums[k]
     total = np.float32(0)
     for i in range(x.size // lanes * lanes, x.size):
         total += x[i]
@@ -123,22 +123,20 @@ def _mean(x: Any) -> Any:
 
 
 @kernel
-def _cascade(x: Any, count: int, width: int) -> Any:
-    """Column sums of x[: count * width] seen as [count, width], in four levels that take over from each other."""
+def _cascade(x: Any, count: int, width: int, sums: Any) -> None:
+    """sums[:width] = column sums of x[: count * width] seen as [count, width], in four levels that take over in turn."""
     digits = 0
     while count > 1 and (count - 1) >> digits:
         digits += 1
     power = max(4, digits // 4)
-    levels = np.zeros((4, width), np.float32)
     for i in range(count):
-        row = x[i * width : (i + 1) * width]
         for k in range(width):
-            levels[0, k] += row[k]
+            sums[k] += x[i * width + k]
         for level in range(1, 4):
             if (i + 1) % (1 << power * level):
                 break
-            levels[level] += levels[level - 1]
-            levels[level - 1] = 0
-    for level in range(1, 4):
-        levels[0] += levels[level]
-    return levels[0]
+            for k in range(level * width, (level + 1) * width):
+                sums[k] += sums[k - width]
+                sums[k - width] = 0
+    for k in range(width, 4 * width):
+        sums[k % width] += sums[k]

@@ -100,10 +100,8 @@ def _rows(packed: Any, start: int, count: int, cols: int, hidden: Any, source: A
         if first % 2 and first < stop:
             _put(packed, first, source, filled)
             first += 1
-        if filled:
-            packed[first // 2 : stop // 2] = source[first // 2 : stop // 2]
-        else:
-            packed[first // 2 : stop // 2] = source[0]
+        for byte in range(first // 2, stop // 2):
+            packed[byte] = source[byte if filled else 0]
         if stop % 2 and first < stop:
             _put(packed, stop - 1, source, filled)
 

@@ -16,16 +16,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedqsn_cli.quantization.blocks import normalize, rank, scaled_levels, stored_absmax
-from fedqsn_cli.quantization.codebooks import BLOCK_SIZES, codebook
-from fedqsn_cli.quantization.jit import INFINITY, NonFinite, as_bits, kernel, largest, narrow, plain_zeros, widen
+from fedqsn_cli.quantization.blocks import SMALLEST, normalize, rank, scaled_levels, stored_absmax
+from fedqsn_cli.quantization.codebooks import BLOCK_SIZES, LEVELS, codebook
+from fedqsn_cli.quantization.jit import (
+    INFINITY,
+    MAGNITUDE,
+    NonFinite,
+    as_bits,
+    kernel,
+    largest,
+    narrow,
+    plain_zeros,
+    to_bits,
+    widen,
+)
 from fedqsn_cli.quantization.snapping8 import snap_int8
 from fedqsn_cli.quantization.threads import run_ranges
 
 Array = NDArray[Any]
 Float32s = NDArray[np.float32]
 
-TILE = 16  # columns that are turned into rows at once: one cache line of fp32 in each row
+TILE = 32  # columns that are snapped together: a block of 64 rows of them stays in the first cache
 GRAIN = 1 << 15  # values that are worth a thread
 
 
@@ -85,8 +96,8 @@ def snap_with(
             flaws.append(start)
 
     def columns(start: int, stop: int) -> None:
-        x, scale_x, y = (flat.reshape(rows, cols) for flat in (source, scale_source, target))
-        if not _snap_columns(x, scale_x, same, kind, start, stop, block, book.bounds, book.levels, y):
+        args = same, kind, cols, start, stop, block, book.bounds, book.levels, target
+        if not _snap_columns(source, scale_source, *args):
             flaws.append(start)
 
     if geometry == "column":
@@ -104,74 +115,115 @@ def _snap_runs(
 ) -> bool:
     """Runs of `run` values, one after the other."""
     bits, ranks = np.empty(block, np.uint32), np.empty(block, np.int32)
+    wide, table = np.empty(LEVELS, np.uint32), np.empty(LEVELS, out.dtype)
+    values, places = bits.view(np.float32), ranks.view(np.uint32)
     fine = True
     for begin in range(0, source.size, run):
         end = min(begin + run, source.size)
         for start in range(begin, end, block):
-            part = slice(start, min(start + block, end))
-            short = start + block > end
-            args = kind, short, bounds, levels, bits, ranks, out[part]
-            fine &= _snap_block(source[part], reference[part], same, *args)
+            stop = min(start + block, end)
+            count = stop - start
+            widen(reference[start:stop], kind, bits)
+            top = largest(bits[:count])
+            fine &= top < INFINITY
+            if not same:
+                widen(source[start:stop], kind, bits)
+                fine &= largest(bits[:count]) < INFINITY
+            absmax = stored_absmax(top, count < block) if top != 0 else np.float32(0)
+            normalize(values[:count], absmax, count < block)
+            rank(values[:count], bounds, ranks)
+            scaled_levels(levels, absmax, wide)
+            narrow(wide, kind, table)
+            plain_zeros(table)
+            target = out[start:stop]
+            for i in range(count):
+                target[i] = table[places[i]]
     return bool(fine)
 
 
 @kernel
 def _snap_columns(
-    source: Any, reference: Any, same: bool, kind: int, first: int, stop: int, block: int, bounds: Any, levels: Any,
-    out: Any,
+    source: Any, reference: Any, same: bool, kind: int, cols: int, first: int, stop: int, block: int, bounds: Any,
+    levels: Any, out: Any,
 ) -> bool:  # fmt: skip
-    """Columns first .. stop: tiles of blocks are turned, so that a block lies in memory as it does in a row."""
-    bits, ranks = np.empty(block, np.uint32), np.empty(block, np.int32)
-    tile = np.empty((TILE, block), source.dtype)
-    scale_tile = np.empty((TILE, block), source.dtype)
+    """Columns first .. stop of flat matrices, in tiles of `block` rows and TILE columns; every step goes along rows."""
+    rows = source.size // cols
+    bits, ranks = np.empty(block * TILE, np.uint32), np.empty(block * TILE, np.int32)
+    values, places = bits.view(np.float32), ranks.view(np.uint32)
+    tops, table = np.empty(TILE, np.uint32), np.empty(LEVELS * TILE, out.dtype)
     fine = True
-    for top in range(0, source.shape[0], block):
-        count = min(block, source.shape[0] - top)
-        short = count < block
+    for top in range(0, rows, block):
+        count = min(block, rows - top)
         for left in range(first, stop, TILE):
-            width = min(TILE, stop - left)
-            part = slice(top, top + count), slice(left, left + width)
-            _turn(source[part], tile)
+            start, width = top * cols + left, min(TILE, stop - left)
+            fine &= _widen_tile(reference, kind, start, cols, count, width, bits, tops)
+            absmax = _column_scales(tops, count < block)
             if not same:
-                _turn(reference[part], scale_tile)
-            for column in range(width):
-                values = tile[column, :count]
-                scales = values if same else scale_tile[column, :count]
-                fine &= _snap_block(values, scales, same, kind, short, bounds, levels, bits, ranks, values)
-            _turn(tile[:width, :count], out[part])
+                fine &= _widen_tile(source, kind, start, cols, count, width, bits, tops)
+            tile = values[: count * TILE]
+            _normalize_tile(tile, absmax, count < block)
+            rank(tile, bounds, ranks)
+            _levels_of_columns(levels, absmax, kind, table)
+            _look_up(places, table, count, out, start, cols, width)
     return bool(fine)
 
 
 @kernel
-def _turn(source: Any, out: Any) -> None:
-    """out[j, i] = source[i, j]."""
-    for i in range(source.shape[0]):
-        for j in range(source.shape[1]):
-            out[j, i] = source[i, j]
+def _widen_tile(
+    source: Any, kind: int, start: int, cols: int, rows: int, width: int, bits: Any, tops: Any
+) -> bool:
+    """Rows of a tile, each TILE wide with zeros behind; the bits of the largest magnitude of each column."""
+    tops[:] = np.uint32(0)
+    for row in range(rows):
+        line = bits[row * TILE : (row + 1) * TILE]
+        for i in range(width, TILE):
+            line[i] = 0
+        widen(source[start + row * cols : start + row * cols + width], kind, line)
+        for i in range(TILE):
+            magnitude = np.uint32(line[i] & MAGNITUDE)
+            tops[i] = magnitude if magnitude > tops[i] else tops[i]
+    return bool(largest(tops) < INFINITY)
 
 
 @kernel
-def _snap_block(
-    source: Any, reference: Any, same: bool, kind: int, short: bool, bounds: Any, levels: Any, bits: Any, ranks: Any,
-    out: Any,
-) -> bool:  # fmt: skip
-    """One block: largest magnitude of the reference, ranks of the values, and sixteen levels to look them up in."""
-    count = source.size
-    widen(reference, kind, bits)
-    top = largest(bits[:count])
-    fine = top < INFINITY
-    if not same:
-        widen(source, kind, bits)
-        fine &= largest(bits[:count]) < INFINITY
-    absmax = stored_absmax(top, short) if top != 0 else np.float32(0)
-    values = bits[:count].view(np.float32)
-    normalize(values, absmax, short)
-    rank(values, bounds, ranks)
-    wide = np.empty(levels.size, np.uint32)
-    table = np.empty(levels.size, out.dtype)
-    scaled_levels(levels, absmax, wide)
-    narrow(wide, kind, table)
+def _column_scales(tops: Any, short: bool) -> Any:
+    absmax = np.empty(TILE, np.float32)
+    for i in range(TILE):
+        absmax[i] = stored_absmax(tops[i], short) if tops[i] != 0 else np.float32(0)
+    return absmax
+
+
+@kernel
+def _normalize_tile(values: Any, absmax: Any, short: bool) -> None:
+    """`normalize`, column by column."""
+    factors = np.empty(TILE, np.float32)
+    for i in range(TILE):
+        divisor = max(absmax[i], SMALLEST)
+        factors[i] = divisor if short else np.float32(1) / divisor
+        if absmax[i] == np.float32(0):
+            factors[i] = np.float32(np.inf) if short else np.float32(0)
+    for start in range(0, values.size, TILE):
+        line = values[start : start + TILE]
+        for i in range(TILE):
+            line[i] = line[i] / factors[i] if short else line[i] * factors[i]
+
+
+@kernel
+def _levels_of_columns(levels: Any, absmax: Any, kind: int, table: Any) -> None:
+    """table[r * TILE + c] = level r of column c, as it is stored."""
+    wide = np.empty(TILE, np.uint32)
+    for place in range(LEVELS):
+        for i in range(TILE):
+            wide[i] = to_bits(levels[place] * absmax[i])
+        narrow(wide, kind, table[place * TILE : (place + 1) * TILE])
     plain_zeros(table)
-    for i in range(count):
-        out[i] = table[ranks[i]]
-    return bool(fine)
+
+
+@kernel
+def _look_up(places: Any, table: Any, rows: int, out: Any, start: int, cols: int, width: int) -> None:
+    """Write the levels of a tile, whose rows of TILE values became rows of `width`."""
+    for row in range(rows):
+        line = places[row * TILE : (row + 1) * TILE]
+        target = out[start + row * cols : start + row * cols + width]
+        for i in range(target.size):
+            target[i] = table[line[i] * np.uint32(TILE) + np.uint32(i)]

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
-import json
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedqsn_cli.errors import DataError
+from fedqsn_cli import strictjson
+from fedqsn_cli.errors import DataError, FormatError
 
-KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 COLUMNS = ("text", "text_pair", "label", "prompt", "completion", "messages")
 
 _WORDS: dict[type, str] = {
     type(None): "nothing", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object",
 }  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Table:
@@ -61,8 +62,7 @@ class Table:
 def read_table(path: str | Path) -> Table:
     """Read a data file whole.
 
-    The file is private: the copy that `datasets` makes of it lives in a temporary directory of the user and is gone
-    when this function returns.
+    JSON and CSV are read as they are written: other readers take "007" for a number and "2020-01-01" for a date.
 
     Args:
         path: a .jsonl, .json (one array), .csv (with a header line) or .parquet file.
@@ -73,84 +73,106 @@ def read_table(path: str | Path) -> Table:
     path = Path(path)
     if not path.is_file():
         raise DataError("no such file" if not path.exists() else "not a file", where=path)
-    kind = KINDS.get(path.suffix.lower())
-    if kind is None:
+    read = READERS.get(path.suffix.lower())
+    if read is None:
         raise DataError(f"files of kind {path.suffix!r} are not read", where=path, hint="use .jsonl, .csv or .parquet")
     if path.stat().st_size == 0:
         raise DataError("the file is empty", where=path)
-    return _load(path, kind)
-
-
-def _load(path: Path, kind: str) -> Table:
-    import datasets
-
-    reader = getattr(datasets.Dataset, f"from_{kind}")
-    options = _csv_options(path) if kind == "csv" else {}
-    with tempfile.TemporaryDirectory(prefix="fedqsn-") as folder, _silence():
-        link = Path(folder) / f"data{path.suffix.lower()}"  # a name in which no character is a pattern
-        link.symlink_to(path.absolute())
-        try:
-            rows = reader(str(link), cache_dir=folder, keep_in_memory=True, **options)
-            columns = {name: rows[name][:] for name in COLUMNS if name in rows.column_names}
-        except (KeyboardInterrupt, MemoryError):
-            raise
-        except Exception as error:  # every layer below has exceptions of its own
-            raise _unreadable(path, kind, error) from None
-    if len(rows) == 0:
+    table = read(path)
+    if table.rows == 0:
         raise DataError("the file holds no rows", where=path)
-    return Table(path, columns, tuple(rows.column_names), len(rows))
+    return table
 
 
-def _csv_options(path: Path) -> dict[str, Any]:
-    """How to read a CSV file: every cell is the text that stands there, be it "007", "NA" or nothing.
+def _read_lines(path: Path) -> Table:
+    """One JSON object a line; blank lines are left out."""
+    rows = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if text.strip():
+                rows.append(_object(_json(text, f"{path}: line {number}"), f"{path}: line {number}"))
+    return _from_objects(path, rows)
 
-    Raises:
-        DataError: a line has another number of fields than the header, or the file is no UTF-8 text.
-    """
-    from datasets import Features, Value
 
+def _read_json(path: Path) -> Table:
+    """One JSON array of objects, or one object a line."""
+    text = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    if not text.lstrip().startswith(b"["):
+        return _read_lines(path)
+    rows = _json(text, str(path))
+    return _from_objects(path, [_object(row, f"{path}: row {number}") for number, row in enumerate(rows, 1)])
+
+
+def _json(text: bytes, where: str) -> Any:
+    try:
+        return strictjson.loads(text, where)
+    except FormatError as error:
+        raise DataError(error.what, where=where) from None
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{_kind(value)}, not a JSON object", where=where)
+    return value
+
+
+def _from_objects(path: Path, rows: list[dict[str, Any]]) -> Table:
+    found = tuple(dict.fromkeys(name for row in rows for name in row))
+    columns = {name: [row.get(name) for row in rows] for name in COLUMNS if name in found}
+    return Table(path, columns, found, len(rows))
+
+
+def _read_csv(path: Path) -> Table:
+    """Comma-separated values under a header line; every cell is text."""
     largest = csv.field_size_limit(2**31 - 1)
+    rows: list[list[str]] = []
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             lines = csv.reader(file, strict=True)
-            header = next(lines)
+            header = next(lines, [])
             for fields in lines:
                 if fields and len(fields) != len(header):
                     what = f"{len(fields)} fields, but the header has {len(header)}"
                     raise DataError(what, where=f"{path}: line {lines.line_num}", hint="put texts into quotes")
-    except (csv.Error, UnicodeDecodeError, StopIteration) as error:
+                rows += [fields] if fields else []
+    except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"not a readable csv file ({error})", where=path) from None
     finally:
         csv.field_size_limit(largest)
     if len(set(header)) != len(header):
         raise DataError("two columns have one name", where=path)
-    features = Features({name: Value("string") for name in header})
-    return {"features": features, "keep_default_na": False, "index_col": False, "encoding": "utf-8-sig"}
+    columns = {name: [fields[header.index(name)] for fields in rows] for name in COLUMNS if name in header}
+    return Table(path, columns, tuple(header), len(rows))
 
 
-def _unreadable(path: Path, kind: str, error: Exception) -> DataError:
-    """One line about what is wrong with a file that could not be read."""
-    if kind == "json":
-        line = _first_bad_line(path) if path.suffix.lower() != ".json" else None
-        if line is not None:
-            return DataError("not a JSON object on one line", where=f"{path}: line {line}")
-    if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
-        return DataError("the file holds no rows", where=path)
-    cause = error.__cause__ or error
-    reason = str(cause).strip().splitlines()
-    return DataError(f"not a readable {kind} file ({reason[0][:200] if reason else type(cause).__name__})", where=path)
+def _read_parquet(path: Path) -> Table:
+    """A Parquet file, through a copy that `datasets` makes in a temporary folder and that is gone afterwards."""
+    import datasets
+
+    with tempfile.TemporaryDirectory(prefix="fedqsn-") as folder, _silence():
+        link = Path(folder) / "data.parquet"  # a name in which no character is a pattern
+        link.symlink_to(path.absolute())
+        try:
+            rows = datasets.Dataset.from_parquet(str(link), cache_dir=folder, keep_in_memory=True)
+            columns = {name: rows[name][:] for name in COLUMNS if name in rows.column_names}
+        except (KeyboardInterrupt, MemoryError):
+            raise
+        except Exception as error:  # every layer below has exceptions of its own
+            reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
+            if "corresponds to no data" in reason:
+                raise DataError("the file holds no rows", where=path) from None
+            raise DataError(f"not a readable parquet file ({reason[:200]})", where=path) from None
+    return Table(path, columns, tuple(rows.column_names), len(rows))
 
 
-def _first_bad_line(path: Path) -> int | None:
-    """Number, from 1, of the first line that is not a JSON object; None if all are."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                if line.strip() and type(json.loads(line)) is not dict:
-                    return number
-            except (ValueError, RecursionError):
-                return number
-    return None
+READERS: dict[str, Callable[[Path], Table]] = {
+    ".jsonl": _read_lines,
+    ".ndjson": _read_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
 
 
 @contextmanager

@@ -111,10 +111,13 @@ def parameter_masks(
         else:
             state[name] = one.expand(tensor.shape) if tensor.is_floating_point() else tensor
     twin = build_model(config, state, where=where, dtype=torch.bfloat16)
-    names = {name for name, _ in model.named_parameters()}
+    parameters = dict(twin.named_parameters())
+    for name, _ in model.named_parameters():
+        if name not in parameters:  # equal masks were tied, different weights were not
+            raise InputError(f"{name} is tied to a tensor that differs from it, so it cannot be trained", where=where)
     masks = {}
-    for name, parameter in twin.named_parameters():
-        if name not in names or not bool(((parameter == 0) | (parameter == 1)).all()):
+    for name, parameter in parameters.items():
+        if not bool(((parameter == 0) | (parameter == 1)).all()):
             raise InputError(f"{name} mixes the tensors of the proxy, so it cannot be trained", where=where)
         if not bool(parameter.all()):
             masks[name] = parameter.detach() != 0

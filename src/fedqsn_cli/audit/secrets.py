@@ -1,0 +1,205 @@
+"""FQ006: what must not stand in any byte of a proxy, and how it is recognised.
+
+    key         the job's key, or the seed of one of its groups: raw, hexadecimal, base64 (raw only for the key itself)
+    seed        a field that is called seed, or like one
+    path        an absolute path; fields in which libraries note one
+    machine     this machine's host name or user name; fields called host, user, ...
+    time        a date with a clock time, or a number of seconds since 1970
+    spare       bytes that a format has no use for: padding, other metadata, another spelling of the same JSON
+
+Vocabularies and label names are public text and are searched for the key only. Messages name the file and the field,
+never what stands there.
+"""
+
+from __future__ import annotations
+
+import base64
+import getpass
+import json
+import re
+import socket
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fedqsn_cli import strictjson
+from fedqsn_cli.artifacts import PROXY_MANIFEST, VISIBLE_TENSORS, ProxyManifest, manifest_bytes, parse_manifest
+from fedqsn_cli.errors import FormatError
+from fedqsn_cli.keyfile import Job
+from fedqsn_cli.masking import SERVER, seed
+from fedqsn_cli.quantization.bnb_format import companion_specs
+from fedqsn_cli.release import PRIVATE_FIELDS
+
+_WORDS = (
+    r"seeds?|rng|manual_seed|host|host_?name|machine|node_name|user|user_?name|author|login|cwd|home|hf_token|api_key|"
+    r"secret|password|private_key|(?:job|mask|master|secret)_key|key|created|created_at|timestamp|time|date|datetime|"
+    r"mtime|ctime|started_at|finished_at|exported_at|clients?"
+)
+_FIELD = re.compile(rf"(?:{_WORDS})|.*_(?:seeds?|timestamp|hostname|username)|seed_.*", re.IGNORECASE)
+_ROOTS = "home|Users|root|mnt|tmp|var|data|opt|srv|work|workspace|scratch|content|private|media|usr|etc|nfs|gpfs|lustre|shared"
+_PATH = re.compile(
+    rf"(?<![\w:/.<])/(?:{_ROOTS})/[^\s\"'<>]+|file://\S+|(?<!\w)[A-Za-z]:\\[^\s\"]+|\\\\\w+\\\w+|(?<!\S)~/\S+"
+)
+_WHOLE_PATH = re.compile(r"(?:/[^/\s<>{}]+){2,}/?")
+_TIME = re.compile(r"(?<!\d)(?:19|20)\d\d-[01]\d-[0-3]\d[T _]?[0-2]\d[:.h-]?[0-5]\d|\b[0-2]\d:[0-5]\d:[0-5]\d\b")
+_EPOCHS = ((1_400_000_000, 2_100_000_000), (1_400_000_000_000, 2_100_000_000_000))
+_PUBLIC_TEXT = frozenset({"vocab", "merges", "label2id", "id2label", "added_tokens_decoder", "chat_template"})
+_GENERIC = frozenset(
+    {"root", "user", "users", "admin", "ubuntu", "debian", "runner", "localhost", "jovyan", "test", "model"}
+)
+_SAFE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")
+_LARGEST_TEXT = 1 << 26  # bytes of a file that is read as text
+
+
+class Needles:
+    """The spellings of a job's secrets. None of them is ever printed.
+
+    Args:
+        raw: looked for in every byte. spelled: looked for in text (lower case hexadecimal, base64).
+    """
+
+    def __init__(self, job: Job | None) -> None:
+        self.raw: list[bytes] = []
+        self.spelled: list[bytes] = []
+        if job is None:
+            return
+        self.raw = [job.key, *_spellings(job.key)]
+        self.spelled = [text for group in job.groups for text in _spellings(seed(job.key, SERVER, group))]
+
+    @property
+    def longest(self) -> int:
+        """Bytes of the longest spelling."""
+        return max(map(len, self.raw), default=1)
+
+    def in_bytes(self, data: bytes) -> bool:
+        """Does the key stand in these bytes?"""
+        return any(needle in data for needle in self.raw)
+
+    def in_text(self, data: bytes) -> bool:
+        """Does the key or the seed of a group stand in this text?"""
+        lower = data.lower()
+        return self.in_bytes(data) or any(
+            needle in data or needle in lower for needle in (*self.raw[1:], *self.spelled)
+        )
+
+
+def _spellings(secret: bytes) -> list[bytes]:
+    """Hexadecimal in both cases, and base64 in both alphabets without its padding."""
+    text = secret.hex()
+    plain = base64.b64encode(secret).rstrip(b"=")
+    return [text.encode(), text.upper().encode(), plain, base64.urlsafe_b64encode(secret).rstrip(b"=")]
+
+
+def complaints(path: Path, needles: Needles) -> Iterator[str]:
+    """What is wrong with a file that is text, or with the header of a safetensors file."""
+    if path.suffix == ".safetensors":
+        yield from _header_complaints(path, needles)
+        return
+    data = path.read_bytes()[:_LARGEST_TEXT]
+    if needles.in_text(data):
+        yield "holds the job's key or the seed of a mask"
+    if path.suffix == ".json":
+        yield from _json_complaints(path, data)
+    elif path.name not in {"vocab.txt", "merges.txt"} and not path.name.endswith(".model"):
+        yield from _text_complaints("", data.decode("utf-8", "replace"))
+
+
+def _json_complaints(path: Path, data: bytes) -> Iterator[str]:
+    try:
+        document = strictjson.loads(data, path.name)
+    except FormatError:
+        yield from _text_complaints("", data.decode("utf-8", "replace"))
+        return
+    yield from _document_complaints(document, "")
+    if path.name == PROXY_MANIFEST:
+        try:
+            same = manifest_bytes(parse_manifest(data, ProxyManifest, path.name)) == data
+        except FormatError:
+            yield "has fields or values that a proxy's manifest does not have"
+            return
+        if not same:
+            yield "spells its JSON in another way than exports do"
+    elif path.name.endswith(".index.json") or path.name == "config.json":
+        tail = len(data) - len(data.rstrip())
+        if tail > 2:
+            yield "ends in white space"
+
+
+def _document_complaints(value: Any, field: str) -> Iterator[str]:
+    """Walk through a JSON document."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            name = f"{field}.{key}".lstrip(".")
+            if key in PRIVATE_FIELDS and item not in (None, ""):
+                yield f"{_at(name)} is one that exports remove"
+            elif _FIELD.fullmatch(key) and not isinstance(item, dict):
+                yield f"{_at(name)} is called like a secret, a seed, a machine or a time"
+            elif key in _PUBLIC_TEXT:
+                continue
+            else:
+                yield from _text_complaints(field, key)
+                yield from _document_complaints(item, name)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _document_complaints(item, field)
+    elif isinstance(value, str):
+        yield from _text_complaints(field, value)
+    elif isinstance(value, int | float) and any(low <= value <= high for low, high in _EPOCHS):
+        yield f"{_at(field)} looks like a clock time"
+
+
+def _text_complaints(field: str, text: str) -> Iterator[str]:
+    if _PATH.search(text) or _WHOLE_PATH.fullmatch(text.strip()):
+        yield f"{_at(field)} holds an absolute path"
+    if _TIME.search(text):
+        yield f"{_at(field)} holds a clock time"
+    if any(re.search(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", text) for name in machine_names()):
+        yield f"{_at(field)} holds the name of this machine or of its user"
+
+
+def _at(field: str) -> str:
+    """A field's name if it cannot be a secret itself."""
+    return f"field {field}" if _SAFE_NAME.fullmatch(field) else "a field" if field else "its text"
+
+
+@cache
+def machine_names() -> tuple[str, ...]:
+    """Host and user name of this machine, unless they are ordinary words."""
+    names = {socket.gethostname(), socket.gethostname().split(".")[0]}
+    try:
+        names.add(getpass.getuser())
+    except (OSError, KeyError):
+        pass
+    return tuple(sorted(name for name in names if len(name) >= 4 and name.lower() not in _GENERIC))
+
+
+def _header_complaints(path: Path, needles: Needles) -> Iterator[str]:
+    """The header of a safetensors file: nothing but {"format": "pt"}, and in the one spelling that exports write."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        data = file.read(min(length, 1 << 27))
+    if needles.in_text(data):
+        yield "holds the job's key or the seed of a mask in its header"
+    try:
+        document = json.loads(data)
+        metadata = dict(document.get("__metadata__", {}))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        yield "has a header that cannot be read"
+        return
+    allowed: dict[str, str] = {} if path.name == VISIBLE_TENSORS else {"format": "pt"}
+    if metadata != allowed:
+        yield "carries metadata that exports do not write"
+        yield from _document_complaints(metadata, "")
+    text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+    if data != text + b" " * (-len(text) % 8):
+        yield "spells its header in another way than exports do"
+
+
+def state_complaint(text: bytes, packing: Any, name: str) -> bool:
+    """Is the JSON of a packed tensor spelled in another way than exports spell it?"""
+    spec = companion_specs(name, packing.shape, packing.dtype, packing.format, packing.block, packing.double)[-1]
+    state = strictjson.loads(text, name)
+    fields = ["quant_type", "blocksize", "dtype", "shape"]
+    fields += ["nested_blocksize", "nested_dtype", "nested_offset"] if packing.double else []
+    return json.dumps({field: state[field] for field in fields}).encode().ljust(spec.nbytes) != text
