@@ -34,7 +34,7 @@ def bash_blocks(page: Path) -> list[str]:
 
 def settles_elsewhere(line: str) -> bool:
     """Lines that set up or call the repository's own chores; other tests look after them."""
-    return re.match(r"\s*(#|$|make\b|python -m pip\b|[A-Z0-9_]+=\S+ (make|\./run\.sh)|\./run\.sh)", line) is not None
+    return re.match(r"\s*(#|$|python -m pip\b|([A-Z0-9_]+=\S+ )*(make\b|\./run\.sh))", line) is not None
 
 
 # ------------------------------------------------------------------------------------------------ a tiny world
@@ -146,8 +146,8 @@ def test_every_command_of_readme_and_docs_runs(desk: Path, shell: dict[str, str]
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_make_target_that_a_page_names_exists(page: Path) -> None:
-    makefile = (page.parent / "Makefile" if page.parent == QUICKSTART else ROOT / "Makefile").read_text()
-    known = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    makefiles = [ROOT / "Makefile", *([QUICKSTART / "Makefile"] if page.parent == QUICKSTART else [])]
+    known = {name for each in makefiles for name in re.findall(r"^([a-z]+):", each.read_text(), re.MULTILINE)}
     for block in bash_blocks(page):
         for line in re.findall(r"^(?:[A-Z0-9_]+=\S+ )*make(?: [^#;\n]*)?", block, re.MULTILINE):
             targets = {word for word in line.split() if re.fullmatch("[a-z]+", word)} - {"make"}

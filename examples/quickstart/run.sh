@@ -19,20 +19,30 @@ SERVER_LR=${SERVER_LR:-1}
 MAX_LENGTH=${MAX_LENGTH:-64}     # tokens: the title and the first lines of an article
 read -ra CLIENTS <<<"${CLIENTS:-alice bob carol dave}"
 
+export WORK MAX_LENGTH
+
+# Clients train at the same time, as they would on machines of their own; here they share this one's cores.
+cores=$(getconf _NPROCESSORS_ONLN)
+JOBS=${JOBS:-$((cores < 4 ? cores : 4))}
+THREADS=$((cores > JOBS ? cores / JOBS : 1))
+
 say() { printf '\n== %s\n' "$*"; }
+
+# side_by_side COMMAND...: run it for every name on stdin, which stands for {}. Fails when one of them fails.
+side_by_side() {
+    OMP_NUM_THREADS=$THREADS TERM=dumb xargs -P "$JOBS" -I '{}' "$@" # dumb: progress bars would fight for the line
+}
 
 # score MODEL...: measure models or proxies on the test articles, and what they hide, for the table at the end.
 score() {
-    local model
-    for model in "$@"; do
-        fedqsn evaluate "$model" --data "$WORK/data/test.jsonl" --max-length "$MAX_LENGTH" --json >"$model.score.json"
-        fedqsn inspect "$model" --json >"$model.inspect.json"
-    done
+    printf '%s\n' "$@" | side_by_side bash -euc '
+        fedqsn evaluate "$1" --data "$WORK/data/test.jsonl" --max-length "$MAX_LENGTH" --json >"$1.score.json"
+        fedqsn inspect "$1" --json >"$1.inspect.json"' score '{}'
 }
 
 # play NAME P1 P2 FORMAT FILL: a whole job in $WORK/NAME. Its folder rN holds what belongs to the model after N rounds.
 play() {
-    local name=$1 job=$WORK/$1 p1=$2 p2=$3 format=$4 fill=(--fill "$5") client n before now
+    local name=$1 job=$WORK/$1 p1=$2 p2=$3 format=$4 fill=(--fill "$5") n before now
     [[ $5 == zero ]] || fill+=(--public-base "$WORK/base")
     local secrets=(--key "$job/job.key" --ledger "$job/ledger.jsonl")
 
@@ -51,11 +61,10 @@ play() {
             --p2 "$p2" --format "$format" "${fill[@]}" "${secrets[@]}"
         score "${CLIENTS[@]/#/$now/proxies/}"
 
-        for client in "${CLIENTS[@]}"; do
-            say "$name, round $n of $ROUNDS: $client trains on articles that stay with $client"
-            fedqsn client-train "$now/proxies/$client" --out "$now/updates/$client" --data "$WORK/data/$client.jsonl" \
-                --epochs "$EPOCHS" --lr "$LR" --max-length "$MAX_LENGTH" --seed "$n"
-        done
+        say "$name, round $n of $ROUNDS: every client trains on articles that stay with it"
+        printf '%s\n' "${CLIENTS[@]}" | side_by_side \
+            fedqsn client-train "$now/proxies/{}" --out "$now/updates/{}" --data "$WORK/data/{}.jsonl" \
+            --epochs "$EPOCHS" --lr "$LR" --max-length "$MAX_LENGTH" --seed "$n"
 
         say "$name, round $n of $ROUNDS: the owner merges the updates into the whole model"
         fedqsn merge "$before/global" "${CLIENTS[@]/#/$now/updates/}" --out "$now/global" --server-lr "$SERVER_LR" \

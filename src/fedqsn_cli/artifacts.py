@@ -10,12 +10,14 @@ Every manifest is strict: an unknown or missing field, a wrong type or a doubled
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedqsn_cli import strictjson
+from fedqsn_cli.checkpoint.header import open_regular_file
 from fedqsn_cli.errors import FormatError, InputError
 
 MODEL_MANIFEST = "fedqsn.json"
@@ -152,12 +154,12 @@ def read_manifest(folder: Path, kind: type[Manifest]) -> Manifest:
         InputError: the folder or the manifest is missing. FormatError: the manifest is malformed.
     """
     path = folder / manifest_name(kind)
-    try:
-        if path.stat().st_size > _LARGEST_MANIFEST:
-            raise FormatError(f"manifest is larger than {_LARGEST_MANIFEST} bytes", where=path)
-        data = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"no {path.name} here", where=folder, hint=_MADE_BY[kind]) from None
+    if not os.path.lexists(path):
+        raise InputError(f"no {path.name} here", where=folder, hint=_MADE_BY[kind])
+    with open(open_regular_file(path), "rb") as file:
+        data = file.read(_LARGEST_MANIFEST + 1)
+    if len(data) > _LARGEST_MANIFEST:
+        raise FormatError(f"manifest is larger than {_LARGEST_MANIFEST} bytes", where=path)
     return parse_manifest(data, kind, path)
 
 

@@ -87,14 +87,12 @@ class OpenModel:
         cols = storage.view[2]
         if logical.packing is not None and logical.packing.kind == "pack4":
             begin = first * cols // 2
-            codes = np.empty(min(entry.nbytes, begin + (rows * cols + 1) // 2) - begin, np.uint8)
-            self.checkpoint.read_into(name, begin, codes)
-            return codes
+            return self.checkpoint.read_fresh(name, begin, min(entry.nbytes, begin + (rows * cols + 1) // 2) - begin)
         dtype = _array_dtype(entry.dtype)
         turned = storage.transposed and logical.packing is None
-        out = np.empty((cols, rows) if turned else (rows, cols), dtype)
-        self.checkpoint.read_into(name, first * cols * dtype.itemsize, out)
-        return out
+        size = dtype.itemsize
+        values = self.checkpoint.read_fresh(name, first * cols * size, rows * cols * size).view(dtype)
+        return values.reshape((cols, rows) if turned else (rows, cols))
 
     def scales(self, name: str) -> Scales:
         """Block scales of a packed tensor."""

@@ -127,7 +127,12 @@ def build_model(
         kind = _model_class(architecture, where)
         try:
             model, report = kind.from_pretrained(
-                None, config=_clean_config(config, kind), state_dict=dict(state), dtype=dtype, output_loading_info=True
+                None,
+                config=_clean_config(config, kind),
+                state_dict=dict(state),
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report, and refused below
             )
         except Exception as error:  # a config may ask for anything
             raise InputError(f"transformers cannot build the model ({first_line(error)})", where=where) from None

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from fedqsn_cli import strictjson
 from fedqsn_cli.artifacts import Quantization
 from fedqsn_cli.errors import InputError
+from fedqsn_cli.hashing import HashThreads, Lane
 from fedqsn_cli.logical import LogicalTensor, OpenModel
 from fedqsn_cli.plan import TensorPlan
 from fedqsn_cli.progress import Progress
@@ -35,7 +36,10 @@ from fedqsn_cli.units import UnitMask
 
 CHUNK_ELEMENTS = 1 << 21  # 4 MiB of bf16: large enough for the disk, small enough for the caches and many outputs
 
-_DTYPE_ORDER = ("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "I8", "U8", "BOOL")
+_DTYPE_ORDER = (
+    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
+    "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
+)  # fmt: skip
 
 Array = NDArray[Any]
 T = TypeVar("T")
@@ -159,8 +163,9 @@ def run(
     """
     packed = model.is_quantized
     progress.start("reading", sum(model.stored_bytes(flow.name) for flow in todo), "bytes")
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as hashing:
-        worker = _Worker(model, how, None if packed else ModelHash(hashing), ModelHash(hashing) if base else None)
+    with ThreadPoolExecutor(1) as reader, HashThreads() as hashing:
+        hasher = None if packed else ModelHash(hashing.lane())
+        worker = _Worker(model, how, hasher, ModelHash(hashing.lane()) if base else None)
         for load in read_ahead(reader, _loads(model, base, todo, how), depth=2):
             chunk = worker.chunk(load)
             for output in outputs:
@@ -239,7 +244,7 @@ class _Worker:
         if self._hasher is None:
             return Chunk(load.first, load.rows, x, self._fill(load, x, self._stored_scales(load)))
         self._hide(flow, load.first, x, b)
-        values, scales = encode(flow, self._how, x)
+        values, scales = encode(flow, self._how, x, "model")
         if scales is not None:
             self._scales.append(scales)
         return Chunk(load.first, load.rows, values, self._fill(load, values, scales))
@@ -256,7 +261,7 @@ class _Worker:
         if load.fill is None:
             return None
         flow = load.flow
-        own, own_scales = encode(flow, self._how, load.fill)
+        own, own_scales = encode(flow, self._how, load.fill, "public base")
         if own_scales is None or self._how is None or scales is None:
             return Fill(own, None)
         self._base_scales.append(own_scales)
@@ -291,15 +296,19 @@ class _Worker:
         assert self._hasher is not None
         if flow.hidden is not None:
             flow.hidden.overwrite(x, first, None)
-        _check_finite(flow, x, "model")
+        if flow.storage.kind == "raw":  # whoever quantizes notices by himself
+            _check_finite(flow, x, "model")
         self._hasher.update(flow.name, x)
         if flow.hidden is not None and b is not None:
             self._hasher.settle()  # it still reads x
             flow.hidden.overwrite(x, first, b)
 
 
-def encode(flow: Flow, how: Quantization | None, x: Array) -> tuple[Array, Array | None]:
+def encode(flow: Flow, how: Quantization | None, x: Array, whose: str) -> tuple[Array, Array | None]:
     """Quantize rows of a tensor as its storage says: (values or codes, block scales of packed kinds).
+
+    Args:
+        whose: "model" or "public base", for errors.
 
     Raises:
         InputError: a value is not finite, or beyond the range of the format.
@@ -321,6 +330,7 @@ def encode(flow: Flow, how: Quantization | None, x: Array) -> tuple[Array, Array
             return codes, row_scales
         return _snap(flow, how, y), None
     except kernels.NonFinite:
+        _check_finite(flow, x, whose)
         raise InputError(f"a value is NaN, infinite, or too large for {how.format}", where=flow.name) from None
 
 
@@ -365,8 +375,8 @@ class ModelHash:
     Bytes are hashed in a background thread; the caller leaves what it handed over alone until `settle`.
     """
 
-    def __init__(self, executor: Executor) -> None:
-        self._executor = executor
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
         self._tensors: dict[str, Any] = {}
         self._pending: deque[Future[None]] = deque()
 
@@ -375,7 +385,7 @@ class ModelHash:
         sha256 = self._tensors.setdefault(name, hashlib.sha256())
         while len(self._pending) >= 3:
             self._pending.popleft().result()
-        self._pending.append(self._executor.submit(sha256.update, values.reshape(-1).view(np.uint8)))
+        self._pending.append(self._lane.submit(sha256.update, values.reshape(-1).view(np.uint8).data))
 
     def settle(self) -> None:
         """Wait until everything handed over is hashed."""

@@ -82,12 +82,10 @@ class UnitMask:
 
     def overwrite(self, x: Array, first: int, source: Array | None) -> None:
         """Put zeros, or the same elements of `source`, on the marked elements of rows x ([count, cols], in place)."""
-        flags = self.of_rows(first, len(x))
-        if self.axis == "column":
-            chosen = np.flatnonzero(flags)
-            x[:, chosen] = 0 if source is None else source[:, chosen]
-        else:
-            x[flags] = 0 if source is None else source[flags]
+        from fedqsn_cli.quantization import holes
+
+        fill = {"row": holes.fill_rows, "column": holes.fill_columns, "element": holes.fill_elements}[self.axis]
+        fill(x, self.of_rows(first, len(x)), source)
 
     def take(self, x: Array, first: int) -> Array:
         """The marked elements of rows x ([count, cols]): [k, cols], [count, k] or [k]."""
@@ -115,6 +113,13 @@ class UnitMask:
     def full_blocks(self, block: int) -> Bools:
         """For each block of `block` elements in C order: are all of its elements marked?"""
         lead, rows, cols = self.view
+        if self.axis == "row" and cols and cols % block == 0:
+            return np.repeat(self.marks, cols // block)
+        if self.axis == "column" and cols and cols % block == 0:
+            return np.repeat(self.marks.reshape(lead, 1, -1, block).all(axis=3), rows, axis=1).reshape(-1)
+        if self.axis == "element" and self.marks.size % block == 0:
+            whole: Bools = self.marks.reshape(-1, block).all(axis=1)
+            return whole
         edges = np.append(np.arange(0, lead * rows * cols, block, dtype=np.int64), lead * rows * cols)
         full: Bools = np.diff(self.count_before(edges)) == np.diff(edges)
         return full

@@ -66,6 +66,7 @@ def test_the_same_signal_twice_at_once_still_cleans_up(tmp_path: Path) -> None:
 
 def test_a_run_that_waits_for_the_network_can_be_ended(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(60)
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         words = command("inspect", "hf://owner/name")
         child = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Visible units: read from a proxy, found again in the parameters of every kind of model, and nothing else is touched."""
+"""Visible units: read from a proxy, and found again in the parameters of every kind of model."""
 
 from __future__ import annotations
 

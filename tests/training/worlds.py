@@ -27,19 +27,8 @@ def small_model(folder: Path, name: str = "bert", **options: Any) -> Path:
 
 def make_proxy(source: Path, out: Path, *, p1: float = 0.2, p2: float = 0.2, **options: Any) -> Path:
     """A proxy of a checkpoint for client "a"; not quantized unless options say so."""
-    here = out.parent
-    options = {"format": "none", **options}
-    export_proxy(
-        str(source),
-        out,
-        client=["a"],
-        round=1,
-        key=here / "job.key",
-        ledger=here / "ledger.jsonl",
-        p1=p1,
-        p2=p2,
-        **options,
-    )
+    given = {"format": "none", "key": out.parent / "key", "ledger": out.parent / f"{out.name}.jsonl", **options}
+    export_proxy(str(source), out, client=["a"], round=1, p1=p1, p2=p2, **given)
     return out
 
 

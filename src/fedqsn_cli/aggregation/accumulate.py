@@ -12,23 +12,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.quantization.jit import (
-    BF16,
-    F32,
+    INFINITY,
+    MAGNITUDE,
     as_bits,
     kernel,
+    narrow,
     narrow_brain,
-    narrow_half,
     to_bits,
     to_float,
     widen,
-    widen_half,
 )
 from fedqsn_cli.quantization.kernels import narrowed, widened
 from fedqsn_cli.quantization.threads import run_ranges
 from fedqsn_cli.units import Axis
 
 Array = NDArray[Any]
-MODES = {None: 0, "row": 1, "column": 2, "element": 3}
+Doubles = NDArray[np.float64]
+
+PIECE = 1024  # values that go through each step together: they stay in the first cache
+RUN = 16384  # values of a tensor without rows of its own that are summed together
+GRAIN = 1 << 16  # values that are worth a thread
+
+FLAT, ROWS, COLUMNS, ELEMENTS = 0, 1, 2, 3
+MODES = {None: FLAT, "row": ROWS, "column": COLUMNS, "element": ELEMENTS}
 
 
 def add(total: Array, u: Array, dtype: str, index: NDArray[np.int64], axis: Axis | None, coefficient: float) -> float:
@@ -44,42 +50,69 @@ def add(total: Array, u: Array, dtype: str, index: NDArray[np.int64], axis: Axis
     """
     bits, kind = as_bits(u, dtype)
     rows, cols = total.shape
-    parts = {None: rows, "row": index.size, "column": rows, "element": index.size}[axis]
-    width = max(1, u.size // max(1, parts))
-    squares: list[float] = []
+    mode = ELEMENTS if axis == "row" and cols == 1 else MODES[axis]
+    width = {FLAT: RUN, ROWS: cols, COLUMNS: u.size // max(rows, 1), ELEMENTS: RUN}[mode]
+    parts = -(-u.size // max(width, 1))
+    squares = np.zeros(parts)
 
-    def part(start: int, stop: int) -> None:
-        wide = np.empty((stop - start) * width, np.uint32)
-        widen(bits[start * width : stop * width], kind, wide)
-        squares.append(float(_add(total, wide.view(np.float32), index, MODES[axis], start, stop, width, coefficient)))
+    def work(start: int, stop: int) -> None:
+        _add(total.reshape(-1), cols, bits, kind, index, mode, width, start, stop, coefficient, squares)
 
-    run_ranges(parts, max(1, 65536 // width), part)
-    return sum(squares)
+    run_ranges(parts, max(1, GRAIN // max(width, 1)), work)
+    return float(squares.sum())
 
 
 @kernel
-def _add(total: Any, u: Any, index: Any, mode: int, start: int, stop: int, width: int, coefficient: float) -> float:
-    squares = 0.0
-    flat = total.reshape(-1)
-    cols = total.shape[1]
+def _add(
+    total: Any, cols: int, u: Any, kind: int, index: Any, mode: int, width: int, start: int, stop: int,
+    coefficient: float, squares: Any,
+) -> None:  # fmt: skip
+    """Parts start .. stop of U, `width` values each; the sum of squares of each part."""
+    bits, sums = np.empty(PIECE, np.uint32), np.empty(PIECE, np.float64)
+    values = bits.view(np.float32)
     for part in range(start, stop):
-        at = (part - start) * width
-        if mode == 2:
-            for j in range(width):
-                x = np.float64(u[at + j])
-                squares += x * x
-                flat[part * cols + index[j]] += coefficient * x
-        elif mode == 3:
-            x = np.float64(u[at])
-            squares += x * x
-            flat[index[part]] += coefficient * x
-        else:
-            begin = (index[part] if mode == 1 else part) * cols
-            for j in range(width):
-                x = np.float64(u[at + j])
-                squares += x * x
-                flat[begin + j] += coefficient * x
-    return squares
+        sums[:] = 0.0
+        first, end = part * width, min((part + 1) * width, u.size)
+        for at in range(first, end, PIECE):
+            count = min(PIECE, end - at)
+            widen(u[at : at + count], kind, bits)
+            inside = at - first
+            if mode == COLUMNS:
+                line = total[part * cols : (part + 1) * cols]
+                _scatter(values[:count], line, index[inside : inside + count], coefficient, sums)
+            elif mode == ELEMENTS:
+                _scatter(values[:count], total, index[at : at + count], coefficient, sums)
+            else:
+                begin = (index[part] * cols if mode == ROWS else first) + inside
+                _run(values[:count], total[begin : begin + count], coefficient, sums)
+        squares[part] = _folded(sums)
+
+
+@kernel
+def _run(values: Any, total: Any, coefficient: float, sums: Any) -> None:
+    for i in range(values.size):
+        x = np.float64(values[i])
+        total[i] += coefficient * x
+        sums[i] += x * x
+
+
+@kernel
+def _scatter(values: Any, total: Any, index: Any, coefficient: float, sums: Any) -> None:
+    for i in range(values.size):
+        x = np.float64(values[i])
+        total[index[i]] += coefficient * x
+        sums[i] += x * x
+
+
+@kernel
+def _folded(sums: Any) -> float:
+    """Sum of PIECE numbers, in an order that vectorises."""
+    half = PIECE // 2
+    while half:
+        for i in range(half):
+            sums[i] += sums[half + i]
+        half //= 2
+    return sums[0]
 
 
 def step(
@@ -98,52 +131,111 @@ def step(
     """
     rows, cols = total.shape
     bits, kind = as_bits(w, dtype)
-    rest = np.zeros(1, np.uint16) if residual is None else residual.reshape(-1)
-    bad: list[int] = []
+    rest = np.zeros(0, np.uint16) if residual is None else residual.reshape(-1)
+    mode = ELEMENTS if axis == "row" and cols == 1 else MODES[axis]
+    width = cols if mode in {ROWS, COLUMNS} else RUN
+    parts = -(-total.size // max(width, 1))
+    bad = np.zeros(parts, np.int64)
 
-    def part(start: int, stop: int) -> None:
-        bad.append(int(_step(bits, rest, kind, total.reshape(-1), weights, MODES[axis], cols, start, stop, rate)))
+    def work(start: int, stop: int) -> None:
+        _step(bits, rest, kind, total.reshape(-1), weights, mode, width, start, stop, rate, bad)
 
-    run_ranges(rows, max(1, 65536 // max(1, cols)), part)
-    return sum(bad)
+    run_ranges(parts, max(1, GRAIN // max(width, 1)), work)
+    return int(bad.sum())
 
 
 @kernel
 def _step(
-    w: Any, residual: Any, kind: int, total: Any, weights: Any, mode: int, cols: int, start: int, stop: int, rate: float
-) -> int:
-    bad = 0
-    for row in range(start, stop):
-        for column in range(cols):
-            i = row * cols + column
-            at = row if mode == 1 else column if mode == 2 else i if mode == 3 else 0
-            weight = weights[at]
+    w: Any, residual: Any, kind: int, total: Any, weights: Any, mode: int, width: int, start: int, stop: int,
+    rate: float, bad: Any,
+) -> None:  # fmt: skip
+    """Parts start .. stop of the tensor, `width` values each; how many of each part went wrong."""
+    old, wide = np.empty(PIECE, np.uint32), np.empty(PIECE, np.uint32)
+    new, rounded = np.empty(PIECE, np.uint32), np.empty(PIECE, w.dtype)
+    old_values, new_values = old.view(np.float32), new.view(np.float32)
+    divisors, moves, moved = np.empty(PIECE), np.empty(PIECE), np.empty(PIECE, np.uint32)
+    for part in range(start, stop):
+        first, end = part * width, min((part + 1) * width, w.size)
+        if mode in (FLAT, ROWS):
+            weight = weights[part if mode == ROWS else 0]
             if weight == 0.0:
                 continue
-            move = rate * total[i] / weight
-            if move == 0.0:
-                continue
-            if kind == F32:
-                new = np.float32(np.float64(to_float(w[i])) + move)
-                w[i] = to_bits(new)
-            else:
-                old = to_float(np.uint32(w[i]) << np.uint32(16)) if kind == BF16 else to_float(widen_half(w[i]))
-                kept = to_float(np.uint32(residual[i]) << np.uint32(16))
-                new = np.float32(np.float64(old) + np.float64(kept) + move)
-                rounded = narrow_brain(to_bits(new)) if kind == BF16 else narrow_half(to_bits(new))
-                w[i] = rounded
-                wide = to_float(np.uint32(rounded) << np.uint32(16)) if kind == BF16 else to_float(widen_half(rounded))
-                residual[i] = narrow_brain(to_bits(new - wide))
-                new = wide
-            if not np.isfinite(new):
-                bad += 1
+            divisors[:] = weight
+        for at in range(first, end, PIECE):
+            count = min(PIECE, end - at)
+            if mode == COLUMNS:
+                _divisors(weights[at - first : at - first + count], divisors)
+            elif mode == ELEMENTS:
+                _divisors(weights[at : at + count], divisors)
+            target, rest = w[at : at + count], residual[at : at + count]
+            widen(target, kind, old)
+            _move(old_values, rest, total[at : at + count], divisors, rate, moves, new_values, moved)
+            narrow(new, kind, rounded[:count])
+            widen(rounded[:count], kind, wide)
+            bad[part] += _keep(target, rest, rounded, new_values, wide, wide.view(np.float32), moved)
+
+
+@kernel
+def _divisors(weights: Any, divisors: Any) -> None:
+    """The weights, and infinity for 0: what nobody saw does not move."""
+    for i in range(weights.size):
+        divisors[i] = weights[i] if weights[i] != 0.0 else np.inf
+
+
+@kernel
+def _move(old: Any, rest: Any, total: Any, divisors: Any, rate: float, moves: Any, new: Any, moved: Any) -> None:
+    """new = old + rest + rate * total / divisor; `moved` is all ones, but the sign, where the sum is not just zero."""
+    for i in range(total.size):
+        moves[i] = rate * total[i] / divisors[i]
+    for i in range(total.size):
+        moved[i] = MAGNITUDE if moves[i] != 0.0 else np.uint32(0)
+    if rest.size:
+        for i in range(total.size):
+            kept = to_float(np.uint32(rest[i]) << np.uint32(16))
+            new[i] = np.float32(np.float64(old[i]) + np.float64(kept) + moves[i])
+    else:
+        for i in range(total.size):
+            new[i] = np.float32(np.float64(old[i]) + moves[i])
+
+
+@kernel
+def _keep(w: Any, rest: Any, rounded: Any, new: Any, wide: Any, stored: Any, moved: Any) -> int:
+    """Store what moved, and what rounding dropped; how many are not finite? `stored` are the values of bits `wide`."""
+    bad = np.uint32(0)
+    for i in range(w.size):
+        w[i] = rounded[i] if moved[i] else w[i]
+    for i in range(w.size):
+        bad += np.uint32((wide[i] & moved[i]) >= INFINITY)
+    for i in range(rest.size):
+        dropped = narrow_brain(to_bits(new[i] - stored[i]))
+        rest[i] = dropped if moved[i] else rest[i]
     return bad
 
 
 def sum_of_squares(x: Array, dtype: str) -> float:
     """Sum of squares of stored floats."""
-    values = widened(x, dtype)
-    return float(np.dot(values, values))
+    bits, kind = as_bits(x, dtype)
+    squares = np.zeros(-(-bits.size // RUN))
+
+    def work(start: int, stop: int) -> None:
+        _squares(bits, kind, start, stop, squares)
+
+    run_ranges(squares.size, GRAIN // RUN, work)
+    return float(squares.sum())
+
+
+@kernel
+def _squares(x: Any, kind: int, start: int, stop: int, squares: Any) -> None:
+    bits, sums = np.empty(PIECE, np.uint32), np.empty(PIECE, np.float64)
+    values = bits.view(np.float32)
+    for part in range(start, stop):
+        sums[:] = 0.0
+        for at in range(part * RUN, min((part + 1) * RUN, x.size), PIECE):
+            count = min(PIECE, x.size - at)
+            widen(x[at : at + count], kind, bits)
+            for i in range(count):
+                sums[i] += np.float64(values[i]) * np.float64(values[i])
+        squares[part] = _folded(sums)
 
 
 def mix(a: Array, x: float, b: Array, y: float, dtype: str) -> Array:

@@ -29,6 +29,7 @@ from fedqsn_cli.aggregation.update import ClientUpdate, Rows, open_updates, rows
 from fedqsn_cli.artifacts import MODEL_MANIFEST, ModelManifest, manifest_bytes
 from fedqsn_cli.checkpoint import ArtifactWriter
 from fedqsn_cli.errors import InputError, KeyFileError, RefusedUpdate
+from fedqsn_cli.hashing import HashThreads
 from fedqsn_cli.jobmasks import ServerMasks
 from fedqsn_cli.keyfile import Job
 from fedqsn_cli.logical import OpenModel, open_model
@@ -41,7 +42,7 @@ from fedqsn_cli.server_model import copy_companions
 from fedqsn_cli.storage import row_chunks
 from fedqsn_cli.units import UnitMask
 
-CHUNK_ELEMENTS = 1 << 19  # its double-precision sum takes 4 MiB
+CHUNK_ELEMENTS = 1 << 20  # its double-precision sum takes 8 MiB
 
 Array = NDArray[Any]
 Normalize = Literal["coverage", "clients"]
@@ -122,19 +123,18 @@ def merge(
     masks = ServerMasks(job)
     releases = {release.proxy_id: release for release in ledgers.read(Path(ledger))}
     todo = flows(model, None, masks.hidden)
-    with ThreadPoolExecutor(1) as hashing, ArtifactWriter(Path(out), force=force, hashed=False) as writer:
+    with HashThreads() as hashing, ArtifactWriter(Path(out), force=force, hashed=False) as writer:
         opened = open_updates(
             [Path(folder) for folder in updates], masks=masks, plan=model.plan, releases=releases,
-            ledger=Path(ledger), max_examples=max_examples, executor=hashing,
+            ledger=Path(ledger), max_examples=max_examples, hashing=hashing,
         )  # fmt: skip
         merger = _Merger(model, opened, normalize, server_lr, hashing)
         digest = _write(merger, todo, writer, shard_bytes(max_shard_size), progress or Silent())
         _check_merged(merger, opened, source, max_update_norm, todo)
         copy_companions(model, writer)
-        new_digest = digest if model.kind == "server-model" else None
-        writer.add_bytes(MODEL_MANIFEST, manifest_bytes(merged_manifest(model, job, new_digest)))
+        writer.add_bytes(MODEL_MANIFEST, manifest_bytes(merged_manifest(model, job, digest)))
         path = writer.publish()
-    return _result(path, model, opened, merger, new_digest, todo)
+    return _result(path, model, opened, merger, digest, todo)
 
 
 def open_job_model(source: str, key: str | Path) -> tuple[Job, OpenModel]:
@@ -207,19 +207,21 @@ class _Merger:
     """Reads the model and all updates in step, and keeps the sum of the chunk that is going by."""
 
     def __init__(
-        self, model: OpenModel, updates: Sequence[ClientUpdate], normalize: Normalize, rate: float, hashing: Any
+        self, model: OpenModel, updates: Sequence[ClientUpdate], normalize: Normalize, rate: float,
+        hashing: HashThreads,
     ) -> None:
         self.model = model
         self.updates = updates
         self.examples = sum(update.manifest.num_examples for update in updates)
         self.squares = 0.0  # of the server-visible weights
-        self.before = ModelHash(hashing)
-        self.after = ModelHash(hashing)
+        self.before = ModelHash(hashing.lane())
+        self.after = ModelHash(hashing.lane()) if model.kind == "server-model" else None
         self.covered = 0
         self._normalize = normalize
         self._rate = rate
         self._residual = Residual(model)
         self._visible: tuple[str, dict[str, UnitMask | None]] = ("", {})
+        self._sums = np.empty(0)
         self._total = np.empty((0, 0))
         self._weights = np.empty(0)
 
@@ -258,14 +260,16 @@ class _Merger:
     def begin(self, piece: _Piece) -> None:
         """Start a chunk with the model's own rows: check, hash, and clear the sum."""
         flow = piece.flow
-        visible = piece.values
+        visible = piece.values.copy()  # the rows themselves will move while these are hashed
         if flow.hidden is not None:
-            visible = piece.values.copy()
             flow.hidden.overwrite(visible, piece.first, None)
-        self.before.update(flow.name, visible if flow.hidden is not None else visible.copy())
+        self.before.update(flow.name, visible)
         if flow.logical.is_float:
             self.squares += accumulate.sum_of_squares(visible, flow.logical.dtype)
-            self._total = np.zeros(visible.shape)
+            if self._sums.size < visible.size:
+                self._sums = np.empty(visible.size)
+            self._total = self._sums[: visible.size].reshape(visible.shape)
+            self._total[:] = 0
             units = {None: 1, "row": piece.rows, "column": visible.shape[1], "element": visible.size}
             self._weights = np.zeros(units[flow.tensor.axis])
 
@@ -299,7 +303,9 @@ class _Merger:
             )
 
     def end(self, own: _Piece) -> None:
-        """Hash the new rows as the next export will."""
+        """Hash the new rows as the next export will, where the manifest tells their digest."""
+        if self.after is None:
+            return
         visible = own.values
         if own.flow.hidden is not None:
             visible = own.values.copy()
@@ -307,8 +313,8 @@ class _Merger:
         self.after.update(own.flow.name, visible)
 
 
-def _write(merger: _Merger, todo: Sequence[Flow], writer: ArtifactWriter, limit: int, progress: Progress) -> str:
-    """Stream the model through the merger into the writer; returns the digest of the new model."""
+def _write(merger: _Merger, todo: Sequence[Flow], writer: ArtifactWriter, limit: int, progress: Progress) -> str | None:
+    """Stream the model through the merger into the writer; returns the digest of a new server model."""
     specs = tensor_specs(todo, None)
     metadata = merger.model.checkpoint.metadata
     sink = writer.tensors("model", specs, max_shard_bytes=limit, metadata=metadata)
@@ -337,7 +343,7 @@ def _write(merger: _Merger, todo: Sequence[Flow], writer: ArtifactWriter, limit:
     sink.close()
     if rest is not None:
         rest.close()
-    return merger.after.hexdigest(todo)
+    return merger.after.hexdigest(todo) if merger.after else None
 
 
 def _check_merged(

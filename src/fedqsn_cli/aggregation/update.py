@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from fedqsn_cli.artifacts import UPDATE_MANIFEST, UPDATE_TENSORS, UpdateManifest, read_manifest
 from fedqsn_cli.checkpoint import read_header
 from fedqsn_cli.checkpoint.header import FileIdentity, TensorEntry
-from fedqsn_cli.checkpoint.reader import DESCRIPTORS, byte_view
+from fedqsn_cli.checkpoint.reader import DESCRIPTORS, ColdFile
 from fedqsn_cli.errors import RefusedUpdate
+from fedqsn_cli.hashing import HashThreads, Lane
 from fedqsn_cli.jobmasks import ClientMasks, ServerMasks
 from fedqsn_cli.ledger import Release
 from fedqsn_cli.masking import hidden_count
@@ -73,10 +74,8 @@ class ClientUpdate:
         Raises:
             FormatError: the file got shorter or changed.
         """
-        out = np.empty(count, BITS[self.dtype])
-        start = self.starts[name] + first * out.itemsize
-        self.hash.read(start, byte_view(out))
-        return out
+        dtype = np.dtype(BITS[self.dtype])
+        return self.hash.read(self.starts[name] + first * dtype.itemsize, count * dtype.itemsize).view(dtype)
 
     def finish(self) -> None:
         """Check the digest of the whole file.
@@ -96,48 +95,55 @@ class FileHash:
     Pieces that come in file order are hashed as they are read; what lies between them is read for the hash alone.
     """
 
-    def __init__(self, path: Path, identity: FileIdentity, executor: Executor) -> None:
+    def __init__(self, path: Path, identity: FileIdentity, lane: Lane) -> None:
         self._path = path
         self._identity = identity
-        self._executor = executor
+        self._cold = ColdFile(path, identity)
+        self._lane = lane
         self._sha256 = hashlib.sha256()
         self._frontier = 0  # every byte before it was handed to the hash
-        self._pending: list[Future[None]] = []
+        self._last: Future[None] | None = None
 
-    def read(self, start: int, out: memoryview) -> None:
-        """Fill `out` with the bytes from absolute offset `start` on."""
+    def read(self, start: int, count: int) -> NDArray[np.uint8]:
+        """`count` bytes from absolute offset `start` on, in a fresh array.
+
+        Raises:
+            RefusedUpdate: the file got shorter. FormatError: it is another one now.
+        """
         self._catch_up(start)
-        self._fill(start, out)
-        if start == self._frontier and len(out):
-            self._frontier += len(out)
-            self._submit(out)
+        data = self._read(start, count)
+        if start == self._frontier and count:
+            self._submit(data)
+        return data
 
     def hexdigest(self) -> str:
         """SHA-256 of the whole file; reads what was never asked for."""
         self._catch_up(self._identity.size)
-        for future in self._pending:
-            future.result()
+        if self._last is not None:
+            self._last.result()
         return self._sha256.hexdigest()
 
     def _catch_up(self, stop: int) -> None:
         while self._frontier < stop:
-            piece = memoryview(bytearray(min(HASH_PIECE, stop - self._frontier)))
-            self._fill(self._frontier, piece)
-            self._frontier += len(piece)
-            self._submit(piece)
+            self._submit(self._read(self._frontier, min(HASH_PIECE, stop - self._frontier)))
 
-    def _submit(self, piece: memoryview) -> None:
-        while len(self._pending) >= 2:
-            self._pending.pop(0).result()
-        self._pending.append(self._executor.submit(self._sha256.update, piece))
+    def _submit(self, data: NDArray[np.uint8]) -> None:
+        self._frontier += data.size
+        self._last = self._lane.submit(self._sha256.update, data.data)
 
-    def _fill(self, start: int, out: memoryview) -> None:
+    def _read(self, start: int, count: int) -> NDArray[np.uint8]:
+        found = self._cold.read(start, count)
+        if found is not None:
+            return found
+        out = np.empty(count, np.uint8)
         with DESCRIPTORS.borrow(self._path, self._identity) as descriptor:
-            while len(out):
-                count = os.preadv(descriptor, [out], start)
-                if not count:
+            done = 0
+            while done < count:
+                got = os.preadv(descriptor, [out[done:].data], start + done)
+                if not got:
                     raise RefusedUpdate("truncated while it was read", where=self._path)
-                start, out = start + count, out[count:]
+                done += got
+        return out
 
 
 def open_updates(
@@ -148,14 +154,14 @@ def open_updates(
     releases: Mapping[str, Release],
     ledger: Path,
     max_examples: int | None,
-    executor: Executor,
+    hashing: HashThreads,
 ) -> list[ClientUpdate]:
     """Open all updates of a round, in the order of client ids, so that the order of arguments changes nothing.
 
     Raises:
         RefusedUpdate: one is foreign, stale, doubled or malformed, or they are of different models.
     """
-    opened = [_open(folder, masks, plan, releases, ledger, max_examples, executor) for folder in folders]
+    opened = [_open(folder, masks, plan, releases, ledger, max_examples, hashing) for folder in folders]
     opened.sort(key=lambda update: update.client)
     for before, after in zip(opened, opened[1:], strict=False):
         if before.client == after.client:
@@ -177,7 +183,7 @@ def _open(
     releases: Mapping[str, Release],
     ledger: Path,
     max_examples: int | None,
-    executor: Executor,
+    hashing: HashThreads,
 ) -> ClientUpdate:
     manifest = read_manifest(folder, UpdateManifest)
     release = releases.get(manifest.proxy_id)
@@ -203,7 +209,7 @@ def _open(
     if header.entries:
         raise RefusedUpdate("the model has no such tensor", where=f"{folder}: {next(iter(header.entries))}")
     path = folder / UPDATE_TENSORS
-    hasher = FileHash(path, header.identity, executor)
+    hasher = FileHash(path, header.identity, hashing.lane())
     return ClientUpdate(folder, manifest, release, client, header.identity, starts, dtype, hasher)
 
 

@@ -1,126 +1,57 @@
-"""Client masks drawn again by the million: what `masking.client_units` gives, eight clients at a time.
+"""Client masks drawn again by the hundred thousand: what `masking.client_units` gives, eight clients at a time.
 
-The seed of every draw is HMAC-SHA256 (FIPS 180-4, RFC 2104), the ranks are SHAKE-256 (FIPS 202), as `masking` has them;
-here both are compiled, so that a thousand clients' hundred rounds take seconds. The eight sponges lie interleaved,
-lane i of client c at 8i + c, which lets the compiler work on several with one instruction.
+Seeds come from hashlib, which is fast for one short message after another; SHAKE-256 (FIPS 202) is compiled. Eight sponges
+lie interleaved, lane i of sponge c at 8i + c, which lets the compiler work on several with one instruction.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.keccak import _ROUND_CONSTANTS, RATE_LANES, _round
+from fedqsn_cli.masking import LABEL
 from fedqsn_cli.quantization.jit import kernel
 
-_SHA_START = np.array(
-    [0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A, 0x510E527F, 0x9B05688C, 0x1F83D9AB, 0x5BE0CD19], np.uint32
-)  # fmt: skip
-_SHA_CONSTANTS = np.array(
-    [
-        0x428A2F98, 0x71374491, 0xB5C0FBCF, 0xE9B5DBA5, 0x3956C25B, 0x59F111F1, 0x923F82A4, 0xAB1C5ED5,
-        0xD807AA98, 0x12835B01, 0x243185BE, 0x550C7DC3, 0x72BE5D74, 0x80DEB1FE, 0x9BDC06A7, 0xC19BF174,
-        0xE49B69C1, 0xEFBE4786, 0x0FC19DC6, 0x240CA1CC, 0x2DE92C6F, 0x4A7484AA, 0x5CB0A9DC, 0x76F988DA,
-        0x983E5152, 0xA831C66D, 0xB00327C8, 0xBF597FC7, 0xC6E00BF3, 0xD5A79147, 0x06CA6351, 0x14292967,
-        0x27B70A85, 0x2E1B2138, 0x4D2C6DFC, 0x53380D13, 0x650A7354, 0x766A0ABB, 0x81C2C92E, 0x92722C85,
-        0xA2BFE8A1, 0xA81A664B, 0xC24B8B70, 0xC76C51A3, 0xD192E819, 0xD6990624, 0xF40E3585, 0x106AA070,
-        0x19A4C116, 0x1E376C08, 0x2748774C, 0x34B0BCB5, 0x391C0CB3, 0x4ED8AA4A, 0x5B9CCA4F, 0x682E6FF3,
-        0x748F82EE, 0x78A5636F, 0x84C87814, 0x8CC70208, 0x90BEFFFA, 0xA4506CEB, 0xBEF9A3F7, 0xC67178F2,
-    ],
-    np.uint32,
-)  # fmt: skip
+
+class Seeds:
+    """HMAC-SHA256 (RFC 2104) of many messages under one key, as `masking.seed` computes it.
+
+    The message is "fedqsn/v1" ‖ scope ‖ group; all but the group is absorbed once per scope.
+    """
+
+    def __init__(self, key: bytes, scopes: Sequence[tuple[str, ...]]) -> None:
+        inner, outer = (hashlib.sha256(bytes(byte ^ pad for byte in key.ljust(64, b"\0"))) for pad in (0x36, 0x5C))
+        inner.update(_field(LABEL))
+        self._start, self._outer, self._scopes = inner, outer, scopes
+        self._states: list[Any] = [None] * len(scopes)
+
+    def of(self, scopes: Iterable[int], group: str) -> NDArray[np.uint64]:
+        """Seeds of a group for the scopes of these numbers: [m, 4], 32 bytes each."""
+        tail = _field(group)
+        digests = []
+        for number in scopes:
+            inner, outer = self._state(number).copy(), self._outer.copy()
+            inner.update(tail)
+            outer.update(inner.digest())
+            digests.append(outer.digest())
+        return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64, copy=False).reshape(-1, 4)
+
+    def _state(self, number: int) -> Any:
+        if self._states[number] is None:
+            state = self._start.copy()
+            state.update(b"".join(map(_field, self._scopes[number])))
+            self._states[number] = state
+        return self._states[number]
 
 
-@kernel
-def _turned(word: Any, bits: Any) -> Any:
-    """A 32-bit word rotated to the right."""
-    return np.uint32((word >> np.uint32(bits)) | (word << np.uint32(32 - bits)))
-
-
-@kernel
-def compress(state: Any, block: Any) -> None:
-    """One block (uint8 [64]) into a SHA-256 state (uint32 [8]), in place."""
-    words = np.empty(64, np.uint32)
-    for i in range(16):
-        words[i] = (
-            (np.uint32(block[4 * i]) << np.uint32(24)) | (np.uint32(block[4 * i + 1]) << np.uint32(16))
-            | (np.uint32(block[4 * i + 2]) << np.uint32(8)) | np.uint32(block[4 * i + 3])
-        )  # fmt: skip
-    for i in range(16, 64):
-        x, y = words[i - 15], words[i - 2]
-        small = _turned(x, 7) ^ _turned(x, 18) ^ (x >> np.uint32(3))
-        large = _turned(y, 17) ^ _turned(y, 19) ^ (y >> np.uint32(10))
-        words[i] = np.uint32(words[i - 16] + small + words[i - 7] + large)
-    a, b, c, d, e, f, g, h = state[0], state[1], state[2], state[3], state[4], state[5], state[6], state[7]
-    for i in range(64):
-        one = np.uint32(h + (_turned(e, 6) ^ _turned(e, 11) ^ _turned(e, 25)) + ((e & f) ^ (~e & g)))
-        one = np.uint32(one + _SHA_CONSTANTS[i] + words[i])
-        two = np.uint32((_turned(a, 2) ^ _turned(a, 13) ^ _turned(a, 22)) + ((a & b) ^ (a & c) ^ (b & c)))
-        h, g, f, e, d, c, b, a = g, f, e, np.uint32(d + one), c, b, a, np.uint32(one + two)
-    state[0], state[1], state[2], state[3] = state[0] + a, state[1] + b, state[2] + c, state[3] + d
-    state[4], state[5], state[6], state[7] = state[4] + e, state[5] + f, state[6] + g, state[7] + h
-
-
-def keyed_states(key: bytes) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    """SHA-256 states after HMAC's inner and outer key block."""
-    states = []
-    for pad in (0x36, 0x5C):
-        state = _SHA_START.copy()
-        compress(state, np.frombuffer(key.ljust(64, b"\0"), np.uint8) ^ np.uint8(pad))
-        states.append(state)
-    return states[0], states[1]
-
-
-@kernel
-def _close(state: Any, block: Any, used: int, length: int) -> None:
-    """Pad the last block, of which `used` bytes are filled, of a message of `length` bytes, and compress it."""
-    block[used] = 0x80
-    block[used + 1 :] = 0
-    if used >= 56:
-        compress(state, block)
-        block[:] = 0
-    for i in range(8):
-        block[63 - i] = np.uint8((8 * length) >> (8 * i))
-    compress(state, block)
-
-
-@kernel
-def hmac_words(inner: Any, outer: Any, head: Any, tail: Any, block: Any, words: Any) -> None:
-    """HMAC-SHA256 of head ‖ tail into words (uint32 [8]); block is scratch, uint8 [64]."""
-    words[:] = inner
-    used = 0
-    for i in range(head.size + tail.size):
-        block[used] = head[i] if i < head.size else tail[i - head.size]
-        used += 1
-        if used == 64:
-            compress(words, block)
-            used = 0
-    _close(words, block, used, 64 + head.size + tail.size)
-    for i in range(32):
-        block[i] = np.uint8(words[i >> 2] >> np.uint32(24 - 8 * (i & 3)))
-    words[:] = outer
-    _close(words, block, 32, 96)
-
-
-@kernel
-def _swapped(word: Any) -> Any:
-    """A 32-bit word with its bytes turned round, as 64 bits."""
-    a, b = (word & np.uint32(0xFF)) << np.uint32(24), (word & np.uint32(0xFF00)) << np.uint32(8)
-    c, d = (word >> np.uint32(8)) & np.uint32(0xFF00), word >> np.uint32(24)
-    return np.uint64(np.uint32(a | b | c | d))
-
-
-@kernel
-def _absorb(sponges: Any, lane: int, words: Any) -> None:
-    """Start sponge `lane` of the eight with a seed of 32 bytes."""
-    for i in range(25):
-        sponges[8 * i + lane] = 0
-    for i in range(4):
-        sponges[8 * i + lane] = _swapped(words[2 * i]) | (_swapped(words[2 * i + 1]) << np.uint64(32))
-    sponges[8 * 4 + lane] = 0x1F
-    sponges[8 * 16 + lane] = np.uint64(1) << np.uint64(63)
+def _field(text: str) -> bytes:
+    data = text.encode()
+    return len(data).to_bytes(8, "big") + data
 
 
 @kernel
@@ -197,51 +128,34 @@ def _show_above(ranks: Any, allowed: Any, least: Any, seen: Any) -> Any:
 
 
 @kernel
-def replay(
-    inner: Any, outer: Any, heads: Any, sizes: Any, again: Any, starts: Any, first: int, last: int, tail: Any,
-    allowed: Any, units: int, hidden: Any, least: Any, shift: Any, seen: Any, shown: Any,
+def show(
+    seeds: Any, clients: Any, first: int, last: int, allowed: Any, units: int, hidden: Any, least: Any, shift: Any,
+    seen: Any, totals: Any,
 ) -> None:  # fmt: skip
-    """What clients first ... last - 1 have seen of one group, release by release; a client that saw all is done.
+    """Add what releases first ... last - 1 show of one group to what their clients have seen.
 
     Args:
-        inner, outer: from `keyed_states`. tail: the group's field of the HMAC message.
-        heads, sizes: the message before it, uint8 [releases, w], and its length.
-        again: 1 for a release whose mask is that of an earlier release of the same client.
-        starts: releases of client c are starts[c] ... starts[c + 1] - 1.
+        seeds: uint64 [releases, 4]. clients: rows of seen, int64 [releases]; no client twice.
         allowed: server-visible units among the first `units` ones, int64 [v].
         hidden: how many of them a release hides (exact); if that is negative, those with a rank below `least` are.
         shift: 64 less the number of bits by which ranks are binned, uint64.
-        seen: out, uint8 [clients, v]. shown: out, int64 [releases], units seen after the release.
+        seen: uint8 [clients, v], added to. totals: out, int64 [releases], units that the client has seen by then.
     """
     sponges, ranks = np.zeros(200, np.uint64), np.empty((8, units), np.uint64)
-    block, words = np.empty(64, np.uint8), np.empty(8, np.uint32)
     bins, near = np.empty(np.int64(1) << np.int64(64 - shift), np.int64), np.empty(allowed.size, np.int64)
     for batch in range(first, last, 8):
         many = min(8, last - batch)
-        steps = 0
+        sponges[:] = 0
         for lane in range(many):
-            steps = max(steps, starts[batch + lane + 1] - starts[batch + lane])
-        for step in range(steps):
-            drawn = 0
-            for lane in range(many):
-                release = starts[batch + lane] + step
-                if release < starts[batch + lane + 1]:
-                    before = shown[release - 1] if step else 0
-                    shown[release] = before
-                    if before < allowed.size and not again[release]:
-                        hmac_words(inner, outer, heads[release, : sizes[release]], tail, block, words)
-                        _absorb(sponges, lane, words)
-                        drawn |= 1 << lane
-            if drawn:
-                _squeeze(sponges, ranks)
-            for lane in range(many):
-                if drawn >> lane & 1:
-                    release = starts[batch + lane] + step
-                    mine = seen[batch + lane]
-                    if hidden[release] < 0:
-                        shown[release] = _show_above(ranks[lane], allowed, least[release], mine)
-                    elif hidden[release] == 0:
-                        mine[:] = 1
-                        shown[release] = allowed.size
-                    else:
-                        shown[release] = _show(ranks[lane], allowed, hidden[release], shift, bins, near, mine)
+            for i in range(4):
+                sponges[8 * i + lane] = seeds[batch + lane, i]
+            sponges[8 * 4 + lane] = 0x1F  # SHAKE's domain bits and the first bit of the padding
+            sponges[8 * 16 + lane] = np.uint64(1) << np.uint64(63)  # its last bit
+        _squeeze(sponges, ranks)
+        for lane in range(many):
+            release = batch + lane
+            mine = seen[clients[release]]
+            if hidden[release] < 0:
+                totals[release] = _show_above(ranks[lane], allowed, least[release], mine)
+            else:
+                totals[release] = _show(ranks[lane], allowed, hidden[release], shift, bins, near, mine)

@@ -177,6 +177,7 @@ class Coalition:
 
     Args:
         share: of all parameters. method: how it was looked for. tried: coalitions that were looked at.
+        at_most: what no coalition of this size exceeds.
     """
 
     size: int
@@ -184,6 +185,7 @@ class Coalition:
     share: float
     method: Literal["exact", "greedy", "sampled"]
     tried: int
+    at_most: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

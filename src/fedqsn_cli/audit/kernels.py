@@ -37,7 +37,7 @@ def nonzero_codes(packed: Any, start: int, cols: int, row_flags: Any, col_flags:
             if shown and col_flags[col]:
                 continue
             at = base + col
-            byte = packed[at // 2]
+            byte = np.int64(packed[at // 2])
             code = byte & 15 if at % 2 else byte >> 4
             count += code != zero
     return count
@@ -53,7 +53,7 @@ def attained(packed: Any, count: int, block: int, top: Any, out: Any) -> None:
     for index in range(out.size):
         found = False
         for at in range(index * block, min((index + 1) * block, count)):
-            byte = packed[at // 2]
+            byte = np.int64(packed[at // 2])
             found |= top[byte & 15 if at % 2 else byte >> 4]
         out[index] = found
 

@@ -18,8 +18,8 @@ from fedqsn_cli.masking import hidden_count
 Bools = NDArray[np.bool_]
 
 SEEDS = 65536
-_ELEMENTS = 4096  # numbers drawn for one seed, over all group sizes that are tried
-_CHANCE = 2.0**-40  # a match that is less likely than this by chance is no chance
+_LARGEST = 4096  # units of a group that is tried
+_RARE = -20.0  # log2 of the chance below which a match is none
 
 
 def check_masks(inputs: Inputs, report: Report) -> None:
@@ -142,73 +142,63 @@ def _union(proxies: Sequence[OpenedProxy], p1: float) -> Iterator[Finding]:
 
 def _check_seeds(inputs: Inputs, proxy: OpenedProxy, report: Report) -> None:
     """FQ011: try the seeds on the smallest groups in which a match cannot be chance."""
-    sets = _targets(inputs, proxy)
-    if not sets:
-        report.skip("FQ011", proxy.scope, "no group hides enough units to tell chance from a seed")
+    targets = _targets(proxy)
+    if not targets:
+        report.skip("FQ011", proxy.scope, "no group hides enough units to tell a seed from chance")
         return
-    hits = seeded(sets)
-    message = "the hidden units are those of a seeded generator"
+    hits = seeded(targets)
+    message = "the hidden units are those that a seeded generator draws (groups that match)"
     found = [finding("FQ011", proxy.scope, message, value=float(hits), limit=0.0)] if hits else []
-    report.add("FQ011", proxy.scope, f"seeds 0 to {SEEDS - 1} were tried on groups of {sorted(sets)} units", found)
+    why = f"seeds 0 to {SEEDS - 1} were tried on groups of {' and '.join(map(str, sorted(targets)))} units"
+    report.add("FQ011", proxy.scope, why, found)
 
 
-def _targets(inputs: Inputs, proxy: OpenedProxy) -> dict[int, list[tuple[Bools, tuple[int, ...]]]]:
-    """units -> (hidden units of a group, sizes that a drawn subset of them may have)."""
-    p1 = _p1(inputs)
-    p2 = getattr(inputs.release(proxy), "p2", None)
-    targets: dict[int, list[tuple[Bools, tuple[int, ...]]]] = {}
-    drawn = 0
+def _targets(proxy: OpenedProxy) -> dict[int, list[Bools]]:
+    """units -> hidden units of each group of that size, and those that all of these groups hide.
+
+    A generator that is seeded for every group anew gives equal masks; what client masks add falls away there.
+    """
+    targets: dict[int, list[Bools]] = {}
     for name, group in sorted(proxy.manifest.groups.items(), key=lambda item: item[1].units):
-        n = group.units
-        if n not in targets and drawn + n > _ELEMENTS:
+        if group.units > _LARGEST or (len(targets) == 2 and group.units not in targets):
             break
         hidden = ~proxy.group(name)
-        count = int(np.count_nonzero(hidden))
-        guesses = {count}
-        if p1 is not None:
-            guesses |= {hidden_count(n, p1), int(p1 * n), math.ceil(p1 * n)}
-        if p2 is not None:
-            guesses |= {int(p2 * n), round(p2 * n)}
-        sizes = tuple(size for size in sorted(guesses) if 0 < size <= count and _chance(n, count, size) < _CHANCE)
-        if sizes:
-            drawn += n if n not in targets else 0
-            targets.setdefault(n, []).append((hidden, sizes))
+        if _chance(hidden.size, int(hidden.sum()), int(hidden.sum())) < _RARE:
+            targets.setdefault(group.units, []).append(hidden)
+    for groups in targets.values():
+        groups.append(np.logical_and.reduce(groups))
     return targets
 
 
-def _chance(n: int, count: int, size: int) -> float:
-    """That a random set of `size` of n units lies within a given set of `count`, for any of the seeds."""
-    logs = math.lgamma(count + 1) - math.lgamma(count - size + 1) - math.lgamma(n + 1) + math.lgamma(n - size + 1)
-    within = logs / math.log(2) + 16
-    if size == count:
-        return 2.0 ** max(-1000.0, within)
-    return 2.0 ** max(-1000.0, within)
+def _chance(n: int, count: int, run: int) -> float:
+    """log2 of the chance that `run` units drawn at random are among `count` given ones of n, for any seed and way."""
+    if run <= 0 or run > count:
+        return 0.0
+    logs = math.lgamma(count + 1) - math.lgamma(count - run + 1) - math.lgamma(n + 1) + math.lgamma(n - run + 1)
+    return float(logs / math.log(2) + math.log2(SEEDS * 4))
 
 
-def seeded(targets: dict[int, list[tuple[Bools, tuple[int, ...]]]]) -> int:
-    """How many of the groups a seed of torch explains: randperm(n)[:k], or rand(n) < ratio."""
+def seeded(targets: dict[int, list[Bools]]) -> int:
+    """How many of the groups a seed of torch explains: randperm(n)[:k] or rand(n) < p, from either end."""
     import torch
 
-    state, hit = torch.get_rng_state(), set()
-    try:
-        for n, groups in targets.items():
-            for number in range(SEEDS):
-                torch.manual_seed(number)
-                order = torch.randperm(n).numpy()
-                torch.manual_seed(number)
-                rank = torch.rand(n).numpy()
-                for index, (hidden, sizes) in enumerate(groups):
-                    if (n, index) not in hit and _drawn(hidden, sizes, order, rank):
-                        hit.add((n, index))
-    finally:
-        torch.set_rng_state(state)
-    return len(hit)
+    generator, hits = torch.Generator(), set()
+    for n, groups in targets.items():
+        for number in range(SEEDS):
+            order = torch.randperm(n, generator=generator.manual_seed(number)).numpy()
+            rank = torch.rand(n, generator=generator.manual_seed(number)).numpy()
+            for index, hidden in enumerate(groups):
+                if _run(hidden, order, rank) >= 8 and _chance(n, int(hidden.sum()), _run(hidden, order, rank)) < _RARE:
+                    hits.add((n, index))
+    return len(hits)
 
 
-def _drawn(hidden: Bools, sizes: tuple[int, ...], order: NDArray[Any], rank: NDArray[Any]) -> bool:
-    """Is a beginning or an end of the order, or what lies below or above a threshold, all hidden?"""
-    least = sizes[0]
-    if hidden[order[:least]].all() or hidden[order[-least:]].all():
-        return True
-    by_rank = np.argsort(rank)
-    return bool(hidden[by_rank[:least]].all() or hidden[by_rank[-least:]].all())
+def _run(hidden: Bools, order: NDArray[Any], rank: NDArray[Any]) -> int:
+    """How many units, counted from one end of the order or of the ranks, are hidden before the first visible one."""
+    in_order = hidden[order]
+    shown = rank[~hidden]
+    runs = (
+        int(np.argmin(in_order)), int(np.argmin(in_order[::-1])),
+        int(np.count_nonzero(rank < shown.min())), int(np.count_nonzero(rank > shown.max())),
+    )  # fmt: skip
+    return max(runs)

@@ -14,6 +14,7 @@ never what stands there.
 from __future__ import annotations
 
 import base64
+import contextlib
 import getpass
 import json
 import re
@@ -37,7 +38,10 @@ _WORDS = (
     r"mtime|ctime|started_at|finished_at|exported_at|clients?"
 )
 _FIELD = re.compile(rf"(?:{_WORDS})|.*_(?:seeds?|timestamp|hostname|username)|seed_.*", re.IGNORECASE)
-_ROOTS = "home|Users|root|mnt|tmp|var|data|opt|srv|work|workspace|scratch|content|private|media|usr|etc|nfs|gpfs|lustre|shared"
+_ROOTS = (
+    "home|Users|root|mnt|tmp|var|data|opt|srv|work|workspace|scratch|content|private|media|usr|etc|nfs|gpfs|lustre|"
+    "shared"
+)
 _PATH = re.compile(
     rf"(?<![\w:/.<])/(?:{_ROOTS})/[^\s\"'<>]+|file://\S+|(?<!\w)[A-Za-z]:\\[^\s\"]+|\\\\\w+\\\w+|(?<!\S)~/\S+"
 )
@@ -167,10 +171,8 @@ def _at(field: str) -> str:
 def machine_names() -> tuple[str, ...]:
     """Host and user name of this machine, unless they are ordinary words."""
     names = {socket.gethostname(), socket.gethostname().split(".")[0]}
-    try:
+    with contextlib.suppress(OSError, KeyError):
         names.add(getpass.getuser())
-    except (OSError, KeyError):
-        pass
     return tuple(sorted(name for name in names if len(name) >= 4 and name.lower() not in _GENERIC))
 
 

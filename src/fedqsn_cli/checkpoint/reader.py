@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli import strictjson
+from fedqsn_cli.checkpoint.cold import is_cold, read_direct, set_direct
 from fedqsn_cli.checkpoint.header import FileIdentity, Header, TensorEntry, name_problem, open_regular_file, read_header
 from fedqsn_cli.errors import FormatError, InputError
 
@@ -90,6 +91,7 @@ class Checkpoint:
         self.entries: dict[str, TensorEntry] = {}
         self.metadata: dict[str, str] = {}
         self._identities: dict[Path, FileIdentity] = {}
+        self._cold: dict[Path, ColdFile] = {}
         self._drop_behind = False
         for header in headers:
             self._add(header)
@@ -103,6 +105,7 @@ class Checkpoint:
                 raise FormatError(f"tensor {name!r} is in {other} too", where=entry.file)
             self.entries[name] = entry
             self._identities[entry.file] = header.identity
+            self._cold.setdefault(entry.file, ColdFile(entry.file, header.identity))
         self.metadata = header.metadata | self.metadata
 
     @classmethod
@@ -173,6 +176,21 @@ class Checkpoint:
             if self._drop_behind:
                 begin = max(0, entry.start + start - READ_AHEAD)
                 os.posix_fadvise(descriptor, begin, position - begin, os.POSIX_FADV_DONTNEED)
+
+    def read_fresh(self, name: str, start: int, count: int) -> NDArray[np.uint8]:
+        """The bytes [start, start + count) of a tensor in a fresh array, past the page cache where they are not in it.
+
+        Raises:
+            FormatError: the file got shorter or changed since it was opened.
+        """
+        entry = self.entries[name]
+        if 0 <= start <= start + count <= entry.nbytes:
+            found = self._cold[entry.file].read(entry.start + start, count)
+            if found is not None:
+                return found
+        out = np.empty(count, np.uint8)
+        self.read_into(name, start, out)
+        return out
 
     def close(self) -> None:
         """Close the files of this checkpoint; a later read opens them again."""
@@ -294,21 +312,22 @@ class DescriptorPool:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._lock = threading.Lock()
-        self._slots: OrderedDict[tuple[Path, FileIdentity], _Slot] = OrderedDict()
+        self._slots: OrderedDict[tuple[Path, FileIdentity, bool], _Slot] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._slots)
 
     @contextmanager
-    def borrow(self, file: Path, identity: FileIdentity) -> Iterator[int]:
-        """Lend a descriptor of that version of the file.
+    def borrow(self, file: Path, identity: FileIdentity, *, direct: bool = False) -> Iterator[int]:
+        """Lend a descriptor of that version of the file; a direct one goes past the page cache, if it can.
 
         Raises:
             FormatError: the file is another one now.
         """
+        key = file, identity, direct
         with self._lock:
-            slot = self._slots.get((file, identity)) or self._open(file, identity)
-            self._slots.move_to_end((file, identity))
+            slot = self._slots.get(key) or self._open(*key)
+            self._slots.move_to_end(key)
             slot.users += 1
         try:
             yield slot.descriptor
@@ -321,11 +340,12 @@ class DescriptorPool:
     def discard(self, file: Path, identity: FileIdentity) -> None:
         """Close that file, now or when its last user is done."""
         with self._lock:
-            slot = self._slots.pop((file, identity), None)
-            if slot is not None:
-                self._retire(slot)
+            for direct in (False, True):
+                slot = self._slots.pop((file, identity, direct), None)
+                if slot is not None:
+                    self._retire(slot)
 
-    def _open(self, file: Path, identity: FileIdentity) -> _Slot:
+    def _open(self, file: Path, identity: FileIdentity, direct: bool) -> _Slot:
         while len(self._slots) >= self._limit:
             self._retire(self._slots.popitem(last=False)[1])
         descriptor = open_regular_file(file)
@@ -334,7 +354,9 @@ class DescriptorPool:
             raise FormatError("changed while it was in use", where=file)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        return self._slots.setdefault((file, identity), _Slot(descriptor))
+        if direct:
+            set_direct(descriptor)
+        return self._slots.setdefault((file, identity, direct), _Slot(descriptor))
 
     @staticmethod
     def _retire(slot: _Slot) -> None:
@@ -344,3 +366,28 @@ class DescriptorPool:
 
 
 DESCRIPTORS = DescriptorPool(MAX_OPEN_FILES)
+
+
+class ColdFile:
+    """One version of a file that may not be in the page cache; that is found out at the first read."""
+
+    def __init__(self, file: Path, identity: FileIdentity) -> None:
+        self._file = file
+        self._identity = identity
+        self._cold: bool | None = None
+
+    def read(self, start: int, count: int) -> NDArray[np.uint8] | None:
+        """`count` bytes from an absolute offset on, past the page cache; None where reading through it is better.
+
+        Raises:
+            FormatError: the file is another one now.
+        """
+        if self._cold is None:
+            with DESCRIPTORS.borrow(self._file, self._identity) as descriptor:
+                self._cold = is_cold(descriptor, self._identity.size)
+        if not self._cold:
+            return None
+        with DESCRIPTORS.borrow(self._file, self._identity, direct=True) as descriptor:
+            found = read_direct(descriptor, start, count)
+        self._cold = found is not None
+        return found if found is not None and len(found) == count else None
