@@ -33,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.only or FIGURES:
         for size in options.sizes if options.sizes and SIZES[name] != ("",) else SIZES[name]:
             rows += measured(place, name, size)
-            if not options.keep and size == "7b" and name == "memory":
-                place.clear("model-7b")
+            if not options.keep:  # the next figure needs the room
+                place.clear(*(path.name for path in place.work.glob(f"job-{size or 'tiny'}-*")))
     rows += flatness(rows)
     settings = {"runs": place.runs, "update_format": place.update_format, "clients": list(place.clients),
                 "updates": place.updates, "kernel_millions": place.millions,

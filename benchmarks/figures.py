@@ -126,6 +126,7 @@ def mergekit(place: Place, size: str) -> Iterator[Row]:
     samples = compare({"ours": _merge(place, job), "theirs": theirs}, place.runs)
     note = f"peak {samples['ours'].largest:.0f} against {samples['theirs'].largest:.0f} MiB; ours writes twice as much"
     yield Row.faster(figure, size, samples["ours"], "mergekit-yaml linear", samples["theirs"], 4, note)
+    place.clear(*(model.name for model in models[1:]))
 
 
 def memory(place: Place, size: str) -> Iterator[Row]:
@@ -137,8 +138,6 @@ def memory(place: Place, size: str) -> Iterator[Row]:
     job = place.job(size, 1, "bf16")
     merged = compare({"ours": _merge(place, job)}, 1)["ours"]
     yield Row.peak("peak memory, merge", size, merged, MAX_PEAK)
-    if size == "7b":
-        place.clear(job.folder.name)
 
 
 def help_text(place: Place, size: str) -> Iterator[Row]:

@@ -56,7 +56,7 @@ class Place:
         """Delete outputs."""
         for name in names:
             path = self.work / name
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)

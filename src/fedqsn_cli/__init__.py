@@ -2,7 +2,7 @@
 
 Every shell command is one function here, of the same name and with the same options:
 
-    from fedqsn_cli import mask, quantize, export_proxy, client_train, merge, inspect, evaluate
+    from fedqsn_cli import mask, quantize, export_proxy, client_train, merge, inspect, evaluate, audit
 
 Nothing heavy is imported before one of them is used.
 """
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedqsn_cli.aggregation.merge import merge as merge
+    from fedqsn_cli.audit.run import audit as audit
     from fedqsn_cli.evaluation import evaluate as evaluate
     from fedqsn_cli.inspection import inspect as inspect
     from fedqsn_cli.proxy import export_proxy as export_proxy
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["client_train", "evaluate", "export_proxy", "inspect", "mask", "merge", "quantize"]
+__all__ = ["audit", "client_train", "evaluate", "export_proxy", "inspect", "mask", "merge", "quantize"]
 
 _HOMES = {
+    "audit": "fedqsn_cli.audit.run",
     "client_train": "fedqsn_cli.training",
     "evaluate": "fedqsn_cli.evaluation",
     "export_proxy": "fedqsn_cli.proxy",

@@ -157,19 +157,29 @@ def read_manifest(folder: Path, kind: type[Manifest]) -> Manifest:
     if not os.path.lexists(path):
         raise InputError(f"no {path.name} here", where=folder, hint=_MADE_BY[kind])
     with open(open_regular_file(path), "rb") as file:
-        data = file.read(_LARGEST_MANIFEST + 1)
-    if len(data) > _LARGEST_MANIFEST:
-        raise FormatError(f"manifest is larger than {_LARGEST_MANIFEST} bytes", where=path)
+        if os.fstat(file.fileno()).st_size > _LARGEST_MANIFEST:
+            raise FormatError(f"manifest is larger than {_LARGEST_MANIFEST} bytes", where=path)
+        data = file.read(_LARGEST_MANIFEST)
     return parse_manifest(data, kind, path)
 
 
 def parse_manifest(data: bytes, kind: type[Manifest], where: object) -> Manifest:
     """Validate the bytes of a manifest of class `kind`. Raises FormatError."""
-    document = strictjson.loads(data, where)
+    return validated(strictjson.loads(data, where), kind, where)
+
+
+Part = TypeVar("Part", bound=Strict)
+
+
+def validated(document: object, kind: type[Part], where: object) -> Part:
+    """A parsed JSON document as an object of class `kind`; every field must be written out. Raises FormatError."""
     try:
-        return kind.model_validate(document)
+        part = kind.model_validate(document)
     except ValidationError as error:
         raise FormatError(first_complaint(error), where=where) from None
+    for name in kind.model_fields.keys() - part.model_fields_set:
+        raise FormatError(f"field {name}: missing", where=where)
+    return part
 
 
 def manifest_bytes(manifest: BaseModel) -> bytes:

@@ -6,6 +6,7 @@ Data goes to stdout, everything else to stderr. Whoever closes the pipe early is
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from fedqsn_cli.errors import InputError
 from fedqsn_cli.progress import Progress, Silent
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
     from rich.table import Table as RichTable
@@ -70,6 +71,13 @@ def show(how: View, document: object, *, essential: Sequence[object], parts: Seq
         _write(sys.stdout, "".join(f"{clean(str(value))}\n" for value in essential))
     else:
         _write(sys.stdout, _render(parts))
+
+
+def as_text(parts: Sequence[Part]) -> str:
+    """The parts as plain text, never folded and without style: for files."""
+    from rich.console import Console
+
+    return _drawn(parts, Console(file=io.StringIO(), width=_UNLIMITED, highlight=False, markup=False, emoji=False))
 
 
 def text(line: str) -> None:
@@ -203,6 +211,10 @@ def _render(parts: Sequence[Part]) -> str:
     screen = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
     if not screen.is_terminal:
         screen.width = _UNLIMITED
+    return _drawn(parts, screen)
+
+
+def _drawn(parts: Sequence[Part], screen: Console) -> str:
     with screen.capture() as capture:
         for number_, part in enumerate(parts):
             if number_:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from fedqsn_cli import strictjson
-from fedqsn_cli.artifacts import Count, Fill, Quantization, Ratio, Sha256, Strict, first_complaint
+from fedqsn_cli.artifacts import Count, Fill, Quantization, Ratio, Sha256, Strict, validated
 from fedqsn_cli.checkpoint.header import open_regular_file
 from fedqsn_cli.errors import FormatError, InputError
 
@@ -68,8 +68,13 @@ def check(path: Path) -> None:
         read(path)
 
 
-def record(path: Path, releases: Sequence[Release]) -> None:
+def record(
+    path: Path, releases: Sequence[Release], *, check: Callable[[Sequence[Release]], None] | None = None
+) -> None:
     """Append releases, on disk when this returns; one that the ledger already holds is not written twice.
+
+    Args:
+        check: called with all earlier releases while nobody else can add any; what it raises keeps the releases out.
 
     Raises:
         FormatError: the ledger is damaged. InputError: a release has a proxy id that stands there with other content.
@@ -78,6 +83,8 @@ def record(path: Path, releases: Sequence[Release]) -> None:
         data = _read_all(descriptor)
         size = _whole_lines(data)  # a torn last line was never acknowledged: its proxy was never published
         known, previous = _parse(data[:size], path)
+        if check is not None:
+            check(known)
         lines = b""
         for release in _unknown(known, releases, path):
             line = strictjson.dumps(release.model_copy(update={"previous": previous}).model_dump(mode="json")).encode()
@@ -140,10 +147,7 @@ def _parse(data: bytes, path: Path) -> tuple[list[Release], str]:
     previous = _NO_LINE
     for number, line in enumerate(data.splitlines(), start=1):
         where = f"{path}:{number}"
-        try:
-            release = Release.model_validate(strictjson.loads(line, where))
-        except ValidationError as error:
-            raise FormatError(first_complaint(error), where=where) from None
+        release = validated(strictjson.loads(line, where), Release, where)
         if release.previous != previous:
             raise FormatError("the chain of the ledger is broken here", where=where, hint="restore it from a backup")
         releases.append(release)

@@ -244,7 +244,7 @@ class _Worker:
         if self._hasher is None:
             return Chunk(load.first, load.rows, x, self._fill(load, x, self._stored_scales(load)))
         self._hide(flow, load.first, x, b)
-        values, scales = encode(flow, self._how, x, "model")
+        values, scales = encode(flow, self._how, x)
         if scales is not None:
             self._scales.append(scales)
         return Chunk(load.first, load.rows, values, self._fill(load, values, scales))
@@ -304,7 +304,7 @@ class _Worker:
             flow.hidden.overwrite(x, first, b)
 
 
-def encode(flow: Flow, how: Quantization | None, x: Array, whose: str) -> tuple[Array, Array | None]:
+def encode(flow: Flow, how: Quantization | None, x: Array, whose: str = "model") -> tuple[Array, Array | None]:
     """Quantize rows of a tensor as its storage says: (values or codes, block scales of packed kinds).
 
     Args:

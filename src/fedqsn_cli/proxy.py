@@ -26,6 +26,7 @@ from fedqsn_cli.artifacts import (
     Quantization,
     manifest_bytes,
 )
+from fedqsn_cli.audit.budget import Budget, Planned, check_options
 from fedqsn_cli.checkpoint import ArtifactWriter, Pipeline, TensorSpec, allow_open_files
 from fedqsn_cli.checkpoint import push as push_to_hub
 from fedqsn_cli.errors import InputError
@@ -103,6 +104,8 @@ def export_proxy(
     fill: Fill | None = None,
     public_base: str | None = None,
     plan: str | Path | None = None,
+    budget: float | None = None,
+    coalition: int | None = None,
     push: str | None = None,
     max_shard_size: str = "5GB",
     force: bool = False,
@@ -116,16 +119,22 @@ def export_proxy(
         client: client ids. round: number of the federated round.
         p1: ratio hidden by the server; None takes the key's. p2: ratio of the rest hidden from each client.
         format, block_size, double_quant, layout: quantization; None takes the source's, else nf4, 64, off, bnb.
+        budget: most of all parameters that a client may have seen afterwards, and any `coalition` clients together.
         push: hub repository ("hf://owner/name", may hold "{client}") to upload to once the proxy is complete.
 
     Raises:
         InputError: anything does not fit together; nothing was written then.
+        GateFailed: a client or coalition would have seen more than the budget; nothing was written then.
     """
     clients, targets = _targets(client, out, push)
     validate_ratio(p2)
     check_schedule(round, schedule)
+    check_options(budget, coalition)
     ledgers.check(Path(ledger))
     work = open_work(source, key=key, p1=p1, axis=axis, plan=plan, rescale=rescale, fill=fill, public_base=public_base)
+    planned = tuple(Planned(name, round, schedule, p2) for name in clients)
+    allowance = Budget(work.job, planned, budget, coalition)
+    allowance.check_ledger(Path(ledger))
     how = chosen_quantization(work, format, block_size, double_quant, layout)
     todo = flows(work.model, how, work.masks.hidden)
     masks = [ClientMasks(work.masks, name, round, p2, schedule, work.rescale) for name in clients]
@@ -147,7 +156,7 @@ def export_proxy(
                 sink.close()
                 releases.append(_complete(writer, work, mask, how, digests))
         work.save_key()
-        ledgers.record(Path(ledger), releases)
+        ledgers.record(Path(ledger), releases, check=allowance.check)  # again: others may have released meanwhile
         published = [writer.publish() for writer in writers]
     pushed = [push_to_hub(path, push.replace("{client}", name)) if push else None
               for path, name in zip(published, clients, strict=True)]  # fmt: skip

@@ -20,7 +20,10 @@ PRIVATE_FIELDS = frozenset(
 JSON_COMPANIONS_TO_CLEAN = frozenset(
     {"tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "added_tokens.json"}
 )
-_ABSOLUTE_PATH = re.compile(r"(?:/[^/\s]+){2,}|[A-Za-z]:\\.+|~/.+|\\\\[^\\]+\\.+|file://.*")
+# What a model needs and what clients see anyway: names of labels and tokens may look like paths.
+PUBLIC_FIELDS = frozenset({"id2label", "label2id", "added_tokens_decoder", "chat_template"})
+_ABSOLUTE_PATH = re.compile(r"(?:/[^/\n]+){2,}/?|[A-Za-z]:\\.+|~/.+|\\\\[^\\]+\\.+|file://.*")
+_HOME = re.compile(r"/home/|/Users/|/root/|[A-Za-z]:\\Users\\")  # in the middle of a text, too
 
 
 def public_config(config: Mapping[str, Any], quantization: dict[str, Any] | None) -> bytes:
@@ -53,8 +56,12 @@ def public_companion(path: Path) -> bytes:
 
 
 def clean(document: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object without private fields, and without fields whose text is an absolute path."""
-    return {key: _clean(value) for key, value in document.items() if key not in PRIVATE_FIELDS and not _is_path(value)}
+    """A JSON object without private fields, and without fields whose text is an absolute path or names a home."""
+    return {
+        key: value if key in PUBLIC_FIELDS else _clean(value)
+        for key, value in document.items()
+        if key in PUBLIC_FIELDS or not (key in PRIVATE_FIELDS or _is_path(value))
+    }
 
 
 def _clean(value: Any) -> Any:
@@ -64,4 +71,4 @@ def _clean(value: Any) -> Any:
 
 
 def _is_path(value: Any) -> bool:
-    return isinstance(value, str) and _ABSOLUTE_PATH.fullmatch(value) is not None
+    return isinstance(value, str) and bool(_ABSOLUTE_PATH.fullmatch(value) or _HOME.search(value))

@@ -15,7 +15,7 @@ from fedqsn_cli.cli.app import COMMANDS, function_of
 
 # Python words or built-ins that would be shadowed, and what only the shell or only Python needs.
 RENAMED = {"number_format": "format", "round_number": "round", "checkpoint": "source"}
-SHELL_ONLY = {"as_json", "quiet"}
+SHELL_ONLY = {"as_json", "quiet", "form", "output", "report", "init_policy"}  # the last four: what `audit` prints
 PYTHON_ONLY = {"progress"}
 
 

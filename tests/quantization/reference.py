@@ -26,6 +26,7 @@ def stored(x: torch.Tensor) -> Array:
 
 def tensor(x: Array, dtype: str) -> torch.Tensor:
     """Stored bits as a tensor."""
+    x = x if x.flags.writeable else x.copy()
     return torch.from_numpy(x if dtype == "F32" else x.view(np.int16)).view(TORCH[dtype])
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.quantization import kernels, threads
 from fedqsn_cli.quantization.codebooks import FORMATS
+from fedqsn_cli.quantization.floats import PIECE
 from quantization.reference import (
     BLOCKS,
     DTYPES,
@@ -57,6 +58,19 @@ def assert_equals_bitsandbytes(x: Array, dtype: str, format: str, block: int) ->
 def test_codes_scales_and_values_equal_bitsandbytes(n: int, format: str, dtype: str) -> None:
     for block in BLOCKS:
         assert_equals_bitsandbytes(normals(n, dtype, scale=0.02, seed=n), dtype, format, block)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", FOUR)
+def test_tensors_of_many_pieces_equal_bitsandbytes(format: str, dtype: str) -> None:
+    for block in (64, 4096):
+        assert_equals_bitsandbytes(normals(3 * PIECE + 4099, dtype), dtype, format, block)
+
+
+def test_arrays_that_cannot_be_written_are_read() -> None:
+    x = normals(1000, "F32")
+    x.setflags(write=False)
+    assert_equals_bitsandbytes(x, "F32", "nf4", 64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

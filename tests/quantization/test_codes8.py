@@ -39,7 +39,7 @@ def assert_equals_bitsandbytes(x: Array, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1e-6, 0.02, 1.0, 1e4])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (64, 64), (70, 513)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (64, 64), (70, 513), (300, 700), (3, 70_000)])
 def test_codes_scales_and_values_equal_bitsandbytes(shape: tuple[int, int], scale: float, dtype: str) -> None:
     x = normals(shape[0] * shape[1], dtype, scale=scale).reshape(shape)
     x[:, 0] = narrow(np.full(1, scale, np.float32), dtype)  # no row of zeros, where bitsandbytes divides 0 by 0

@@ -53,10 +53,6 @@ def expected(x: Array, dtype: str, format: str, geometry: str, block: int, refer
     return numbers(narrow(result.T if geometry == "column" else result, dtype), dtype)
 
 
-def assert_expected(out: Array, dtype: str, should: Array) -> None:
-    assert bits(out) == bits(should)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("format", [*CODEBOOKS, "int8"])
@@ -66,7 +62,21 @@ def test_each_run_is_on_the_grid_of_its_own_blocks(
 ) -> None:
     x = normals(shape[0] * shape[1], dtype, scale=0.02).reshape(shape)
     x[shape[0] // 2] = 0
-    assert_expected(snap(x, dtype, format, geometry), dtype, expected(x, dtype, format, geometry, 32))
+    assert bits(snap(x, dtype, format, geometry)) == bits(expected(x, dtype, format, geometry, 32))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("format", ["nf3", "int8"])
+@pytest.mark.parametrize("shape", [(700, 210), (40, 3300)])
+def test_matrices_of_many_pieces_are_on_the_grid_too(shape: tuple[int, int], format: str, geometry: str) -> None:
+    x = normals(shape[0] * shape[1], "BF16").reshape(shape)
+    assert bits(snap(x, "BF16", format, geometry)) == bits(expected(x, "BF16", format, geometry, 32))
+
+
+@pytest.mark.parametrize("format", ["nf3", "int8"])
+def test_a_row_longer_than_a_piece_is_on_the_grid_too(format: str) -> None:
+    x = normals(140_002, "F32").reshape(2, 70_001)
+    assert bits(snap(x, "F32", format, "row", 1024)) == bits(expected(x, "F32", format, "row", 1024))
 
 
 @pytest.mark.parametrize("format", ["nf4", "fp4"])
@@ -75,7 +85,7 @@ def test_flat_snapping_is_a_round_trip_through_bitsandbytes(dtype: str, format: 
     x = normals(1000, dtype).reshape(10, 100)
     codes, state = bnb.quantize_4bit(tensor(x, dtype).view(1, -1), blocksize=64, quant_type=format)
     theirs = stored(bnb.dequantize_4bit(codes, state)).reshape(x.shape)
-    assert_expected(snap(x, dtype, format, "flat", 64), dtype, numbers(theirs, dtype))
+    assert bits(snap(x, dtype, format, "flat", 64)) == bits(numbers(theirs, dtype))
 
 
 @settings(max_examples=80, deadline=None)
@@ -86,7 +96,7 @@ def test_any_finite_numbers_equal_the_short_reference(
     x, dtype = case
     rows = -(-x.size // cols)
     x = np.resize(x, (rows, cols))
-    assert_expected(snap(x, dtype, format, geometry), dtype, expected(x, dtype, format, geometry, 32))
+    assert bits(snap(x, dtype, format, geometry)) == bits(expected(x, dtype, format, geometry, 32))
 
 
 @settings(max_examples=80, deadline=None)
@@ -121,7 +131,7 @@ def test_scales_of_a_reference_are_used_and_their_reach_clamps(
     kernels.snap_with(
         x, dtype, format=format, block=32, geometry=geometry, rows=rows, cols=cols, reference=reference, out=out
     )
-    assert_expected(out, dtype, expected(x, dtype, format, geometry, 32, reference))
+    assert bits(out) == bits(expected(x, dtype, format, geometry, 32, reference))
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)

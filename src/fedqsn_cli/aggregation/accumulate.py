@@ -112,7 +112,7 @@ def _folded(sums: Any) -> float:
         for i in range(half):
             sums[i] += sums[half + i]
         half //= 2
-    return sums[0]
+    return float(sums[0])
 
 
 def step(
@@ -201,11 +201,11 @@ def _move(old: Any, rest: Any, total: Any, divisors: Any, rate: float, moves: An
 @kernel
 def _keep(w: Any, rest: Any, rounded: Any, new: Any, wide: Any, stored: Any, moved: Any) -> int:
     """Store what moved, and what rounding dropped; how many are not finite? `stored` are the values of bits `wide`."""
-    bad = np.uint32(0)
+    bad = 0
     for i in range(w.size):
         w[i] = rounded[i] if moved[i] else w[i]
     for i in range(w.size):
-        bad += np.uint32((wide[i] & moved[i]) >= INFINITY)
+        bad += int((wide[i] & moved[i]) >= INFINITY)
     for i in range(rest.size):
         dropped = narrow_brain(to_bits(new[i] - stored[i]))
         rest[i] = dropped if moved[i] else rest[i]

@@ -222,7 +222,7 @@ class _Merger:
         self._residual = Residual(model)
         self._visible: tuple[str, dict[str, UnitMask | None]] = ("", {})
         self._sums = np.empty(0)
-        self._total = np.empty((0, 0))
+        self._total: NDArray[np.float64] = np.empty((0, 0))
         self._weights = np.empty(0)
 
     def pieces(self, todo: Sequence[Flow]) -> Iterator[Callable[[], _Piece]]:

@@ -109,10 +109,8 @@ def _rows(flow: Flow, first: int, rows: int, whole: OpenModel, server: OpenModel
         s = 1.0
         if server.manifest.rescale:
             s = float(scale(flow.tensor.units, hidden_count(flow.tensor.units, server.manifest.p1), 0))
-        if blend > 0:
-            full = mix(full, blend, values, 1.0 - blend, flow.logical.dtype)  # in the holes, values are R
-        else:
-            full = values  # not 0 times a hidden weight, which may be infinite
+        # In the holes, values are R. Nothing is 0 times a hidden weight, which may be infinite.
+        full = mix(full, blend, values, 1.0 - blend, flow.logical.dtype) if blend > 0 else values
         values = mix(values, s + blend * (1.0 - s), values, 0.0, flow.logical.dtype)
     flow.hidden.overwrite(values, first, full)
     return values

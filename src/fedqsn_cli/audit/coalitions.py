@@ -1,8 +1,9 @@
 """Which coalition of m clients has seen most: the maximum coverage problem, which is hard in general.
 
 Where there are few coalitions, all are tried. Else the greedy one (its share is at least 63 % of the best) and random
-ones are, and `at_most` bounds what any other can reach: covering more never helps more than it did before, so no coalition
-beats the greedy one's part by more than the m largest gains over that part. Where the bound is met, the answer is exact.
+ones are, and `at_most` bounds what any other can reach: no client adds more to a larger union than to a smaller one, so
+no coalition beats the greedy one's part by more than the m largest gains over that part. Where the bound is met, the
+answer is exact.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def worst(
     """The worst coalition of each size.
 
     Args:
-        bits: what each client has seen, a bit a unit. weights: share of all parameters that a bit of each word stands for.
+        bits: what each client has seen, a bit a unit.
+        weights: share of all parameters that a bit of each word stands for.
         clear: share of all parameters that everybody sees.
         sizes: from 2 to the number of clients, rising.
     """

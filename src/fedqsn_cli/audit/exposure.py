@@ -3,9 +3,9 @@
 A parameter is seen when a proxy showed its unit in any round, however coarsely quantized; a parameter without a unit
 (norms, most biases) is seen with the first proxy. Shares are of all parameters, hidden ones included.
 
-Every mask is drawn again, release by release; a client that has seen all that the server mask leaves of a group needs no
-further draws of it. Beyond `MOST_RANKS` only a random part of the units is looked at, chosen by the key, and the shares
-become estimates: `Exposure.looked_at` tells how large that part was.
+Every mask is drawn again, release by release; a client that has seen all that the server mask leaves of a group needs
+no further draws of it. Beyond `MOST_RANKS` only a random part of the units is looked at, chosen by the key, and the
+shares become estimates: `Exposure.looked_at` tells how large that part was.
 """
 
 from __future__ import annotations
@@ -294,14 +294,14 @@ class _Group:
         return cls(name, units, of_all, allowed if allowed.size else np.zeros(1, np.int64))
 
     def hidden(self, ratio: float) -> int:
-        """Units that a release hides; -1 where only some units are looked at, and ranks are held against a threshold."""
+        """Units that a release hides; -1 where only some are looked at, and ranks are held against a threshold."""
         return hidden_count(self.allowed.size, ratio) if self.units == self.of_all else -1
 
 
 def _replay_group(
     group: _Group, steps: _Steps, count: int, seeds: Seeds, seen: NDArray[np.float64], size: float
 ) -> tuple[Ints, NDArray[np.uint8]]:
-    """Adds to `seen` after each release; returns how many units each of `count` clients has seen, and which: [count, v]."""
+    """Adds to `seen` after each release; returns how many units each client has seen, and which: [count, v]."""
     many = group.allowed.size
     flags = np.zeros((count, many), np.uint8)
     totals = np.zeros(count, np.int64)

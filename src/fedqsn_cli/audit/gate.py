@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedqsn_cli.audit.findings import Audit, Check, Exposure, Finding, FunctionRecovery, Recovery
-from fedqsn_cli.audit.policy import RANGES, Limits, Policy
+from fedqsn_cli.audit.policy import Limits, Policy
 from fedqsn_cli.audit.rules import RULES, finding
 
 MEASURES = {"exact_share": "FQ201", "log10_nmse": "FQ202", "cosine": "FQ203", "delta_recovered": "FQ204"}
@@ -42,26 +42,23 @@ class _Result:
     findings: list[Finding]
     checked: list[Check]
 
-    def judge(self, rule: str, scope: str, what: str, value: float, limit: float | None, tensor: str | None = None) -> None:
-        """Hold a value against a limit; a NaN is never within it. Checks of single tensors are listed when they fail."""
-        name = _measure(rule, what)
+    def judge(
+        self, rule: str, scope: str, what: str, value: float, limit: float | None, tensor: str | None = None
+    ) -> None:
+        """Hold a value against a limit; a NaN is never within it. Single tensors are listed only when they fail."""
+        least = rule == "FQ202"  # an error: the less, the worse
         if not math.isfinite(value):
             message = f"{what} is not a finite number"
             self.findings.append(finding("FQ902", scope, message, tensor=tensor))
             self.checked.append(Check(rule, scope, "fail", message))
         elif limit is None:
             self.checked.append(Check(rule, scope, "pass", f"{what}: {value:.4g}; the policy sets no limit"))
-        elif value < limit - NOISE if name == "log10_nmse" else value > limit + NOISE:
-            word = "under" if name == "log10_nmse" else "over"
-            message = f"{what} is {value:.4g}, {word} the limit of {limit:.4g}"
+        elif value < limit - NOISE if least else value > limit + NOISE:
+            message = f"{what} is {value:.4g}, {'under' if least else 'over'} the limit of {limit:.4g}"
             self.findings.append(finding(rule, scope, message, tensor=tensor, value=value, limit=limit))
             self.checked.append(Check(rule, scope, "fail", message if tensor is None else f"{tensor}: {message}"))
         elif tensor is None:
             self.checked.append(Check(rule, scope, "pass", f"{what}: {value:.4g}; limit {limit:.4g}"))
-
-
-def _measure(rule: str, what: str) -> str:
-    return "log10_nmse" if rule == "FQ202" or (rule == "FQ205" and what.startswith("error")) else what
 
 
 def apply(
@@ -114,7 +111,9 @@ def _judge_coalition(result: _Result, policy: Policy, exposure: Exposure) -> Non
     if coalition is None:
         if exposure.clients and policy.coalition_budget is not None:
             share = max(client.shares[-1] for client in exposure.clients)
-            result.judge("FQ102", scope, "what the only client has seen of all parameters", share, policy.coalition_budget)
+            result.judge(
+                "FQ102", scope, "what the only client has seen of all parameters", share, policy.coalition_budget
+            )
         return
     limit = policy.coalition_budget
     unsure = coalition.at_most > coalition.share + NOISE and limit is not None and coalition.share <= limit
@@ -140,7 +139,9 @@ def _judge_tensor(result: _Result, limits: Limits, scope: str, tensor: Any) -> N
     for measure, rule in MEASURES.items():
         value, limit = getattr(tensor, measure), getattr(limits, measure)
         if value is not None and limit is not None:
-            result.judge(rule, scope, _PHRASES[measure].replace("all parameters", "its parameters"), value, limit, tensor.tensor)
+            result.judge(
+                rule, scope, _PHRASES[measure].replace("all parameters", "its parameters"), value, limit, tensor.tensor
+            )
 
 
 def _judge_function(result: _Result, policy: Policy, function: FunctionRecovery | None) -> None:
@@ -187,7 +188,9 @@ def _judge_regression(
         return
     now = measures(measured.recovery, measured.function, measured.exposure)
     if not now.keys() & baseline.keys():
-        result.checked.append(Check("FQ205", "baseline", "not-run", "this audit measured nothing that the baseline did"))
+        result.checked.append(
+            Check("FQ205", "baseline", "not-run", "this audit measured nothing that the baseline did")
+        )
     for name in sorted(now.keys() & baseline.keys()):
         measure = next(key for key in _PHRASES if name.endswith(key))
         worse = baseline[name] - now[name] if measure == "log10_nmse" else now[name] - baseline[name]
@@ -242,17 +245,7 @@ def _waived(findings: Sequence[Finding], policy: Policy, today: datetime.date) -
             yield replace(finding("FQ905", "policy", f"{name} covers nothing that was found"), severity="info")
 
 
-def empty_ledger_checks(exposure: Exposure | None) -> list[Check]:
-    """An exposure without any client has passed nothing that is about clients."""
-    if exposure is None or exposure.clients:
-        return []
-    return [Check(rule, "ledger", "not-run", "the ledger lists no release of this job") for rule in ("FQ101", "FQ102")]
-
-
 def worst_of(audit: Audit) -> list[Finding]:
     """The findings that decide the verdict, those of the worst kind."""
     kinds = {"broken": "hard", "incomplete": "incomplete", "over the limits": "gate"}
     return [one for one in audit.findings if one.severity == kinds.get(audit.verdict)]
-
-
-assert set(MEASURES) < set(RANGES)

@@ -58,34 +58,69 @@ def attained(packed: Any, count: int, block: int, top: Any, out: Any) -> None:
         out[index] = found
 
 
+@kernel
+def decode_levels(packed: Any, absmax: Any, block: int, table: Any, out: Any) -> None:
+    """out[i] = table[code i] * absmax of its block: levels, or the ends of the cells that are rounded to them.
+
+    Args:
+        packed: 4-bit codes from the beginning of a block. table: fp32 [16] by code. out: fp32 [n].
+    """
+    for start in range(0, out.size, block):
+        scale = absmax[start // block]
+        for at in range(start, min(start + block, out.size)):
+            byte = np.int64(packed[at // 2])
+            out[at] = table[byte & 15 if at % 2 else byte >> 4] * scale
+
+
+@kernel
+def share_edges(edges: Any, block: int, guess: Any) -> None:
+    """Replace the guess of elements that may attain a scale: one of those with the same edge does, the others do not.
+
+    Args:
+        edges: fp32 [n] the scale with the element's sign, NaN where there is none. guess: fp32 [n], in place.
+    """
+    for start in range(0, edges.size, block):
+        stop = min(start + block, edges.size)
+        for at in range(start, stop):
+            edge = edges[at]
+            if np.isnan(edge):
+                continue
+            rivals = 0
+            for other in range(start, stop):
+                rivals += abs(edges[other]) == abs(edge)
+            guess[at] = (edge + np.float32(rivals - 1) * guess[at]) / np.float32(rivals)
+
+
 @loose
-def compare(w: Any, guess: Any, row_flags: Any, col_flags: Any, tolerance: Any, out: Any) -> None:
+def compare(w: Any, guess: Any, factor: Any, row_flags: Any, flags: Any, tolerance: Any, out: Any) -> None:
     """Add to out what a guess is worth on the visible elements of rows.
 
     Args:
-        w, guess: [rows, cols] fp32. row_flags: bool [rows], col_flags: fp32 [cols] 1 where visible.
+        w, guess: [rows, cols] fp32; the guess is guess * factor.
+        row_flags: bool [rows]. flags: fp32 [1, cols] or [rows, cols], 1 where visible; an element needs both.
         tolerance: relative; a guess within it counts as exact.
-        out: [6] sums over visible elements: count, w², guess², (w - guess)², exact ones, guess.
+        out: [7] sums over visible elements: count, w, w², guess, guess², (w - guess)², exact ones.
     """
     for row in range(w.shape[0]):
         if not row_flags[row]:
             continue
-        ww = gg = dd = gs = np.float32(0)
-        n = exact = np.float32(0)
+        line = flags[row if flags.shape[0] > 1 else 0]
+        n = ws = ww = gs = gg = dd = exact = np.float32(0)
         for col in range(w.shape[1]):
-            on = col_flags[col]
-            a = w[row, col] * on
-            b = guess[row, col] * on
+            a = w[row, col] * line[col]
+            b = guess[row, col] * factor * line[col]
             d = a - b
+            n += line[col]
+            ws += a
             ww += a * a
+            gs += b
             gg += b * b
             dd += d * d
-            gs += b
-            n += on
-            exact += on if abs(d) <= tolerance * abs(a) else np.float32(0)
+            exact += line[col] if abs(d) <= tolerance * abs(a) else np.float32(0)
         out[0] += n
-        out[1] += ww
-        out[2] += gg
-        out[3] += dd
-        out[4] += exact
-        out[5] += gs
+        out[1] += ws
+        out[2] += ww
+        out[3] += gs
+        out[4] += gg
+        out[5] += dd
+        out[6] += exact

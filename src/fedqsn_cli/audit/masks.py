@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,13 +11,13 @@ from numpy.typing import NDArray
 from fedqsn_cli.audit.findings import Finding
 from fedqsn_cli.audit.opened import Inputs, OpenedProxy, Report
 from fedqsn_cli.audit.rules import finding
+from fedqsn_cli.audit.seeds import SEEDS, longest_runs
 from fedqsn_cli.jobmasks import ClientMasks, ServerMasks
 from fedqsn_cli.masking import hidden_count
 
 Bools = NDArray[np.bool_]
 
-SEEDS = 65536
-_LARGEST = 4096  # units of a group that is tried
+_LARGEST = 1024  # units of a group that is tried
 _RARE = -20.0  # log2 of the chance below which a match is none
 
 
@@ -36,11 +35,9 @@ def check_masks(inputs: Inputs, report: Report) -> None:
         if not found:
             clean.add(proxy.scope)
     _check_jobs(inputs, report)
-    for proxy in inputs.proxies:
-        if proxy.scope in clean:
-            report.add("FQ011", proxy.scope, "the masks follow from the key, so no seed drew them", [])
-        else:
-            _check_seeds(inputs, proxy, report)
+    for scope in sorted(clean):
+        report.add("FQ011", scope, "the masks follow from the key, so no seed drew them", [])
+    _check_seeds([proxy for proxy in inputs.proxies if proxy.scope not in clean], report)
 
 
 def _against_key(inputs: Inputs, proxy: OpenedProxy) -> Iterator[Finding]:
@@ -113,8 +110,6 @@ def _ledger_contradictions(inputs: Inputs) -> Iterator[Finding]:
     job = inputs.job
     if job is not None and any((p1, plan) != (job.p1, job.plan_digest) for p1, plan in jobs.get(job.commitment, ())):
         yield finding("FQ004", "ledger", "releases of the job name another p1 or plan than its key")
-    if job is not None and any(name != job.commitment for name in jobs):
-        yield finding("FQ004", "ledger", "the ledger holds releases of another job than the key's")
 
 
 def _p1(inputs: Inputs) -> float | None:
@@ -140,17 +135,23 @@ def _union(proxies: Sequence[OpenedProxy], p1: float) -> Iterator[Finding]:
         yield finding("FQ004", scope, message, value=float(over), limit=0.0)
 
 
-def _check_seeds(inputs: Inputs, proxy: OpenedProxy, report: Report) -> None:
-    """FQ011: try the seeds on the smallest groups in which a match cannot be chance."""
-    targets = _targets(proxy)
-    if not targets:
-        report.skip("FQ011", proxy.scope, "no group hides enough units to tell a seed from chance")
-        return
-    hits = seeded(targets)
-    message = "the hidden units are those that a seeded generator draws (groups that match)"
-    found = [finding("FQ011", proxy.scope, message, value=float(hits), limit=0.0)] if hits else []
-    why = f"seeds 0 to {SEEDS - 1} were tried on groups of {' and '.join(map(str, sorted(targets)))} units"
-    report.add("FQ011", proxy.scope, why, found)
+def _check_seeds(proxies: Sequence[OpenedProxy], report: Report) -> None:
+    """FQ011: try the seeds on the smallest groups of each proxy in which a match cannot be chance."""
+    targets = {proxy.scope: _targets(proxy) for proxy in proxies}
+    hits = dict.fromkeys(targets, 0)
+    for n in sorted({n for groups in targets.values() for n in groups}):
+        owners = [(scope, flags) for scope, groups in targets.items() for flags in groups.get(n, ())]
+        runs = longest_runs(np.stack([flags for _, flags in owners]))
+        for (scope, flags), run in zip(owners, runs, strict=True):
+            hits[scope] += _chance(n, int(flags.sum()), int(run)) < _RARE
+    for scope, groups in targets.items():
+        if not groups:
+            report.skip("FQ011", scope, "no group hides enough units to tell a seed from chance")
+            continue
+        message = "the hidden units are those that a seeded generator draws (groups that match)"
+        found = [finding("FQ011", scope, message, value=float(hits[scope]), limit=0.0)] if hits[scope] else []
+        why = f"seeds 0 to {SEEDS - 1} were tried on groups of {' and '.join(map(str, sorted(groups)))} units"
+        report.add("FQ011", scope, why, found)
 
 
 def _targets(proxy: OpenedProxy) -> dict[int, list[Bools]]:
@@ -176,29 +177,3 @@ def _chance(n: int, count: int, run: int) -> float:
         return 0.0
     logs = math.lgamma(count + 1) - math.lgamma(count - run + 1) - math.lgamma(n + 1) + math.lgamma(n - run + 1)
     return float(logs / math.log(2) + math.log2(SEEDS * 4))
-
-
-def seeded(targets: dict[int, list[Bools]]) -> int:
-    """How many of the groups a seed of torch explains: randperm(n)[:k] or rand(n) < p, from either end."""
-    import torch
-
-    generator, hits = torch.Generator(), set()
-    for n, groups in targets.items():
-        for number in range(SEEDS):
-            order = torch.randperm(n, generator=generator.manual_seed(number)).numpy()
-            rank = torch.rand(n, generator=generator.manual_seed(number)).numpy()
-            for index, hidden in enumerate(groups):
-                if _run(hidden, order, rank) >= 8 and _chance(n, int(hidden.sum()), _run(hidden, order, rank)) < _RARE:
-                    hits.add((n, index))
-    return len(hits)
-
-
-def _run(hidden: Bools, order: NDArray[Any], rank: NDArray[Any]) -> int:
-    """How many units, counted from one end of the order or of the ranks, are hidden before the first visible one."""
-    in_order = hidden[order]
-    shown = rank[~hidden]
-    runs = (
-        int(np.argmin(in_order)), int(np.argmin(in_order[::-1])),
-        int(np.count_nonzero(rank < shown.min())), int(np.count_nonzero(rank > shown.max())),
-    )  # fmt: skip
-    return max(runs)

@@ -18,7 +18,7 @@ from fedqsn_cli.cli import failures, helptext
 from fedqsn_cli.cli.interrupts import unwinding
 from fedqsn_cli.errors import InputError
 
-COMMANDS = ("mask", "quantize", "export-proxy", "client-train", "merge", "inspect", "evaluate")
+COMMANDS = ("mask", "quantize", "export-proxy", "client-train", "merge", "inspect", "evaluate", "audit")
 
 _HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fedqsn_cli import console
+from fedqsn_cli import console, validate
 from fedqsn_cli.cli import options
 
 
@@ -46,6 +46,19 @@ def export_proxy(
     block_size: Annotated[int | None, options.block_size(show_default="the server model's, else 64")] = None,
     double_quant: options.DoubleQuant = False,
     layout: options.Layout = None,
+    budget: Annotated[
+        float | None,
+        options.real(
+            "--budget",
+            text="Refuse if a client would then have seen more than this share of all parameters.",
+            panel=options.LIMITS,
+            check=validate.up_to_one,
+        ),
+    ] = None,
+    coalition: Annotated[
+        int | None,
+        options.count("--coalition", text="Refuse if so many clients together would have.", panel=options.LIMITS),
+    ] = None,
     push: Annotated[
         str | None,
         options.file(
@@ -67,12 +80,15 @@ def export_proxy(
     and quantized once, however many clients there are. The same export run again gives the same bytes and no second
     line in the ledger.
 
+    With --budget, a release that would show a client (or, with --coalition, so many clients together) too much of the
+    model over all rounds is refused before anything is written; the exit code is 1 then.
+
     Examples:
 
       fedqsn export-proxy global/ --out proxy/ --client alice --round 1 \\
           --p1 0.1 --p2 0.1 --key job.key --ledger ledger.jsonl
       fedqsn export-proxy server/ --out 'proxies/{client}' --client alice --client bob --round 2 \\
-          --p2 0.1 --key job.key --ledger ledger.jsonl --format nf3
+          --p2 0.1 --key job.key --ledger ledger.jsonl --format nf3 --budget 0.95 --coalition 3
     """
     how = console.view(as_json, quiet)
     from fedqsn_cli import export_proxy as run
@@ -91,6 +107,8 @@ def export_proxy(
             schedule=schedule,
             axis=axis,
             plan=plan,
+            budget=budget,
+            coalition=coalition,
             rescale=rescale,
             fill=fill,
             public_base=public_base,

@@ -2,7 +2,8 @@
 
     codebooks.py    the formats as data
     threads.py      one pool of threads for all kernels
-    jit.py          how kernels are compiled; bits of floats; 16-bit floats to fp32 and back
+    jit.py          how kernels are compiled; 16-bit floats to fp32 and back
+    floats.py       stored floats of any dtype as fp32, piece by piece
     blocks.py       one block against a codebook
     codes4.py       4-bit codes, two a byte
     codes8.py       int8 codes, one scale a row

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedqsn_cli.quantization.blocks import normalize, rank, scaled_levels, stored_absmax
+from fedqsn_cli.quantization.blocks import BATCH, SMALLEST, largest, normalize, rank
 from fedqsn_cli.quantization.codebooks import BLOCK_SIZES, FORMATS, Codebook, codebook
-from fedqsn_cli.quantization.jit import INFINITY, NonFinite, as_bits, kernel, largest, narrow, widen
+from fedqsn_cli.quantization.floats import PIECE, Floats, writable
+from fedqsn_cli.quantization.jit import NonFinite, kernel
 from fedqsn_cli.quantization.threads import run_ranges
 
 Bytes = NDArray[np.uint8]
 Float32s = NDArray[np.float32]
 
-GRAIN = 512  # blocks that are worth a thread
-BATCH = 1024  # values that go through each step together: they stay in the first cache
+GRAIN = 1 << 15  # values that are worth a thread
 
 
 def quantize_4bit(x: NDArray[Any], dtype: str, *, format: str, block: int, packed: Bytes, absmax: Float32s) -> None:
@@ -46,7 +46,7 @@ def quantize_4bit_with(
 
     Arguments as for `quantize_4bit`; a block with scale 0 gets the code of zero.
     """
-    _quantize(x, dtype, format, block, packed, absmax_given, given=True)
+    _quantize(x, dtype, format, block, packed, writable(absmax_given), given=True)
 
 
 def dequantize_4bit(
@@ -57,37 +57,44 @@ def dequantize_4bit(
     Raises:
         NonFinite: a scale is NaN or infinite.
     """
-    bits, kind = as_bits(out, dtype)
-    book = _checked(bits.size, format, block, packed, absmax)
+    target = Floats(out, dtype)
+    book = _checked(target.size, format, block, packed, absmax)
     if not np.isfinite(absmax).all():
         raise NonFinite("a block scale is NaN or infinite")
     levels = np.empty_like(book.levels)
     levels[book.order] = book.levels
+    packed, absmax = writable(packed), writable(absmax)
 
     def work(start: int, stop: int) -> None:
-        _decode(packed[start // 2 : (stop + 1) // 2], absmax[start // block :], block, levels, kind, bits[start:stop])
+        scratch = target.scratch(PIECE)
+        for first in range(start, stop, PIECE):
+            last = min(first + PIECE, stop)
+            values = target.room(first, last, scratch)
+            _decode(packed[first // 2 : (last + 1) // 2], absmax[first // block :], block, levels, values)
+            target.write(first, last, values)
 
-    run_ranges(bits.size, block * GRAIN, work)
-
-
+    run_ranges(target.size, max(block, GRAIN), work)
 
 
 def _quantize(
     x: NDArray[Any], dtype: str, format: str, block: int, packed: Bytes, absmax: Float32s, *, given: bool
 ) -> None:
-    bits, kind = as_bits(x, dtype)
-    book = _checked(bits.size, format, block, packed, absmax)
+    source = Floats(x, dtype)
+    book = _checked(source.size, format, block, packed, absmax)
     remap = (book.order[:, None] << 4 | book.order).reshape(-1)
     in_order = format == "nf4"
     flaws: list[int] = []
 
     def work(start: int, stop: int) -> None:
-        values, codes = bits[start:stop], packed[start // 2 : (stop + 1) // 2]
-        scales = absmax[start // block :]
-        if not _encode(values, kind, block, book.bounds, remap, in_order, codes, scales, given):
-            flaws.append(start)
+        scratch = source.scratch(PIECE)
+        for first in range(start, stop, PIECE):
+            last = min(first + PIECE, stop)
+            values, codes = source.read(first, last, scratch), packed[first // 2 : (last + 1) // 2]
+            scales = absmax[first // block :]
+            if not _encode(values, block, book.bounds, remap, in_order, codes, scales, given):
+                flaws.append(first)
 
-    run_ranges(bits.size, block * GRAIN, work)
+    run_ranges(source.size, max(block, GRAIN), work)
     if flaws:
         raise NonFinite("a value is NaN or infinite")
 
@@ -105,30 +112,29 @@ def _checked(n: int, format: str, block: int, packed: Bytes, absmax: Float32s) -
 
 @kernel
 def _encode(
-    source: Any, kind: int, block: int, bounds: Any, remap: Any, in_order: bool, packed: Any, absmax: Any, given: bool
+    values: Any, block: int, bounds: Any, remap: Any, in_order: bool, packed: Any, absmax: Any, given: bool
 ) -> bool:
-    """All blocks of a chunk. Returns False if a value is not finite."""
+    """All blocks of a piece. Returns False if a value is not finite."""
     batch = max(block, BATCH)
-    bits, ranks = np.empty(batch, np.uint32), np.empty(batch, np.int32)
-    values, pairs = bits.view(np.float32), ranks.view(np.uint64)
+    ratios, ranks = np.empty(batch, np.float32), np.empty(batch, np.int32)
+    pairs = ranks.view(np.uint64)
     fine = True
-    for begin in range(0, source.size, batch):
-        count = min(batch, source.size - begin)
-        widen(source[begin : begin + count], kind, bits)
-        for start in range(0, count, block):
-            stop = min(start + block, count)
-            top = largest(bits[start:stop])
-            fine &= top < INFINITY
-            index = (begin + start) // block
+    for begin in range(0, values.size, batch):
+        count = min(batch, values.size - begin)
+        for start in range(begin, begin + count, block):
+            part = values[start : min(start + block, begin + count)]
+            short = part.size < block
+            most, index = largest(part), start // block
+            fine &= most < np.float32(np.inf)
             if not given:
-                absmax[index] = stored_absmax(top, stop - start < block)
-            normalize(values[start:stop], absmax[index], stop - start < block)
+                absmax[index] = max(most, SMALLEST) if short else most
+            normalize(part, absmax[index], short, ratios[start - begin : begin + count])
         if count % 2:
-            values[count] = 0
+            ratios[count] = 0
             count += 1
-        rank(values[:count], bounds, ranks)
+        rank(ratios[:count], bounds, ranks)
         target = packed[begin // 2 : (begin + count) // 2]
-        pack(pairs, target)
+        _pack(pairs, target)
         if not in_order:
             for i in range(target.size):
                 target[i] = remap[target[i]]
@@ -136,7 +142,7 @@ def _encode(
 
 
 @kernel
-def pack(pairs: Any, packed: Any) -> None:
+def _pack(pairs: Any, packed: Any) -> None:
     """packed[i] = first code << 4 | second code, of pairs of 32-bit codes that were read as 64-bit numbers."""
     for i in range(packed.size):
         pair = pairs[i]
@@ -144,18 +150,14 @@ def pack(pairs: Any, packed: Any) -> None:
 
 
 @kernel
-def _decode(packed: Any, absmax: Any, block: int, levels: Any, kind: int, out: Any) -> None:
-    """All blocks of a chunk: sixteen products and roundings a block, then a table look-up a value."""
-    wide = np.empty(levels.size, np.uint32)
-    table = np.empty(levels.size, out.dtype)
+def _decode(packed: Any, absmax: Any, block: int, levels: Any, out: Any) -> None:
+    """All blocks of a piece."""
     for start in range(0, out.size, block):
-        stop = min(start + block, out.size)
-        scaled_levels(levels, absmax[start // block], wide)
-        narrow(wide, kind, table)
-        codes = packed[start // 2 : (stop + 1) // 2]
-        target = out[start:stop]
+        target = out[start : min(start + block, out.size)]
+        codes = packed[start // 2 : (start + target.size + 1) // 2]
+        scale = absmax[start // block]
         for i in range(target.size // 2):
-            target[2 * i] = table[codes[i] >> np.uint8(4)]
-            target[2 * i + 1] = table[codes[i] & np.uint8(15)]
+            target[2 * i] = levels[codes[i] >> np.uint8(4)] * scale
+            target[2 * i + 1] = levels[codes[i] & np.uint8(15)] * scale
         if target.size % 2:
-            target[target.size - 1] = table[codes[codes.size - 1] >> np.uint8(4)]
+            target[target.size - 1] = levels[codes[codes.size - 1] >> np.uint8(4)] * scale

@@ -12,20 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedqsn_cli.quantization.jit import (
-    F16,
-    INFINITY,
-    NonFinite,
-    as_bits,
-    kernel,
-    largest,
-    narrow,
-    narrow_half,
-    to_bits,
-    to_float,
-    widen,
-    widen_half,
-)
+from fedqsn_cli.quantization.blocks import largest
+from fedqsn_cli.quantization.floats import PIECE, Floats, writable
+from fedqsn_cli.quantization.jit import NonFinite, kernel, narrow_half, to_bits, to_float, widen_half
 from fedqsn_cli.quantization.threads import run_ranges
 
 INVERSE = np.float32(7.874015718698502e-3)  # bitsandbytes' own constant for 1 / 127
@@ -43,16 +32,20 @@ def quantize_int8(x: NDArray[Any], dtype: str, codes: NDArray[np.int8], scb: NDA
     Raises:
         NonFinite: a value is NaN, infinite, or beyond the range of fp16.
     """
-    bits, kind = as_bits(x, dtype)
+    source = Floats(x, dtype)
     rows, cols = _checked(x, codes, scb)
+    step, flat = max(1, PIECE // max(cols, 1)), codes.reshape(-1)
     flaws: list[int] = []
 
-    def work(first: int, stop: int) -> None:
-        part = slice(first * cols, stop * cols)
-        if not _encode(bits[part], kind, cols, codes.reshape(-1)[part], scb[first:stop]):
-            flaws.append(first)
+    def work(start: int, stop: int) -> None:
+        scratch = source.scratch(step * cols)
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            values = source.read(first * cols, last * cols, scratch)
+            if not _encode(values, cols, flat[first * cols : last * cols], scb[first:last]):
+                flaws.append(first)
 
-    run_ranges(rows, 16, work)
+    run_ranges(rows, step, work)
     if flaws:
         raise NonFinite("a value is NaN, infinite, or too large for int8 (beyond fp16)")
 
@@ -63,57 +56,55 @@ def dequantize_int8(codes: NDArray[np.int8], scb: NDArray[np.float32], dtype: st
     Raises:
         NonFinite: a scale is NaN or infinite.
     """
-    bits, kind = as_bits(out, dtype)
+    target = Floats(out, dtype)
     rows, cols = _checked(out, codes, scb)
     if not np.isfinite(scb).all():
         raise NonFinite("a row scale is NaN or infinite")
+    step, flat, scales = max(1, PIECE // max(cols, 1)), writable(codes.reshape(-1)), writable(scb)
 
-    def work(first: int, stop: int) -> None:
-        part = slice(first * cols, stop * cols)
-        _decode(codes.reshape(-1)[part], scb[first:stop], cols, kind, bits[part])
+    def work(start: int, stop: int) -> None:
+        scratch = target.scratch(step * cols)
+        for first in range(start, stop, step):
+            begin, end = first * cols, min(first + step, stop) * cols
+            values = target.room(begin, end, scratch)
+            _decode(flat[begin:end], scales[first : min(first + step, stop)], cols, values)
+            target.write(begin, end, values)
 
-    run_ranges(rows, 16, work)
+    run_ranges(rows, step, work)
 
 
 def _checked(x: NDArray[Any], codes: NDArray[np.int8], scb: NDArray[np.float32]) -> tuple[int, int]:
     """Rows and columns, after the arrays were found to fit together. Raises ValueError: the caller is wrong."""
     if x.ndim != 2 or codes.dtype != np.int8 or codes.shape != x.shape or not codes.flags.c_contiguous:
         raise ValueError(f"int8 codes of shape {codes.shape} do not fit a matrix of shape {x.shape}")
-    if scb.dtype != np.float32 or scb.shape != x.shape[:1]:
+    if scb.dtype != np.float32 or scb.shape != x.shape[:1] or not scb.flags.c_contiguous:
         raise ValueError(f"{x.shape[0]} rows need as many scales")
     return x.shape[0], x.shape[1]
 
 
 @kernel
-def _encode(source: Any, kind: int, cols: int, codes: Any, scb: Any) -> bool:
-    """All rows of a chunk. Returns False if a value is not finite in fp16."""
-    bits = np.empty(cols, np.uint32)
-    values = bits.view(np.float32)
+def _encode(values: Any, cols: int, codes: Any, scb: Any) -> bool:
+    """All rows of a piece. Returns False if a value is not finite in fp16."""
+    halves = np.empty(cols, np.float32)
     fine = True
     for row in range(scb.size):
-        start = row * cols
-        widen(source[start : start + cols], kind, bits)
-        if kind != F16:
-            for i in range(cols):
-                bits[i] = widen_half(narrow_half(bits[i]))
-        top = largest(bits)
-        fine &= top < INFINITY
-        scb[row] = to_float(top)
-        factor = np.float32(0)
-        if np.uint32(0) < top < INFINITY:
-            factor = (np.float32(1) / scb[row]) * np.float32(127)
-        target = codes[start : start + cols]
+        source, target = values[row * cols : (row + 1) * cols], codes[row * cols : (row + 1) * cols]
         for i in range(cols):
-            target[i] = np.int8((values[i] * factor + ROUNDER) - ROUNDER)
-    return fine
+            halves[i] = to_float(widen_half(narrow_half(to_bits(source[i]))))
+        scale = largest(halves)
+        finite = scale < np.float32(np.inf)
+        fine &= finite
+        factor = (np.float32(1) / scale) * np.float32(127) if finite and scale > 0 else np.float32(0)
+        scb[row] = scale
+        for i in range(cols):
+            target[i] = np.int8((halves[i] * factor + ROUNDER) - ROUNDER)
+    return bool(fine)
 
 
 @kernel
-def _decode(codes: Any, scb: Any, cols: int, kind: int, out: Any) -> None:
-    bits = np.empty(cols, np.uint32)
+def _decode(codes: Any, scb: Any, cols: int, out: Any) -> None:
     for row in range(scb.size):
-        start = row * cols
-        source = codes[start : start + cols]
+        source, target = codes[row * cols : (row + 1) * cols], out[row * cols : (row + 1) * cols]
+        scale = scb[row]
         for i in range(cols):
-            bits[i] = to_bits((np.float32(source[i]) * scb[row]) * INVERSE)
-        narrow(bits, kind, out[start : start + cols])
+            target[i] = (np.float32(source[i]) * scale) * INVERSE

@@ -19,11 +19,10 @@ BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # by bytes of an
 
 def fill_rows(x: Array, hidden: Bools, source: Array | None) -> None:
     """Put zeros, or the rows of `source`, into the hidden rows of x ([rows, cols], in place); hidden is [rows]."""
-    target, other = _bits(x), None if source is None else _bits(source)
+    target, other = _bits(x), _bits(x if source is None else source)
 
     def work(start: int, stop: int) -> None:
-        for row in np.flatnonzero(hidden[start:stop]) + start:
-            target[row] = 0 if other is None else other[row]
+        _rows(target[start:stop], hidden[start:stop], other[start:stop], source is not None)
 
     run_ranges(len(x), max(1, GRAIN // max(x.shape[1], 1)), work)
 
@@ -42,10 +41,10 @@ def fill_columns(x: Array, hidden: Bools, source: Array | None) -> None:
 def fill_elements(x: Array, hidden: Bools, source: Array | None) -> None:
     """The same for single elements; hidden is [rows, cols]."""
     target, flags = _bits(x).reshape(-1), np.ascontiguousarray(hidden).reshape(-1)
-    other = _bits(x if source is None else source).reshape(-1)
+    other, zero = _bits(x if source is None else source).reshape(-1), target.dtype.type(0)
 
     def work(start: int, stop: int) -> None:
-        _elements(target[start:stop], flags[start:stop], other[start:stop], source is not None)
+        _elements(target[start:stop], flags[start:stop], other[start:stop], source is not None, zero)
 
     run_ranges(target.size, GRAIN, work)
 
@@ -55,6 +54,19 @@ def _bits(x: Array) -> Array:
     if not x.flags.c_contiguous:
         raise ValueError("the array is not in C order")
     return x.view(BITS[x.itemsize])
+
+
+@kernel
+def _rows(x: Any, hidden: Any, source: Any, filled: bool) -> None:
+    for row in range(x.shape[0]):
+        if not hidden[row]:
+            continue
+        line, other = x[row], source[row]
+        if filled:
+            for i in range(line.size):
+                line[i] = other[i]
+        else:
+            line[:] = 0  # not one expression: of 0 and uint64 numba would make float64
 
 
 @kernel
@@ -71,10 +83,10 @@ def _columns(x: Any, keep: Any, source: Any, filled: bool) -> None:
 
 
 @kernel
-def _elements(x: Any, hidden: Any, source: Any, filled: bool) -> None:
+def _elements(x: Any, hidden: Any, source: Any, filled: bool, zero: Any) -> None:
     if filled:
         for i in range(x.size):
             x[i] = source[i] if hidden[i] else x[i]
     else:
         for i in range(x.size):
-            x[i] = 0 if hidden[i] else x[i]
+            x[i] = zero if hidden[i] else x[i]  # of x's own type: of 0 and uint64 numba would make float64

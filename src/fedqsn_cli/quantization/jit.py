@@ -1,7 +1,7 @@
-"""How kernels are compiled, and what all of them need: bits of floats, 16-bit floats to fp32 and back, absmax.
+"""How kernels are compiled, and the bits of floats: 16-bit ones to fp32 and back.
 
-Floats travel as their bits (uint32 for F32, uint16 for F16 and BF16), so that one kernel reads all three. Nothing here
-may depend on the machine's rounding of subnormal numbers or on fused or reordered arithmetic: no fastmath.
+No kernel may depend on fused or reordered arithmetic: fastmath stays off. numba looks for changes only in the file of a
+kernel that it keeps on disk, not in the files of kernels that it calls: after a change here, touch the callers.
 """
 
 from __future__ import annotations
@@ -123,16 +123,6 @@ def narrow(source: Any, kind: int, out: Any) -> None:
     else:
         for i in range(out.size):
             out[i] = narrow_half(source[i])
-
-
-@kernel
-def largest(bits: Any) -> Any:
-    """Bits of the largest magnitude among fp32 numbers given as bits; at least INFINITY if one is not finite."""
-    most = np.uint32(0)
-    for i in range(bits.size):  # from 0: an index that cannot be negative is what lets LLVM vectorise
-        magnitude = np.uint32(bits[i] & MAGNITUDE)
-        most = magnitude if magnitude > most else most
-    return most
 
 
 @kernel

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedqsn_cli.quantization.blocks import largest
 from fedqsn_cli.quantization.codebooks import dynamic_map
+from fedqsn_cli.quantization.floats import writable
 from fedqsn_cli.quantization.jit import NonFinite, kernel
 
 Bytes = NDArray[np.uint8]
@@ -48,18 +50,21 @@ def double_quantize(absmax: Float32s) -> DoubleQuantized:
     Raises:
         NonFinite: a scale or their sum is NaN or infinite.
     """
-    absmax = np.ascontiguousarray(absmax, dtype=np.float32)
+    absmax = writable(np.ascontiguousarray(absmax, dtype=np.float32))
     offset = np.float32(_mean(absmax))
     if not np.isfinite(offset):
         raise NonFinite("a block scale, or the sum of all, is NaN or infinite")
-    centred = absmax - offset
     codes = np.empty(absmax.size, np.uint8)
     nested = np.empty(-(-absmax.size // NESTED_BLOCK), np.float32)
-    for index, start in enumerate(range(0, absmax.size, NESTED_BLOCK)):
-        block = centred[start : start + NESTED_BLOCK]
-        nested[index] = np.abs(block).max()
-        codes[start : start + NESTED_BLOCK] = _nearest(block, nested[index])
+    _nearest(absmax - offset, nested, False, _table(), codes)
     return DoubleQuantized(codes, nested, dynamic_map(), offset)
+
+
+def nearest_codes(absmax: Float32s, scales: DoubleQuantized) -> Bytes:
+    """Codes for other block scales, fp32 [n], under the nested scales and the offset that are there already."""
+    codes = np.empty(absmax.size, np.uint8)
+    _nearest(absmax - scales.offset, writable(scales.nested_absmax), True, _table(), codes)
+    return codes
 
 
 def double_dequantize(scales: DoubleQuantized) -> Float32s:
@@ -67,29 +72,6 @@ def double_dequantize(scales: DoubleQuantized) -> Float32s:
     each = np.repeat(scales.nested_absmax, NESTED_BLOCK)[: scales.codes.size]
     absmax: Float32s = scales.nested_map[scales.codes] * each + scales.offset
     return absmax
-
-
-def nearest_codes(absmax: Float32s, scales: DoubleQuantized) -> Bytes:
-    """Codes for other block scales, fp32 [n], under the nested scales and the offset that are there already."""
-    centred = absmax - scales.offset
-    codes = np.empty(absmax.size, np.uint8)
-    for index, start in enumerate(range(0, absmax.size, NESTED_BLOCK)):
-        block = slice(start, start + NESTED_BLOCK)
-        codes[block] = _nearest(centred[block], scales.nested_absmax[index])
-    return codes
-
-
-def _nearest(block: Float32s, absmax: np.float32) -> Bytes:
-    """Codes of one block. A block of zeros gets code 0, whose level is not zero: its scale is."""
-    if absmax == 0:
-        return np.zeros(block.size, np.uint8)
-    with np.errstate(over="ignore", invalid="ignore"):
-        y = np.clip(block * (np.float32(1) / absmax), np.float32(-1), np.float32(1))
-    half = (np.float32(1) + y) * np.float32(0.5)
-    cells = (half.astype(np.float64) * _CELLS + 0.5).astype(np.float32)  # exact in fp64, so rounded once, like an fma
-    cells[np.isnan(cells)] = 0  # 0 times an infinite reciprocal
-    codes: Bytes = _table()[cells.astype(np.uint16)]
-    return codes
 
 
 @cache
@@ -100,6 +82,23 @@ def _table() -> Bytes:
     cell = np.arange(_CELLS + 1, dtype=np.float32)
     centres = (cell + cell) / np.float32(_CELLS) - np.float32(1)
     return np.searchsorted(bounds, centres, side="left").astype(np.uint8)
+
+
+@kernel
+def _nearest(centred: Any, nested: Any, given: bool, table: Any, codes: Any) -> None:
+    """Codes of all blocks; a block of zeros gets code 0, whose level is not zero: its scale is."""
+    for start in range(0, centred.size, NESTED_BLOCK):
+        part, target = centred[start : start + NESTED_BLOCK], codes[start : start + NESTED_BLOCK]
+        if not given:
+            nested[start // NESTED_BLOCK] = largest(part)
+        factor = np.float32(1) / nested[start // NESTED_BLOCK]
+        for i in range(part.size):
+            y = part[i] * factor
+            y = y if y >= np.float32(-1) else np.float32(-1)  # NaN, too: 0 times an infinite reciprocal
+            y = min(y, np.float32(1))
+            half = (np.float32(1) + y) * np.float32(0.5)
+            cell = np.float32(np.float64(half) * 65535.0 + 0.5)  # exact in fp64, so rounded once, like an fma
+            target[i] = table[np.uint16(cell)]
 
 
 @kernel
@@ -124,7 +123,7 @@ def _mean(x: Any) -> Any:
 
 @kernel
 def _cascade(x: Any, count: int, width: int, sums: Any) -> None:
-    """sums[:width] = column sums of x[: count * width] seen as [count, width], in four levels that take over in turn."""
+    """sums[:width] = column sums of x[: count * width] as [count, width], in four levels that take over in turn."""
     digits = 0
     while count > 1 and (count - 1) >> digits:
         digits += 1

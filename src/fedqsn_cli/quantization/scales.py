@@ -47,13 +47,14 @@ class Scales:
 
         Args:
             unseen: [blocks or rows]; all codes there are the code of zero, or the base's.
-            base: scales to put there. None puts 0, or into quantized scales the code of their offset.
+            base: scales to put there. None puts 0, or into quantized scales the code that a block of zeros has: what is
+                hidden from a client looks like what the server hides.
         """
         if self.nested is None:
             absmax = self.absmax.copy()
             absmax[unseen] = 0 if base is None else base.absmax[unseen]
             return replace(self, absmax=absmax)
-        wanted = np.full(unseen.size, self.nested.offset, np.float32)
+        wanted = np.zeros(unseen.size, np.float32)
         if base is not None:
             wanted[unseen] = base.absmax[unseen]
         codes = np.where(unseen, nearest_codes(wanted, self.nested), self.nested.codes)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedqsn_cli.quantization.floats import writable
 from fedqsn_cli.quantization.jit import kernel
 from fedqsn_cli.quantization.threads import run_ranges
 
@@ -34,10 +35,11 @@ def select_codes_rows(
         fill: packed codes of the same elements that replace them instead.
     """
     source, filled = _source(packed, start, count, zero_code, fill)
+    flags = writable(np.ascontiguousarray(hidden, dtype=np.bool_))
 
     def work(first: int, stop: int) -> None:
         part = packed[first // 2 : (stop + 1) // 2]
-        _rows(part, start + first, stop - first, cols, hidden, source[first // 2 :] if filled else source, filled)
+        _rows(part, start + first, stop - first, cols, flags, source[first // 2 :] if filled else source, filled)
 
     run_ranges(count, GRAIN, work)
 
@@ -61,7 +63,7 @@ def select_codes_elements(
 ) -> None:
     """Replace the codes of hidden elements, in place; hidden is [count], the rest as for `select_codes_rows`."""
     source, filled = _source(packed, 0, count, zero_code, fill)
-    flags = np.ascontiguousarray(hidden, dtype=np.bool_).reshape(-1)
+    flags = writable(np.ascontiguousarray(hidden, dtype=np.bool_).reshape(-1))
     if flags.size != count:
         raise ValueError(f"{count} codes need as many flags")
 
@@ -80,7 +82,7 @@ def _source(packed: Bytes, start: int, count: int, zero_code: int, fill: Bytes |
         return np.full(1, zero_code << 4 | zero_code, np.uint8), False
     if fill.dtype != np.uint8 or fill.shape != packed.shape:
         raise ValueError("the codes to fill with have another shape")
-    return fill, True
+    return writable(fill), True
 
 
 @kernel

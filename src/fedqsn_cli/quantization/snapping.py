@@ -11,33 +11,22 @@ except that zeros are always +0.0. A shorter last block follows bitsandbytes' ru
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedqsn_cli.quantization.blocks import SMALLEST, normalize, rank, scaled_levels, stored_absmax
-from fedqsn_cli.quantization.codebooks import BLOCK_SIZES, LEVELS, codebook
-from fedqsn_cli.quantization.jit import (
-    INFINITY,
-    MAGNITUDE,
-    NonFinite,
-    as_bits,
-    kernel,
-    largest,
-    narrow,
-    plain_zeros,
-    to_bits,
-    widen,
-)
-from fedqsn_cli.quantization.snapping8 import snap_int8
+from fedqsn_cli.quantization.blocks import BATCH, SMALLEST, largest, nearest, normalize
+from fedqsn_cli.quantization.codebooks import BLOCK_SIZES, codebook
+from fedqsn_cli.quantization.floats import PIECE, Floats
+from fedqsn_cli.quantization.jit import NonFinite, kernel
+from fedqsn_cli.quantization.snapping8 import column_scales, snap_rows_int8, snap_table_int8
 from fedqsn_cli.quantization.threads import run_ranges
 
 Array = NDArray[Any]
 Float32s = NDArray[np.float32]
-
-TILE = 32  # columns that are snapped together: a block of 64 rows of them stays in the first cache
-GRAIN = 1 << 15  # values that are worth a thread
+Step = Callable[[Float32s, Float32s, Float32s], bool]  # values, reference, out -> are all finite?
 
 
 def snap(
@@ -76,154 +65,99 @@ def snap_with(
         reference: as x. Where a block of it is all zero, so is the result.
         absmax: [cols] of the reference, where `snap` would need it.
     """
-    source, kind = as_bits(x, dtype)
-    scale_source, target = as_bits(reference, dtype)[0], as_bits(out, dtype)[0]
-    if not source.size == scale_source.size == target.size == rows * cols:
+    sources = Floats(x, dtype), Floats(reference, dtype), Floats(out, dtype)
+    if any(floats.size != rows * cols for floats in sources):
         raise ValueError(f"the arrays do not hold {rows} x {cols} values")
-    if format == "int8":
-        snap_int8(source, scale_source, target, kind, (rows, cols), geometry, absmax)
-        return
-    if block not in BLOCK_SIZES or geometry not in {"flat", "row", "column"}:
+    if geometry not in {"flat", "row", "column"} or (format != "int8" and block not in BLOCK_SIZES):
         raise ValueError(f"no geometry {geometry} with blocks of {block}")
-    book = codebook(format)
-    same = reference is x
+    if not rows * cols:
+        return
+    step, size = _step(sources[1], format, block, geometry, cols, absmax)
     flaws: list[int] = []
 
-    def runs(start: int, stop: int) -> None:
-        x, scale_x, y = source[start:stop], scale_source[start:stop], target[start:stop]
-        run = cols if geometry == "row" else stop - start
-        if not _snap_runs(x, scale_x, same, kind, run, block, book.bounds, book.levels, y):
-            flaws.append(start)
+    def work(start: int, stop: int) -> None:
+        scratches = [floats.scratch(size) for floats in sources]
+        for first in range(start, stop, size):
+            last = min(first + size, stop)
+            values = sources[0].read(first, last, scratches[0])
+            scales = values if reference is x else sources[1].read(first, last, scratches[1])
+            target = sources[2].room(first, last, scratches[2])
+            if not step(values, scales, target):
+                flaws.append(first)
+            sources[2].write_plain(first, last, target)
 
-    def columns(start: int, stop: int) -> None:
-        args = same, kind, cols, start, stop, block, book.bounds, book.levels, target
-        if not _snap_columns(source, scale_source, *args):
-            flaws.append(start)
-
-    if geometry == "column":
-        run_ranges(cols, TILE, columns)
-    else:
-        unit = block if geometry == "flat" else cols
-        run_ranges(source.size, max(1, -(-GRAIN // max(unit, 1))) * max(unit, 1), runs)
+    run_ranges(rows * cols, size, work)
     if flaws:
         raise NonFinite("a value is NaN or infinite")
 
 
+def _step(
+    reference: Floats, format: str, block: int, geometry: str, cols: int, absmax: Float32s | None
+) -> tuple[Step, int]:
+    """What to do with a piece, and how many values make one."""
+    whole_rows = max(1, PIECE // cols) * cols
+    if format == "int8":
+        if geometry != "column":
+            return lambda x, scale_x, out: snap_rows_int8(x, scale_x, cols, out), whole_rows
+        table = column_scales(reference, cols, absmax)
+        return lambda x, _, out: snap_table_int8(x, table, out), whole_rows
+    book = codebook(format)
+    if geometry == "column":
+        return lambda x, scale_x, out: _snap_panel(x, scale_x, cols, block, book.bounds, book.levels, out), block * cols
+    size = max(block, PIECE) if geometry == "flat" else whole_rows
+    run = size if geometry == "flat" else cols
+    return lambda x, scale_x, out: _snap_runs(x, scale_x, run, block, book.bounds, book.levels, out), size
+
+
 @kernel
-def _snap_runs(
-    source: Any, reference: Any, same: bool, kind: int, run: int, block: int, bounds: Any, levels: Any, out: Any
-) -> bool:
+def _snap_runs(values: Any, reference: Any, run: int, block: int, bounds: Any, levels: Any, out: Any) -> bool:
     """Runs of `run` values, one after the other."""
-    bits, ranks = np.empty(block, np.uint32), np.empty(block, np.int32)
-    wide, table = np.empty(LEVELS, np.uint32), np.empty(LEVELS, out.dtype)
-    values, places = bits.view(np.float32), ranks.view(np.uint32)
-    fine = True
-    for begin in range(0, source.size, run):
-        end = min(begin + run, source.size)
-        for start in range(begin, end, block):
-            stop = min(start + block, end)
-            count = stop - start
-            widen(reference[start:stop], kind, bits)
-            top = largest(bits[:count])
-            fine &= top < INFINITY
-            if not same:
-                widen(source[start:stop], kind, bits)
-                fine &= largest(bits[:count]) < INFINITY
-            absmax = stored_absmax(top, count < block) if top != 0 else np.float32(0)
-            normalize(values[:count], absmax, count < block)
-            rank(values[:count], bounds, ranks)
-            scaled_levels(levels, absmax, wide)
-            narrow(wide, kind, table)
-            plain_zeros(table)
-            target = out[start:stop]
-            for i in range(count):
-                target[i] = table[places[i]]
+    batch = max(block, BATCH)
+    ratios = np.empty(batch, np.float32)
+    scales = np.empty(batch // block, np.float32)
+    fine = largest(values) < np.float32(np.inf)
+    for begin in range(0, values.size, run):
+        end = min(begin + run, values.size)
+        for first in range(begin, end, batch):
+            last = min(first + batch, end)
+            for start in range(first, last, block):
+                part, short = values[start : min(start + block, last)], start + block > last
+                absmax = largest(reference[start : min(start + block, last)])
+                fine &= absmax < np.float32(np.inf)
+                absmax = max(absmax, SMALLEST) if short and absmax > 0 else absmax
+                scales[(start - first) // block] = absmax
+                normalize(part, absmax, short, ratios[start - first :])
+            nearest(ratios[: last - first], bounds, levels, out[first:last])
+            for start in range(first, last, block):
+                absmax, target = scales[(start - first) // block], out[start : min(start + block, last)]
+                for i in range(target.size):
+                    target[i] = target[i] * absmax
     return bool(fine)
 
 
 @kernel
-def _snap_columns(
-    source: Any, reference: Any, same: bool, kind: int, cols: int, first: int, stop: int, block: int, bounds: Any,
-    levels: Any, out: Any,
-) -> bool:  # fmt: skip
-    """Columns first .. stop of flat matrices, in tiles of `block` rows and TILE columns; every step goes along rows."""
-    rows = source.size // cols
-    bits, ranks = np.empty(block * TILE, np.uint32), np.empty(block * TILE, np.int32)
-    values, places = bits.view(np.float32), ranks.view(np.uint32)
-    tops, table = np.empty(TILE, np.uint32), np.empty(LEVELS * TILE, out.dtype)
-    fine = True
-    for top in range(0, rows, block):
-        count = min(block, rows - top)
-        for left in range(first, stop, TILE):
-            start, width = top * cols + left, min(TILE, stop - left)
-            fine &= _widen_tile(reference, kind, start, cols, count, width, bits, tops)
-            absmax = _column_scales(tops, count < block)
-            if not same:
-                fine &= _widen_tile(source, kind, start, cols, count, width, bits, tops)
-            tile = values[: count * TILE]
-            _normalize_tile(tile, absmax, count < block)
-            rank(tile, bounds, ranks)
-            _levels_of_columns(levels, absmax, kind, table)
-            _look_up(places, table, count, out, start, cols, width)
-    return bool(fine)
-
-
-@kernel
-def _widen_tile(
-    source: Any, kind: int, start: int, cols: int, rows: int, width: int, bits: Any, tops: Any
-) -> bool:
-    """Rows of a tile, each TILE wide with zeros behind; the bits of the largest magnitude of each column."""
-    tops[:] = np.uint32(0)
-    for row in range(rows):
-        line = bits[row * TILE : (row + 1) * TILE]
-        for i in range(width, TILE):
-            line[i] = 0
-        widen(source[start + row * cols : start + row * cols + width], kind, line)
-        for i in range(TILE):
-            magnitude = np.uint32(line[i] & MAGNITUDE)
-            tops[i] = magnitude if magnitude > tops[i] else tops[i]
-    return bool(largest(tops) < INFINITY)
-
-
-@kernel
-def _column_scales(tops: Any, short: bool) -> Any:
-    absmax = np.empty(TILE, np.float32)
-    for i in range(TILE):
-        absmax[i] = stored_absmax(tops[i], short) if tops[i] != 0 else np.float32(0)
-    return absmax
-
-
-@kernel
-def _normalize_tile(values: Any, absmax: Any, short: bool) -> None:
-    """`normalize`, column by column."""
-    factors = np.empty(TILE, np.float32)
-    for i in range(TILE):
+def _snap_panel(values: Any, reference: Any, cols: int, block: int, bounds: Any, levels: Any, out: Any) -> bool:
+    """At most `block` whole rows, each column a block; every step goes along rows."""
+    absmax, factors, ratios = np.zeros(cols, np.float32), np.empty(cols, np.float32), np.empty(cols, np.float32)
+    short = values.size < block * cols
+    fine = largest(values) < np.float32(np.inf)
+    for start in range(0, values.size, cols):
+        line = reference[start : start + cols]
+        for i in range(cols):
+            absmax[i] = max(absmax[i], abs(line[i]))
+    fine &= largest(absmax) < np.float32(np.inf) and largest(reference) < np.float32(np.inf)
+    for i in range(cols):
+        if short and absmax[i] > 0:
+            absmax[i] = max(absmax[i], SMALLEST)
         divisor = max(absmax[i], SMALLEST)
         factors[i] = divisor if short else np.float32(1) / divisor
-        if absmax[i] == np.float32(0):
+        if absmax[i] == 0:
             factors[i] = np.float32(np.inf) if short else np.float32(0)
-    for start in range(0, values.size, TILE):
-        line = values[start : start + TILE]
-        for i in range(TILE):
-            line[i] = line[i] / factors[i] if short else line[i] * factors[i]
-
-
-@kernel
-def _levels_of_columns(levels: Any, absmax: Any, kind: int, table: Any) -> None:
-    """table[r * TILE + c] = level r of column c, as it is stored."""
-    wide = np.empty(TILE, np.uint32)
-    for place in range(LEVELS):
-        for i in range(TILE):
-            wide[i] = to_bits(levels[place] * absmax[i])
-        narrow(wide, kind, table[place * TILE : (place + 1) * TILE])
-    plain_zeros(table)
-
-
-@kernel
-def _look_up(places: Any, table: Any, rows: int, out: Any, start: int, cols: int, width: int) -> None:
-    """Write the levels of a tile, whose rows of TILE values became rows of `width`."""
-    for row in range(rows):
-        line = places[row * TILE : (row + 1) * TILE]
-        target = out[start + row * cols : start + row * cols + width]
-        for i in range(target.size):
-            target[i] = table[line[i] * np.uint32(TILE) + np.uint32(i)]
+    for start in range(0, values.size, cols):
+        line, target = values[start : start + cols], out[start : start + cols]
+        for i in range(cols):
+            ratios[i] = line[i] / factors[i] if short else line[i] * factors[i]
+        nearest(ratios, bounds, levels, target)
+        for i in range(cols):
+            target[i] = target[i] * absmax[i]
+    return bool(fine)

@@ -13,20 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedqsn_cli.quantization.blocks import largest
 from fedqsn_cli.quantization.codes8 import INVERSE, ROUNDER
-from fedqsn_cli.quantization.jit import (
-    INFINITY,
-    NonFinite,
-    as_bits,
-    kernel,
-    largest,
-    narrow,
-    plain_zeros,
-    to_bits,
-    to_float,
-    widen,
-)
-from fedqsn_cli.quantization.threads import run_ranges
+from fedqsn_cli.quantization.floats import PIECE, Floats
+from fedqsn_cli.quantization.jit import NonFinite, kernel
 
 Array = NDArray[Any]
 Float32s = NDArray[np.float32]
@@ -44,111 +34,89 @@ def column_absmax(x: Array, dtype: str, *, rows: int, cols: int, out: Float32s) 
     Raises:
         NonFinite: a value is NaN or infinite.
     """
-    source, kind = as_bits(x, dtype)
+    source = Floats(x, dtype)
     if out.dtype != np.float32 or out.shape != (cols,) or source.size != rows * cols:
         raise ValueError(f"the arrays do not hold {rows} x {cols} values and {cols} scales")
-    _column_absmax(source.reshape(rows, cols), kind, out.view(np.uint32))
+    _gather(source, cols, out)
+
+
+def _gather(source: Floats, cols: int, out: Float32s) -> None:
+    size = max(1, PIECE // max(cols, 1)) * cols
+    scratch = source.scratch(size)
+    for first in range(0, source.size, max(size, 1)):
+        last = min(first + size, source.size)
+        values = source.read(first, last, scratch).reshape(-1, cols)
+        np.maximum(out, np.abs(values).max(axis=0), out=out)  # NaN stays NaN
     if not np.isfinite(out).all():
         raise NonFinite("a value is NaN or infinite")
 
 
-def snap_int8(
-    source: Array, reference: Array, out: Array, kind: int, shape: tuple[int, int], geometry: str,
-    absmax: Float32s | None,
-) -> None:  # fmt: skip
-    """What `snap_with` does for int8; source, reference and out are flat bits of matrices of `shape`."""
-    rows, cols = shape
-    matrices = source.reshape(shape), reference.reshape(shape), out.reshape(shape)
-    by_column = geometry == "column"
-    flaws: list[int] = []
-    if by_column:
-        if absmax is None:
-            absmax = np.zeros(cols, np.float32)
-            _column_absmax(matrices[1], kind, absmax.view(np.uint32))
-        if absmax.dtype != np.float32 or absmax.shape != (cols,):
-            raise ValueError(f"{cols} columns need as many scales")
-        factors = _factors(absmax)
+def column_scales(reference: Floats, cols: int, absmax: Float32s | None) -> Float32s:
+    """What `snap_table_int8` needs to know of each column: fp32 [4, cols].
 
-    def work(first: int, stop: int) -> None:
-        x, scale_x, y = (matrix[first:stop] for matrix in matrices)
-        if not (_snap_columns(x, kind, factors, y) if by_column else _snap_rows(x, scale_x, y, kind)):
-            flaws.append(first)
-
-    run_ranges(rows, 16, work)
-    if flaws or (absmax is not None and not np.isfinite(absmax).all()):
-        raise NonFinite("a value is NaN or infinite")
+    Args:
+        reference: the matrix whose columns give the scales, unless `absmax` is given: [cols].
+    """
+    if absmax is None:
+        absmax = np.zeros(cols, np.float32)
+        _gather(reference, cols, absmax)
+    if absmax.dtype != np.float32 or absmax.shape != (cols,):
+        raise ValueError(f"{cols} columns need as many scales")
+    if not np.isfinite(absmax).all():
+        raise NonFinite("a scale is NaN or infinite")
+    table = np.empty((4, cols), np.float32)
+    _factors(np.ascontiguousarray(absmax), table)
+    return table
 
 
 @kernel
-def _column_absmax(source: Any, kind: int, out: Any) -> None:
-    bits = np.empty(source.shape[1], np.uint32)
-    for row in range(source.shape[0]):
-        widen(source[row], kind, bits)
-        for i in range(bits.size):
-            magnitude = np.uint32(bits[i] & np.uint32(0x7FFFFFFF))
-            out[i] = magnitude if magnitude > out[i] else out[i]
-
-
-@kernel
-def _shift(absmax: Any) -> Any:
-    """The power of two that brings a scale to where neither its reciprocal nor 127 times it overflows."""
-    if absmax < np.float32(2.0**-100):
-        return np.float32(2.0**100)
-    return np.float32(2.0**-10) if absmax > np.float32(2.0**100) else np.float32(1)
-
-
-@kernel
-def _factors(absmax: Any) -> Any:
-    """For each scale: the shift, what a shifted value is multiplied by, the shifted scale, and the shift back."""
-    up, factor = np.empty(absmax.size, np.float32), np.zeros(absmax.size, np.float32)
-    scale, down = np.empty(absmax.size, np.float32), np.empty(absmax.size, np.float32)
+def _factors(absmax: Any, table: Any) -> None:
+    """For each scale: the power of two that keeps its reciprocal and 127 times it in range, what a shifted value is
+    multiplied by, the shifted scale, and the shift back."""
     for i in range(absmax.size):
-        up[i] = _shift(absmax[i])
-        down[i] = np.float32(1) / up[i]
-        scale[i] = absmax[i] * up[i]
-        if scale[i] > 0:
-            factor[i] = (np.float32(1) / scale[i]) * np.float32(127)
-    return up, factor, scale, down
+        shift = np.float32(1)
+        if absmax[i] < np.float32(2.0**-100):
+            shift = np.float32(2.0**100)
+        elif absmax[i] > np.float32(2.0**100):
+            shift = np.float32(2.0**-10)
+        scale = absmax[i] * shift
+        table[0, i] = shift
+        table[1, i] = (np.float32(1) / scale) * np.float32(127) if scale > 0 else np.float32(0)
+        table[2, i] = scale
+        table[3, i] = np.float32(1) / shift
 
 
 @kernel
-def _level(value: Any, up: Any, factor: Any, scale: Any, down: Any) -> Any:
-    """Bits of the value that stands on the grid."""
+def _on_grid(value: Any, up: Any, factor: Any, scale: Any, down: Any) -> Any:
     code = min(max((value * up) * factor, -LIMIT), LIMIT)
     code = (code + ROUNDER) - ROUNDER
-    return to_bits((code * scale) * INVERSE * down)
+    return (code * scale) * INVERSE * down + np.float32(0)
 
 
 @kernel
-def _snap_columns(source: Any, kind: int, factors: Any, out: Any) -> bool:
-    up, factor, scale, down = factors
-    bits = np.empty(source.shape[1], np.uint32)
-    fine = True
-    for row in range(source.shape[0]):
-        widen(source[row], kind, bits)
-        fine &= largest(bits) < INFINITY
-        for i in range(bits.size):
-            bits[i] = _level(to_float(bits[i]), up[i], factor[i], scale[i], down[i])
-        narrow(bits, kind, out[row])
-        plain_zeros(out[row])
-    return fine
+def snap_table_int8(values: Any, table: Any, out: Any) -> bool:
+    """Whole rows; column c has the scale of table[:, c]. Returns False if a value is not finite."""
+    fine = largest(values) < np.float32(np.inf)
+    cols = table.shape[1]
+    up, factor, scale, down = table[0], table[1], table[2], table[3]
+    for start in range(0, values.size, cols):
+        line, target = values[start : start + cols], out[start : start + cols]
+        for i in range(cols):
+            target[i] = _on_grid(line[i], up[i], factor[i], scale[i], down[i])
+    return bool(fine)
 
 
 @kernel
-def _snap_rows(source: Any, reference: Any, out: Any, kind: int) -> bool:
-    bits = np.empty(source.shape[1], np.uint32)
-    absmax = np.empty(1, np.float32)
+def snap_rows_int8(values: Any, reference: Any, cols: int, out: Any) -> bool:
+    """Whole rows; each has the scale of the same row of the reference. Returns False if a value is not finite."""
+    absmax, table = np.empty(1, np.float32), np.empty((4, 1), np.float32)
     fine = True
-    for row in range(source.shape[0]):
-        widen(reference[row], kind, bits)
-        top = largest(bits)
-        widen(source[row], kind, bits)
-        fine &= max(top, largest(bits)) < INFINITY
-        absmax[0] = to_float(top)
-        ups, factors, scales, downs = _factors(absmax)
-        up, factor, scale, down = ups[0], factors[0], scales[0], downs[0]
-        for i in range(bits.size):
-            bits[i] = _level(to_float(bits[i]), up, factor, scale, down)
-        narrow(bits, kind, out[row])
-        plain_zeros(out[row])
-    return fine
+    for start in range(0, values.size, cols):
+        line, target = values[start : start + cols], out[start : start + cols]
+        absmax[0] = largest(reference[start : start + cols])
+        fine &= absmax[0] < np.float32(np.inf) and largest(line) < np.float32(np.inf)
+        _factors(absmax, table)
+        up, factor, scale, down = table[0, 0], table[1, 0], table[2, 0], table[3, 0]
+        for i in range(cols):
+            target[i] = _on_grid(line[i], up, factor, scale, down)
+    return bool(fine)

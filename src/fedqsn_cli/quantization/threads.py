@@ -44,7 +44,8 @@ def run_ranges(n: int, align: int, fn: Callable[[int, int], None]) -> None:
             fn(0, n)
         return
     edges = [pieces * i // workers * align for i in range(workers)] + [n]
-    futures = [_pool(os.getpid(), thread_count()).submit(_run, fn, *pair) for pair in zip(edges[1:], edges[2:], strict=False)]
+    pool = _pool(os.getpid(), thread_count())
+    futures = [pool.submit(_run, fn, *pair) for pair in zip(edges[1:], edges[2:], strict=False)]
     try:
         _run(fn, edges[0], edges[1])
     finally:

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedqsn_cli.quantization.jit import KIND, as_bits, kernel, narrow, to_bits, to_float, widen
+from fedqsn_cli.quantization.floats import PIECE, Floats, writable
+from fedqsn_cli.quantization.jit import KIND, as_bits, kernel, narrow, widen
 from fedqsn_cli.quantization.threads import run_ranges
 
 GRAIN = 1 << 16
-PIECE = 1024  # values widened at once: they stay in the first cache
 
 _EXPONENT = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 
@@ -23,7 +23,7 @@ def all_finite(x: NDArray[Any], dtype: str) -> bool:
     flaws: list[int] = []
 
     def work(start: int, stop: int) -> None:
-        if _has_exponent(bits[start:stop], exponent):
+        if _has_exponent(writable(bits[start:stop]), exponent):
             flaws.append(start)
 
     run_ranges(bits.size, GRAIN, work)
@@ -32,15 +32,21 @@ def all_finite(x: NDArray[Any], dtype: str) -> bool:
 
 def scale_values(x: NDArray[Any], dtype: str, factor: np.float32, out: NDArray[Any]) -> None:
     """out = x * factor in fp32, rounded once to `dtype` (ties to even). Any shape, C order; out may be x."""
-    bits, kind = as_bits(x, dtype)
-    target, _ = as_bits(out, dtype)
-    if target.size != bits.size:
-        raise ValueError(f"{bits.size} values do not fit into {target.size}")
+    source, target = Floats(x, dtype), Floats(out, dtype)
+    if target.size != source.size:
+        raise ValueError(f"{source.size} values do not fit into {target.size}")
+    factor = np.float32(factor)
 
     def work(start: int, stop: int) -> None:
-        _scale(bits[start:stop], kind, np.float32(factor), target[start:stop])
+        scratch = source.scratch(PIECE)
+        for first in range(start, stop, PIECE):
+            last = min(first + PIECE, stop)
+            values = target.room(first, last, scratch)
+            with np.errstate(over="ignore"):
+                np.multiply(source.read(first, last, scratch), factor, out=values)
+            target.write(first, last, values)
 
-    run_ranges(bits.size, GRAIN, work)
+    run_ranges(source.size, PIECE, work)
 
 
 @kernel
@@ -50,17 +56,6 @@ def _has_exponent(bits: Any, exponent: Any) -> bool:
     for i in range(bits.size):
         hits |= np.uint32((bits[i] & exponent) == exponent)
     return bool(hits != 0)
-
-
-@kernel
-def _scale(source: Any, kind: int, factor: Any, out: Any) -> None:
-    bits = np.empty(PIECE, np.uint32)
-    for start in range(0, source.size, PIECE):
-        part = slice(start, min(start + PIECE, source.size))
-        widen(source[part], kind, bits)
-        for i in range(PIECE):
-            bits[i] = to_bits(to_float(bits[i]) * factor)
-        narrow(bits, kind, out[part])
 
 
 def widened(x: NDArray[Any], dtype: str) -> NDArray[Any]:

@@ -1,0 +1,27 @@
+"""Kernels are cheap to import, and compile where nothing can be kept."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+
+from fedqsn_cli.quantization.jit import kernel
+
+
+def test_importing_kernels_imports_no_framework() -> None:
+    code = (
+        "import sys, fedqsn_cli.quantization.kernels, fedqsn_cli.quantization.bnb_reader\n"
+        "print([name for name in ('torch', 'bitsandbytes', 'transformers', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}, capture_output=True)
+    assert done.stdout.decode().strip() == "[]", done.stderr.decode()
+
+
+def test_a_kernel_compiles_where_its_machine_code_cannot_be_kept() -> None:
+    namespace: dict[str, Any] = {}
+    exec("def twice(x):\n    return x + x\n", namespace)  # no file: numba finds no place for a cache
+    twice = kernel(namespace["twice"])
+    assert twice(np.float32(1.5)) == 3.0
