@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -154,6 +156,23 @@ def test_i4_order_chunks_and_shards_change_no_byte_of_a_merged_model(
         if world.dtype != "F32":
             rest = [read_file(place.root / name / "fedqsn-residual.safetensors") for name in ("next", "again")]
             assert all(rest[0][name][1].tobytes() == rest[1][name][1].tobytes() for name in rest[0])
+
+
+def test_i4_updates_are_added_in_one_order_even_where_the_order_decides(folder: Path) -> None:
+    """1e20 - 1e20 + 1 is 1, and 1e20 + 1 - 1e20 is 0."""
+    place = Place(replace(LARGE, dtype="F32", format="none", p1=0.0, p2=0.0), folder)
+    make_model(place.model, "gpt2", hidden=32)
+    proxies = place.export(place.model, "proxies", clients=SEVERAL)
+    updates = [
+        send(proxies / name, folder / name, lambda _, shape, x=x: np.full(shape, x, np.float32))
+        for name, x in zip(SEVERAL, (1e20, -1e20, 1.0), strict=True)
+    ]
+    outcomes = []
+    for number, order in enumerate(itertools.permutations(updates)):
+        merge(str(place.model), order, folder / f"n{number}", key=place.key, ledger=folder / "ledger.jsonl",
+              max_update_norm=1e30)  # fmt: skip
+        outcomes.append(contents(folder / f"n{number}"))
+    assert all(outcome == outcomes[0] for outcome in outcomes)
 
 
 @pytest.mark.parametrize("axis", ["neuron", "input", "element"])

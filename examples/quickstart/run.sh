@@ -14,7 +14,7 @@ FORMAT=${FORMAT:-nf4}            # number format of what clients get
 FILL=${FILL:-zero}               # what stands in the holes: zero, or base (the public model's own neurons)
 ROUNDS=${ROUNDS:-3}
 EPOCHS=${EPOCHS:-1}              # of every client in every round
-LR=${LR:-1e-4}
+LR=${LR:-2e-4}
 SERVER_LR=${SERVER_LR:-1}
 MAX_LENGTH=${MAX_LENGTH:-64}     # tokens: the title and the first lines of an article
 read -ra CLIENTS <<<"${CLIENTS:-alice bob carol dave}"

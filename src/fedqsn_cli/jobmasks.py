@@ -24,20 +24,30 @@ class ServerMasks:
 
     job: Job
     _groups: dict[str, Bools] = field(default_factory=dict)
+    _last: tuple[TensorPlan | None, UnitMask | None] = (None, None)
 
     def group(self, name: str, units: int) -> Bools:
         """H of a group, [units], True where hidden."""
-        if name not in self._groups:
-            if units > _LARGE:
-                self._groups = {}  # single weights as units: one such group at a time is enough
-            self._groups[name] = hidden_units(self.job.key, name, units, self.job.p1)
-        return self._groups[name]
+        found = self._groups.get(name)
+        if found is None:
+            found = hidden_units(self.job.key, name, units, self.job.p1)
+            # single weights as units: one such group at a time is enough
+            self._groups = {name: found} if units > _LARGE else self._groups | {name: found}
+        return found
 
     def hidden(self, tensor: TensorPlan) -> UnitMask | None:
         """What the server hides of a tensor; None when the plan does not mask it or p1 is 0."""
         if not tensor.masked or tensor.axis is None or hidden_count(tensor.units, self.job.p1) == 0:
             return None
-        return UnitMask.of(tensor.axis, tensor.view, [self.group(name, tensor.units) for name in tensor.groups])
+        last, mask = self._last
+        if last is not tensor:
+            mask = UnitMask.of(tensor.axis, tensor.view, [self.group(name, tensor.units) for name in tensor.groups])
+            self._last = tensor, mask
+        return mask
+
+    def hidden_elements(self, tensor: TensorPlan) -> int:
+        """How many elements of a tensor the server hides."""
+        return _elements(tensor, hidden_count(tensor.units, self.job.p1))
 
 
 @dataclass
@@ -81,6 +91,10 @@ class ClientMasks:
             return None
         return UnitMask.of(tensor.axis, tensor.view, [self.visible_group(name, tensor.units) for name in tensor.groups])
 
+    def hidden_elements(self, tensor: TensorPlan) -> int:
+        """How many elements of a tensor are hidden from this client only."""
+        return _elements(tensor, self._counts(tensor)[1])
+
     def factor(self, tensor: TensorPlan) -> np.float32:
         """The scale s of a tensor in this client's proxy: n / |V|, or 1."""
         if not self.rescale or not tensor.masked:
@@ -90,3 +104,11 @@ class ClientMasks:
     def _counts(self, tensor: TensorPlan) -> tuple[int, int]:
         by_server = hidden_count(tensor.units, self.server.job.p1)
         return by_server, hidden_count(tensor.units - by_server, self.p2)
+
+
+def _elements(tensor: TensorPlan, units: int) -> int:
+    """Elements in so many units of each group of a tensor."""
+    if not tensor.masked or tensor.axis is None:
+        return 0
+    _, rows, cols = tensor.view
+    return units * len(tensor.groups) * {"row": cols, "column": rows, "element": 1}[tensor.axis]

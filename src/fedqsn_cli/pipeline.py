@@ -47,12 +47,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """One tensor on its way: what the plan says, how it is stored, and which units the server hides."""
+    """One tensor on its way: what the plan says, how it is stored, and who says which units the server hides."""
 
     tensor: TensorPlan
     logical: LogicalTensor
     storage: Storage
-    hidden: UnitMask | None  # in the stored view; None when nothing is hidden
+    hides: Callable[[TensorPlan], UnitMask | None] | None
+
+    @property
+    def hidden(self) -> UnitMask | None:
+        """Hidden units, in the stored view; None when nothing is. Not kept here: it may be as large as the tensor."""
+        return self.hides(self.tensor) if self.hides else None
 
     @property
     def name(self) -> str:
@@ -130,13 +135,10 @@ def flows(model: OpenModel, how: Quantization | None, hidden: Callable[[TensorPl
         packed = storage_of(tensor, how).kind == "pack8"  # int8 codes do not tell what dtype they were made of
         return _DTYPE_ORDER.index("I8" if packed else tensor.dtype), tensor.name
 
-    result = []
-    for tensor in sorted(model.plan.tensors, key=place):
-        mask = hidden(tensor)
-        if mask is not None and not mask.marks.any():
-            mask = None
-        result.append(Flow(tensor, model.tensors[tensor.name], storage_of(tensor, how), mask))
-    return result
+    return [
+        Flow(tensor, model.tensors[tensor.name], storage_of(tensor, how), hidden)
+        for tensor in sorted(model.plan.tensors, key=place)
+    ]
 
 
 def run(

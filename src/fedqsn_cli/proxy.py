@@ -298,8 +298,8 @@ def _result(
 ) -> ExportResult:
     tensors = [flow.tensor for flow in todo]
     total = sum(flow.size for flow in todo)
-    by_server = sum(_marked(flow.hidden) for flow in todo)
-    by_client = sum(_marked(mask.hidden(tensor)) for tensor in tensors)
+    by_server = sum(map(work.masks.hidden_elements, tensors))
+    by_client = sum(map(mask.hidden_elements, tensors))
     proxies = tuple(
         ExportedProxy(release.client, str(path), release.proxy_id, folder_bytes(path), commit)
         for release, path, commit in zip(releases, published, pushed, strict=True)
@@ -314,10 +314,6 @@ def _result(
         shares=clear_shares(tensors, how),
         key_created=work.new_key,
     )
-
-
-def _marked(mask: Any) -> int:
-    return 0 if mask is None else mask.count
 
 
 def folder_bytes(folder: Path) -> int:

@@ -100,7 +100,7 @@ def mask(
         else:
             masks = ClientMasks(work.masks, client, round or 0, p2 or 0.0, schedule, work.rescale)
             output = ClientOutput(sink, how, masks.hidden, masks.factor)
-            kind, more = "masked-model", sum(m.count for m in map(masks.hidden, work.model.plan.tensors) if m)
+            kind, more = "masked-model", sum(map(masks.hidden_elements, work.model.plan.tensors))
         digests = run(work.model, todo, how, [output], base=work.base, progress=progress or Silent())
         sink.close()
         if client is None:
@@ -112,7 +112,7 @@ def mask(
         work.save_key()
         path = writer.publish()
     total = sum(flow.size for flow in todo)
-    hidden = sum(flow.hidden.count for flow in todo if flow.hidden) + more
+    hidden = sum(map(work.masks.hidden_elements, work.model.plan.tensors)) + more
     groups = len(work.model.plan.groups())
     return MaskResult(str(path), kind, digests.model, groups, hidden / total, work.new_key)
 

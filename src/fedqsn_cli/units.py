@@ -118,11 +118,9 @@ class UnitMask:
         if self.axis == "column" and cols and cols % block == 0:
             return np.repeat(self.marks.reshape(lead, 1, -1, block).all(axis=3), rows, axis=1).reshape(-1)
         if self.axis == "element" and self.marks.size % block == 0:
-            whole: Bools = self.marks.reshape(-1, block).all(axis=1)
-            return whole
+            return np.asarray(self.marks.reshape(-1, block).all(axis=1))
         edges = np.append(np.arange(0, lead * rows * cols, block, dtype=np.int64), lead * rows * cols)
-        full: Bools = np.diff(self.count_before(edges)) == np.diff(edges)
-        return full
+        return np.asarray(np.diff(self.count_before(edges)) == np.diff(edges))
 
 
 def _running(values: NDArray[Any]) -> NDArray[np.int64]:

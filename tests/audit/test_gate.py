@@ -24,7 +24,10 @@ SEEN = exposure(MODEL, [Line(f"c{c}", r, "fresh", 0.5) for c in range(4) for r i
 ALONE, TOGETHER = recovery("proxy a", MODEL), recovery("coalition of 2", MODEL, 1.0)
 
 
-def judged(policy: Policy, measured: Measured = Measured(), *before: Finding, **options: Any) -> Audit:
+NOTHING = Measured()
+
+
+def judged(policy: Policy, measured: Measured = NOTHING, *before: Finding, **options: Any) -> Audit:
     findings, checked = apply(policy, measured, before, (), today=TODAY, **options)
     return Audit(findings, checked)
 
@@ -170,9 +173,7 @@ def test_a_baseline_that_shares_no_measure_proves_nothing() -> None:
 
 
 def waiver(**other: Any) -> Waiver:
-    return Waiver(
-        **{"rule": "FQ203", "tensor": "*", "scope": "*", "reason": "why", "owner": "me", "expires": TODAY} | other
-    )
+    return replace(Waiver("FQ203", "*", "*", "why", "me", TODAY), **other)
 
 
 OVER = Measured((ALONE,))

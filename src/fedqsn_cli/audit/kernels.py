@@ -91,6 +91,47 @@ def share_edges(edges: Any, block: int, guess: Any) -> None:
             guess[at] = (edge + np.float32(rivals - 1) * guess[at]) / np.float32(rivals)
 
 
+@kernel
+def drop_below_peak(sent: Any, block: int, down: bool, values: Any) -> None:
+    """values = NaN where |sent| is not the largest of its block; [rows, cols], blocks along rows or down columns."""
+    rows, cols = sent.shape
+    if down:
+        peaks = np.empty(cols, np.float32)
+        for top in range(0, rows, block):
+            peaks[:] = 0
+            for row in range(top, min(top + block, rows)):
+                for col in range(cols):
+                    peaks[col] = max(peaks[col], abs(sent[row, col]))
+            for row in range(top, min(top + block, rows)):
+                for col in range(cols):
+                    values[row, col] = values[row, col] if abs(sent[row, col]) >= peaks[col] else np.float32(np.nan)
+        return
+    for row in range(rows):
+        for left in range(0, cols, block):
+            stop = min(left + block, cols)
+            peak = np.float32(0)
+            for col in range(left, stop):
+                peak = max(peak, abs(sent[row, col]))
+            for col in range(left, stop):
+                values[row, col] = values[row, col] if abs(sent[row, col]) >= peak else np.float32(np.nan)
+
+
+@kernel
+def hits(w: Any, certain: Any, row_flags: Any, flags: Any, tolerance: Any) -> float:
+    """How many visible elements are certain and right; arguments as for `compare`, NaN where nothing is certain."""
+    count = 0.0
+    for row in range(w.shape[0]):
+        if not row_flags[row]:
+            continue
+        line = flags[row if flags.shape[0] > 1 else 0]
+        found = np.float32(0)
+        for col in range(w.shape[1]):
+            right = abs(w[row, col] - certain[row, col]) <= tolerance * abs(w[row, col])
+            found += line[col] if right else np.float32(0)
+        count += float(found)
+    return count
+
+
 @loose
 def compare(w: Any, guess: Any, factor: Any, row_flags: Any, flags: Any, tolerance: Any, out: Any) -> None:
     """Add to out what a guess is worth on the visible elements of rows.

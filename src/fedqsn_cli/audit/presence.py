@@ -15,7 +15,7 @@ from fedqsn_cli.audit.findings import Finding
 from fedqsn_cli.audit.opened import Inputs, OpenedProxy, Report
 from fedqsn_cli.audit.rebuild import plain
 from fedqsn_cli.audit.rules import finding
-from fedqsn_cli.audit.search import SHORTEST, Sketcher, Sketches, cosine, signs, similar
+from fedqsn_cli.audit.search import SHORTEST, Sketches, add_vectors, cosine, similar, window
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.errors import FedqsnError
 from fedqsn_cli.jobmasks import ServerMasks
@@ -26,6 +26,8 @@ from fedqsn_cli.units import UnitMask
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
+Read = Callable[[int, int, slice], Floats]
+"""(first row, rows, columns) -> fp32 [rows, columns]."""
 
 TWIN, COPY, SHORT_COPY = 0.9999, 0.98, 1 - 1e-6  # cosines; see search.py
 _SHORT = 16  # numbers; below, unrelated vectors may be alike by chance
@@ -73,15 +75,21 @@ class Truth:
         hidden = self.todo[number].hidden
         return hidden is not None and (hidden.axis == "element" or hidden.view[2] == 1)
 
+    def reader(self, number: int) -> Read:
+        """Reads rows of a tensor of the truth."""
+        flow = self.todo[number]
+        raw = Storage("raw", "flat", False, matrix_view(flow.storage.view), None)
+        as_stored = Flow(flow.tensor, flow.logical, raw, None)
+
+        def read(first: int, rows: int, columns: slice) -> Floats:
+            x = self.model.read_rows(flow.name, raw, first, rows)[:, columns]
+            return np.asarray(plain(as_stored, np.ascontiguousarray(x)))
+
+        return read
+
     def vector(self, number: int, kind: int, index: int) -> Floats:
         """A row or a column of a tensor of the truth."""
-        flow = self.todo[number]
-
-        def read(first: int, rows: int) -> Floats:
-            raw = Storage("raw", "flat", False, matrix_view(flow.storage.view), None)
-            return plain(Flow(flow.tensor, flow.logical, raw, None), self.model.read_rows(flow.name, raw, first, rows))
-
-        return fetch(read, matrix_view(flow.storage.view), kind, index)
+        return fetch(self.reader(number), matrix_view(self.todo[number].storage.view), kind, index)
 
 
 def matrix_view(view: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -102,30 +110,37 @@ def hidden_vectors(mask: UnitMask) -> tuple[Array, Array]:
     return np.asarray(mask.marks.reshape(lead * rows, cols).any(axis=1)), np.zeros(lead * cols, np.bool_)
 
 
-def fetch(read: Callable[[int, int], Floats], view: tuple[int, int, int], kind: int, index: int) -> Floats:
+def fetch(read: Read, view: tuple[int, int, int], kind: int, index: int) -> Floats:
     """A row or a column, read by runs of rows."""
     _, rows, cols = view
     if kind == 0:
-        return read(index, 1).reshape(-1)
+        return read(index, 1, slice(None)).reshape(-1)
     begin, column = index // cols * rows, index % cols
     step = max(1, CHUNK_ELEMENTS // cols)
-    parts = [read(first, min(step, begin + rows - first))[:, column] for first in range(begin, begin + rows, step)]
-    return np.concatenate(parts)
+    one = slice(column, column + 1)
+    parts = [read(first, min(step, begin + rows - first), one) for first in range(begin, begin + rows, step)]
+    return np.concatenate(parts).reshape(-1)
 
 
-def sketch(
-    book: dict[int, Sketches], number: int, view: tuple[int, int, int], read: Callable[[int, int], Floats]
-) -> None:
+def sketch(book: dict[int, Sketches], number: int, view: tuple[int, int, int], read: Read) -> None:
     """Sketch all rows and columns of one tensor, slice by slice."""
     lead, rows, cols = view
     if rows * cols == 0:
         return
-    step = max(1, CHUNK_ELEMENTS // 2 // max(1, cols))
+    step = max(1, CHUNK_ELEMENTS // 2 // cols)
     for part in range(lead):
-        sketcher = Sketcher(book, number, rows, cols, part)
-        for first in range(0, rows, step):
-            sketcher.take(first, read(part * rows + first, min(step, rows - first)))
-        sketcher.finish()
+        for first in range(part * rows, (part + 1) * rows, step):
+            count = min(step, (part + 1) * rows - first)
+            add_vectors(book, cols, read(first, count, slice(*window(cols))), _places(number, 0, first, count))
+        if rows >= SHORTEST:
+            low, high = window(rows)
+            across = np.ascontiguousarray(read(part * rows + low, high - low, slice(None)).T)
+            add_vectors(book, rows, across, _places(number, 1, part * cols, cols))
+
+
+def _places(number: int, kind: int, first: int, count: int) -> Array:
+    """Where vectors come from: [count, 3]."""
+    return np.stack([np.full(count, number), np.full(count, kind), np.arange(first, first + count)], axis=1)
 
 
 def sketch_truth(inputs: Inputs) -> Truth:
@@ -133,15 +148,8 @@ def sketch_truth(inputs: Inputs) -> Truth:
     assert inputs.truth is not None
     truth = Truth(inputs.truth, flows(inputs.truth, None, lambda tensor: hidden_of(inputs, tensor)))
     for number, flow in enumerate(truth.todo):
-        if not flow.logical.is_float:
-            continue
-        view = matrix_view(flow.storage.view)
-        raw = Flow(flow.tensor, flow.logical, Storage("raw", "flat", False, view, None), None)
-
-        def read(first: int, rows: int, raw: Flow = raw) -> Floats:
-            return plain(raw, truth.model.read_rows(raw.name, raw.storage, first, rows))
-
-        sketch(truth.book, number, view, read)
+        if flow.logical.is_float:
+            sketch(truth.book, number, matrix_view(flow.storage.view), truth.reader(number))
     return truth
 
 
@@ -187,9 +195,9 @@ def _twins(truth: Truth) -> Iterator[Finding]:
     for length in truth.lengths():
         vectors, where, hidden = truth.joined(length)
         units = np.flatnonzero(hidden)
-        loose = np.array([truth.is_loose(number) for number in where[:, 0]])
+        loose = np.array([truth.is_loose(number) for number in range(len(truth.todo))])[where[:, 0]]
         shown = np.flatnonzero(~hidden | loose)
-        for left, right in similar(vectors[units], vectors[shown], TWIN):
+        for left, right in similar(vectors[units], vectors[shown], TWIN, tables=3):
             for unit, copy in zip(where[units[left]][:_SPAN], where[shown[right]][:_SPAN], strict=True):
                 pair = (int(unit[0]), int(copy[0]))
                 same = unit[0] == copy[0] and (unit[1] == copy[1] and (unit[2] == copy[2] or truth.is_loose(unit[0])))
@@ -214,9 +222,9 @@ def _in_tensor(truth: Truth, proxy: OpenedProxy, name: str) -> list[Finding]:
         storage = Storage("raw", "flat", False, flow.storage.view, None)
     view = matrix_view(storage.view)
 
-    def read(first: int, rows: int) -> Floats:
+    def read(first: int, rows: int, columns: slice) -> Floats:
         plain_view = Storage("raw", "flat", storage.transposed, view, None)
-        return proxy.values(name, plain_view, first, rows)
+        return np.ascontiguousarray(proxy.values(name, plain_view, first, rows)[:, columns])
 
     book: dict[int, Sketches] = {}
     sketch(book, 0, view, read)
@@ -357,11 +365,9 @@ def _numbers(data: bytes, kind: str) -> Floats:
 def _alike(truth: Truth, length: int, x: Floats) -> int:
     """The worst that rows x, [n, length], are: as `_as_rows`."""
     sketches, origin, hidden = truth.joined(length)
-    book, projection = Sketches(), signs(length)
-    where = np.stack([np.zeros(len(x), np.int64), np.zeros(len(x), np.int64), np.arange(len(x))], axis=1)
-    total, squares = x.sum(axis=1), np.square(x).sum(axis=1)
-    book.add(x @ projection, total, squares, length, projection.sum(axis=0), where)
-    vectors, places = book.joined()
+    book: dict[int, Sketches] = {}
+    add_vectors(book, length, np.ascontiguousarray(x[:, slice(*window(length))]), _places(0, 0, 0, len(x)))
+    vectors, places = book.get(length, Sketches()).joined()
     worst = looks = 0
     for left, right in similar(sketches, vectors):
         for unit, place in zip(left, right, strict=True):

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.audit.attacks import block_peaks
-from fedqsn_cli.audit.kernels import decode_levels
+from fedqsn_cli.audit.kernels import decode_levels, drop_below_peak
 from fedqsn_cli.audit.opened import OpenedProxy
 from fedqsn_cli.pipeline import Flow
 from fedqsn_cli.quantization import kernels
@@ -53,8 +53,11 @@ def exact_guess(proxy: OpenedProxy, flow: Flow, sent: Floats) -> tuple[Floats, F
     if how is None or flow.storage.kind != "snap":
         return values, rounded
     block = row_block(flow, how.format, how.block_size)
-    certain = np.abs(sent) >= block_peaks(sent, flow.storage.geometry, block)
-    return values, np.where(certain, rounded, np.float32("nan"))
+    if flow.storage.geometry == "flat":
+        drop_below_peak(sent.reshape(1, -1), block, False, rounded.reshape(1, -1))
+    else:
+        drop_below_peak(sent, block, flow.storage.geometry == "column", rounded)
+    return values, rounded
 
 
 def row_block(flow: Flow, format: str, block: int) -> int:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 from fedqsn_cli.audit import attacks
 from fedqsn_cli.audit.attacks import Evidence
 from fedqsn_cli.audit.findings import AttackScore, Finding, Recovery, TensorRecovery
+from fedqsn_cli.audit.kernels import hits
 from fedqsn_cli.audit.metrics import COUNT, DD, EXACT, HITS, Outcome, Sums
 from fedqsn_cli.audit.opened import Inputs, OpenedProxy, Report
 from fedqsn_cli.audit.readings import exact_guess, intervals, read_values
@@ -27,7 +30,7 @@ from fedqsn_cli.audit.rebuild import plain
 from fedqsn_cli.audit.rules import finding
 from fedqsn_cli.errors import FedqsnError
 from fedqsn_cli.logical import OpenModel
-from fedqsn_cli.pipeline import Flow, flows
+from fedqsn_cli.pipeline import Flow, flows, read_ahead
 from fedqsn_cli.progress import Progress, Silent
 from fedqsn_cli.storage import row_chunks
 from fedqsn_cli.units import UnitMask
@@ -132,12 +135,17 @@ def has_tensor(model: OpenModel | None, flow: Flow) -> bool:
 
 
 def _rows(inputs: Inputs, flow: Flow, block: int, with_base: bool) -> Iterator[Rows]:
-    """The tensor in runs of whole rows of its working view."""
-    for first, rows in row_chunks(flow.storage, block, CHUNK):
-        assert inputs.truth is not None
-        w = model_rows(inputs.truth, flow, first, rows)
-        base = model_rows(inputs.base, flow, first, rows) if with_base and inputs.base is not None else None
-        yield Rows(flow, first, w, base)
+    """The tensor in runs of whole rows of its working view, read ahead in a thread."""
+    with ThreadPoolExecutor(1) as reader:
+        calls = (partial(_load, inputs, flow, *run, with_base) for run in row_chunks(flow.storage, block, CHUNK))
+        yield from read_ahead(reader, calls, depth=2)
+
+
+def _load(inputs: Inputs, flow: Flow, first: int, rows: int, with_base: bool) -> Rows:
+    assert inputs.truth is not None
+    w = model_rows(inputs.truth, flow, first, rows)
+    base = model_rows(inputs.base, flow, first, rows) if with_base and inputs.base is not None else None
+    return Rows(flow, first, w, base)
 
 
 def model_rows(model: OpenModel, flow: Flow, first: int, rows: int) -> Floats:
@@ -219,8 +227,7 @@ def _add_first(sums: Sums, w: Floats, values: Floats, certain: Floats, row_flags
         return
     own = Sums()
     own.add(w, values, row_flags, flags, tolerance=-1.0)
-    on = row_flags[:, None] & (flags > 0)
-    own.values[HITS] = np.count_nonzero((np.abs(w - certain) <= EXACT * np.abs(w)) & on)
+    own.values[HITS] = hits(w, certain, row_flags, flags, EXACT)
     sums.values += own.values
 
 

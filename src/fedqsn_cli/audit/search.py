@@ -1,8 +1,9 @@
 """FQ002, FQ007: look for hidden units under every name.
 
-Every row and every column of every tensor is projected on 16 fixed sign vectors (a sketch). Copies of a hidden unit,
-also negated, scaled, shifted by a constant, transposed or rounded, have nearly the same sketch; candidates come from
-hash tables over the sketch, so that nothing is compared pairwise, and each is then compared number by number.
+Every row and every column of every tensor is projected on 16 fixed sign vectors (a sketch; of long vectors the 256
+numbers in the middle). Copies of a hidden unit, also negated, scaled, shifted by a constant, transposed or rounded,
+have nearly the same sketch; candidates come from hash tables over the sketch, so that nothing is compared pairwise,
+and each is then compared number by number.
 
     where                                     found if
     tensors of the truth itself (twins)       |cosine| > 0.9999 with a hidden unit, when any part of the twin is shown
@@ -10,15 +11,18 @@ hash tables over the sketch, so that nothing is compared pairwise, and each is t
     export makes them, and tensors and files  fp4; for units of fewer than 16 numbers > 1 - 1e-6
     that a proxy does not consist of
 
-Cosines are taken after subtracting means. Not found: copies of part of a unit, copies mixed with other weights, nf3 and
-nf2 copies, units of fewer than 8 numbers, constant units, encrypted or re-encoded copies. Single weights as units, and
-biases, are looked for as whole rows. A table misses a copy in nf4 with probability 0.4; there are 12.
+Cosines are taken after subtracting means. Not found: copies of part of a unit, copies mixed with other weights, nf3
+and nf2 copies, units of fewer than 8 numbers, units that are constant in the middle, encrypted or re-encoded copies.
+Single weights as units, and biases, are looked for as whole rows. A table misses a copy in nf4 with probability 0.4;
+there are 12.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -28,26 +32,17 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 SIZE = 16  # numbers a sketch
+WINDOW = 256  # numbers of a vector that are projected
 TABLES = 12
 SHORTEST = 8  # numbers in a unit that can be told from chance
 _ALIKE = 0.95  # cosine of sketches worth a closer look
 
 
-def signs(length: int, start: int = 0, stop: int | None = None) -> Floats:
-    """Rows start .. stop of the sign matrix for vectors of `length` numbers: fp32 [rows, SIZE], each -1 or 1.
-
-    A row depends on its index alone (a 64-bit mixer), so chunks of columns can be projected one by one.
-    """
-    index = np.arange(start, length if stop is None else stop, dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        x = (index + np.uint64(length) * np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
-        x ^= x >> np.uint64(31)
-        x *= np.uint64(0x94D049BB133111EB)
-        x ^= x >> np.uint64(29)
-        x *= np.uint64(0xD6E8FEB86659FD93)
-        x ^= x >> np.uint64(32)
-    bits = (x[:, None] >> np.arange(SIZE, dtype=np.uint64)) & np.uint64(1)
-    return np.asarray(bits.astype(np.float32) * 2 - 1)
+@cache
+def signs(length: int) -> Floats:
+    """The sign matrix for `length` numbers, fp32 [length, SIZE], each -1 or 1: bits of SHAKE-256."""
+    stream = hashlib.shake_256(b"fedqsn/v1/audit/sketch").digest(length * SIZE // 8)
+    return np.unpackbits(np.frombuffer(stream, np.uint8)).reshape(length, SIZE).astype(np.float32) * 2 - 1
 
 
 @dataclass
@@ -77,55 +72,34 @@ class Sketches:
         return np.concatenate(self.vectors), np.concatenate(self.where)
 
 
-class Sketcher:
-    """Takes a matrix in runs of rows, and sketches its rows and columns, by length.
-
-    Args:
-        tensor: its number. part: which of the tensor's slices of [rows, cols] it is.
-    """
-
-    def __init__(self, book: dict[int, Sketches], tensor: int, rows: int, cols: int, part: int = 0) -> None:
-        self._book, self._tensor, self._rows, self._cols, self._part = book, tensor, rows, cols, part
-        self._row_signs = signs(cols) if cols >= SHORTEST else None
-        self._sums = np.zeros((SIZE + 2, cols), np.float32) if rows >= SHORTEST and cols > 1 else None
-
-    def take(self, first: int, x: Floats) -> None:
-        """Rows first .. of the matrix: fp32 [n, cols]."""
-        squares = np.square(x)
-        if self._row_signs is not None:
-            index = self._part * self._rows + first + np.arange(len(x))
-            where = np.stack([np.full(len(x), self._tensor), np.zeros(len(x), np.int64), index], 1)
-            total, energy = x @ np.ones(self._cols, np.float32), squares @ np.ones(self._cols, np.float32)
-            sketches = self._book.setdefault(self._cols, Sketches())
-            sketches.add(x @ self._row_signs, total, energy, self._cols, self._row_signs.sum(axis=0), where)
-        if self._sums is not None:
-            weights = np.concatenate([signs(self._rows, first, first + len(x)), np.ones((len(x), 1), np.float32)], 1)
-            self._sums[: SIZE + 1] += weights.T @ x
-            self._sums[SIZE + 1] += np.ones(len(x), np.float32) @ squares
-
-    def finish(self) -> None:
-        """All rows went by: now the columns are known too."""
-        if self._sums is None:
-            return
-        index = self._part * self._cols + np.arange(self._cols)
-        where = np.stack([np.full(self._cols, self._tensor), np.ones(self._cols, np.int64), index], axis=1)
-        column_sum = signs(self._rows).sum(axis=0)
-        sketches = self._book.setdefault(self._rows, Sketches())
-        projections = np.ascontiguousarray(self._sums[:SIZE].T)
-        sketches.add(projections, self._sums[SIZE], self._sums[SIZE + 1], self._rows, column_sum, where)
+def window(length: int) -> tuple[int, int]:
+    """The numbers of a vector that are projected: the middle ones, at most WINDOW."""
+    width = min(length, WINDOW)
+    return (length - width) // 2, (length - width) // 2 + width
 
 
-def similar(one: Floats, other: Floats, least: float = _ALIKE) -> Iterator[tuple[Ints, Ints]]:
+def add_vectors(book: dict[int, Sketches], length: int, x: Floats, where: Ints) -> None:
+    """Sketch vectors of `length` numbers, of which x [n, window] holds those in the window."""
+    if length < SHORTEST or not len(x):
+        return
+    projection = np.concatenate([signs(x.shape[1]), np.ones((x.shape[1], 1), np.float32)], axis=1)
+    projected = x @ projection
+    squares = np.einsum("ij,ij->i", x, x)
+    sketches = book.setdefault(length, Sketches())
+    sketches.add(projected[:, :SIZE], projected[:, SIZE], squares, x.shape[1], projection[:, :SIZE].sum(axis=0), where)
+
+
+def similar(one: Floats, other: Floats, least: float = _ALIKE, tables: int = TABLES) -> Iterator[tuple[Ints, Ints]]:
     """Pairs of sketches that are alike up to sign: indices into both, table by table (pairs may come again).
 
     Args:
-        one, other: fp32 [n, SIZE], of length 1. least: |cosine| of a pair.
+        one, other: fp32 [n, SIZE], of length 1. least: |cosine| of a pair. tables: hash tables to look in.
     """
     if not len(one) or not len(other):
         return
     bits = int(np.clip(np.ceil(np.log2(max(len(one), len(other)))), 6, SIZE))
     rotations = np.random.Generator(np.random.Philox(2024))  # which planes cut the sketch; decides nothing secret
-    for _ in range(TABLES):
+    for _ in range(tables):
         plane, _ = np.linalg.qr(rotations.standard_normal((SIZE, SIZE)))
         left, right = (_hash(vectors, plane.astype(np.float32)[:, :bits]) for vectors in (one, other))
         order = np.argsort(left, kind="stable")
