@@ -7,7 +7,7 @@ BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak lint types docs bench clean
+.PHONY: help setup demo audit test soak lint types docs bench clean
 
 help: ## list the chores
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -23,6 +23,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY) ## play a federated job on a real model (about 10 minutes)
 	@PATH="$(BIN):$$PATH" examples/quickstart/run.sh
+
+audit: $(READY) ## hold what `make demo` left behind against its policy
+	@PATH="$(BIN):$$PATH" examples/quickstart/audit.sh
 
 test: $(READY) ## run the tests; choose with ARGS="-k merge"
 	@$(BIN)/python -m pytest -q $(ARGS)

@@ -1,4 +1,7 @@
-"""Write docs/commands/, a page a command, from its own --help. `--check` only tells whether they are up to date."""
+"""Write docs/commands/, a page a command from its own --help, and docs/rules.md from the audit's table of rules.
+
+`--check` only tells whether they are up to date.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,17 @@ from pathlib import Path
 
 os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}  # the same text on every terminal
 
+from fedqsn_cli.audit.rules import RULES, Rule
 from fedqsn_cli.cli.app import COMMANDS, function_of, help_of
 
-FOLDER = Path(__file__).parent / "commands"
+DOCS = Path(__file__).parent
+FOLDER = DOCS / "commands"
+
+KINDS = {
+    "hard": "hard: exit code 4, never waivable",
+    "gate": "limit: exit code 1, can be waived for a time",
+    "incomplete": "not complete: exit code 3, never a pass",
+}
 
 
 def pages() -> dict[str, str]:
@@ -30,19 +41,32 @@ def summary(command: str) -> str:
     return str(function_of(command).__doc__).split("\n\n")[0]
 
 
+def rules() -> str:
+    """docs/rules.md: all rules of the audit."""
+    rows = [f"| [{rule.id}](#{rule.anchor}) | {rule.name} | {rule.severity} |" for rule in RULES.values()]
+    table = "\n".join(["| rule | name | kind |", "|---|---|---|", *rows])
+    lead = "What [`fedqsn audit`](audit.md) checks. Ids are stable; formats and policies name rules by them."
+    return "\n\n".join(["# Rules", lead, table, *map(_rule, RULES.values())]) + "\n"
+
+
+def _rule(rule: Rule) -> str:
+    head = f"## {rule.id} {rule.name}\n\n*{KINDS[rule.severity]}*"
+    return f"{head}\n\n{rule.what}\n\n**Why.** {rule.why}\n\n**How to mend it.** {rule.mend}"
+
+
 def main() -> int:
-    wanted = pages()
-    found = {path.name: path.read_text() for path in FOLDER.glob("*.md")}
+    wanted = {FOLDER / name: text for name, text in pages().items()} | {DOCS / "rules.md": rules()}
+    found = {path: path.read_text() for path in (*FOLDER.glob("*.md"), DOCS / "rules.md") if path.exists()}
     if "--check" in sys.argv[1:]:
-        stale = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        stale = sorted(path.name for path in wanted.keys() | found.keys() if wanted.get(path) != found.get(path))
         if stale:
-            print(f"docs/commands is not up to date ({', '.join(stale)}); run 'make docs'", file=sys.stderr)
+            print(f"docs are not up to date ({', '.join(stale)}); run 'make docs'", file=sys.stderr)
         return 1 if stale else 0
     FOLDER.mkdir(exist_ok=True)
-    for name in found.keys() - wanted.keys():
-        (FOLDER / name).unlink()
-    for name, text in wanted.items():
-        (FOLDER / name).write_text(text)
+    for path in found.keys() - wanted.keys():
+        path.unlink()
+    for path, text in wanted.items():
+        path.write_text(text)
     return 0
 
 

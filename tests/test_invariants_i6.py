@@ -198,7 +198,7 @@ def settled(root: Path) -> dict[str, bytes]:
     return {name: data for name, data in files.items() if not name.endswith("fedqsn.json")}
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0])
 def test_i6_a_job_killed_again_and_again_ends_byte_for_byte_like_one_that_was_not(seed: int, folder: Path) -> None:
     make_model(folder / "calm/model", "gpt2", dtype="BF16", hidden=96, inner=384, vocabulary=801)
     mask(str(folder / "calm/model"), folder / "calm/server", key=folder / "calm/key", p1=0.3)
@@ -207,7 +207,7 @@ def test_i6_a_job_killed_again_and_again_ends_byte_for_byte_like_one_that_was_no
     finish(folder / "calm")
     length = time.monotonic() - began
     chance = random.Random(seed)
-    for _ in range(5):
+    for _ in range(6):
         child = start(folder / "wild")
         time.sleep(chance.uniform(0, length / 4))
         child.kill()

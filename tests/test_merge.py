@@ -71,7 +71,7 @@ def fedavg(before: Doubles, parts: list[Any], examples: list[int], normalize: st
     return before + rate * delta.reshape(before.shape)
 
 
-@few(40)
+@few(30)
 @given(
     worlds(),
     st.lists(st.integers(1, 1000), min_size=1, max_size=3),

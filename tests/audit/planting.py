@@ -88,15 +88,18 @@ def make_world(
     p2: float = 0.2,
     model: dict[str, Any] | None = None,
     edit: Callable[[Tensors], None] | None = None,
+    prepare: Callable[[Path], None] | None = None,
     **options: Any,
 ) -> World:
-    """Build a model and export proxies of it; `edit` changes the model before."""
+    """Build a model and export proxies of it; `edit` changes its tensors before, `prepare` its folder."""
     home.mkdir(parents=True, exist_ok=True)
     build(family, home / "truth", tokenizer=True, **(model or {}))
     if edit is not None:
         tensors = load_file(home / "truth" / "model.safetensors")
         edit(tensors)
         save_file({name: x.contiguous() for name, x in tensors.items()}, home / "truth" / "model.safetensors", METADATA)
+    if prepare is not None:
+        prepare(home)
     if options.get("fill") == "base":
         build(family, home / "base", tokenizer=True, seed=11, **(model or {}))
         options["public_base"] = str(home / "base")

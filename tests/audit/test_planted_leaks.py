@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import shutil
 import socket
 from collections.abc import Callable
@@ -305,6 +306,28 @@ def test_files_that_do_not_belong_are_found(world: World) -> None:
     assert rules_of(audit(world, clients=["bob"])) == {"FQ010"}
     world.ledger.write_text("")
     assert rules_of(audit(world, clients=["alice"])) == {"FQ010"}
+
+
+def test_vocabularies_and_labels_are_no_secrets(tmp_path: Path) -> None:
+    words = {word: number for number, word in enumerate(("seed", "time", "key", "user", "/usr/local/bin", "12:30:00"))}
+
+    def texts(home: Path) -> None:
+        (home / "truth" / "vocab.json").write_text(json.dumps(words))
+        config = json.loads((home / "truth" / "config.json").read_text())
+        config |= {"label2id": words, "id2label": {str(number): word for word, number in words.items()}}
+        (home / "truth" / "config.json").write_text(json.dumps(config))
+
+    world = make_world(tmp_path / "world", clients=["alice"], prepare=texts)
+    assert (world.proxy() / "vocab.json").is_file()
+    assert audit(world).findings == ()
+
+
+def test_a_missing_or_an_empty_tensor_is_found(world: World) -> None:
+    spoil(world, lambda tensors: tensors.pop("classifier.bias"))
+    found = audit(world, clients=["alice"])
+    assert {"FQ007", "FQ010"} <= rules_of(found) and found.exit_code == 4
+    spoil(world, lambda tensors: tensors.update({"nothing": torch.zeros(0, 7)}), "bob")
+    assert rules_of(audit(world, clients=["bob"])) == {"FQ010"}
 
 
 def test_a_merge_that_changed_a_hidden_unit_is_found(world: World, tmp_path: Path) -> None:

@@ -145,6 +145,8 @@ class OpenedProxy:
             FormatError: the tensor has another number of elements, or its scales are not finite.
         """
         lead, height, cols = storage.view
+        if name not in self.tensors:
+            raise FormatError("a tensor of the model is missing", where=f"{self.scope}: {name}")
         packing = self.tensors[name].packing
         if math.prod(self.tensors[name].shape) != lead * height * cols:
             raise FormatError("has another shape than the truth", where=f"{self.scope}: {name}")

@@ -28,7 +28,7 @@ from fedqsn_cli.audit.opened import Inputs, OpenedProxy, Report
 from fedqsn_cli.audit.readings import exact_guess, intervals, read_values
 from fedqsn_cli.audit.rebuild import plain
 from fedqsn_cli.audit.rules import finding
-from fedqsn_cli.errors import FedqsnError
+from fedqsn_cli.errors import FedqsnError, FormatError
 from fedqsn_cli.logical import OpenModel
 from fedqsn_cli.pipeline import Flow, flows, read_ahead
 from fedqsn_cli.progress import Progress, Silent
@@ -106,6 +106,7 @@ def _attack(inputs: Inputs, scopes: list[Scope], report: Report, progress: Progr
     progress.start("attacking", sum(flow.size for flow in todo), "weights")
     for flow in todo:
         whole, base_whole = Sums(), Sums()
+        _require(scopes, flow)
         with_base = has_tensor(inputs.base, flow)
         for scope in scopes:
             names = attacks.estimates(len(scope.proxies), inputs.base is not None)
@@ -126,6 +127,13 @@ def _attack(inputs: Inputs, scopes: list[Scope], report: Report, progress: Progr
     progress.finish()
     for scope in scopes:
         yield _summary(scope, todo, differences, report)
+
+
+def _require(scopes: Sequence[Scope], flow: Flow) -> None:
+    """Every proxy must have the tensor. Raises FormatError."""
+    for scope in scopes:
+        if any(flow.name not in proxy.tensors for proxy in scope.proxies):
+            raise FormatError("a tensor of the model is missing", where=f"{scope.name}: {flow.name}")
 
 
 def has_tensor(model: OpenModel | None, flow: Flow) -> bool:

@@ -113,7 +113,8 @@ _RULES = (
     ),
     Rule(
         "FQ102", "coalition-exposure", "gate",
-        "Share of all parameters that the worst coalition of clients has seen together.",
+        "Share of all parameters that the worst coalition of clients has seen together, or can have seen as far as is "
+        "known: what is not ruled out counts.",
         "Clients can talk to each other.",
         "Use --schedule sticky, fewer clients, or a larger p1: p2 only delays it.",
     ),
@@ -191,7 +192,7 @@ _RULES = (
     ),
     Rule(
         "FQ905", "waiver-expired", "incomplete",
-        "A waiver of the policy has expired, or matches nothing.",
+        "A waiver of the policy has expired. One that covers nothing is only noted.",
         "A waiver is a decision with a date; after it somebody must decide again.",
         "Remove it, or renew it with a new date.",
     ),

@@ -43,9 +43,9 @@ _ROOTS = (
     "shared"
 )
 _PATH = re.compile(
-    rf"(?<![\w:/.<])/(?:{_ROOTS})/[^\s\"'<>]+|file://\S+|(?<!\w)[A-Za-z]:\\[^\s\"]+|\\\\\w+\\\w+|(?<!\S)~/\S+"
+    rf"(?<![\w:/.<])/(?:{_ROOTS})/[^\s\"'<>]+|file://\S+|(?<!\w)[A-Za-z]:\\(?:Users|Windows|Program|Documents|data|models|te?mp)\b|\\\\\w+\\\w+|(?<!\S)~/\S+"
 )
-_WHOLE_PATH = re.compile(r"(?:/[^/\s<>{}]+){2,}/?")
+_WHOLE_PATH = re.compile(r"(?:/[^/\s<>{}]+){2,}/?|[A-Za-z]:\\[^<>{}|*?]+")
 _TIME = re.compile(r"(?<!\d)(?:19|20)\d\d-[01]\d-[0-3]\d[T _]?[0-2]\d[:.h-]?[0-5]\d|\b[0-2]\d:[0-5]\d:[0-5]\d\b")
 _EPOCHS = ((1_400_000_000, 2_100_000_000), (1_400_000_000_000, 2_100_000_000_000))
 _PUBLIC_TEXT = frozenset({"vocab", "merges", "label2id", "id2label", "added_tokens_decoder", "chat_template"})
@@ -53,6 +53,10 @@ _GENERIC = frozenset(
     {"root", "user", "users", "admin", "ubuntu", "debian", "runner", "localhost", "jovyan", "test", "model"}
 )
 _SAFE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")
+_VOCABULARIES = frozenset(
+    {"vocab.json", "vocab.txt", "added_tokens.json", "merges.txt", "tokenizer.model", "spiece.model",
+     "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json"}
+)  # fmt: skip
 _LARGEST_TEXT = 1 << 26  # bytes of a file that is read as text
 
 
@@ -103,9 +107,11 @@ def complaints(path: Path, needles: Needles) -> Iterator[str]:
     data = path.read_bytes()[:_LARGEST_TEXT]
     if needles.in_text(data):
         yield "holds the job's key or the seed of a mask"
+    if path.name in _VOCABULARIES:
+        return
     if path.suffix == ".json":
         yield from _json_complaints(path, data)
-    elif path.name not in {"vocab.txt", "merges.txt"} and not path.name.endswith(".model"):
+    else:
         yield from _text_complaints("", data.decode("utf-8", "replace"))
 
 

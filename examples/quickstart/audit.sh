@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# What leaked in the last round of the demo? Prints the report, writes work/report.html, and ends with the exit code of
+# the audit: 0 within policy.toml, 1 over a limit, 3 not complete, 4 a hard invariant is broken.
+#
+#   ./audit.sh                    after ./run.sh, with the same WORK
+#   POLICY=strict.toml ./audit.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+WORK=${WORK:-work}
+POLICY=${POLICY:-policy.toml}
+job=$WORK/fedqsn
+
+[[ -e $job/ledger.jsonl ]] || { echo "audit.sh: there is no job in $job; run ./run.sh (make demo) first" >&2; exit 2; }
+last=0
+while [[ -d $job/r$((last + 1))/proxies ]]; do last=$((last + 1)); done
+
+# The proxies of a round were made from the global model before it.
+truth=$job/r$((last - 1))/global
+[[ $last -gt 1 ]] || truth=$WORK/owner
+after=()
+[[ ! -e $job/r$last/global/config.json ]] || after=(--after "$job/r$last/global")
+
+exec fedqsn audit "$job/r$last"/proxies/* --truth "$truth" "${after[@]}" --key "$job/job.key" \
+    --ledger "$job/ledger.jsonl" --base "$WORK/base" --policy "$POLICY" --report "$WORK/report.html" "$@"
