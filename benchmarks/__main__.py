@@ -33,19 +33,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.only or FIGURES:
         for size in options.sizes if options.sizes and SIZES[name] != ("",) else SIZES[name]:
             rows += measured(place, name, size)
+            write(options.out, rows, place, begin)  # as far as it is: an hour of figures is not lost
             if not options.keep:  # the next figure needs the room
                 place.clear(*(path.name for path in place.work.glob(f"job-{size or 'tiny'}-*")))
     rows += flatness(rows)
-    settings = {"runs": place.runs, "update_format": place.update_format, "clients": list(place.clients),
-                "updates": place.updates, "kernel_millions": place.millions,
-                "seconds": round(time.monotonic() - begin)}  # fmt: skip
+    write(options.out, rows, place, begin)
     print(table(rows))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(document(rows, settings, place.work), indent=1) + "\n")
     if not options.keep:
         place.clear(*(path.name for path in place.work.iterdir()))
     return 0
+
+
+def write(out: Path | None, rows: Sequence[Row], place: Place, begin: float) -> None:
+    """Write the JSON of these rows."""
+    if out is None:
+        return
+    settings = {
+        "runs": place.runs, "update_format": place.update_format, "clients": list(place.clients),
+        "updates": place.updates, "kernel_millions": place.millions, "seconds": round(time.monotonic() - begin),
+    }  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(document(rows, settings, place.work), indent=1) + "\n")
 
 
 def measured(place: Place, name: str, size: str) -> list[Row]:

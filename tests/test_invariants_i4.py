@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +20,18 @@ from hypothesis import strategies as st
 from fedqsn_cli import export_proxy, mask, merge, pipeline, residual
 from fedqsn_cli.aggregation import restore
 from fedqsn_cli.quantization import threads
-from helpers import contents, make_config, make_model, make_tensors, noise, read_file, read_model, send, write_model
+from helpers import (
+    contents,
+    environment,
+    make_config,
+    make_model,
+    make_tensors,
+    noise,
+    read_file,
+    read_model,
+    send,
+    write_model,
+)
 from worlds import Place, World, few, placed, worlds
 
 SEVERAL = ("ann", "bob", "cleo")
@@ -211,6 +224,25 @@ def test_i4_order_of_tensors_in_the_file_changes_no_byte(family: str, axis: str,
     export_proxy(str(model), folder / "one", **common)
     export_proxy(str(backwards), folder / "two", **common)
     assert contents(folder / "one") == contents(folder / "two")
+
+
+EXPORT = """
+import sys
+from fedqsn_cli import export_proxy
+export_proxy("model", sys.argv[1], client=["ann", "bob"], round=1, key="key", p1=0.3, p2=0.2, ledger="ledger.jsonl")
+"""
+
+
+def test_i4_processes_in_other_surroundings_write_the_same_bytes(folder: Path) -> None:
+    make_model(folder / "model", "gpt_oss", dtype="BF16", hidden=47)
+    surroundings = [
+        {"PYTHONHASHSEED": "1", "FEDQSN_THREADS": "1", "LC_ALL": "C", "TZ": "UTC", "HOME": "/nonexistent"},
+        {"PYTHONHASHSEED": "2", "FEDQSN_THREADS": "3", "LC_ALL": "C.UTF-8", "TZ": "Asia/Tokyo", "USER": "somebody"},
+    ]
+    for number, variables in enumerate(surroundings):
+        command = [sys.executable, "-c", EXPORT, f"p{number}/{{client}}"]
+        subprocess.run(command, env=environment(**variables), cwd=folder, check=True, timeout=120)
+    assert contents(folder / "p0") == contents(folder / "p1")
 
 
 def test_i4_a_repeated_mask_with_the_same_key_gives_the_same_bytes(folder: Path) -> None:

@@ -25,6 +25,7 @@ from helpers import (
     read_file,
     read_model,
     send,
+    to_bits,
     write_file,
     write_model,
 )
@@ -248,6 +249,17 @@ def test_i11_what_is_quantized_is_not_quantized_again(place: Place) -> None:
     for source in (packed, proxy, update, place.root / "ledger.jsonl", place.key, place.root / "nowhere"):
         with nothing_written(place.root), pytest.raises(InputError):
             quantize(str(source), place.root / "again", format="nf4")
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_tensors_of_one_constant_are_no_copies_of_each_other(dtype: str, folder: Path) -> None:
+    tensors = make_tensors("bert", dtype=dtype, hidden=128)
+    for name in ("intermediate.dense.bias", "output.dense.bias", "attention.self.query.bias"):
+        full = f"bert.encoder.layer.0.{name}"
+        tensors[full] = (dtype, to_bits(np.full(128, 0.1, np.float32), dtype))
+        tensors[full.replace("bias", "weight")] = (dtype, to_bits(np.full((128, 128), 0.1, np.float32), dtype))
+    model = write_model(folder / "model", tensors, make_config("bert", dtype))
+    mask(str(model), folder / "server", key=folder / "key", p1=0.3)
 
 
 @pytest.mark.parametrize("fault", ["weight_map points outside", "a shard is missing", "pickles only", "absolute path"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from fedqsn_cli import export_proxy, keyfile, ledger, mask, quantize
+from fedqsn_cli import export_proxy, keyfile, ledger, mask, merge, quantize
 from fedqsn_cli.artifacts import file_digest
 from fedqsn_cli.errors import FedqsnError, InputError, KeyFileError, OutputExists
 from helpers import (
@@ -299,6 +300,37 @@ def test_i11_another_public_base_than_the_server_models_is_refused(folder: Path)
         with nothing_written(folder), pytest.raises(InputError, match="base"):
             mask(str(source), folder / "m", key=place.key, client="ann", round=1, p2=0.2, fill="base",
                  public_base=str(other))  # fmt: skip
+
+
+def test_i11_a_key_or_ledger_inside_of_an_output_is_refused(place: Place) -> None:
+    """It would go out with the proxy, and --force would delete it."""
+    proxies = place.export(place.model, "proxies", clients=("ann",))
+    shutil.copy(place.key, proxies / "ann/job.key")
+    shutil.copy(place.root / "ledger.jsonl", proxies / "ann/ledger.jsonl")
+    (place.root / "link").symlink_to(proxies / "ann")
+    for options in (
+        {"key": proxies / "ann/job.key"}, {"ledger": proxies / "ann/ledger.jsonl"},
+        {"key": place.root / "link/job.key"}, {"ledger": proxies / "ann/deep/er.jsonl"},
+    ):  # fmt: skip
+        with nothing_written(place.root), pytest.raises(InputError, match="inside of the output"):
+            place.export(place.model, "proxies", clients=("ann",), force=True, **options)
+    with nothing_written(place.root), pytest.raises(InputError, match="inside of the output"):
+        mask(str(place.model), proxies / "ann", key=proxies / "ann/job.key", force=True)
+    for options in ({"key": proxies / "ann/job.key"}, {"ledger": proxies / "ann/ledger.jsonl"}):
+        usual = {"key": place.key, "ledger": place.root / "ledger.jsonl"}
+        with nothing_written(place.root), pytest.raises(InputError, match="inside of the output"):
+            merge(str(place.model), [place.root / "u"], proxies / "ann", force=True, **usual | options)
+
+
+def test_i11_a_scale_that_leaves_the_range_of_numbers_is_refused(folder: Path) -> None:
+    tensors = make_tensors("bert", hidden=64)
+    name = "bert.pooler.dense.weight"
+    tensors[name] = ("F32", np.full((64, 64), 3e38, np.float32).view(np.uint32))
+    model = write_model(folder / "model", tensors, make_config("bert"))
+    for format in ("nf4", "none"):
+        with nothing_written(folder), pytest.raises(InputError, match=r"pooler.*no-rescale"):
+            export_proxy(str(model), folder / "p", client="ann", round=1, key=folder / "key", p1=0.5, p2=0.5,
+                         ledger=folder / "ledger.jsonl", format=format)  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", ["not json\n", '{"format":"fedqsn-ledger/1"}\n', "folder"])

@@ -99,7 +99,10 @@ class ClientOutput:
             unseen = mask.full_blocks(flow.storage.scale_block(self._how.block_size))
             chosen = chosen.without(unseen, scales.base)
         if flow.tensor.masked:
-            chosen = chosen.times(self._factor(flow.tensor))
+            with np.errstate(over="ignore"):
+                chosen = chosen.times(self._factor(flow.tensor))
+            if not np.isfinite(chosen.absmax).all():
+                raise InputError("scaled it leaves the range of fp32", where=flow.name, hint="use --no-rescale")
         write_scales(self._sink, flow, chosen)
 
     def _mask(self, flow: Flow) -> UnitMask | None:

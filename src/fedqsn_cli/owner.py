@@ -98,6 +98,20 @@ def open_work(
     return Work(model, job, key, new, ServerMasks(job), chosen, base, scaled and chosen == "zero")
 
 
+def keep_outside(out: Path, **files: str | Path | None) -> None:
+    """Refuse a key or ledger inside of an output: it would leave with it, or be lost when --force replaces it.
+
+    Args:
+        out: the directory to make. files: paths by the option that gives them.
+
+    Raises:
+        InputError: one of them lies in there.
+    """
+    for option, file in files.items():
+        if file is not None and Path(os.path.realpath(file)).is_relative_to(os.path.realpath(out)):
+            raise InputError("lies inside of the output", where=f"--{option}", hint="keep it beside the outputs")
+
+
 def _agreed(option: str, asked: Any, recorded: Any, default: Any) -> Any:
     """The value of an option: what was asked, which must be what the manifest says, which stands before the default."""
     if asked is not None and recorded is not None and asked != recorded:

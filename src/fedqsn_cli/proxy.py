@@ -34,7 +34,7 @@ from fedqsn_cli.jobmasks import ClientMasks
 from fedqsn_cli.ledger import Release
 from fedqsn_cli.masking import LABEL, derive, validate_client, validate_ratio
 from fedqsn_cli.outputs import ClientOutput, tensor_specs
-from fedqsn_cli.owner import METADATA, Work, open_work, public_base, shard_bytes, unit_table, visible_bits
+from fedqsn_cli.owner import METADATA, Work, keep_outside, open_work, public_base, shard_bytes, unit_table, visible_bits
 from fedqsn_cli.pipeline import Digests, Flow, flows, run
 from fedqsn_cli.progress import Progress, Silent
 from fedqsn_cli.quantization.bnb_format import quantization_config
@@ -130,6 +130,8 @@ def export_proxy(
     validate_ratio(p2)
     check_schedule(round, schedule)
     check_options(budget, coalition)
+    for target in targets:
+        keep_outside(target, key=key, ledger=ledger)
     ledgers.check(Path(ledger))
     work = open_work(source, key=key, p1=p1, axis=axis, plan=plan, rescale=rescale, fill=fill, public_base=public_base)
     planned = tuple(Planned(name, round, schedule, p2) for name in clients)

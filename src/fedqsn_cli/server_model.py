@@ -16,7 +16,7 @@ from fedqsn_cli.jobmasks import ClientMasks
 from fedqsn_cli.logical import OpenModel, open_model
 from fedqsn_cli.masking import validate_client, validate_ratio
 from fedqsn_cli.outputs import ClientOutput, ServerOutput, tensor_specs
-from fedqsn_cli.owner import METADATA, model_manifest, open_work, shard_bytes, source_record
+from fedqsn_cli.owner import METADATA, keep_outside, model_manifest, open_work, shard_bytes, source_record
 from fedqsn_cli.pipeline import Digests, flows, run
 from fedqsn_cli.plan import load_overrides
 from fedqsn_cli.progress import Progress, Silent
@@ -85,6 +85,7 @@ def mask(
         InputError: anything does not fit together; nothing was written then.
     """
     _check_client_options(client, round, p2, schedule)
+    keep_outside(Path(out), key=key)
     work = open_work(source, key=key, p1=p1, axis=axis, plan=plan, rescale=rescale, fill=fill, public_base=public_base)
     how = work.model.manifest.quantization if work.model.manifest else None
     if client is None and work.model.kind != "global-model":

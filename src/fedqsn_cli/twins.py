@@ -59,7 +59,7 @@ def _sample(checkpoint: Checkpoint, tensor: TensorPlan) -> bytes | None:
     out = np.empty(2 * count, np.uint8)
     checkpoint.read_into(tensor.name, 0, out[:count])
     checkpoint.read_into(tensor.name, (size - count) // 2 // 8 * 8, out[count:])
-    values = out.view(np.uint16)
+    values = out.view(np.uint32 if tensor.dtype == "F32" else np.uint16)
     return None if (values == values[0]).all() else out.tobytes()
 
 

@@ -219,6 +219,24 @@ def test_spaces_in_headers_and_fields_in_proxy_json_are_found(world: World) -> N
     assert rules_of(audit(world, clients=["bob"])) == {"FQ006", "FQ903"}
 
 
+def test_a_seed_in_the_json_of_a_packed_tensor_is_found(world: World) -> None:
+    name = f"{QUERY}.weight.quant_state.bitsandbytes__nf4"
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        text = bytes(tensors[name].numpy()).replace(b"}", b', "seed": 3}')
+        tensors[name] = torch.tensor(list(text), dtype=torch.uint8)
+
+    spoil(world, change)
+    found = audit(world, clients=["alice"])
+    assert {"FQ006", "FQ903"} <= rules_of(found) and found.exit_code == 4
+
+
+def test_a_proxy_that_disowns_its_units_is_not_a_pass(world: World) -> None:
+    sign(world, "alice", tensors={})
+    assert audit(world, clients=["alice"]).exit_code >= 3
+    assert audit(world, clients=["alice"], blind=True).exit_code >= 3
+
+
 def test_raw_key_bytes_in_a_tensor_are_found(world: World) -> None:
     key = keyfile.load(world.key).key
 

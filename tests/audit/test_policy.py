@@ -31,7 +31,7 @@ def test_every_commented_line_of_the_template_is_valid_too() -> None:
     wanted = [line for line in lines if not line.startswith("# ") or line.startswith("# [") or " = " in line]
     code = [line.removeprefix("# ") for line in wanted]
     policy = parse(tomllib.loads("\n".join(code)), "here")
-    assert (policy.rounds, policy.public_examples) == (10, 1000)
+    assert (policy.rounds, policy.public_examples) == (10, (100, 1000))
     assert policy.proxy.rho is not None and policy.tensor.cosine is not None and policy.waivers
 
 
@@ -67,6 +67,7 @@ def test_scopes_and_single_rules_can_be_required() -> None:
         ({"budget": {"client": "0.9"}}, "budget.client must be a number from 0 to 1, not '0.9'"),
         ({"threat": {"colluders": 0}}, "threat.colluders must be a whole number, 1 or more, not 0"),
         ({"threat": {"colluders": 2.0}}, "threat.colluders must be a whole number"),
+        ({"threat": {"public_examples": [0]}}, "threat.public_examples must be a list of positive whole numbers"),
         ({"scope": {"require": "recovery"}}, "scope.require must be a list of texts"),
         ({"scope": {"require": ["recovry"]}}, "'recovry' is neither a scope nor a rule; did you mean recovery?"),
         ({"regression": {"cosine": -1}}, "regression.cosine must be a number of 0 or more, not -1"),

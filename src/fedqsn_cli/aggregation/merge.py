@@ -34,7 +34,7 @@ from fedqsn_cli.jobmasks import ServerMasks
 from fedqsn_cli.keyfile import Job
 from fedqsn_cli.logical import OpenModel, open_model
 from fedqsn_cli.outputs import tensor_specs
-from fedqsn_cli.owner import shard_bytes, source_record
+from fedqsn_cli.owner import keep_outside, shard_bytes, source_record
 from fedqsn_cli.pipeline import Flow, ModelHash, flows, read_ahead
 from fedqsn_cli.progress import Progress, Silent
 from fedqsn_cli.residual import Residual, residual_sink
@@ -112,6 +112,7 @@ def merge(
     """
     from fedqsn_cli.aggregation.restore import restore_model
 
+    keep_outside(Path(out), key=key, ledger=ledger)
     if restore is not None:
         if updates:
             raise InputError("a restore takes no updates", where="--restore", hint="merge them first")

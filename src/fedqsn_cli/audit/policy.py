@@ -80,7 +80,7 @@ class Policy:
     Args:
         require: ids of the rules that must have been checked.
         colluders: clients that work together. rounds: how many proxies one client may get in the end.
-        public_examples: the most public examples that an attacker fine-tunes with; None for all that are given.
+        public_examples: how many public examples an attacker fine-tunes with; None for the audit's own choice.
         proxy, coalition, tensor: limits for one proxy, several, and any masked tensor in one of them.
         clear: most of all parameters that may be sent neither masked nor quantized.
         client_budget, coalition_budget: most of all parameters that one client, or `colluders` of them, may see.
@@ -91,7 +91,7 @@ class Policy:
     require: frozenset[str] = frozenset()
     colluders: int = 3
     rounds: int | None = None
-    public_examples: int | None = None
+    public_examples: tuple[int, ...] | None = None
     proxy: Limits = Limits()
     coalition: Limits = Limits()
     tensor: Limits = Limits()
@@ -131,7 +131,7 @@ class Policy:
             "sha256": self.digest,
             "require": sorted(self.required),
             "threat": {
-                "colluders": self.colluders, "rounds": self.rounds, "public_examples": self.public_examples,
+                "colluders": self.colluders, "rounds": self.rounds, "public_examples": self.public_examples and list(self.public_examples),
             },
             "limits": {**limits, "clear": self.clear},
             "budget": {"client": self.client_budget, "coalition": self.coalition_budget},
@@ -180,7 +180,7 @@ def parse(document: dict[str, Any], where: object, digest: str | None = None) ->
         require=_required(scope),
         colluders=threat.whole("colluders", 1) or Policy().colluders,
         rounds=threat.whole("rounds", 1),
-        public_examples=threat.whole("public_examples", 1),
+        public_examples=threat.wholes("public_examples"),
         proxy=_limits(limits.table("proxy")),
         coalition=_limits(limits.table("coalition")),
         tensor=_limits(limits.table("tensor"), but="rho"),
@@ -268,6 +268,14 @@ class _Table:
         if value is not None and (type(value) is not int or value < least):
             raise self.wrong(key, f"must be a whole number, {least} or more, not {value!r}")
         return value
+
+    def wholes(self, key: str) -> tuple[int, ...] | None:
+        values = self.take(key)
+        if values is None:
+            return None
+        if not isinstance(values, list) or not values or not all(type(value) is int and value > 0 for value in values):
+            raise self.wrong(key, "must be a list of positive whole numbers such as [100, 1000]")
+        return tuple(sorted(set(values)))
 
     def text(self, key: str, default: str | None = None) -> str:
         value = self.take(key)

@@ -33,7 +33,6 @@ TWIN, COPY, SHORT_COPY = 0.9999, 0.98, 1 - 1e-6  # cosines; see search.py
 _SHORT = 16  # numbers; below, unrelated vectors may be alike by chance
 _LOOKS = 16  # pairs a tensor that are compared number by number
 _READ = 1 << 22  # bytes of unexpected content at a time
-_SPAN = 64  # longest part of a sketch's pair list that is kept a tensor
 
 
 @dataclass
@@ -191,22 +190,32 @@ def check_presence(inputs: Inputs, report: Report, odd: Mapping[str, set[str]]) 
 
 def _twins(truth: Truth) -> Iterator[Finding]:
     """Hidden units that the truth holds once more where they are shown."""
-    reported = set()
+    reported: set[tuple[int, int]] = set()
+    loose = np.array([truth.is_loose(number) for number in range(len(truth.todo))])
     for length in truth.lengths():
         vectors, where, hidden = truth.joined(length)
-        units = np.flatnonzero(hidden)
-        loose = np.array([truth.is_loose(number) for number in range(len(truth.todo))])[where[:, 0]]
-        shown = np.flatnonzero(~hidden | loose)
+        units, shown = np.flatnonzero(hidden), np.flatnonzero(~hidden | loose[where[:, 0]])
+        if length < _SHORT:
+            continue
         for left, right in similar(vectors[units], vectors[shown], TWIN, tables=3):
-            for unit, copy in zip(where[units[left]][:_SPAN], where[shown[right]][:_SPAN], strict=True):
-                pair = (int(unit[0]), int(copy[0]))
-                same = unit[0] == copy[0] and (unit[1] == copy[1] and (unit[2] == copy[2] or truth.is_loose(unit[0])))
-                if pair in reported or same or length < _SHORT:
-                    continue
-                if cosine(truth.vector(*unit), truth.vector(*copy)) > TWIN:
+            unit, copy = where[units[left]], where[shown[right]]
+            itself = (unit[:, :2] == copy[:, :2]).all(axis=1) & ((unit[:, 2] == copy[:, 2]) | loose[unit[:, 0]])
+            for one, other in _first_pairs(unit[~itself], copy[~itself]):
+                pair = int(one[0]), int(other[0])
+                if pair not in reported and cosine(truth.vector(*one), truth.vector(*other)) > TWIN:
                     reported.add(pair)
                     message = f"units that are hidden here are shown as part of {truth.todo[pair[1]].name}"
                     yield finding("FQ002", "truth", message, tensor=truth.todo[pair[0]].name)
+
+
+def _first_pairs(unit: Array, copy: Array) -> Iterator[tuple[Array, Array]]:
+    """The first few pairs of vectors of each pair of tensors."""
+    seen: dict[tuple[int, int], int] = {}
+    for one, other in zip(unit, copy, strict=True):
+        pair = int(one[0]), int(other[0])
+        seen[pair] = seen.get(pair, 0) + 1
+        if seen[pair] <= _LOOKS // 4:
+            yield one, other
 
 
 def _in_tensor(truth: Truth, proxy: OpenedProxy, name: str) -> list[Finding]:
@@ -259,7 +268,9 @@ def _confirm(
         for unit, place in zip(origin[units[left]], where[right], strict=True):
             kind, index = int(place[1]), int(place[2])
             own = (number, 1 - kind if turned else kind, index)
-            if tuple(unit) in confirmed or looks >= 4 * _LOOKS or len(confirmed) >= _LOOKS:
+            if looks >= 4 * _LOOKS or len(confirmed) >= _LOOKS:
+                return len(confirmed)
+            if tuple(unit) in confirmed:
                 continue
             loose = truth.is_loose(int(unit[0]))
             if loose and unit[0] == number:
@@ -372,7 +383,9 @@ def _alike(truth: Truth, length: int, x: Floats) -> int:
     for left, right in similar(sketches, vectors):
         for unit, place in zip(left, right, strict=True):
             level = 2 if hidden[unit] else 1
-            if level <= worst or looks >= 8 * _LOOKS:
+            if looks >= 8 * _LOOKS or worst == 2:
+                return worst
+            if level <= worst:
                 continue
             looks += 1
             loose = truth.is_loose(int(origin[unit][0]))

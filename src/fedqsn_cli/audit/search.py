@@ -35,6 +35,7 @@ SIZE = 16  # numbers a sketch
 WINDOW = 256  # numbers of a vector that are projected
 TABLES = 12
 SHORTEST = 8  # numbers in a unit that can be told from chance
+_MOST = 1 << 16  # pairs of a cell range that are looked at, the most alike first
 _ALIKE = 0.95  # cosine of sketches worth a closer look
 
 
@@ -128,8 +129,9 @@ def _pairs(
         offset = np.arange(len(right)) - np.repeat(np.cumsum(size) - size, size)
         left = order[np.repeat(begin[start:stop], size) + offset]
         cosine = np.abs(np.einsum("ij,ij->i", one[left], other[right]))
-        chosen = cosine > least
-        if chosen.any():
+        chosen = np.flatnonzero(cosine > least)
+        if chosen.size:
+            chosen = chosen[np.argsort(-cosine[chosen], kind="stable")][:_MOST]
             yield left[chosen], right[chosen]
         start = stop
 

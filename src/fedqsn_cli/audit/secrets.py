@@ -57,6 +57,7 @@ _VOCABULARIES = frozenset(
     {"vocab.json", "vocab.txt", "added_tokens.json", "merges.txt", "tokenizer.model", "spiece.model",
      "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json"}
 )  # fmt: skip
+_LONGEST_STATE = 1 << 16  # bytes
 _LARGEST_TEXT = 1 << 26  # bytes of a file that is read as text
 
 
@@ -199,9 +200,27 @@ def _header_complaints(path: Path, needles: Needles) -> Iterator[str]:
     if metadata != allowed:
         yield "carries metadata that exports do not write"
         yield from _document_complaints(metadata, "")
+    yield from _state_complaints(path, document, 8 + length)
     text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
     if data != text + b" " * (-len(text) % 8):
         yield "spells its header in another way than exports do"
+
+
+def _state_complaints(path: Path, document: dict[str, Any], start: int) -> Iterator[str]:
+    """Texts inside of a safetensors file: the JSON of packed tensors, also where the file is otherwise unusable."""
+    with path.open("rb") as file:
+        for name, entry in document.items():
+            try:
+                begin, end = map(int, entry["data_offsets"])
+            except (KeyError, TypeError, ValueError):
+                continue
+            if ".quant_state." not in name or not 0 <= begin < end <= begin + _LONGEST_STATE:
+                continue
+            file.seek(start + begin)
+            try:
+                yield from _document_complaints(strictjson.loads(file.read(end - begin), name), "")
+            except FormatError:
+                continue
 
 
 def state_complaint(text: bytes, packing: Any, name: str) -> bool:
