@@ -11,7 +11,7 @@ from pathlib import Path
 
 os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}  # the same text on every terminal
 
-from fedqsn_cli.audit.rules import RULES, Rule
+from fedqsn_cli.auditing.rules import RULES, Rule
 from fedqsn_cli.cli.app import COMMANDS, function_of, help_of
 
 DOCS = Path(__file__).parent

@@ -78,20 +78,21 @@ def dirichlet_split(
 ) -> dict[str, list[Article]]:
     """Deal the articles of each topic out by shares drawn from Dirichlet(alpha): the smaller alpha, the more uneven.
 
-    Draws again until every part has FEWEST_EXAMPLES, or as many as an even split could give.
+    The first of `parts` gets the most, the last the least. Draws again until every part has FEWEST_EXAMPLES, or as many
+    as an even split could give.
     """
     enough = min(FEWEST_EXAMPLES, len(articles) // (2 * len(parts)))
     topics = sorted({article.label for article in articles})
     while True:
-        dealt: dict[str, list[Article]] = {part: [] for part in parts}
+        dealt: list[list[Article]] = [[] for _ in parts]
         for topic in topics:
             of_topic = [article for article in articles if article.label == topic]
             shares = rng.dirichlet([alpha] * len(parts))
             cuts = np.round(np.cumsum(shares) * len(of_topic)).astype(int)
-            for part, start, end in zip(parts, [0, *cuts[:-1]], cuts, strict=True):
-                dealt[part] += of_topic[start:end]
-        if min(len(of_part) for of_part in dealt.values()) >= enough:
-            return dealt
+            for part, start, end in zip(dealt, [0, *cuts[:-1]], cuts, strict=True):
+                part += of_topic[start:end]
+        if min(map(len, dealt)) >= enough:
+            return dict(zip(parts, sorted(dealt, key=len, reverse=True), strict=True))
 
 
 def split(articles: Sequence[Article], *, seed: int, alpha: float) -> dict[str, list[Article]]:

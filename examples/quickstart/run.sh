@@ -16,7 +16,7 @@ ROUNDS=${ROUNDS:-3}
 EPOCHS=${EPOCHS:-1}              # of every client in every round
 LR=${LR:-2e-4}
 SERVER_LR=${SERVER_LR:-1}
-MAX_LENGTH=${MAX_LENGTH:-64}     # tokens: the title and the first lines of an article
+MAX_LENGTH=${MAX_LENGTH:-48}     # tokens: the title and the first lines of an article
 read -ra CLIENTS <<<"${CLIENTS:-alice bob carol dave}"
 
 export WORK MAX_LENGTH

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedqsn_cli.aggregation.merge import merge as merge
-    from fedqsn_cli.audit.run import audit as audit
+    from fedqsn_cli.auditing.run import audit as audit
     from fedqsn_cli.evaluation import evaluate as evaluate
     from fedqsn_cli.inspection import inspect as inspect
     from fedqsn_cli.proxy import export_proxy as export_proxy
@@ -27,7 +27,7 @@ __version__ = "0.1.0"
 __all__ = ["audit", "client_train", "evaluate", "export_proxy", "inspect", "mask", "merge", "quantize"]
 
 _HOMES = {
-    "audit": "fedqsn_cli.audit.run",
+    "audit": "fedqsn_cli.auditing.run",
     "client_train": "fedqsn_cli.training",
     "evaluate": "fedqsn_cli.evaluation",
     "export_proxy": "fedqsn_cli.proxy",

@@ -26,7 +26,7 @@ from fedqsn_cli.artifacts import (
     Quantization,
     manifest_bytes,
 )
-from fedqsn_cli.audit.budget import Budget, Planned, check_options
+from fedqsn_cli.auditing.budget import Budget, Planned, check_options
 from fedqsn_cli.checkpoint import ArtifactWriter, Pipeline, TensorSpec, allow_open_files
 from fedqsn_cli.checkpoint import push as push_to_hub
 from fedqsn_cli.errors import InputError

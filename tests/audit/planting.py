@@ -18,9 +18,9 @@ from torch import Tensor
 from families import build
 from fedqsn_cli import keyfile, strictjson
 from fedqsn_cli.artifacts import ProxyManifest, file_digest, read_manifest
-from fedqsn_cli.audit.findings import Audit
-from fedqsn_cli.audit.invariants import check_invariants
-from fedqsn_cli.audit.opened import Report, open_inputs
+from fedqsn_cli.auditing.findings import Audit
+from fedqsn_cli.auditing.invariants import check_invariants
+from fedqsn_cli.auditing.opened import Report, open_inputs
 from fedqsn_cli.checkpoint import ArtifactWriter
 from fedqsn_cli.jobmasks import ServerMasks
 from fedqsn_cli.logical import open_model

@@ -8,8 +8,8 @@ from functools import cache
 from typing import Any
 
 from audit.ledgers import Line
-from fedqsn_cli.audit.exposure import exposure
-from fedqsn_cli.audit.findings import (
+from fedqsn_cli.auditing.exposure import exposure
+from fedqsn_cli.auditing.findings import (
     AttackScore,
     Audit,
     Check,
@@ -19,8 +19,8 @@ from fedqsn_cli.audit.findings import (
     Recovery,
     TensorRecovery,
 )
-from fedqsn_cli.audit.policy import Limits, Policy
-from fedqsn_cli.audit.rules import finding
+from fedqsn_cli.auditing.policy import Limits, Policy
+from fedqsn_cli.auditing.rules import finding
 from fedqsn_cli.keyfile import Job
 
 KEY = bytes(range(32))

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from audit.planting import World, make_world, requantize, shake, spoil
-from fedqsn_cli.audit import attacks
-from fedqsn_cli.audit.findings import LEAST_LOG10, AttackScore, Recovery
-from fedqsn_cli.audit.metrics import Sums
-from fedqsn_cli.audit.opened import Report, open_inputs
-from fedqsn_cli.audit.readings import cells
-from fedqsn_cli.audit.recovery import recover_weights
+from fedqsn_cli.auditing import attacks
+from fedqsn_cli.auditing.findings import LEAST_LOG10, AttackScore, Recovery
+from fedqsn_cli.auditing.metrics import Sums
+from fedqsn_cli.auditing.opened import Report, open_inputs
+from fedqsn_cli.auditing.readings import cells
+from fedqsn_cli.auditing.recovery import recover_weights
 from fedqsn_cli.owner import METADATA
 from fedqsn_cli.proxy import export_proxy
 

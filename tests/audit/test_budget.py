@@ -9,8 +9,8 @@ import pytest
 
 from audit.ledgers import Line
 from fedqsn_cli import export_proxy, keyfile, ledger
-from fedqsn_cli.audit.budget import Budget, Planned, check_options
-from fedqsn_cli.audit.exposure import exposure
+from fedqsn_cli.auditing.budget import Budget, Planned, check_options
+from fedqsn_cli.auditing.exposure import exposure
 from fedqsn_cli.errors import FormatError, GateFailed, InputError
 from helpers import make_model
 

@@ -16,8 +16,8 @@ import pytest
 
 from cli.running import Outcome, environment, run
 from fedqsn_cli import export_proxy, keyfile, merge
-from fedqsn_cli.audit.formats import FORMATS
-from fedqsn_cli.audit.run import audit as public_audit
+from fedqsn_cli.auditing.formats import FORMATS
+from fedqsn_cli.auditing.run import audit as public_audit
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.masking import hidden_units
 from helpers import make_model, read_model, send, to_floats

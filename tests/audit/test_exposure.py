@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from audit.ledgers import Line
 from audit.samples import KEY, job
-from fedqsn_cli.audit import coalitions
-from fedqsn_cli.audit import exposure as rooms
-from fedqsn_cli.audit.exposure import coverage, exposure
+from fedqsn_cli.auditing import coalitions
+from fedqsn_cli.auditing import exposure as rooms
+from fedqsn_cli.auditing.exposure import coverage, exposure
 from fedqsn_cli.keyfile import Job
 from fedqsn_cli.masking import client_scope, client_units, hidden_units
 from worlds import few
@@ -203,6 +203,6 @@ def test_exposure_needs_no_training_library() -> None:
 
     from cli.running import environment
 
-    script = "import sys, fedqsn_cli.audit.budget; print({'torch', 'transformers'} & set(sys.modules))"
+    script = "import sys, fedqsn_cli.auditing.budget; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

@@ -11,11 +11,11 @@ from xml.etree import ElementTree
 import pytest
 
 from audit.samples import audit
-from fedqsn_cli.audit.findings import Audit, Check, Finding
-from fedqsn_cli.audit.formats import FORMATS, render, sarif_format
-from fedqsn_cli.audit.formats.json_format import read_measures
-from fedqsn_cli.audit.gate import measures
-from fedqsn_cli.audit.rules import RULES, finding
+from fedqsn_cli.auditing.findings import Audit, Check, Finding
+from fedqsn_cli.auditing.formats import FORMATS, render, sarif_format
+from fedqsn_cli.auditing.formats.json_format import read_measures
+from fedqsn_cli.auditing.gate import measures
+from fedqsn_cli.auditing.rules import RULES, finding
 from fedqsn_cli.errors import FormatError, InputError
 
 VERDICTS = ("passed", "over the limits", "incomplete", "broken")

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from audit.planting import World, make_world
-from fedqsn_cli.audit.findings import FunctionRecovery
-from fedqsn_cli.audit.function import recover_function, rho
-from fedqsn_cli.audit.opened import Report, open_inputs
+from fedqsn_cli.auditing.findings import FunctionRecovery
+from fedqsn_cli.auditing.function import recover_function, rho
+from fedqsn_cli.auditing.opened import Report, open_inputs
 from fedqsn_cli.evaluation import evaluate
 from training.worlds import labelled, plain_texts
 

@@ -11,12 +11,12 @@ import pytest
 
 from audit.ledgers import Line
 from audit.samples import job, recovery, score
-from fedqsn_cli.audit import gate
-from fedqsn_cli.audit.exposure import exposure
-from fedqsn_cli.audit.findings import Audit, Check, Coalition, Exposure, Finding, FunctionRecovery, Recovery
-from fedqsn_cli.audit.gate import Measured, apply, measures
-from fedqsn_cli.audit.policy import Limits, Policy, Waiver
-from fedqsn_cli.audit.rules import finding
+from fedqsn_cli.auditing import gate
+from fedqsn_cli.auditing.exposure import exposure
+from fedqsn_cli.auditing.findings import Audit, Check, Coalition, Exposure, Finding, FunctionRecovery, Recovery
+from fedqsn_cli.auditing.gate import Measured, apply, measures
+from fedqsn_cli.auditing.policy import Limits, Policy, Waiver
+from fedqsn_cli.auditing.rules import finding
 
 TODAY = datetime.date(2026, 11, 23)
 MODEL = job(layers=1)

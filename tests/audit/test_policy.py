@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedqsn_cli.audit.policy import SCOPES, Limits, Policy, load, parse, template, without_file
+from fedqsn_cli.auditing.policy import SCOPES, Limits, Policy, load, parse, template, without_file
 from fedqsn_cli.errors import FormatError, InputError
 
 WAIVER = {

@@ -12,7 +12,7 @@ from fedqsn_cli.cli import options
 from fedqsn_cli.errors import InputError, OutputExists
 
 if TYPE_CHECKING:
-    from fedqsn_cli.audit.findings import Audit
+    from fedqsn_cli.auditing.findings import Audit
 
 TRUTH, DATA, GATE, OUTPUT = "What only the owner has", options.DATA, "Gate", options.OUTPUT
 
@@ -100,7 +100,7 @@ def audit(
     if init_policy:
         _write_policy(policy or POLICY_FILE, quiet)
         return
-    from fedqsn_cli.audit.run import audit as run
+    from fedqsn_cli.auditing.run import audit as run
 
     with console.progress(how) as progress:
         result = run(
@@ -123,8 +123,8 @@ def audit(
 
 def _print(result: Audit, form: str, output: str | None, report: str | None, quiet: bool) -> None:
     """Files first: whatever happens to the terminal, they are there."""
-    from fedqsn_cli.audit.formats import render
-    from fedqsn_cli.audit.formats.text_format import parts
+    from fedqsn_cli.auditing.formats import render
+    from fedqsn_cli.auditing.formats.text_format import parts
     from fedqsn_cli.checkpoint import write_file_atomically
 
     if report is not None:
@@ -140,7 +140,7 @@ def _print(result: Audit, form: str, output: str | None, report: str | None, qui
 
 
 def _write_policy(path: str, quiet: bool) -> None:
-    from fedqsn_cli.audit.policy import template
+    from fedqsn_cli.auditing.policy import template
     from fedqsn_cli.checkpoint import write_file_atomically
 
     if Path(path).exists():

@@ -1,0 +1,249 @@
+"""Function recovery: how well a model works that is put together from what proxies show.
+
+    ρ = (L_floor - L_attack) / (L_floor - L_global)
+
+L are losses on the owner's evaluation data. The floor is what an attacker has without any proxy: the public base, or,
+where that does not fit the task, a model that always answers with the data's averages. The curve fine-tunes the best
+attacked model with public examples, every weight of it, as an attacker would who wants the model and not federated
+learning. Needs torch; holds one model at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedqsn_cli.auditing.attacks import Evidence
+from fedqsn_cli.auditing.findings import CurvePoint, FunctionRecovery, ModelScore
+from fedqsn_cli.auditing.opened import Inputs, OpenedProxy, Report
+from fedqsn_cli.auditing.readings import read_values
+from fedqsn_cli.auditing.recovery import CHUNK, has_tensor, model_rows, shown_flags
+from fedqsn_cli.auditing.rules import finding
+from fedqsn_cli.dense import load_dense
+from fedqsn_cli.errors import FedqsnError
+from fedqsn_cli.jobmasks import ServerMasks
+from fedqsn_cli.logical import OpenModel
+from fedqsn_cli.masking import hidden_count, scale
+from fedqsn_cli.modeling import Loaded, choose_device, load_model, memory_errors, quiet
+from fedqsn_cli.pipeline import Flow, flows
+from fedqsn_cli.progress import Progress, Silent
+from fedqsn_cli.storage import row_chunks
+from fedqsn_cli.training.batching import Examples
+from fedqsn_cli.training.data import Encoder
+from fedqsn_cli.training.loop import Recipe, train
+from fedqsn_cli.training.scoring import score
+from fedqsn_cli.training.tables import read_table
+
+State = dict[str, Tensor]
+
+STEPS = (8, 32, 128, 512, 2048, 8192)
+"""Numbers of public examples on the curve, as far as there are so many."""
+
+_RECIPE = Recipe(epochs=3, max_steps=600, lr=1e-4, batch_size=16)
+
+
+def recover_function(
+    inputs: Inputs,
+    report: Report,
+    eval_data: str | Path,
+    public_data: str | Path | None = None,
+    public_examples: Sequence[int] | None = None,
+    progress: Progress | None = None,
+    *,
+    max_length: int = 256,
+    device: str = "auto",
+) -> FunctionRecovery | None:
+    """Measure global model, server model, proxy, attacked proxy and base, and fine-tune the attacked one.
+
+    Args:
+        eval_data: the owner's labelled data. public_data: what an attacker may fine-tune with.
+        public_examples: how many of them he has, one point of the curve each; None for steps up to all.
+
+    Returns:
+        None, with an FQ903 finding, where a model cannot be built or measured.
+    """
+    if inputs.truth is None or not inputs.proxies:
+        return None
+    scope = inputs.proxies[0].scope if len(inputs.proxies) == 1 else f"coalition of {len(inputs.proxies)}"
+    try:
+        with quiet(), memory_errors():
+            bench = _Bench(inputs, eval_data, max_length, device, progress or Silent())
+            return bench.measure(scope, public_data, public_examples)
+    except FedqsnError as error:
+        report.findings.append(finding("FQ903", scope, f"its function cannot be measured: {error.what}"))
+        return None
+
+
+class _Bench:
+    """Builds models of one architecture and measures them on the same examples."""
+
+    def __init__(self, inputs: Inputs, data: str | Path, max_length: int, device: str, progress: Progress) -> None:
+        assert inputs.truth is not None
+        self.inputs, self.truth, self.progress = inputs, inputs.truth, progress
+        self.device, self.max_length = choose_device(device), max_length
+        self._table = read_table(data)
+        self._encoder: Encoder | None = None
+        self._examples: Examples | None = None
+
+    def measure(self, scope: str, public_data: str | Path | None, sizes: Sequence[int] | None) -> FunctionRecovery:
+        """Everything, in the order of what it means."""
+        scores = [self.named("global", load_dense(self.truth.checkpoint))]
+        if self.inputs.job is not None:
+            scores.append(self.named("server", self._server()))
+        scores.append(self.named("proxy", load_dense(self.inputs.proxies[0].checkpoint)))
+        base = self._base()
+        if base is not None:
+            scores.append(self.named("base", base))
+        best, attacked = min(
+            ((name, self.named("attacked", build())) for name, build in self._attacks()), key=lambda pair: pair[1].loss
+        )
+        scores.append(attacked)
+        floor, floor_loss = ("base", scores[-2].loss) if base is not None else ("averages", self._averages())
+        whole = scores[0].loss
+        curve: tuple[CurvePoint, ...] = ()
+        if public_data is not None:
+            curve = tuple(self._curve(best, public_data, sizes, floor_loss, whole))
+        ratio = rho(floor_loss, attacked.loss, whole)
+        return FunctionRecovery(scope, tuple(scores), floor, floor_loss, ratio, best, curve)
+
+    def named(self, name: str, state: State) -> ModelScore:
+        """Build a model and measure it."""
+        return self._score(name, self._load(state))
+
+    def _load(self, state: State) -> Loaded:
+        return load_model(self.truth.checkpoint, dense=state)
+
+    def _score(self, name: str, loaded: Loaded) -> ModelScore:
+        if self._encoder is None or self._examples is None:
+            self._encoder = Encoder.of(loaded, self.max_length)
+            self._examples = self._encoder.encode(self._table, self.progress)
+        model = loaded.model.to(self.device)
+        padding = self._encoder.padding
+        result = score(model, self._examples, batch_size=32, padding=padding, progress=self.progress)
+        return ModelScore(name, result.loss, result.accuracy)
+
+    def _server(self) -> State:
+        """The server model: zero in its holes, the rest scaled by n / (n - hidden)."""
+        assert self.inputs.job is not None
+        masks = ServerMasks(self.inputs.job)
+        state = load_dense(self.truth.checkpoint)
+        for tensor in self.truth.plan.tensors:
+            hidden = masks.hidden(tensor)
+            if hidden is None:
+                continue
+            values = state[tensor.name].float().numpy().copy()
+            lead, rows, cols = tensor.view
+            hidden.overwrite(values.reshape(lead * rows, cols), 0, None) if hidden.axis != "column" else _by_slice(
+                hidden, values.reshape(lead * rows, cols), rows
+            )
+            factor = scale(tensor.units, hidden_count(tensor.units, self.inputs.job.p1), 0)
+            if any(proxy.manifest.rescale for proxy in self.inputs.proxies):
+                values *= factor
+            state[tensor.name] = torch.from_numpy(values)
+        return state
+
+    def _base(self) -> State | None:
+        """The public base, if it is a whole model of the same architecture."""
+        base = self.inputs.base
+        if base is None or any(not has_tensor(base, flow) for flow in self._todo() if flow.logical.is_float):
+            return None
+        return load_dense(base.checkpoint)
+
+    def _todo(self) -> list[Flow]:
+        return flows(self.truth, self.inputs.proxies[0].manifest.quantization, lambda tensor: None)
+
+    def _attacks(self) -> Iterator[tuple[str, Callable[[], State]]]:
+        """Models that an attacker can put together; the best of them counts."""
+        alone = len(self.inputs.proxies) == 1
+        yield "as sent", lambda: load_dense(self.inputs.proxies[0].checkpoint)
+        yield "descale" if alone else "union", lambda: self._put_together("zero")
+        if not alone:
+            yield "union, scaled by what is shown", lambda: self._put_together("scaled")
+        if self.inputs.base is not None:
+            yield "descale, base fill" if alone else "union, base fill", lambda: self._put_together("base")
+
+    def _put_together(self, fill: str) -> State:
+        """Descaled values of the first proxy that shows them; `fill` in the holes, or scaled by what is shown."""
+        state = load_dense(self.truth.checkpoint)
+        for flow in self._todo():
+            if not flow.logical.is_float:
+                continue
+            lead, rows, cols = flow.storage.view
+            values = np.empty((lead * rows, cols), np.float32)
+            shown = 0
+            how: Any = self.inputs.proxies[0].manifest.quantization
+            for first, count in row_chunks(flow.storage, how.block_size if how else 1, CHUNK):
+                part, seen = self._rows(flow, first, count, fill)
+                values[first : first + count] = part
+                shown += seen
+            if fill == "scaled" and flow.tensor.masked:
+                values *= np.float32(values.size / max(1, shown))
+            whole = values.T if flow.storage.transposed else values
+            state[flow.name] = torch.from_numpy(np.ascontiguousarray(whole).reshape(flow.logical.shape))
+        return state
+
+    def _rows(self, flow: Flow, first: int, count: int, fill: str) -> tuple[Any, int]:
+        evidence = Evidence.none((count, flow.storage.view[2]))
+        for proxy in self.inputs.proxies:
+            _add(evidence, proxy, flow, first, count)
+        seen = evidence.count > 0
+        if fill == "base" and has_tensor(self.inputs.base, flow):
+            base: OpenModel | None = self.inputs.base
+            assert base is not None
+            return np.where(seen, evidence.first, model_rows(base, flow, first, count)), int(seen.sum())
+        return evidence.first, int(seen.sum())
+
+    def _averages(self) -> float:
+        """Loss of a model that answers with how often each label, or each token, is right."""
+        assert self._examples is not None
+        targets: list[int] = []
+        for target in self._examples.targets:
+            targets += [target] if isinstance(target, int) else [token for token in target[1:] if token >= 0]
+        counts = Counter(targets)
+        return -sum(count * math.log(count / len(targets)) for count in counts.values()) / len(targets)
+
+    def _curve(
+        self, attack: str, public_data: str | Path, sizes: Sequence[int] | None, floor: float, whole: float
+    ) -> Iterator[CurvePoint]:
+        build = dict(self._attacks())[attack]
+        assert self._encoder is not None
+        public = self._encoder.encode(read_table(public_data), self.progress)
+        for count in _counts(len(public), STEPS if sizes is None else sizes):
+            loaded = self._load(build())
+            loaded.model.to(self.device)
+            part = Examples(public.task, public.features[:count], public.targets[:count])
+            train(loaded.model, part, {}, _RECIPE, self._encoder.padding, self.progress)
+            result = self._score("attacked", loaded)
+            yield CurvePoint(count, result.loss, result.accuracy, rho(floor, result.loss, whole))
+
+
+def _by_slice(hidden: Any, values: Any, rows: int) -> None:
+    """Zeros on hidden columns, one lead slice after the other."""
+    for first in range(0, len(values), rows):
+        hidden.overwrite(values[first : first + rows], first, None)
+
+
+def _add(evidence: Evidence, proxy: OpenedProxy, flow: Flow, first: int, count: int) -> None:
+    """One proxy's rows."""
+    sent = read_values(proxy, flow, first, count)
+    row_flags, flags = shown_flags(proxy, flow, first, count)
+    values = sent / proxy.factor(flow.name)
+    evidence.add(values, values, values, row_flags[:, None] & (flags > 0), values)
+
+
+def _counts(available: int, sizes: Sequence[int]) -> Sequence[int]:
+    """Numbers of examples on the curve: those that there are enough for, and all if there are not enough for more."""
+    counts = sorted({size for size in sizes if 0 < size <= available})
+    return counts if sizes and max(sizes) <= available else [*counts, available] if available not in counts else counts
+
+
+def rho(floor: float, attack: float, whole: float) -> float | None:
+    """(L_floor - L_attack) / (L_floor - L_global); None where the global model is no better than the floor."""
+    return (floor - attack) / (floor - whole) if floor > whole else None

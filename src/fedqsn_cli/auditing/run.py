@@ -1,0 +1,147 @@
+"""`audit`: open, check, attack, count what was seen, and hold it all against the policy."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedqsn_cli import __version__
+from fedqsn_cli.artifacts import file_digest
+from fedqsn_cli.auditing import gate
+from fedqsn_cli.auditing.exposure import SIZES, expected, exposure
+from fedqsn_cli.auditing.findings import Audit, Exposure, FunctionRecovery, Recovery
+from fedqsn_cli.auditing.formats.json_format import read_measures
+from fedqsn_cli.auditing.invariants import check_invariants
+from fedqsn_cli.auditing.opened import Inputs, Report, open_inputs
+from fedqsn_cli.auditing.policy import Policy, load, without_file
+from fedqsn_cli.auditing.rules import finding
+from fedqsn_cli.errors import InputError
+from fedqsn_cli.progress import Progress, Silent
+
+
+def audit(
+    proxies: Sequence[str | Path] | None = None,
+    *,
+    truth: str | Path | None = None,
+    after: str | Path | None = None,
+    key: str | Path | None = None,
+    ledger: str | Path | None = None,
+    base: str | Path | None = None,
+    policy: str | Path | None = None,
+    eval_data: str | Path | None = None,
+    public_data: str | Path | None = None,
+    baseline: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Audit:
+    """Measure what proxies and a ledger reveal of the owner's model, and hold it against a policy.
+
+    Args:
+        proxies: folders of proxies, of one round when there is a truth. None: exposure only, from ledger and key.
+        truth: the global model that they were exported from. after: the global model after the next merge.
+        key: of the job. ledger: of all releases.
+        base: the public checkpoint that the model was fine-tuned from.
+        policy: policy.toml. Without one nothing is limited, but invariants and recovery must have been checked.
+        eval_data: for the recovered function. public_data: what the attacker fine-tunes with.
+        baseline: JSON of an earlier audit.
+
+    Returns:
+        The audit. Its exit code is 0 passed, 1 over a limit, 3 not complete, 4 a hard invariant is broken; what cannot
+        be read or is missing is never a pass.
+
+    Raises:
+        InputError: no input at all, or the policy or the baseline cannot be used.
+    """
+    proxies = [proxies] if isinstance(proxies, (str, Path)) else list(proxies or ())
+    rules = _policy(proxies, ledger, key, policy)
+    before = read_measures(baseline) if baseline is not None else None
+    report = Report()
+    inputs = open_inputs(proxies, report, truth=truth, after=after, key=key, ledger=ledger, base=base)
+    shown = progress or Silent()
+    if proxies or after is not None:
+        check_invariants(inputs, report, shown)
+    measured = gate.Measured(
+        recovery=_recovery(inputs, report, shown) if proxies else (),
+        function=_function(inputs, report, rules, eval_data, public_data, shown) if proxies else None,
+        exposure=_exposure(inputs, report, rules),
+        expected=_expected(inputs, rules),
+    )
+    today = datetime.datetime.now(datetime.UTC).date()
+    findings, checked = gate.apply(rules, measured, report.findings, report.checked, baseline=before, today=today)
+    return Audit(
+        findings, checked, measured.recovery, measured.function, measured.exposure,
+        rules.summary(), _digests(inputs, ledger, eval_data, public_data, baseline), __version__,
+    )  # fmt: skip
+
+
+def _policy(
+    proxies: Sequence[str | Path], ledger: str | Path | None, key: str | Path | None, path: str | Path | None
+) -> Policy:
+    if not proxies and (ledger is None or key is None):
+        hint = "give proxies to audit, or --ledger and --key for exposure alone"
+        raise InputError("there is nothing to audit", where="PROXY", hint=hint)
+    if path is not None:
+        return load(path)
+    return without_file(proxies=bool(proxies), ledger=ledger is not None)
+
+
+def _recovery(inputs: Inputs, report: Report, progress: Progress) -> tuple[Recovery, ...]:
+    from fedqsn_cli.auditing.recovery import recover_weights
+
+    return recover_weights(inputs, report, progress)
+
+
+def _function(
+    inputs: Inputs,
+    report: Report,
+    rules: Policy,
+    eval_data: str | Path | None,
+    public_data: str | Path | None,
+    progress: Progress,
+) -> FunctionRecovery | None:
+    if eval_data is None:
+        report.skip("FQ301", "function", "needs --eval-data")
+        return None
+    from fedqsn_cli.auditing.function import recover_function
+
+    return recover_function(inputs, report, eval_data, public_data, rules.public_examples, progress)
+
+
+def _exposure(inputs: Inputs, report: Report, rules: Policy) -> Exposure | None:
+    """From ledger and key; releases of other jobs count for nothing here, and must not be of the same model."""
+    if inputs.job is None or inputs.releases is None:
+        return None
+    job = inputs.job.commitment
+    mine = [release for release in inputs.releases if release.job == job]
+    models = {release.model_digest for release in mine}
+    foreign = [release for release in inputs.releases if release.job != job]
+    if any(release.model_digest in models for release in foreign):
+        message = "the same model was also released under another key; what those proxies show cannot be counted"
+        report.findings.append(finding("FQ904", "ledger", message))
+    if foreign and not mine:
+        report.findings.append(finding("FQ904", "ledger", "the ledger lists no release of this key's job"))
+    return exposure(inputs.job, mine, sizes={*SIZES, rules.colluders})
+
+
+def _expected(inputs: Inputs, rules: Policy) -> float | None:
+    if inputs.job is None or not inputs.releases or rules.rounds is None:
+        return None
+    fresh = [one for one in inputs.releases if one.job == inputs.job.commitment and one.schedule == "fresh"]
+    return expected(inputs.job, min(one.p2 for one in fresh), rules.rounds) if fresh else None
+
+
+def _digests(inputs: Inputs, ledger: str | Path | None, *files: str | Path | None) -> dict[str, str]:
+    """What was audited, by content; never by path."""
+    digests = {proxy.scope: proxy.sha256 for proxy in inputs.proxies}
+    if inputs.job is not None:
+        digests["job"] = inputs.job.commitment
+    if ledger is not None and inputs.releases is not None:
+        digests["ledger"] = file_digest(Path(ledger))
+    for name, file in zip(("eval data", "public data", "baseline"), files, strict=True):
+        if file is not None and Path(file).is_file():
+            digests[name] = file_digest(Path(file))
+    if inputs.truth is not None:
+        entries = sorted((name, one.dtype, one.shape) for name, one in inputs.truth.tensors.items())
+        digests["truth (names and shapes)"] = hashlib.sha256(repr(entries).encode()).hexdigest()
+    return digests
