@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from families import build
 from safetensors.numpy import load_file, save_file
 
+from families import build
 from fedqsn_cli import mask
 from fedqsn_cli.errors import PlanError
 
@@ -23,7 +23,7 @@ def rewrite(folder: Path, change: dict[str, np.ndarray]) -> None:
     save_file(tensors | change, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_an_untied_head_that_equals_the_embedding_is_refused_and_nothing_is_written(llama: Path, tmp_path: Path) -> None:
+def test_an_untied_head_equal_to_the_embedding_is_refused_and_nothing_written(llama: Path, tmp_path: Path) -> None:
     tensors = load_file(llama / "model.safetensors")
     rewrite(llama, {"lm_head.weight": tensors["model.embed_tokens.weight"]})
     with pytest.raises(PlanError, match="same weights"):

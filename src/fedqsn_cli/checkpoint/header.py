@@ -187,7 +187,7 @@ def _entry(name: str, fields: Any, data_start: int, path: Path) -> TensorEntry:
     nbytes = math.prod(shape) * itemsize
     if end - begin != nbytes:
         raise FormatError(f"{dtype} {shape} needs {nbytes} bytes but data_offsets hold {end - begin}", where=where)
-    if begin % itemsize:  # within the data, that is: old writers do not pad the header, and reads here need no alignment
+    if begin % itemsize:  # within the data: old writers do not pad the header, and reading needs no alignment
         raise FormatError(
             f"data is not aligned to {itemsize} bytes",
             where=where,
