@@ -65,9 +65,25 @@ def test_both_ways_are_equal_after_three_rounds_with_their_residuals(dtype: str,
     assert one == other
 
 
-@few(25)
+@few(8)
 @given(worlds(), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
 def test_a_blend_interpolates_hidden_weights_and_the_visible_scale(world: World, blend: float) -> None:
+    check_blend(world, blend)
+
+
+@few(5)
+@given(worlds(dtype="F32", p1=0.5, fill="zero"), st.sampled_from([0.25, 0.5]))
+def test_a_blend_of_an_fp32_model_is_exact(world: World, blend: float) -> None:
+    check_blend(world, blend)
+
+
+@few(5)
+@given(worlds(dtype="F32", p1=0.5, fill="base"), st.sampled_from([0.25, 0.5]))
+def test_a_blend_with_a_public_base_is_exact(world: World, blend: float) -> None:
+    check_blend(world, blend)
+
+
+def check_blend(world: World, blend: float) -> None:
     with placed(world) as place:
         _, server = play(place, 1)
         result = read_model(restored(place, server, blend=blend))
