@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import random
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hypothesis import example, given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -55,55 +54,24 @@ class World:
         }  # fmt: skip
 
 
-VALUES: dict[str, tuple[Any, ...]] = {
-    "family": tuple(SHAPES), "dtype": ("F32", "F16", "BF16"), "hidden": (32, 33, 47, 64), "inner": (48, 51, 128),
-    "shards": (1, 3), "axis": ("neuron", "input", "element"), "format": ("nf4", "fp4", "int8", "nf3", "nf2", "none"),
-    "layout": ("bnb", "dense"), "block_size": (32, 64, 256), "double_quant": (False, True),
-    "fill": ("zero", "zero", "base"), "p1": RATIOS, "p2": RATIOS,
-}  # fmt: skip
-
-
-def world_of(values: Mapping[str, Any]) -> World:
-    """A world of these values; layout and double quantization give way where they do not go with the rest."""
-    packs = values["format"] in {"nf4", "fp4", "int8"}
-    layout = values["layout"] if packs else None
-    double = values["double_quant"] and packs and values["format"] != "int8" and layout != "dense"
-    return World(**{**values, "layout": layout, "double_quant": double and values["fill"] == "zero"})
-
-
 @st.composite
 def worlds(draw: st.DrawFn, **fixed: Any) -> World:
-    """Any world; values that are given are fixed."""
-    return world_of({name: fixed[name] if name in fixed else draw(st.sampled_from(values))
-                     for name, values in VALUES.items()})  # fmt: skip
+    """Any world; options that are given are fixed."""
+    def one(name: str, values: Any) -> Any:
+        return fixed[name] if name in fixed else draw(st.sampled_from(list(values)))
 
-
-def spread(count: int, **fixed: Any) -> list[World]:
-    """So many worlds in which each value of each option comes equally often, in all sorts of company."""
-    columns = {}
-    for name, values in VALUES.items():
-        column = [values[index % len(values)] for index in range(count)]
-        random.Random(name).shuffle(column)
-        columns[name] = [fixed[name]] * count if name in fixed else column
-    return [world_of({name: column[index] for name, column in columns.items()}) for index in range(count)]
-
-
-def over(count: int, fixed: Mapping[str, Any] | None = None, **more: Sequence[Any]) -> Callable[[Any], Any]:
-    """Run a test over `count` worlds that `spread` gives and a few that hypothesis draws.
-
-    Args:
-        fixed: values of the worlds. more: further arguments of the test, each with its choices.
-    """
-
-    def decorate(test: Any) -> Any:
-        drawn = {name: st.sampled_from(list(choices)) for name, choices in more.items()}
-        wrapped = few(5)(given(world=worlds(**fixed or {}), **drawn)(test))
-        for index, world in enumerate(spread(count, **fixed or {})):
-            others = {name: choices[index % len(choices)] for name, choices in more.items()}
-            wrapped = example(world=world, **others)(wrapped)
-        return wrapped
-
-    return decorate
+    format = one("format", ("nf4", "fp4", "int8", "nf3", "nf2", "none"))
+    layouts = ("bnb", "dense", None) if format in {"nf4", "fp4", "int8"} else ("dense", None)
+    layout = one("layout", layouts if format != "none" else (None,))
+    fill = one("fill", ("zero", "zero", "base"))
+    packs = format in {"nf4", "fp4"} and layout != "dense" and fill == "zero"
+    return World(
+        family=one("family", SHAPES), dtype=one("dtype", ("F32", "F16", "BF16")),
+        hidden=one("hidden", (32, 33, 47, 64)), inner=one("inner", (48, 51, 128)), shards=one("shards", (1, 3)),
+        axis=one("axis", ("neuron", "neuron", "input", "element")), format=format, layout=layout,
+        block_size=one("block_size", (32, 64, 64, 256)), double_quant=one("double_quant", (False, packs)), fill=fill,
+        p1=one("p1", RATIOS), p2=one("p2", RATIOS),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
