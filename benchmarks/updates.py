@@ -16,8 +16,9 @@ def write(model: str, key: str, ledger: str, form: str, folder: Path) -> None:
     """Write the update of every release, as folders named after the clients."""
     from fedqsn_cli import keyfile
     from fedqsn_cli import ledger as ledgers
-    from fedqsn_cli.aggregation.update import update_shape, visible_units
+    from fedqsn_cli.aggregation.update import update_shape
     from fedqsn_cli.artifacts import UPDATE_MANIFEST, UPDATE_TENSORS, Losses, UpdateManifest, manifest_bytes
+    from fedqsn_cli.jobmasks import ClientMasks, ServerMasks
     from fedqsn_cli.logical import open_model
 
     job = keyfile.load(Path(key))
@@ -25,8 +26,11 @@ def write(model: str, key: str, ledger: str, form: str, folder: Path) -> None:
     for number, release in enumerate(ledgers.read(Path(ledger))):
         target = folder / release.client
         target.mkdir(parents=True)
+        masks = ClientMasks(
+            ServerMasks(job), release.client, release.round, release.p2, release.schedule, release.rescale
+        )
         shapes = {
-            tensor.name: update_shape(tensor, visible_units(tensor, release.p1, release.p2))
+            tensor.name: update_shape(tensor, masks.visible_count(tensor))
             for tensor in sorted(plan.tensors, key=lambda tensor: tensor.name)
         }
         path = target / UPDATE_TENSORS

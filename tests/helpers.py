@@ -225,8 +225,9 @@ def hidden_elements(model: Path, key: Path) -> dict[str, NDArray[np.bool_]]:
     found = {}
     for tensor in open_model(str(model), axis=job.axis, overrides=job.overrides).plan.tensors:
         flags = np.zeros(tensor.view, np.bool_)
+        ratio = job.p1 if tensor.p1 is None else tensor.p1
         for part in range(tensor.view[0] if tensor.masked else 0):
-            units = drawn(job.key, ("server",), tensor.groups[part], np.ones(tensor.units, np.bool_), job.p1)
+            units = drawn(job.key, ("server",), tensor.groups[part], np.ones(tensor.units, np.bool_), ratio)
             if tensor.axis == "row":
                 flags[part, units, :] = True
             elif tensor.axis == "column":

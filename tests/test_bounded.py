@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,22 @@ def test_a_model_ten_times_as_large_takes_no_more_memory_and_nothing_imports_tor
         told = run(command, model, "--out", folder / "out", *more)
         assert not set(HEAVY) & set(told["modules"])
         peaks[size] = float(told["peak"])
+
+    assert peaks["large"] <= LIMIT
+    assert peaks["large"] <= peaks["small"] + SLACK
+
+
+@linux
+def test_a_public_base_of_another_dtype_and_vocabulary_goes_by_in_chunks(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    peaks = {}
+    for size, (hidden, inner, vocabulary) in {"small": (1024, 2048, 1000), "large": (2048, 8192, 12000)}.items():
+        sizes = {"hidden": hidden, "inner": inner, "vocabulary": vocabulary}
+        base = make_model(tmp_path / size / "base", "llama", dtype="F32", seed=1, **sizes)
+        options = ["--p1", "0.5", "--fill", "base", "--public-base", base, "--key", tmp_path / size / "job.key"]
+        peaks[size] = float(run("mask", models[size], "--out", tmp_path / size / "out", *options)["peak"])
+        shutil.rmtree(tmp_path / size)
 
     assert peaks["large"] <= LIMIT
     assert peaks["large"] <= peaks["small"] + SLACK

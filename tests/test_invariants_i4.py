@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedqsn_cli import export_proxy, mask, merge, pipeline, residual
-from fedqsn_cli.aggregation import restore
+from fedqsn_cli.aggregation import restore, streaming
 from fedqsn_cli.quantization import threads
 from helpers import (
     contents,
@@ -44,7 +44,7 @@ def chunks_of(elements: int) -> Iterator[None]:
         patch.setattr(pipeline, "CHUNK_ELEMENTS", elements)
         patch.setattr(restore, "CHUNK_ELEMENTS", elements)
         patch.setattr(residual, "CHUNK", elements)
-        patch.setattr("fedqsn_cli.aggregation.merge.CHUNK_ELEMENTS", elements)
+        patch.setattr("fedqsn_cli.aggregation.streaming.CHUNK_ELEMENTS", elements)
         yield
 
 
@@ -65,7 +65,7 @@ def forget_threads() -> None:
 
 def test_i4_the_patches_of_this_file_reach_what_they_patch() -> None:
     with chunks_of(7), threads_of(5):
-        assert merge.__globals__["CHUNK_ELEMENTS"] == pipeline.CHUNK_ELEMENTS == 7
+        assert streaming.Merger.pieces.__globals__["CHUNK_ELEMENTS"] == pipeline.CHUNK_ELEMENTS == 7
         assert threads.thread_count() == 5
 
 

@@ -172,12 +172,17 @@ Part = TypeVar("Part", bound=Strict)
 
 
 def validated(document: object, kind: type[Part], where: object) -> Part:
-    """A parsed JSON document as an object of class `kind`; every field must be written out. Raises FormatError."""
+    """A parsed JSON document as an object of class `kind`. Raises FormatError.
+
+    Every field must be written out, but those that are None where they do not apply.
+    """
     try:
         part = kind.model_validate(document)
     except ValidationError as error:
         raise FormatError(first_complaint(error), where=where) from None
     for name in kind.model_fields.keys() - part.model_fields_set:
+        if kind.model_fields[name].default is None:
+            continue
         raise FormatError(f"field {name}: missing", where=where)
     return part
 

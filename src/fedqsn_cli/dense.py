@@ -42,7 +42,7 @@ def load_dense(checkpoint: Checkpoint) -> dict[str, Tensor]:
     Raises:
         FormatError: a packed tensor is malformed. InputError: a dtype that torch does not compute with.
     """
-    factors = _factors(checkpoint)
+    factors = scales(checkpoint)
     kind = (checkpoint.config or {}).get("model_type")
     dense = {}
     for name, logical in logical_tensors(checkpoint).items():
@@ -52,8 +52,12 @@ def load_dense(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return dense
 
 
-def _factors(checkpoint: Checkpoint) -> dict[str, np.float32]:
-    """What a server model's tensors are to be multiplied by; empty for every other model."""
+def scales(checkpoint: Checkpoint) -> dict[str, np.float32]:
+    """What a server model's tensors are to be multiplied by; empty for every other model.
+
+    Raises:
+        FormatError: its manifest does not tell.
+    """
     if checkpoint.manifest is None:
         return {}
     manifest = read_manifest(checkpoint.path, ModelManifest)
@@ -100,6 +104,13 @@ def _unpacked(checkpoint: Checkpoint, name: str, logical: LogicalTensor, kind: s
     tensor = _tensor(out, logical.dtype)
     role = rules().role(name, 2, kind)
     return tensor.t().contiguous() if role is not None and role.name == "conv1d" else tensor
+
+
+def from_bytes(data: NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """Bytes of a stored tensor as a torch tensor of the same memory. Raises InputError for a dtype that torch lacks."""
+    if dtype not in _DTYPES:
+        raise InputError(f"tensors of dtype {dtype} cannot be computed with")
+    return torch.from_numpy(data).view(_DTYPES[dtype]).reshape(shape)
 
 
 def _tensor(array: NDArray[Any], dtype: str) -> Tensor:

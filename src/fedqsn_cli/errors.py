@@ -9,7 +9,7 @@
     │   ├── OutputExists                   an output path is taken and --force was not given
     │   ├── DataError                      a training or evaluation file cannot be used
     │   └── HubError                       a hf:// reference cannot be resolved, fetched or pushed
-    ├── GateFailed                exit 1   an audit found more leakage than the policy allows
+    ├── GateFailed                exit 1   more leakage than a policy allows, or a merge that only makes the model worse
     ├── AuditIncomplete           exit 3   an audit could not be completed; it fails closed
     └── InvariantBroken           exit 4   a hard invariant does not hold; never waivable
 
@@ -75,7 +75,7 @@ class HubError(InputError):
 
 
 class GateFailed(FedqsnError):
-    """A gate measured more leakage than its policy allows."""
+    """A gate measured more leakage than its policy allows, or a model that got worse."""
 
     exit_code = 1
 

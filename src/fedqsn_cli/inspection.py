@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ import numpy as np
 
 from fedqsn_cli import artifacts, keyfile, ledger
 from fedqsn_cli.artifacts import ModelManifest, ProxyManifest, Quantization, UpdateManifest
+from fedqsn_cli.bases import Match, open_base
 from fedqsn_cli.checkpoint import Checkpoint, Header, Source, read_header, resolve
 from fedqsn_cli.errors import FormatError, InputError, PlanError
-from fedqsn_cli.logical import LogicalTensor, logical_tensors
+from fedqsn_cli.hiding import schedule_text
+from fedqsn_cli.logical import LogicalTensor, logical_tensors, open_model
 from fedqsn_cli.overrides import load_overrides
 from fedqsn_cli.plan import Plan, TensorPlan, make_plan
 from fedqsn_cli.storage import clear_shares
@@ -66,6 +68,7 @@ class Inspection:
         unknown: tensors that no rule knows; they are never shipped before a rule is given.
         releases: the lines of a ledger.
         plan: one row a tensor, when asked for.
+        public_base: what of a public base would stand in the holes of each masked tensor, when asked for.
         problem: why there is no plan.
     """
 
@@ -79,20 +82,27 @@ class Inspection:
     unknown: tuple[str, ...] = ()
     releases: tuple[ledger.Release, ...] = ()
     plan: tuple[TensorPlan, ...] | None = None
+    public_base: tuple[Match, ...] | None = None
     problem: str | None = None
 
 
 def inspect(
-    path: str | Path, *, plan: bool = False, axis: str | None = None, overrides: str | Path | None = None
+    path: str | Path,
+    *,
+    plan: bool = False,
+    axis: str | None = None,
+    overrides: str | Path | None = None,
+    public_base: str | None = None,
 ) -> Inspection:
     """Tell what stands at a path or hub reference; reads headers and manifests, no weights.
 
     Args:
         plan: also return the plan, tensor by tensor.
         axis, overrides: plan a model that was not masked yet with this unit and these TOML rules.
+        public_base: match the model with this public base, as --fill base would.
 
     Raises:
-        InputError: nothing there that fedqsn knows. FormatError: it is malformed.
+        InputError: nothing there that fedqsn knows, or the public base does not fit. FormatError: it is malformed.
         PlanError: the plan was asked for and cannot be made.
         KeyFileError: a key that others can read.
     """
@@ -103,11 +113,19 @@ def inspect(
         found = _tensors_file(source, axis, overrides)
     else:
         found = _named_format(source.path)
+    if public_base is not None:
+        found = replace(found, public_base=_matched(str(path), public_base, axis, overrides))
     if not plan:
         return replace(found, plan=None)
     if found.plan is None:
         raise PlanError(found.problem or f"a {found.kind} has no plan", where=path, hint="leave out --plan")
     return found
+
+
+def _matched(path: str, base: str, axis: str | None, overrides: str | Path | None) -> tuple[Match, ...]:
+    """What of a public base fills the masked tensors of a model. Raises InputError."""
+    rules = load_overrides(overrides) if overrides is not None else None
+    return open_base(base, open_model(path, axis=axis or "neuron", overrides=rules)).matches
 
 
 def _folder(source: Source, axis: str | None, overrides: str | Path | None) -> Inspection:
@@ -151,9 +169,16 @@ def _key(path: Path) -> Inspection:
         "axis": job.axis,
         "plan": job.plan_digest,
         "rules": len(job.overrides.get("rule", [])),
+        **_hiding(job.overrides),
         "commitment": job.commitment,
     }
     return Inspection("job key", str(path), facts)
+
+
+def _hiding(overrides: Mapping[str, Any]) -> dict[str, str]:
+    """What a job says about where it hides, and how much; nothing for one that hides everywhere alike."""
+    facts = {name: str(overrides[name]) for name in ("where", "layers") if name in overrides}
+    return facts | ({"p1_schedule": schedule_text(overrides["p1"])} if "p1" in overrides else {})
 
 
 def _ledger(path: Path) -> Inspection:
@@ -250,15 +275,21 @@ def _plan(
     """The plan of the manifest for a model that was masked, else that of the rules and the user's wishes."""
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     if manifest is not None and manifest.kind != "global-model":
-        return make_plan(shapes, config, axis=manifest.axis, overrides=manifest.overrides)
+        plan = make_plan(shapes, config, axis=manifest.axis, overrides=manifest.overrides)
+        return replace(plan, tensors=tuple(_with_ratio(tensor, manifest.p1) for tensor in plan.tensors))
     rules = load_overrides(overrides) if overrides is not None else None
     return make_plan(shapes, config, axis=axis or "neuron", overrides=rules)
+
+
+def _with_ratio(tensor: TensorPlan, p1: float) -> TensorPlan:
+    return replace(tensor, p1=p1) if tensor.masked and tensor.p1 is None else tensor
 
 
 def _from_manifest(manifest: ModelManifest, tensors: dict[str, LogicalTensor]) -> dict[str, Any]:
     facts = manifest.model_dump(
         mode="json", exclude={"format", "kind", "groups", "tensors", "overrides", "quantization"}
     )
+    facts |= _hiding(manifest.overrides)
     facts["quantization"] = manifest.quantization
     if manifest.groups:
         hidden = sum(

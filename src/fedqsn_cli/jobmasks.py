@@ -30,14 +30,14 @@ class ServerMasks:
         """H of a group, [units], True where hidden."""
         found = self._groups.get(name)
         if found is None:
-            found = hidden_units(self.job.key, name, units, self.job.p1)
+            found = hidden_units(self.job.key, name, units, self.job.ratio(name))
             # single weights as units: one such group at a time is enough
             self._groups = {name: found} if units > _LARGE else self._groups | {name: found}
         return found
 
     def hidden(self, tensor: TensorPlan) -> UnitMask | None:
-        """What the server hides of a tensor; None when the plan does not mask it or p1 is 0."""
-        if not tensor.masked or tensor.axis is None or hidden_count(tensor.units, self.job.p1) == 0:
+        """What the server hides of a tensor; None when the plan does not mask it or its ratio is 0."""
+        if tensor.axis is None or self.count(tensor) == 0:
             return None
         last, mask = self._last
         if last is not tensor:
@@ -47,7 +47,11 @@ class ServerMasks:
 
     def hidden_elements(self, tensor: TensorPlan) -> int:
         """How many elements of a tensor the server hides."""
-        return _elements(tensor, hidden_count(tensor.units, self.job.p1))
+        return _elements(tensor, self.count(tensor))
+
+    def count(self, tensor: TensorPlan) -> int:
+        """How many units of each of a tensor's groups the server hides; its groups have one ratio."""
+        return self.job.hides(tensor.groups[0], tensor.units) if tensor.masked else 0
 
 
 @dataclass
@@ -91,6 +95,10 @@ class ClientMasks:
             return None
         return UnitMask.of(tensor.axis, tensor.view, [self.visible_group(name, tensor.units) for name in tensor.groups])
 
+    def visible_count(self, tensor: TensorPlan) -> int:
+        """|V|: how many units of each group of a tensor the client sees."""
+        return tensor.units - sum(self._counts(tensor))
+
     def hidden_elements(self, tensor: TensorPlan) -> int:
         """How many elements of a tensor are hidden from this client only."""
         return _elements(tensor, self._counts(tensor)[1])
@@ -102,7 +110,7 @@ class ClientMasks:
         return scale(tensor.units, *self._counts(tensor))
 
     def _counts(self, tensor: TensorPlan) -> tuple[int, int]:
-        by_server = hidden_count(tensor.units, self.server.job.p1)
+        by_server = self.server.count(tensor)
         return by_server, hidden_count(tensor.units - by_server, self.p2)
 
 

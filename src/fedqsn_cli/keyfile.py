@@ -1,7 +1,8 @@
 """The job key: the one secret from which all masks of a job derive.
 
     {"format": "fedqsn-key/1", "key": 64 hex digits, "p1": ratio, "axis": axis, "plan": sha256, "overrides": {...},
-     "groups": {group: [units, parameters]}, "clear": parameters that no mask covers}
+     "groups": {group: [units, parameters]}, "clear": parameters that no mask covers,
+     "ratios": {group: p1}, only where some group has another p1}
 
 A key file belongs to one job: one p1, one plan, one axis. It must be a regular file that nobody but its owner can open.
 """
@@ -11,13 +12,15 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedqsn_cli import strictjson
 from fedqsn_cli.errors import FormatError, InputError, KeyFileError, OutputExists, PlanError
-from fedqsn_cli.masking import KEY_BYTES, derive, validate_ratio
+from fedqsn_cli.hiding import said
+from fedqsn_cli.masking import KEY_BYTES, derive, hidden_count, validate_ratio
 from fedqsn_cli.overrides import canonical
 from fedqsn_cli.plan import AXES, Plan
 
@@ -25,6 +28,7 @@ FORMAT = "fedqsn-key/1"
 MAX_BYTES = 16 * 2**20
 
 _FIELDS = {"format", "key", "p1", "axis", "plan", "overrides", "groups", "clear"}
+_OPTIONAL = {"ratios"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,7 @@ class Job:
 
     Args:
         groups: units and parameters of each group. clear: parameters in no group. With them, what clients have seen can
-            be computed from the ledger alone.
+            be computed from the ledger alone. ratios: p1 of the groups that have their own.
     """
 
     key: bytes = field(repr=False)
@@ -43,6 +47,20 @@ class Job:
     overrides: dict[str, Any]
     groups: dict[str, tuple[int, int]]
     clear: int
+    ratios: dict[str, float] = field(default_factory=dict)
+
+    def ratio(self, group: str) -> float:
+        """The share of a group's units that the server mask hides."""
+        return self.ratios.get(group, self.p1)
+
+    def hides(self, group: str, units: int) -> int:
+        """How many of a group's units the server mask hides."""
+        return hidden_count(units, self.ratio(group))
+
+    @property
+    def least_ratio(self) -> float | None:
+        """The smallest share that is hidden of any group, None if it is p1 for all."""
+        return min(map(self.ratio, self.groups)) if self.ratios else None
 
     @property
     def commitment(self) -> str:
@@ -54,8 +72,9 @@ def draw(p1: float, axis: str, plan: Plan) -> Job:
     """A new job with a key drawn from the operating system's generator; nothing is written yet."""
     groups, clear = plan.sizes()
     return Job(
-        secrets.token_bytes(KEY_BYTES), validate_ratio(p1), axis, plan.digest, canonical(plan.overrides), groups, clear
-    )
+        secrets.token_bytes(KEY_BYTES), validate_ratio(p1), axis, plan.digest, canonical(plan.overrides), groups, clear,
+        plan.ratios(),
+    )  # fmt: skip
 
 
 def save(path: str | Path, job: Job) -> None:
@@ -74,6 +93,8 @@ def save(path: str | Path, job: Job) -> None:
         "plan": job.plan_digest,
         "overrides": job.overrides, "groups": job.groups, "clear": job.clear,
     }
+    if job.ratios:
+        document["ratios"] = job.ratios
     try:
         create_secret(Path(path), strictjson.pretty(document).encode())
     except FileExistsError:
@@ -87,17 +108,18 @@ def load(path: str | Path) -> Job:
         KeyFileError: it is missing, no regular file, another user's, open to others, or malformed.
     """
     document = _document(path)
-    if not isinstance(document, dict) or set(document) != _FIELDS or document["format"] != FORMAT:
+    if not isinstance(document, dict) or set(document) - _OPTIONAL != _FIELDS or document["format"] != FORMAT:
         raise KeyFileError(f"not a key file of format {FORMAT}", where=path)
     try:
         return Job(
             _key(document["key"], path),
-            _ratio(document["p1"], path),
+            _ratio(document["p1"], "p1", path),
             _one_of(document["axis"], AXES, path),
             _hex(document["plan"], path),
             canonical(document["overrides"]),
             _groups(document["groups"], path),
             _count(document["clear"], path),
+            _ratios(document.get("ratios", {}), document["groups"], path),
         )
     except PlanError as error:
         raise KeyFileError(f"the key file's overrides are malformed: {error}", where=path) from None
@@ -137,6 +159,23 @@ def check_same(job: Job, p1: float | None, axis: str, plan: Plan, path: str | Pa
     if plan.digest != job.plan_digest:
         why = "its tensors, shapes or roles differ" if plan.overrides == job.overrides else "its plan file differs"
         raise _another_job(f"plan {job.plan_digest[:12]}", f"this checkpoint has plan {plan.digest[:12]}: {why}", path)
+    if plan.ratios() != job.ratios:
+        raise KeyFileError("ratios in the key are not those of its plan", where=path, hint="restore it from a backup")
+
+
+def check_hiding(job: Job, asked: Mapping[str, Any], path: str | Path) -> None:
+    """Refuse another where, layers or p1 schedule than the job has.
+
+    Args:
+        asked: those of them that were asked for, in canonical form.
+
+    Raises:
+        KeyFileError: one of them differs.
+    """
+    for name, value in asked.items():
+        held = job.overrides.get(name)
+        if value != (held or ("all" if name == "where" else None)):
+            raise _another_job(said(name, held), f"{said(name, value)} was asked for", path)
 
 
 def _another_job(held: str, asked: str, path: str | Path) -> KeyFileError:
@@ -186,13 +225,19 @@ def _hex(value: object, path: str | Path) -> str:
     return value
 
 
-def _ratio(value: object, path: str | Path) -> float:
+def _ratio(value: object, name: str, path: str | Path) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise KeyFileError("p1 in the key file is not a number", where=path)
+        raise KeyFileError(f"{name} in the key file is not a number", where=path)
     try:
         return validate_ratio(value)
     except InputError as error:
-        raise KeyFileError(f"p1 in the key file: {error.what}", where=path) from None
+        raise KeyFileError(f"{name} in the key file: {error.what}", where=path) from None
+
+
+def _ratios(value: object, groups: dict[str, Any], path: str | Path) -> dict[str, float]:
+    if not isinstance(value, dict) or not value.keys() <= groups.keys():
+        raise KeyFileError("ratios in the key file are not those of its groups", where=path)
+    return {name: _ratio(ratio, f"the ratio of {name}", path) for name, ratio in value.items()}
 
 
 def _one_of(value: object, allowed: tuple[str, ...], path: str | Path) -> str:

@@ -12,9 +12,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from fedqsn_cli import strictjson
 from fedqsn_cli.artifacts import Count, Fill, Quantization, Ratio, Sha256, Strict, validated
@@ -35,6 +35,7 @@ class Release(Strict):
     proxy_id: Sha256
     proxy_sha256: Sha256  # of proxy.json, which holds the sha256 of every other file
     p1: Ratio
+    p1_least: Ratio | None = None  # of any group, where some have their own ratio; not written otherwise
     p2: Ratio
     rescale: bool
     fill: Fill
@@ -43,6 +44,13 @@ class Release(Strict):
     model_digest: Sha256
     job: Sha256
     previous: Sha256 = _NO_LINE
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        document: dict[str, Any] = handler(self)
+        if self.p1_least is None:
+            document.pop("p1_least", None)
+        return document
 
 
 def read(path: Path) -> list[Release]:

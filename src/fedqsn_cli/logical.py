@@ -119,13 +119,7 @@ def open_model(reference: str, *, axis: str = "neuron", overrides: dict[str, Any
         InputError: there is no such model, or it is an artifact of another kind. FormatError: it is malformed.
         PlanError: the plan cannot be made.
     """
-    source = resolve(str(reference))
-    checkpoint = Checkpoint.open(source.path)
-    if checkpoint.proxy_manifest is not None:
-        raise InputError("this is a proxy", where=reference, hint="give the global model or the server model")
-    if (source.path / "update.json").is_file():
-        raise InputError("this is an update", where=reference, hint="give the global model or the server model")
-    manifest = read_manifest(source.path, ModelManifest) if checkpoint.manifest is not None else None
+    source, checkpoint, manifest = open_source(reference)
     if manifest is not None and manifest.kind != "global-model":
         axis, overrides = manifest.axis, manifest.overrides
     tensors = logical_tensors(checkpoint)
@@ -134,6 +128,18 @@ def open_model(reference: str, *, axis: str = "neuron", overrides: dict[str, Any
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     plan = make_plan(shapes, checkpoint.config, axis=axis, overrides=overrides)
     return OpenModel(source, checkpoint, manifest, tensors, plan)
+
+
+def open_source(reference: str) -> tuple[Source, Checkpoint, ModelManifest | None]:
+    """Find and open what may be an owner's model, with its `fedqsn.json` if there is one. Raises as `open_model`."""
+    source = resolve(str(reference))
+    checkpoint = Checkpoint.open(source.path)
+    if checkpoint.proxy_manifest is not None:
+        raise InputError("this is a proxy", where=reference, hint="give the global model or the server model")
+    if (source.path / "update.json").is_file():
+        raise InputError("this is an update", where=reference, hint="give the global model or the server model")
+    manifest = read_manifest(source.path, ModelManifest) if checkpoint.manifest is not None else None
+    return source, checkpoint, manifest
 
 
 def logical_tensors(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:

@@ -5,7 +5,9 @@
     role = "linear"                                    # optional
     masked = false                                     # optional
     quantized = false                                  # optional
+    p1 = 0.9                                           # optional: another ratio than the job's
 
+Before the rules, `where`, `layers` and `p1` may say what is hidden as a whole: see `hiding.py`. Rules win over them.
 Every rule that matches a tensor applies, in order; of two that set the same field, the later wins.
 """
 
@@ -20,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from fedqsn_cli.errors import InputError, PlanError
+from fedqsn_cli.hiding import FIELDS, canonical_hiding, checked_ratio
 from fedqsn_cli.roles import ROLES
 
-_FIELDS = ("match", "role", "masked", "quantized")
+_FIELDS = ("match", "role", "masked", "quantized", "p1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,7 @@ class Override:
     role: str | None = None
     masked: bool | None = None
     quantized: bool | None = None
+    p1: float | None = None
     sources: tuple[str, ...] = field(default=())
 
 
@@ -39,7 +43,8 @@ def load_overrides(path: str | Path) -> dict[str, Any]:
     """Read a TOML plan file.
 
     Returns:
-        The canonical form: {"rule": [{"match": glob, "role"?: str, "masked"?: bool, "quantized"?: bool}, ...]}.
+        The canonical form: {"rule": [{"match": glob, "role"?: str, "masked"?: bool, "quantized"?: bool, "p1"?: ratio},
+        ...], "where"?: str, "layers"?: str, "p1"?: {layers: ratio}}.
 
     Raises:
         InputError: the file cannot be read.
@@ -64,11 +69,12 @@ def canonical(document: object, *, where: object = None) -> dict[str, Any]:
     """
     if not isinstance(document, dict):
         raise PlanError("a plan must be a table", where=where)
-    _known(document, ("rule",), "the plan", where, "write [[rule]] tables")
+    _known(document, ("rule", *FIELDS), "the plan", where, f"write [[rule]] tables, {', '.join(FIELDS)}")
     listed = document.get("rule", [])
     if not isinstance(listed, list):
         raise PlanError("`rule` must be an array of tables", where=where, hint="write [[rule]], not [rule]")
-    return {"rule": [_checked(rule, f"rule {number}", where) for number, rule in enumerate(listed, 1)]}
+    checked = [_checked(rule, f"rule {position}", where) for position, rule in enumerate(listed, 1)]
+    return {"rule": checked, **canonical_hiding(document, where)}
 
 
 def apply_overrides(overrides: dict[str, Any], names: Iterable[str]) -> dict[str, Override]:
@@ -95,6 +101,7 @@ def _later_wins(before: Override, rule: dict[str, Any], number: int) -> Override
         role=rule.get("role", before.role),
         masked=rule.get("masked", before.masked),
         quantized=rule.get("quantized", before.quantized),
+        p1=rule.get("p1", before.p1),
         sources=(*before.sources, f"rule {number}"),
     )
 
@@ -114,8 +121,16 @@ def _checked(rule: object, label: str, where: object) -> dict[str, Any]:
         if name in rule and not isinstance(rule[name], bool):
             raise PlanError(f"{name} must be true or false, not {rule[name]!r}", where=place)
     if len(rule) == 1:
-        raise PlanError("the rule sets nothing", where=place, hint="set role, masked or quantized")
-    return {name: rule[name] for name in _FIELDS if name in rule}
+        raise PlanError("the rule sets nothing", where=place, hint="set role, masked, quantized or p1")
+    checked = {name: rule[name] for name in _FIELDS if name in rule}
+    return checked if "p1" not in rule else {**checked, "p1": _ratio(rule["p1"], place)}
+
+
+def _ratio(value: object, place: str) -> float:
+    try:
+        return checked_ratio(value)
+    except InputError as error:
+        raise PlanError(error.what, where=place, hint=error.hint) from None
 
 
 def _known(table: dict[str, Any], allowed: tuple[str, ...], what: str, where: object, hint: str) -> None:

@@ -12,11 +12,13 @@ import numpy as np
 
 from fedqsn_cli import keyfile, validate
 from fedqsn_cli.artifacts import Fill, GroupCount, ModelManifest, PublicBase, Quantization, SourceRecord, Units
+from fedqsn_cli.bases import AlignedBase, open_base
 from fedqsn_cli.errors import InputError, KeyFileError
+from fedqsn_cli.hiding import FIELDS, OPTIONS, asked_hiding, said
 from fedqsn_cli.jobmasks import ServerMasks
 from fedqsn_cli.keyfile import Job
 from fedqsn_cli.logical import OpenModel, open_model
-from fedqsn_cli.masking import hidden_count
+from fedqsn_cli.overrides import canonical
 from fedqsn_cli.plan import TensorPlan, load_overrides
 from fedqsn_cli.twins import refuse_twins
 
@@ -40,7 +42,7 @@ class Work:
     new_key: bool
     masks: ServerMasks
     fill: Fill
-    base: OpenModel | None
+    base: AlignedBase | None
     rescale: bool
 
     def save_key(self) -> None:
@@ -59,6 +61,9 @@ def open_work(
     rescale: bool | None,
     fill: Fill | None,
     public_base: str | None,
+    where: str | None = None,
+    layers: str | None = None,
+    p1_schedule: str | None = None,
 ) -> Work:
     """Open a model for masking, with the job that its key belongs to.
 
@@ -70,7 +75,7 @@ def open_work(
     """
     key = Path(key)
     known = keyfile.load(key) if os.path.lexists(key) else None
-    overrides = load_overrides(plan) if plan is not None else known.overrides if known else None
+    overrides = _overrides(known, key, plan, asked_hiding(where, layers, p1_schedule))
     model = open_model(source, axis=axis or (known.axis if known else "neuron"), overrides=overrides)
     model.plan.require_known()
     if not any(tensor.masked for tensor in model.plan.tensors):
@@ -94,8 +99,27 @@ def open_work(
     scaled = _agreed("--rescale", rescale, server.rescale if server and server.fill == "zero" else None, True)
     if server is not None and server.job != job.commitment:
         raise KeyFileError("the key belongs to another job than this server model", where=key)
-    base = _open_base(model, chosen, public_base, job, plan)
+    base = _open_base(model, chosen, public_base)
     return Work(model, job, key, new, ServerMasks(job), chosen, base, scaled and chosen == "zero")
+
+
+def _overrides(known: Job | None, key: Path, plan: str | Path | None, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """The plan's rules, and where and how much to hide: as asked, as the plan file says, and as the job has it.
+
+    Raises:
+        InputError: the three contradict each other. KeyFileError: the job has it otherwise.
+    """
+    written = load_overrides(plan) if plan is not None else {}
+    for name, value in asked.items():
+        if name in written and value != written[name]:
+            raise InputError(f"the plan file says {said(name, written[name])}, asked was {value}", where=OPTIONS[name])
+    wanted = {name: written[name] for name in FIELDS if name in written} | asked
+    if known is not None:
+        keyfile.check_hiding(known, wanted, key)
+    if known is None and plan is None and not asked:
+        return None
+    held = known.overrides if known is not None else {"rule": []}
+    return canonical({**held, **wanted, "rule": written.get("rule", held["rule"])})
 
 
 def keep_outside(out: Path, **files: str | Path | None) -> None:
@@ -119,31 +143,14 @@ def _agreed(option: str, asked: Any, recorded: Any, default: Any) -> Any:
     return next((value for value in (asked, recorded) if value is not None), default)
 
 
-def _open_base(
-    model: OpenModel, fill: Fill, reference: str | None, job: Job, plan: str | Path | None
-) -> OpenModel | None:
+def _open_base(model: OpenModel, fill: Fill, reference: str | None) -> AlignedBase | None:
     if fill == "zero":
         if reference is not None:
             raise InputError("a public base is only used with --fill base", where="--public-base")
         return None
     if reference is None:
         raise InputError("--fill base needs the public base", where="--public-base")
-    base = open_model(reference, axis=job.axis, overrides=job.overrides if plan is None else load_overrides(plan))
-    if base.is_quantized:
-        raise InputError("the public base is quantized", where=reference, hint="give its dense checkpoint")
-    for tensor in model.plan.tensors:
-        if tensor.masked:
-            _check_alike(tensor, base, reference)
-    return base
-
-
-def _check_alike(tensor: TensorPlan, base: OpenModel, reference: str) -> None:
-    other = base.tensors.get(tensor.name)
-    if other is None:
-        raise InputError("the public base has no such tensor", where=f"{reference}: {tensor.name}")
-    if (other.dtype, other.shape) != (tensor.dtype, tensor.shape):
-        found, wanted = f"{other.dtype} {list(other.shape)}", f"{tensor.dtype} {list(tensor.shape)}"
-        raise InputError(f"the public base has {found}, the model {wanted}", where=f"{reference}: {tensor.name}")
+    return open_base(reference, model)
 
 
 def model_manifest(
@@ -165,7 +172,7 @@ def model_manifest(
             "overrides": plan.overrides,
             "model_digest": digest,
             "quantization": how,
-            "groups": group_counts(plan.groups(), work.job.p1),
+            "groups": group_counts(plan.groups(), work.job),
             "tensors": unit_table(plan.tensors),
             "source": source_record(model),
         }
@@ -188,9 +195,9 @@ def public_base(work: Work, digest: str | None) -> PublicBase | None:
     return recorded or PublicBase(reference=reference, sha256=digest)
 
 
-def group_counts(groups: Mapping[str, int], p1: float) -> dict[str, GroupCount]:
+def group_counts(groups: Mapping[str, int], job: Job) -> dict[str, GroupCount]:
     """How many units each group has and how many the server mask hides."""
-    return {name: GroupCount(units=n, hidden=hidden_count(n, p1)) for name, n in groups.items()}
+    return {name: GroupCount(units=n, hidden=job.hides(name, n)) for name, n in groups.items()}
 
 
 def unit_table(tensors: tuple[TensorPlan, ...]) -> dict[str, Units]:

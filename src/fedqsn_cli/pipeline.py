@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from fedqsn_cli import strictjson
 from fedqsn_cli.artifacts import Quantization
+from fedqsn_cli.bases import AlignedBase
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.hashing import HashThreads, Lane
 from fedqsn_cli.logical import LogicalTensor, OpenModel
@@ -147,7 +148,7 @@ def run(
     how: Quantization | None,
     outputs: Sequence[Output],
     *,
-    base: OpenModel | None,
+    base: AlignedBase | None,
     progress: Progress,
 ) -> Digests:
     """Send every tensor of `model` through the pass.
@@ -195,7 +196,7 @@ class _Load:
 
 
 def _loads(
-    model: OpenModel, base: OpenModel | None, todo: Sequence[Flow], how: Quantization | None
+    model: OpenModel, base: AlignedBase | None, todo: Sequence[Flow], how: Quantization | None
 ) -> Iterator[Callable[[], _Load]]:
     """Everything there is to read, in order, as calls that read it."""
     for flow in todo:
@@ -204,7 +205,7 @@ def _loads(
             yield partial(_load, model, base, flow, first, rows, (first, rows) == runs[-1])
 
 
-def _load(model: OpenModel, base: OpenModel | None, flow: Flow, first: int, rows: int, last: bool) -> _Load:
+def _load(model: OpenModel, base: AlignedBase | None, flow: Flow, first: int, rows: int, last: bool) -> _Load:
     values = model.read_rows(flow.name, flow.storage, first, rows)
     fill = base.read_rows(flow.name, flow.storage, first, rows) if base is not None and flow.tensor.masked else None
     return _Load(flow, first, rows, values, fill, last)

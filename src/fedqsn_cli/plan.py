@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 from fedqsn_cli import strictjson
 from fedqsn_cli.errors import PlanError
+from fedqsn_cli.hiding import Hiding, Place, place_of
 from fedqsn_cli.overrides import Override, apply_overrides, canonical, load_overrides
 from fedqsn_cli.roles import DIMENSIONS, LINEAR_ROLES, UNIT_AXIS, Role, rules
 from fedqsn_cli.skips import skip_modules
@@ -35,7 +36,8 @@ class TensorPlan:
 
     A masked tensor is seen as three-dimensional, `view` = (lead, rows, cols). Its units lie along the rows (`axis`
     row), along the columns (column), or are the single weights (element). `groups` names one mask per lead slice, each
-    of `units` units; tensors that name the same group share its mask.
+    of `units` units; tensors that name the same group share its mask. `p1` is the ratio that the server hides of them,
+    None for the job's.
     """
 
     name: str
@@ -51,6 +53,12 @@ class TensorPlan:
     packable: bool
     origin: str = "rules"  # what decided: "rules", or also the overrides that matched, as in "rules, rule 2"
     cleared: bool = False  # an override sends in the clear what the rules would hide, or do not know
+    p1: float | None = None
+
+    def deciding(self) -> list[Any]:
+        """All that decides the tensor's masks; a ratio is in it only where the plan sets one."""
+        row = [self.name, list(self.shape), self.role, self.axis, list(self.groups), self.units, self.masked]
+        return row if self.p1 is None else [*row, self.p1]
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class Plan:
     @property
     def digest(self) -> str:
         """SHA-256 (hex) of all that decides the masks; neither order nor dtype nor quantization is in it."""
-        rows = [[t.name, list(t.shape), t.role, t.axis, list(t.groups), t.units, t.masked] for t in self.tensors]
+        rows = [tensor.deciding() for tensor in self.tensors]
         document = {"format": "fedqsn-plan/1", "axis": self.axis, "tensors": sorted(rows)}
         return hashlib.sha256(strictjson.dumps(document).encode()).hexdigest()
 
@@ -92,6 +100,10 @@ class Plan:
     def groups(self) -> dict[str, int]:
         """Number of units of each group, in checkpoint order."""
         return {group: tensor.units for tensor in self.tensors for group in tensor.groups}
+
+    def ratios(self) -> dict[str, float]:
+        """p1 of each group that has another one than the job."""
+        return {group: tensor.p1 for tensor in self.tensors if tensor.p1 is not None for group in tensor.groups}
 
     def sizes(self) -> tuple[dict[str, tuple[int, int]], int]:
         """Units and parameters of each group, and the parameters that are in no group."""
@@ -132,12 +144,14 @@ def make_plan(
         raise PlanError(f"unknown axis {axis!r}", hint=f"choose one of {', '.join(AXES)}")
     _refuse_foreign_quantization(config)
     checked = canonical(overrides or {})
-    planner = _Planner(tensors, config or {}, axis, apply_overrides(checked, tensors))
+    planner = _Planner(tensors, config or {}, axis, apply_overrides(checked, tensors), Hiding.of(checked))
     planned = [planner.plan(name) for name in tensors]
+    planner.hiding.check(planner.places)
     if checked["rule"]:
-        plain = _Planner(tensors, config or {}, axis, {})
+        plain = _Planner(tensors, config or {}, axis, {}, replace(planner.hiding, strict=False))
         planned = [replace(tensor, cleared=_is_cleared(tensor, plain.plan(tensor.name))) for tensor in planned]
     _check_ties(planned, planner.tied)
+    _check_ratios(planned, checked["rule"])
     return Plan(tuple(planned), axis, checked)
 
 
@@ -150,12 +164,15 @@ class _Planner:
         config: Mapping[str, Any],
         axis: str,
         overrides: dict[str, Override],
+        hiding: Hiding,
     ) -> None:
         self.tensors = tensors
         self.model_type = model_type(config)
         self.axis = axis
         self.overrides = overrides
+        self.hiding = hiding
         self.tied = tied_groups(tensors, config)
+        self.places: set[Place] = set()
 
     def plan(self, name: str) -> TensorPlan:
         role = self.role(name)
@@ -188,15 +205,26 @@ class _Planner:
         asked = self.override(name)
         view = (shape[0] if len(shape) == 3 else 1, shape[-2], shape[-1])
         axis = self.unit_axis(role)
-        masked = asked.masked is not False
+        place, excluded = self.placed(name, role.name)
+        masked = asked.masked if asked.masked is not None else excluded is None
         units = {"row": view[1], "column": view[2], "element": view[1] * view[2]}[axis]
         quantized = asked.quantized is not False
         return TensorPlan(
             name, dtype, shape, role.name, axis if masked else None, view,
             groups=_slices(self.tied.get(name, name), view[0]) if masked else (),
             units=units if masked else 0, masked=masked, quantized=quantized,
-            packable=self.packable(name, role), origin=_origin(asked),
+            packable=self.packable(name, role), origin=_origin(asked, None if masked else excluded),
+            p1=(self.hiding.ratios.get(place) if asked.p1 is None else asked.p1) if masked else None,
         )  # fmt: skip
+
+    def placed(self, name: str, role: str) -> tuple[Place, str | None]:
+        """Where a weight is, and the option that leaves it visible, if one does."""
+        embedding = role == "embedding" or rules().tied_inputs.search(self.tied.get(name, "")) is not None
+        place = place_of(name, role, embedding=embedding)
+        self.places.add(place)
+        if self.override(name).masked is not None:
+            return place, None
+        return place, self.hiding.excludes(name, role, place, embedding=embedding)
 
     def packable(self, name: str, role: Role) -> bool:
         """Whether transformers holds the tensor packed; where an override contradicts a rule, dense is safe."""
@@ -234,6 +262,7 @@ class _Planner:
             name, dtype, shape, "bias", "element" if own else "row", view,
             groups=_slices(name, view[0]) if own else weight.groups,
             units=view[1], masked=True, quantized=False, packable=False, origin=_origin(asked),
+            p1=weight.p1 if asked.p1 is None else asked.p1,
         )  # fmt: skip
 
     def public(self, name: str, role: str) -> TensorPlan:
@@ -270,6 +299,26 @@ def _check_ties(tensors: list[TensorPlan], tied: dict[str, str]) -> None:
             raise PlanError(f"tied to {other.name}, but the plan treats them differently", where=tensor.name, hint=hint)
 
 
+def _check_ratios(tensors: list[TensorPlan], listed: list[dict[str, Any]]) -> None:
+    """One mask has one ratio, and a rule that sets one means something that is hidden.
+
+    Raises:
+        PlanError: an override gives tensors of one group two ratios, or a ratio to nothing.
+    """
+    first: dict[str, TensorPlan] = {}
+    for tensor in tensors:
+        for group in tensor.groups:
+            other = first.setdefault(group, tensor)
+            if other.p1 != tensor.p1:
+                raise PlanError(
+                    f"has the mask of {other.name}, but another p1", where=tensor.name, hint="let one rule match both"
+                )
+    masked = {source for tensor in tensors if tensor.masked for source in tensor.origin.split(", ")}
+    for number, rule in enumerate(listed, 1):
+        if "p1" in rule and f"rule {number}" not in masked:
+            raise PlanError(f"match = {rule['match']!r} fits nothing that is masked", where=f"rule {number}")
+
+
 def _weight_beside(name: str, tensors: Mapping[str, object]) -> str | None:
     """The weight that a bias belongs to: `x.weight` for `x.bias`, the stack `x` for `x_bias`."""
     for ending, weight in ((".bias", ".weight"), ("_bias", "")):
@@ -282,8 +331,8 @@ def _slices(group: str, lead: int) -> tuple[str, ...]:
     return (group,) if lead == 1 else tuple(f"{group}#{index}" for index in range(lead))
 
 
-def _origin(asked: Override) -> str:
-    return ", ".join(("rules", *asked.sources))
+def _origin(asked: Override, option: str | None = None) -> str:
+    return ", ".join(("rules", *asked.sources, *([option] if option else [])))
 
 
 def _is_float(name: str, dtype: str) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fedqsn_cli import ledger as ledgers
 from fedqsn_cli import strictjson
@@ -36,12 +36,11 @@ from fedqsn_cli.masking import LABEL, derive, validate_client, validate_ratio
 from fedqsn_cli.outputs import ClientOutput, tensor_specs
 from fedqsn_cli.owner import METADATA, Work, keep_outside, open_work, public_base, shard_bytes, unit_table, visible_bits
 from fedqsn_cli.pipeline import Digests, Flow, flows, run
+from fedqsn_cli.presets import Choices, Schedule, chosen
 from fedqsn_cli.progress import Progress, Silent
 from fedqsn_cli.quantization.bnb_format import quantization_config
 from fedqsn_cli.release import public_companion, public_config
 from fedqsn_cli.storage import clear_shares, quantization
-
-Schedule = Literal["fresh", "sticky"]
 
 CLIENTS_A_PASS = 128
 """So many proxies are written from one read of the model. More are written in turns: memory stays the same."""
@@ -72,6 +71,7 @@ class ExportResult:
         hidden_from_client: share of all parameters that a proxy does not show, server and client mask together.
         shares: share of all parameters shipped masked and quantized, masked only, quantized only, in the clear.
         key_created: a new job key was written.
+        public_base: how many masked tensors of it are exact, resized and so on (see `bases`); None for zero fill.
     """
 
     proxies: tuple[ExportedProxy, ...]
@@ -82,6 +82,7 @@ class ExportResult:
     hidden_from_client: float
     shares: dict[str, float]
     key_created: bool
+    public_base: dict[str, int] | None = None
 
 
 def export_proxy(
@@ -98,8 +99,12 @@ def export_proxy(
     block_size: int | None = None,
     double_quant: bool | None = None,
     layout: str | None = None,
-    schedule: Schedule = "fresh",
+    schedule: Schedule | None = None,
     axis: str | None = None,
+    where: str | None = None,
+    layers: str | None = None,
+    p1_schedule: str | None = None,
+    preset: str | None = None,
     rescale: bool | None = None,
     fill: Fill | None = None,
     public_base: str | None = None,
@@ -118,6 +123,8 @@ def export_proxy(
         out: directory to make; with several clients it must hold "{client}".
         client: client ids. round: number of the federated round.
         p1: ratio hidden by the server; None takes the key's. p2: ratio of the rest hidden from each client.
+        where, layers, p1_schedule: what the server hides, and at other ratios (see `hiding`); None takes the key's.
+        preset: fills up fill, where, p1 and schedule (see `presets`); schedule is fresh without.
         format, block_size, double_quant, layout: quantization; None takes the source's, else nf4, 64, off, bnb.
         budget: most of all parameters that a client may have seen afterwards, and any `coalition` clients together.
         push: hub repository ("hf://owner/name", may hold "{client}") to upload to once the proxy is complete.
@@ -128,12 +135,17 @@ def export_proxy(
     """
     clients, targets = _targets(client, out, push)
     validate_ratio(p2)
+    choices = chosen(preset, Choices(fill, where, p1, schedule), public_base=public_base)
+    schedule = choices.schedule or "fresh"
     check_schedule(round, schedule)
     check_options(budget, coalition)
     for target in targets:
         keep_outside(target, key=key, ledger=ledger)
     ledgers.check(Path(ledger))
-    work = open_work(source, key=key, p1=p1, axis=axis, plan=plan, rescale=rescale, fill=fill, public_base=public_base)
+    work = open_work(
+        source, key=key, p1=choices.p1, axis=axis, plan=plan, rescale=rescale, fill=choices.fill,
+        public_base=public_base, where=choices.where, layers=layers, p1_schedule=p1_schedule,
+    )  # fmt: skip
     planned = tuple(Planned(name, round, schedule, p2) for name in clients)
     allowance = Budget(work.job, planned, budget, coalition)
     allowance.check_ledger(Path(ledger))
@@ -239,6 +251,7 @@ def _complete(
         proxy_id=manifest.proxy_id,
         proxy_sha256=hashlib.sha256(data).hexdigest(),
         p1=work.job.p1,
+        p1_least=work.job.least_ratio,
         p2=mask.p2,
         rescale=work.rescale,
         fill=work.fill,
@@ -315,6 +328,7 @@ def _result(
         hidden_from_client=(by_server + by_client) / total,
         shares=clear_shares(tensors, how),
         key_created=work.new_key,
+        public_base=work.base.counts() if work.base is not None else None,
     )
 
 

@@ -19,8 +19,9 @@ from fedqsn_cli.outputs import ClientOutput, ServerOutput, tensor_specs
 from fedqsn_cli.owner import METADATA, keep_outside, model_manifest, open_work, shard_bytes, source_record
 from fedqsn_cli.pipeline import Digests, flows, run
 from fedqsn_cli.plan import load_overrides
+from fedqsn_cli.presets import Choices, Schedule, chosen
 from fedqsn_cli.progress import Progress, Silent
-from fedqsn_cli.proxy import Schedule, check_schedule, write_companions
+from fedqsn_cli.proxy import check_schedule, write_companions
 from fedqsn_cli.quantization.bnb_format import quantization_config
 from fedqsn_cli.residual import copy_residual
 from fedqsn_cli.storage import clear_shares, quantization
@@ -33,6 +34,7 @@ class MaskResult:
     Args:
         hidden: share of all parameters that are hidden in it.
         key_created: a new job key was written.
+        public_base: how many masked tensors of it are exact, resized and so on (see `bases`); None for zero fill.
     """
 
     path: str
@@ -41,6 +43,7 @@ class MaskResult:
     groups: int
     hidden: float
     key_created: bool
+    public_base: dict[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,10 @@ def mask(
     key: str | Path,
     p1: float | None = None,
     axis: str | None = None,
+    where: str | None = None,
+    layers: str | None = None,
+    p1_schedule: str | None = None,
+    preset: str | None = None,
     plan: str | Path | None = None,
     rescale: bool | None = None,
     fill: Fill | None = None,
@@ -66,7 +73,7 @@ def mask(
     client: str | None = None,
     round: int | None = None,
     p2: float | None = None,
-    schedule: Schedule = "fresh",
+    schedule: Schedule | None = None,
     max_shard_size: str = "5GB",
     force: bool = False,
     progress: Progress | None = None,
@@ -79,14 +86,21 @@ def mask(
 
     Args:
         p1: ratio hidden by the server; needed for a new key, else the key's.
+        where, layers, p1_schedule: what is hidden, and at other ratios (see `hiding`); None takes the key's.
+        preset: fills up fill, where, p1 and schedule (see `presets`); schedule is fresh without.
         client, round, p2, schedule: the client mask (round is not needed in schedule sticky).
 
     Raises:
         InputError: anything does not fit together; nothing was written then.
     """
+    choices = chosen(preset, Choices(fill, where, p1, schedule), public_base=public_base)
+    schedule = choices.schedule or "fresh"
     _check_client_options(client, round, p2, schedule)
     keep_outside(Path(out), key=key)
-    work = open_work(source, key=key, p1=p1, axis=axis, plan=plan, rescale=rescale, fill=fill, public_base=public_base)
+    work = open_work(
+        source, key=key, p1=choices.p1, axis=axis, plan=plan, rescale=rescale, fill=choices.fill,
+        public_base=public_base, where=choices.where, layers=layers, p1_schedule=p1_schedule,
+    )  # fmt: skip
     how = work.model.manifest.quantization if work.model.manifest else None
     if client is None and work.model.kind != "global-model":
         raise InputError("this is a server model already", where=source, hint="name a --client to hide more")
@@ -115,7 +129,8 @@ def mask(
     total = sum(flow.size for flow in todo)
     hidden = sum(map(work.masks.hidden_elements, work.model.plan.tensors)) + more
     groups = len(work.model.plan.groups())
-    return MaskResult(str(path), kind, digests.model, groups, hidden / total, work.new_key)
+    filled = work.base.counts() if work.base is not None else None
+    return MaskResult(str(path), kind, digests.model, groups, hidden / total, work.new_key, filled)
 
 
 def quantize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import re
 import shutil
@@ -15,14 +16,16 @@ import numpy as np
 import pytest
 
 from cli.running import Outcome, environment, run
-from fedqsn_cli import export_proxy, keyfile, merge
+from fedqsn_cli import export_proxy, keyfile, merge, strictjson
+from fedqsn_cli.artifacts import file_digest
 from fedqsn_cli.auditing.formats import FORMATS
 from fedqsn_cli.auditing.run import audit as public_audit
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.masking import hidden_units
-from helpers import make_model, read_model, send, to_floats
+from helpers import make_model, read_file, read_model, send, to_floats, write_file
 
 CLIENTS = ("ann", "bob")
+QUERY = "bert.encoder.layer.0.attention.self.query.weight"
 LENIENT = '[scope]\nrequire = ["invariants", "exposure", "recovery"]\n[limits.proxy]\ncosine = 0.999\n'
 
 
@@ -95,6 +98,70 @@ def test_a_missing_input_is_not_a_pass(world: Path, missing: str) -> None:
     outcome = run("audit", world / "r1" / "ann", *words[:place], *words[place + 2 :])
     assert outcome.code == 3
     assert missing in outcome.out
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_policy_that_init_policy_writes_needs_truth_key_and_ledger(world: Path, tmp_path: Path, count: int) -> None:
+    assert run("audit", "--init-policy", "--policy", tmp_path / "p.toml").code == 0
+    words = owner(world)
+    for missing in itertools.combinations(range(0, len(words), 2), count):
+        given = [word for place, word in enumerate(words) if place // 2 * 2 not in missing]
+        outcome = run("audit", world / "r1" / "ann", *given, "--policy", tmp_path / "p.toml")
+        assert outcome.code == 3, given
+        assert all(str(words[place]) in outcome.out for place in missing)
+
+
+def test_an_audit_says_plainly_what_it_did_not_check(world: Path, tmp_path: Path) -> None:
+    outcome = run("audit", world / "r1" / "ann", "--report", tmp_path / "r.html")
+    listed = outcome.out.split("\nnot checked")[1]
+    alone = {"FQ001", "FQ002", "FQ004", "FQ005", "FQ006", "FQ009", "FQ010"}
+    assert alone <= set(re.findall(r"^(FQ\d+) ", listed, re.MULTILINE))
+    document = json.loads(run("audit", world / "r1" / "ann", "--json").out)
+    assert alone <= {one["rule"] for one in document["unchecked"]}
+    assert all(one["why"] for one in document["unchecked"])
+    assert document["unchecked"] == [
+        {key: one[key] for key in ("rule", "scope", "why")}
+        for one in sorted(document["checked"], key=lambda one: one["rule"]) if one["status"] == "not-run"
+    ]  # fmt: skip
+    page = (tmp_path / "r.html").read_text()
+    assert "<h2>Not checked</h2>" in page and "FQ001 hidden-influence" in page
+    assert "not checked" in run("audit", world / "r1" / "ann", "--format", "markdown").out.split("<details>")[0]
+
+
+FALSE: dict[str, dict[str, object]] = {
+    "rescale": {"rescale": False},
+    "round": {"round": 7},
+    "job": {"job": "f" * 64},
+    "another id": {"proxy_id": "e" * 64},
+}
+
+
+@pytest.mark.parametrize("fields", FALSE.values(), ids=FALSE)
+def test_a_false_statement_of_a_proxy_is_found_with_the_owners_inputs_and_passes_no_gate_without(
+    world: Path, tmp_path: Path, fields: dict[str, object]
+) -> None:
+    liar = Path(shutil.copytree(world / "r1" / "ann", tmp_path / "ann"))
+    document = json.loads((liar / "proxy.json").read_text())
+    (liar / "proxy.json").write_text(strictjson.pretty(document | fields))
+    run("audit", "--init-policy", "--policy", tmp_path / "p.toml")
+    assert run("audit", liar, *owner(world), "--policy", tmp_path / "p.toml").code == 4
+    assert run("audit", liar, "--policy", tmp_path / "p.toml").code == 3
+
+
+def test_a_hidden_row_in_a_norm_passes_no_gate_without_the_truth(world: Path, tmp_path: Path) -> None:
+    liar = Path(shutil.copytree(world / "r1" / "ann", tmp_path / "ann"))
+    tensors = read_file(liar / "model.safetensors")
+    norm = "bert.embeddings.LayerNorm.weight"
+    hidden = hidden_units(keyfile.load(world / "job.key").key, QUERY, 64, 0.25)
+    row = read_model(world / "global")[QUERY][1][np.flatnonzero(hidden)[0]]
+    tensors[norm] = (tensors[norm][0], row)
+    write_file(liar / "model.safetensors", tensors, {"format": "pt"})
+    document = json.loads((liar / "proxy.json").read_text())
+    document["files"]["model.safetensors"] = file_digest(liar / "model.safetensors")
+    (liar / "proxy.json").write_text(strictjson.pretty(document))
+    run("audit", "--init-policy", "--policy", tmp_path / "p.toml")
+    assert run("audit", liar, *owner(world), "--policy", tmp_path / "p.toml").code == 4
+    assert run("audit", liar, "--policy", tmp_path / "p.toml").code == 3
 
 
 def test_what_cannot_be_read_is_not_a_pass(world: Path, tmp_path: Path) -> None:

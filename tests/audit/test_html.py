@@ -15,8 +15,9 @@ from audit.samples import audit
 from audit.test_formats import NASTY, VERDICTS, nasty
 from fedqsn_cli.auditing.exposure import exposure
 from fedqsn_cli.auditing.findings import Audit
-from fedqsn_cli.auditing.formats import charts, render
+from fedqsn_cli.auditing.formats import render
 from fedqsn_cli.auditing.formats.html_plots import label, layer_of
+from fedqsn_cli.pages import charts
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 VOID = {"meta", "br", "rect", "line", "circle", "path"}

@@ -41,6 +41,7 @@ CLEAN: dict[str, dict[str, Any]] = {
     "gpt_oss nf3": {"family": "gpt_oss", "format": "nf3"},
     "t5 fp4 fp16 sharded": {"family": "t5", "format": "fp4", "model": {"dtype": "float16"}, "max_shard_size": "80KB"},
     "electra elements nf2": {"family": "electra", "axis": "element", "format": "nf2"},
+    "bert whose blocks mix units": {"model": {"hidden_size": 48, "intermediate_size": 72}},
     "qwen2 not quantized, sticky": {"family": "qwen2", "format": "none", "schedule": "sticky"},
 }
 

@@ -115,6 +115,22 @@ def _folded(sums: Any) -> float:
     return float(sums[0])
 
 
+def subtract(total: Doubles, drift: Doubles, weights: Array, axis: Axis | None, coefficient: float) -> None:
+    """total -= coefficient * weights * drift, unit by unit; `drift` holds that product afterwards.
+
+    Where a weight is 0, nobody saw the unit and its sum stays what it is.
+
+    Args:
+        total, drift: [rows, cols]. weights: as for `step`.
+    """
+    factors = coefficient * weights
+    shapes: dict[Axis | None, tuple[int, ...]] = {
+        None: (1, 1), "row": (-1, 1), "column": (1, -1), "element": drift.shape,
+    }  # fmt: skip
+    np.multiply(drift, factors.reshape(shapes[axis]), out=drift)
+    np.subtract(total, drift, out=total)
+
+
 def step(
     w: Array, residual: Array | None, dtype: str, total: Array, weights: Array, axis: Axis | None, rate: float
 ) -> int:

@@ -8,27 +8,33 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.aggregation.accumulate import mix
-from fedqsn_cli.aggregation.merge import MergeResult, merged_manifest, open_job_model
+from fedqsn_cli.aggregation.merge import merged_manifest, open_job_model
+from fedqsn_cli.aggregation.results import MergeResult
+from fedqsn_cli.aggregation.search import Search, best_blend
+from fedqsn_cli.aggregation.streaming import Held, Sink
 from fedqsn_cli.artifacts import MODEL_MANIFEST, manifest_bytes
 from fedqsn_cli.checkpoint import ArtifactWriter
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.jobmasks import ServerMasks
 from fedqsn_cli.logical import OpenModel
-from fedqsn_cli.masking import hidden_count, scale
+from fedqsn_cli.masking import scale
 from fedqsn_cli.outputs import tensor_specs
-from fedqsn_cli.owner import shard_bytes
 from fedqsn_cli.pipeline import CHUNK_ELEMENTS, Flow, flows
 from fedqsn_cli.progress import Progress
 from fedqsn_cli.residual import Residual, residual_sink
 from fedqsn_cli.server_model import copy_companions
 from fedqsn_cli.storage import row_chunks
+
+if TYPE_CHECKING:
+    from fedqsn_cli.interpolation import Development
 
 Array = NDArray[Any]
 
@@ -39,20 +45,22 @@ def restore_model(
     out: str | Path,
     *,
     key: str | Path,
-    blend: float,
-    max_shard_size: str,
+    blend: float | Literal["auto"],
+    development: Development | None,
+    max_shard_bytes: int,
     force: bool,
     progress: Progress,
 ) -> MergeResult:
     """Put a trained server model and the hidden units of the global model together.
 
     Args:
-        source: the global model. trained: the server model that the job ended with. blend: λ, 0 to 1.
+        source: the global model. trained: the server model that the job ended with.
+        blend: λ, 0 to 1; auto takes the one with the lowest loss on the `development` data.
 
     Raises:
         InputError: the two models do not belong together, or λ is out of range. Nothing was written then.
     """
-    if not (math.isfinite(blend) and 0 <= blend <= 1):
+    if blend != "auto" and not (math.isfinite(blend) and 0 <= blend <= 1):
         raise InputError(f"{blend} is not a blend", where="--blend", hint="a number from 0 to 1")
     job, whole = open_job_model(source, key)
     _, server = open_job_model(trained, key)
@@ -64,29 +72,54 @@ def restore_model(
     masks = ServerMasks(job)
     todo = flows(whole, None, masks.hidden)
     with ArtifactWriter(Path(out), force=force, hashed=False) as writer:
-        limit = shard_bytes(max_shard_size)
+        search = _search(todo, whole, server, development, progress) if blend == "auto" else None
+        chosen = search.chosen if search else float(blend)
         specs = tensor_specs(todo, None)
-        sink = writer.tensors("model", specs, max_shard_bytes=limit, metadata=whole.checkpoint.metadata)
-        residuals = Residual(whole), Residual(server)
-        keeps = blend == 1 and any(residual.exists for residual in residuals)
+        sink = writer.tensors("model", specs, max_shard_bytes=max_shard_bytes, metadata=whole.checkpoint.metadata)
+        keeps = chosen == 1 and any(Residual(model).exists for model in (whole, server))
         rest = residual_sink(writer, whole.plan.tensors, None) if keeps else None
-        progress.start("restoring", whole.checkpoint.total_bytes, "bytes")
-        for flow in todo:
-            for first, rows in row_chunks(flow.storage, 1, CHUNK_ELEMENTS):
-                values = _rows(flow, first, rows, whole, server, blend)
-                offset = first * flow.storage.view[2]
-                sink.write(flow.name, offset * values.itemsize, values)
-                if rest is not None and flow.logical.dtype in {"F16", "BF16"}:
-                    rest.write(flow.name, offset * 2, _residual_rows(flow, first, rows, *residuals))
-                progress.advance(values.nbytes)
-        progress.finish()
+        _stream(todo, whole, server, chosen, sink, rest, progress)
         sink.close()
         if rest is not None:
             rest.close()
         copy_companions(whole, writer)
         writer.add_bytes(MODEL_MANIFEST, manifest_bytes(merged_manifest(whole, job, None, "global-model")))
         path = writer.publish()
-    return MergeResult(str(path), "global-model", (), 0, 0.0, None)
+    return MergeResult(str(path), "global-model", (), 0, 0.0, None, blend=chosen, search=search)
+
+
+def _search(
+    todo: Sequence[Flow], whole: OpenModel, server: OpenModel, development: Development | None, progress: Progress
+) -> Search:
+    """λ with the lowest loss; the restored model is exactly linear in λ, so both ends tell everything."""
+    from fedqsn_cli.interpolation import Line
+
+    assert development is not None
+    ends = []
+    for blend in (0.0, 1.0):
+        held = Held(tensor_specs(todo, None))
+        _stream(todo, whole, server, blend, held, None, progress)
+        ends.append((held, Held([])))
+    line = Line(whole.checkpoint, ends[0], ends[1], development, progress)
+    return best_blend(line.measure, line.examples, progress)
+
+
+def _stream(
+    todo: Sequence[Flow], whole: OpenModel, server: OpenModel, blend: float, sink: Sink, rest: Sink | None,
+    progress: Progress,
+) -> None:  # fmt: skip
+    """Send the restored model into sinks for weights and residual, chunk by chunk."""
+    residuals = Residual(whole), Residual(server)
+    progress.start("restoring", whole.checkpoint.total_bytes, "bytes")
+    for flow in todo:
+        for first, rows in row_chunks(flow.storage, 1, CHUNK_ELEMENTS):
+            values = _rows(flow, first, rows, whole, server, blend)
+            offset = first * flow.storage.view[2]
+            sink.write(flow.name, offset * values.itemsize, values)
+            if rest is not None and flow.logical.dtype in {"F16", "BF16"}:
+                rest.write(flow.name, offset * 2, _residual_rows(flow, first, rows, *residuals))
+            progress.advance(values.nbytes)
+    progress.finish()
 
 
 def _check_same_shapes(whole: OpenModel, server: OpenModel, trained: str) -> None:
@@ -108,7 +141,7 @@ def _rows(flow: Flow, first: int, rows: int, whole: OpenModel, server: OpenModel
         assert server.manifest is not None
         s = 1.0
         if server.manifest.rescale:
-            s = float(scale(flow.tensor.units, hidden_count(flow.tensor.units, server.manifest.p1), 0))
+            s = float(scale(flow.tensor.units, server.manifest.groups[flow.tensor.groups[0]].hidden, 0))
         # In the holes, values are R. Nothing is 0 times a hidden weight, which may be infinite.
         full = mix(full, blend, values, 1.0 - blend, flow.logical.dtype) if blend > 0 else values
         values = mix(values, s + blend * (1.0 - s), values, 0.0, flow.logical.dtype)

@@ -30,7 +30,6 @@ from fedqsn_cli.errors import RefusedUpdate
 from fedqsn_cli.hashing import HashThreads, Lane
 from fedqsn_cli.jobmasks import ClientMasks, ServerMasks
 from fedqsn_cli.ledger import Release
-from fedqsn_cli.masking import hidden_count
 from fedqsn_cli.plan import FLOAT_DTYPES, Plan, TensorPlan
 from fedqsn_cli.units import UnitMask
 
@@ -218,16 +217,10 @@ def _checked(entry: TensorEntry | None, tensor: TensorPlan, masks: ClientMasks, 
     where = f"{folder}: {tensor.name}"
     if entry is None:
         raise RefusedUpdate("the tensor is missing", where=where)
-    shape = update_shape(tensor, visible_units(tensor, masks.server.job.p1, masks.p2))
+    shape = update_shape(tensor, masks.visible_count(tensor))
     if entry.dtype != dtype or entry.shape != shape:
         raise RefusedUpdate(f"expected {dtype} {list(shape)}, found {entry.dtype} {list(entry.shape)}", where=where)
     return entry.start
-
-
-def visible_units(tensor: TensorPlan, p1: float, p2: float) -> int:
-    """|V|: how many units of each group of a tensor a client sees."""
-    by_server = hidden_count(tensor.units, p1)
-    return tensor.units - by_server - hidden_count(tensor.units - by_server, p2)
 
 
 def update_shape(tensor: TensorPlan, visible: int) -> tuple[int, ...]:

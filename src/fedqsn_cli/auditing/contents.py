@@ -33,16 +33,21 @@ def check_contents(inputs: Inputs, report: Report) -> None:
         except OSError as error:
             report.findings.append(finding("FQ903", folder.scope, f"cannot be read ({type(error).__name__})"))
             continue
-        why = "every byte was searched for the key, metadata and texts for paths, names, times and seeds"
+        texts = "metadata and texts were searched for paths, names, times and seeds"
         report.add(
-            "FQ006", folder.scope, why if inputs.job else why.replace("the key, ", "nothing (no --key), "), secrets
+            "FQ006", folder.scope, f"every byte was searched for the key; {texts}" if inputs.job else texts, secrets
         )
+        if inputs.job is None:
+            report.skip("FQ006", f"{folder.scope} key", "needs --key, to search every byte for it and for its seeds")
         if folder.opened is None:
             report.skip("FQ010", folder.scope, "the proxy cannot be opened")
             continue
         found = list(_listing(folder, folder.opened, digests)) + list(_tensors(inputs, folder.opened))
         found += _companions(inputs, folder.opened)
         report.add("FQ010", folder.scope, "files, digests and tensors were compared with proxy.json", found)
+        if inputs.truth is None:
+            why = "needs --truth, to compare names of tensors, config.json and tokenizer files with it"
+            report.skip("FQ010", f"{folder.scope} against the truth", why)
         _check_ledger(inputs, folder.opened, report)
 
 
@@ -151,7 +156,8 @@ def _check_ledger(inputs: Inputs, proxy: OpenedProxy, report: Report) -> None:
     """Is the proxy in the ledger, as it is?"""
     scope = f"{proxy.scope} in the ledger"
     if inputs.releases is None:
-        report.skip("FQ010", scope, "needs --ledger")
+        why = "needs --ledger; without it client, round and the mask of this client only are taken on trust"
+        report.skip("FQ010", scope, why)
         return
     release, manifest, found = inputs.release(proxy), proxy.manifest, []
     if release is None:

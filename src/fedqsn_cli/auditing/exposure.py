@@ -113,8 +113,8 @@ class _Odds:
     @classmethod
     def of(cls, job: Job, p2: float) -> _Odds:
         sizes, hidden = [], []
-        for units, size in job.groups.values():
-            left = units - hidden_count(units, job.p1)
+        for name, (units, size) in job.groups.items():
+            left = units - job.hides(name, units)
             sizes.append(size * left / units if units else 0.0)
             hidden.append(hidden_count(left, p2) / left if left else 0.0)
         return cls(np.array(sizes), np.array(hidden), job.clear, job.clear + sum(sizes), _total(job))
@@ -259,7 +259,7 @@ class _Replayed:
 def _replay(job: Job, history: _History, sample: _Sample) -> _Replayed:
     replayed = _Replayed(np.zeros(len(history.scopes)))
     seeds, steps = Seeds(job.key, history.scopes), history.steps()
-    visible = {name: size * (1.0 - hidden_count(n, job.p1) / n) for name, (n, size) in job.groups.items() if n}
+    visible = {name: size * (1.0 - job.hides(name, n) / n) for name, (n, size) in job.groups.items() if n}
     looked_at = sum(visible[name] for name in sample.units)
     grown = sum(visible.values()) / looked_at if looked_at else 0.0  # each group stands for others too, when sampled
     bits, weights = [], []
@@ -287,9 +287,9 @@ class _Group:
     def of(cls, job: Job, name: str, units: int) -> _Group:
         of_all = job.groups[name][0]
         if units == of_all:
-            hidden = hidden_units(job.key, name, units, job.p1)
+            hidden = hidden_units(job.key, name, units, job.ratio(name))
         else:  # the threshold stands for the count: of many ranks a share of p1 lies below p1
-            hidden = ranks(job.key, SERVER, name, units) < np.uint64(int(job.p1 * 2.0**64))
+            hidden = ranks(job.key, SERVER, name, units) < np.uint64(int(job.ratio(name) * 2.0**64))
         allowed = np.flatnonzero(~hidden)
         return cls(name, units, of_all, allowed if allowed.size else np.zeros(1, np.int64))
 

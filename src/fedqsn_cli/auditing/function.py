@@ -29,8 +29,7 @@ from fedqsn_cli.auditing.rules import finding
 from fedqsn_cli.dense import load_dense
 from fedqsn_cli.errors import FedqsnError
 from fedqsn_cli.jobmasks import ServerMasks
-from fedqsn_cli.logical import OpenModel
-from fedqsn_cli.masking import hidden_count, scale
+from fedqsn_cli.masking import scale
 from fedqsn_cli.modeling import Loaded, choose_device, load_model, memory_errors, quiet
 from fedqsn_cli.pipeline import Flow, flows
 from fedqsn_cli.progress import Progress, Silent
@@ -143,21 +142,35 @@ class _Bench:
             hidden.overwrite(values.reshape(lead * rows, cols), 0, None) if hidden.axis != "column" else _by_slice(
                 hidden, values.reshape(lead * rows, cols), rows
             )
-            factor = scale(tensor.units, hidden_count(tensor.units, self.inputs.job.p1), 0)
+            factor = scale(tensor.units, masks.count(tensor), 0)
             if any(proxy.manifest.rescale for proxy in self.inputs.proxies):
                 values *= factor
             state[tensor.name] = torch.from_numpy(values)
         return state
 
     def _base(self) -> State | None:
-        """The public base, if it is a whole model of the same architecture."""
+        """The public base, if it has all of the model: without a head it does not work."""
         base = self.inputs.base
-        if base is None or any(not has_tensor(base, flow) for flow in self._todo() if flow.logical.is_float):
+        if base is None or any(not has_tensor(base, flow) for flow in self._floats()):
             return None
-        return load_dense(base.checkpoint)
+        state = load_dense(self.truth.checkpoint)
+        for flow in self._floats():
+            lead, rows, cols = flow.storage.view
+            values = np.empty((lead * rows, cols), np.float32)
+            for first, count in self._runs(flow):
+                values[first : first + count] = model_rows(base, flow, first, count)
+            state[flow.name] = _stored(flow, values)
+        return state
 
     def _todo(self) -> list[Flow]:
         return flows(self.truth, self.inputs.proxies[0].manifest.quantization, lambda tensor: None)
+
+    def _floats(self) -> list[Flow]:
+        return [flow for flow in self._todo() if flow.logical.is_float]
+
+    def _runs(self, flow: Flow) -> Iterator[tuple[int, int]]:
+        how = self.inputs.proxies[0].manifest.quantization
+        return row_chunks(flow.storage, how.block_size if how else 1, CHUNK)
 
     def _attacks(self) -> Iterator[tuple[str, Callable[[], State]]]:
         """Models that an attacker can put together; the best of them counts."""
@@ -172,21 +185,17 @@ class _Bench:
     def _put_together(self, fill: str) -> State:
         """Descaled values of the first proxy that shows them; `fill` in the holes, or scaled by what is shown."""
         state = load_dense(self.truth.checkpoint)
-        for flow in self._todo():
-            if not flow.logical.is_float:
-                continue
+        for flow in self._floats():
             lead, rows, cols = flow.storage.view
             values = np.empty((lead * rows, cols), np.float32)
             shown = 0
-            how: Any = self.inputs.proxies[0].manifest.quantization
-            for first, count in row_chunks(flow.storage, how.block_size if how else 1, CHUNK):
+            for first, count in self._runs(flow):
                 part, seen = self._rows(flow, first, count, fill)
                 values[first : first + count] = part
                 shown += seen
             if fill == "scaled" and flow.tensor.masked:
                 values *= np.float32(values.size / max(1, shown))
-            whole = values.T if flow.storage.transposed else values
-            state[flow.name] = torch.from_numpy(np.ascontiguousarray(whole).reshape(flow.logical.shape))
+            state[flow.name] = _stored(flow, values)
         return state
 
     def _rows(self, flow: Flow, first: int, count: int, fill: str) -> tuple[Any, int]:
@@ -195,9 +204,8 @@ class _Bench:
             _add(evidence, proxy, flow, first, count)
         seen = evidence.count > 0
         if fill == "base" and has_tensor(self.inputs.base, flow):
-            base: OpenModel | None = self.inputs.base
-            assert base is not None
-            return np.where(seen, evidence.first, model_rows(base, flow, first, count)), int(seen.sum())
+            assert self.inputs.base is not None
+            return np.where(seen, evidence.first, model_rows(self.inputs.base, flow, first, count)), int(seen.sum())
         return evidence.first, int(seen.sum())
 
     def _averages(self) -> float:
@@ -222,6 +230,12 @@ class _Bench:
             train(loaded.model, part, {}, _RECIPE, self._encoder.padding, self.progress)
             result = self._score("attacked", loaded)
             yield CurvePoint(count, result.loss, result.accuracy, rho(floor, result.loss, whole))
+
+
+def _stored(flow: Flow, values: Any) -> Tensor:
+    """fp32 values of the working view [lead * rows, cols], as the tensor's own shape."""
+    whole = values.T if flow.storage.transposed else values
+    return torch.from_numpy(np.ascontiguousarray(whole).reshape(flow.logical.shape))
 
 
 def _by_slice(hidden: Any, values: Any, rows: int) -> None:

@@ -109,7 +109,7 @@ def _judge_coalition(result: _Result, policy: Policy, exposure: Exposure) -> Non
     coalition = next((one for one in exposure.coalitions if one.size == size), None)
     scope = f"coalition of {policy.colluders}"
     if coalition is None:
-        if exposure.clients and policy.coalition_budget is not None:
+        if exposure.clients:  # one client is all the coalition that there is
             share = max(client.shares[-1] for client in exposure.clients)
             result.judge(
                 "FQ102", scope, "what the only client has seen of all parameters", share, policy.coalition_budget

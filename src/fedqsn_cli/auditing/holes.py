@@ -155,20 +155,34 @@ def _scales(inputs: Inputs, proxy: OpenedProxy, name: str) -> Iterator[Finding]:
 
 
 def _judged(inputs: Inputs, proxy: OpenedProxy, name: str, storage: Storage, block: int) -> tuple[Array, Array]:
-    """Blocks in which no element is hidden from this client only, and blocks that show nothing."""
+    """Blocks in which no element is hidden from this client only, and blocks whose scale must be zero."""
     visible = proxy.visible(name)
     lead, rows, cols = storage.view
     blocks = -(-lead * rows * cols // block)
     if visible is None:
         return np.ones(blocks, np.bool_), np.zeros(blocks, np.bool_)
     empty = storage.working(visible.inverted()).full_blocks(block)
-    known = visible
+    by_server = None
     if inputs.job is not None and inputs.truth is not None:
         tensor = next(one for one in inputs.truth.plan.tensors if one.name == name)
         by_server = ServerMasks(inputs.job).hidden(tensor)
-        if by_server is not None:
-            known = UnitMask(visible.axis, visible.view, visible.marks | by_server.marks)
-    return storage.working(known).full_blocks(block) & ~empty, empty
+    if by_server is None:
+        # A block of two units, one hidden by the server and one from the client, keeps the scale of the second.
+        return storage.working(visible).full_blocks(block) & ~empty, empty & _of_one_unit(storage, block)
+    known = UnitMask(visible.axis, visible.view, visible.marks | by_server.marks)
+    client = storage.working(known.inverted()).full_blocks(block)
+    nothing = (storage.working(by_server).full_blocks(block) | client) & empty
+    return storage.working(known).full_blocks(block) & ~empty, nothing
+
+
+def _of_one_unit(storage: Storage, block: int) -> Array:
+    """For each block: is it part of one unit?"""
+    lead, rows, cols = storage.view
+    starts = np.arange(0, lead * rows * cols, block)
+    if storage.axis != "row":
+        return np.zeros(starts.size, np.bool_)
+    ends = np.minimum(starts + block, lead * rows * cols) - 1
+    return np.asarray(starts // cols == ends // cols)
 
 
 def _peaks(proxy: OpenedProxy, name: str, storage: Storage, first: int, count: int, block: int) -> Array:

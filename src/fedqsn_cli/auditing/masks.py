@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ def check_masks(inputs: Inputs, report: Report) -> None:
     clean = set()
     for proxy in inputs.proxies:
         if inputs.job is None:
-            report.skip("FQ005", proxy.scope, "needs --key")
+            report.skip("FQ005", proxy.scope, "needs --key, which alone tells what must be hidden")
             continue
         found = list(_against_key(inputs, proxy))
         known = inputs.release(proxy) is not None
@@ -81,14 +81,14 @@ def _check_jobs(inputs: Inputs, report: Report) -> None:
     if len({proxy.manifest.job for proxy in proxies}) > 1 and _one_model(proxies):
         message = "proxies of one model belong to different jobs: each shows what the other one hides"
         found.append(finding("FQ004", "job", message))
-    ratio = _p1(inputs)
+    ratios = _ratios(inputs)
     why = "visible units of all proxies were put together"
-    if ratio is None:
+    if ratios is None:
         why = "only the ledger's lines were compared: how much the server hides needs --key or --ledger"
     else:
         for job in sorted({proxy.manifest.job for proxy in proxies}):
-            found += _union([proxy for proxy in proxies if proxy.manifest.job == job], ratio)
-    if ratio is None and not releases and len(proxies) < 2:
+            found += _union([proxy for proxy in proxies if proxy.manifest.job == job], ratios)
+    if ratios is None and not releases and len(proxies) < 2:
         report.skip("FQ004", "job", why)
         return
     report.add("FQ004", "job", why, found)
@@ -112,14 +112,18 @@ def _ledger_contradictions(inputs: Inputs) -> Iterator[Finding]:
         yield finding("FQ004", "ledger", "releases of the job name another p1 or plan than its key")
 
 
-def _p1(inputs: Inputs) -> float | None:
+def _ratios(inputs: Inputs) -> Callable[[str], float] | None:
+    """The least share that the server hides of each group: the ledger alone knows only that of all groups."""
     if inputs.job is not None:
-        return inputs.job.p1
-    ratios = {release.p1 for release in inputs.releases or ()}
-    return ratios.pop() if len(ratios) == 1 else None
+        return inputs.job.ratio
+    least = {release.p1 if release.p1_least is None else release.p1_least for release in inputs.releases or ()}
+    if len(least) != 1:
+        return None
+    ratio = least.pop()
+    return lambda group: ratio
 
 
-def _union(proxies: Sequence[OpenedProxy], p1: float) -> Iterator[Finding]:
+def _union(proxies: Sequence[OpenedProxy], ratios: Callable[[str], float]) -> Iterator[Finding]:
     """Units shown by any of the proxies may not be more than one server mask leaves."""
     over = 0
     for name, group in proxies[0].manifest.groups.items():
@@ -128,7 +132,7 @@ def _union(proxies: Sequence[OpenedProxy], p1: float) -> Iterator[Finding]:
             other = proxy.manifest.groups.get(name)
             if other is not None and other.units == group.units:
                 union |= proxy.group(name)
-        over += int(np.count_nonzero(union)) > group.units - hidden_count(group.units, p1)
+        over += int(np.count_nonzero(union)) > group.units - hidden_count(group.units, ratios(name))
     if over:
         scope = proxies[0].scope if len(proxies) == 1 else f"coalition of {len(proxies)}"
         message = "more units are shown than one server mask leaves visible (groups concerned)"

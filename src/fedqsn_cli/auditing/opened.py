@@ -16,11 +16,12 @@ from fedqsn_cli import ledger as ledgers
 from fedqsn_cli.auditing.findings import Check, Finding
 from fedqsn_cli.auditing.proxies import OpenedProxy, open_proxy
 from fedqsn_cli.auditing.rules import finding
+from fedqsn_cli.bases import AlignedBase, UnfitBase, open_base
 from fedqsn_cli.checkpoint import resolve
 from fedqsn_cli.errors import FedqsnError
 from fedqsn_cli.keyfile import Job
 from fedqsn_cli.ledger import Release
-from fedqsn_cli.logical import OpenModel, open_model
+from fedqsn_cli.logical import OpenModel, open_model, open_source
 from fedqsn_cli.owner import unit_table
 from fedqsn_cli.plan import AXES
 
@@ -42,7 +43,7 @@ class Inputs:
 
     Args:
         truth: the global model that the proxies were exported from. after: the global model of the next round.
-        releases: the ledger. base: a public base checkpoint.
+        releases: the ledger. base: a public base checkpoint, under the truth's names; without a truth it has no use.
     """
 
     folders: tuple[ProxyFolder, ...] = ()
@@ -50,7 +51,7 @@ class Inputs:
     after: OpenModel | None = None
     job: Job | None = None
     releases: tuple[Release, ...] | None = None
-    base: OpenModel | None = None
+    base: AlignedBase | None = None
 
     @property
     def proxies(self) -> tuple[OpenedProxy, ...]:
@@ -107,7 +108,7 @@ def open_inputs(
         _tried("after", report, lambda: model(after, "after")),
         job,
         releases,
-        _tried("base", report, lambda: model(base, "base")),
+        _tried("base", report, lambda: _matched(base, whole, folders, report)),
     )
 
 
@@ -168,7 +169,7 @@ def _belonging(
         problem = "is on its way to a proxy; give the dense global model"
     elif model.kind == "server-model" and wanted == "truth":
         problem = "is a server model, in which hidden weights are missing; give the global model"
-    elif job is not None and wanted != "base" and model.plan.digest != job.plan_digest:
+    elif job is not None and model.plan.digest != job.plan_digest:
         problem = "has another plan than the key"
     elif job is None and wanted == "truth":
         table = unit_table(model.plan.tensors)
@@ -179,6 +180,25 @@ def _belonging(
         return model
     report.findings.append(finding("FQ904", wanted, f"the {wanted} {problem}"))
     return None
+
+
+def _matched(
+    reference: str | Path | None, truth: OpenModel | None, folders: Sequence[ProxyFolder], report: Report
+) -> AlignedBase | None:
+    """The public base under the names of the truth. Whoever filled holes with it needed all of it; an attacker takes
+    what fits."""
+    if reference is None:
+        return None
+    if truth is None:
+        open_source(str(reference))  # of no use, but what cannot be read is to be told
+        return None
+    filled = any(one.opened is not None and one.opened.manifest.fill == "base" for one in folders)
+    try:
+        return open_base(str(reference), truth, partial=not filled)
+    except UnfitBase as error:
+        message = f"the base does not go with the truth: {error.what}"
+        report.findings.append(finding("FQ904", "base", message, tensor=error.tensor))
+        return None
 
 
 def _fitting(folder: ProxyFolder, truth: OpenModel | None, report: Report) -> ProxyFolder:

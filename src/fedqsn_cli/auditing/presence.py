@@ -168,7 +168,7 @@ def check_presence(inputs: Inputs, report: Report, odd: Mapping[str, set[str]]) 
     """FQ002 and FQ007 for the truth's own twins and for every proxy."""
     if inputs.truth is None:
         for proxy in inputs.proxies:
-            report.skip("FQ002", proxy.scope, "needs --truth")
+            report.skip("FQ002", proxy.scope, "needs --truth, to look for its hidden units everywhere")
         return
     truth = sketch_truth(inputs)
     known = "that the key hides" if inputs.job else "that no given proxy shows (no --key)"

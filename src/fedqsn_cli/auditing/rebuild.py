@@ -93,7 +93,7 @@ def check_rebuild(inputs: Inputs, report: Report, progress: Progress | None = No
 
 def _missing(inputs: Inputs, proxy: OpenedProxy) -> str | None:
     if inputs.truth is None or inputs.job is None:
-        return "needs --truth and --key"
+        return "needs --truth and --key; without them weights, norms, biases and their scale are taken on trust"
     if proxy.manifest.fill == "base" and inputs.base is None:
         return "needs --base: its holes are filled with the public base"
     return None

@@ -28,6 +28,7 @@ from fedqsn_cli.auditing.opened import Inputs, OpenedProxy, Report
 from fedqsn_cli.auditing.readings import exact_guess, intervals, read_values
 from fedqsn_cli.auditing.rebuild import plain
 from fedqsn_cli.auditing.rules import finding
+from fedqsn_cli.bases import AlignedBase
 from fedqsn_cli.errors import FedqsnError, FormatError
 from fedqsn_cli.logical import OpenModel
 from fedqsn_cli.pipeline import Flow, flows, read_ahead
@@ -136,10 +137,9 @@ def _require(scopes: Sequence[Scope], flow: Flow) -> None:
             raise FormatError("a tensor of the model is missing", where=f"{scope.name}: {flow.name}")
 
 
-def has_tensor(model: OpenModel | None, flow: Flow) -> bool:
-    """Does the public base have the same tensor?"""
-    other = model.tensors.get(flow.name) if model is not None else None
-    return other is not None and other.is_float and other.shape == flow.logical.shape
+def has_tensor(model: AlignedBase | None, flow: Flow) -> bool:
+    """Has the public base values for this tensor?"""
+    return model is not None and flow.name in model.tensors
 
 
 def _rows(inputs: Inputs, flow: Flow, block: int, with_base: bool) -> Iterator[Rows]:
@@ -156,7 +156,7 @@ def _load(inputs: Inputs, flow: Flow, first: int, rows: int, with_base: bool) ->
     return Rows(flow, first, w, base)
 
 
-def model_rows(model: OpenModel, flow: Flow, first: int, rows: int) -> Floats:
+def model_rows(model: OpenModel | AlignedBase, flow: Flow, first: int, rows: int) -> Floats:
     """Rows of a model's tensor in fp32, in the working view."""
     logical = model.tensors[flow.name]
     x = model.read_rows(flow.name, flow.storage, first, rows)

@@ -34,8 +34,12 @@ def export_proxy(
         options.ratio("--p2", text="Share of the visible neurons to hide from each client.", panel=options.MASKING),
     ],
     p1: options.P1 = None,
-    schedule: Annotated[options.Schedule, options.schedule(options.MASKING)] = "fresh",
+    schedule: Annotated[options.Schedule | None, options.schedule(options.MASKING)] = None,
     axis: options.Axis = None,
+    where: options.Where = None,
+    layers: options.Layers = None,
+    p1_schedule: options.P1Schedule = None,
+    preset: options.Preset = None,
     plan: options.Plan = None,
     rescale: options.Rescale = None,
     fill: options.Fill = None,
@@ -83,10 +87,15 @@ def export_proxy(
     With --budget, a release that would show a client (or, with --coalition, so many clients together) too much of the
     model over all rounds is refused before anything is written; the exit code is 1 then.
 
+    With --where and --layers only a part of the model is hidden; the rest is in the clear, but quantized. A preset sets
+    several options at once: paper hides as the method's authors did, strong hides as much as a public base allows.
+
     Examples:
 
       fedqsn export-proxy global/ --out proxy/ --client alice --round 1 \\
           --p1 0.1 --p2 0.1 --key job.key --ledger ledger.jsonl
+      fedqsn export-proxy global/ --out proxy/ --client alice --round 1 --p2 0.1 --key job.key \\
+          --ledger ledger.jsonl --preset paper --p1 0.1 --p1-schedule 0-2=0.9
       fedqsn export-proxy server/ --out 'proxies/{client}' --client alice --client bob --round 2 \\
           --p2 0.1 --key job.key --ledger ledger.jsonl --format nf3 --budget 0.95 --coalition 3
     """
@@ -106,6 +115,10 @@ def export_proxy(
             p2=p2,
             schedule=schedule,
             axis=axis,
+            where=where,
+            layers=layers,
+            p1_schedule=p1_schedule,
+            preset=preset,
             plan=plan,
             budget=budget,
             coalition=coalition,
@@ -131,6 +144,7 @@ def export_proxy(
         ("hidden by the server", console.percent(result.hidden_by_server)),
         ("hidden from a client", console.percent(result.hidden_from_client)),
         *tables.shares(result.shares),
+        ("public base", tables.public_base(result.public_base)),
         ("pushed", ", ".join(each.pushed for each in result.proxies if each.pushed) or None),
         ("new key", f"{key}: keep it secret, and keep it" if result.key_created else None),
     ]

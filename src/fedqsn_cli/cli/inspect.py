@@ -9,6 +9,7 @@ from fedqsn_cli import console
 from fedqsn_cli.cli import options
 
 if TYPE_CHECKING:
+    from fedqsn_cli.bases import Match
     from fedqsn_cli.inspection import Inspection
     from fedqsn_cli.ledger import Release
     from fedqsn_cli.plan import TensorPlan
@@ -30,6 +31,15 @@ def inspect(
         str | None,
         options.file("--overrides", text="Plan with these TOML rules (--plan of other commands).", panel=options.PLAN),
     ] = None,
+    public_base: Annotated[
+        str | None,
+        options.file(
+            "--public-base",
+            text="Show what of this public model would fill each masked tensor (--fill base).",
+            panel=options.PLAN,
+            metavar="BASE",
+        ),
+    ] = None,
     as_json: options.Json = False,
     quiet: Annotated[
         bool, options.option("--quiet", "-q", text="Print the kind of artifact only.", panel=options.OUTPUT)
@@ -44,13 +54,14 @@ def inspect(
     Examples:
 
       fedqsn inspect global/ --plan
+      fedqsn inspect global/ --public-base hf://owner/base
       fedqsn inspect proxy/
       fedqsn inspect ledger.jsonl --json
     """
     how = console.view(as_json, quiet)
     from fedqsn_cli import inspect as run
 
-    found = run(path, plan=plan, axis=axis, overrides=overrides)
+    found = run(path, plan=plan, axis=axis, overrides=overrides, public_base=public_base)
     console.show(how, found, essential=[found.kind], parts=_parts(found))
 
 
@@ -70,6 +81,8 @@ def _parts(found: Inspection) -> list[console.Part]:
         parts.append(_release_table(found.releases))
     if found.plan is not None:
         parts.append(_plan_table(found.plan))
+    if found.public_base is not None:
+        parts += _base_parts(found.public_base)
     if found.unknown:
         names = ", ".join(found.unknown)
         parts.append(f"No rule knows: {names}. Nothing is exported before a plan file (--plan) names their role.")
@@ -133,7 +146,7 @@ def _release_table(releases: Sequence[Release]) -> console.Table:
 
 def _plan_table(plan: Sequence[TensorPlan]) -> console.Table:
     return console.Table(
-        ("tensor", "dtype", "shape", "role", "units", "along", "mask of", "quantized", "decided by"),
+        ("tensor", "dtype", "shape", "role", "units", "p1", "along", "mask of", "quantized", "decided by"),
         [
             (
                 tensor.name,
@@ -141,6 +154,7 @@ def _plan_table(plan: Sequence[TensorPlan]) -> console.Table:
                 "x".join(map(str, tensor.shape)),
                 tensor.role,
                 console.number(tensor.units) if tensor.masked else "-",
+                _ratio(tensor),
                 tensor.axis or "-",
                 _mask_of(tensor),
                 ("packed" if tensor.packable else "dense") if tensor.quantized else "-",
@@ -148,8 +162,45 @@ def _plan_table(plan: Sequence[TensorPlan]) -> console.Table:
             )
             for tensor in plan
         ],
-        numbers=frozenset({"units"}),
+        numbers=frozenset({"units", "p1"}),
     )
+
+
+_MATCHED = {
+    "exact": "as it is",
+    "prefix": "as it is, under another prefix",
+    "tied": "as it is, under a tied name",
+    "converted": "converted to the model's dtype",
+    "resized": "resized: missing rows are zeros, others are left out",
+    "zeros": "zeros",
+}
+
+
+def _base_parts(matches: Sequence[Match]) -> list[console.Part]:
+    from fedqsn_cli.bases import counted
+    from fedqsn_cli.cli import tables
+
+    rows = [
+        (
+            match.name,
+            match.source or "-",
+            match.dtype or "-",
+            "x".join(map(str, match.shape)) if match.shape is not None else "-",
+            _MATCHED[match.kind],
+        )
+        for match in matches
+    ]
+    return [
+        console.Facts([("public base", tables.public_base(counted(matches)))]),
+        console.Table(("masked tensor", "public base", "dtype", "shape", "fills it"), rows),
+    ]
+
+
+def _ratio(tensor: TensorPlan) -> str:
+    """The share that the server hides: a number once it is known, the job's where the plan sets no other."""
+    if not tensor.masked:
+        return "-"
+    return "the job's" if tensor.p1 is None else f"{tensor.p1:g}"
 
 
 def _mask_of(tensor: TensorPlan) -> str:

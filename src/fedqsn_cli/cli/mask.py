@@ -14,6 +14,10 @@ def mask(
     key: Annotated[str, options.file("--key", text="The job's secret; made if there is none.", panel=options.MASKING)],
     p1: options.P1 = None,
     axis: options.Axis = None,
+    where: options.Where = None,
+    layers: options.Layers = None,
+    p1_schedule: options.P1Schedule = None,
+    preset: options.Preset = None,
     plan: options.Plan = None,
     rescale: options.Rescale = None,
     fill: options.Fill = None,
@@ -30,7 +34,7 @@ def mask(
         float | None,
         options.ratio("--p2", text="Share of the visible neurons to hide from the client.", panel=options.CLIENT),
     ] = None,
-    schedule: Annotated[options.Schedule, options.schedule(options.CLIENT)] = "fresh",
+    schedule: Annotated[options.Schedule | None, options.schedule(options.CLIENT)] = None,
     max_shard_size: options.ShardSize = "5GB",
     force: options.Force = False,
     as_json: options.Json = False,
@@ -42,6 +46,9 @@ def mask(
     by you alone, when there is none; a key stands for one job: one p1, one plan, one hidden set. Weights that stay
     visible keep their values bit for bit.
 
+    With --where and --layers only a part of the model is hidden; the rest is quantized later, but in the clear.
+    --p1-schedule hides more of some layers than of others.
+
     With --client, a server model (plain or quantized) becomes what one client would get, without the manifest of a
     proxy: the last step of a proxy made by hand. 'fedqsn export-proxy' does all steps at once.
 
@@ -50,10 +57,14 @@ def mask(
       fedqsn mask global/ --out server/ --p1 0.1 --key job.key
       fedqsn mask hf://owner/model --out server/ --p1 0.5 --key job.key \\
           --fill base --public-base hf://owner/base
+      fedqsn mask global/ --out server/ --p1 0.1 --key job.key --where outputs \\
+          --layers embeddings,0-5 --p1-schedule 0-2=0.9,3-5=0.5
+      fedqsn mask hf://owner/model --out server/ --key job.key --preset strong --public-base hf://owner/base
       fedqsn mask server-nf4/ --out masked/ --client alice --round 1 --p2 0.1 --key job.key
     """
     how = console.view(as_json, quiet)
     from fedqsn_cli import mask as run
+    from fedqsn_cli.cli import tables
 
     with console.progress(how) as progress:
         result = run(
@@ -62,6 +73,10 @@ def mask(
             key=key,
             p1=p1,
             axis=axis,
+            where=where,
+            layers=layers,
+            p1_schedule=p1_schedule,
+            preset=preset,
             plan=plan,
             rescale=rescale,
             fill=fill,
@@ -81,6 +96,7 @@ def mask(
                 "hidden",
                 f"{console.percent(result.hidden)} of all parameters, {console.number(result.groups)} groups of units",
             ),
+            ("public base", tables.public_base(result.public_base)),
             ("new key", f"{key}: keep it secret, and keep it" if result.key_created else None),
         ]
     )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fedqsn_cli import console, validate
 from fedqsn_cli.cli import options
 
 if TYPE_CHECKING:
-    from fedqsn_cli.aggregation.merge import MergeResult
+    from fedqsn_cli.aggregation.results import MergedClient, MergeResult
+    from fedqsn_cli.aggregation.search import Search
+
+
+def _share(value: float, name: str) -> float:
+    return validate.up_to_one(validate.more_than_zero(value, name), name)
 
 
 def merge(
@@ -30,12 +35,33 @@ def merge(
         ),
     ] = "coverage",
     server_lr: Annotated[
-        float,
-        options.real(
+        Any,
+        options.real_or_auto(
             "--server-lr",
-            text="Step size: 1 takes the average as it is.",
+            text="Step size: 1 takes the average as it is; auto looks for the best.",
             panel=options.MERGING,
             check=validate.more_than_zero,
+        ),
+    ] = 1.0,
+    allow_worse: Annotated[
+        bool,
+        options.option(
+            "--allow-worse", text="With auto: take the best step even if the model gets worse.", panel=options.MERGING
+        ),
+    ] = False,
+    control: Annotated[
+        str | None,
+        options.file(
+            "--control",
+            text="An update of your own, trained on your own data; what it did is taken off the clients' updates.",
+            panel=options.MERGING,
+            metavar="UPDATE",
+        ),
+    ] = None,
+    control_weight: Annotated[
+        float,
+        options.real(
+            "--control-weight", text="How much of the control is taken off.", panel=options.MERGING, check=_share
         ),
     ] = 1.0,
     restore: Annotated[
@@ -48,14 +74,31 @@ def merge(
         ),
     ] = None,
     blend: Annotated[
-        float,
-        options.real(
+        Any,
+        options.real_or_auto(
             "--blend",
-            text="How far hidden neurons come back: 1 in full, 0 not at all.",
+            text="How far hidden neurons come back: 1 in full, 0 not at all; auto looks for the best.",
             panel=options.RESTORING,
             check=validate.up_to_one,
         ),
     ] = 1.0,
+    eval_data: Annotated[
+        str | None,
+        options.file(
+            "--eval-data", text="Your development data, for auto: JSONL, CSV or Parquet.", panel=options.SEARCHING
+        ),
+    ] = None,
+    max_length: Annotated[
+        int, options.count("--max-length", text="Cut texts to this many tokens.", panel=options.SEARCHING)
+    ] = 256,
+    batch_size: Annotated[
+        int, options.count("--batch-size", text="Examples in a batch.", panel=options.SEARCHING)
+    ] = 32,
+    device: Annotated[str, options.device(options.SEARCHING)] = "auto",
+    report: Annotated[
+        str | None,
+        options.file("--report", text="Write a page about what auto tried: one HTML file.", panel=options.SEARCHING),
+    ] = None,
     max_update_norm: Annotated[
         float,
         options.real(
@@ -83,11 +126,17 @@ def merge(
     A server model stays a server model. At the end of the job, 'fedqsn merge GLOBAL --restore SERVER' puts its trained
     neurons and the hidden ones of the global model together.
 
+    With --server-lr auto or --blend auto the model is measured on your development data at a dozen values, and the
+    one with the lowest loss is taken. If no step makes the model better, nothing is written and the exit code is 1.
+
     Examples:
 
       fedqsn merge global/ updates/* --out next/ --key job.key --ledger ledger.jsonl
       fedqsn merge server/ updates/* --out server-2/ --key job.key --ledger ledger.jsonl --normalize clients
+      fedqsn merge global/ updates/* --out next/ --key job.key --ledger ledger.jsonl \\
+          --server-lr auto --eval-data dev.jsonl --control own-update/
       fedqsn merge global/ --restore server-9/ --out final/ --key job.key --blend 0.5
+      fedqsn merge global/ --restore server-9/ --out final/ --key job.key --blend auto --eval-data dev.jsonl
     """
     how = console.view(as_json, quiet)
     from fedqsn_cli import merge as run
@@ -101,10 +150,18 @@ def merge(
             ledger=ledger,
             normalize=normalize,
             server_lr=server_lr,
+            allow_worse=allow_worse,
+            control=control,
+            control_weight=control_weight,
             restore=restore,
             blend=blend,
+            eval_data=eval_data,
+            batch_size=batch_size,
+            max_length=max_length,
+            device=device,
             max_update_norm=max_update_norm,
             max_examples=max_examples,
+            report=report,
             max_shard_size=max_shard_size,
             force=force,
             progress=progress,
@@ -113,23 +170,40 @@ def merge(
 
 
 def _parts(result: MergeResult) -> list[console.Part]:
-    clients = console.Table(
-        ("client", "round", "examples", "share", "update / model", "loss before", "loss after"),
-        [
-            (
-                each.client,
-                each.round,
-                console.number(each.num_examples),
-                console.percent(each.share),
-                f"{each.relative_norm:.2g}",
-                console.real(each.first_loss),
-                console.real(each.last_loss),
-            )
-            for each in result.clients
-        ],
-        numbers=frozenset({"round", "examples", "share", "update / model", "loss before", "loss after"}),
-    )
     facts: list[tuple[str, object]] = [(result.kind.replace("-", " "), result.path)]
     if result.clients:
         facts.append(("seen by a client", f"{console.percent(result.covered)} of all parameters"))
-    return [*([clients] if result.clients else []), console.Facts(facts)]
+    parts: list[console.Part] = [_clients(result)] if result.clients else []
+    parts += [_curve(result.search)] if result.search else []
+    return [*parts, console.Facts(facts)]
+
+
+def _clients(result: MergeResult) -> console.Table:
+    names = ("client", "round", "examples", "share", "update / model", "loss before", "loss after")
+    rows = [_client(each, console.percent(each.share)) for each in result.clients]
+    rows += [_client(result.control, "control")] if result.control else []
+    return console.Table(names, rows, numbers=frozenset(names[1:]))
+
+
+def _client(each: MergedClient, share: str) -> tuple[object, ...]:
+    return (
+        each.client, each.round, console.number(each.num_examples), share, f"{each.relative_norm:.2g}",
+        console.real(each.first_loss), console.real(each.last_loss),
+    )  # fmt: skip
+
+
+def _curve(search: Search) -> console.Table:
+    """What auto tried, with a mark at what it took."""
+    names = (search.option.removeprefix("--"), "loss", _score(search))
+    rows = [
+        (
+            f"{point.value:.10g}", f"{point.loss:.6g}", console.real(getattr(point, names[2])),
+            "<- taken" if point.value == search.chosen else "",
+        )
+        for point in search.curve
+    ]  # fmt: skip
+    return console.Table((*names, ""), rows, numbers=frozenset(names))
+
+
+def _score(search: Search) -> str:
+    return "perplexity" if search.at(search.chosen).accuracy is None else "accuracy"

@@ -19,7 +19,7 @@ Check = Callable[[Any, str], Any]
 
 MASKING, CLIENT, QUANTIZATION, JOB, OUTPUT = "Masking", "Client mask", "Quantization", "Job", "Output"
 DATA, TRAINING, COMPUTING, PLAN = "Data", "Training", "Computing", "Plan"
-MERGING, RESTORING, LIMITS = "Merging", "Restoring", "Limits"
+MERGING, RESTORING, SEARCHING, LIMITS = "Merging", "Restoring", "Searching (auto)", "Limits"
 
 
 def option(name: str, *more: str, text: str, panel: str, check: Check | None = None, **other: Any) -> Any:
@@ -74,6 +74,23 @@ def real(flag: str, *, text: str, panel: str, check: Check) -> Any:
     return option(flag, text=text, panel=panel, metavar="X", check=check)
 
 
+def real_or_auto(flag: str, *, text: str, panel: str, check: Check) -> Any:
+    """An option that takes a real number, or the word auto."""
+
+    def parsed(value: str) -> float | str:
+        if value == "auto":
+            return value
+        try:
+            return float(value)
+        except ValueError:
+            raise InputError(f"{value!r} is neither a number nor auto", where=flag) from None
+
+    def checked(value: float | str, name: str) -> Any:
+        return value if value == "auto" else check(value, name)
+
+    return option(flag, text=text, panel=panel, metavar="X|auto", check=checked, parser=parsed)
+
+
 def ratio(flag: str, *, text: str, panel: str, **other: Any) -> Any:
     """An option that takes a share of units, 0 to below 1."""
     return option(flag, text=text, panel=panel, metavar="RATIO", check=_ratio, **other)
@@ -91,7 +108,8 @@ def device(panel: str) -> Any:
 
 def schedule(panel: str) -> Any:
     """The option that says how a client's mask changes from round to round."""
-    return option("--schedule", text="Hide other neurons in every round, or always the same.", panel=panel)
+    text = "Hide other neurons in every round, or always the same."
+    return option("--schedule", text=text, panel=panel, show_default="the preset's, else fresh")
 
 
 def number_format(**other: Any) -> Any:
@@ -110,6 +128,20 @@ def _ratio(value: float, _: str) -> float:
     from fedqsn_cli.masking import validate_ratio
 
     return validate_ratio(value)
+
+
+def _layers(value: str, _: str) -> str:
+    from fedqsn_cli.hiding import parse_layers
+
+    parse_layers(value)
+    return value
+
+
+def _p1_schedule(value: str, _: str) -> str:
+    from fedqsn_cli.hiding import parse_schedule
+
+    parse_schedule(value)
+    return value
 
 
 def _client(value: str, _: str) -> str:
@@ -147,6 +179,46 @@ Axis = Annotated[
         text="What to hide in linear layers: output neurons, input features, or single weights.",
         panel=MASKING,
         show_default="the key's, else neuron",
+    ),
+]
+Where = Annotated[
+    Literal["all", "outputs", "mlp", "attention"] | None,
+    option(
+        "--where",
+        text="What to hide: all matrices; the outputs of attention and MLP, and the embeddings; or all of one kind.",
+        panel=MASKING,
+        show_default="the key's, else all",
+    ),
+]
+Layers = Annotated[
+    str | None,
+    option(
+        "--layers",
+        text="Hide in these layers only, such as embeddings,0-3,5,head.",
+        panel=MASKING,
+        metavar="LIST",
+        check=_layers,
+        show_default="the key's, else all",
+    ),
+]
+P1Schedule = Annotated[
+    str | None,
+    option(
+        "--p1-schedule",
+        text="Other ratios than --p1, by layer, such as 0-2=0.9,3-5=0.5,embeddings=0.2.",
+        panel=MASKING,
+        metavar="LIST",
+        check=_p1_schedule,
+        show_default="the key's, else none",
+    ),
+]
+Preset = Annotated[
+    Literal["paper", "strong"] | None,
+    option(
+        "--preset",
+        text="paper: fill zero, where outputs, schedule fresh. strong: fill base, where all, p1 0.5, schedule sticky. "
+        "Options that are given win.",
+        panel=MASKING,
     ),
 ]
 Plan = Annotated[str | None, file("--plan", text="TOML rules for tensors that need other treatment.", panel=MASKING)]

@@ -33,6 +33,13 @@ def quantization(how: Quantization | None) -> str:
     return f"{how.format}, blocks of {how.block_size}, layout {how.layout}{double}"
 
 
+def public_base(counts: Mapping[str, int] | None) -> str | None:
+    """What of the public base fits: `96 tensors as they are, 2 resized, 1 without (zeros)`."""
+    from fedqsn_cli.bases import summary
+
+    return None if counts is None else summary(counts)
+
+
 def contents(found: Contents) -> list[tuple[str, object]]:
     """What an artifact holds, in numbers."""
     kinds = ", ".join(found.dtypes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedqsn_cli.auditing.findings import Audit, Finding, Severity
+from fedqsn_cli.auditing.findings import Audit, Check, Finding, Severity
 from fedqsn_cli.auditing.rules import RULES
 from fedqsn_cli.console import percent
 
@@ -34,6 +34,11 @@ def meaning(audit: Audit) -> str:
 def ordered(audit: Audit) -> list[Finding]:
     """Findings, the worst kind first."""
     return sorted(audit.findings, key=lambda one: ORDER[one.severity])
+
+
+def unchecked(audit: Audit) -> list[Check]:
+    """Rules that could not be applied, most often because an input was not given; in the order of their ids."""
+    return sorted((one for one in audit.checked if one.status == "not-run"), key=lambda one: one.rule)
 
 
 def rule_name(rule: str) -> str:

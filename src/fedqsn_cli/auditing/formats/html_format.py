@@ -5,9 +5,7 @@ Everything that comes from a file of somebody else (names of proxies, tensors, c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 
 from fedqsn_cli.auditing.findings import Audit, Finding, Recovery
 from fedqsn_cli.auditing.formats import html_plots as plots
@@ -19,9 +17,12 @@ from fedqsn_cli.auditing.formats.common import (
     ordered,
     proxies_to_99,
     rule_name,
+    unchecked,
 )
 from fedqsn_cli.auditing.rules import RULES
-from fedqsn_cli.console import clean, percent
+from fedqsn_cli.console import percent
+from fedqsn_cli.pages.parts import document, safe, table
+from fedqsn_cli.pages.parts import figures as boxes
 
 TITLES = {
     "passed": "Passed", "over the limits": "Over the limits", "incomplete": "Not complete", "broken": "Do not send",
@@ -32,17 +33,12 @@ MOST_FINDINGS = 50
 
 def render(audit: Audit) -> str:
     """The whole page."""
-    css = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
     parts = [
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'">',
-        f"<title>fedqsn audit: {escape(audit.verdict)}</title>\n<style>\n{css}</style>\n</head>\n<body>\n<main>",
-        "<h1>fedqsn audit</h1>", _verdict(audit), _figures(audit), _findings(audit), plots.exposure(audit),
+        _verdict(audit), _figures(audit), _findings(audit), _unchecked(audit), plots.exposure(audit),
         plots.heat_map(audit), plots.recovery_and_function(audit), _attacks(audit), _checks(audit), _policy(audit),
-        _footer(audit), "</main>\n</body>\n</html>\n",
+        _footer(audit),
     ]  # fmt: skip
-    return "\n".join(part for part in parts if part)
+    return document("fedqsn audit", f"fedqsn audit: {audit.verdict}", parts)
 
 
 def _verdict(audit: Audit) -> str:
@@ -77,8 +73,7 @@ def _figures(audit: Audit) -> str:
         figures.append((percent(peak.exact_share), "of all parameters known exactly"))
     if audit.function is not None and audit.function.rho is not None:
         figures.append((percent(max(audit.function.rho, 0.0)), "of the model's function recovered (ρ)"))
-    boxes = "".join(f'<div class="figure"><b>{escape(b)}</b><span>{escape(text)}</span></div>' for b, text in figures)
-    return f'<div class="figures">{boxes}</div>' if figures else ""
+    return boxes(figures)
 
 
 def _coalition(audit: Audit):  # type: ignore[no-untyped-def]
@@ -100,11 +95,20 @@ def _findings(audit: Audit) -> str:
 
 def _finding(one: Finding) -> str:
     about = one.scope if one.tensor is None else f"{one.scope}, {one.tensor}"
-    mend = "" if one.severity == "info" else f"<br>How to mend it: {_safe(RULES[one.rule].mend)}"
+    mend = "" if one.severity == "info" else f"<br>How to mend it: {safe(RULES[one.rule].mend)}"
     return (
-        f'<div class="finding {one.severity}"><b>{_safe(about)}: {_safe(one.message)}</b>'
-        f"<small>{rule_name(one.rule)} ({WORDS[one.severity]}). {_safe(RULES[one.rule].why)}{mend}</small></div>"
+        f'<div class="finding {one.severity}"><b>{safe(about)}: {safe(one.message)}</b>'
+        f"<small>{rule_name(one.rule)} ({WORDS[one.severity]}). {safe(RULES[one.rule].why)}{mend}</small></div>"
     )
+
+
+def _unchecked(audit: Audit) -> str:
+    rows = [(rule_name(one.rule), one.scope, one.why) for one in unchecked(audit)]
+    if not rows:
+        return ""
+    lead = "These rules could not be applied, so nothing is known about what they look at."
+    listed = table(("rule", "of", "why"), rows, ())
+    return f'<section><h2>Not checked</h2><p class="lead">{lead}</p><div class="scroll">{listed}</div></section>'
 
 
 def _attacks(audit: Audit) -> str:
@@ -112,7 +116,7 @@ def _attacks(audit: Audit) -> str:
         return ""
     numbers = ("known exactly", "error", "error of what is shown", "cosine", "secret difference")
     worst = plots.worst_recovery(audit)
-    scopes = _table(("given", "best attack", *numbers), [_row(one.scope, one) for one in audit.recovery], numbers)
+    scopes = table(("given", "best attack", *numbers), [_row(one.scope, one) for one in audit.recovery], numbers)
     attacks = ""
     if worst is not None:
         rows = [
@@ -122,8 +126,8 @@ def _attacks(audit: Audit) -> str:
             )
             for one in worst.attack_table
         ]  # fmt: skip
-        attacks = f"<details><summary>All attacks on {_safe(worst.scope)}</summary>"
-        attacks += f'<div class="scroll">{_table(("attack", *numbers), rows, numbers)}</div></details>'
+        attacks = f"<details><summary>All attacks on {safe(worst.scope)}</summary>"
+        attacks += f'<div class="scroll">{table(("attack", *numbers), rows, numbers)}</div></details>'
     lead = (
         "Error is the squared difference to the true weights, divided by their square: 0 % is a perfect copy, "
         "100 % knows nothing."
@@ -146,11 +150,11 @@ def _checks(audit: Audit) -> str:
     words = {"pass": "passed", "fail": "failed", "not-run": "not run"}
     rows = "".join(
         f'<tr><td class="{check.status}">{words[check.status]}</td><td>{rule_name(check.rule)}</td>'
-        f'<td class="name">{_safe(check.scope)}</td><td class="name">{_safe(check.why)}</td></tr>'
+        f'<td class="name">{safe(check.scope)}</td><td class="name">{safe(check.why)}</td></tr>'
         for check in sorted(audit.checked, key=lambda check: ("fail", "not-run", "pass").index(check.status))
     )
-    table = f"<table><tr><th></th><th>rule</th><th>of</th><th>what was done</th></tr>{rows}</table>"
-    folded = f'<details><summary>{len(audit.checked)} checks</summary><div class="scroll">{table}</div></details>'
+    checks = f"<table><tr><th></th><th>rule</th><th>of</th><th>what was done</th></tr>{rows}</table>"
+    folded = f'<details><summary>{len(audit.checked)} checks</summary><div class="scroll">{checks}</div></details>'
     return f"<section><h2>All checks</h2>{folded}</section>"
 
 
@@ -166,15 +170,16 @@ def _policy(audit: Audit) -> str:
     waivers = audit.policy.get("waivers", [])
     if not rows and not waivers:
         return ""
-    table = _table(("limit", "value"), rows, ("value",)) if rows else ""
+    limit_table = table(("limit", "value"), rows, ("value",)) if rows else ""
     waived = [(w["rule"], w["tensor"], w["reason"], w["owner"], w["expires"]) for w in waivers]
-    extra = f"<h3>Waivers</h3>{_table(('rule', 'tensor', 'reason', 'owner', 'until'), waived, ())}" if waived else ""
-    return f"<section><h2>Policy</h2><details><summary>Limits and waivers</summary>{table}{extra}</details></section>"
+    extra = f"<h3>Waivers</h3>{table(('rule', 'tensor', 'reason', 'owner', 'until'), waived, ())}" if waived else ""
+    folded = f"<details><summary>Limits and waivers</summary>{limit_table}{extra}</details>"
+    return f"<section><h2>Policy</h2>{folded}</section>"
 
 
 def _footer(audit: Audit) -> str:
     named = "".join(
-        f'<tr><td class="name">{_safe(name)}</td><td class="name"><code>{_safe(digest)}</code></td></tr>'
+        f'<tr><td class="name">{safe(name)}</td><td class="name"><code>{safe(digest)}</code></td></tr>'
         for name, digest in audit.inputs.items()
     )
     inputs = f"<details><summary>What was audited (SHA-256)</summary><table>{named}</table></details>" if named else ""
@@ -182,20 +187,4 @@ def _footer(audit: Audit) -> str:
     if audit.exposure is not None and audit.exposure.clients:
         to_99 = f" 99 % of what the server mask leaves is seen after {proxies_to_99(audit.exposure.proxies_to_99)}."
     promise = "This page holds no weight, no hidden position and no key."
-    return f"<footer>fedqsn {_safe(audit.version)}. Exit code {audit.exit_code}.{to_99} {promise}{inputs}</footer>"
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str]) -> str:
-    kinds = ["number" if name in numbers else "name" for name in columns]
-    head = "".join(f'<th class="{kind}">{_safe(name)}</th>' for name, kind in zip(columns, kinds, strict=True))
-    body = "".join(
-        "<tr>"
-        + "".join(f'<td class="{kind}">{_safe(cell)}</td>' for cell, kind in zip(row, kinds, strict=True))
-        + "</tr>"
-        for row in rows
-    )
-    return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def _safe(text: str) -> str:
-    return escape(clean(text))
+    return f"<footer>fedqsn {safe(audit.version)}. Exit code {audit.exit_code}.{to_99} {promise}{inputs}</footer>"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from html import escape
 
 from fedqsn_cli.auditing.findings import Audit, ClientExposure, Exposure, FunctionRecovery, Recovery, TensorRecovery
-from fedqsn_cli.auditing.formats import charts
-from fedqsn_cli.auditing.formats.charts import Bar, Level, Line, Plot
 from fedqsn_cli.auditing.formats.common import proxies_to_99
 from fedqsn_cli.console import clean, percent
+from fedqsn_cli.pages import charts
+from fedqsn_cli.pages.charts import Bar, Level, Line, Plot
+from fedqsn_cli.pages.parts import legend, section
 
 MOST_LINES = 12  # clients; more become a band
 MOST_ROWS = 32
@@ -23,11 +23,6 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|block|blocks|transformer)\.(\d+)(?:\.
 def worst_recovery(audit: Audit) -> Recovery | None:
     """The recovery with the least error: what all proxies together give away, most often."""
     return min(audit.recovery, key=lambda one: one.peak.log10_nmse, default=None)
-
-
-def section(title: str, lead: str, body: str) -> str:
-    """A box with a heading and one sentence under it; the title and the sentence are escaped here."""
-    return f'<section><h2>{escape(title)}</h2><p class="lead">{escape(clean(lead))}</p>{body}</section>'
 
 
 def exposure(audit: Audit) -> str:
@@ -80,13 +75,7 @@ def _key(seen: Exposure, limit: float | None) -> str:
         ("#17693f", f"all that is ever sent ({percent(1 - seen.hidden_share)})"),
     ]
     dashed += [] if limit is None else [("#b3261e", f"limit ({percent(limit)})")]
-    return _legend(entries, dashed)
-
-
-def _legend(entries: Iterable[tuple[str, str]], dashed: Iterable[tuple[str, str]] = ()) -> str:
-    items = [f'<li><i style="background:{colour}"></i>{escape(name)}</li>' for colour, name in entries]
-    items += [f'<li><i class="dashed" style="border-color:{colour}"></i>{escape(name)}</li>' for colour, name in dashed]
-    return f'<ul class="key">{"".join(items)}</ul>'
+    return legend(entries, dashed)
 
 
 def _coalitions(audit: Audit, seen: Exposure) -> str:
@@ -103,10 +92,10 @@ def _coalitions(audit: Audit, seen: Exposure) -> str:
         else "Where not all coalitions could be tried, the best found is shown."
     )
     lead = f"What the worst coalition of each size has seen, if its members put together all they got. {how}"
-    legend = _legend(
+    key = legend(
         [("#6f93e0", "seen together"), ("#c9d8f6", "sent to somebody, not to them"), ("#edf1f7", "never sent")]
     )
-    return section("What clients could see together", lead, charts.bars("Coalitions", rows, 110) + legend)
+    return section("What clients could see together", lead, charts.bars("Coalitions", rows, 110) + key)
 
 
 def heat_map(audit: Audit) -> str:
@@ -132,7 +121,7 @@ def heat_map(audit: Audit) -> str:
         "Who has seen what", [clean(name) for name in clients], [clean(name) for name in names], cells
     )
     steps = [(charts.shade(share), f"{round(100 * share)} %") for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    return section("Who has seen what", lead, f'<div class="scroll">{picture}</div>{_legend(steps)}')
+    return section("Who has seen what", lead, f'<div class="scroll">{picture}</div>{legend(steps)}')
 
 
 def _mean(values: list[float] | None) -> float | None:
@@ -181,8 +170,8 @@ def _recovery(audit: Audit) -> str:
         f"How much of {what} the best attack gets back from {worst.scope}, layer by layer; the dark part is known "
         "exactly. A lower bound: better attacks may exist."
     )
-    legend = _legend([("#6f93e0", "recovered"), ("#2456c8", "known exactly"), ("#edf1f7", "not recovered")])
-    return section("What can be recovered", lead, charts.bars("Recovery per layer", rows, 100) + legend)
+    key = legend([("#6f93e0", "recovered"), ("#2456c8", "known exactly"), ("#edf1f7", "not recovered")])
+    return section("What can be recovered", lead, charts.bars("Recovery per layer", rows, 100) + key)
 
 
 def _number(name: str) -> tuple[int, int]:
@@ -232,7 +221,7 @@ def _function(function: FunctionRecovery, audit: Audit) -> str:
             "Recovered function", "public examples that the attacker fine-tunes with", [Line("worst", line, "rho")],
             levels, ticks=ticks, low=math.floor(lowest * 10) / 10, high=math.ceil(highest * 10) / 10,
         )  # fmt: skip
-        return section("What the recovered model can do", lead, charts.draw(plot) + _legend([], dashed))
+        return section("What the recovered model can do", lead, charts.draw(plot) + legend([], dashed))
     most = max((score.loss for score in function.scores), default=1.0) or 1.0
     rows = [Bar(score.model, (("main", score.loss / most),), f"{score.loss:.3g}") for score in function.scores]
     return section("What the recovered model can do", f"{lead} Bars show losses.", charts.bars("Losses", rows, 100))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedqsn_cli import strictjson
 from fedqsn_cli.auditing.findings import Audit
+from fedqsn_cli.auditing.formats.common import unchecked
 from fedqsn_cli.auditing.gate import measures
 from fedqsn_cli.console import plain
 from fedqsn_cli.errors import FormatError, InputError
@@ -26,6 +27,7 @@ def document(audit: Audit) -> dict[str, object]:
         "policy": plain(dict(audit.policy)),
         "findings": plain(audit.findings),
         "checked": [check._asdict() for check in audit.checked],
+        "unchecked": [{"rule": one.rule, "scope": one.scope, "why": one.why} for one in unchecked(audit)],
         "measures": plain(measures(audit.recovery, audit.function, audit.exposure)),
         "recovery": [_recovery(one) for one in audit.recovery],
         "function": _function(audit),

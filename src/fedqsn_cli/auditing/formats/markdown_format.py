@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from fedqsn_cli.auditing.findings import Audit
 from fedqsn_cli.auditing.formats.common import LOWER_BOUND, meaning, ordered, verdict
-from fedqsn_cli.auditing.formats.text_format import MOST_FINDINGS
+from fedqsn_cli.auditing.formats.text_format import MOST_FINDINGS, NOT_CHECKED
 from fedqsn_cli.auditing.formats.text_format import parts as text_parts
 from fedqsn_cli.auditing.rules import RULES
 from fedqsn_cli.console import Facts, Part, Table, clean
@@ -28,7 +28,12 @@ def render(audit: Audit) -> str:
         lines += [*table(("rule", "kind", "scope", "tensor", "what is wrong"), rows), ""]
         if len(found) > len(rows):
             lines += [f"... and {len(found) - len(rows)} more", ""]
-    rest = [part for part in text_parts(audit)[1:] if not (isinstance(part, Table) and part.columns[0] == "rule")]
+    parts = text_parts(audit)[1:]
+    for part in parts:
+        if isinstance(part, Table) and part.columns[0] == NOT_CHECKED:
+            lines += [*_part(part), ""]
+    shown = {"rule", NOT_CHECKED}
+    rest = [part for part in parts if not (isinstance(part, Table) and part.columns[0] in shown)]
     lines += ["<details><summary>What was measured</summary>", ""]
     for part in rest:
         lines += [*_part(part), ""]

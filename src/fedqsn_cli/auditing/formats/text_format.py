@@ -16,10 +16,12 @@ from fedqsn_cli.auditing.formats.common import (
     proxies_to_99,
     rule_name,
     squared,
+    unchecked,
     verdict,
 )
 from fedqsn_cli.console import Facts, Part, Table, percent, real
 
+NOT_CHECKED = "not checked"
 MOST_TENSORS = 8
 MOST_SCOPES = 12
 MOST_CLIENTS = 10
@@ -34,7 +36,7 @@ def render(audit: Audit) -> str:
 def parts(audit: Audit) -> list[Part]:
     """The report from top to bottom."""
     made: list[Part] = [Facts([("verdict", verdict(audit)), ("meaning", meaning(audit))])]
-    made += _findings(audit)
+    made += [*_findings(audit), *_not_checked(audit)]
     if audit.exposure is not None:
         made += _exposure(audit.exposure)
     if audit.recovery:
@@ -42,7 +44,7 @@ def parts(audit: Audit) -> list[Part]:
         made.append(LOWER_BOUND)
     if audit.function is not None:
         made += _function(audit.function)
-    return [*made, *_not_checked(audit), _count(audit)]
+    return [*made, _count(audit)]
 
 
 def _findings(audit: Audit) -> list[Part]:
@@ -142,8 +144,8 @@ def _function(function: FunctionRecovery) -> list[Part]:
 
 
 def _not_checked(audit: Audit) -> list[Part]:
-    rows = [(rule_name(check.rule), check.scope, check.why) for check in audit.checked if check.status == "not-run"]
-    return [Table(("not checked", "scope", "why"), rows)] if rows else []
+    rows = [(rule_name(check.rule), check.scope, check.why) for check in unchecked(audit)]
+    return [Table((NOT_CHECKED, "scope", "why"), rows)] if rows else []
 
 
 def _count(audit: Audit) -> str:

@@ -7,7 +7,7 @@ escaped here; every number is formatted here.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
@@ -36,7 +36,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Plot:
-    """Lines over x; y is a share from 0 to 1 unless `high` says otherwise."""
+    """Lines over x; y is a share from 0 to 1, or a number between `low` and `high` that `number` writes."""
 
     title: str
     x_name: str
@@ -46,6 +46,7 @@ class Plot:
     ticks: Sequence[tuple[float, str]] = field(default_factory=tuple)
     low: float = 0.0
     high: float = 1.0
+    number: Callable[[float], str] | None = None
 
 
 def draw(plot: Plot) -> str:
@@ -59,7 +60,8 @@ def draw(plot: Plot) -> str:
     parts += [
         f'<path class="line {line.kind}" d="{frame.path(line.points)}"/>' for line in plot.lines if len(line.points) > 1
     ]
-    parts += [_dots(frame, line) for line in plot.lines if line.kind != "expected" and len(line.points) <= 30]
+    dotted = [line for line in plot.lines if line.kind != "expected" and len(line.points) <= 30]
+    parts += [_dots(frame, line, plot.number) for line in dotted]
     parts += _levels(frame, plot.levels)
     return _svg(WIDTH, HEIGHT, plot.title, parts)
 
@@ -88,9 +90,10 @@ class _Frame:
 
 def _grid(frame: _Frame, plot: Plot) -> str:
     steps = [plot.low + (plot.high - plot.low) * i / 4 for i in range(5)]
+    written = plot.number or (lambda y: f"{round(100 * y)}%")
     rows = [
         f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{frame.y(y):.1f}" y2="{frame.y(y):.1f}"/>'
-        f'<text class="tick end" x="{LEFT - 6}" y="{frame.y(y) + 4:.1f}">{round(100 * y)}%</text>'
+        f'<text class="tick end" x="{LEFT - 6}" y="{frame.y(y) + 4:.1f}">{written(y)}</text>'
         for y in steps
     ]
     ticks = plot.ticks or [(x, f"{x:g}") for x in whole_ticks(frame.x0, frame.x1)]
@@ -108,10 +111,11 @@ def whole_ticks(low: float, high: float) -> list[float]:
     return [low + step * i for i in range(int((high - low) // step) + 1)]
 
 
-def _dots(frame: _Frame, line: Line) -> str:
+def _dots(frame: _Frame, line: Line, number: Callable[[float], str] | None) -> str:
+    written = number or (lambda y: f"{100 * y:.1f}%")
     return "".join(
         f'<circle class="dot {line.kind}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="2.6">'
-        f"<title>{escape(line.name)} {100 * y:.1f}%</title></circle>"
+        f"<title>{escape(line.name)} {written(y)}</title></circle>"
         for x, y in line.points
     )
 

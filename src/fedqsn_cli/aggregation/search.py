@@ -1,0 +1,123 @@
+"""Looking for the best number on a line: a coarse grid, then halves of the gaps around the best.
+
+Nothing is drawn and nothing is fitted: equal losses give equal values, and every value is a short binary fraction that
+can be typed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from fedqsn_cli.errors import GateFailed, InputError
+from fedqsn_cli.progress import Progress
+
+BLENDS = tuple(i / 8 for i in range(9))
+STEPS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
+REFINEMENTS = 3
+
+Option = Literal["--blend", "--server-lr"]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """The model at one value, on the owner's development data; infinite loss where its answers are not numbers."""
+
+    value: float
+    loss: float
+    accuracy: float | None
+    perplexity: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """What was tried and what was chosen.
+
+    Args:
+        option: whose value was looked for.
+        examples: how many the losses were measured on.
+        chosen: the value that was taken. curve: everything that was tried, by value.
+    """
+
+    option: Option
+    examples: int
+    chosen: float
+    curve: tuple[Point, ...]
+
+    def at(self, value: float) -> Point:
+        """The point of a value that was tried."""
+        return next(point for point in self.curve if point.value == value)
+
+
+Measure = Callable[[float], Point]
+
+
+def explore(measure: Measure, grid: Sequence[float], progress: Progress, extra: int = REFINEMENTS) -> tuple[Point, ...]:
+    """Measure the grid, then `extra` more values around the best one so far; all of them by value."""
+    progress.start("choosing", len(grid) + extra, "models")
+    points = []
+    for value in grid:
+        points.append(measure(value))
+        progress.advance(1, best=best(points).loss)
+    for _ in range(extra):
+        points.append(measure(_between(sorted(points, key=_value))))
+        progress.advance(1, best=best(points).loss)
+    progress.finish()
+    return tuple(sorted(points, key=_value))
+
+
+def best(points: Sequence[Point]) -> Point:
+    """The lowest loss; of equal ones the value nearest to 1, which is what nobody asks for by name."""
+    return min(points, key=lambda point: (point.loss, abs(point.value - 1.0), point.value))
+
+
+def _value(point: Point) -> float:
+    return point.value
+
+
+def _between(ordered: Sequence[Point]) -> float:
+    """The middle of the wider gap beside the best point; of equal gaps the one on the better neighbour's side."""
+    place = ordered.index(best(ordered))
+    gaps = [(ordered[i], ordered[i + 1]) for i in (place - 1, place) if 0 <= i < len(ordered) - 1]
+    low, high = min(gaps, key=lambda gap: (gap[0].value - gap[1].value, max(gap[0].loss, gap[1].loss)))
+    return (low.value + high.value) / 2
+
+
+def best_blend(measure: Measure, examples: int, progress: Progress) -> Search:
+    """λ of a restore with the lowest loss.
+
+    Raises:
+        InputError: the model's loss is not a number anywhere.
+    """
+    curve = explore(measure, BLENDS, progress)
+    return Search("--blend", examples, _numeric(best(curve)).value, curve)
+
+
+def best_step(measure: Measure, examples: int, progress: Progress, *, allow_worse: bool) -> Search:
+    """η of a merge with the lowest loss.
+
+    Args:
+        allow_worse: take the best η even where it makes the model worse.
+
+    Raises:
+        GateFailed: every step makes the model worse than it is now.
+        InputError: the model's loss is not a number after any step.
+    """
+    curve = explore(measure, STEPS, progress)
+    now = next(point for point in curve if point.value == 0)
+    chosen = _numeric(best([point for point in curve if point.value > 0]))
+    if chosen.loss > now.loss and not allow_worse:
+        raise GateFailed(
+            f"the updates make the model worse on the development data: its loss is {now.loss:.6g} now, and "
+            f"{chosen.loss:.6g} at the best step, {chosen.value:g}",
+            where="--server-lr auto",
+            hint="--allow-worse takes that step; else give --server-lr a number, or more --eval-data",
+        )
+    return Search("--server-lr", examples, chosen.value, curve)
+
+
+def _numeric(point: Point) -> Point:
+    if point.loss == float("inf"):
+        raise InputError("the model's loss is not a number, whatever is chosen", hint="its weights may be damaged")
+    return point
