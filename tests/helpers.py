@@ -295,7 +295,7 @@ def draft(proxy: Path, values: Values, *, examples: int = 10, precision: str = "
         if not tensor.is_float:
             continue
         whole = np.asarray(values(name, tensor.shape), np.float32)
-        if name in shown:
+        if name in shown and manifest.get("train") is None:
             whole = _seen(whole, shown[name], manifest["tensors"][name]["axis"])
         tensors[name] = (dtype, to_bits(whole, dtype))
     facts = UpdateManifest(

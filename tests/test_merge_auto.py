@@ -161,8 +161,8 @@ def test_a_second_round_starts_from_what_16_bits_could_not_hold(
     for value in (0.5, 1.0, 3.0):
         job.step(tmp_path / f"{value}", update=update.name, source="next", server_lr=value)
         written = read_model(tmp_path / f"{value}")
-        for name, (dtype, bits) in written.items():
-            assert np.mean(to_floats(bits, dtype) == seen[value][name]) > 0.99
+        equal = [(to_floats(bits, dtype) == seen[value][name]).reshape(-1) for name, (dtype, bits) in written.items()]
+        assert np.mean(np.concatenate(equal)) > 0.995  # a few fall to the other side when they are rounded
 
 
 def test_a_step_that_makes_the_model_worse_is_not_taken(bert: Job, tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from fedqsn_cli import strictjson
 from fedqsn_cli.checkpoint.header import open_regular_file
@@ -97,6 +97,11 @@ class ModelManifest(Strict):
     groups: dict[str, GroupCount]
     tensors: dict[str, Units]
     source: SourceRecord
+    trained_fill: Literal[True] | None = None  # clients moved what stands in the holes; not written otherwise
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_unset(handler(self), "trained_fill")
 
 
 class GroupUnits(Strict):
@@ -118,7 +123,12 @@ class ProxyManifest(Strict):
     rescale: bool
     groups: dict[str, GroupUnits]
     tensors: dict[str, Units]
+    train: Literal["all"] | None = None  # clients train what stands in the holes, too; not written otherwise
     files: dict[FileName, Sha256]
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_unset(handler(self), "train")
 
 
 class Losses(Strict):
@@ -142,6 +152,11 @@ class UpdateManifest(Strict):
     precision: Literal["fp32", "bf16", "fp16"]
     tool: str
     files: dict[FileName, Sha256]
+
+
+def without_unset(document: dict[str, Any], *names: str) -> dict[str, Any]:
+    """A document without those of these fields that are None: they are written only where they say something."""
+    return {name: value for name, value in document.items() if value is not None or name not in names}
 
 
 Manifest = TypeVar("Manifest", ModelManifest, ProxyManifest, UpdateManifest)

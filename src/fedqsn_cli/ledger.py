@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from fedqsn_cli import strictjson
-from fedqsn_cli.artifacts import Count, Fill, Quantization, Ratio, Sha256, Strict, validated
+from fedqsn_cli.artifacts import Count, Fill, Quantization, Ratio, Sha256, Strict, validated, without_unset
 from fedqsn_cli.checkpoint.header import open_regular_file
 from fedqsn_cli.errors import FormatError, InputError
 
@@ -39,6 +39,7 @@ class Release(Strict):
     p2: Ratio
     rescale: bool
     fill: Fill
+    train: Literal["all"] | None = None  # the client may move the fill, too; not written otherwise
     quantization: Quantization | None
     plan: Sha256
     model_digest: Sha256
@@ -47,10 +48,7 @@ class Release(Strict):
 
     @model_serializer(mode="wrap")
     def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        document: dict[str, Any] = handler(self)
-        if self.p1_least is None:
-            document.pop("p1_least", None)
-        return document
+        return without_unset(handler(self), "p1_least", "train")
 
 
 def read(path: Path) -> list[Release]:

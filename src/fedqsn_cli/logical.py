@@ -67,6 +67,11 @@ class OpenModel:
         return self.manifest is not None and self.manifest.quantization is not None
 
     @property
+    def has_trained_fill(self) -> bool:
+        """Did clients move what stands in its holes, so that it is no longer the public base?"""
+        return self.manifest is not None and self.manifest.kind == "server-model" and bool(self.manifest.trained_fill)
+
+    @property
     def config_dtype(self) -> str:
         """The dtype that config.json names, as safetensors spells it; F32 when it names none."""
         text = self.config.get("dtype") or self.config.get("torch_dtype") or "float32"

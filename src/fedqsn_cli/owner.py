@@ -175,6 +175,7 @@ def model_manifest(
             "groups": group_counts(plan.groups(), work.job),
             "tensors": unit_table(plan.tensors),
             "source": source_record(model),
+            "trained_fill": True if model.has_trained_fill else None,
         }
     )
 

@@ -295,9 +295,11 @@ class _Worker:
         return Digests(model, self._base_hasher.hexdigest(todo) if self._base_hasher else None)
 
     def _hide(self, flow: Flow, first: int, x: Array, b: Array | None) -> None:
-        """M_H ⊙ W in place, checked and hashed; then the public base goes into the holes."""
+        """M_H ⊙ W in place, checked and hashed; then the public base, or what became of it, goes into the holes."""
         assert self._hasher is not None
         if flow.hidden is not None:
+            if b is not None and self._model.has_trained_fill:
+                b = x.copy()
             flow.hidden.overwrite(x, first, None)
         if flow.storage.kind == "raw":  # whoever quantizes notices by himself
             _check_finite(flow, x, "model")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedqsn_cli import ledger as ledgers
 from fedqsn_cli import strictjson
@@ -41,6 +41,8 @@ from fedqsn_cli.progress import Progress, Silent
 from fedqsn_cli.quantization.bnb_format import quantization_config
 from fedqsn_cli.release import public_companion, public_config
 from fedqsn_cli.storage import clear_shares, quantization
+
+Train = Literal["visible", "all"]
 
 CLIENTS_A_PASS = 128
 """So many proxies are written from one read of the model. More are written in turns: memory stays the same."""
@@ -108,6 +110,7 @@ def export_proxy(
     rescale: bool | None = None,
     fill: Fill | None = None,
     public_base: str | None = None,
+    train: Train = "visible",
     plan: str | Path | None = None,
     budget: float | None = None,
     coalition: int | None = None,
@@ -125,6 +128,7 @@ def export_proxy(
         p1: ratio hidden by the server; None takes the key's. p2: ratio of the rest hidden from each client.
         where, layers, p1_schedule: what the server hides, and at other ratios (see `hiding`); None takes the key's.
         preset: fills up fill, where, p1 and schedule (see `presets`); schedule is fresh without.
+        train: what clients train: the visible units, or all, the public base's units in the holes, too (see `merge`).
         format, block_size, double_quant, layout: quantization; None takes the source's, else nf4, 64, off, bnb.
         budget: most of all parameters that a client may have seen afterwards, and any `coalition` clients together.
         push: hub repository ("hf://owner/name", may hold "{client}") to upload to once the proxy is complete.
@@ -146,6 +150,7 @@ def export_proxy(
         source, key=key, p1=choices.p1, axis=axis, plan=plan, rescale=rescale, fill=choices.fill,
         public_base=public_base, where=choices.where, layers=layers, p1_schedule=p1_schedule,
     )  # fmt: skip
+    _check_train(train, work)
     planned = tuple(Planned(name, round, schedule, p2) for name in clients)
     allowance = Budget(work.job, planned, budget, coalition)
     allowance.check_ledger(Path(ledger))
@@ -168,7 +173,7 @@ def export_proxy(
             digests = run(work.model, todo, how, outputs, base=work.base, progress=progress or Silent())
             for sink, (writer, mask) in zip(sinks, some, strict=True):
                 sink.close()
-                releases.append(_complete(writer, work, mask, how, digests))
+                releases.append(_complete(writer, work, mask, how, digests, _written(train)))
         work.save_key()
         ledgers.record(Path(ledger), releases, check=allowance.check)  # again: others may have released meanwhile
         published = [writer.publish() for writer in writers]
@@ -223,15 +228,30 @@ def check_schedule(round: int, schedule: str) -> None:
         raise InputError(f"unknown schedule {schedule!r}", where="--schedule", hint="fresh or sticky")
 
 
+def _check_train(train: str, work: Work) -> None:
+    """Refuse a way to train that is none, or that does not go with the work. Raises InputError."""
+    if train not in {"visible", "all"}:
+        raise InputError(f"unknown way to train {train!r}", where="--train", hint="visible or all")
+    if train == "all" and work.fill != "base":
+        raise InputError("without a public base there is nothing in the holes to train", where="--train all",
+                         hint="use --fill base")  # fmt: skip
+
+
+def _written(train: Train) -> Literal["all"] | None:
+    """The way to train as manifests and ledger hold it."""
+    return "all" if train == "all" else None
+
+
 def _complete(
-    writer: ArtifactWriter, work: Work, mask: ClientMasks, how: Quantization | None, digests: Digests
-) -> Release:
+    writer: ArtifactWriter, work: Work, mask: ClientMasks, how: Quantization | None, digests: Digests,
+    train: Literal["all"] | None,
+) -> Release:  # fmt: skip
     """Write everything but the model's tensors, proxy.json last; returns the ledger line."""
     write_companions(writer, work, how)
     _write_visible(writer, work, mask)
     base = public_base(work, digests.base)
     manifest = ProxyManifest(
-        proxy_id=_proxy_id(work, mask, how, digests, base),
+        proxy_id=_proxy_id(work, mask, how, digests, base, train),
         job=work.job.commitment,
         round=mask.round,
         quantization=how,
@@ -240,6 +260,7 @@ def _complete(
         rescale=work.rescale,
         groups={name: GroupUnits(units=n) for name, n in work.model.plan.groups().items()},
         tensors=unit_table(work.model.plan.tensors),
+        train=train,
         files=writer.digests,
     )
     data = manifest_bytes(manifest)
@@ -255,6 +276,7 @@ def _complete(
         p2=mask.p2,
         rescale=work.rescale,
         fill=work.fill,
+        train=train,
         quantization=how,
         plan=work.model.plan.digest,
         model_digest=digests.model,
@@ -285,8 +307,9 @@ def _write_visible(writer: ArtifactWriter, work: Work, mask: ClientMasks) -> Non
 
 
 def _proxy_id(
-    work: Work, mask: ClientMasks, how: Quantization | None, digests: Digests, base: PublicBase | None
-) -> str:
+    work: Work, mask: ClientMasks, how: Quantization | None, digests: Digests, base: PublicBase | None,
+    train: Literal["all"] | None,
+) -> str:  # fmt: skip
     """HMAC(key, scope, model digest, options): unpredictable outside, equal when the same export is run again."""
     options: dict[str, Any] = {
         "p2": mask.p2,
@@ -297,6 +320,8 @@ def _proxy_id(
         "quantization": how.model_dump() if how else None,
         "plan": work.model.plan.digest,
     }
+    if train is not None:
+        options["train"] = train
     fields = (LABEL, "proxy", mask.client, str(mask.round), digests.model, strictjson.dumps(options))
     return derive(work.job.key, fields).hex()
 

@@ -52,6 +52,18 @@ def test_the_curve_has_a_point_for_every_number_of_public_examples(world: World,
     assert found.curve[-1].loss < attacked
 
 
+def test_the_public_base_is_fine_tuned_with_the_same_examples(world: World, tmp_path: Path) -> None:
+    data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
+    found, _ = measure(world, data, public_data=public, public_examples=(16,))
+    assert found is not None
+    (point,) = found.curve
+    losses = {score.model: score.loss for score in found.scores}
+    assert point.base_loss is not None and point.base_loss < losses["base"]
+    assert point.gain == rho(point.base_loss, point.loss, losses["global"])
+    known, _ = measure(world, data, public_data=public, public_examples=(16,), base_losses={16: 9.0})
+    assert known is not None and known.curve[0].base_loss == 9.0 and known.curve[0].loss == point.loss
+
+
 def test_without_a_base_the_floor_knows_the_averages_only(tmp_path: Path) -> None:
     world = make_world(tmp_path / "world", "llama", clients=["alice"])
     found, report = measure(world, plain_texts(tmp_path / "dev.jsonl"))

@@ -260,3 +260,17 @@ def mix(a: Array, x: float, b: Array, y: float, dtype: str) -> Array:
     with np.errstate(invalid="ignore", over="ignore"):
         result = (x * first + y * second).astype(np.float32)
     return narrowed(result, dtype).reshape(a.shape)
+
+
+def moved(fill: Array, blend: float, full: Array, base: Array, dtype: str) -> Array:
+    """fill + blend * (full - base) of stored floats, in double precision, rounded to fp32 and then to the dtype.
+
+    With blend 1, `full` itself where the fill is still the base, to the sign of a zero.
+    """
+    now, end, start = (widened(part, dtype).astype(np.float64) for part in (fill, full, base))
+    with np.errstate(invalid="ignore", over="ignore"):
+        result = (now + blend * (end - start)).astype(np.float32)
+    made = narrowed(result, dtype).reshape(fill.shape)
+    if blend < 1:
+        return made
+    return np.where(fill.view(made.dtype) == base.view(made.dtype), full.view(made.dtype), made)

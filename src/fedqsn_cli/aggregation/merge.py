@@ -10,6 +10,9 @@ read ahead, however many clients there are; only looking for η or λ needs the 
 
 A control update is the owner's own: what training on the proxy does to the model on data that is not new to it. It is
 taken off every client's Δ_k, times γ, on the units that it saw.
+
+Where clients trained the fill, too (`export_proxy`, train all), their Δ_k hold every unit. In a server model it moves
+what stands in the holes; hidden weights are not there, and get the difference when the job is restored.
 """
 
 from __future__ import annotations
@@ -58,6 +61,7 @@ def merge(
     control: str | Path | None = None,
     control_weight: float = 1.0,
     restore: str | None = None,
+    public_base: str | None = None,
     blend: float | Literal["auto"] = 1.0,
     eval_data: str | Path | None = None,
     batch_size: int = 32,
@@ -79,6 +83,7 @@ def merge(
         allow_worse: with auto, take the best η even where it makes the model worse.
         control: an update that the owner trained on his own data, taken off the others `control_weight` (γ) times.
         restore: a trained server model, whose visible units are put together with the hidden units of `source`.
+        public_base: what clients found in the holes; a restore needs it where they trained that, too.
         blend: λ of the restore, 1 puts hidden units back in full; auto takes the one with the lowest loss.
         eval_data, batch_size, max_length, device: as for `evaluate`; for auto only.
         max_update_norm: largest accepted norm of one client's Δ relative to the model's.
@@ -92,6 +97,8 @@ def merge(
     """
     settings = Settings(normalize, server_lr, allow_worse, control, control_weight, restore, blend, eval_data, report)
     settings.check(updates, ledger, max_update_norm)
+    if restore is None and public_base is not None:
+        raise InputError("only a restore takes a public base", where="--public-base", hint="use it with --restore")
     keep_outside(Path(out), key=key, ledger=ledger, **{"eval-data": eval_data, "report": report})
     limit = shard_bytes(max_shard_size)
     progress = progress or Silent()
@@ -99,8 +106,9 @@ def merge(
     if restore is not None:
         from fedqsn_cli.aggregation.restore import restore_model
 
-        result = restore_model(source, restore, out, key=key, blend=blend, development=development,
-                               max_shard_bytes=limit, force=force, progress=progress)  # fmt: skip
+        result = restore_model(source, restore, out, key=key, public_base=public_base, blend=blend,
+                               development=development, max_shard_bytes=limit, force=force,
+                               progress=progress)  # fmt: skip
     else:
         assert ledger is not None
         job, model = open_job_model(source, key)
@@ -169,10 +177,17 @@ class _Door:
 
     def updates(self, folders: Sequence[str | Path], max_examples: int | None) -> list[ClientUpdate]:
         """The updates, in the order of clients. Raises RefusedUpdate."""
-        return open_updates(
+        opened = open_updates(
             [Path(folder) for folder in folders], masks=self._masks, plan=self._model.plan, releases=self._releases,
             ledger=self._ledger, max_examples=max_examples, hashing=self._hashing,
         )  # fmt: skip
+        for update in opened:
+            if update.moves_fill and self._model.kind != "server-model":
+                raise RefusedUpdate(
+                    "its client trained the public base in the holes, too, and a global model has no holes",
+                    where=update.folder, hint="merge it into the server model; a --restore puts all together",
+                )  # fmt: skip
+        return opened
 
     def control(self, folder: str | Path, others: Sequence[ClientUpdate]) -> ClientUpdate:
         """The control update: as good as any other, of nobody whose update is merged. Raises RefusedUpdate."""
@@ -215,13 +230,20 @@ class _Merging:
         if rest is not None:
             rest.close()
         copy_companions(self.model, writer)
-        writer.add_bytes(MODEL_MANIFEST, manifest_bytes(merged_manifest(self.model, job, digest)))
+        writer.add_bytes(MODEL_MANIFEST, manifest_bytes(self._manifest(job, digest)))
         path = writer.publish()
         covered = merger.covered / sum(flow.size for flow in self.flows)
         return MergeResult(
             str(path), self.model.kind, tuple(_client(update, merger) for update in self.updates), merger.examples,
             covered, digest, _client(self.control, merger) if self.control else None, rate, None, search,
         )  # fmt: skip
+
+    def _manifest(self, job: Job, digest: str | None) -> ModelManifest:
+        """`fedqsn.json`, which tells whether what stands in the holes is still the public base."""
+        manifest = merged_manifest(self.model, job, digest)
+        if any(update.moves_fill for update in self.updates):
+            manifest = manifest.model_copy(update={"trained_fill": True})
+        return manifest
 
     def _search(self, development: Development) -> Search:
         """η with the lowest loss. Every check of the updates is done before the model is made to answer."""

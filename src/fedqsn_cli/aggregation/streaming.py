@@ -131,7 +131,7 @@ class Merger:
             self._visible = (flow.name, {})
         masks = self._visible[1]
         if update.client not in masks:
-            masks[update.client] = update.masks.visible(flow.tensor)
+            masks[update.client] = update.visible(flow.tensor)
         return masks[update.client]
 
     def begin(self, piece: _Piece) -> None:
@@ -155,10 +155,10 @@ class Merger:
         update, seen = piece.update, piece.seen
         assert update is not None and seen is not None
         tensor = piece.flow.tensor
-        coefficient = update.coefficient(tensor)
-        squares = accumulate.add(self._total, piece.values, update.dtype, seen.index, tensor.axis, coefficient)
+        axis, coefficient = update.axis(tensor), update.coefficient(tensor)
+        squares = accumulate.add(self._total, piece.values, update.dtype, seen.index, axis, coefficient)
         _measure(update, tensor, squares)
-        self._weights[seen.index if tensor.axis else slice(None)] += update.manifest.num_examples
+        self._weights[seen.index if axis else slice(None)] += update.manifest.num_examples
 
     def subtract(self, piece: _Piece) -> None:
         """Take the control update off the sum: its step on every unit, times the examples of those who saw the unit."""
@@ -170,7 +170,7 @@ class Merger:
         drift = self._drifts[: self._total.size].reshape(self._total.shape)
         drift[:] = 0
         coefficient = 1.0 / float(update.masks.factor(tensor))
-        squares = accumulate.add(drift, piece.values, update.dtype, seen.index, tensor.axis, coefficient)
+        squares = accumulate.add(drift, piece.values, update.dtype, seen.index, update.axis(tensor), coefficient)
         _measure(update, tensor, squares)
         accumulate.subtract(self._total, drift, self._weights, tensor.axis, self._control_weight)
 

@@ -6,7 +6,7 @@ An update holds U = T − P (trained minus proxy) on the units that the client s
     row       [lead, visible, ...rest], lead only for expert stacks
     column    [lead, rows, visible]
     element   [visible]
-    none      the tensor's own shape
+    none      the tensor's own shape; so it is for every tensor where clients train the fill, too
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fedqsn_cli.hashing import HashThreads, Lane
 from fedqsn_cli.jobmasks import ClientMasks, ServerMasks
 from fedqsn_cli.ledger import Release
 from fedqsn_cli.plan import FLOAT_DTYPES, Plan, TensorPlan
-from fedqsn_cli.units import UnitMask
+from fedqsn_cli.units import Axis, UnitMask
 
 Array = NDArray[Any]
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
@@ -62,6 +62,19 @@ class ClientUpdate:
     def client(self) -> str:
         """Who sent it."""
         return self.release.client
+
+    @property
+    def moves_fill(self) -> bool:
+        """Did the client train what stands in the holes, too?"""
+        return self.release.train == "all"
+
+    def axis(self, tensor: TensorPlan) -> Axis | None:
+        """Along what the units of U lie; None where U holds all elements."""
+        return None if self.moves_fill else tensor.axis
+
+    def visible(self, tensor: TensorPlan) -> UnitMask | None:
+        """Which units of a tensor U holds; None for all."""
+        return None if self.moves_fill else self.masks.visible(tensor)
 
     def coefficient(self, tensor: TensorPlan) -> float:
         """n_k / s_k: what U is multiplied by before the sum is divided by the number of examples."""
@@ -204,7 +217,10 @@ def _open(
     starts = {}
     for tensor in plan.tensors:
         if tensor.dtype in FLOAT_DTYPES:
-            starts[tensor.name] = _checked(header.entries.pop(tensor.name, None), tensor, client, dtype, folder)
+            shape = tensor.shape
+            if release.train is None:
+                shape = update_shape(tensor, client.visible_count(tensor))
+            starts[tensor.name] = _checked(header.entries.pop(tensor.name, None), tensor, shape, dtype, folder)
     if header.entries:
         raise RefusedUpdate("the model has no such tensor", where=f"{folder}: {next(iter(header.entries))}")
     path = folder / UPDATE_TENSORS
@@ -212,12 +228,13 @@ def _open(
     return ClientUpdate(folder, manifest, release, client, header.identity, starts, dtype, hasher)
 
 
-def _checked(entry: TensorEntry | None, tensor: TensorPlan, masks: ClientMasks, dtype: str, folder: Path) -> int:
+def _checked(
+    entry: TensorEntry | None, tensor: TensorPlan, shape: tuple[int, ...], dtype: str, folder: Path
+) -> int:
     """The start of a tensor whose dtype and shape are what the release makes them."""
     where = f"{folder}: {tensor.name}"
     if entry is None:
         raise RefusedUpdate("the tensor is missing", where=where)
-    shape = update_shape(tensor, masks.visible_count(tensor))
     if entry.dtype != dtype or entry.shape != shape:
         raise RefusedUpdate(f"expected {dtype} {list(shape)}, found {entry.dtype} {list(entry.shape)}", where=where)
     return entry.start

@@ -132,12 +132,20 @@ class ModelScore(NamedTuple):
 
 
 class CurvePoint(NamedTuple):
-    """The attacked proxy after fine-tuning on so many public examples."""
+    """The attacked proxy after fine-tuning on so many public examples.
+
+    Args:
+        rho: as before any fine-tuning, so it holds what the examples alone teach.
+        base_loss: the public base after the same fine-tuning; None without a base that works.
+        gain: ρ with that for a floor: what the proxies add to the examples.
+    """
 
     public_examples: int
     loss: float
     accuracy: float | None
     rho: float | None
+    base_loss: float | None = None
+    gain: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,14 +5,15 @@
 L are losses on the owner's evaluation data. The floor is what an attacker has without any proxy: the public base, or,
 where that does not fit the task, a model that always answers with the data's averages. The curve fine-tunes the best
 attacked model with public examples, every weight of it, as an attacker would who wants the model and not federated
-learning. Needs torch; holds one model at a time.
+learning; and the public base with the same examples, which tells what the proxies add to them. Needs torch; holds one
+model at a time.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,10 @@ State = dict[str, Tensor]
 STEPS = (8, 32, 128, 512, 2048, 8192)
 """Numbers of public examples on the curve, as far as there are so many."""
 
-_RECIPE = Recipe(epochs=3, max_steps=600, lr=1e-4, batch_size=16)
+_RATES = (1e-4, 3e-4)
+"""Learning rates that the attacker tries; the one that serves him best counts."""
+
+_BATCH, _LEAST_STEPS, _MOST_STEPS = 16, 40, 600
 
 
 def recover_function(
@@ -58,12 +62,14 @@ def recover_function(
     *,
     max_length: int = 256,
     device: str = "auto",
+    base_losses: Mapping[int, float] | None = None,
 ) -> FunctionRecovery | None:
     """Measure global model, server model, proxy, attacked proxy and base, and fine-tune the attacked one.
 
     Args:
         eval_data: the owner's labelled data. public_data: what an attacker may fine-tune with.
         public_examples: how many of them he has, one point of the curve each; None for steps up to all.
+        base_losses: of the fine-tuned base, by number of examples, where they are known from an earlier audit.
 
     Returns:
         None, with an FQ903 finding, where a model cannot be built or measured.
@@ -73,7 +79,7 @@ def recover_function(
     scope = inputs.proxies[0].scope if len(inputs.proxies) == 1 else f"coalition of {len(inputs.proxies)}"
     try:
         with quiet(), memory_errors():
-            bench = _Bench(inputs, eval_data, max_length, device, progress or Silent())
+            bench = _Bench(inputs, eval_data, max_length, device, progress or Silent(), dict(base_losses or {}))
             return bench.measure(scope, public_data, public_examples)
     except FedqsnError as error:
         report.findings.append(finding("FQ903", scope, f"its function cannot be measured: {error.what}"))
@@ -83,8 +89,12 @@ def recover_function(
 class _Bench:
     """Builds models of one architecture and measures them on the same examples."""
 
-    def __init__(self, inputs: Inputs, data: str | Path, max_length: int, device: str, progress: Progress) -> None:
+    def __init__(
+        self, inputs: Inputs, data: str | Path, max_length: int, device: str, progress: Progress,
+        base_losses: dict[int, float],
+    ) -> None:  # fmt: skip
         assert inputs.truth is not None
+        self._base_losses = base_losses
         self.inputs, self.truth, self.progress = inputs, inputs.truth, progress
         self.device, self.max_length = choose_device(device), max_length
         self._table = read_table(data)
@@ -224,12 +234,35 @@ class _Bench:
         assert self._encoder is not None
         public = self._encoder.encode(read_table(public_data), self.progress)
         for count in _counts(len(public), STEPS if sizes is None else sizes):
+            part = Examples(public.task, public.features[:count], public.targets[:count])
+            tuned = self._tuned(build, part)
+            start = self._base_loss(part)
+            gain = rho(start, tuned.loss, whole) if start is not None else None
+            yield CurvePoint(count, tuned.loss, tuned.accuracy, rho(floor, tuned.loss, whole), start, gain)
+
+    def _tuned(self, build: Callable[[], State], examples: Examples) -> ModelScore:
+        """A model after fine-tuning with examples, at the rate that serves it best."""
+        assert self._encoder is not None
+        steps = math.ceil(len(examples) / _BATCH)
+        epochs = max(3, math.ceil(_LEAST_STEPS / steps))
+        results = []
+        for rate in _RATES:
             loaded = self._load(build())
             loaded.model.to(self.device)
-            part = Examples(public.task, public.features[:count], public.targets[:count])
-            train(loaded.model, part, {}, _RECIPE, self._encoder.padding, self.progress)
-            result = self._score("attacked", loaded)
-            yield CurvePoint(count, result.loss, result.accuracy, rho(floor, result.loss, whole))
+            recipe = Recipe(epochs=epochs, max_steps=_MOST_STEPS, lr=rate, batch_size=_BATCH)
+            train(loaded.model, examples, {}, recipe, self._encoder.padding, self.progress)
+            results.append(self._score("attacked", loaded))
+        return min(results, key=lambda result: result.loss)
+
+    def _base_loss(self, examples: Examples) -> float | None:
+        """Loss of the public base after the same fine-tuning."""
+        count = len(examples)
+        if count not in self._base_losses:
+            if self._base() is None:
+                return None
+            # made anew each time: training moves the tensors themselves
+            self._base_losses[count] = self._tuned(lambda: self._base() or {}, examples).loss
+        return self._base_losses[count]
 
 
 def _stored(flow: Flow, values: Any) -> Tensor:

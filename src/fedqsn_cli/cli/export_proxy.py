@@ -44,6 +44,14 @@ def export_proxy(
     rescale: options.Rescale = None,
     fill: options.Fill = None,
     public_base: options.PublicBase = None,
+    train: Annotated[
+        options.Train,
+        options.option(
+            "--train",
+            text="What clients train: visible neurons, or all, those of the public base in the holes too.",
+            panel=options.MASKING,
+        ),
+    ] = "visible",
     number_format: Annotated[
         options.Format | None, options.number_format(show_default="the server model's, else nf4")
     ] = None,
@@ -90,6 +98,10 @@ def export_proxy(
     With --where and --layers only a part of the model is hidden; the rest is in the clear, but quantized. A preset sets
     several options at once: paper hides as the method's authors did, strong hides as much as a public base allows.
 
+    With --train all (and a public base in the holes) clients train what stands in the holes, too, and what they
+    learn there is added to the hidden neurons at the end, by 'fedqsn merge --restore'. So nearly everything can be
+    hidden, and still be improved. Merge such updates into the server model.
+
     Examples:
 
       fedqsn export-proxy global/ --out proxy/ --client alice --round 1 \\
@@ -125,6 +137,7 @@ def export_proxy(
             rescale=rescale,
             fill=fill,
             public_base=public_base,
+            train=train,
             format=number_format,
             block_size=block_size,
             double_quant=double_quant or None,

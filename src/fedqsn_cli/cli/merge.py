@@ -73,6 +73,15 @@ def merge(
             metavar="SERVER",
         ),
     ] = None,
+    public_base: Annotated[
+        str | None,
+        options.file(
+            "--public-base",
+            text="The public model of the job, if clients trained it in the holes (--train all).",
+            panel=options.RESTORING,
+            metavar="BASE",
+        ),
+    ] = None,
     blend: Annotated[
         Any,
         options.real_or_auto(
@@ -137,6 +146,7 @@ def merge(
           --server-lr auto --eval-data dev.jsonl --control own-update/
       fedqsn merge global/ --restore server-9/ --out final/ --key job.key --blend 0.5
       fedqsn merge global/ --restore server-9/ --out final/ --key job.key --blend auto --eval-data dev.jsonl
+      fedqsn merge global/ --restore server-9/ --out final/ --key job.key --public-base hf://owner/base
     """
     how = console.view(as_json, quiet)
     from fedqsn_cli import merge as run
@@ -154,6 +164,7 @@ def merge(
             control=control,
             control_weight=control_weight,
             restore=restore,
+            public_base=public_base,
             blend=blend,
             eval_data=eval_data,
             batch_size=batch_size,

@@ -158,6 +158,7 @@ def _size(value: str, where: str) -> str:
 REFERENCE = "a model folder, one .safetensors file, or hf://owner/name[@revision]"
 Format = Literal["nf4", "fp4", "int8", "nf3", "nf2", "none"]
 Schedule = Literal["fresh", "sticky"]
+Train = Literal["visible", "all"]
 
 Out = Annotated[str, file("--out", text="Folder to write.", panel=OUTPUT, metavar="DIR")]
 Force = Annotated[bool, option("--force", text="Replace what stands at --out, if fedqsn wrote it.", panel=OUTPUT)]

@@ -76,7 +76,9 @@ def client_train(
     force: bool = False,
     progress: Progress | None = None,
 ) -> TrainResult:
-    """Train the visible units of a proxy on private data and write the update, U = T − P.
+    """Train a proxy on private data and write the update, U = T − P.
+
+    Only visible units move, unless the owner had the fill trained, too (`export_proxy`, train all).
 
     Args:
         proxy: a path or hf:// reference; every file must be what its proxy.json lists.
@@ -151,6 +153,8 @@ def _round(
     held_out = encoder.encode(tables[1], progress) if tables[1] is not None else None
     visible = read_visible(folder, manifest, {name: tuple(tensor.shape) for name, tensor in dense.items()})
     check_round_trip(loaded.model, dense, visible, folder)
+    if manifest.train == "all":
+        visible = {}  # every unit moves and goes back
     masks = parameter_masks(loaded.model, config, dense, visible, folder)
     model = loaded.model.to(choose_device(device))
 

@@ -193,6 +193,17 @@ def _layer_bar(name: str, tensors: list[TensorRecovery], with_base: bool) -> Bar
     return Bar(name, (("main", energy), ("exact", min(exact, energy))), percent(energy))
 
 
+def _base_alone(function: FunctionRecovery) -> list[tuple[float, float]]:
+    """rho of the public base with the same examples: what an attacker gets without any proxy."""
+    whole = next(score.loss for score in function.scores if score.model == "global")
+    span = function.floor_loss - whole
+    return [
+        (math.log10(one.public_examples + 1), (function.floor_loss - one.base_loss) / span)
+        for one in function.curve
+        if one.base_loss is not None and span > 0
+    ]
+
+
 def _function(function: FunctionRecovery, audit: Audit) -> str:
     """rho over public examples, or the losses as bars where nobody fine-tuned."""
     rho = function.rho
@@ -213,12 +224,14 @@ def _function(function: FunctionRecovery, audit: Audit) -> str:
         highest = max(1.0, *(y for _, y in line))
         lowest = min(0.0, *(y for _, y in line))
         levels = [Level("ceiling", 1.0), *([] if limit is None else [Level("limit", limit)])]
+        alone = _base_alone(function)
         dashed = [
             ("#17693f", "the owner's model"),
             *([] if limit is None else [("#b3261e", f"limit ({percent(limit)})")]),
         ]
+        lines = [*([Line("expected", alone, "base alone")] if alone else []), Line("worst", line, "rho")]
         plot = Plot(
-            "Recovered function", "public examples that the attacker fine-tunes with", [Line("worst", line, "rho")],
+            "Recovered function", "public examples that the attacker fine-tunes with", lines,
             levels, ticks=ticks, low=math.floor(lowest * 10) / 10, high=math.ceil(highest * 10) / 10,
         )  # fmt: skip
         return section("What the recovered model can do", lead, charts.draw(plot) + legend([], dashed))

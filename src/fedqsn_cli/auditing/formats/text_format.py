@@ -126,7 +126,7 @@ def _recovery(recovery: Recovery) -> list[Part]:
 
 
 def _function(function: FunctionRecovery) -> list[Part]:
-    numbers = frozenset({"loss", "accuracy", "public examples", "rho"})
+    numbers = frozenset({"loss", "accuracy", "public examples", "rho", "base alone, loss", "gain over base"})
     scores = Table(
         ("model", "loss", "accuracy"),
         [(one.model, real(one.loss), real(one.accuracy)) for one in function.scores],
@@ -138,8 +138,12 @@ def _function(function: FunctionRecovery) -> list[Part]:
     )
     made: list[Part] = [f"Recovered function, {function.scope}:", scores, facts]
     if function.curve:
-        rows = [(one.public_examples, real(one.loss), real(one.accuracy), real(one.rho)) for one in function.curve]
-        made.append(Table(("public examples", "loss", "accuracy", "rho"), rows, numbers))
+        rows = [
+            (one.public_examples, *map(real, (one.loss, one.accuracy, one.rho, one.base_loss, one.gain)))
+            for one in function.curve
+        ]
+        heads = ("public examples", "loss", "accuracy", "rho", "base alone, loss", "gain over base")
+        made.append(Table(heads, rows, numbers))
     return made
 
 

@@ -1,0 +1,71 @@
+"""What an attacker gets: the audit's function recovery, and the same with nothing of the owner's (the floor)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study.training import Trainee
+from benchmarks.study.worlds import World
+
+LEARNING_RATES = (1e-4, 3e-4)
+Curve = list[dict[str, Any]]
+
+
+def audited(place: World, key: Path, ledger: Path, proxies: Sequence[Path], sizes: Sequence[int]) -> dict[str, Any]:
+    """What the audit says of one round's proxies, all clients colluding.
+
+    Returns:
+        attack: which weights it starts from. curve: loss and accuracy on A after so many public examples. weights:
+        share of the secret difference to the base that is recovered.
+
+    Raises:
+        RuntimeError: the audit could not measure it.
+    """
+    from fedqsn_cli.auditing.function import recover_function
+    from fedqsn_cli.auditing.opened import Report, open_inputs
+    from fedqsn_cli.auditing.recovery import recover_weights
+
+    report = Report()
+    inputs = open_inputs(proxies, report, truth=place.owner, key=key, ledger=ledger, base=place.base)
+    found = recover_function(
+        inputs, report, place.data("test_a"), place.data("public"), tuple(sizes), max_length=place.task.max_length,
+        device="cpu",
+    )  # fmt: skip
+    if found is None:
+        raise RuntimeError("; ".join(one.message for one in report.findings) or "the audit found no function")
+    start = next(score for score in found.scores if score.model == "attacked")
+    curve = [{"n": 0, "loss": start.loss, "accuracy": start.accuracy}]
+    curve += [{"n": one.public_examples, "loss": one.loss, "accuracy": one.accuracy} for one in found.curve]
+    weights = recover_weights(inputs, report)
+    return {"attack": found.attack, "curve": curve, "weights": weights[-1].peak.delta_recovered if weights else None}
+
+
+def fine_tuned(
+    place: World, source: Path, states: Mapping[str, Mapping[str, Any] | None], sizes: Sequence[int]
+) -> dict[str, Any]:
+    """The same attack on models that the audit does not know: the best of them, then that one fine-tuned.
+
+    Args:
+        source: gives architecture and tokenizer. states: weights by the name of the attack; None for the source's own.
+    """
+    scores = {
+        name: Trainee.open(source, place.task, state).score(place.data("test_a")) for name, state in states.items()
+    }
+    best = min(scores, key=lambda name: scores[name]["loss"] or 0.0)
+    curve: Curve = [{"n": 0, **scores[best]}]
+    for count in sizes:
+        tried = [_attempt(place, source, states[best], count, lr) for lr in LEARNING_RATES]
+        curve.append({"n": count, **min(tried, key=lambda score: score["loss"])})
+    return {"attack": best, "curve": curve, "weights": None}
+
+
+def _attempt(
+    place: World, source: Path, state: Mapping[str, Any] | None, count: int, lr: float
+) -> dict[str, Any]:  # fmt: skip
+    """Fine-tune with so many public examples: three times through them, and some steps at least."""
+    trainee = Trainee.open(source, place.task, state)
+    steps = max(place.task.attack_steps, -(-3 * count // 16))
+    trainee.train(place.data("public"), steps=steps, lr=lr, seed=0, most=count)
+    return {**trainee.score(place.data("test_a")), "lr": lr}
