@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from families import build
-from fedqsn_cli import client_train, export_proxy, mask, merge
+from fedqsn_cli import audit, client_train, export_proxy, mask, merge
 from fedqsn_cli.errors import InputError, RefusedUpdate
 from helpers import (
     contents,
@@ -24,7 +24,9 @@ from helpers import (
     read_file,
     read_model,
     send,
+    to_bits,
     to_floats,
+    write_file,
 )
 from worlds import KINDS, Place, World, few, placed, worlds
 
@@ -215,3 +217,49 @@ def test_a_client_trains_every_unit_of_such_a_proxy(folder: Path) -> None:
     assert np.count_nonzero(moved) > 0.9 * moved.size
     merge(str(folder / "server"), [folder / "update"], folder / "next", ledger=folder / "ledger.jsonl", **job)
     assert json.loads((folder / "next/fedqsn.json").read_text())["trained_fill"] is True
+
+
+# ---------------------------------------------------------------- audit
+
+
+def audited(place: Place, server: Path | None, number: int) -> Any:
+    proxies = [place.root / f"p{number}" / name for name in CLIENTS]
+    return audit(
+        proxies, truth=place.model, key=place.key, ledger=place.root / "ledger.jsonl", base=place.root / "base",
+        server=server,
+    )  # fmt: skip
+
+
+def test_an_audit_of_a_later_round_builds_its_proxies_again_from_the_server_model() -> None:
+    with placed(replace(USUAL, hidden=64, inner=128)) as place:
+        play(place, 2)
+        assert audited(place, None, 1).exit_code == 0
+        assert audited(place, place.root / "s1", 2).exit_code == 0
+        assert audited(place, None, 2).exit_code == 3  # the truth alone does not explain them: no pass
+        assert audited(place, place.root / "server", 2).exit_code == 3  # nor does the server model of another round
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_hidden_weights_in_the_holes_of_a_server_model_are_found(share: float) -> None:
+    """A server model that somebody put hidden weights into, in full or in part, and released."""
+    with placed(replace(USUAL, hidden=64, inner=128)) as place:
+        play(place, 1)
+        hidden = hidden_elements(place.model, place.key)
+        whole, base = read_model(place.model), read_model(place.root / "base")
+        tensors = read_model(place.root / "s1")
+        name = "bert.encoder.layer.0.intermediate.dense.weight"
+        dtype, bits = tensors[name]
+        secret, public, now = (to_floats(part, dtype) for part in (whole[name][1], base[name][1], bits))
+        leak = np.where(hidden[name], share * secret + (1 - share) * public, now).astype(np.float32)
+        tensors[name] = (dtype, to_bits(leak, dtype))
+        write_file(place.root / "s1" / "model.safetensors", tensors, {"format": "pt"})
+        place.export(place.root / "s1", "p2", round=2, clients=CLIENTS, **ALL)
+        found = audited(place, place.root / "s1", 2)
+        assert found.exit_code == 4
+        assert ("FQ002", "server", name) in {(one.rule, one.scope, one.tensor) for one in found.findings}
+
+
+def test_an_audit_refuses_a_global_model_as_server_model() -> None:
+    with placed(replace(USUAL, hidden=64, inner=128)) as place:
+        play(place, 1)
+        assert audited(place, place.model, 1).exit_code == 3

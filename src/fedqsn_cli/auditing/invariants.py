@@ -10,6 +10,7 @@ from fedqsn_cli.auditing.merged import check_merged
 from fedqsn_cli.auditing.opened import Inputs, Report
 from fedqsn_cli.auditing.presence import check_presence
 from fedqsn_cli.auditing.rebuild import check_rebuild
+from fedqsn_cli.auditing.served import check_served
 from fedqsn_cli.progress import Progress
 
 
@@ -25,3 +26,4 @@ def check_invariants(inputs: Inputs, report: Report, progress: Progress | None =
     check_between(inputs, report, odd)
     check_presence(inputs, report, odd)
     check_merged(inputs, report)
+    check_served(inputs, report)

@@ -43,6 +43,7 @@ class Inputs:
 
     Args:
         truth: the global model that the proxies were exported from. after: the global model of the next round.
+        server: the server model that they were exported from, in jobs whose clients train the public base in its holes.
         releases: the ledger. base: a public base checkpoint, under the truth's names; without a truth it has no use.
     """
 
@@ -52,6 +53,12 @@ class Inputs:
     job: Job | None = None
     releases: tuple[Release, ...] | None = None
     base: AlignedBase | None = None
+    server: OpenModel | None = None
+
+    @property
+    def origin(self) -> OpenModel | None:
+        """The model whose visible weights, and holes, the proxies show."""
+        return self.server or self.truth
 
     @property
     def proxies(self) -> tuple[OpenedProxy, ...]:
@@ -89,6 +96,7 @@ def open_inputs(
     key: str | Path | None = None,
     ledger: str | Path | None = None,
     base: str | Path | None = None,
+    server: str | Path | None = None,
 ) -> Inputs:
     """Open everything; what cannot be read or does not belong becomes an FQ903 or FQ904 finding, and is left out."""
     job = _tried("key", report, lambda: keyfile.load(key) if key is not None else None)
@@ -109,6 +117,7 @@ def open_inputs(
         job,
         releases,
         _tried("base", report, lambda: _matched(base, whole, folders, report)),
+        _tried("server", report, lambda: model(server, "server")),
     )
 
 
@@ -169,6 +178,8 @@ def _belonging(
         problem = "is on its way to a proxy; give the dense global model"
     elif model.kind == "server-model" and wanted == "truth":
         problem = "is a server model, in which hidden weights are missing; give the global model"
+    elif model.kind != "server-model" and wanted == "server":
+        problem = "is no server model"
     elif job is not None and model.plan.digest != job.plan_digest:
         problem = "has another plan than the key"
     elif job is None and wanted == "truth":

@@ -92,7 +92,7 @@ def check_rebuild(inputs: Inputs, report: Report, progress: Progress | None = No
 
 
 def _missing(inputs: Inputs, proxy: OpenedProxy) -> str | None:
-    if inputs.truth is None or inputs.job is None:
+    if inputs.origin is None or inputs.job is None:
         return "needs --truth and --key; without them weights, norms, biases and their scale are taken on trust"
     if proxy.manifest.fill == "base" and inputs.base is None:
         return "needs --base: its holes are filled with the public base"
@@ -100,10 +100,10 @@ def _missing(inputs: Inputs, proxy: OpenedProxy) -> str | None:
 
 
 def _rebuild(inputs: Inputs, proxies: Sequence[OpenedProxy], report: Report, progress: Progress) -> dict[str, set[str]]:
-    assert inputs.truth is not None and inputs.job is not None
+    assert inputs.origin is not None and inputs.job is not None
     how, filled = proxies[0].manifest.quantization, proxies[0].manifest.fill == "base"
     server = ServerMasks(inputs.job)
-    todo = flows(inputs.truth, how, server.hidden)
+    todo = flows(inputs.origin, how, server.hidden)
     sinks = [ComparingSink(proxy) for proxy in proxies]
     for sink in sinks:
         sink.expect(todo, how)
@@ -112,7 +112,7 @@ def _rebuild(inputs: Inputs, proxies: Sequence[OpenedProxy], report: Report, pro
         for sink in sinks
     ]
     base = inputs.base if filled else None
-    digests = run(inputs.truth, todo, how, outputs, base=base, progress=progress)
+    digests = run(inputs.origin, todo, how, outputs, base=base, progress=progress)
     odd = {}
     for sink in sinks:
         if _is_other_model(inputs, sink.proxy, digests):
@@ -198,11 +198,11 @@ def _explain(inputs: Inputs, proxy: OpenedProxy, flow: Flow, how: Quantization |
 
 def _explanations(inputs: Inputs, proxy: OpenedProxy, flow: Flow, how: Quantization, first: int, rows: int) -> set[str]:
     """Which wrong ways give what the proxy shows in these rows."""
-    assert inputs.truth is not None
+    assert inputs.origin is not None
     found = proxy.values(flow.name, flow.storage, first, rows)
     visible = proxy.visible(flow.name)
     shown = np.ones(found.shape, np.bool_)
-    x = inputs.truth.read_rows(flow.name, flow.storage, first, rows)
+    x = inputs.origin.read_rows(flow.name, flow.storage, first, rows)
     masked, right = x.copy(), x.copy()
     if flow.hidden is not None:
         flow.hidden.overwrite(right, first, None)

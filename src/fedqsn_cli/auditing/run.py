@@ -26,6 +26,7 @@ def audit(
     *,
     truth: str | Path | None = None,
     after: str | Path | None = None,
+    server: str | Path | None = None,
     key: str | Path | None = None,
     ledger: str | Path | None = None,
     base: str | Path | None = None,
@@ -40,6 +41,8 @@ def audit(
     Args:
         proxies: folders of proxies, of one round when there is a truth. None: exposure only, from ledger and key.
         truth: the global model that they were exported from. after: the global model after the next merge.
+        server: the server model that they were exported from, where clients train what stands in its holes; the truth
+            is the global model of the job's begin then.
         key: of the job. ledger: of all releases.
         base: the public checkpoint that the model was fine-tuned from.
         policy: policy.toml. Without one nothing is limited, but invariants and recovery must have been checked.
@@ -57,7 +60,7 @@ def audit(
     rules = _policy(proxies, ledger, key, policy)
     before = read_measures(baseline) if baseline is not None else None
     report = Report()
-    inputs = open_inputs(proxies, report, truth=truth, after=after, key=key, ledger=ledger, base=base)
+    inputs = open_inputs(proxies, report, truth=truth, after=after, key=key, ledger=ledger, base=base, server=server)
     shown = progress or Silent()
     if proxies or after is not None:
         check_invariants(inputs, report, shown)

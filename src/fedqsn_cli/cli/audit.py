@@ -31,6 +31,15 @@ def audit(
         str | None,
         options.file("--after", text="The global model after the merge.", panel=TRUTH, metavar="NEXT"),
     ] = None,
+    server: Annotated[
+        str | None,
+        options.file(
+            "--server",
+            text="The server model they were exported from, if clients train its holes (--train all).",
+            panel=TRUTH,
+            metavar="SERVER",
+        ),
+    ] = None,
     base: Annotated[
         str | None,
         options.file(
@@ -107,6 +116,7 @@ def audit(
             proxies or [],
             truth=truth,
             after=after,
+            server=server,
             key=key,
             ledger=ledger,
             base=base,
