@@ -9,12 +9,18 @@ from typing import Any
 from benchmarks.study.training import Trainee
 from benchmarks.study.worlds import World
 
-LEARNING_RATES = (1e-4, 3e-4)
+LEARNING_RATES = (1e-4, 3e-4)  # this, and the steps below, as the audit has them
+LEAST_STEPS, MOST_STEPS, BATCH = 40, 600, 16
 Curve = list[dict[str, Any]]
 
 
-def audited(place: World, key: Path, ledger: Path, proxies: Sequence[Path], sizes: Sequence[int]) -> dict[str, Any]:
+def audited(
+    place: World, key: Path, ledger: Path, proxies: Sequence[Path], sizes: Sequence[int], floor: Mapping[int, float]
+) -> dict[str, Any]:
     """What the audit says of one round's proxies, all clients colluding.
+
+    Args:
+        floor: losses of the public base after so many public examples, which the audit then need not repeat.
 
     Returns:
         attack: which weights it starts from. curve: loss and accuracy on A after so many public examples. weights:
@@ -31,7 +37,7 @@ def audited(place: World, key: Path, ledger: Path, proxies: Sequence[Path], size
     inputs = open_inputs(proxies, report, truth=place.owner, key=key, ledger=ledger, base=place.base)
     found = recover_function(
         inputs, report, place.data("test_a"), place.data("public"), tuple(sizes), max_length=place.task.max_length,
-        device="cpu",
+        device="cpu", base_losses=floor,
     )  # fmt: skip
     if found is None:
         raise RuntimeError("; ".join(one.message for one in report.findings) or "the audit found no function")
@@ -55,17 +61,16 @@ def fine_tuned(
     }
     best = min(scores, key=lambda name: scores[name]["loss"] or 0.0)
     curve: Curve = [{"n": 0, **scores[best]}]
-    for count in sizes:
+    for count in [size for size in sizes if size <= place.task.public]:
         tried = [_attempt(place, source, states[best], count, lr) for lr in LEARNING_RATES]
         curve.append({"n": count, **min(tried, key=lambda score: score["loss"])})
     return {"attack": best, "curve": curve, "weights": None}
 
 
-def _attempt(
-    place: World, source: Path, state: Mapping[str, Any] | None, count: int, lr: float
-) -> dict[str, Any]:  # fmt: skip
+def _attempt(place: World, source: Path, state: Mapping[str, Any] | None, count: int, lr: float) -> dict[str, Any]:
     """Fine-tune with so many public examples: three times through them, and some steps at least."""
     trainee = Trainee.open(source, place.task, state)
-    steps = max(place.task.attack_steps, -(-3 * count // 16))
-    trainee.train(place.data("public"), steps=steps, lr=lr, seed=0, most=count)
+    batches = -(-min(count, place.task.public) // BATCH)
+    steps = min(MOST_STEPS, batches * max(3, -(-LEAST_STEPS // batches)))
+    trainee.train(place.data("public"), steps=steps, lr=lr, seed=0, batch_size=BATCH, most=count)
     return {**trainee.score(place.data("test_a")), "lr": lr}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ class Clock:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def part(self, name: str) -> Any:
+    def part(self, name: str) -> Iterator[None]:
         began = time.monotonic()
         yield
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - began, 1)
@@ -43,6 +43,7 @@ class Job:
     cell: Cell
     place: World
     folder: Path
+    floor: Mapping[int, float]  # losses of the public base with so many public examples
     clock: Clock = field(default_factory=Clock)
     never_sent: float = 0.0
     share: float = 1.0  # of all parameters that one client trains
@@ -150,9 +151,9 @@ class Job:
         return out, made
 
 
-def play(cell: Cell, place: World, folder: Path) -> dict[str, Any]:
+def play(cell: Cell, place: World, folder: Path, floor: Mapping[int, float]) -> dict[str, Any]:
     """The whole job: what the clients' training made of the owner's model, and what the first proxies gave away."""
-    job = Job(cell, place, folder)
+    job = Job(cell, place, folder, floor)
     with job.clock.part("owner"):
         server = job.mask()
     result: dict[str, Any] = {}
@@ -178,13 +179,13 @@ def released(job: Job, proxies: Path) -> dict[str, Any]:
     place = job.place
     folders = [proxies / name for name in place.clients]
     with job.clock.part("audit"):
-        attack = audited(place, job.key, job.ledger, folders, job.cell.sizes)
+        attack = audited(place, job.key, job.ledger, folders, job.cell.sizes, job.floor)
     return {"release": place.scores(folders[0]), **attack}
 
 
-def curve(cell: Cell, place: World, folder: Path) -> dict[str, Any]:
+def curve(cell: Cell, place: World, folder: Path, floor: Mapping[int, float]) -> dict[str, Any]:
     """The attack alone."""
-    job = Job(cell, place, folder)
+    job = Job(cell, place, folder, floor)
     proxies = job.export(job.mask(), 1)
     return released(job, proxies) | {"parts": job.clock.seconds}
 

@@ -24,10 +24,11 @@ from benchmarks.study.worlds import World
 
 RANK = 8
 State = dict[str, Any]
+Floor = Mapping[int, float]
 _LAYER = re.compile(r"^(.*\.layers?\.)(\d+)(\..*)$")
 
 
-def local(cell: Cell, place: World, folder: Path) -> dict[str, Any]:
+def local(cell: Cell, place: World, folder: Path, floor: Floor) -> dict[str, Any]:
     """Nothing is sent: clients train what is public."""
     task, scores = place.task, []
     for index, name in enumerate(place.clients):
@@ -47,9 +48,9 @@ def _mean(scores: list[dict[str, float | None]]) -> dict[str, float | None]:
     }
 
 
-def fedlpp(cell: Cell, place: World, folder: Path) -> dict[str, Any]:
+def fedlpp(cell: Cell, place: World, folder: Path, floor: Floor) -> dict[str, Any]:
     """Quantized LoRA: the proxy and its audit by the product, the adapters by peft."""
-    job = Job(cell, place, folder)
+    job = Job(cell, place, folder, floor)
     with job.clock.part("owner"):
         shutil.rmtree(job.mask())
     current, result, lr = place.owner, dict[str, Any](), 0.0
@@ -107,7 +108,7 @@ def _moved(source: Path, delta: Mapping[str, Any], out: Path) -> Path:
     return out
 
 
-def offsite(cell: Cell, place: World, folder: Path) -> dict[str, Any]:
+def offsite(cell: Cell, place: World, folder: Path, floor: Floor) -> dict[str, Any]:
     """An emulator with some layers left out, its first and last layer trained and plugged back in."""
     task, whole = place.task, dense_state(place.owner)
     kept = kept_layers(whole)

@@ -18,8 +18,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.settings import Cell
-from benchmarks.study.worlds import World, world
+from benchmarks.study.settings import Cell, floor_of
+from benchmarks.study.worlds import World, locked, world
+
+Player = Callable[[Cell, World, Path, dict[int, float]], dict[str, Any]]
 
 PACKAGES = ("numpy", "numba", "torch", "transformers", "tokenizers", "peft")
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "FEDQSN_THREADS")
@@ -100,9 +102,9 @@ def execute(cell: Cell, work: Path) -> None:
     result: dict[str, Any]
     with tempfile.TemporaryDirectory(prefix="cell-", dir=work) as folder:
         try:
-            place = world(work, cell.task, cell.seed)
+            place, floor = world(work, cell.task, cell.seed), floor_losses(cell, work)
             began = time.monotonic()
-            result = _measured(cell, place, Path(folder))
+            result = _measured(cell, place, Path(folder), floor)
         except Exception as error:  # noqa: BLE001: the other cells go on
             path_of(cell, work).with_suffix(".log").write_text(traceback.format_exc())
             result = {"error": f"{type(error).__name__}: {str(error).replace(str(work.resolve()), '.')}"}
@@ -111,18 +113,35 @@ def execute(cell: Cell, work: Path) -> None:
     _write(path_of(cell, work), about | {"settings": cell.settings} | result)
 
 
-def _measured(cell: Cell, place: World, folder: Path) -> dict[str, Any]:
+def floor_losses(cell: Cell, work: Path) -> dict[int, float]:
+    """What the public base alone comes to with public examples: measured once for a task and a seed.
+
+    Raises:
+        RuntimeError: that could not be measured.
+    """
+    if cell.method.kind not in {"job", "curve", "lora"}:
+        return {}
+    other = floor_of(cell)
+    with locked(path_of(other, work).with_suffix(".lock")):
+        if not done(other, work):
+            execute(other, work)
+    if not done(other, work):
+        raise RuntimeError(f"{other.name} failed")
+    return {point["n"]: point["loss"] for point in (load(other, work) or {})["curve"]}
+
+
+def _measured(cell: Cell, place: World, folder: Path, floor: dict[int, float]) -> dict[str, Any]:
     from benchmarks.study import jobs, rivals
     from benchmarks.study.attack import fine_tuned
 
     if cell.method.kind == "world":
         return place.record
-    if cell.method.kind == "floor" or (cell.method.kind == "curve" and cell.method.name.startswith("floor")):
+    if cell.method.kind == "floor":
         return fine_tuned(place, place.base, {"public base": None}, cell.sizes)
-    players: dict[str, Callable[[Cell, World, Path], dict[str, Any]]] = {
+    players: dict[str, Player] = {
         "job": jobs.play, "curve": jobs.curve, "local": rivals.local, "lora": rivals.fedlpp, "offsite": rivals.offsite,
     }  # fmt: skip
-    return players[cell.method.kind](cell, place, folder)
+    return players[cell.method.kind](cell, place, folder, floor)
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:

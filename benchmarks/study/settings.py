@@ -45,7 +45,6 @@ class Task:
     lr: float = 1e-4
     rounds: int = 2
     round_steps: int = 20
-    attack_steps: int = 40
     smoke: bool = False
 
 
@@ -57,7 +56,7 @@ NEWS = Task(
 
 _TINY: dict[str, Any] = {
     "test_a": 24, "test_b": 24, "dev_a": 8, "dev_b": 8, "owner": 48, "public": 64, "client": 16, "owner_steps": 2,
-    "round_steps": 2, "attack_steps": 2, "max_length": 16, "words": 10, "smoke": True,
+    "round_steps": 2, "max_length": 16, "words": 10, "smoke": True,
 }  # fmt: skip
 
 
@@ -127,7 +126,7 @@ PAPER = Method(
 )
 FEDAVG = Method("fedavg", "FedAvg", number_format="none")
 WORLD = Method("world", "owner and base", kind="world")
-FLOOR = Method("floor", "public base only", kind="floor", headline=True)
+FLOOR = Method("floor", "public base only", kind="floor")
 
 METHODS: tuple[Method, ...] = (
     FEDAVG,
@@ -157,6 +156,7 @@ ABLATIONS: tuple[Method, ...] = (
 
 SIZES = (64, 256)
 LONG = (32, 1024)
+LONG_ENDING = "-long"
 BLENDS = (0.0, 0.25, 0.5, 1.0)
 
 
@@ -179,7 +179,7 @@ class Cell:
     @property
     def sizes(self) -> tuple[int, ...]:
         """Numbers of public examples that an attacker has."""
-        return LONG if self.method.kind == "curve" else SIZES
+        return LONG if self.method.name.endswith(LONG_ENDING) else SIZES
 
     @property
     def blends(self) -> tuple[float, ...]:
@@ -222,5 +222,10 @@ def _each(smoke: bool, seeds: Sequence[int], methods: Sequence[Method]) -> Itera
 
 def _long(method: Method) -> Method:
     """The same method's attack with other sizes, without the job."""
-    options = asdict(method) | {"name": f"{method.name}-curve", "kind": "curve", "ablation": True}
-    return Method(**options)
+    kind = "floor" if method.kind == "floor" else "curve"
+    return Method(**(asdict(method) | {"name": f"{method.name}{LONG_ENDING}", "kind": kind, "ablation": True}))
+
+
+def floor_of(cell: Cell) -> Cell:
+    """The cell that measures the same attacks with the public base alone."""
+    return Cell(cell.task, cell.seed, FLOOR if cell.sizes == SIZES else _long(FLOOR))

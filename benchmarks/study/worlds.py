@@ -67,7 +67,7 @@ def world(work: Path, task: Task, seed: int) -> World:
     home = work / "worlds"
     home.mkdir(parents=True, exist_ok=True)
     name = f"{task.name}-{seed}-{digest([VERSION, asdict(task), seed])}"
-    with _locked(home / f"{name}.lock"):
+    with locked(home / f"{name}.lock"):
         if not (home / name).is_dir():
             unfinished = home / f"{name}.unfinished"
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -77,7 +77,7 @@ def world(work: Path, task: Task, seed: int) -> World:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """One process at a time; the lock goes when the process does."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -101,9 +101,11 @@ class OpenModel:
 
     def scales(self, name: str) -> Scales:
         """Block scales of a packed tensor."""
-        if name not in self._scales:
-            self._scales = {name: read_scales(self.checkpoint, name)}  # one tensor at a time goes by
-        return self._scales[name]
+        found = self._scales.get(name)
+        if found is None:
+            found = read_scales(self.checkpoint, name)
+            self._scales = {name: found}  # one tensor at a time goes by; of several threads, each has what it found
+        return found
 
 
 def _array_dtype(dtype: str) -> np.dtype[Any]:

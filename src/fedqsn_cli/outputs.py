@@ -96,7 +96,7 @@ class ClientOutput:
         chosen = scales.model
         mask = self._mask(flow)
         if mask is not None and self._how is not None:
-            unseen = mask.full_blocks(flow.storage.scale_block(self._how.block_size))
+            unseen = _unseen(flow, mask).full_blocks(flow.storage.scale_block(self._how.block_size))
             chosen = chosen.without(unseen, scales.base)
         if flow.tensor.masked:
             with np.errstate(over="ignore"):
@@ -136,7 +136,8 @@ class ClientOutput:
                 mask.overwrite(codes, chunk.first, None if fill is None else fill.own)
             else:
                 mask.overwrite(codes, chunk.first, fill.shared)
-                unseen = mask.of_rows(chunk.first, chunk.rows).reshape(-1, codes.shape[1]).all(axis=1)
+                flags = _unseen(flow, mask).of_rows(chunk.first, chunk.rows)
+                unseen = flags.reshape(-1, codes.shape[1]).all(axis=1)
                 codes[np.broadcast_to(unseen, len(codes))] = fill.own[np.broadcast_to(unseen, len(codes))]
             return codes
         first = (fill.shared if fill.shared is not None else fill.own) if fill is not None else None
@@ -167,9 +168,20 @@ class ClientOutput:
         """Blocks that show nothing of the model take the public base under its own scale."""
         cols = flow.storage.view[2]
         start, count = chunk.first * cols, chunk.rows * cols
-        unseen = mask.full_blocks(block)[start // block : -(-(start + count) // block)]
+        unseen = _unseen(flow, mask).full_blocks(block)[start // block : -(-(start + count) // block)]
         flags = np.repeat(unseen, block)[:count]
         kernels.select_codes_elements(codes, count=count, hidden=flags, zero_code=0, fill=own)
+
+
+def _unseen(flow: Flow, mask: UnitMask) -> UnitMask:
+    """What a client does not see of a packed tensor, whoever hides it: `mask` from this client, the server from all.
+
+    A block of two units, each hidden by one of them, shows nothing either, so its scale must not speak of the second.
+    """
+    by_server = flow.hidden
+    if by_server is None:
+        return mask
+    return UnitMask(mask.axis, mask.view, mask.marks | flow.storage.working(by_server).marks)
 
 
 def write_rows(sink: TensorSink, flow: Flow, chunk: Chunk, values: Array) -> None:

@@ -1,8 +1,9 @@
 """One pass over an owner's model: read, hide, hash, quantize, and hand to every output that wants it.
 
     checkpoint ──read──▶ W ──server mask──▶ X ──quantize──▶ Q(X) ─┬─▶ server model
-        (ahead, in a thread)          └──▶ model digest          ├─▶ proxy of client 1
+                                      └──▶ model digest          ├─▶ proxy of client 1
     public base ──read──▶ B ────────────────quantize──▶ Q(B) ────┴─▶ proxy of client 2 ...
+    (as far as here several chunks at once, in threads)            (in order)
 
 Tensors go by in chunks of whole rows; nothing that grows with the model is kept. What is quantized never depends on a
 client: outputs select from the same codes (DESIGN: "quantize once, select per client").
@@ -25,17 +26,19 @@ from numpy.typing import NDArray
 from fedqsn_cli import strictjson
 from fedqsn_cli.artifacts import Quantization
 from fedqsn_cli.bases import AlignedBase
+from fedqsn_cli.encoding import check_finite, encode, encode_with
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.hashing import HashThreads, Lane
 from fedqsn_cli.logical import LogicalTensor, OpenModel
 from fedqsn_cli.plan import TensorPlan
 from fedqsn_cli.progress import Progress
-from fedqsn_cli.quantization import kernels
 from fedqsn_cli.quantization.scales import Scales
+from fedqsn_cli.quantization.threads import thread_count, work_alone
 from fedqsn_cli.storage import Storage, row_chunks, storage_of
 from fedqsn_cli.units import UnitMask
 
 CHUNK_ELEMENTS = 1 << 21  # 4 MiB of bf16: large enough for the disk, small enough for the caches and many outputs
+MOST_WORKERS = 4  # chunks that are worked on at once; together faster than one thread hashes
 
 _DTYPE_ORDER = (
     "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
@@ -164,60 +167,73 @@ def run(
     Raises:
         InputError: a visible weight is NaN or infinite.
     """
-    packed = model.is_quantized
     progress.start("reading", sum(model.stored_bytes(flow.name) for flow in todo), "bytes")
-    with ThreadPoolExecutor(1) as reader, HashThreads() as hashing:
-        hasher = None if packed else ModelHash(hashing.lane())
-        worker = _Worker(model, how, hasher, ModelHash(hashing.lane()) if base else None)
-        for load in read_ahead(reader, _loads(model, base, todo, how), depth=2):
-            chunk = worker.chunk(load)
+    count = min(MOST_WORKERS, thread_count())
+    with ThreadPoolExecutor(count, "fedqsn-chunk", work_alone) as workers, HashThreads() as hashing:
+        hasher = None if model.is_quantized else ModelHash(hashing.lane())
+        joint = _Joint(model, how, hasher, ModelHash(hashing.lane()) if base else None)
+        for made in read_ahead(workers, _tasks(model, base, todo, how), depth=count + 1):
+            chunk = joint.chunk(made)
             for output in outputs:
-                output.take(load.flow, chunk)
-            progress.advance(load.values.nbytes)
-            if load.last:
-                scales = worker.scales(load)
+                output.take(made.flow, chunk)
+            progress.advance(made.visible.nbytes)
+            if made.last:
+                scales = joint.scales(made)
                 for output in outputs:
-                    output.finish(load.flow, scales)
-        digests = worker.digests(todo)
+                    output.finish(made.flow, scales)
+        digests = joint.digests(todo)
     progress.finish()
     return digests
 
 
 @dataclass(frozen=True, slots=True)
-class _Load:
-    """Rows as they were read, of the model and of the public base."""
+class _Made:
+    """Rows that were read, hidden and quantized, of the model and of the public base.
+
+    Args:
+        visible: M_H ⊙ W, or the codes of a model that is quantized already. base: the same rows of the public base.
+        values, scales: what `encode` made of it, with the public base in its holes.
+        fill, fill_scales: what `encode` made of the public base.
+    """
 
     flow: Flow
     first: int
     rows: int
-    values: Array
-    fill: Array | None
     last: bool
+    visible: Array
+    values: Array
+    scales: Array | None
+    base: Array | None
+    fill: Fill | None
+    fill_scales: Array | None
 
 
-def _loads(
+def _tasks(
     model: OpenModel, base: AlignedBase | None, todo: Sequence[Flow], how: Quantization | None
-) -> Iterator[Callable[[], _Load]]:
-    """Everything there is to read, in order, as calls that read it."""
+) -> Iterator[Callable[[], _Made] | None]:
+    """Everything there is to do, in order, as calls that do it; None: not before everything up to here is used."""
+    maker = _Maker(model, base, how)
     for flow in todo:
+        if flow.tensor.axis == "element":
+            yield None  # its masks are as large as itself: those of one tensor at a time
+        hidden = flow.hidden
         runs = list(row_chunks(flow.storage, how.block_size if how else 1, CHUNK_ELEMENTS))
         for first, rows in runs:
-            yield partial(_load, model, base, flow, first, rows, (first, rows) == runs[-1])
+            yield partial(maker.make, flow, hidden, first, rows, last=(first, rows) == runs[-1])
 
 
-def _load(model: OpenModel, base: AlignedBase | None, flow: Flow, first: int, rows: int, last: bool) -> _Load:
-    values = model.read_rows(flow.name, flow.storage, first, rows)
-    fill = base.read_rows(flow.name, flow.storage, first, rows) if base is not None and flow.tensor.masked else None
-    return _Load(flow, first, rows, values, fill, last)
+def read_ahead(pool: Executor, calls: Iterable[Callable[[], T] | None], depth: int) -> Iterator[T]:
+    """Results of the calls in order, up to `depth` of them made ahead of use in the pool's threads.
 
-
-def read_ahead(pool: Executor, calls: Iterable[Callable[[], T]], depth: int) -> Iterator[T]:
-    """Results of the calls in order, up to `depth` of them made ahead of use in the pool's thread."""
+    Args:
+        calls: None among them stands for: what comes next is not started before all results so far were used.
+    """
     waiting: deque[Future[T]] = deque()
     try:
         for call in calls:
-            waiting.append(pool.submit(call))
-            if len(waiting) > depth:
+            if call is not None:
+                waiting.append(pool.submit(call))
+            while len(waiting) > (depth if call is not None else 0):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -226,8 +242,58 @@ def read_ahead(pool: Executor, calls: Iterable[Callable[[], T]], depth: int) -> 
             future.cancel()
 
 
-class _Worker:
-    """Hides, hashes and quantizes chunk after chunk; keeps the scales of the tensor that is going by."""
+@dataclass(frozen=True, slots=True)
+class _Maker:
+    """Reads, hides and quantizes one chunk, in any thread."""
+
+    model: OpenModel
+    base: AlignedBase | None
+    how: Quantization | None
+
+    def make(self, flow: Flow, hidden: UnitMask | None, first: int, rows: int, *, last: bool) -> _Made:
+        x = self.model.read_rows(flow.name, flow.storage, first, rows)
+        b = None
+        if self.base is not None and flow.tensor.masked:
+            b = self.base.read_rows(flow.name, flow.storage, first, rows)
+            check_finite(flow, b, "public base")
+        if self.model.is_quantized:
+            values, scales = x, self._stored_scales(flow, first, rows) if b is not None else None
+        else:
+            values, scales = encode(flow, self.how, self._hide(flow, hidden, first, x, b))
+        fill, fill_scales = (None, None) if b is None else self._fill(flow, b, scales)
+        return _Made(flow, first, rows, last, x, values, scales, b, fill, fill_scales)
+
+    def _hide(self, flow: Flow, hidden: UnitMask | None, first: int, x: Array, b: Array | None) -> Array:
+        """M_H ⊙ W in place, checked; returns it with the public base, or what became of it, in the holes."""
+        filled = x
+        if hidden is not None:
+            if b is not None:
+                filled = x.copy()
+                if not self.model.has_trained_fill:
+                    hidden.overwrite(filled, first, b)
+            hidden.overwrite(x, first, None)
+        if flow.storage.kind == "raw":  # whoever quantizes notices by himself
+            check_finite(flow, x, "model")
+        return filled
+
+    def _stored_scales(self, flow: Flow, first: int, rows: int) -> Array | None:
+        """Block scales of rows of a model that is packed already; only a public base needs them."""
+        if not flow.storage.packed or self.how is None:
+            return None
+        cols, block = flow.storage.view[2], flow.storage.scale_block(self.how.block_size)
+        absmax: Array = self.model.scales(flow.name).absmax
+        return absmax[first * cols // block : -(-(first + rows) * cols // block)]
+
+    def _fill(self, flow: Flow, b: Array, scales: Array | None) -> tuple[Fill, Array | None]:
+        own, own_scales = encode(flow, self.how, b, "public base")
+        if own_scales is None or self.how is None or scales is None:
+            return Fill(own, None), None
+        mixed = flow.storage.mixes_units(self.how.block_size)
+        return Fill(own, encode_with(flow, self.how, b, scales) if mixed else None), own_scales
+
+
+class _Joint:
+    """Puts chunks together again, in their order: hashes them, and keeps the scales of the tensor that is going by."""
 
     def __init__(
         self, model: OpenModel, how: Quantization | None, hasher: ModelHash | None, base_hasher: ModelHash | None
@@ -239,42 +305,21 @@ class _Worker:
         self._scales: list[Array] = []
         self._base_scales: list[Array] = []
 
-    def chunk(self, load: _Load) -> Chunk:
-        flow, x, b = load.flow, load.values, load.fill
-        if b is not None and self._base_hasher is not None:
-            self._base_hasher.update(flow.name, b)
-            _check_finite(flow, b, "public base")
-        if self._hasher is None:
-            return Chunk(load.first, load.rows, x, self._fill(load, x, self._stored_scales(load)))
-        self._hide(flow, load.first, x, b)
-        values, scales = encode(flow, self._how, x)
-        if scales is not None:
-            self._scales.append(scales)
-        return Chunk(load.first, load.rows, values, self._fill(load, values, scales))
+    def chunk(self, made: _Made) -> Chunk:
+        """What outputs see of it."""
+        if made.base is not None and self._base_hasher is not None:
+            self._base_hasher.update(made.flow.name, made.base)
+        if self._hasher is not None:
+            self._hasher.update(made.flow.name, made.visible)
+            if made.scales is not None:
+                self._scales.append(made.scales)
+        if made.fill_scales is not None:
+            self._base_scales.append(made.fill_scales)
+        return Chunk(made.first, made.rows, made.values, made.fill)
 
-    def _stored_scales(self, load: _Load) -> Array | None:
-        """Block scales of rows of a model that is packed already; only a public base needs them."""
-        if load.fill is None or not load.flow.storage.packed or self._how is None:
-            return None
-        cols, block = load.flow.storage.view[2], load.flow.storage.scale_block(self._how.block_size)
-        absmax: Array = self._model.scales(load.flow.name).absmax
-        return absmax[load.first * cols // block : -(-(load.first + load.rows) * cols // block)]
-
-    def _fill(self, load: _Load, values: Array, scales: Array | None) -> Fill | None:
-        if load.fill is None:
-            return None
-        flow = load.flow
-        own, own_scales = encode(flow, self._how, load.fill, "public base")
-        if own_scales is None or self._how is None or scales is None:
-            return Fill(own, None)
-        self._base_scales.append(own_scales)
-        if not flow.storage.mixes_units(self._how.block_size):
-            return Fill(own, None)
-        return Fill(own, encode_with(flow, self._how, load.fill, scales))
-
-    def scales(self, load: _Load) -> TensorScales | None:
+    def scales(self, made: _Made) -> TensorScales | None:
         """Block scales of the tensor that has gone by."""
-        flow, how = load.flow, self._how
+        flow, how = made.flow, self._how
         if how is None or not flow.storage.packed:
             return None
         block = 0 if flow.storage.kind == "pack8" else how.block_size
@@ -293,85 +338,6 @@ class _Worker:
         if model is None:
             raise InputError("its manifest has no model digest", where=self._model.source.reference)
         return Digests(model, self._base_hasher.hexdigest(todo) if self._base_hasher else None)
-
-    def _hide(self, flow: Flow, first: int, x: Array, b: Array | None) -> None:
-        """M_H ⊙ W in place, checked and hashed; then the public base, or what became of it, goes into the holes."""
-        assert self._hasher is not None
-        if flow.hidden is not None:
-            if b is not None and self._model.has_trained_fill:
-                b = x.copy()
-            flow.hidden.overwrite(x, first, None)
-        if flow.storage.kind == "raw":  # whoever quantizes notices by himself
-            _check_finite(flow, x, "model")
-        self._hasher.update(flow.name, x)
-        if flow.hidden is not None and b is not None:
-            self._hasher.settle()  # it still reads x
-            flow.hidden.overwrite(x, first, b)
-
-
-def encode(flow: Flow, how: Quantization | None, x: Array, whose: str = "model") -> tuple[Array, Array | None]:
-    """Quantize rows of a tensor as its storage says: (values or codes, block scales of packed kinds).
-
-    Args:
-        whose: "model" or "public base", for errors.
-
-    Raises:
-        InputError: a value is not finite, or beyond the range of the format.
-    """
-    storage, dtype = flow.storage, flow.logical.dtype
-    if how is None or storage.kind == "raw":
-        return x, None
-    y = np.ascontiguousarray(x.T) if storage.transposed else x
-    rows, cols = y.shape
-    try:
-        if storage.kind == "pack4":
-            packed = np.empty((y.size + 1) // 2, np.uint8)
-            absmax = np.empty(-(-y.size // how.block_size), np.float32)
-            kernels.quantize_4bit(y, dtype, format=how.format, block=how.block_size, packed=packed, absmax=absmax)
-            return packed, absmax
-        if storage.kind == "pack8":
-            codes, row_scales = np.empty((rows, cols), np.int8), np.empty(rows, np.float32)
-            kernels.quantize_int8(y, dtype, codes, row_scales)
-            return codes, row_scales
-        return _snap(flow, how, y), None
-    except kernels.NonFinite:
-        _check_finite(flow, x, whose)
-        raise InputError(f"a value is NaN, infinite, or too large for {how.format}", where=flow.name) from None
-
-
-def _snap(flow: Flow, how: Quantization, y: Array) -> Array:
-    """Values rounded to the grid, in the layout in which they are stored."""
-    out = np.empty_like(y)
-    rows, cols = y.shape
-    # int8 takes one scale a row, as bitsandbytes does; down columns, which may be long, one a block like all others
-    step = how.block_size if how.format == "int8" and flow.storage.geometry == "column" else max(rows, 1)
-    for first in range(0, rows, step):
-        part = slice(first, first + step)
-        kernels.snap(
-            y[part], flow.logical.dtype, format=how.format, block=how.block_size, geometry=flow.storage.geometry,
-            rows=len(y[part]), cols=cols, out=out[part],
-        )  # fmt: skip
-    return np.ascontiguousarray(out.T) if flow.storage.transposed else out
-
-
-def encode_with(flow: Flow, how: Quantization, x: Array, scales: Array) -> Array:
-    """Codes of other values under given block scales, clamped; for blocks that mix units."""
-    y = np.ascontiguousarray(x.T) if flow.storage.transposed else x
-    if flow.storage.kind == "pack4":
-        packed = np.empty((y.size + 1) // 2, np.uint8)
-        kernels.quantize_4bit_with(
-            y, flow.logical.dtype, format=how.format, block=how.block_size, absmax_given=scales, packed=packed
-        )
-        return packed
-    wide = kernels.widened(y, flow.logical.dtype).reshape(y.shape)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        codes = np.rint(wide * (np.float32(127) / scales[:, None]))
-    return np.where(scales[:, None] > 0, np.clip(codes, -127, 127), 0).astype(np.int8)
-
-
-def _check_finite(flow: Flow, x: Array, whose: str) -> None:
-    if flow.logical.is_float and not kernels.all_finite(x, flow.logical.dtype):
-        raise InputError(f"the {whose} holds NaN or infinity where it is visible", where=flow.name)
 
 
 class ModelHash:

@@ -29,6 +29,7 @@ from fedqsn_cli.storage import row_chunks
 from fedqsn_cli.units import UnitMask
 
 CHUNK_ELEMENTS = 1 << 20  # its double-precision sum takes 8 MiB
+READERS = 3  # pieces that are read at once, from one file each perhaps: the disk is never without an order
 
 Array = NDArray[Any]
 Normalize = Literal["coverage", "clients"]
@@ -109,7 +110,8 @@ class Merger:
             for first, rows in row_chunks(flow.storage, 1, CHUNK_ELEMENTS):
                 yield partial(self._own, flow, first, rows, last=not trained)
                 for update in sent if trained else ():
-                    yield partial(self._sent, flow, first, rows, update, last=update is sent[-1])
+                    seen = self._seen(flow, first, rows, update)
+                    yield partial(self._sent, flow, first, rows, update, seen, last=update is sent[-1])
 
     def _own(self, flow: Flow, first: int, rows: int, *, last: bool) -> _Piece:
         values = self.model.read_rows(flow.name, flow.storage, first, rows)
@@ -118,12 +120,16 @@ class Merger:
             residual = self._residual.rows(flow.name, first, rows, flow.storage.view[2])
         return _Piece(flow, first, rows, values, residual, None, None, last)
 
-    def _sent(self, flow: Flow, first: int, rows: int, update: ClientUpdate, *, last: bool) -> _Piece:
-        visible = self._mask(flow, update)
-        cols = flow.storage.view[2]
-        seen = rows_of(visible, first, rows) if visible else Rows(first * cols, rows * cols, np.empty(0, np.int64))
+    @staticmethod
+    def _sent(flow: Flow, first: int, rows: int, update: ClientUpdate, seen: Rows, *, last: bool) -> _Piece:
         values = update.read(flow.name, seen.first, seen.count)
         return _Piece(flow, first, rows, values, None, update, seen, last)
+
+    def _seen(self, flow: Flow, first: int, rows: int, update: ClientUpdate) -> Rows:
+        """Where these rows lie in U."""
+        visible = self._mask(flow, update)
+        cols = flow.storage.view[2]
+        return rows_of(visible, first, rows) if visible else Rows(first * cols, rows * cols, np.empty(0, np.int64))
 
     def _mask(self, flow: Flow, update: ClientUpdate) -> UnitMask | None:
         """What the client saw of the tensor; kept while the tensor goes by."""
@@ -218,8 +224,10 @@ def stream(merger: Merger, todo: Sequence[Flow], sink: Sink, rest: Sink | None, 
     """
     progress.start("merging", merger.model.checkpoint.total_bytes, "bytes")
     own: _Piece | None = None
-    with ThreadPoolExecutor(1) as reader:
-        for piece in read_ahead(reader, merger.pieces(todo), depth=3):
+    with ThreadPoolExecutor(READERS) as readers:
+        for piece in read_ahead(readers, merger.pieces(todo), depth=2 * READERS):
+            if piece.update is not None and piece.seen is not None:
+                piece.update.hashed(piece.flow.name, piece.seen.first, piece.values)
             if piece.update is None:
                 own = piece
                 merger.begin(piece)

@@ -81,13 +81,17 @@ class ClientUpdate:
         return self.manifest.num_examples / float(self.masks.factor(tensor))
 
     def read(self, name: str, first: int, count: int) -> Array:
-        """`count` elements of U from element `first` on, as stored bits [count].
+        """`count` elements of U from element `first` on, as stored bits [count]; from any thread.
 
         Raises:
             FormatError: the file got shorter or changed.
         """
         dtype = np.dtype(BITS[self.dtype])
         return self.hash.read(self.starts[name] + first * dtype.itemsize, count * dtype.itemsize).view(dtype)
+
+    def hashed(self, name: str, first: int, values: Array) -> None:
+        """Hash what `read` gave, piece by piece in the order in which the model goes by."""
+        self.hash.take(self.starts[name] + first * values.itemsize, values.view(np.uint8))
 
     def finish(self) -> None:
         """Check the digest of the whole file.
@@ -104,7 +108,7 @@ class ClientUpdate:
 class FileHash:
     """Reads pieces of a file and computes the SHA-256 of all of it on the way, in a background thread.
 
-    Pieces that come in file order are hashed as they are read; what lies between them is read for the hash alone.
+    Pieces that are taken in file order are hashed as they were read; what lies between them is read for the hash alone.
     """
 
     def __init__(self, path: Path, identity: FileIdentity, lane: Lane) -> None:
@@ -116,17 +120,11 @@ class FileHash:
         self._frontier = 0  # every byte before it was handed to the hash
         self._last: Future[None] | None = None
 
-    def read(self, start: int, count: int) -> NDArray[np.uint8]:
-        """`count` bytes from absolute offset `start` on, in a fresh array.
-
-        Raises:
-            RefusedUpdate: the file got shorter. FormatError: it is another one now.
-        """
+    def take(self, start: int, data: NDArray[np.uint8]) -> None:
+        """Hash what was read from absolute offset `start` on, and all before it."""
         self._catch_up(start)
-        data = self._read(start, count)
-        if start == self._frontier and count:
+        if start == self._frontier and data.size:
             self._submit(data)
-        return data
 
     def hexdigest(self) -> str:
         """SHA-256 of the whole file; reads what was never asked for."""
@@ -137,13 +135,18 @@ class FileHash:
 
     def _catch_up(self, stop: int) -> None:
         while self._frontier < stop:
-            self._submit(self._read(self._frontier, min(HASH_PIECE, stop - self._frontier)))
+            self._submit(self.read(self._frontier, min(HASH_PIECE, stop - self._frontier)))
 
     def _submit(self, data: NDArray[np.uint8]) -> None:
         self._frontier += data.size
         self._last = self._lane.submit(self._sha256.update, data.data)
 
-    def _read(self, start: int, count: int) -> NDArray[np.uint8]:
+    def read(self, start: int, count: int) -> NDArray[np.uint8]:
+        """`count` bytes from absolute offset `start` on, in a fresh array; from any thread.
+
+        Raises:
+            RefusedUpdate: the file got shorter. FormatError: it is another one now.
+        """
         found = self._cold.read(start, count)
         if found is not None:
             return found

@@ -167,22 +167,9 @@ def _judged(inputs: Inputs, proxy: OpenedProxy, name: str, storage: Storage, blo
         tensor = next(one for one in inputs.truth.plan.tensors if one.name == name)
         by_server = ServerMasks(inputs.job).hidden(tensor)
     if by_server is None:
-        # A block of two units, one hidden by the server and one from the client, keeps the scale of the second.
-        return storage.working(visible).full_blocks(block) & ~empty, empty & _of_one_unit(storage, block)
+        return storage.working(visible).full_blocks(block) & ~empty, empty
     known = UnitMask(visible.axis, visible.view, visible.marks | by_server.marks)
-    client = storage.working(known.inverted()).full_blocks(block)
-    nothing = (storage.working(by_server).full_blocks(block) | client) & empty
-    return storage.working(known).full_blocks(block) & ~empty, nothing
-
-
-def _of_one_unit(storage: Storage, block: int) -> Array:
-    """For each block: is it part of one unit?"""
-    lead, rows, cols = storage.view
-    starts = np.arange(0, lead * rows * cols, block)
-    if storage.axis != "row":
-        return np.zeros(starts.size, np.bool_)
-    ends = np.minimum(starts + block, lead * rows * cols) - 1
-    return np.asarray(starts // cols == ends // cols)
+    return storage.working(known).full_blocks(block) & ~empty, empty
 
 
 def _peaks(proxy: OpenedProxy, name: str, storage: Storage, first: int, count: int, block: int) -> Array:

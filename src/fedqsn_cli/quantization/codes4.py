@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fedqsn_cli.quantization.blocks import BATCH, SMALLEST, largest, normalize, rank
 from fedqsn_cli.quantization.codebooks import BLOCK_SIZES, FORMATS, Codebook, codebook
 from fedqsn_cli.quantization.floats import PIECE, Floats, writable
-from fedqsn_cli.quantization.jit import NonFinite, kernel
+from fedqsn_cli.quantization.jit import NonFinite, kernel, widen
 from fedqsn_cli.quantization.threads import run_ranges
 
 Bytes = NDArray[np.uint8]
@@ -86,13 +86,10 @@ def _quantize(
     flaws: list[int] = []
 
     def work(start: int, stop: int) -> None:
-        scratch = source.scratch(PIECE)
-        for first in range(start, stop, PIECE):
-            last = min(first + PIECE, stop)
-            values, codes = source.read(first, last, scratch), packed[first // 2 : (last + 1) // 2]
-            scales = absmax[first // block :]
-            if not _encode(values, block, book.bounds, remap, in_order, codes, scales, given):
-                flaws.append(first)
+        codes, scales = packed[start // 2 : (stop + 1) // 2], absmax[start // block :]
+        bits = writable(source.bits[start:stop])
+        if not _encode(bits, source.kind, block, book.bounds, remap, in_order, codes, scales, given):
+            flaws.append(start)
 
     run_ranges(source.size, max(block, GRAIN), work)
     if flaws:
@@ -112,23 +109,24 @@ def _checked(n: int, format: str, block: int, packed: Bytes, absmax: Float32s) -
 
 @kernel
 def _encode(
-    values: Any, block: int, bounds: Any, remap: Any, in_order: bool, packed: Any, absmax: Any, given: bool
+    bits: Any, kind: int, block: int, bounds: Any, remap: Any, in_order: bool, packed: Any, absmax: Any, given: bool
 ) -> bool:
-    """All blocks of a piece. Returns False if a value is not finite."""
+    """All blocks of a range of stored floats. Returns False if a value is not finite."""
     batch = max(block, BATCH)
-    ratios, ranks = np.empty(batch, np.float32), np.empty(batch, np.int32)
-    pairs = ranks.view(np.uint64)
+    wide, ratios, ranks = np.empty(batch, np.uint32), np.empty(batch, np.float32), np.empty(batch, np.int32)
+    values, pairs = wide.view(np.float32), ranks.view(np.uint64)
     fine = True
-    for begin in range(0, values.size, batch):
-        count = min(batch, values.size - begin)
-        for start in range(begin, begin + count, block):
-            part = values[start : min(start + block, begin + count)]
+    for begin in range(0, bits.size, batch):
+        count = min(batch, bits.size - begin)
+        widen(bits[begin : begin + count], kind, wide)
+        for start in range(0, count, block):
+            part = values[start : min(start + block, count)]
             short = part.size < block
-            most, index = largest(part), start // block
+            most, index = largest(part), (begin + start) // block
             fine &= most < np.float32(np.inf)
             if not given:
                 absmax[index] = max(most, SMALLEST) if short else most
-            normalize(part, absmax[index], short, ratios[start - begin : begin + count])
+            normalize(part, absmax[index], short, ratios[start:count])
         if count % 2:
             ratios[count] = 0
             count += 1

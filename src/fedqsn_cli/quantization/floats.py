@@ -24,7 +24,7 @@ class Floats:
     """
 
     def __init__(self, x: Array, dtype: str) -> None:
-        self.bits, self._kind = as_bits(x, dtype)
+        self.bits, self.kind = as_bits(x, dtype)
         self.size = self.bits.size
 
     def scratch(self, size: int) -> Float32s:
@@ -33,20 +33,20 @@ class Floats:
 
     def read(self, start: int, stop: int, scratch: Float32s) -> Float32s:
         """Values start .. stop as fp32; of F32 the stored ones themselves."""
-        if self._kind == F32:
+        if self.kind == F32:
             return writable(self.bits[start:stop].view(np.float32))
         values = scratch[: stop - start]
-        widen(writable(self.bits[start:stop]), self._kind, values.view(np.uint32))
+        widen(writable(self.bits[start:stop]), self.kind, values.view(np.uint32))
         return values
 
     def room(self, start: int, stop: int, scratch: Float32s) -> Float32s:
         """Where to compute what becomes values start .. stop: in their own place, if they are F32."""
-        return self.bits[start:stop].view(np.float32) if self._kind == F32 else scratch[: stop - start]
+        return self.bits[start:stop].view(np.float32) if self.kind == F32 else scratch[: stop - start]
 
     def write(self, start: int, stop: int, room: Float32s) -> None:
         """Round what was computed in `room` to the dtype, ties to even."""
-        if self._kind != F32:
-            narrow(room.view(np.uint32), self._kind, self.bits[start:stop])
+        if self.kind != F32:
+            narrow(room.view(np.uint32), self.kind, self.bits[start:stop])
 
     def write_plain(self, start: int, stop: int, room: Float32s) -> None:
         """As `write`, and make every zero 0.0: the sign of a zero would tell what was rounded to it."""

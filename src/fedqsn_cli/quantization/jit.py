@@ -7,10 +7,12 @@ kernel that it keeps on disk, not in the files of kernels that it calls: after a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
+from numba.core.caching import FunctionCache
+from numba.core.runtime import rtsys
 from numpy.typing import NDArray
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -27,6 +29,16 @@ class NonFinite(Exception):
     """A value is NaN, infinite, or beyond the range of the format."""
 
 
+class _Cache(FunctionCache):  # type: ignore[misc]
+    """Machine code on disk, loaded without all that only compiling needs: numba would spend half a second on that."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """As the original does, which refreshes the context first."""
+        rtsys.initialize(target_context)  # memory for arrays that kernels make
+        with self._guard_against_spurious_io_errors():
+            return self._load_overload(sig, target_context)
+
+
 def kernel(function: F) -> F:
     """Compile a function at its first call, without the interpreter lock, and keep the machine code on disk.
 
@@ -35,10 +47,11 @@ def kernel(function: F) -> F:
     """
     options = {"nogil": True, "error_model": "numpy"}
     try:
-        compiled: F = numba.njit(cache=True, **options)(function)
+        compiled = numba.njit(cache=True, **options)(function)
+        compiled._cache = _Cache(function)
     except RuntimeError:  # numba found no directory for its cache
         compiled = numba.njit(**options)(function)
-    return compiled
+    return cast(F, compiled)
 
 
 def as_bits(x: NDArray[Any], dtype: str) -> tuple[Bits, int]:

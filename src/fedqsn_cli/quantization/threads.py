@@ -55,6 +55,11 @@ def run_ranges(n: int, align: int, fn: Callable[[int, int], None]) -> None:
             raise failure
 
 
+def work_alone() -> None:
+    """Let all kernels that this thread calls run in this thread: others like it keep the processors busy."""
+    _worker.busy = True
+
+
 def _run(fn: Callable[[int, int], None], start: int, stop: int) -> None:
     """One range, marked so that a nested call does not wait for the pool."""
     _worker.busy = True
