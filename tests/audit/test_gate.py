@@ -13,7 +13,16 @@ from audit.ledgers import Line
 from audit.samples import job, recovery, score
 from fedqsn_cli.auditing import gate
 from fedqsn_cli.auditing.exposure import exposure
-from fedqsn_cli.auditing.findings import Audit, Check, Coalition, Exposure, Finding, FunctionRecovery, Recovery
+from fedqsn_cli.auditing.findings import (
+    Audit,
+    Check,
+    Coalition,
+    CurvePoint,
+    Exposure,
+    Finding,
+    FunctionRecovery,
+    Recovery,
+)
 from fedqsn_cli.auditing.gate import Measured, apply, measures
 from fedqsn_cli.auditing.policy import Limits, Policy, Waiver
 from fedqsn_cli.auditing.rules import finding
@@ -96,6 +105,13 @@ def test_a_limit_on_the_difference_without_a_base_is_not_complete() -> None:
     audit = judged(Policy(proxy=Limits(delta_recovered=0.5)), Measured((recovery("proxy a", MODEL, delta=False),)))
     assert (audit.exit_code, rules(audit)) == (3, [("FQ901", "incomplete")])
     assert "--base" in audit.findings[0].message
+
+
+@pytest.mark.parametrize(("gain", "code"), [(0.5, 0), (0.51, 1), (None, 3)])
+def test_the_gain_over_the_base_is_held_against_its_limit_and_must_be_measured(gain: float | None, code: int) -> None:
+    curve = (CurvePoint(8, 0.4, None, 0.95, 0.5, -0.1), CurvePoint(64, 0.4, None, 0.95, 0.5, gain))
+    function = FunctionRecovery("proxy a", (), "base", 1.0, 0.9, "as sent", curve if gain is not None else ())
+    assert judged(Policy(proxy=Limits(gain=0.5)), Measured(function=function)).exit_code == code
 
 
 @pytest.mark.parametrize(("rho", "code"), [(0.9, 0), (0.91, 1), (None, 3)])

@@ -30,7 +30,7 @@ class MergeResult:
     """What `merge` made.
 
     Args:
-        covered: share of all parameters that at least one client saw.
+        covered: share of all parameters that at least one client trained.
         model_digest: that of the new model, for a server model.
         control: the update that was taken off the others; its share is 0.
         server_lr: η of a merge. blend: λ of a restore.

@@ -22,6 +22,7 @@ _PHRASES = {
     "cosine": "cosine between the weights and their reconstruction",
     "delta_recovered": "share of the secret difference recovered",
     "rho": "share of the model's function recovered",
+    "gain": "share of the function that the proxies add to what public examples teach the base",
     "exposure": "share of all parameters seen",
     "clear_share": "share of all parameters in the clear",
 }
@@ -147,7 +148,8 @@ def _judge_tensor(result: _Result, limits: Limits, scope: str, tensor: Any) -> N
 def _judge_function(result: _Result, policy: Policy, function: FunctionRecovery | None) -> None:
     if function is None:
         return
-    limit = (policy.coalition if function.scope.startswith("coalition") else policy.proxy).rho
+    limits = policy.coalition if function.scope.startswith("coalition") else policy.proxy
+    limit = limits.rho
     if function.rho is None:
         why = "rho is not defined: the global model is no better than the floor"
         result.checked.append(Check("FQ301", function.scope, "not-run", why))
@@ -158,6 +160,16 @@ def _judge_function(result: _Result, policy: Policy, function: FunctionRecovery 
         best = max(tuned, key=lambda point: point.rho if point.rho is not None else -math.inf)
         what = f"{_PHRASES['rho']} after {best.public_examples} public examples"
         result.judge("FQ302", function.scope, what, best.rho if best.rho is not None else math.nan, limit)
+    if limits.gain is None:
+        return
+    gains = [(point.gain, point.public_examples) for point in function.curve if point.gain is not None]
+    if gains:
+        most, examples = max(gains)
+        result.judge("FQ302", function.scope, f"{_PHRASES['gain']}, {examples} of them", most, limits.gain)
+    else:
+        why = "the gain over the base needs --base, with all tensors of the model, and --public-data"
+        result.checked = [check for check in result.checked if check.rule != "FQ302"]  # rho alone is not what was asked
+        result.checked.append(Check("FQ302", function.scope, "not-run", why))
 
 
 def measures(

@@ -12,7 +12,7 @@ import fnmatch
 import hashlib
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "cosine": (-1.0, 1.0),
     "delta_recovered": (-math.inf, 1.0),
     "rho": (-math.inf, math.inf),
+    "gain": (-math.inf, math.inf),
 }
-WORSENINGS = (*RANGES, "exposure", "clear_share")
+FUNCTION = frozenset({"rho", "gain"})  # of whole models, not of single tensors
+WORSENINGS = (*(name for name in RANGES if name != "gain"), "exposure", "clear_share")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,7 @@ class Limits:
     cosine: float | None = None
     delta_recovered: float | None = None
     rho: float | None = None
+    gain: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,7 @@ class Policy:
             "FQ203": any(limits.cosine is not None for limits in weights),
             "FQ204": any(limits.delta_recovered is not None for limits in weights),
             "FQ301": any(limits.rho is not None for limits in (self.proxy, self.coalition)),
+            "FQ302": any(limits.gain is not None for limits in (self.proxy, self.coalition)),
         }
 
     def summary(self) -> dict[str, Any]:
@@ -184,7 +188,7 @@ def parse(document: dict[str, Any], where: object, digest: str | None = None) ->
         public_examples=threat.wholes("public_examples"),
         proxy=_limits(limits.table("proxy")),
         coalition=_limits(limits.table("coalition")),
-        tensor=_limits(limits.table("tensor"), but="rho"),
+        tensor=_limits(limits.table("tensor"), but=FUNCTION),
         clear=clear.number("share", 0.0, 1.0),
         client_budget=budget.number("client", 0.0, 1.0),
         coalition_budget=budget.number("coalition", 0.0, 1.0),
@@ -206,8 +210,8 @@ def _required(scope: _Table) -> frozenset[str]:
     return frozenset(rules)
 
 
-def _limits(table: _Table, but: str = "") -> Limits:
-    values = {name: table.number(name, *RANGES[name]) for name in RANGES if name != but}
+def _limits(table: _Table, but: Collection[str] = ()) -> Limits:
+    values = {name: table.number(name, *RANGES[name]) for name in RANGES if name not in but}
     table.finish()
     return Limits(**values)
 

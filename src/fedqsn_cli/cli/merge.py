@@ -183,7 +183,7 @@ def merge(
 def _parts(result: MergeResult) -> list[console.Part]:
     facts: list[tuple[str, object]] = [(result.kind.replace("-", " "), result.path)]
     if result.clients:
-        facts.append(("seen by a client", f"{console.percent(result.covered)} of all parameters"))
+        facts.append(("trained by a client", f"{console.percent(result.covered)} of all parameters"))
     parts: list[console.Part] = [_clients(result)] if result.clients else []
     parts += [_curve(result.search)] if result.search else []
     return [*parts, console.Facts(facts)]
