@@ -172,7 +172,7 @@ def run(
     with ThreadPoolExecutor(count, "fedqsn-chunk", work_alone) as workers, HashThreads() as hashing:
         hasher = None if model.is_quantized else ModelHash(hashing.lane())
         joint = _Joint(model, how, hasher, ModelHash(hashing.lane()) if base else None)
-        for made in read_ahead(workers, _tasks(model, base, todo, how), depth=count + 1):
+        for made in read_ahead(workers, _tasks(model, base, todo, how), depth=count):
             chunk = joint.chunk(made)
             for output in outputs:
                 output.take(made.flow, chunk)

@@ -25,3 +25,16 @@ def test_a_kernel_compiles_where_its_machine_code_cannot_be_kept() -> None:
     exec("def twice(x):\n    return x + x\n", namespace)  # no file: numba finds no place for a cache
     twice = kernel(namespace["twice"])
     assert twice(np.float32(1.5)) == 3.0
+
+
+def test_machine_code_that_was_kept_loads_without_what_only_compiling_needs() -> None:
+    code = (
+        "import sys, numpy as np\n"
+        "from fedqsn_cli.quantization import kernels\n"
+        "assert kernels.all_finite(np.zeros(8, np.uint16), 'BF16')\n"
+        "print('numba.np.arraymath' in sys.modules)"
+    )
+    for _ in range(2):  # the first one may have to compile
+        environment = {"PYTHONPATH": ":".join(sys.path)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.stdout.decode().strip() == "False", done.stderr.decode()

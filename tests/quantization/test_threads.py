@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.quantization import threads
-from fedqsn_cli.quantization.threads import run_ranges, thread_count
+from fedqsn_cli.quantization.threads import run_ranges, thread_count, work_alone
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +49,13 @@ def test_the_first_failure_is_raised_after_all_ranges_ended() -> None:
     with pytest.raises(KeyError, match="1"):
         run_ranges(4, 1, work)
     assert sorted(ended) == [0, 1, 2, 3]
+
+
+def test_a_thread_that_works_alone_calls_its_ranges_itself() -> None:
+    seen: list[int] = []
+    with ThreadPoolExecutor(1, initializer=work_alone) as pool:
+        pool.submit(run_ranges, 4000, 1, lambda start, stop: seen.append(stop - start)).result()
+    assert seen == [4000]
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "two", "1.5", "9999", "²"])

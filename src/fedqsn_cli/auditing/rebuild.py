@@ -22,10 +22,11 @@ from fedqsn_cli.auditing.findings import Finding
 from fedqsn_cli.auditing.opened import Inputs, OpenedProxy, Report
 from fedqsn_cli.auditing.rules import finding
 from fedqsn_cli.checkpoint import TensorSink
+from fedqsn_cli.encoding import encode
 from fedqsn_cli.errors import FedqsnError
 from fedqsn_cli.jobmasks import ServerMasks
 from fedqsn_cli.outputs import ClientOutput, stored_specs
-from fedqsn_cli.pipeline import CHUNK_ELEMENTS, Digests, Flow, encode, flows, run
+from fedqsn_cli.pipeline import CHUNK_ELEMENTS, Digests, Flow, flows, run
 from fedqsn_cli.plan import TensorPlan
 from fedqsn_cli.progress import Progress, Silent
 from fedqsn_cli.quantization import kernels
