@@ -7,7 +7,7 @@ BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo audit test soak lint types docs bench clean
+.PHONY: help setup demo audit test soak lint types docs bench study clean
 
 help: ## list the chores
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -44,6 +44,11 @@ docs: $(READY) ## write docs/commands/ from the commands' own help
 
 bench: $(READY) ## measure speed and memory; choose with ARGS
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+study: $(READY) ## measure what hiding costs and buys (hours; goes on where it was); choose with ARGS
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		-r examples/quickstart/requirements.txt -r benchmarks/study/requirements.txt
+	@$(BIN)/python -m benchmarks.study $(ARGS)
 
 clean: ## remove the virtual environment and all caches
 	@rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

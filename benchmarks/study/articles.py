@@ -1,7 +1,7 @@
 """The articles, and who holds which: every article goes to one party only.
 
-    topics    A: pieces of the bodies of articles on A_TOPICS    B: titles of articles on all topics
-    news-lm   base: BASE_TOPICS    A: SECRET_TOPICS    B: CLIENT_TOPICS, pieces of bodies for all
+topics    A: pieces of the bodies of articles on A_TOPICS    B: titles of articles on all topics
+news-lm   base: BASE_TOPICS    A: SECRET_TOPICS    B: CLIENT_TOPICS, pieces of bodies for all
 """
 
 from __future__ import annotations
@@ -100,8 +100,11 @@ class _Dealer:
         return taken
 
     def bodies(self, topics: Sequence[str], count: int) -> list[Example]:
-        """So many pieces of the bodies of the next articles."""
-        return self.pieces(self.articles(topics, -(-count // self.task.pieces)))[:count]
+        """So many pieces of the bodies of the next articles, fewer where there are no more."""
+        found: list[Example] = []
+        while len(found) < count and (more := self.articles(topics, -(-(count - len(found)) // self.task.pieces))):
+            found += self.pieces(more)
+        return found[:count]
 
     def pieces(self, found: Sequence[Example]) -> list[Example]:
         """Pieces of articles, at most so many of each as the task allows."""

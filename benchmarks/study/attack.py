@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.study.training import Trainee
 from benchmarks.study.worlds import World
 
-LEARNING_RATES = (1e-4, 3e-4)  # this, and the steps below, as the audit has them
+LEARNING_RATES = (1e-4, 3e-4, 1e-3)  # this, and the steps below, as the audit has them
 LEAST_STEPS, MOST_STEPS, BATCH = 40, 600, 16
 Curve = list[dict[str, Any]]
 

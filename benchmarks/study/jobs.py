@@ -1,7 +1,7 @@
 """A whole federated job by the product's own functions, as its users would play it.
 
-    owner ─mask─▶ server ─export_proxy─▶ proxies ─client_train─▶ updates ─merge─▶ server ─ ... ─restore─▶ final
-                               └─audit (round 1, all clients together)
+owner ─mask─▶ server ─export_proxy─▶ proxies ─client_train─▶ updates ─merge─▶ server ─ ... ─restore─▶ final
+                           └─audit (round 1, all clients together)
 """
 
 from __future__ import annotations
@@ -145,9 +145,10 @@ class Job:
         if blend is None and self.method.hides:
             chosen = {"blend": "auto", "eval_data": self.place.data("dev"), "max_length": task.max_length,
                       "device": "cpu"}  # fmt: skip
-        base = {"public_base": str(self.place.base)} if self.method.train == "all" else {}
+        if self.method.train == "all":
+            chosen["public_base"] = str(self.place.base)
         with self.clock.part("restore"):
-            made = merge(str(self.place.owner), [], out, key=self.key, restore=str(server), **base, **chosen)
+            made = merge(str(self.place.owner), [], out, key=self.key, restore=str(server), **chosen)
         return out, made
 
 

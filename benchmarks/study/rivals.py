@@ -1,10 +1,10 @@
 """Methods that the product's options cannot express.
 
-    local     every client trains the public base on its own data; figures are the mean over clients
-    fedlpp    FedLPP's idea: a quantized proxy (nf3) of the whole model, LoRA adapters on it, their products averaged
-              and added to the owner's model
-    offsite   offsite tuning's idea: the first and the last layer are trained on an emulator that lacks every other layer
-              between them, and are plugged back in
+local     every client trains the public base on its own data; figures are the mean over clients
+fedlpp    FedLPP's idea: a quantized proxy (nf3) of the whole model, LoRA adapters on it, their products averaged
+          and added to the owner's model
+offsite   offsite tuning's idea: the first and the last layer are trained on an emulator that lacks every other
+          layer between them, and are plugged back in
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _adapt(cell: Cell, place: World, proxy: Path, name: str, seed: int) -> tuple
     """One client's adapters: differences of weights, examples, numbers to send, learning rate."""
     import torch
     from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora import Linear
 
     trainee, task = Trainee.open(proxy, place.task), place.task
     torch.manual_seed(cell.seed * 1000 + seed)
@@ -93,7 +93,7 @@ def _adapt(cell: Cell, place: World, proxy: Path, name: str, seed: int) -> tuple
     lr = rate(task, numbers / total)
     count = trainee.train(place.data(name), steps=task.round_steps, lr=lr, seed=cell.seed * 1000 + seed)
     delta = {f"{key}.weight": module.get_delta_weight("default").detach()
-             for key, module in model.named_modules() if isinstance(module, LoraLayer)}  # fmt: skip
+             for key, module in model.named_modules() if isinstance(module, Linear)}  # fmt: skip
     after = dict(model.named_parameters())
     delta |= {key: (after[key] - value).detach() for key, value in before.items()}
     return delta, count, numbers, lr
@@ -104,7 +104,8 @@ def _moved(source: Path, delta: Mapping[str, Any], out: Path) -> Path:
     state = dense_state(source)
     missing = delta.keys() - state.keys()
     assert not missing, f"the checkpoint lacks {sorted(missing)[0]}"
-    write_state(out, {name: tensor + delta[name] if name in delta else tensor for name, tensor in state.items()}, source)
+    moved = {name: tensor + delta[name] if name in delta else tensor for name, tensor in state.items()}
+    write_state(out, moved, source)
     return out
 
 

@@ -96,17 +96,24 @@ def _child(cell: Cell, work: Path, command: Sequence[str]) -> None:
 
 
 def execute(cell: Cell, work: Path) -> None:
-    """Make one cell and keep its result, or what went wrong; artifacts are deleted."""
+    """Make one cell and keep its result, or what went wrong; artifacts are deleted. One process a cell."""
     (work / "cells").mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
+    with locked(path_of(cell, work).with_suffix(".lock")):
+        if not done(cell, work):
+            _make(cell, work)
+
+
+def _make(cell: Cell, work: Path) -> None:
+    began, log = time.monotonic(), path_of(cell, work).with_suffix(".log")
     result: dict[str, Any]
     with tempfile.TemporaryDirectory(prefix="cell-", dir=work) as folder:
         try:
             place, floor = world(work, cell.task, cell.seed), floor_losses(cell, work)
             began = time.monotonic()
             result = _measured(cell, place, Path(folder), floor)
-        except Exception as error:  # noqa: BLE001: the other cells go on
-            path_of(cell, work).with_suffix(".log").write_text(traceback.format_exc())
+            log.unlink(missing_ok=True)
+        except Exception as error:  # the other cells go on
+            log.write_text(traceback.format_exc())
             result = {"error": f"{type(error).__name__}: {str(error).replace(str(work.resolve()), '.')}"}
     seconds = round(time.monotonic() - began, 1)
     about = {"name": cell.name, "seconds": seconds, "machine": machine(), "versions": versions()}
@@ -122,9 +129,7 @@ def floor_losses(cell: Cell, work: Path) -> dict[int, float]:
     if cell.method.kind not in {"job", "curve", "lora"}:
         return {}
     other = floor_of(cell)
-    with locked(path_of(other, work).with_suffix(".lock")):
-        if not done(other, work):
-            execute(other, work)
+    execute(other, work)
     if not done(other, work):
         raise RuntimeError(f"{other.name} failed")
     return {point["n"]: point["loss"] for point in (load(other, work) or {})["curve"]}

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-VERSION = 1  # of what a cell holds; another one makes all cells anew
+VERSION = 2  # of what a cell holds; another one makes all cells anew
 
 Kind = Literal["world", "floor", "job", "curve", "local", "lora", "offsite"]
 
@@ -42,21 +42,21 @@ class Task:
     base_lr: float = 1e-3
     owner_steps: int = 200
     owner_lr: float = 1.5e-4
-    lr: float = 1e-4
+    lr: float = 2e-4
     rounds: int = 2
-    round_steps: int = 20
+    round_steps: int = 30
     smoke: bool = False
 
 
-TOPICS = Task("topics")
+TOPICS = Task("topics", words=8, max_length=16, owner_steps=300)
 NEWS = Task(
     "news-lm", test_a=200, test_b=200, owner=2400, client=600, pieces=8, words=20, max_length=32, pretrain_steps=1200,
-    owner_steps=250, owner_lr=1e-3, lr=1e-3,
+    owner_steps=250, owner_lr=1e-3, lr=3e-4,
 )  # fmt: skip
 
 _TINY: dict[str, Any] = {
     "test_a": 24, "test_b": 24, "dev_a": 8, "dev_b": 8, "owner": 48, "public": 64, "client": 16, "owner_steps": 2,
-    "round_steps": 2, "max_length": 16, "words": 10, "smoke": True,
+    "round_steps": 2, "rounds": 1, "clients": 2, "max_length": 16, "words": 10, "smoke": True,
 }  # fmt: skip
 
 
@@ -77,7 +77,7 @@ class Method:
         kind: job for what the product's own functions do from end to end; curve for its attack alone, with more sizes.
         p1, p2, number_format, fill, where, schedule, train, preset: as `mask` and `export_proxy` take them.
         control: the owner trains along on his own data, and `merge` takes that off.
-        headline: also with fixed blends at the first seed.
+        headline: with more sizes of the attacker's data, and with fixed blends at the first seed.
         ablation: at the first seed only.
     """
 
@@ -104,9 +104,7 @@ class Method:
 
 def _filled(p1: float, **more: Any) -> Method:
     """Holes filled with the public base, and only visible units trained."""
-    return Method(
-        f"base-fill-{p1:g}", f"base fill, p1 = {p1:g}", p1=p1, p2=0.1, fill="base", schedule="sticky", **more
-    )
+    return Method(f"base-fill-{p1:g}", f"base fill, p1 = {p1:g}", p1=p1, p2=0.1, fill="base", schedule="sticky", **more)
 
 
 def _all(p1: float, **more: Any) -> Method:

@@ -96,7 +96,8 @@ def write_state(out: Path, state: Mapping[str, Any], like: Path, layers: int | N
     from safetensors.torch import save_file
 
     out.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, out / "model.safetensors", {"format": "pt"})
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
     for file in sorted(like.iterdir()):
         if file.suffix in {".json", ".txt"} and file.name not in {"fedqsn.json", "config.json"}:
             shutil.copyfile(file, out / file.name)

@@ -46,7 +46,7 @@ State = dict[str, Tensor]
 STEPS = (8, 32, 128, 512, 2048, 8192)
 """Numbers of public examples on the curve, as far as there are so many."""
 
-_RATES = (1e-4, 3e-4)
+_RATES = (1e-4, 3e-4, 1e-3)
 """Learning rates that the attacker tries; the one that serves him best counts."""
 
 _BATCH, _LEAST_STEPS, _MOST_STEPS = 16, 40, 600

@@ -1,0 +1,151 @@
+"""From cells to figures: what an attacker gets of the secret, and what a method keeps of FedAvg's gain.
+
+    ρ(n)  = (L_base - L_attack,n) / (L_base - L_owner)          all that he has after n public examples
+    ρ'(n) = (L_base,n - L_attack,n) / (L_base,n - L_owner)      what proxies add to what the examples alone teach
+    gain  = (L_owner - L_final) / (L_owner - L_fedavg)          on B
+
+L on A for ρ, on B for the gain. L_x,n is the least loss that x has seen with at most n public examples: whoever is
+worse off after fine-tuning does not do it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, NamedTuple
+
+from benchmarks.study.settings import LONG_ENDING, Cell
+
+POINT = 0.01  # of accuracy: the owner's skill is damaged if it drops by more
+TENTH = 0.1  # of the secret gain, for a language model
+
+
+class Spread(NamedTuple):
+    """A figure over seeds."""
+
+    middle: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> Spread | None:
+        """Median and range of those that are there."""
+        known = [value for value in values if value is not None]
+        return cls(median(known), min(known), max(known)) if known else None
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one method came to on one task with one seed. Figures that need a cell that is not there are None."""
+
+    task: str
+    seed: int
+    method: str
+    figures: Mapping[str, float | None]
+    recovered: Mapping[int, float | None] = field(default_factory=dict)  # ρ
+    added: Mapping[int, float | None] = field(default_factory=dict)  # ρ'
+
+
+Results = Mapping[tuple[str, int, str], Mapping[str, Any]]
+
+
+def table_of(pairs: Iterable[tuple[Cell, Mapping[str, Any] | None]]) -> Results:
+    """Results that are there and did not fail, by task, seed and method."""
+    return {
+        (cell.task.name, cell.seed, cell.method.name): result
+        for cell, result in pairs
+        if result is not None and "error" not in result
+    }
+
+
+def rows(results: Results) -> list[Row]:
+    """All figures."""
+    found = []
+    for (task, seed, method), result in results.items():
+        if method not in {"world", "floor"} and not method.endswith(LONG_ENDING):
+            found.append(_row(results, task, seed, method, result))
+    return found
+
+
+def best_so_far(curve: Sequence[Mapping[str, Any]], key: str = "loss") -> dict[int, float]:
+    """The figure of the least loss with at most n public examples."""
+    found: dict[int, float] = {}
+    best: Mapping[str, Any] | None = None
+    for point in sorted(curve, key=lambda one: int(one["n"])):
+        best = point if best is None or point["loss"] < best["loss"] else best
+        if best[key] is not None:
+            found[point["n"]] = best[key]
+    return found
+
+
+def curve_of(results: Results, task: str, seed: int, method: str) -> list[Mapping[str, Any]]:
+    """The attack curve of a method, with the sizes that were measured apart."""
+    short = results.get((task, seed, method), {}).get("curve", [])
+    long = results.get((task, seed, method + LONG_ENDING), {}).get("curve", [])
+    return [*short, *(point for point in long if point["n"] > 0)]
+
+
+def _row(results: Results, task: str, seed: int, method: str, result: Mapping[str, Any]) -> Row:
+    world = results.get((task, seed, "world"))
+    curve = curve_of(results, task, seed, method)
+    floor = best_so_far(curve_of(results, task, seed, "floor"))
+    attack = best_so_far(curve)
+    if method == "local":  # nothing is sent: he has the examples alone
+        attack = floor
+    final, release = result["final"], result.get("release", {"a": {}, "b": {}})
+    figures: dict[str, float | None] = {
+        "final_a_loss": final["a"]["loss"], "final_a": final["a"]["accuracy"],
+        "final_b_loss": final["b"]["loss"], "final_b": final["b"]["accuracy"],
+        "proxy_a_loss": release["a"].get("loss"), "proxy_a": release["a"].get("accuracy"),
+        "proxy_b_loss": release["b"].get("loss"), "proxy_b": release["b"].get("accuracy"),
+        "never_sent": result["never_sent"], "mb_down": result["bytes_down"] / 1e6, "mb_up": result["bytes_up"] / 1e6,
+        "weights": result.get("weights"), "blend": result.get("blend"), "seconds": result["seconds"],
+        "attack_a_64": best_so_far(curve, "accuracy").get(64), "attack_a_loss_64": attack.get(64),
+    }  # fmt: skip
+    if world is None:
+        return Row(task, seed, method, figures)
+    owner, base = world["owner"], world["base"]
+    whole, start = owner["a"]["loss"], base["a"]["loss"]
+    figures |= _utility(final, owner, results.get((task, seed, "fedavg")))
+    left = share(start, final["a"]["loss"], whole)
+    figures["a_lost"] = None if left is None else (1.0 - left) / TENTH
+    if final["a"]["accuracy"] is not None:
+        figures["a_lost"] = (owner["a"]["accuracy"] - final["a"]["accuracy"]) / POINT
+    recovered = {n: share(start, loss, whole) for n, loss in attack.items()}
+    added = {n: share(floor[n], loss, whole) for n, loss in attack.items() if n in floor}
+    return Row(task, seed, method, figures, recovered, added)
+
+
+def _utility(
+    final: Mapping[str, Any], owner: Mapping[str, Any], fedavg: Mapping[str, Any] | None
+) -> dict[str, float | None]:
+    """Share of FedAvg's gain on B, and points of B before or behind FedAvg."""
+    found: dict[str, float | None] = {"gain": None, "gain_points": None}
+    if fedavg is not None:
+        found["gain"] = share(owner["b"]["loss"], final["b"]["loss"], fedavg["final"]["b"]["loss"])
+        if final["b"]["accuracy"] is not None:
+            found["gain_points"] = final["b"]["accuracy"] - fedavg["final"]["b"]["accuracy"]
+    return found
+
+
+def share(start: float, reached: float, whole: float) -> float | None:
+    """(start - reached) / (start - whole); None where the whole is no better than the start."""
+    return (start - reached) / (start - whole) if start > whole else None
+
+
+def spread(found: Sequence[Row], task: str, method: str, figure: str) -> Spread | None:
+    """A figure of a method over all seeds."""
+    return Spread.of(row.figures.get(figure) for row in found if (row.task, row.method) == (task, method))
+
+
+def spread_at(found: Sequence[Row], task: str, method: str, n: int, *, added: bool) -> Spread | None:
+    """ρ' or ρ after n public examples, over all seeds."""
+    mine = [row for row in found if (row.task, row.method) == (task, method)]
+    return Spread.of((row.added if added else row.recovered).get(n) for row in mine)
+
+
+def keeps_a(found: Sequence[Row], task: str, method: str) -> bool:
+    """Is the owner's skill where it was, at the median: within a point, or within a tenth of the secret gain?"""
+    lost = spread(found, task, method, "a_lost")
+    return lost is not None and lost.middle <= 1.0 + 1e-9
