@@ -106,7 +106,7 @@ def execute(cell: Cell, work: Path) -> None:
 def _make(cell: Cell, work: Path) -> None:
     began, log = time.monotonic(), path_of(cell, work).with_suffix(".log")
     result: dict[str, Any]
-    with tempfile.TemporaryDirectory(prefix="cell-", dir=work) as folder:
+    with tempfile.TemporaryDirectory(prefix=f"cell-{os.getpid()}-", dir=work) as folder:
         try:
             place, floor = world(work, cell.task, cell.seed), floor_losses(cell, work)
             began = time.monotonic()
@@ -181,6 +181,7 @@ def versions() -> dict[str, str]:
 
 
 def sweep(work: Path) -> None:
-    """Delete what killed runs left behind."""
-    for folder in work.glob("cell-*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    """Delete what killed runs left behind; cells of another run that goes on beside this one stay."""
+    for folder in work.glob("cell-*-*"):
+        if not Path("/proc", folder.name.split("-")[1]).exists():
+            shutil.rmtree(folder, ignore_errors=True)
