@@ -292,6 +292,12 @@ def test_the_script_plays_a_job_and_compares_it_with_fedavg(small_job: dict[str,
     work = tmp_path / "work"
     assert (work / "fedqsn" / "job.key").stat().st_mode & 0o077 == 0
     assert len((work / "fedqsn" / "ledger.jsonl").read_text().splitlines()) == 1
+    # A tiny model may be over limits that were set for the real one, but its audit is complete.
+    audited = run([str(QUICKSTART / "audit.sh")], tmp_path, small_job, codes=(0, 1))
+    assert "proxy alice" in audited and "incomplete" not in audited
+    assert (work / "report.html").is_file()
+    (tmp_path / "strict.toml").write_text("[budget]\nclient = 0.5\n")
+    run([str(QUICKSTART / "audit.sh")], tmp_path, small_job | {"POLICY": str(tmp_path / "strict.toml")}, codes=(1,))
 
 
 def test_a_killed_makefile_goes_on_where_it_was(small_job: dict[str, str], tmp_path: Path) -> None:

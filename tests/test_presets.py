@@ -26,7 +26,8 @@ def test_what_is_given_wins_over_a_preset() -> None:
     assert chosen("paper", Choices(), public_base=None) == PRESETS["paper"]
     given = Choices("zero", "mlp", 0.0, "fresh")
     assert chosen("strong", given, public_base=None) == given
-    assert chosen("strong", Choices(p1=0.9), public_base="b") == Choices("base", "all", 0.9, "sticky")
+    assert chosen("strong", Choices(p1=0.9), public_base="b") == Choices("base", "all", 0.9, "sticky", "all")
+    assert chosen("strong", Choices(train="visible"), public_base="b").train == "visible"
     assert chosen(None, Choices(p1=0.9), public_base=None) == Choices(p1=0.9)
 
 
@@ -46,7 +47,7 @@ def test_paper_is_the_same_as_its_options(folder: Path) -> None:
 def test_strong_is_the_same_as_its_options(folder: Path) -> None:
     source, base = model(folder / "model"), str(model(folder / "base", dtype="F32"))
     export_proxy(str(source), folder / "one", preset="strong", public_base=base, **job(folder))
-    options = {"fill": "base", "where": "all", "p1": 0.5, "schedule": "sticky", "public_base": base}
+    options = {"fill": "base", "where": "all", "p1": 0.5, "schedule": "sticky", "train": "all", "public_base": base}
     export_proxy(str(source), folder / "two", **options, **job(folder))
     assert contents(folder / "one") == contents(folder / "two")
     (line,) = read(folder / "ledger.jsonl")

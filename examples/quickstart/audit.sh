@@ -21,5 +21,5 @@ truth=$job/r$((last - 1))/global
 after=()
 [[ ! -e $job/r$last/global/config.json ]] || after=(--after "$job/r$last/global")
 
-exec fedqsn audit "$job/r$last"/proxies/* --truth "$truth" "${after[@]}" --key "$job/job.key" \
+exec fedqsn audit "$job/r$last"/proxies/*/ --truth "$truth" "${after[@]}" --key "$job/job.key" \
     --ledger "$job/ledger.jsonl" --base "$WORK/base" --policy "$POLICY" --report "$WORK/report.html" "$@"

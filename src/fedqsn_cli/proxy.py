@@ -36,13 +36,11 @@ from fedqsn_cli.masking import LABEL, derive, validate_client, validate_ratio
 from fedqsn_cli.outputs import ClientOutput, tensor_specs
 from fedqsn_cli.owner import METADATA, Work, keep_outside, open_work, public_base, shard_bytes, unit_table, visible_bits
 from fedqsn_cli.pipeline import Digests, Flow, flows, run
-from fedqsn_cli.presets import Choices, Schedule, chosen
+from fedqsn_cli.presets import Choices, Schedule, Train, chosen
 from fedqsn_cli.progress import Progress, Silent
 from fedqsn_cli.quantization.bnb_format import quantization_config
 from fedqsn_cli.release import public_companion, public_config
 from fedqsn_cli.storage import clear_shares, quantization
-
-Train = Literal["visible", "all"]
 
 CLIENTS_A_PASS = 128
 """So many proxies are written from one read of the model. More are written in turns: memory stays the same."""
@@ -110,7 +108,7 @@ def export_proxy(
     rescale: bool | None = None,
     fill: Fill | None = None,
     public_base: str | None = None,
-    train: Train = "visible",
+    train: Train | None = None,
     plan: str | Path | None = None,
     budget: float | None = None,
     coalition: int | None = None,
@@ -127,7 +125,7 @@ def export_proxy(
         client: client ids. round: number of the federated round.
         p1: ratio hidden by the server; None takes the key's. p2: ratio of the rest hidden from each client.
         where, layers, p1_schedule: what the server hides, and at other ratios (see `hiding`); None takes the key's.
-        preset: fills up fill, where, p1 and schedule (see `presets`); schedule is fresh without.
+        preset: fills up fill, where, p1, schedule and train (see `presets`); fresh and visible are the usual ones.
         train: what clients train: the visible units, or all, the public base's units in the holes, too (see `merge`).
         format, block_size, double_quant, layout: quantization; None takes the source's, else nf4, 64, off, bnb.
         budget: most of all parameters that a client may have seen afterwards, and any `coalition` clients together.
@@ -139,7 +137,7 @@ def export_proxy(
     """
     clients, targets = _targets(client, out, push)
     validate_ratio(p2)
-    choices = chosen(preset, Choices(fill, where, p1, schedule), public_base=public_base)
+    choices = chosen(preset, Choices(fill, where, p1, schedule, train), public_base=public_base)
     schedule = choices.schedule or "fresh"
     check_schedule(round, schedule)
     check_options(budget, coalition)
@@ -150,6 +148,7 @@ def export_proxy(
         source, key=key, p1=choices.p1, axis=axis, plan=plan, rescale=rescale, fill=choices.fill,
         public_base=public_base, where=choices.where, layers=layers, p1_schedule=p1_schedule,
     )  # fmt: skip
+    train = choices.train or "visible"
     _check_train(train, work)
     planned = tuple(Planned(name, round, schedule, p2) for name in clients)
     allowance = Budget(work.job, planned, budget, coalition)

@@ -45,13 +45,14 @@ def export_proxy(
     fill: options.Fill = None,
     public_base: options.PublicBase = None,
     train: Annotated[
-        options.Train,
+        options.Train | None,
         options.option(
             "--train",
             text="What clients train: visible neurons, or all, those of the public base in the holes too.",
             panel=options.MASKING,
+            show_default="the preset's, else visible",
         ),
-    ] = "visible",
+    ] = None,
     number_format: Annotated[
         options.Format | None, options.number_format(show_default="the server model's, else nf4")
     ] = None,

@@ -217,8 +217,8 @@ Preset = Annotated[
     Literal["paper", "strong"] | None,
     option(
         "--preset",
-        text="paper: fill zero, where outputs, schedule fresh. strong: fill base, where all, p1 0.5, schedule sticky. "
-        "Options that are given win.",
+        text="paper: fill zero, where outputs, schedule fresh. strong: fill base, where all, p1 0.5, schedule sticky, "
+        "train all. Options that are given win.",
         panel=MASKING,
     ),
 ]
