@@ -139,7 +139,7 @@ class Bar:
 
 def bars(title: str, rows: Sequence[Bar], name_width: int = 130) -> str:
     """Horizontal bars under each other; shares from 0 to 1."""
-    step, note = 24, 50
+    step, note = 24, max(50, 8 + 7 * max((len(row.note) for row in rows), default=0))
     room = WIDTH - name_width - note
     parts = []
     for i, row in enumerate(rows):
