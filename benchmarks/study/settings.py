@@ -108,16 +108,17 @@ def _filled(p1: float, **more: Any) -> Method:
 
 
 def _all(p1: float, **more: Any) -> Method:
-    """Holes filled with the public base, and everything trained."""
+    """Holes filled with the public base, and everything trained; with p1 = 0.5 that is the preset strong."""
+    title = "preset strong (train all, p1 = 0.5)" if p1 == 0.5 else f"train all, p1 = {p1:g}"
     return Method(
-        f"train-all-{p1:g}", f"train all, p1 = {p1:g}", p1=p1, p2=0.1, fill="base", schedule="sticky", train="all",
+        f"train-all-{p1:g}", title, p1=p1, p2=0.1, fill="base", schedule="sticky", train="all",
         **more,
     )  # fmt: skip
 
 
 STRONG = Method(
-    "strong", "preset strong (base fill, p1 = 0.5)", p1=0.5, p2=0.1, fill="base", schedule="sticky", preset="strong",
-    headline=True,
+    "strong", "preset strong, visible only (p1 = 0.5)", p1=0.5, p2=0.1, fill="base", schedule="sticky",
+    preset="strong", headline=True,
 )  # fmt: skip
 PAPER = Method(
     "paper", "preset paper (zero fill, p1 = 0.1)", p1=0.1, p2=0.1, where="outputs", preset="paper", headline=True
@@ -146,10 +147,10 @@ METHODS: tuple[Method, ...] = (
 )
 
 ABLATIONS: tuple[Method, ...] = (
-    Method("strong-control", "preset strong with a control update", p1=0.5, p2=0.1, fill="base", schedule="sticky",
-           preset="strong", control=True, ablation=True),
-    Method("strong-fresh", "preset strong with fresh masks", p1=0.5, p2=0.1, fill="base", schedule="fresh",
-           preset="strong", ablation=True),
+    Method("strong-control", "strong, visible only, with a control update", p1=0.5, p2=0.1, fill="base",
+           schedule="sticky", preset="strong", control=True, ablation=True),
+    Method("strong-fresh", "strong, visible only, with fresh masks", p1=0.5, p2=0.1, fill="base",
+           schedule="fresh", preset="strong", ablation=True),
 )  # fmt: skip
 
 SIZES = (64, 256)
