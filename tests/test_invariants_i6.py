@@ -146,7 +146,7 @@ def test_i6_the_points_of_death_are_really_met(folder: Path) -> None:
 
 # Plays round after round, skipping what is done, as a Makefile would; says when it has begun.
 JOB = """
-import sys
+import shutil, sys
 from pathlib import Path
 from fedqsn_cli import export_proxy, mask, merge
 sys.path.insert(0, sys.argv[3])
@@ -163,8 +163,10 @@ for number in range(1, rounds + 1):
             export_proxy(str(model), proxy, client=proxy.name, round=number, p2=0.2, **job)
     updates = [root / f"update-{number}-{proxy.name}" for proxy in proxies]
     for proxy, update in zip(proxies, updates):
-        if not (update / "update.json").exists():
-            send(proxy, update, noise(number))
+        if not update.exists():  # `send` writes into the folder itself: it gets its name when it is whole
+            shutil.rmtree(root / "half", ignore_errors=True)
+            send(proxy, root / "half", noise(number))
+            (root / "half").rename(update)
     if not (root / f"model-{number}").exists():
         merge(str(model), updates, root / f"model-{number}", **job)
     model = root / f"model-{number}"

@@ -239,10 +239,31 @@ def test_an_audit_of_a_later_round_builds_its_proxies_again_from_the_server_mode
         assert audited(place, place.root / "server", 2).exit_code == 3  # nor does the server model of another round
 
 
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_16_bit_numbers_that_meet_by_chance_are_no_leak(dtype: str) -> None:
+    """Owner and clients both move the base by a few units in the last place."""
+    with placed(replace(USUAL, dtype=dtype, hidden=64, inner=128)) as place:
+        tensors = read_model(place.root / "base")
+        chance = np.random.default_rng(0)
+        for name, (kind, bits) in tensors.items():
+            if kind == dtype:
+                tensors[name] = (kind, (bits + chance.integers(0, 2, bits.shape)).astype(bits.dtype))
+        write_file(place.model / "model.safetensors", tensors, {"format": "pt"})
+        server = play(place, 1, lambda number: noise(number, 0.0002))
+        place.export(server, "p2", round=2, clients=CLIENTS, **ALL)
+        before, after = read_model(place.root / "server"), read_model(server)
+        name = "bert.encoder.layer.0.intermediate.dense.weight"
+        hidden = hidden_elements(place.model, place.key)[name]
+        met = (after[name][1] == tensors[name][1]) & (before[name][1] != tensors[name][1]) & hidden
+        assert met.sum() > 16  # as many as would be a leak of fp32 numbers
+        assert audited(place, server, 2).exit_code == 0
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
 @pytest.mark.parametrize("share", [1.0, 0.5])
-def test_hidden_weights_in_the_holes_of_a_server_model_are_found(share: float) -> None:
+def test_hidden_weights_in_the_holes_of_a_server_model_are_found(share: float, dtype: str) -> None:
     """A server model that somebody put hidden weights into, in full or in part, and released."""
-    with placed(replace(USUAL, hidden=64, inner=128)) as place:
+    with placed(replace(USUAL, dtype=dtype, hidden=64, inner=128)) as place:
         play(place, 1)
         hidden = hidden_elements(place.model, place.key)
         whole, base = read_model(place.model), read_model(place.root / "base")

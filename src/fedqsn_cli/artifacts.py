@@ -32,6 +32,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Ratio = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Fill = Literal["zero", "base"]
+TrainsFill = Literal["all"] | None  # None: clients train visible units only, and no field is written
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 
 
@@ -123,7 +124,7 @@ class ProxyManifest(Strict):
     rescale: bool
     groups: dict[str, GroupUnits]
     tensors: dict[str, Units]
-    train: Literal["all"] | None = None  # clients train what stands in the holes, too; not written otherwise
+    train: TrainsFill = None
     files: dict[FileName, Sha256]
 
     @model_serializer(mode="wrap")

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from fedqsn_cli import strictjson
-from fedqsn_cli.artifacts import Count, Fill, Quantization, Ratio, Sha256, Strict, validated, without_unset
+from fedqsn_cli.artifacts import Count, Fill, Quantization, Ratio, Sha256, Strict, TrainsFill, validated, without_unset
 from fedqsn_cli.checkpoint.header import open_regular_file
 from fedqsn_cli.errors import FormatError, InputError
 
@@ -39,7 +39,7 @@ class Release(Strict):
     p2: Ratio
     rescale: bool
     fill: Fill
-    train: Literal["all"] | None = None  # the client may move the fill, too; not written otherwise
+    train: TrainsFill = None
     quantization: Quantization | None
     plan: Sha256
     model_digest: Sha256

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fedqsn_cli import ledger as ledgers
 from fedqsn_cli import strictjson
@@ -24,6 +24,7 @@ from fedqsn_cli.artifacts import (
     ProxyManifest,
     PublicBase,
     Quantization,
+    TrainsFill,
     manifest_bytes,
 )
 from fedqsn_cli.auditing.budget import Budget, Planned, check_options
@@ -236,14 +237,14 @@ def _check_train(train: str, work: Work) -> None:
                          hint="use --fill base")  # fmt: skip
 
 
-def _written(train: Train) -> Literal["all"] | None:
+def _written(train: Train) -> TrainsFill:
     """The way to train as manifests and ledger hold it."""
     return "all" if train == "all" else None
 
 
 def _complete(
     writer: ArtifactWriter, work: Work, mask: ClientMasks, how: Quantization | None, digests: Digests,
-    train: Literal["all"] | None,
+    train: TrainsFill,
 ) -> Release:  # fmt: skip
     """Write everything but the model's tensors, proxy.json last; returns the ledger line."""
     write_companions(writer, work, how)
@@ -307,7 +308,7 @@ def _write_visible(writer: ArtifactWriter, work: Work, mask: ClientMasks) -> Non
 
 def _proxy_id(
     work: Work, mask: ClientMasks, how: Quantization | None, digests: Digests, base: PublicBase | None,
-    train: Literal["all"] | None,
+    train: TrainsFill,
 ) -> str:  # fmt: skip
     """HMAC(key, scope, model digest, options): unpredictable outside, equal when the same export is run again."""
     options: dict[str, Any] = {

@@ -57,7 +57,6 @@ def desk(folder: Path) -> tuple[Path, dict[str, str]]:
     return folder, environment
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine")
 def test_the_makefile_releases_what_passes_and_stops_what_does_not(desk: tuple[Path, dict[str, str]]) -> None:
     folder, environment = desk
 

@@ -95,10 +95,10 @@ def merge(
         GateFailed: server_lr is auto, and every step makes the model worse.
         InputError: anything else does not fit together. Nothing was written then, in any of these cases.
     """
-    settings = Settings(normalize, server_lr, allow_worse, control, control_weight, restore, blend, eval_data, report)
+    settings = Settings(
+        normalize, server_lr, allow_worse, control, control_weight, restore, public_base, blend, eval_data, report
+    )
     settings.check(updates, ledger, max_update_norm)
-    if restore is None and public_base is not None:
-        raise InputError("only a restore takes a public base", where="--public-base", hint="use it with --restore")
     keep_outside(Path(out), key=key, ledger=ledger, **{"eval-data": eval_data, "report": report})
     limit = shard_bytes(max_shard_size)
     progress = progress or Silent()

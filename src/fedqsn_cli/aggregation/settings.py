@@ -22,6 +22,7 @@ class Settings:
     control: str | Path | None
     control_weight: float
     restore: str | None
+    public_base: str | None
     blend: float | Literal["auto"]
     eval_data: str | Path | None
     report: str | Path | None
@@ -65,6 +66,8 @@ class Settings:
             raise InputError(f"{max_update_norm} is not a norm", where="--max-update-norm", hint="a number above 0")
         if self.blend != 1.0:
             raise InputError("only a restore blends", where="--blend", hint="use it with --restore")
+        if self.public_base is not None:
+            raise InputError("only a restore takes a public base", where="--public-base", hint="use it with --restore")
         if not 0 < self.control_weight <= 1:
             raise InputError(
                 f"{self.control_weight} is not a weight", where="--control-weight", hint="a number above 0, up to 1"

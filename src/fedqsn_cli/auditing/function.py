@@ -40,6 +40,7 @@ from fedqsn_cli.training.data import Encoder
 from fedqsn_cli.training.loop import Recipe, train
 from fedqsn_cli.training.scoring import score
 from fedqsn_cli.training.tables import read_table
+from fedqsn_cli.units import UnitMask
 
 State = dict[str, Tensor]
 
@@ -139,19 +140,21 @@ class _Bench:
         return ModelScore(name, result.loss, result.accuracy)
 
     def _server(self) -> State:
-        """The server model: zero in its holes, the rest scaled by n / (n - hidden)."""
+        """The server model: zero in its holes and the rest scaled by n / (n - hidden), or the public base in them."""
         assert self.inputs.job is not None
-        masks = ServerMasks(self.inputs.job)
+        masks, filled = ServerMasks(self.inputs.job), self.inputs.proxies[0].manifest.fill == "base"
         state = load_dense(self.truth.checkpoint)
-        for tensor in self.truth.plan.tensors:
+        for flow in self._floats():
+            tensor = flow.tensor
             hidden = masks.hidden(tensor)
             if hidden is None:
                 continue
             values = state[tensor.name].float().numpy().copy()
             lead, rows, cols = tensor.view
-            hidden.overwrite(values.reshape(lead * rows, cols), 0, None) if hidden.axis != "column" else _by_slice(
-                hidden, values.reshape(lead * rows, cols), rows
-            )
+            source = None
+            if filled and self.inputs.base is not None and has_tensor(self.inputs.base, flow):
+                source = self._base_tensor(flow).numpy().reshape(lead * rows, cols)
+            _overwrite(hidden, values.reshape(lead * rows, cols), source, rows)
             factor = scale(tensor.units, masks.count(tensor), 0)
             if any(proxy.manifest.rescale for proxy in self.inputs.proxies):
                 values *= factor
@@ -160,17 +163,26 @@ class _Bench:
 
     def _base(self) -> State | None:
         """The public base, if it has all of the model: without a head it does not work."""
-        base = self.inputs.base
-        if base is None or any(not has_tensor(base, flow) for flow in self._floats()):
+        if not self._base_works():
             return None
         state = load_dense(self.truth.checkpoint)
         for flow in self._floats():
-            lead, rows, cols = flow.storage.view
-            values = np.empty((lead * rows, cols), np.float32)
-            for first, count in self._runs(flow):
-                values[first : first + count] = model_rows(base, flow, first, count)
-            state[flow.name] = _stored(flow, values)
+            state[flow.name] = self._base_tensor(flow)
         return state
+
+    def _base_tensor(self, flow: Flow) -> Tensor:
+        """A tensor of the public base."""
+        assert self.inputs.base is not None
+        lead, rows, cols = flow.storage.view
+        values = np.empty((lead * rows, cols), np.float32)
+        for first, count in self._runs(flow):
+            values[first : first + count] = model_rows(self.inputs.base, flow, first, count)
+        return _stored(flow, values)
+
+    def _base_works(self) -> bool:
+        """Is there a public base that has all of the model?"""
+        base = self.inputs.base
+        return base is not None and all(has_tensor(base, flow) for flow in self._floats())
 
     def _todo(self) -> list[Flow]:
         return flows(self.truth, self.inputs.proxies[0].manifest.quantization, lambda tensor: None)
@@ -258,7 +270,7 @@ class _Bench:
         """Loss of the public base after the same fine-tuning."""
         count = len(examples)
         if count not in self._base_losses:
-            if self._base() is None:
+            if not self._base_works():
                 return None
             # made anew each time: training moves the tensors themselves
             self._base_losses[count] = self._tuned(lambda: self._base() or {}, examples).loss
@@ -271,10 +283,12 @@ def _stored(flow: Flow, values: Any) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(whole).reshape(flow.logical.shape))
 
 
-def _by_slice(hidden: Any, values: Any, rows: int) -> None:
-    """Zeros on hidden columns, one lead slice after the other."""
-    for first in range(0, len(values), rows):
-        hidden.overwrite(values[first : first + rows], first, None)
+def _overwrite(hidden: UnitMask, values: Any, source: Any, rows: int) -> None:
+    """Zeros, or what `source` has there, on the hidden elements of a whole tensor [lead * rows, cols]."""
+    step = rows if hidden.axis == "column" else len(values)  # columns are those of one lead slice
+    for first in range(0, len(values), max(1, step)):
+        part = slice(first, first + step)
+        hidden.overwrite(values[part], first, None if source is None else source[part])
 
 
 def _add(evidence: Evidence, proxy: OpenedProxy, flow: Flow, first: int, count: int) -> None:

@@ -14,6 +14,8 @@ import typer
 
 from fedqsn_cli import validate
 from fedqsn_cli.errors import InputError
+from fedqsn_cli.presets import Schedule as Schedule
+from fedqsn_cli.presets import Train as Train
 
 Check = Callable[[Any, str], Any]
 
@@ -157,8 +159,6 @@ def _size(value: str, where: str) -> str:
 
 REFERENCE = "a model folder, one .safetensors file, or hf://owner/name[@revision]"
 Format = Literal["nf4", "fp4", "int8", "nf3", "nf2", "none"]
-Schedule = Literal["fresh", "sticky"]
-Train = Literal["visible", "all"]
 
 Out = Annotated[str, file("--out", text="Folder to write.", panel=OUTPUT, metavar="DIR")]
 Force = Annotated[bool, option("--force", text="Replace what stands at --out, if fedqsn wrote it.", panel=OUTPUT)]
