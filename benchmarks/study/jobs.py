@@ -62,7 +62,7 @@ class Job:
     def ledger(self) -> Path:
         return self.folder / "ledger.jsonl"
 
-    def _hiding(self) -> dict[str, Any]:
+    def hiding(self) -> dict[str, Any]:
         """Options that `mask` and `export_proxy` share."""
         method = self.method
         base = {"public_base": str(self.place.base)} if method.fill == "base" else {}
@@ -74,7 +74,7 @@ class Job:
         """The server model. The key is drawn from the seed, so that the study can be repeated."""
         from fedqsn_cli import keyfile, mask
 
-        drawn, options = self.folder / "drawn.key", self._hiding()
+        drawn, options = self.folder / "drawn.key", self.hiding()
         mask(str(self.place.owner), self.folder / "drawn", key=drawn, p1=self.method.p1, **options)
         seed = hashlib.sha256(f"{self.cell.name}".encode()).digest()
         keyfile.save(self.key, replace(keyfile.load(drawn), key=seed))
@@ -92,7 +92,7 @@ class Job:
         made = export_proxy(
             str(server), str(out / "{client}"), client=clients or self.place.clients, round=number, key=self.key,
             ledger=self.ledger, p2=method.p2 if p2 is None else p2, format=method.number_format, train=method.train,
-            **self._hiding(),
+            **self.hiding(),
         )  # fmt: skip
         if clients is None:
             self.bytes_down += sum(proxy.bytes for proxy in made.proxies)

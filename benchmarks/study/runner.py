@@ -126,7 +126,7 @@ def floor_losses(cell: Cell, work: Path) -> dict[int, float]:
     Raises:
         RuntimeError: that could not be measured.
     """
-    if cell.method.kind not in {"job", "curve", "lora"}:
+    if cell.method.kind not in {"job", "curve", "lora", "largest"}:
         return {}
     other = floor_of(cell)
     execute(other, work)
@@ -136,7 +136,7 @@ def floor_losses(cell: Cell, work: Path) -> dict[int, float]:
 
 
 def _measured(cell: Cell, place: World, folder: Path, floor: dict[int, float]) -> dict[str, Any]:
-    from benchmarks.study import jobs, rivals
+    from benchmarks.study import jobs, rivals, trials
     from benchmarks.study.attack import fine_tuned
 
     if cell.method.kind == "world":
@@ -145,6 +145,7 @@ def _measured(cell: Cell, place: World, folder: Path, floor: dict[int, float]) -
         return fine_tuned(place, place.base, {"public base": None}, cell.sizes)
     players: dict[str, Player] = {
         "job": jobs.play, "curve": jobs.curve, "local": rivals.local, "lora": rivals.fedlpp, "offsite": rivals.offsite,
+        "largest": trials.largest, "replacement": trials.replacement, "layers": trials.layers,
     }  # fmt: skip
     return players[cell.method.kind](cell, place, folder, floor)
 

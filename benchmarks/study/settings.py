@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 VERSION = 2  # of what a cell holds; another one makes all cells anew
 
-Kind = Literal["world", "floor", "job", "curve", "local", "lora", "offsite"]
+Kind = Literal[
+    "world", "floor", "job", "curve", "local", "lora", "offsite", "largest", "replacement", "layers"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,8 @@ class Method:
 
     Args:
         title: as tables and plots write it.
-        kind: job for what the product's own functions do from end to end; curve for its attack alone, with more sizes.
+        kind: job for what the product's own functions do from end to end; curve for its attack alone, with more sizes;
+            the others as rivals.py and trials.py have them.
         p1, p2, number_format, fill, where, schedule, train, preset: as `mask` and `export_proxy` take them.
         control: the owner trains along on his own data, and `merge` takes that off.
         headline: with more sizes of the attacker's data, and with fixed blends at the first seed.
@@ -146,12 +149,22 @@ METHODS: tuple[Method, ...] = (
     _filled(0.1),
 )
 
+
+
+def _trial(name: str, title: str, **more: Any) -> Method:
+    """The preset strong with visible units trained, and one thing changed."""
+    options: dict[str, Any] = {"p1": 0.5, "p2": 0.1, "fill": "base", "schedule": "sticky", "preset": "strong"}
+    return Method(f"strong-{name}", f"strong, visible only, {title}", ablation=True, **(options | more))
+
+
 ABLATIONS: tuple[Method, ...] = (
-    Method("strong-control", "strong, visible only, with a control update", p1=0.5, p2=0.1, fill="base",
-           schedule="sticky", preset="strong", control=True, ablation=True),
-    Method("strong-fresh", "strong, visible only, with fresh masks", p1=0.5, p2=0.1, fill="base",
-           schedule="fresh", preset="strong", ablation=True),
-)  # fmt: skip
+    _trial("control", "with a control update", control=True),
+    _trial("fresh", "with fresh masks", schedule="fresh"),
+    _trial("largest", "the units hidden that differ most", kind="largest"),
+    _trial("replacement", "clients' weights taken over", kind="replacement"),
+    _trial("layers", "a blend for every layer", kind="layers"),
+    _trial("lora", "clients train LoRA adapters", kind="lora"),
+)
 
 SIZES = (64, 256)
 LONG = (32, 1024)
