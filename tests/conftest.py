@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,10 @@ from pathlib import Path
 import pytest
 
 from worlds import MEMORY
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Tests run beside each other, one for a core: torch's threads would wait for each other (before torch is imported).
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture

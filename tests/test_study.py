@@ -10,7 +10,7 @@ import pytest
 from benchmarks.study import report, runner
 from benchmarks.study.__main__ import main
 from benchmarks.study.figures import best_so_far, rows, share, table_of
-from benchmarks.study.settings import METHODS, cells
+from benchmarks.study.settings import ABLATIONS, METHODS, cells
 from benchmarks.study.tables import all_tables
 
 CHOSEN = ("world", "floor", "local", "train-all-0.9")
@@ -121,4 +121,4 @@ def test_the_committed_page_has_a_place_for_every_table() -> None:
 def test_cells_are_chosen_by_name() -> None:
     found = runner.chosen(cells(2), ["topics/*/strong"])
     assert [cell.name for cell in found] == ["topics/0/strong", "topics/1/strong"]
-    assert len(runner.chosen(cells(1), [])) == 2 * (len(METHODS) + 4)
+    assert len(runner.chosen(cells(1), [])) == 2 * (2 + len(METHODS) + len(ABLATIONS))
