@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, NamedTuple
 
-from benchmarks.study.settings import LONG_ENDING, Cell
+from benchmarks.study.settings import BLENDS_ENDING, LONG_ENDING, Cell
 
 POINT = 0.01  # of accuracy: the owner's skill is damaged if it drops by more
 TENTH = 0.1  # of the secret gain, for a language model
@@ -63,7 +63,7 @@ def rows(results: Results) -> list[Row]:
     """All figures."""
     found = []
     for (task, seed, method), result in results.items():
-        if method not in {"world", "floor"} and not method.endswith(LONG_ENDING):
+        if method not in {"world", "floor"} and not method.endswith((LONG_ENDING, BLENDS_ENDING)):
             found.append(_row(results, task, seed, method, result))
     return found
 
@@ -109,6 +109,7 @@ def _row(results: Results, task: str, seed: int, method: str, result: Mapping[st
     whole, start = owner["a"]["loss"], base["a"]["loss"]
     figures |= _utility(final, owner, results.get((task, seed, "fedavg")))
     left = share(start, final["a"]["loss"], whole)
+    figures["a_left"] = left
     figures["a_lost"] = None if left is None else (1.0 - left) / TENTH
     if final["a"]["accuracy"] is not None:
         figures["a_lost"] = (owner["a"]["accuracy"] - final["a"]["accuracy"]) / POINT
@@ -132,6 +133,22 @@ def _utility(
 def share(start: float, reached: float, whole: float) -> float | None:
     """(start - reached) / (start - whole); None where the whole is no better than the start."""
     return (start - reached) / (start - whole) if start > whole else None
+
+
+def blended(results: Results, task: str, method: str) -> list[tuple[float, Spread | None, Spread | None]]:
+    """λ, share of FedAvg's gain on B, and share of A's secret gain that is left, over all seeds."""
+    found: dict[float, list[tuple[float | None, float | None]]] = {}
+    for (name, seed, made), result in results.items():
+        world, fedavg = (results.get((task, seed, other)) for other in ("world", "fedavg"))
+        if (name, made) != (task, method) or world is None or fedavg is None:
+            continue
+        owner, base = world["owner"], world["base"]
+        for one in result["blends"]:
+            gain = share(owner["b"]["loss"], one["b"]["loss"], fedavg["final"]["b"]["loss"])
+            left = share(base["a"]["loss"], one["a"]["loss"], owner["a"]["loss"])
+            found.setdefault(one["blend"], []).append((gain, left))
+    return [(blend, Spread.of(gain for gain, _ in pairs), Spread.of(left for _, left in pairs))
+            for blend, pairs in sorted(found.items())]  # fmt: skip
 
 
 def spread(found: Sequence[Row], task: str, method: str, figure: str) -> Spread | None:

@@ -168,7 +168,7 @@ def play(cell: Cell, place: World, folder: Path, floor: Mapping[int, float]) -> 
     result |= {"final": place.scores(final), "blend": made.blend, "rate": rate(place.task, job.share)}
     if made.search is not None:
         result["search"] = [{"blend": one.value, "loss": one.loss} for one in made.search.curve]
-    result["blends"] = [_blended(job, server, blend) for blend in cell.blends]
+    result["blends"] = [blended(job, server, blend) for blend in cell.blends]
     return result | {
         "never_sent": job.never_sent, "bytes_down": job.bytes_down, "bytes_up": job.bytes_up,
         "parts": job.clock.seconds,
@@ -191,7 +191,8 @@ def curve(cell: Cell, place: World, folder: Path, floor: Mapping[int, float]) ->
     return released(job, proxies) | {"parts": job.clock.seconds}
 
 
-def _blended(job: Job, server: Path, blend: float) -> dict[str, Any]:
+def blended(job: Job, server: Path, blend: float) -> dict[str, Any]:
+    """How good the model is with a blend."""
     final, _ = job.restore(server, blend)
     scores = job.place.scores(final)
     shutil.rmtree(final)

@@ -11,7 +11,8 @@ from typing import Any, Literal
 VERSION = 2  # of what a cell holds; another one makes all cells anew
 
 Kind = Literal[
-    "world", "floor", "job", "curve", "local", "lora", "offsite", "largest", "replacement", "layers"
+    "world", "floor", "job", "curve", "local", "lora", "offsite", "largest", "replacement", "layers",
+    "blends",
 ]
 
 
@@ -166,10 +167,19 @@ ABLATIONS: tuple[Method, ...] = (
     _trial("lora", "clients train LoRA adapters", kind="lora"),
 )
 
+def _blends(method: Method) -> Method:
+    """The same job without its attack, restored with many blends."""
+    return Method(**(asdict(method) | {"name": f"{method.name}{BLENDS_ENDING}", "kind": "blends", "headline": False}))
+
+
+BLENDS_ENDING = "-blends"
+CHOICES = tuple(_blends(_all(p1)) for p1 in (0.5, 0.8, 0.9))
+
 SIZES = (64, 256)
 LONG = (32, 1024)
 LONG_ENDING = "-long"
 BLENDS = (0.0, 0.25, 0.5, 1.0)
+MANY_BLENDS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +206,8 @@ class Cell:
     @property
     def blends(self) -> tuple[float, ...]:
         """Fixed blends to measure beside the one that was looked for."""
+        if self.method.kind == "blends":
+            return MANY_BLENDS
         return BLENDS if self.seed == 0 and self.method.headline and self.method.hides else ()
 
     @property
@@ -220,6 +232,8 @@ def cells(seeds: int, *, smoke: bool = False, long: bool = False) -> list[Cell]:
     found += _each(smoke, [0], [*METHODS[4:], *ABLATIONS])
     for seed in range(1, seeds):
         found += _each(smoke, [seed], [WORLD, FLOOR, *METHODS])
+    # of the language model alone: where 64 examples teach the whole skill, no blend has anything to choose
+    found += [cell for cell in _each(smoke, range(seeds), CHOICES) if cell.task.name == NEWS.name]
     if long:
         found += _each(smoke, [0], [_long(method) for method in (FLOOR, PAPER, STRONG, METHODS[3])])
     return found

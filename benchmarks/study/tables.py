@@ -6,8 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from math import exp
 from typing import Any
 
-from benchmarks.study.figures import Results, Row, Spread, best_so_far, curve_of, keeps_a, spread, spread_at
-from benchmarks.study.settings import ABLATIONS, LONG, METHODS, NEWS, SIZES, STRONG, TOPICS, Method
+from benchmarks.study.figures import Results, Row, Spread, best_so_far, blended, curve_of, keeps_a, spread, spread_at
+from benchmarks.study.settings import (
+    ABLATIONS,
+    BLENDS_ENDING,
+    CHOICES,
+    LONG,
+    MANY_BLENDS,
+    METHODS,
+    NEWS,
+    SIZES,
+    STRONG,
+    TOPICS,
+    Method,
+)
 
 Written = Callable[[float], str]
 NONE = "–"
@@ -22,10 +34,11 @@ def all_tables(results: Results, rows: Sequence[Row]) -> dict[str, str]:
         "topics": methods(rows, TOPICS.name),
         "news-lm": methods(rows, NEWS.name),
         "traffic": traffic(rows),
-        "summit": summit(rows),
+        "summit": summit(results, rows),
         "curves": curves(results, rows),
         "ablations": ablations(rows),
         "blends": blends(results),
+        "choices": choices(results, rows),
     }
 
 
@@ -149,18 +162,60 @@ def _picked(task: str) -> Callable[[Mapping[str, Any]], str]:
     return lambda score: f"{exp(score['loss']):.1f} ppl"
 
 
-def summit(rows: Sequence[Row]) -> str:
-    """Two questions with a number each, for every task."""
-    head = ["task", "method", "share of FedAvg's gain on B", "ρ'(64)", "A kept"]
+def summit(results: Results, rows: Sequence[Row]) -> str:
+    """Three questions with numbers for each, for every task; the last one where many blends were measured."""
+    head = ["task", "method", "share of FedAvg's gain on B", "ρ(64)", "ρ'(64)", "of A's secret gain left"]
     body = []
     for task in (TOPICS.name, NEWS.name):
         for title, best in (("least ρ'(64) with A kept and 90 % of the gain", _least_leak(rows, task)),
                             ("most gain with A kept and ρ'(64) below one half", _most_gain(rows, task))):  # fmt: skip
             if best is None:
-                body.append([f"{task}: {title}", "none of those measured", NONE, NONE, NONE])
+                body.append([f"{task}: {title}", "none of those measured", NONE, NONE, NONE, NONE])
                 continue
-            gain, leak = spread(rows, task, best.name, "gain"), spread_at(rows, task, best.name, 64, added=True)
-            body.append([f"{task}: {title}", best.title, written(gain, two), written(leak, two), "yes"])
+            gain, left = spread(rows, task, best.name, "gain"), spread(rows, task, best.name, "a_left")
+            body.append([f"{task}: {title}", best.title, written(gain, two), *_leaks(rows, task, best.name),
+                         written(left, two)])  # fmt: skip
+    return markdown(head, [*body, *_most_of_a(results, rows)])
+
+
+def _leaks(rows: Sequence[Row], task: str, method: str) -> list[str]:
+    """ρ(64) and ρ'(64)."""
+    return [written(spread_at(rows, task, method, 64, added=added), two) for added in (False, True)]
+
+
+def _most_of_a(results: Results, rows: Sequence[Row]) -> list[list[str]]:
+    """The most of A that any blend leaves with nine tenths of the gain and ρ(64) below one half."""
+    title = f"{NEWS.name}: most of A with 90 % of the gain and ρ(64) below one half"
+    found = []
+    for method in CHOICES:
+        leak = spread_at(rows, NEWS.name, _plain(method), 64, added=False)
+        for blend, gain, left in blended(results, NEWS.name, method.name):
+            if leak is not None and leak.middle < 0.5 and gain is not None and gain.middle >= 0.9 and left is not None:
+                found.append((left, gain, method, blend))
+    if not found:
+        return [[title, "none of those measured", NONE, NONE, NONE, NONE]]
+    left, gain, method, blend = max(found, key=lambda one: one[0].middle)
+    return [[title, f"{method.title}, λ = {blend:g}", written(gain, two),
+             *_leaks(rows, NEWS.name, _plain(method)), written(left, two)]]  # fmt: skip
+
+
+def _plain(method: Method) -> str:
+    """The method whose job was restored with many blends."""
+    return method.name.removesuffix(BLENDS_ENDING)
+
+
+def choices(results: Results, rows: Sequence[Row]) -> str:
+    """Gain on B and what is left of A for many blends: the owner's choice between his two skills."""
+    head = ["p1", "ρ(64)", *[f"λ = {blend:g}" for blend in MANY_BLENDS]]
+    body = []
+    for method in CHOICES:
+        found = {blend: (gain, left) for blend, gain, left in blended(results, NEWS.name, method.name)}
+        pairs = [found.get(blend, (None, None)) for blend in MANY_BLENDS]
+        leak = spread_at(rows, NEWS.name, _plain(method), 64, added=False)
+        body.append([
+            f"{method.p1:g}", two(leak.middle) if leak else NONE,
+            *[f"{two(gain.middle)} / {two(left.middle)}" if gain and left else NONE for gain, left in pairs],
+        ])  # fmt: skip
     return markdown(head, body)
 
 
@@ -222,7 +277,7 @@ def blends(results: Results) -> str:
     head = ["task, method", "λ = 0: A / B", "0.25", "0.5", "1", "auto"]
     body = []
     for (task, _, method), result in results.items():
-        if result.get("blends"):
+        if result.get("blends") and not method.endswith(BLENDS_ENDING):
             pick = _picked(task)
             title = next(one.title for one in METHODS if one.name == method)
             found = [f"{pick(one['a'])} / {pick(one['b'])}" for one in result["blends"]]

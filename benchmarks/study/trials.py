@@ -3,6 +3,10 @@
 largest      hides the units with the largest secret difference, instead of drawing them by the key
 replacement  the server takes over what clients hold, quantization error and all, instead of adding differences
 layers       one blend for every layer, looked for layer by layer, instead of one for all
+
+And what the product does offer: the choice between the two skills.
+
+blends       restores with many blends
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.jobs import OWNER, Job, play
+from benchmarks.study.jobs import OWNER, Job, blended, play
 from benchmarks.study.settings import Cell
 from benchmarks.study.training import Trainee, dense_state, rate
 from benchmarks.study.worlds import World
@@ -125,13 +129,26 @@ def _add(file: Path, change: State) -> None:
               {"format": "pt"})  # fmt: skip
 
 
+def blends(cell: Cell, place: World, folder: Path, floor: Floor) -> dict[str, Any]:
+    """The job without an attack, restored with every blend of the cell."""
+    job = Job(cell, place, folder, floor)
+    server = _trained(job)
+    return {"blends": [blended(job, server, blend) for blend in cell.blends], "parts": job.clock.seconds}
+
+
+def _trained(job: Job) -> Path:
+    """The server model after all rounds."""
+    server = job.mask()
+    for number in range(1, job.place.task.rounds + 1):
+        job.export(server, number)
+        server = job.merge(server, number)
+    return server
+
+
 def layers(cell: Cell, place: World, folder: Path, floor: Floor) -> dict[str, Any]:
     """The job without an attack, and the blend of one part of the model after the other."""
     job = Job(cell, place, folder, floor)
-    server = job.mask()
-    for number in range(1, place.task.rounds + 1):
-        job.export(server, number)
-        server = job.merge(server, number)
+    server = _trained(job)
     start, end = (dense_state(job.restore(server, blend)[0]) for blend in (0.0, 1.0))
     parts = list(dict.fromkeys(map(_part, start)))
 
@@ -143,12 +160,12 @@ def layers(cell: Cell, place: World, folder: Path, floor: Floor) -> dict[str, An
     def loss(blends: Mapping[str, float]) -> float:
         return trainee(blends).score(place.data("dev"))["loss"] or 0.0
 
-    blends = min((dict.fromkeys(parts, i / 8) for i in range(9)), key=loss)
+    found = min((dict.fromkeys(parts, i / 8) for i in range(9)), key=loss)
     for part in parts:
-        blends = min((blends | {part: value} for value in {*_TRIES, blends[part]}), key=loss)
-    best = trainee(blends)
+        found = min((found | {part: value} for value in sorted({*_TRIES, found[part]})), key=loss)
+    best = trainee(found)
     scores = {part: best.score(place.data(f"test_{part}")) for part in ("a", "b")}
-    return _outcome(job, scores, None) | {"layers": blends}
+    return _outcome(job, scores, None) | {"layers": found}
 
 
 def _part(name: str) -> str:
