@@ -99,7 +99,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("desk")
     write_encoder(folder / "global", head=True)
     write_encoder(folder / "base", head=False, seed=1)
-    for name in ("alice", "bob", "dev"):
+    for name in ("alice", "bob", "dev", "public"):
         write_rows(folder / f"{name}.jsonl", 24)
     return folder
 
