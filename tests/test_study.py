@@ -10,17 +10,20 @@ import pytest
 from benchmarks.study import report, runner
 from benchmarks.study.__main__ import main
 from benchmarks.study.figures import best_so_far, rows, share, table_of
-from benchmarks.study.settings import ABLATIONS, METHODS, cells
+from benchmarks.study.settings import ABLATIONS, CHOICES, MANY_BLENDS, METHODS, cells, tasks
 from benchmarks.study.tables import all_tables
+from benchmarks.study.worlds import world
 
 CHOSEN = ("world", "floor", "local", "train-all-0.9")
 TASKS = ("topics", "news-lm")
+TRIALS = ("strong-largest", "strong-replacement", "strong-layers", "train-all-0.9-blends")  # of one task: it is smaller
+NAMES = {f"{task}/0/{method}" for task in TASKS for method in CHOSEN} | {f"news-lm/0/{trial}" for trial in TRIALS}
 PAGE = Path(__file__).parent.parent / "docs" / "study" / "README.md"
 
 
 def study(folder: Path, *arguments: str) -> int:
     """Run the study with tiny settings in this process."""
-    only = [part for name in CHOSEN for part in ("--only", f"*/0/{name}")]
+    only = [part for name in sorted(NAMES) for part in ("--only", name)]
     places = ["--work", str(folder / "work"), "--out", str(folder / "out")]
     return main(["--smoke", "--seeds", "1", "--jobs", "1", *places, *(arguments or only)])
 
@@ -42,7 +45,7 @@ def document(folder: Path) -> dict[str, Any]:
 
 def test_every_chosen_cell_leaves_a_result_and_nothing_else(studied: Path) -> None:
     names = {cell["name"] for cell in document(studied)["cells"]}
-    assert names == {f"{task}/0/{method}" for task in TASKS for method in CHOSEN}
+    assert names == NAMES
     assert not document(studied)["failed"]
     assert {path.name for path in (studied / "work").iterdir()} == {"cells", "worlds"}
 
@@ -50,7 +53,7 @@ def test_every_chosen_cell_leaves_a_result_and_nothing_else(studied: Path) -> No
 def test_a_second_run_makes_nothing_again(studied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in (studied / "work" / "cells").glob("*.json")}
     assert study(studied) == 0
-    assert "8 of 8 cells are there already" in capsys.readouterr().out
+    assert "12 of 12 cells are there already" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
@@ -90,6 +93,30 @@ def test_the_report_says_nothing_of_the_machine_but_its_kind(studied: Path) -> N
     assert set(document(studied)["machines"][0]) == {"cores", "processor", "python"}
 
 
+def test_trials_measure_what_they_change(studied: Path) -> None:
+    found = {cell["name"].removeprefix("news-lm/0/"): cell for cell in document(studied)["cells"]}
+    assert set(found["strong-layers"]["layers"]) == {"rest", *(f"layers.{number}." for number in range(3))}
+    assert [one["blend"] for one in found["train-all-0.9-blends"]["blends"]] == list(MANY_BLENDS)
+    assert 0.4 < found["strong-largest"]["never_sent"] < 0.6
+    assert found["strong-replacement"]["final"]["b"]["loss"] > 0
+
+
+def test_the_largest_differences_are_what_is_hidden(studied: Path) -> None:
+    from benchmarks.study import trials
+
+    from fedqsn_cli import jobmasks
+
+    place = world(studied / "work", next(task for task in tasks(smoke=True) if task.name == "news-lm"), 0)
+    moved = trials.group_differences(place)
+    drawn = jobmasks.hidden_units
+    with trials.chosen_by_difference(place):
+        assert jobmasks.hidden_units is not drawn
+        for group, sums in moved.items():
+            hidden = jobmasks.hidden_units(b"", group, len(sums), 0.5)
+            assert hidden.sum() == len(sums) // 2 and sums[hidden].min() >= sums[~hidden].max()
+    assert jobmasks.hidden_units is drawn
+
+
 def test_all_plots_are_drawn(studied: Path) -> None:
     for name in ("picture.svg", "attacks.svg", "blends.svg"):
         drawing = (studied / "out" / name).read_text()
@@ -121,4 +148,4 @@ def test_the_committed_page_has_a_place_for_every_table() -> None:
 def test_cells_are_chosen_by_name() -> None:
     found = runner.chosen(cells(2), ["topics/*/strong"])
     assert [cell.name for cell in found] == ["topics/0/strong", "topics/1/strong"]
-    assert len(runner.chosen(cells(1), [])) == 2 * (2 + len(METHODS) + len(ABLATIONS))
+    assert len(runner.chosen(cells(1), [])) == 2 * (2 + len(METHODS) + len(ABLATIONS)) + len(CHOICES)

@@ -31,16 +31,16 @@ _TRIES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 def largest(cell: Cell, place: World, folder: Path, floor: Floor) -> dict[str, Any]:
     """The whole job with other units hidden."""
-    with _chosen_by_difference(place):
+    with chosen_by_difference(place):
         return play(cell, place, folder, floor)
 
 
 @contextmanager
-def _chosen_by_difference(place: World) -> Iterator[None]:
+def chosen_by_difference(place: World) -> Iterator[None]:
     """Masks hide the units whose squared difference between owner and base is largest, over all tensors of a group."""
     from fedqsn_cli import jobmasks
 
-    moved = _group_differences(place)
+    moved = group_differences(place)
 
     def chosen(key: bytes, group: str, units: int, ratio: float) -> Any:
         import numpy as np
@@ -59,7 +59,7 @@ def _chosen_by_difference(place: World) -> Iterator[None]:
         jobmasks.hidden_units = drawn
 
 
-def _group_differences(place: World) -> dict[str, Any]:
+def group_differences(place: World) -> dict[str, Any]:
     """[units] of each group: the sum of squares of owner minus base."""
     import numpy as np
 
