@@ -113,7 +113,8 @@ def _row(results: Results, task: str, seed: int, method: str, result: Mapping[st
     figures["a_lost"] = None if left is None else (1.0 - left) / TENTH
     if final["a"]["accuracy"] is not None:
         figures["a_lost"] = (owner["a"]["accuracy"] - final["a"]["accuracy"]) / POINT
-    recovered = {n: share(start, loss, whole) for n, loss in attack.items()}
+    # he may leave the proxies alone
+    recovered = {n: share(start, min(loss, floor.get(n, loss)), whole) for n, loss in attack.items()}
     added = {n: share(floor[n], loss, whole) for n, loss in attack.items() if n in floor}
     return Row(task, seed, method, figures, recovered, added)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from audit.planting import World, make_world
 from fedqsn_cli.auditing.findings import FunctionRecovery
-from fedqsn_cli.auditing.function import recover_function, rho
+from fedqsn_cli.auditing.function import _Bench, recover_function, rho
 from fedqsn_cli.auditing.opened import Report, open_inputs
 from fedqsn_cli.evaluation import evaluate
 from training.worlds import labelled, plain_texts
@@ -50,6 +51,37 @@ def test_the_curve_has_a_point_for_every_number_of_public_examples(world: World,
     assert [point.public_examples for point in found.curve] == [8, 16]
     attacked = next(score.loss for score in found.scores if score.model == "attacked")
     assert found.curve[-1].loss < attacked
+
+
+def test_an_attack_that_starts_best_and_learns_nothing_does_not_hide_the_base_fill(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that are all zero have a lower loss than a model that is wrong and sure of it."""
+    attacks = _Bench._attacks
+
+    def dull(bench: _Bench) -> Iterator[tuple[str, Callable[[], dict[str, torch.Tensor]]]]:
+        for name, build in attacks(bench):
+            zero = name == "union"
+            yield name, lambda build=build, zero=zero: {
+                key: value * 0 if zero and value.is_floating_point() else value for key, value in build().items()
+            }
+
+    data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
+    plain, _ = measure(world, data, public_data=public, public_examples=(16,))
+    with monkeypatch.context() as patch:
+        patch.setattr(_Bench, "_attacks", dull)
+        found, _ = measure(world, data, public_data=public, public_examples=(16,))
+    assert plain is not None and found is not None
+    assert found.attack == "union"  # nothing but ln 3
+    assert found.curve[0].loss <= plain.curve[0].loss + 1e-6
+
+
+def test_whoever_is_better_off_without_the_proxies_leaves_them_alone(world: World, tmp_path: Path) -> None:
+    data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
+    found, _ = measure(world, data, public_data=public, public_examples=(16,), base_losses={16: 0.0})
+    assert found is not None
+    losses = {score.model: score.loss for score in found.scores}
+    assert found.curve[0].rho == rho(found.floor_loss, 0.0, losses["global"])
 
 
 def test_the_public_base_is_fine_tuned_with_the_same_examples(world: World, tmp_path: Path) -> None:

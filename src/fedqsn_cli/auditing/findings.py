@@ -135,7 +135,7 @@ class CurvePoint(NamedTuple):
     """The attacked proxy after fine-tuning on so many public examples.
 
     Args:
-        rho: as before any fine-tuning, so it holds what the examples alone teach.
+        rho: of this or of the fine-tuned base, whichever is better; so it holds what the examples alone teach.
         base_loss: the public base after the same fine-tuning; None without a base that works.
         gain: ρ with that for a floor: what the proxies add to the examples.
     """
