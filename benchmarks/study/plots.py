@@ -34,9 +34,9 @@ def picture(rows: Sequence[Row]) -> str:
     panels = []
     for number, (task, title) in enumerate(TASKS.items()):
         panel = Panel(
-            title, 76 + 500 * number, 40, 400, 330, (-0.1, 1.1), (-0.5, 1.25),
+            title, 76 + 500 * number, 40, 400, 330, (-0.1, 1.1), (0.0, 1.25),
             "what the best attacker gets of the secret, 64 public examples", "share of FedAvg's gain on B",
-            steps(0.0, 1.0, 4, _percent), steps(-0.5, 1.25, 7, _percent),
+            steps(0.0, 1.0, 4, _percent), steps(0.0, 1.25, 5, _percent),
         )  # fmt: skip
         panel.area((-0.1, 0.5), (0.9, 1.25), "less than half the secret, nine tenths of the gain")
         for index, method in enumerate(METHODS, 1):
