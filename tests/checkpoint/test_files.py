@@ -71,6 +71,7 @@ def test_of_many_that_create_one_secret_one_wins_and_a_reader_sees_all_of_it(tmp
     contents = [bytes([65 + i]) * 100_000 for i in range(8)]
     barrier = threading.Barrier(9)
     winners: list[int] = []
+    losers: list[int] = []
 
     def create(number: int) -> None:
         barrier.wait()
@@ -78,7 +79,7 @@ def test_of_many_that_create_one_secret_one_wins_and_a_reader_sees_all_of_it(tmp
             create_secret(path, contents[number])
             winners.append(number)
         except FileExistsError:
-            pass
+            losers.append(number)
 
     threads = [threading.Thread(target=create, args=(number,)) for number in range(8)]
     for thread in threads:
@@ -89,7 +90,7 @@ def test_of_many_that_create_one_secret_one_wins_and_a_reader_sees_all_of_it(tmp
     assert path.read_bytes() in contents
     for thread in threads:
         thread.join()
-    assert len(winners) == 1
+    assert len(winners) == 1 and len(losers) == 7  # nobody's own file was swept away before it was locked
     assert path.read_bytes() == contents[winners[0]]
     assert os.listdir(tmp_path) == ["job.key"]
 

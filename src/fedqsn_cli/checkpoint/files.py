@@ -7,6 +7,7 @@ NAME finds it unlocked and deletes it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -71,13 +72,16 @@ def create_secret(path: Path, data: bytes) -> None:
 def _stage_file(path: Path, data: bytes, mode: int, exactly: bool) -> tuple[Path, int]:
     """Write and sync the staging file of `path`; returns it with the descriptor that holds its lock."""
     sweep(path)
-    staging = staging_path(path)
+    while True:
+        staging = staging_path(path)
+        try:
+            descriptor = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+        except OSError as error:
+            raise InputError(f"cannot be written ({error.strerror})", where=path) from None
+        if _lock_new(descriptor):
+            break
+        os.close(descriptor)
     try:
-        descriptor = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
-    except OSError as error:
-        raise InputError(f"cannot be written ({error.strerror})", where=path) from None
-    try:
-        try_lock(descriptor)
         if exactly:
             os.fchmod(descriptor, mode)
         write_all(descriptor, data)
@@ -87,6 +91,13 @@ def _stage_file(path: Path, data: bytes, mode: int, exactly: bool) -> tuple[Path
         os.close(descriptor)
         raise
     return staging, descriptor
+
+
+def _lock_new(descriptor: int) -> bool:
+    """Lock a file or directory that was just made; False if a sweeper took it for a leftover before that."""
+    with contextlib.suppress(OSError):  # where there are no locks, nobody sweeps
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # waits for a sweeper that is about to delete it
+    return os.fstat(descriptor).st_nlink > 0
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
@@ -165,8 +176,7 @@ def make_staging_directory(path: Path) -> tuple[Path, int]:
             raise InputError("has no parent directory", where=path) from None
         except OSError as error:
             raise InputError(f"cannot be created ({error.strerror})", where=path) from None
-        try_lock(descriptor)
-        if os.fstat(descriptor).st_nlink:  # else a sweeper came between the two lines above
+        if _lock_new(descriptor):
             return staging, descriptor
         os.close(descriptor)
 
