@@ -14,14 +14,14 @@ from benchmarks.synthetic import write_file
 
 def write(model: str, key: str, ledger: str, form: str, folder: Path) -> None:
     """Write the update of every release, as folders named after the clients."""
-    from fedqsn_cli import keyfile
-    from fedqsn_cli import ledger as ledgers
-    from fedqsn_cli.aggregation.update import update_shape
-    from fedqsn_cli.artifacts import UPDATE_MANIFEST, UPDATE_TENSORS, Losses, UpdateManifest, manifest_bytes
-    from fedqsn_cli.jobmasks import ClientMasks, ServerMasks
-    from fedqsn_cli.logical import open_model
+    from fedqsn_cli.artifacts import ledger as ledgers
+    from fedqsn_cli.artifacts.manifests import UPDATE_MANIFEST, UPDATE_TENSORS, Losses, UpdateManifest, manifest_bytes
+    from fedqsn_cli.masks import job_key
+    from fedqsn_cli.masks.job_masks import ClientMasks, ServerMasks
+    from fedqsn_cli.merging.read_update import update_shape
+    from fedqsn_cli.models.model import open_model
 
-    job = keyfile.load(Path(key))
+    job = job_key.load(Path(key))
     plan = open_model(model, axis=job.axis, overrides=job.overrides).plan
     for number, release in enumerate(ledgers.read(Path(ledger))):
         target = folder / release.client

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from worlds import MEMORY
+from support.scenario import MEMORY
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Tests run beside each other, one for a core: torch's threads would wait for each other (before torch is imported).

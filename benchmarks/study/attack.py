@@ -29,9 +29,9 @@ def audited(
     Raises:
         RuntimeError: the audit could not measure it.
     """
-    from fedqsn_cli.auditing.function import recover_function
-    from fedqsn_cli.auditing.opened import Report, open_inputs
-    from fedqsn_cli.auditing.recovery import recover_weights
+    from fedqsn_cli.auditing.inputs import Report, open_inputs
+    from fedqsn_cli.auditing.recovery.function import recover_function
+    from fedqsn_cli.auditing.recovery.weights import recover_weights
 
     report = Report()
     inputs = open_inputs(proxies, report, truth=place.owner, key=key, ledger=ledger, base=place.base)

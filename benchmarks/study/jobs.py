@@ -72,12 +72,13 @@ class Job:
 
     def mask(self) -> Path:
         """The server model. The key is drawn from the seed, so that the study can be repeated."""
-        from fedqsn_cli import keyfile, mask
+        from fedqsn_cli import mask
+        from fedqsn_cli.masks import job_key
 
         drawn, options = self.folder / "drawn.key", self.hiding()
         mask(str(self.place.owner), self.folder / "drawn", key=drawn, p1=self.method.p1, **options)
         seed = hashlib.sha256(f"{self.cell.name}".encode()).digest()
-        keyfile.save(self.key, replace(keyfile.load(drawn), key=seed))
+        job_key.save(self.key, replace(job_key.load(drawn), key=seed))
         shutil.rmtree(self.folder / "drawn")
         server = self.folder / "server-0"
         made = mask(str(self.place.owner), server, key=self.key, p1=self.method.p1, **options)

@@ -39,7 +39,7 @@ class Trainee:
     def open(cls, source: Path, task: Task, state: Mapping[str, Any] | None = None) -> Trainee:
         """The model of a checkpoint or proxy, with other weights if they are given."""
         from fedqsn_cli.checkpoint import Checkpoint
-        from fedqsn_cli.modeling import load_model
+        from fedqsn_cli.models.torch_model import load_model
         from fedqsn_cli.training.data import Encoder
 
         with Checkpoint.open(source) as checkpoint:
@@ -78,7 +78,7 @@ class Trainee:
 def dense_state(source: Path) -> dict[str, Any]:
     """All tensors of a checkpoint or proxy, under their stored names, in memory of their own."""
     from fedqsn_cli.checkpoint import Checkpoint
-    from fedqsn_cli.dense import load_dense
+    from fedqsn_cli.models.dense import load_dense
 
     with Checkpoint.open(source) as checkpoint:
         return {name: tensor.clone() for name, tensor in load_dense(checkpoint).items()}

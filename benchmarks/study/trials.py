@@ -38,32 +38,32 @@ def largest(cell: Cell, place: World, folder: Path, floor: Floor) -> dict[str, A
 @contextmanager
 def chosen_by_difference(place: World) -> Iterator[None]:
     """Masks hide the units whose squared difference between owner and base is largest, over all tensors of a group."""
-    from fedqsn_cli import jobmasks
+    from fedqsn_cli.masks import job_masks
 
     moved = group_differences(place)
 
     def chosen(key: bytes, group: str, units: int, ratio: float) -> Any:
         import numpy as np
 
-        from fedqsn_cli.masking import hidden_count
+        from fedqsn_cli.masks.draw import hidden_count
 
         found = np.zeros(units, dtype=bool)
         found[np.argsort(-moved[group], kind="stable")[: hidden_count(units, ratio)]] = True
         return found
 
-    drawn = jobmasks.hidden_units
-    jobmasks.hidden_units = chosen
+    drawn = job_masks.hidden_units
+    job_masks.hidden_units = chosen
     try:
         yield
     finally:
-        jobmasks.hidden_units = drawn
+        job_masks.hidden_units = drawn
 
 
 def group_differences(place: World) -> dict[str, Any]:
     """[units] of each group: the sum of squares of owner minus base."""
     import numpy as np
 
-    from fedqsn_cli.owner import open_model
+    from fedqsn_cli.export.session import open_model
 
     owner, base = dense_state(place.owner), dense_state(place.base)
     found: dict[str, Any] = {}
@@ -101,11 +101,11 @@ def _rounded_off(job: Job, proxy: Path, model: Path) -> State:
     """What quantization took from the visible units of a model: proxy minus model there, nothing in the holes."""
     import torch
 
-    from fedqsn_cli import keyfile
-    from fedqsn_cli.jobmasks import ServerMasks
-    from fedqsn_cli.owner import open_model
+    from fedqsn_cli.export.session import open_model
+    from fedqsn_cli.masks import job_key
+    from fedqsn_cli.masks.job_masks import ServerMasks
 
-    masks, whole, sent = ServerMasks(keyfile.load(job.key)), dense_state(model), dense_state(proxy)
+    masks, whole, sent = ServerMasks(job_key.load(job.key)), dense_state(model), dense_state(proxy)
     lost = {}
     for tensor in open_model(str(model)).plan.tensors:
         if not tensor.masked:

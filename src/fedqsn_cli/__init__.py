@@ -12,29 +12,32 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from fedqsn_cli.aggregation.merge import merge as merge
-    from fedqsn_cli.auditing.run import audit as audit
-    from fedqsn_cli.evaluation import evaluate as evaluate
-    from fedqsn_cli.inspection import inspect as inspect
-    from fedqsn_cli.proxy import export_proxy as export_proxy
-    from fedqsn_cli.server_model import mask as mask
-    from fedqsn_cli.server_model import quantize as quantize
-    from fedqsn_cli.training import client_train as client_train
+from fedqsn_cli.version import VERSION
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from fedqsn_cli.auditing.run import audit as audit
+    from fedqsn_cli.export.proxy import export_proxy as export_proxy
+    from fedqsn_cli.export.server_model import mask as mask
+    from fedqsn_cli.export.server_model import quantize as quantize
+    from fedqsn_cli.inspection import inspect as inspect
+    from fedqsn_cli.merging.merge import merge as merge
+    from fedqsn_cli.training import client_train as client_train
+    from fedqsn_cli.training.evaluate import evaluate as evaluate
+
+
+__version__ = VERSION
 
 __all__ = ["audit", "client_train", "evaluate", "export_proxy", "inspect", "mask", "merge", "quantize"]
 
 _HOMES = {
     "audit": "fedqsn_cli.auditing.run",
-    "client_train": "fedqsn_cli.training",
-    "evaluate": "fedqsn_cli.evaluation",
-    "export_proxy": "fedqsn_cli.proxy",
+    "client_train": "fedqsn_cli.training.client",
+    "evaluate": "fedqsn_cli.training.evaluate",
+    "export_proxy": "fedqsn_cli.export.proxy",
     "inspect": "fedqsn_cli.inspection",
-    "mask": "fedqsn_cli.server_model",
-    "merge": "fedqsn_cli.aggregation.merge",
-    "quantize": "fedqsn_cli.server_model",
+    "mask": "fedqsn_cli.export.server_model",
+    "merge": "fedqsn_cli.merging.merge",
+    "quantize": "fedqsn_cli.export.server_model",
 }
 
 

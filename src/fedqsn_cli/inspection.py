@@ -17,16 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from fedqsn_cli import artifacts, keyfile, ledger
-from fedqsn_cli.artifacts import ModelManifest, ProxyManifest, Quantization, UpdateManifest
-from fedqsn_cli.bases import Match, open_base
+from fedqsn_cli.artifacts import ledger, manifests
+from fedqsn_cli.artifacts.manifests import ModelManifest, ProxyManifest, Quantization, UpdateManifest
 from fedqsn_cli.checkpoint import Checkpoint, Header, Source, read_header, resolve
 from fedqsn_cli.errors import FormatError, InputError, PlanError
-from fedqsn_cli.hiding import schedule_text
-from fedqsn_cli.logical import LogicalTensor, logical_tensors, open_model
-from fedqsn_cli.overrides import load_overrides
-from fedqsn_cli.plan import Plan, TensorPlan, make_plan
-from fedqsn_cli.storage import clear_shares
+from fedqsn_cli.masks import job_key
+from fedqsn_cli.models.model import LogicalTensor, logical_tensors, open_model
+from fedqsn_cli.models.public_base import Match, open_base
+from fedqsn_cli.planning.overrides import load_overrides
+from fedqsn_cli.planning.placement import schedule_text
+from fedqsn_cli.planning.plan import Plan, make_plan
+from fedqsn_cli.planning.tensor_plan import TensorPlan
+from fedqsn_cli.quantization.layout import clear_shares
 
 _NUMBERED = re.compile(r"(?<![^.])\d+(?![^.])")  # a component that is a number, as in layers.11.mlp
 _FORMAT = re.compile(rb'"format"\s*:\s*"fedqsn-(key|ledger|model|proxy|update)/\d+"')
@@ -129,20 +131,20 @@ def _matched(path: str, base: str, axis: str | None, overrides: str | Path | Non
 
 
 def _folder(source: Source, axis: str | None, overrides: str | Path | None) -> Inspection:
-    if (source.path / artifacts.PROXY_MANIFEST).is_file():
+    if (source.path / manifests.PROXY_MANIFEST).is_file():
         return _proxy(source)
-    if (source.path / artifacts.UPDATE_MANIFEST).is_file():
+    if (source.path / manifests.UPDATE_MANIFEST).is_file():
         return _update(source)
     return _model(source, axis, overrides)
 
 
 def _tensors_file(source: Source, axis: str | None, overrides: str | Path | None) -> Inspection:
     path = source.path
-    if path.name == artifacts.VISIBLE_TENSORS:
+    if path.name == manifests.VISIBLE_TENSORS:
         header = read_header(path)
         facts = {"groups": len(header.entries), "meaning": "one bit a unit, set when the proxy shows it"}
         return Inspection("visible units of a proxy", str(path), facts, _stored(header))
-    if path.name == artifacts.UPDATE_TENSORS:
+    if path.name == manifests.UPDATE_TENSORS:
         return Inspection("tensors of an update", str(path), {}, _stored(read_header(path)))
     return _model(source, axis, overrides)
 
@@ -163,7 +165,7 @@ def _named_format(path: Path) -> Inspection:
 
 
 def _key(path: Path) -> Inspection:
-    job = keyfile.load(path)
+    job = job_key.load(path)
     facts = {
         "p1": job.p1,
         "axis": job.axis,
@@ -193,19 +195,19 @@ def _ledger(path: Path) -> Inspection:
 
 
 def _update(source: Source) -> Inspection:
-    manifest = artifacts.read_manifest(source.path, UpdateManifest)
+    manifest = manifests.read_manifest(source.path, UpdateManifest)
     facts = manifest.model_dump(mode="json", exclude={"format", "files", "losses"})
     facts["losses"] = manifest.losses.model_dump(mode="json")
-    return Inspection("update", source.reference, facts, _stored(read_header(source.path / artifacts.UPDATE_TENSORS)))
+    return Inspection("update", source.reference, facts, _stored(read_header(source.path / manifests.UPDATE_TENSORS)))
 
 
 def _proxy(source: Source) -> Inspection:
-    manifest = artifacts.read_manifest(source.path, ProxyManifest)
+    manifest = manifests.read_manifest(source.path, ProxyManifest)
     with Checkpoint.open(source.path) as checkpoint:
         tensors = logical_tensors(checkpoint)
         plan = make_plan({name: (t.dtype, t.shape) for name, t in tensors.items()}, checkpoint.config)
         contents = _contents(tensors, checkpoint.total_bytes)
-    shown = _visible_shares(source.path / artifacts.VISIBLE_TENSORS, manifest)
+    shown = _visible_shares(source.path / manifests.VISIBLE_TENSORS, manifest)
     rows = [_as_shipped(tensor, tensors[tensor.name], manifest) for tensor in plan.tensors]
     hidden = sum(
         math.prod(row.shape) * (1 - float(np.mean([shown[group] for group in manifest.tensors[row.name].groups])))
@@ -245,7 +247,7 @@ def _visible_shares(path: Path, manifest: ProxyManifest) -> dict[str, float]:
 def _model(source: Source, axis: str | None, overrides: str | Path | None) -> Inspection:
     with Checkpoint.open(source.path) as checkpoint:
         has_manifest = checkpoint.manifest is not None
-        manifest = artifacts.read_manifest(source.path, ModelManifest) if has_manifest else None
+        manifest = manifests.read_manifest(source.path, ModelManifest) if has_manifest else None
         tensors = logical_tensors(checkpoint)
         contents = _contents(tensors, checkpoint.total_bytes)
         config = checkpoint.config

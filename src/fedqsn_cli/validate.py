@@ -63,3 +63,27 @@ def size_in_bytes(text: str, where: str) -> int:
         raise InputError(f"{text!r} is not a size", where=where, hint="give a size such as 5GB or 512MiB")
     exponent = " KMGT".index(match[2].upper() or " ")
     return math.ceil(float(match[1]) * float((1024 if match[3] else 1000) ** exponent))
+
+CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def validate_client(client: str) -> str:
+    """The id itself, if it is one: a letter or digit, then at most 63 letters, digits, dots, underscores, dashes.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not CLIENT_ID.fullmatch(client):
+        raise InputError(f"{client!r} is not a client id", hint="use letters and digits, then also . _ - (64 at most)")
+    return client
+
+
+def validate_ratio(ratio: float) -> float:
+    """The ratio itself, if it is one: 0 <= ratio < 1.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not 0 <= ratio < 1:  # NaN neither
+        raise InputError(f"{ratio} is not a ratio", hint="give a number from 0 up to, not including, 1")
+    return float(ratio) + 0.0  # -0.0 is 0.0

@@ -17,8 +17,8 @@ from typing import NoReturn
 import pytest
 from safetensors.numpy import load_file
 
-from checkpoint.samples import BYTES, ENVIRONMENT, make
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, TensorSink, TensorSpec, stream
+from support.checkpoints import BYTES, ENVIRONMENT, make
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from checkpoint.fake_hub import FakeHub
 from fedqsn_cli.checkpoint import Checkpoint, resolve
 from fedqsn_cli.errors import HubError, InputError
+from support.fake_hub import FakeHub
 
 MODEL = {
     "config.json": b'{"model_type": "bert"}',

@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from checkpoint.samples import BYTES, SPECS, fill, make
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, TensorSpec, files, stream
 from fedqsn_cli.checkpoint.writer import split_into_shards
 from fedqsn_cli.errors import InputError, OutputExists
+from support.checkpoints import BYTES, SPECS, fill, make
 
 
 def test_an_artifact_appears_whole_and_reads_back_with_the_library(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cli.running import Outcome, run
-from families import build
+from support.families import build
+from support.processes import Outcome, run
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cli.conftest import Round
-from cli.running import process, run
+from support.processes import process, run
 
 MADE = {"mask": "server", "quantize": "server-nf4", "client-train": "update", "merge": "next"}
 
@@ -121,7 +121,7 @@ def test_owners_commands_load_no_training_library(played: Round, tmp_path: Path)
     import subprocess
     import sys
 
-    from cli.running import environment
+    from support.processes import environment
 
     script = (
         "import sys; from fedqsn_cli.cli.app import main; code = main(sys.argv[1:]); "

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from cli.running import environment
-from fedqsn_cli import console
+from fedqsn_cli import console, text
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.progress import Silent
+from support.processes import environment
 
 
 @dataclass(frozen=True)
@@ -72,21 +72,21 @@ def test_json_and_quiet_exclude_each_other() -> None:
     ],
 )
 def test_names_of_others_cannot_steer_the_terminal(dirty: str, clean: str) -> None:
-    assert console.clean(dirty) == clean
+    assert text.clean(dirty) == clean
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (87_300_000, "87.3 MB"), (3e15, "3000.0 TB")]
+    ("count", "shown"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (87_300_000, "87.3 MB"), (3e15, "3000.0 TB")]
 )
-def test_sizes_are_readable(count: float, text: str) -> None:
-    assert console.size(count) == text
+def test_sizes_are_readable(count: float, shown: str) -> None:
+    assert text.size(count) == shown
 
 
 @pytest.mark.parametrize(
-    ("share", "text"), [(0, "0 %"), (0.0997, "9.97 %"), (0.5, "50 %"), (0.99951, "99.95 %"), (1, "100 %")]
+    ("share", "shown"), [(0, "0 %"), (0.0997, "9.97 %"), (0.5, "50 %"), (0.99951, "99.95 %"), (1, "100 %")]
 )
-def test_shares_are_readable(share: float, text: str) -> None:
-    assert console.percent(share) == text
+def test_shares_are_readable(share: float, shown: str) -> None:
+    assert text.percent(share) == shown
 
 
 def test_there_is_no_progress_bar_when_nobody_looks() -> None:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from cli.running import command, environment, process, run
 from fedqsn_cli import errors
 from fedqsn_cli.checkpoint import plan_file
 from fedqsn_cli.checkpoint.header import TensorSpec
 from fedqsn_cli.cli import app, failures
+from support.processes import command, environment, process, run
 
 
 def sparse_model(folder: Path, gigabytes: float) -> Path:

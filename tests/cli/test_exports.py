@@ -10,8 +10,8 @@ import sys
 import pytest
 
 import fedqsn_cli
-from cli.running import environment
 from fedqsn_cli.cli.app import COMMANDS, function_of
+from support.processes import environment
 
 # Python words or built-ins that would be shadowed, and what only the shell or only Python needs.
 RENAMED = {"number_format": "format", "round_number": "round", "checkpoint": "source"}
@@ -63,7 +63,7 @@ def test_importing_the_package_imports_nothing_else_of_it() -> None:
         "import sys, fedqsn_cli; print(*(m for m in sys.modules if m.startswith('fedqsn_cli')), 'numpy' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["fedqsn_cli", "False"]
+    assert done.stdout.split() == ["fedqsn_cli.version", "fedqsn_cli", "False"]
 
 
 @pytest.mark.parametrize("name", ["mask", "quantize", "export_proxy", "merge", "inspect"])

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cli.running import environment, process, run
 from fedqsn_cli.cli.app import COMMANDS, build, function_of, help_of
+from support.processes import environment, process, run
 
 HEAVY = ("torch", "numpy", "numba", "pydantic", "transformers", "datasets", "huggingface_hub", "rich", "bitsandbytes")
 ROOT = Path(__file__).parents[2]

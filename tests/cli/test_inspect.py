@@ -11,10 +11,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from cli.conftest import Round
-from cli.running import run
-from families import build
 from fedqsn_cli import inspect
 from fedqsn_cli.errors import FormatError, InputError, KeyFileError, PlanError
+from support.families import build
+from support.processes import run
 
 KINDS = {
     "global": "global model",

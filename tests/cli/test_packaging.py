@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 import fedqsn_cli
-from cli.running import process
+from support.processes import process
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,8 +45,9 @@ def test_no_index_is_named_anywhere() -> None:
 
 
 def test_the_rules_and_the_type_marker_are_part_of_the_package() -> None:
-    names = {entry.name for entry in resources.files("fedqsn_cli").iterdir()}
-    assert {"rules.toml", "py.typed"} <= names
+    package = resources.files("fedqsn_cli")
+    for name in ("py.typed", "planning/rules.toml", "auditing/policy.toml", "html/page.css"):
+        assert package.joinpath(name).is_file(), name
 
 
 def test_the_program_tells_its_version() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cli.running import Outcome, process, run
 from fedqsn_cli.cli.app import COMMANDS
+from support.processes import Outcome, process, run
 
 MASK = "mask model --out out --key job.key --p1 0.1"
 QUANTIZE = "quantize model --out out --format nf4"

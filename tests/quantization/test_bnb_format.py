@@ -25,7 +25,7 @@ from fedqsn_cli.quantization import kernels
 from fedqsn_cli.quantization.bnb_format import companion_arrays, companion_specs, quantization_config
 from fedqsn_cli.quantization.bnb_reader import find_packings, read_scales
 from fedqsn_cli.quantization.scales import Scales
-from quantization.reference import bits, normals
+from support.reference import bits, normals
 
 Array = NDArray[Any]
 

@@ -10,7 +10,7 @@ import torch
 from bitsandbytes import functional as bnb
 
 from fedqsn_cli.quantization.codebooks import FORMATS, codebook
-from quantization.reference import bits
+from support.reference import bits
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4"])

@@ -12,22 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedqsn_cli.quantization import kernels, threads
+from fedqsn_cli.kernels import threads
+from fedqsn_cli.kernels.floats import PIECE
+from fedqsn_cli.quantization import kernels
 from fedqsn_cli.quantization.codebooks import FORMATS
-from fedqsn_cli.quantization.floats import PIECE
-from quantization.reference import (
-    BLOCKS,
-    DTYPES,
-    bits,
-    normals,
-    numbers,
-    pack,
-    quantize_run,
-    tensor,
-    unpack,
-    weights,
-    wide,
-)
+from support.reference import BLOCKS, DTYPES, bits, normals, numbers, pack, quantize_run, tensor, unpack, weights, wide
 
 Array = NDArray[Any]
 FOUR = ("nf4", "fp4")

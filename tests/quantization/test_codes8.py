@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fedqsn_cli.quantization import kernels
-from quantization.reference import DTYPES, TORCH, bits, narrow, normals, stored, tensor
+from support.reference import DTYPES, TORCH, bits, narrow, normals, stored, tensor
 
 Array = NDArray[Any]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fedqsn_cli.quantization.jit import kernel
+from fedqsn_cli.kernels.jit import kernel
 
 
 def test_importing_kernels_imports_no_framework() -> None:

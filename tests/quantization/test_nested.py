@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fedqsn_cli.quantization import kernels
 from fedqsn_cli.quantization.codebooks import dynamic_map
 from fedqsn_cli.quantization.nested import nearest_codes
-from quantization.reference import bits
+from support.reference import bits
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedqsn_cli.quantization import kernels, threads
-from quantization.reference import bits, pack, unpack
+from fedqsn_cli.kernels import threads
+from fedqsn_cli.quantization import kernels
+from support.reference import bits, pack, unpack
 
 Array = NDArray[Any]
 ZERO = 7

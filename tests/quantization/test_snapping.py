@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedqsn_cli.quantization import kernels, threads
-from quantization.reference import (
+from fedqsn_cli.kernels import threads
+from fedqsn_cli.quantization import kernels
+from support.reference import (
     DTYPES,
     bits,
     narrow,

@@ -14,17 +14,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from families import EVERY_HEAD
 from fedqsn_cli import client_train, evaluate
-from fedqsn_cli.artifacts import UpdateManifest, file_digest, read_manifest
+from fedqsn_cli.artifacts.manifests import UpdateManifest, file_digest, read_manifest
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.errors import DataError, FormatError, InputError, OutputExists
-from fedqsn_cli.modeling import Loaded, build_model, load_tokenizer, task_of
+from fedqsn_cli.models.torch_model import Loaded, build_model, load_tokenizer, task_of
 from fedqsn_cli.progress import Silent
 from fedqsn_cli.training.data import Encoder
 from fedqsn_cli.training.scoring import score
 from fedqsn_cli.training.tables import read_table
-from training.worlds import (
+from support.families import EVERY_HEAD
+from support.training_jobs import (
     data_for,
     dense_tensors,
     labelled,

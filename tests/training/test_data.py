@@ -11,12 +11,12 @@ import pytest
 
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.errors import DataError, InputError
-from fedqsn_cli.modeling import Loaded, load_model
+from fedqsn_cli.models.torch_model import Loaded, load_model
 from fedqsn_cli.progress import Silent
 from fedqsn_cli.training.batching import IGNORED, Examples
 from fedqsn_cli.training.data import Encoder
 from fedqsn_cli.training.tables import read_table
-from training.worlds import small_model, write_lines
+from support.training_jobs import small_model, write_lines
 
 EOS = 2
 CHAT = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from families import make_config
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.progress import Silent
 from fedqsn_cli.training.batching import IGNORED, Examples, Padding, collate, loss_sum
 from fedqsn_cli.training.compact import VisibleParameters
 from fedqsn_cli.training.loop import Recipe, choose_precision, make_optimizer, shuffled, train
+from support.families import make_config
 
 PADDING = Padding(0)
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from fedqsn_cli.artifacts import ProxyManifest, file_digest, read_manifest
+from fedqsn_cli.artifacts.manifests import ProxyManifest, file_digest, read_manifest
 from fedqsn_cli.errors import FormatError, InputError
-from fedqsn_cli.modeling import build_model, stored_tensors
+from fedqsn_cli.masks.unit_mask import UnitMask
+from fedqsn_cli.models.torch_model import build_model, stored_tensors
 from fedqsn_cli.training.compact import VisibleParameters
 from fedqsn_cli.training.visible import check_round_trip, expanded, parameter_masks, read_visible
-from fedqsn_cli.units import UnitMask
-from training.worlds import dense_tensors, make_proxy, small_model, visible_units
+from support.training_jobs import dense_tensors, make_proxy, small_model, visible_units
 
 # Families whose parameters are not what the checkpoint holds: fused, stacked, turned or tied.
 ODD_ONES = [

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedqsn_cli.auditing.findings import Audit, Check, Exposure, Finding, FunctionRecovery, Recovery
+from fedqsn_cli.auditing.findings import Audit, Check, Finding, FunctionRecovery, Recovery
 from fedqsn_cli.auditing.policy import Limits, Policy
 from fedqsn_cli.auditing.rules import RULES, finding
+from fedqsn_cli.exposure.results import Exposure
 
 MEASURES = {"exact_share": "FQ201", "log10_nmse": "FQ202", "cosine": "FQ203", "delta_recovered": "FQ204"}
 WITHOUT_UNITS = frozenset({"norm", "bias", "buffer"})  # roles that no limit for single tensors is meant for

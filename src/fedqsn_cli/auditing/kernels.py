@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fedqsn_cli.quantization.jit import F, kernel
+from fedqsn_cli.kernels.jit import F, kernel
 
 
 def loose(function: F) -> F:

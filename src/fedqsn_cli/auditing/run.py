@@ -7,18 +7,19 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedqsn_cli import __version__
-from fedqsn_cli.artifacts import file_digest
+from fedqsn_cli.artifacts.manifests import file_digest
 from fedqsn_cli.auditing import gate
-from fedqsn_cli.auditing.exposure import SIZES, expected, exposure
-from fedqsn_cli.auditing.findings import Audit, Exposure, FunctionRecovery, Recovery
-from fedqsn_cli.auditing.formats.json_format import read_measures
-from fedqsn_cli.auditing.invariants import check_invariants
-from fedqsn_cli.auditing.opened import Inputs, Report, open_inputs
+from fedqsn_cli.auditing.findings import Audit, FunctionRecovery, Recovery
+from fedqsn_cli.auditing.inputs import Inputs, Report, open_inputs
+from fedqsn_cli.auditing.invariants.check import check_invariants
 from fedqsn_cli.auditing.policy import Policy, load, without_file
+from fedqsn_cli.auditing.report.json import read_measures
 from fedqsn_cli.auditing.rules import finding
 from fedqsn_cli.errors import InputError
+from fedqsn_cli.exposure.exposure import SIZES, expected, exposure
+from fedqsn_cli.exposure.results import Exposure
 from fedqsn_cli.progress import Progress, Silent
+from fedqsn_cli.version import VERSION
 
 
 def audit(
@@ -74,7 +75,7 @@ def audit(
     findings, checked = gate.apply(rules, measured, report.findings, report.checked, baseline=before, today=today)
     return Audit(
         findings, checked, measured.recovery, measured.function, measured.exposure,
-        rules.summary(), _digests(inputs, ledger, eval_data, public_data, baseline), __version__,
+        rules.summary(), _digests(inputs, ledger, eval_data, public_data, baseline), VERSION,
     )  # fmt: skip
 
 
@@ -90,7 +91,7 @@ def _policy(
 
 
 def _recovery(inputs: Inputs, report: Report, progress: Progress) -> tuple[Recovery, ...]:
-    from fedqsn_cli.auditing.recovery import recover_weights
+    from fedqsn_cli.auditing.recovery.weights import recover_weights
 
     return recover_weights(inputs, report, progress)
 
@@ -106,7 +107,7 @@ def _function(
     if eval_data is None:
         report.skip("FQ301", "function", "needs --eval-data")
         return None
-    from fedqsn_cli.auditing.function import recover_function
+    from fedqsn_cli.auditing.recovery.function import recover_function
 
     return recover_function(inputs, report, eval_data, public_data, rules.public_examples, progress)
 

@@ -25,12 +25,18 @@ from pathlib import Path
 from typing import Any
 
 from fedqsn_cli import strictjson
-from fedqsn_cli.artifacts import PROXY_MANIFEST, VISIBLE_TENSORS, ProxyManifest, manifest_bytes, parse_manifest
+from fedqsn_cli.artifacts.manifests import (
+    PROXY_MANIFEST,
+    VISIBLE_TENSORS,
+    ProxyManifest,
+    manifest_bytes,
+    parse_manifest,
+)
+from fedqsn_cli.artifacts.sanitize import PRIVATE_FIELDS
 from fedqsn_cli.errors import FormatError
-from fedqsn_cli.keyfile import Job
-from fedqsn_cli.masking import SERVER, seed
+from fedqsn_cli.masks.draw import SERVER, seed
+from fedqsn_cli.masks.job_key import Job
 from fedqsn_cli.quantization.bnb_format import companion_specs
-from fedqsn_cli.release import PRIVATE_FIELDS
 
 _WORDS = (
     r"seeds?|rng|manual_seed|host|host_?name|machine|node_name|user|user_?name|author|login|cwd|home|hf_token|api_key|"

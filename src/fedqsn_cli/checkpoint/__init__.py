@@ -1,6 +1,7 @@
 """Checkpoints on disk: strict reading, all-or-nothing writing, and where they come from.
 
 header.py   one safetensors header, read strictly or planned ahead
+cold.py     reading around the page cache
 reader.py   config, index and shards -> tensors, whole or in chunks
 stream.py   background threads that write and hash
 files.py    staging names, locks and renames

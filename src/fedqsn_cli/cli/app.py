@@ -15,10 +15,11 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from fedqsn_cli import __version__, console
+from fedqsn_cli import console
 from fedqsn_cli.cli import failures, helptext
 from fedqsn_cli.cli.interrupts import unwinding
 from fedqsn_cli.errors import InputError
+from fedqsn_cli.version import VERSION
 
 COMMANDS = ("mask", "quantize", "export-proxy", "client-train", "merge", "inspect", "evaluate", "audit")
 
@@ -106,7 +107,7 @@ def _help_of_all(group: Any, context: Any) -> str:
 
 def _show_version(asked: bool) -> None:
     if asked:
-        console.text(f"fedqsn {__version__}")
+        console.text(f"fedqsn {VERSION}")
         raise typer.Exit
 
 

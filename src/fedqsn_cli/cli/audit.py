@@ -133,8 +133,8 @@ def audit(
 
 def _print(result: Audit, form: str, output: str | None, report: str | None, quiet: bool) -> None:
     """Files first: whatever happens to the terminal, they are there."""
-    from fedqsn_cli.auditing.formats import render
-    from fedqsn_cli.auditing.formats.text_format import parts
+    from fedqsn_cli.auditing.report import render
+    from fedqsn_cli.auditing.report.text import parts
     from fedqsn_cli.checkpoint import write_file_atomically
 
     if report is not None:

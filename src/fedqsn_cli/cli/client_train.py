@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from fedqsn_cli import console, validate
+from fedqsn_cli import console, text, validate
 from fedqsn_cli.cli import options
 
 if TYPE_CHECKING:
@@ -113,13 +113,13 @@ def client_train(
 def _parts(result: TrainResult) -> list[console.Part]:
     from fedqsn_cli.cli import tables
 
-    skipped = f" ({console.number(result.skipped)} rows skipped: nothing to learn from)" if result.skipped else ""
+    skipped = f" ({text.number(result.skipped)} rows skipped: nothing to learn from)" if result.skipped else ""
     facts: list[tuple[str, object]] = [
         ("update", result.path),
-        ("trained on", f"{console.number(result.examples)} examples{skipped}"),
-        ("steps", f"{console.number(result.steps)} in {result.seconds:.1f} s, {result.precision}"),
-        ("training loss", f"{console.real(result.first_loss)} -> {console.real(result.last_loss)}"),
-        ("numbers sent back", console.number(result.parameters)),
+        ("trained on", f"{text.number(result.examples)} examples{skipped}"),
+        ("steps", f"{text.number(result.steps)} in {result.seconds:.1f} s, {result.precision}"),
+        ("training loss", f"{text.real(result.first_loss)} -> {text.real(result.last_loss)}"),
+        ("numbers sent back", text.number(result.parameters)),
     ]
     measured = [(when, e) for when, e in (("before", result.before), ("after", result.after)) if e is not None]
     return [console.Facts(facts), *([tables.evaluations(measured)] if measured else [])]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fedqsn_cli import console, validate
+from fedqsn_cli import console, text, validate
 from fedqsn_cli.cli import options
 
 
@@ -150,13 +150,13 @@ def export_proxy(
         )
     proxies = console.Table(
         ("client", "proxy", "size", "id"),
-        [(each.client, each.path, console.size(each.bytes), each.proxy_id[:12]) for each in result.proxies],
+        [(each.client, each.path, text.size(each.bytes), each.proxy_id[:12]) for each in result.proxies],
         numbers=frozenset({"size"}),
     )
     facts: list[tuple[str, object]] = [
         ("quantization", tables.quantization(result.quantization)),
-        ("hidden by the server", console.percent(result.hidden_by_server)),
-        ("hidden from a client", console.percent(result.hidden_from_client)),
+        ("hidden by the server", text.percent(result.hidden_by_server)),
+        ("hidden from a client", text.percent(result.hidden_from_client)),
         *tables.shares(result.shares),
         ("public base", tables.public_base(result.public_base)),
         ("pushed", ", ".join(each.pushed for each in result.proxies if each.pushed) or None),

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fedqsn_cli import console
+from fedqsn_cli import console, text
 from fedqsn_cli.cli import options
 
 if TYPE_CHECKING:
-    from fedqsn_cli.bases import Match
+    from fedqsn_cli.artifacts.ledger import Release
     from fedqsn_cli.inspection import Inspection
-    from fedqsn_cli.ledger import Release
-    from fedqsn_cli.plan import TensorPlan
+    from fedqsn_cli.models.public_base import Match
+    from fedqsn_cli.planning.tensor_plan import TensorPlan
 
 
 def inspect(
@@ -93,14 +93,14 @@ def _parts(found: Inspection) -> list[console.Part]:
 
 def _facts(facts: Mapping[str, Any]) -> list[tuple[str, object]]:
     """Facts as people read them: nested ones spelled out, absent ones left out."""
-    from fedqsn_cli.artifacts import Quantization
+    from fedqsn_cli.artifacts.manifests import Quantization
     from fedqsn_cli.cli import tables
 
     rows: list[tuple[str, object]] = []
     for name, value in facts.items():
         words = name.replace("_", " ")
         if name.startswith("hidden"):
-            rows.append((words, f"{console.percent(value)} of all parameters"))
+            rows.append((words, f"{text.percent(value)} of all parameters"))
         elif isinstance(value, Quantization):
             rows.append((words, tables.quantization(value)))
         elif isinstance(value, bool):
@@ -118,7 +118,7 @@ def _clear_table(found: Inspection) -> console.Table:
     return console.Table(
         ("in the clear", "role", "tensors", "parameters", "share"),
         [
-            (each.name, each.role, each.tensors, console.number(each.parameters), console.percent(each.share))
+            (each.name, each.role, each.tensors, text.number(each.parameters), text.percent(each.share))
             for each in found.clear
         ],
         numbers=frozenset({"tensors", "parameters", "share"}),
@@ -153,7 +153,7 @@ def _plan_table(plan: Sequence[TensorPlan]) -> console.Table:
                 tensor.dtype,
                 "x".join(map(str, tensor.shape)),
                 tensor.role,
-                console.number(tensor.units) if tensor.masked else "-",
+                text.number(tensor.units) if tensor.masked else "-",
                 _ratio(tensor),
                 tensor.axis or "-",
                 _mask_of(tensor),
@@ -177,8 +177,8 @@ _MATCHED = {
 
 
 def _base_parts(matches: Sequence[Match]) -> list[console.Part]:
-    from fedqsn_cli.bases import counted
     from fedqsn_cli.cli import tables
+    from fedqsn_cli.models.public_base import counted
 
     rows = [
         (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fedqsn_cli import console
+from fedqsn_cli import console, text
 from fedqsn_cli.cli import options
 
 
@@ -94,7 +94,7 @@ def mask(
             (result.kind.replace("-", " "), result.path),
             (
                 "hidden",
-                f"{console.percent(result.hidden)} of all parameters, {console.number(result.groups)} groups of units",
+                f"{text.percent(result.hidden)} of all parameters, {text.number(result.groups)} groups of units",
             ),
             ("public base", tables.public_base(result.public_base)),
             ("new key", f"{key}: keep it secret, and keep it" if result.key_created else None),

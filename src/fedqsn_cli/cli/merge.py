@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fedqsn_cli import console, validate
+from fedqsn_cli import console, text, validate
 from fedqsn_cli.cli import options
 
 if TYPE_CHECKING:
-    from fedqsn_cli.aggregation.results import MergedClient, MergeResult
-    from fedqsn_cli.aggregation.search import Search
+    from fedqsn_cli.merging.line_search import Search
+    from fedqsn_cli.merging.results import MergedClient, MergeResult
 
 
 def _share(value: float, name: str) -> float:
@@ -183,7 +183,7 @@ def merge(
 def _parts(result: MergeResult) -> list[console.Part]:
     facts: list[tuple[str, object]] = [(result.kind.replace("-", " "), result.path)]
     if result.clients:
-        facts.append(("trained by a client", f"{console.percent(result.covered)} of all parameters"))
+        facts.append(("trained by a client", f"{text.percent(result.covered)} of all parameters"))
     parts: list[console.Part] = [_clients(result)] if result.clients else []
     parts += [_curve(result.search)] if result.search else []
     return [*parts, console.Facts(facts)]
@@ -191,15 +191,15 @@ def _parts(result: MergeResult) -> list[console.Part]:
 
 def _clients(result: MergeResult) -> console.Table:
     names = ("client", "round", "examples", "share", "update / model", "loss before", "loss after")
-    rows = [_client(each, console.percent(each.share)) for each in result.clients]
+    rows = [_client(each, text.percent(each.share)) for each in result.clients]
     rows += [_client(result.control, "control")] if result.control else []
     return console.Table(names, rows, numbers=frozenset(names[1:]))
 
 
 def _client(each: MergedClient, share: str) -> tuple[object, ...]:
     return (
-        each.client, each.round, console.number(each.num_examples), share, f"{each.relative_norm:.2g}",
-        console.real(each.first_loss), console.real(each.last_loss),
+        each.client, each.round, text.number(each.num_examples), share, f"{each.relative_norm:.2g}",
+        text.real(each.first_loss), text.real(each.last_loss),
     )  # fmt: skip
 
 
@@ -208,7 +208,7 @@ def _curve(search: Search) -> console.Table:
     names = (search.option.removeprefix("--"), "loss", _score(search))
     rows = [
         (
-            f"{point.value:.10g}", f"{point.loss:.6g}", console.real(getattr(point, names[2])),
+            f"{point.value:.10g}", f"{point.loss:.6g}", text.real(getattr(point, names[2])),
             "<- taken" if point.value == search.chosen else "",
         )
         for point in search.curve

@@ -14,8 +14,8 @@ import typer
 
 from fedqsn_cli import validate
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.presets import Schedule as Schedule
-from fedqsn_cli.presets import Train as Train
+from fedqsn_cli.export.presets import Schedule as Schedule
+from fedqsn_cli.export.presets import Train as Train
 
 Check = Callable[[Any, str], Any]
 
@@ -127,27 +127,27 @@ def block_size(**other: Any) -> Any:
 
 
 def _ratio(value: float, _: str) -> float:
-    from fedqsn_cli.masking import validate_ratio
+    from fedqsn_cli.validate import validate_ratio
 
     return validate_ratio(value)
 
 
 def _layers(value: str, _: str) -> str:
-    from fedqsn_cli.hiding import parse_layers
+    from fedqsn_cli.planning.placement import parse_layers
 
     parse_layers(value)
     return value
 
 
 def _p1_schedule(value: str, _: str) -> str:
-    from fedqsn_cli.hiding import parse_schedule
+    from fedqsn_cli.planning.placement import parse_schedule
 
     parse_schedule(value)
     return value
 
 
 def _client(value: str, _: str) -> str:
-    from fedqsn_cli.masking import validate_client
+    from fedqsn_cli.validate import validate_client
 
     return validate_client(value)
 

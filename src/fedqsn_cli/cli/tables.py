@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fedqsn_cli import console
-from fedqsn_cli.artifacts import Quantization
+from fedqsn_cli import console, text
+from fedqsn_cli.artifacts.manifests import Quantization
 
 if TYPE_CHECKING:
     from fedqsn_cli.inspection import Contents
@@ -22,7 +22,7 @@ _SHIPS = {
 
 def shares(shares: Mapping[str, float]) -> list[tuple[str, object]]:
     """How the parameters of a model ship, as shares of all of them."""
-    return [(words, console.percent(shares[name])) for name, words in _SHIPS.items()]
+    return [(words, text.percent(shares[name])) for name, words in _SHIPS.items()]
 
 
 def quantization(how: Quantization | None) -> str:
@@ -35,7 +35,7 @@ def quantization(how: Quantization | None) -> str:
 
 def public_base(counts: Mapping[str, int] | None) -> str | None:
     """What of the public base fits: `96 tensors as they are, 2 resized, 1 without (zeros)`."""
-    from fedqsn_cli.bases import summary
+    from fedqsn_cli.models.public_base import summary
 
     return None if counts is None else summary(counts)
 
@@ -44,9 +44,9 @@ def contents(found: Contents) -> list[tuple[str, object]]:
     """What an artifact holds, in numbers."""
     kinds = ", ".join(found.dtypes)
     return [
-        ("tensors", f"{console.number(found.tensors)} ({kinds})"),
-        ("parameters", console.number(found.parameters)),
-        ("size", console.size(found.bytes)),
+        ("tensors", f"{text.number(found.tensors)} ({kinds})"),
+        ("parameters", text.number(found.parameters)),
+        ("size", text.size(found.bytes)),
     ]
 
 
@@ -55,13 +55,13 @@ def evaluations(measured: Sequence[tuple[str, Evaluation]]) -> console.Table:
     task = measured[0][1].task
     columns: dict[str, list[str]] = {
         "model": [name for name, _ in measured],
-        "examples": [console.number(each.examples) for _, each in measured],
-        "loss": [console.real(each.loss) for _, each in measured],
+        "examples": [text.number(each.examples) for _, each in measured],
+        "loss": [text.real(each.loss) for _, each in measured],
     }
     if task == "classification":
-        columns["accuracy"] = [console.real(each.accuracy) for _, each in measured]
-        columns["macro F1"] = [console.real(each.macro_f1) for _, each in measured]
+        columns["accuracy"] = [text.real(each.accuracy) for _, each in measured]
+        columns["macro F1"] = [text.real(each.macro_f1) for _, each in measured]
     else:
-        columns["perplexity"] = [console.real(each.perplexity) for _, each in measured]
+        columns["perplexity"] = [text.real(each.perplexity) for _, each in measured]
     rows = list(zip(*columns.values(), strict=True))
     return console.Table(tuple(columns), rows, numbers=frozenset(columns) - {"model"})

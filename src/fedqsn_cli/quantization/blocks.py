@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fedqsn_cli.quantization.jit import MAGNITUDE, kernel, to_bits, to_float
+from fedqsn_cli.kernels.jit import MAGNITUDE, kernel, to_bits, to_float
 
 SMALLEST = np.float32(1e-38)
 BATCH = 1024  # values that go through each step together: they stay in the first cache

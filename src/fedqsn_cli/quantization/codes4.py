@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedqsn_cli.kernels.floats import PIECE, Floats, writable
+from fedqsn_cli.kernels.jit import NonFinite, kernel, widen
+from fedqsn_cli.kernels.threads import run_ranges
 from fedqsn_cli.quantization.blocks import BATCH, SMALLEST, largest, normalize, rank
 from fedqsn_cli.quantization.codebooks import BLOCK_SIZES, FORMATS, Codebook, codebook
-from fedqsn_cli.quantization.floats import PIECE, Floats, writable
-from fedqsn_cli.quantization.jit import NonFinite, kernel, widen
-from fedqsn_cli.quantization.threads import run_ranges
 
 Bytes = NDArray[np.uint8]
 Float32s = NDArray[np.float32]

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedqsn_cli.kernels.floats import PIECE, Floats, writable
+from fedqsn_cli.kernels.jit import NonFinite, kernel, narrow_half, to_bits, to_float, widen_half
+from fedqsn_cli.kernels.threads import run_ranges
 from fedqsn_cli.quantization.blocks import largest
-from fedqsn_cli.quantization.floats import PIECE, Floats, writable
-from fedqsn_cli.quantization.jit import NonFinite, kernel, narrow_half, to_bits, to_float, widen_half
-from fedqsn_cli.quantization.threads import run_ranges
 
 INVERSE = np.float32(7.874015718698502e-3)  # bitsandbytes' own constant for 1 / 127
 ROUNDER = np.float32(3 << 22)  # adding and subtracting it rounds to an integer, ties to even

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedqsn_cli.kernels.floats import writable
+from fedqsn_cli.kernels.jit import NonFinite, kernel
 from fedqsn_cli.quantization.blocks import largest
 from fedqsn_cli.quantization.codebooks import dynamic_map
-from fedqsn_cli.quantization.floats import writable
-from fedqsn_cli.quantization.jit import NonFinite, kernel
 
 Bytes = NDArray[np.uint8]
 Float32s = NDArray[np.float32]

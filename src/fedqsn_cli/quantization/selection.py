@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedqsn_cli.quantization.floats import writable
-from fedqsn_cli.quantization.jit import kernel
-from fedqsn_cli.quantization.threads import run_ranges
+from fedqsn_cli.kernels.floats import writable
+from fedqsn_cli.kernels.jit import kernel
+from fedqsn_cli.kernels.threads import run_ranges
 
 Bytes = NDArray[np.uint8]
 Bools = NDArray[np.bool_]

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedqsn_cli.kernels.floats import PIECE, Floats
+from fedqsn_cli.kernels.jit import NonFinite, kernel
+from fedqsn_cli.kernels.threads import run_ranges
 from fedqsn_cli.quantization.blocks import BATCH, SMALLEST, largest, nearest, normalize
 from fedqsn_cli.quantization.codebooks import BLOCK_SIZES, codebook
-from fedqsn_cli.quantization.floats import PIECE, Floats
-from fedqsn_cli.quantization.jit import NonFinite, kernel
 from fedqsn_cli.quantization.snapping8 import column_scales, snap_rows_int8, snap_table_int8
-from fedqsn_cli.quantization.threads import run_ranges
 
 Array = NDArray[Any]
 Float32s = NDArray[np.float32]

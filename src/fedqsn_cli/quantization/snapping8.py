@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedqsn_cli.kernels.floats import PIECE, Floats
+from fedqsn_cli.kernels.jit import NonFinite, kernel
 from fedqsn_cli.quantization.blocks import largest
 from fedqsn_cli.quantization.codes8 import INVERSE, ROUNDER
-from fedqsn_cli.quantization.floats import PIECE, Floats
-from fedqsn_cli.quantization.jit import NonFinite, kernel
 
 Array = NDArray[Any]
 Float32s = NDArray[np.float32]

@@ -10,6 +10,7 @@ loop.py       AdamW, step by step
 scoring.py    loss, accuracy, macro F1, perplexity
 update.py     U = T − P on disk
 client.py     all of it, as one command
+evaluate.py   the command evaluate
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedqsn_cli.modeling import Task
+from fedqsn_cli.models.torch_model import Task
 
 IGNORED = -100  # a target that the loss leaves out
 _POOL = 50  # batches among which examples are sorted by length: little padding, still well mixed

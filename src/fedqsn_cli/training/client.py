@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
-import fedqsn_cli
 from fedqsn_cli import validate
-from fedqsn_cli.artifacts import PROXY_MANIFEST, Losses, ProxyManifest, file_digest
+from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, Losses, ProxyManifest, file_digest
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, resolve
-from fedqsn_cli.dense import load_dense
-from fedqsn_cli.modeling import Task, choose_device, load_model, memory_errors, quiet
+from fedqsn_cli.models.dense import load_dense
+from fedqsn_cli.models.torch_model import Task, choose_device, load_model, memory_errors, quiet
 from fedqsn_cli.progress import Progress, Silent
 from fedqsn_cli.training import update
 from fedqsn_cli.training.data import Encoder
@@ -20,6 +19,7 @@ from fedqsn_cli.training.proxies import verify_proxy
 from fedqsn_cli.training.scoring import Evaluation, score
 from fedqsn_cli.training.tables import Table, read_table
 from fedqsn_cli.training.visible import check_round_trip, parameter_masks, read_visible
+from fedqsn_cli.version import VERSION
 
 __all__ = ["TrainResult", "client_train"]
 
@@ -198,5 +198,5 @@ def _write_manifest(
             eval_after=after.loss if after else None,
         ),
         precision=form,
-        tool=f"fedqsn {fedqsn_cli.__version__}",
+        tool=f"fedqsn {VERSION}",
     )

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.modeling import Loaded, Task, first_line
+from fedqsn_cli.models.torch_model import Loaded, Task, first_line
 from fedqsn_cli.progress import Progress
 from fedqsn_cli.training.batching import IGNORED, Examples, Padding
 from fedqsn_cli.training.tables import Table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedqsn_cli.artifacts import PROXY_MANIFEST, ProxyManifest, file_digest, read_manifest
+from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, ProxyManifest, file_digest, read_manifest
 from fedqsn_cli.checkpoint.reader import COMPANIONS
 from fedqsn_cli.errors import FormatError
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.modeling import Task
+from fedqsn_cli.models.torch_model import Task
 from fedqsn_cli.progress import Progress
 from fedqsn_cli.training.batching import Examples, Padding, collate, in_order, loss_sum
 from fedqsn_cli.training.loop import extra_inputs

@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedqsn_cli.artifacts import UPDATE_MANIFEST, UPDATE_TENSORS, UpdateManifest, manifest_bytes
+from fedqsn_cli.artifacts.manifests import UPDATE_MANIFEST, UPDATE_TENSORS, UpdateManifest, manifest_bytes
 from fedqsn_cli.checkpoint import ArtifactWriter, TensorSpec
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.modeling import stored_tensors
-from fedqsn_cli.units import UnitMask
+from fedqsn_cli.masks.unit_mask import UnitMask
+from fedqsn_cli.models.torch_model import stored_tensors
 
 UpdateFormat = Literal["fp32", "bf16", "fp16"]
 

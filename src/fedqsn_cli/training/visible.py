@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedqsn_cli.artifacts import VISIBLE_TENSORS, ProxyManifest, Units
+from fedqsn_cli.artifacts.manifests import VISIBLE_TENSORS, ProxyManifest, Units
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.errors import FormatError, InputError
-from fedqsn_cli.modeling import build_model, stored_tensors
-from fedqsn_cli.units import UnitMask
+from fedqsn_cli.masks.unit_mask import UnitMask
+from fedqsn_cli.models.torch_model import build_model, stored_tensors
 
 Bools = NDArray[np.bool_]
 

@@ -1,0 +1,223 @@
+"""One proxy, opened without trust: its weights in runs of rows, dequantized to fp32, and what it says it shows."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedqsn_cli import strictjson
+from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, VISIBLE_TENSORS, ProxyManifest, parse_manifest
+from fedqsn_cli.checkpoint import Checkpoint
+from fedqsn_cli.errors import FormatError, InputError
+from fedqsn_cli.masks.draw import scale
+from fedqsn_cli.masks.unit_mask import UnitMask
+from fedqsn_cli.models.model import BITS, LogicalTensor, logical_tensors
+from fedqsn_cli.planning.roles import rules
+from fedqsn_cli.quantization import kernels
+from fedqsn_cli.quantization.bnb_format import scb_name, state_name
+from fedqsn_cli.quantization.layout import Storage
+from fedqsn_cli.quantization.nested import NESTED_BLOCK
+
+Array = NDArray[Any]
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float32]
+
+_SMALL = 1 << 20  # units; larger groups (single weights) are kept one at a time
+
+
+@dataclass
+class OpenedProxy:
+    """One proxy whose files could be read. Nothing in it is believed.
+
+    Args:
+        scope: how findings name it. sha256: of proxy.json. tensors: logical tensors by name.
+    """
+
+    scope: str
+    folder: Path
+    checkpoint: Checkpoint
+    stored_visible: Checkpoint
+    manifest: ProxyManifest
+    sha256: str
+    tensors: dict[str, LogicalTensor]
+    _groups: dict[str, Bools] = field(default_factory=dict)
+    _nested: tuple[str, Floats, Floats, np.float32] | None = None
+
+    def group(self, name: str) -> Bools:
+        """The units of a group that the proxy says it shows, [units]."""
+        if name not in self._groups:
+            units = self.manifest.groups[name].units
+            bits = np.unpackbits(self.stored_visible.read(name))
+            if units > _SMALL:
+                self._groups = {}
+            self._groups[name] = bits[:units].astype(np.bool_)
+        return self._groups[name]
+
+    def visible(self, name: str) -> UnitMask | None:
+        """The elements of a tensor that the proxy says it shows, in the stored view; None for one without units."""
+        units = self.manifest.tensors.get(name)
+        if units is None:
+            return None
+        lead = units.view[0]
+        groups = [self.group(group) for group in units.groups] * (lead // len(units.groups))
+        return UnitMask.of(units.axis, units.view, groups)
+
+    def factor(self, name: str) -> np.float32:
+        """What the visible part of a tensor was multiplied by: n / |V|, or 1."""
+        units = self.manifest.tensors.get(name)
+        if units is None or not self.manifest.rescale:
+            return np.float32(1)
+        flags = self.group(units.groups[0])
+        return scale(flags.size, flags.size - int(np.count_nonzero(flags)), 0)
+
+    def layout(self, name: str) -> Storage:
+        """How the tensor is really stored, whatever the plan says; snapped values count as raw ones."""
+        logical = self.tensors[name]
+        units = self.manifest.tensors.get(name)
+        axis = units.axis if units is not None else None
+        turned = self.turned(name)
+        if logical.packing is not None:
+            rows, cols = logical.packing.shape
+            axis = _TURNED[axis] if turned and axis is not None else axis
+            return Storage(logical.packing.kind, "flat", turned, (1, rows, cols), axis)
+        view = units.view if units is not None else natural_view(logical.shape)
+        return Storage("raw", "flat", False, view, axis)
+
+    def turned(self, name: str) -> bool:
+        """Is it a packed Conv1D weight, which bitsandbytes stores as [out, in]?"""
+        role = rules().role(name, 2, (self.checkpoint.config or {}).get("model_type"))
+        return self.tensors[name].packing is not None and role is not None and role.name == "conv1d"
+
+    def codes(self, name: str, first: int, count: int) -> NDArray[np.uint8]:
+        """Packed 4-bit codes of `count` elements from element `first` (even): [ceil(count / 2)]."""
+        out = np.empty((count + 1) // 2, np.uint8)
+        self.checkpoint.read_into(name, first // 2, out)
+        return out
+
+    def scales(self, name: str, first: int, count: int) -> Floats:
+        """Scales of `count` blocks (4-bit) or rows (int8) from `first`: fp32 [count]. Raises FormatError."""
+        packing = self.tensors[name].packing
+        assert packing is not None
+        stored = scb_name(name) if packing.kind == "pack8" else f"{name}.absmax"
+        out: Array = np.empty(count, np.uint8 if packing.double else np.float32)
+        self.checkpoint.read_into(stored, first * out.itemsize, out)
+        absmax: Floats = out
+        if packing.double:
+            nested, levels, offset = self._nested_of(name, packing.format)
+            absmax = levels[out] * nested[np.arange(first, first + count) // NESTED_BLOCK] + offset
+        if not np.isfinite(absmax).all():
+            raise FormatError("a block scale is NaN or infinite", where=f"{self.scope}: {stored}")
+        return absmax
+
+    def _nested_of(self, name: str, format: str) -> tuple[Floats, Floats, np.float32]:
+        if self._nested is None or self._nested[0] != name:
+            text = bytes(self.checkpoint.read(state_name(name, format)))
+            offset = np.float32(strictjson.loads(text, name)["nested_offset"])
+            nested, levels = (self.checkpoint.read(f"{name}.nested_{part}") for part in ("absmax", "quant_map"))
+            self._nested = name, nested, levels, offset
+        return self._nested[1:]
+
+    def values(self, name: str, storage: Storage, first: int, rows: int) -> Floats:
+        """Rows of a tensor as a client computes with them, in fp32: [rows, cols] of the working view of `storage`.
+
+        Args:
+            storage: the planned storage; where the tensor is stored otherwise, its values are still found.
+
+        Raises:
+            FormatError: the tensor has another number of elements, or its scales are not finite.
+        """
+        lead, height, cols = storage.view
+        if name not in self.tensors:
+            raise FormatError("a tensor of the model is missing", where=f"{self.scope}: {name}")
+        packing = self.tensors[name].packing
+        if math.prod(self.tensors[name].shape) != lead * height * cols:
+            raise FormatError("has another shape than the truth", where=f"{self.scope}: {name}")
+        if packing is None:
+            return self._plain(name, storage, first, rows)
+        out = np.empty((rows, cols), np.float32)
+        if packing.shape != (lead * height, cols):
+            raise FormatError("has another shape than the truth", where=f"{self.scope}: {name}")
+        if packing.kind == "pack8":
+            codes = np.empty((rows, cols), np.int8)
+            self.checkpoint.read_into(name, first * cols, codes)
+            kernels.dequantize_int8(codes, self.scales(name, first, rows), "F32", out)
+            return out
+        start, block = first * cols, packing.block
+        lower = start // block * block  # of the block that the rows begin in
+        flat = out if lower == start else np.empty(start - lower + out.size, np.float32)
+        kernels.dequantize_4bit(
+            self.codes(name, lower, flat.size), self.scales(name, lower // block, -(-flat.size // block)),
+            format=packing.format, block=block, dtype="F32", out=flat,
+        )  # fmt: skip
+        return flat.reshape(-1)[start - lower :].reshape(rows, cols)
+
+    def _plain(self, name: str, storage: Storage, first: int, rows: int) -> Floats:
+        """Dense values; those of a transposed tensor lie as in the truth."""
+        entry, cols = self.checkpoint.entries[name], storage.view[2]
+        if entry.dtype not in BITS:
+            raise FormatError(f"{entry.dtype} values where floats belong", where=f"{self.scope}: {name}")
+        kind = BITS[entry.dtype]
+        if storage.transposed:
+            whole = np.empty((cols, storage.view[1]), kind)
+            self.checkpoint.read_into(name, 0, whole)
+            turned: Floats = kernels.widened(whole, entry.dtype).reshape(whole.shape).T[first : first + rows]
+            return np.ascontiguousarray(turned)
+        out = np.empty((rows, cols), kind)
+        self.checkpoint.read_into(name, first * cols * out.itemsize, out)
+        wide: Floats = kernels.widened(out, entry.dtype).reshape(rows, cols)
+        return wide
+
+
+_TURNED: dict[str, Any] = {"row": "column", "column": "row", "element": "element"}
+
+
+def natural_view(shape: Sequence[int]) -> tuple[int, int, int]:
+    """(lead, rows, cols) of a tensor without units."""
+    if len(shape) < 2:
+        return 1, 1, math.prod(shape)
+    return math.prod(shape[:-2]), shape[-2], shape[-1]
+
+
+def open_proxy(folder: Path, scope: str) -> OpenedProxy:
+    """Open one proxy; no weight is read yet.
+
+    Raises:
+        InputError: it is not there. FormatError: a file is malformed, or its files contradict each other.
+    """
+    try:
+        data = (folder / PROXY_MANIFEST).read_bytes()
+    except OSError:
+        raise InputError("no proxy.json here", where=folder) from None
+    manifest = parse_manifest(data, ProxyManifest, folder / PROXY_MANIFEST)
+    checkpoint = Checkpoint.open(folder)
+    visible = Checkpoint.open(folder / VISIBLE_TENSORS)
+    tensors = logical_tensors(checkpoint)
+    proxy = OpenedProxy(scope, folder, checkpoint, visible, manifest, hashlib.sha256(data).hexdigest(), tensors)
+    _check_groups(proxy)
+    return proxy
+
+
+def _check_groups(proxy: OpenedProxy) -> None:
+    """Do proxy.json, visible.safetensors and the tensors fit together? Raises FormatError."""
+    manifest = proxy.manifest
+    for name, group in manifest.groups.items():
+        entry = proxy.stored_visible.entries.get(name)
+        if entry is None or entry.dtype != "U8" or entry.shape != ((group.units + 7) // 8,):
+            raise FormatError(f"visible.safetensors does not hold group {name!r} as proxy.json has it")
+    for name, units in manifest.tensors.items():
+        lead, rows, cols = units.view
+        size = {"row": rows, "column": cols, "element": rows * cols}[units.axis]
+        sizes = {manifest.groups[group].units if group in manifest.groups else -1 for group in units.groups}
+        if sizes != {size} or len(units.groups) not in (1, lead):
+            raise FormatError(f"the groups of tensor {name!r} do not have its units")
+        if name not in proxy.tensors or math.prod(proxy.tensors[name].shape) != lead * rows * cols:
+            raise FormatError(f"tensor {name!r} does not have the shape that proxy.json gives it")
+    if {group for units in manifest.tensors.values() for group in units.groups} != set(manifest.groups):
+        raise FormatError("proxy.json lists a group that no tensor belongs to")

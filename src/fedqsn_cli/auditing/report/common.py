@@ -1,0 +1,67 @@
+"""What several formats say in the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedqsn_cli.auditing.findings import Audit, Check, Finding, Severity
+from fedqsn_cli.auditing.rules import RULES
+from fedqsn_cli.text import percent
+
+WHAT_IT_MEANS = {
+    "broken": "A hard invariant is broken. Do not send these proxies.",
+    "incomplete": "Something that must be checked could not be. This is not a pass.",
+    "over the limits": "More leaks than the policy allows.",
+    "passed": "Everything that was checked is within the limits.",
+}
+LOWER_BOUND = "What the attacks recover is a lower bound on the leakage: better attacks may exist."
+WORDS: dict[Severity, str] = {"hard": "hard", "gate": "limit", "incomplete": "incomplete", "info": "note"}
+ORDER: dict[Severity, int] = {"hard": 0, "incomplete": 1, "gate": 2, "info": 3}
+
+
+def verdict(audit: Audit) -> str:
+    """`passed (exit code 0)`."""
+    return f"{audit.verdict} (exit code {audit.exit_code})"
+
+
+def meaning(audit: Audit) -> str:
+    """The verdict in a sentence; one that no limit was set for is no praise."""
+    if audit.verdict == "passed" and audit.policy.get("sha256") is None:
+        return "Nothing forbidden was found. No policy was given, so nothing was held against a limit."
+    return WHAT_IT_MEANS[audit.verdict]
+
+
+def ordered(audit: Audit) -> list[Finding]:
+    """Findings, the worst kind first."""
+    return sorted(audit.findings, key=lambda one: ORDER[one.severity])
+
+
+def unchecked(audit: Audit) -> list[Check]:
+    """Rules that could not be applied, most often because an input was not given; in the order of their ids."""
+    return sorted((one for one in audit.checked if one.status == "not-run"), key=lambda one: one.rule)
+
+
+def rule_name(rule: str) -> str:
+    """`FQ101 client-exposure`."""
+    return f"{rule} {RULES[rule].name}"
+
+
+def proxies_to_99(count: int | None) -> str:
+    """`3 fresh proxies`, or that this never happens."""
+    return "never" if count is None else f"{count} fresh {'proxy' if count == 1 else 'proxies'}"
+
+
+def members(names: Sequence[str], most: int = 5) -> str:
+    """Names of a coalition, not all of a large one."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def delta(value: float | None) -> str:
+    """A recovered difference; a dash where there is no public base."""
+    return "-" if value is None else percent(value) if value >= 0 else "none"
+
+
+def squared(log10: float) -> str:
+    """An error whose logarithm is given: `8.4e-03`."""
+    return f"{10**log10:.1e}"

@@ -1,0 +1,30 @@
+"""Annotations of a GitHub workflow: `::error title=...::message`, one a finding, and a line with the verdict."""
+
+from __future__ import annotations
+
+from fedqsn_cli.auditing.findings import Audit, Finding
+from fedqsn_cli.auditing.report.common import meaning, ordered, rule_name, verdict
+from fedqsn_cli.text import clean
+
+COMMANDS = {"hard": "error", "gate": "error", "incomplete": "error", "info": "notice"}
+
+
+def render(audit: Audit) -> str:
+    """All findings, the worst first: a site that shows only some shows those."""
+    lines = [_annotation(one) for one in ordered(audit)]
+    last = f"::{'notice' if audit.exit_code == 0 else 'error'} title=fedqsn audit::"
+    return "\n".join([*lines, last + _data(f"{verdict(audit)}: {meaning(audit)}"), ""])
+
+
+def _annotation(one: Finding) -> str:
+    about = one.scope if one.tensor is None else f"{one.scope}, {one.tensor}"
+    return f"::{COMMANDS[one.severity]} title={_property(rule_name(one.rule))}::{_data(f'{about}: {one.message}')}"
+
+
+def _data(text: str) -> str:
+    """A message: per cent signs and line ends would end or change the command."""
+    return clean(text.replace("\r", " ").replace("\n", " ")).replace("%", "%25")
+
+
+def _property(text: str) -> str:
+    return _data(text).replace(":", "%3A").replace(",", "%2C")

@@ -1,0 +1,114 @@
+"""SARIF 2.1.0, for code scanning: one result a finding, rules with their help.
+
+Source: OASIS SARIF 2.1.0, sections 3.14 (run), 3.19 (tool component), 3.27 (result), 3.35 (suppression). Sites that
+take SARIF accept 25,000 results a run; beyond that the last ones are left out and a notification says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+from urllib.parse import quote
+
+from fedqsn_cli.auditing.findings import Audit, Finding
+from fedqsn_cli.auditing.report.common import meaning, ordered
+from fedqsn_cli.auditing.rules import RULES, Rule
+from fedqsn_cli.text import clean
+
+SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
+MOST_RESULTS = 25_000
+LEVELS = {"hard": "error", "gate": "error", "incomplete": "error", "info": "note"}
+SECURITY = {"hard": "9.5", "gate": "7.0", "incomplete": "5.0", "info": "1.0"}  # as code-scanning sites rank findings
+
+
+def document(audit: Audit) -> dict[str, Any]:
+    """The log as plain values."""
+    found = ordered(audit)
+    rules = list(RULES)
+    run: dict[str, Any] = {
+        "tool": {
+            "driver": {
+                "name": "fedqsn audit",
+                "semanticVersion": audit.version or "0",
+                "rules": [_rule(RULES[rule]) for rule in rules],
+            }
+        },
+        "columnKind": "utf16CodeUnits",
+        "automationDetails": {"id": "fedqsn-audit/"},
+        "invocations": [
+            {
+                "executionSuccessful": audit.verdict != "incomplete",
+                "exitCode": audit.exit_code,
+                "exitCodeDescription": meaning(audit),
+                "toolExecutionNotifications": _notifications(len(found)),
+            }
+        ],
+        "results": [_result(one, rules.index(one.rule)) for one in found[:MOST_RESULTS]],
+        "properties": {"verdict": audit.verdict, "inputs": dict(audit.inputs)},
+    }
+    return {"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}
+
+
+def render(audit: Audit) -> str:
+    """Indented JSON in ASCII."""
+    return json.dumps(document(audit), indent=2, allow_nan=False) + "\n"
+
+
+def _rule(rule: Rule) -> dict[str, Any]:
+    help_text = f"{rule.why}\n\nHow to mend it: {rule.mend}"
+    return {
+        "id": rule.id,
+        "name": "".join(word.capitalize() for word in rule.name.split("-")),
+        "shortDescription": {"text": rule.name.replace("-", " ")},
+        "fullDescription": {"text": rule.what},
+        "help": {"text": help_text, "markdown": f"{rule.why}\n\n**How to mend it:** {rule.mend}"},
+        "defaultConfiguration": {"level": LEVELS[rule.severity]},
+        "properties": {"security-severity": SECURITY[rule.severity], "tags": ["security", "model-privacy"]},
+    }
+
+
+def _result(one: Finding, index: int) -> dict[str, Any]:
+    where = clean(one.scope if one.tensor is None else f"{one.scope}/{one.tensor}")
+    result: dict[str, Any] = {
+        "ruleId": one.rule,
+        "ruleIndex": index,
+        "level": LEVELS[one.severity],
+        "kind": "informational" if one.severity == "info" else "fail",
+        "message": {"text": clean(f"{where}: {one.message}")},
+        "locations": [
+            {
+                "physicalLocation": {"artifactLocation": {"uri": _uri(one.scope)}, "region": {"startLine": 1}},
+                "logicalLocations": [{"fullyQualifiedName": where, "kind": "object"}],
+            }
+        ],
+        "partialFingerprints": {"finding/v1": _fingerprint(one)},
+    }
+    if one.severity == "info":
+        result["level"] = "none"
+    figures = {name: value for name, value in (("value", one.value), ("limit", one.limit)) if _finite(value)}
+    if figures:
+        result["properties"] = figures
+    return result
+
+
+def _uri(scope: str) -> str:
+    """A file to hang a finding on: code-scanning sites want one for each."""
+    name = scope.removeprefix("proxy ").split(" ")[0]
+    return f"{quote(name, safe='')}/proxy.json" if scope.startswith("proxy ") else "ledger.jsonl"
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and abs(value) < float("inf")
+
+
+def _fingerprint(one: Finding) -> str:
+    """Equal for the same rule, scope and tensor, whatever was measured: so that a site follows it from run to run."""
+    return hashlib.sha256("\0".join((one.rule, one.scope, one.tensor or "")).encode()).hexdigest()
+
+
+def _notifications(found: int) -> list[dict[str, Any]]:
+    if found <= MOST_RESULTS:
+        return []
+    text = f"{found - MOST_RESULTS} of {found} findings are left out; --format json lists all"
+    return [{"level": "warning", "message": {"text": text}}]

@@ -1,0 +1,373 @@
+"""`export_proxy`: from the owner's model to what one client, or many, may have.
+
+    plan ─▶ server mask ─▶ quantize ─▶ client mask ─▶ proxy/ ─▶ ledger line ─▶ publish (─▶ push)
+
+The ledger line is on disk before the proxy appears, so no proxy is ever out without one; the proxy id depends on
+nothing but key, model and options, so a repeated export is the same release and adds no line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedqsn_cli import strictjson
+from fedqsn_cli.artifacts import ledger as ledgers
+from fedqsn_cli.artifacts.ledger import Release
+from fedqsn_cli.artifacts.manifests import (
+    PROXY_MANIFEST,
+    Fill,
+    GroupUnits,
+    ProxyManifest,
+    PublicBase,
+    Quantization,
+    TrainsFill,
+    manifest_bytes,
+)
+from fedqsn_cli.artifacts.sanitize import public_companion, public_config
+from fedqsn_cli.checkpoint import ArtifactWriter, Pipeline, TensorSpec, allow_open_files
+from fedqsn_cli.checkpoint import push as push_to_hub
+from fedqsn_cli.errors import InputError
+from fedqsn_cli.export.outputs import ClientOutput, tensor_specs
+from fedqsn_cli.export.pipeline import Digests, run
+from fedqsn_cli.export.presets import Choices, Schedule, Train, chosen
+from fedqsn_cli.export.session import (
+    METADATA,
+    Work,
+    keep_outside,
+    open_work,
+    public_base,
+    shard_bytes,
+    unit_table,
+    visible_bits,
+)
+from fedqsn_cli.exposure.budget import Budget, Planned, check_options
+from fedqsn_cli.masks.draw import LABEL, derive
+from fedqsn_cli.masks.job_masks import ClientMasks
+from fedqsn_cli.models.flow import Flow, flows
+from fedqsn_cli.progress import Progress, Silent
+from fedqsn_cli.quantization.bnb_format import quantization_config
+from fedqsn_cli.quantization.layout import clear_shares, quantization
+from fedqsn_cli.validate import validate_client, validate_ratio
+
+CLIENTS_A_PASS = 128
+"""So many proxies are written from one read of the model. More are written in turns: memory stays the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedProxy:
+    """One proxy that is out.
+
+    Args:
+        bytes: size of all its files together.
+        pushed: the hub commit it was pushed as, or None.
+    """
+
+    client: str
+    path: str
+    proxy_id: str
+    bytes: int
+    pushed: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """What `export_proxy` made.
+
+    Args:
+        hidden_by_server: share of all parameters that the server mask hides (never transmitted).
+        hidden_from_client: share of all parameters that a proxy does not show, server and client mask together.
+        shares: share of all parameters shipped masked and quantized, masked only, quantized only, in the clear.
+        key_created: a new job key was written.
+        public_base: how many masked tensors of it are exact, resized and so on (see `bases`); None for zero fill.
+    """
+
+    proxies: tuple[ExportedProxy, ...]
+    round: int
+    model_digest: str
+    quantization: Quantization | None
+    hidden_by_server: float
+    hidden_from_client: float
+    shares: dict[str, float]
+    key_created: bool
+    public_base: dict[str, int] | None = None
+
+
+def export_proxy(
+    source: str,
+    out: str | Path,
+    *,
+    client: Sequence[str],
+    round: int,
+    key: str | Path,
+    ledger: str | Path,
+    p2: float,
+    p1: float | None = None,
+    format: str | None = None,
+    block_size: int | None = None,
+    double_quant: bool | None = None,
+    layout: str | None = None,
+    schedule: Schedule | None = None,
+    axis: str | None = None,
+    where: str | None = None,
+    layers: str | None = None,
+    p1_schedule: str | None = None,
+    preset: str | None = None,
+    rescale: bool | None = None,
+    fill: Fill | None = None,
+    public_base: str | None = None,
+    train: Train | None = None,
+    plan: str | Path | None = None,
+    budget: float | None = None,
+    coalition: int | None = None,
+    push: str | None = None,
+    max_shard_size: str = "5GB",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Write the proxy of each client: P = s · M_C ⊙ Q(M_H ⊙ W) (equation of DESIGN; FedQSN, arXiv 2508.18911).
+
+    Args:
+        source: global model, server model or quantized server model; all three give the same bytes.
+        out: directory to make; with several clients it must hold "{client}".
+        client: client ids. round: number of the federated round.
+        p1: ratio hidden by the server; None takes the key's. p2: ratio of the rest hidden from each client.
+        where, layers, p1_schedule: what the server hides, and at other ratios (see `hiding`); None takes the key's.
+        preset: fills up fill, where, p1, schedule and train (see `presets`); fresh and visible are the usual ones.
+        train: what clients train: the visible units, or all, the public base's units in the holes, too (see `merge`).
+        format, block_size, double_quant, layout: quantization; None takes the source's, else nf4, 64, off, bnb.
+        budget: most of all parameters that a client may have seen afterwards, and any `coalition` clients together.
+        push: hub repository ("hf://owner/name", may hold "{client}") to upload to once the proxy is complete.
+
+    Raises:
+        InputError: anything does not fit together; nothing was written then.
+        GateFailed: a client or coalition would have seen more than the budget; nothing was written then.
+    """
+    clients, targets = _targets(client, out, push)
+    validate_ratio(p2)
+    choices = chosen(preset, Choices(fill, where, p1, schedule, train), public_base=public_base)
+    schedule = choices.schedule or "fresh"
+    check_schedule(round, schedule)
+    check_options(budget, coalition)
+    for target in targets:
+        keep_outside(target, key=key, ledger=ledger)
+    ledgers.check(Path(ledger))
+    work = open_work(
+        source, key=key, p1=choices.p1, axis=axis, plan=plan, rescale=rescale, fill=choices.fill,
+        public_base=public_base, where=choices.where, layers=layers, p1_schedule=p1_schedule,
+    )  # fmt: skip
+    train = choices.train or "visible"
+    _check_train(train, work)
+    planned = tuple(Planned(name, round, schedule, p2) for name in clients)
+    allowance = Budget(work.job, planned, budget, coalition)
+    allowance.check_ledger(Path(ledger))
+    how = chosen_quantization(work, format, block_size, double_quant, layout)
+    todo = flows(work.model, how, work.masks.hidden)
+    masks = [ClientMasks(work.masks, name, round, p2, schedule, work.rescale) for name in clients]
+    with ExitStack() as stack:
+        together = min(len(clients), CLIENTS_A_PASS)
+        allow_open_files(len(clients) + 2 * together)
+        pipeline = Pipeline(together)
+        stack.callback(pipeline.stop)
+        writers = [stack.enter_context(ArtifactWriter(target, force=force, pipeline=pipeline)) for target in targets]
+        specs, limit = tensor_specs(todo, how), shard_bytes(max_shard_size)
+        releases = []
+        for first in range(0, len(clients), together):
+            some = list(zip(writers, masks, strict=True))[first : first + together]
+            sinks = [writer.tensors("model", specs, max_shard_bytes=limit, metadata=METADATA) for writer, _ in some]
+            outputs = [ClientOutput(sink, how, mask.hidden, mask.factor)
+                       for sink, (_, mask) in zip(sinks, some, strict=True)]  # fmt: skip
+            digests = run(work.model, todo, how, outputs, base=work.base, progress=progress or Silent())
+            for sink, (writer, mask) in zip(sinks, some, strict=True):
+                sink.close()
+                releases.append(_complete(writer, work, mask, how, digests, _written(train)))
+        work.save_key()
+        ledgers.record(Path(ledger), releases, check=allowance.check)  # again: others may have released meanwhile
+        published = [writer.publish() for writer in writers]
+    pushed = [push_to_hub(path, push.replace("{client}", name)) if push else None
+              for path, name in zip(published, clients, strict=True)]  # fmt: skip
+    return _result(work, masks[0], todo, how, digests, releases, published, pushed)
+
+
+def chosen_quantization(
+    work: Work, format: str | None, block_size: int | None, double_quant: bool | None, layout: str | None
+) -> Quantization | None:
+    """The quantization of the output: the source's if it is quantized, else what was asked, else nf4 in blocks of 64.
+
+    Raises:
+        InputError: the source is quantized in another way than asked.
+    """
+    old = work.model.manifest.quantization if work.model.manifest else None
+    if old is None:
+        block_size = 64 if block_size is None else block_size
+        how = quantization(format or "nf4", block_size=block_size, double_quant=bool(double_quant), layout=layout)
+    else:
+        asked = {"format": format, "block_size": block_size, "double_quant": double_quant, "layout": layout}
+        for option, value in asked.items():
+            if value is not None and value != getattr(old, option):
+                raise InputError(
+                    f"the model is quantized with {option.replace('_', ' ')} {getattr(old, option)}, asked was {value}",
+                    where=f"--{option.replace('_', '-')}",
+                )
+        how = old
+    if work.fill == "base" and how is not None and how.double_quant:
+        raise InputError("double quantization cannot be used with --fill base", where="--double-quant")
+    return how
+
+
+def _targets(client: Sequence[str], out: str | Path, push: str | None) -> tuple[list[str], list[Path]]:
+    clients = [validate_client(name) for name in ([client] if isinstance(client, str) else client)]
+    if not clients:
+        raise InputError("no client was named", where="--client")
+    if len(set(clients)) != len(clients):
+        raise InputError("a client is named twice", where="--client")
+    for option, text in (("--out", str(out)), ("--push", push)):
+        if len(clients) > 1 and text is not None and "{client}" not in text:
+            raise InputError("several clients need a place each", where=option, hint='put "{client}" into it')
+    return clients, [Path(str(out).replace("{client}", name)) for name in clients]
+
+
+def check_schedule(round: int, schedule: str) -> None:
+    """Refuse a round or a schedule that cannot be. Raises InputError."""
+    if not 0 <= round <= 2**53:
+        raise InputError(f"{round} is not a round", where="--round", hint="count rounds from 1")
+    if schedule not in {"fresh", "sticky"}:
+        raise InputError(f"unknown schedule {schedule!r}", where="--schedule", hint="fresh or sticky")
+
+
+def _check_train(train: str, work: Work) -> None:
+    """Refuse a way to train that is none, or that does not go with the work. Raises InputError."""
+    if train not in {"visible", "all"}:
+        raise InputError(f"unknown way to train {train!r}", where="--train", hint="visible or all")
+    if train == "all" and work.fill != "base":
+        raise InputError("without a public base there is nothing in the holes to train", where="--train all",
+                         hint="use --fill base")  # fmt: skip
+
+
+def _written(train: Train) -> TrainsFill:
+    """The way to train as manifests and ledger hold it."""
+    return "all" if train == "all" else None
+
+
+def _complete(
+    writer: ArtifactWriter, work: Work, mask: ClientMasks, how: Quantization | None, digests: Digests,
+    train: TrainsFill,
+) -> Release:  # fmt: skip
+    """Write everything but the model's tensors, proxy.json last; returns the ledger line."""
+    write_companions(writer, work, how)
+    _write_visible(writer, work, mask)
+    base = public_base(work, digests.base)
+    manifest = ProxyManifest(
+        proxy_id=_proxy_id(work, mask, how, digests, base, train),
+        job=work.job.commitment,
+        round=mask.round,
+        quantization=how,
+        fill=work.fill,
+        public_base=base,
+        rescale=work.rescale,
+        groups={name: GroupUnits(units=n) for name, n in work.model.plan.groups().items()},
+        tensors=unit_table(work.model.plan.tensors),
+        train=train,
+        files=writer.digests,
+    )
+    data = manifest_bytes(manifest)
+    writer.add_bytes(PROXY_MANIFEST, data)
+    return Release(
+        client=mask.client,
+        round=mask.round,
+        schedule=mask.schedule,
+        proxy_id=manifest.proxy_id,
+        proxy_sha256=hashlib.sha256(data).hexdigest(),
+        p1=work.job.p1,
+        p1_least=work.job.least_ratio,
+        p2=mask.p2,
+        rescale=work.rescale,
+        fill=work.fill,
+        train=train,
+        quantization=how,
+        plan=work.model.plan.digest,
+        model_digest=digests.model,
+        job=work.job.commitment,
+    )
+
+
+def write_companions(writer: ArtifactWriter, work: Work, how: Quantization | None) -> None:
+    """config.json, tokenizer and generation files, without anything private."""
+    model = work.model
+    packed = None
+    if how is not None and how.layout == "bnb":
+        skip = model.plan.skip_modules(model.checkpoint.config)
+        packed = quantization_config(how.format, how.block_size, how.double_quant, skip, model.config_dtype)
+    if model.checkpoint.config is not None:
+        writer.add_bytes("config.json", public_config(model.checkpoint.config, packed))
+    for companion in model.checkpoint.companions:
+        writer.add_bytes(companion.name, public_companion(companion))
+
+
+def _write_visible(writer: ArtifactWriter, work: Work, mask: ClientMasks) -> None:
+    groups = sorted(work.model.plan.groups().items())
+    specs = [TensorSpec(name, "U8", ((units + 7) // 8,)) for name, units in groups]
+    sink = writer.tensors("visible", specs, max_shard_bytes=None, metadata={})
+    for name, units in groups:
+        sink.write(name, 0, visible_bits(mask.visible_group(name, units)))
+    sink.close()
+
+
+def _proxy_id(
+    work: Work, mask: ClientMasks, how: Quantization | None, digests: Digests, base: PublicBase | None,
+    train: TrainsFill,
+) -> str:  # fmt: skip
+    """HMAC(key, scope, model digest, options): unpredictable outside, equal when the same export is run again."""
+    options: dict[str, Any] = {
+        "p2": mask.p2,
+        "schedule": mask.schedule,
+        "rescale": work.rescale,
+        "fill": work.fill,
+        "public_base": base.sha256 if base else None,
+        "quantization": how.model_dump() if how else None,
+        "plan": work.model.plan.digest,
+    }
+    if train is not None:
+        options["train"] = train
+    fields = (LABEL, "proxy", mask.client, str(mask.round), digests.model, strictjson.dumps(options))
+    return derive(work.job.key, fields).hex()
+
+
+def _result(
+    work: Work,
+    mask: ClientMasks,
+    todo: Sequence[Flow],
+    how: Quantization | None,
+    digests: Digests,
+    releases: Sequence[Release],
+    published: Sequence[Path],
+    pushed: Sequence[str | None],
+) -> ExportResult:
+    tensors = [flow.tensor for flow in todo]
+    total = sum(flow.size for flow in todo)
+    by_server = sum(map(work.masks.hidden_elements, tensors))
+    by_client = sum(map(mask.hidden_elements, tensors))
+    proxies = tuple(
+        ExportedProxy(release.client, str(path), release.proxy_id, folder_bytes(path), commit)
+        for release, path, commit in zip(releases, published, pushed, strict=True)
+    )
+    return ExportResult(
+        proxies=proxies,
+        round=mask.round,
+        model_digest=digests.model,
+        quantization=how,
+        hidden_by_server=by_server / total,
+        hidden_from_client=(by_server + by_client) / total,
+        shares=clear_shares(tensors, how),
+        key_created=work.new_key,
+        public_base=work.base.counts() if work.base is not None else None,
+    )
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files right in a folder."""
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())

@@ -1,0 +1,237 @@
+"""`mask` and `quantize`: the owner's models on the way to a proxy, one step at a time.
+
+global model ──mask──▶ server model ──quantize──▶ quantized server model ──mask --client──▶ the proxy's weights
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedqsn_cli import strictjson
+from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, Fill, ModelManifest, Quantization, manifest_bytes
+from fedqsn_cli.checkpoint import ArtifactWriter
+from fedqsn_cli.errors import InputError
+from fedqsn_cli.export.outputs import ClientOutput, ServerOutput, tensor_specs
+from fedqsn_cli.export.pipeline import Digests, run
+from fedqsn_cli.export.presets import Choices, Schedule, chosen
+from fedqsn_cli.export.proxy import check_schedule, write_companions
+from fedqsn_cli.export.session import METADATA, keep_outside, model_manifest, open_work, shard_bytes, source_record
+from fedqsn_cli.masks.job_masks import ClientMasks
+from fedqsn_cli.models.flow import flows
+from fedqsn_cli.models.model import OpenModel, open_model
+from fedqsn_cli.models.residual import copy_residual
+from fedqsn_cli.planning.overrides import load_overrides
+from fedqsn_cli.progress import Progress, Silent
+from fedqsn_cli.quantization.bnb_format import quantization_config
+from fedqsn_cli.quantization.layout import clear_shares, quantization
+from fedqsn_cli.validate import validate_client, validate_ratio
+
+
+@dataclass(frozen=True, slots=True)
+class MaskResult:
+    """What `mask` made.
+
+    Args:
+        hidden: share of all parameters that are hidden in it.
+        key_created: a new job key was written.
+        public_base: how many masked tensors of it are exact, resized and so on (see `bases`); None for zero fill.
+    """
+
+    path: str
+    kind: str
+    model_digest: str
+    groups: int
+    hidden: float
+    key_created: bool
+    public_base: dict[str, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeResult:
+    """What `quantize` made; shares as in `storage.clear_shares`."""
+
+    path: str
+    quantization: Quantization | None
+    shares: dict[str, float]
+
+
+def mask(
+    source: str,
+    out: str | Path,
+    *,
+    key: str | Path,
+    p1: float | None = None,
+    axis: str | None = None,
+    where: str | None = None,
+    layers: str | None = None,
+    p1_schedule: str | None = None,
+    preset: str | None = None,
+    plan: str | Path | None = None,
+    rescale: bool | None = None,
+    fill: Fill | None = None,
+    public_base: str | None = None,
+    client: str | None = None,
+    round: int | None = None,
+    p2: float | None = None,
+    schedule: Schedule | None = None,
+    max_shard_size: str = "5GB",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> MaskResult:
+    """Hide the job's units of a global model, or, with `client`, one client's units of a server model.
+
+    Hidden units are physically absent: zero, or the public base. Visible weights stay bit-equal; only a client mask
+    folds the scale n / |V| in. With `client` the weights are those of `export_proxy`, but nothing is released: the
+    result is not in a ledger, and updates for it are refused.
+
+    Args:
+        p1: ratio hidden by the server; needed for a new key, else the key's.
+        where, layers, p1_schedule: what is hidden, and at other ratios (see `hiding`); None takes the key's.
+        preset: fills up fill, where, p1 and schedule (see `presets`); schedule is fresh without.
+        client, round, p2, schedule: the client mask (round is not needed in schedule sticky).
+
+    Raises:
+        InputError: anything does not fit together; nothing was written then.
+    """
+    choices = chosen(preset, Choices(fill, where, p1, schedule), public_base=public_base)
+    schedule = choices.schedule or "fresh"
+    _check_client_options(client, round, p2, schedule)
+    keep_outside(Path(out), key=key)
+    work = open_work(
+        source, key=key, p1=choices.p1, axis=axis, plan=plan, rescale=rescale, fill=choices.fill,
+        public_base=public_base, where=choices.where, layers=layers, p1_schedule=p1_schedule,
+    )  # fmt: skip
+    how = work.model.manifest.quantization if work.model.manifest else None
+    if client is None and work.model.kind != "global-model":
+        raise InputError("this is a server model already", where=source, hint="name a --client to hide more")
+    todo = flows(work.model, how, work.masks.hidden)
+    with ArtifactWriter(Path(out), force=force, hashed=False) as writer:
+        sink = writer.tensors(
+            "model", tensor_specs(todo, how), max_shard_bytes=shard_bytes(max_shard_size), metadata=METADATA
+        )
+        if client is None:
+            output: ServerOutput | ClientOutput = ServerOutput(sink, how)
+            kind, more = "server-model", 0
+        else:
+            masks = ClientMasks(work.masks, client, round or 0, p2 or 0.0, schedule, work.rescale)
+            output = ClientOutput(sink, how, masks.hidden, masks.factor)
+            kind, more = "masked-model", sum(map(masks.hidden_elements, work.model.plan.tensors))
+        digests = run(work.model, todo, how, [output], base=work.base, progress=progress or Silent())
+        sink.close()
+        if client is None:
+            copy_residual(work.model, writer, work.masks.hidden)
+            copy_companions(work.model, writer)
+        else:
+            write_companions(writer, work, how)
+        writer.add_bytes(MODEL_MANIFEST, manifest_bytes(model_manifest(work, kind, digests.model, digests.base, how)))
+        work.save_key()
+        path = writer.publish()
+    total = sum(flow.size for flow in todo)
+    hidden = sum(map(work.masks.hidden_elements, work.model.plan.tensors)) + more
+    groups = len(work.model.plan.groups())
+    filled = work.base.counts() if work.base is not None else None
+    return MaskResult(str(path), kind, digests.model, groups, hidden / total, work.new_key, filled)
+
+
+def quantize(
+    source: str,
+    out: str | Path,
+    *,
+    format: str,
+    block_size: int = 64,
+    double_quant: bool = False,
+    layout: str | None = None,
+    plan: str | Path | None = None,
+    max_shard_size: str = "5GB",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> QuantizeResult:
+    """Quantize a global model or a server model block by block (absmax, DESIGN section 3).
+
+    Args:
+        format: nf4, fp4, int8, nf3, nf2 or none. layout: bnb (packed, the default where it exists) or dense.
+        plan: rules for a model that was not masked; a server model brings its own.
+
+    Raises:
+        InputError: anything does not fit together; nothing was written then.
+    """
+    how = quantization(format, block_size=block_size, double_quant=double_quant, layout=layout)
+    model = open_model(source, overrides=load_overrides(plan) if plan is not None else None)
+    if model.is_quantized:
+        raise InputError("the model is quantized already", where=source)
+    if model.kind == "masked-model":
+        raise InputError("this model carries a client mask", where=source, hint="quantize the server model first")
+    if plan is not None and model.kind == "server-model":
+        raise InputError("a server model brings its own plan", where="--plan")
+    model.plan.require_known()
+    todo = flows(model, how, lambda tensor: None)
+    with ArtifactWriter(Path(out), force=force, hashed=False) as writer:
+        sink = writer.tensors(
+            "model", tensor_specs(todo, how), max_shard_bytes=shard_bytes(max_shard_size), metadata=METADATA
+        )
+        digests = run(model, todo, how, [ServerOutput(sink, how)], base=None, progress=progress or Silent())
+        sink.close()
+        copy_companions(model, writer, how)
+        writer.add_bytes(MODEL_MANIFEST, manifest_bytes(_quantized_manifest(model, digests, how)))
+        path = writer.publish()
+    return QuantizeResult(str(path), how, clear_shares(model.plan.tensors, how))
+
+
+def copy_companions(model: OpenModel, writer: ArtifactWriter, how: Quantization | None = None) -> None:
+    """config.json (with the quantization of packed weights), tokenizer and generation files, as the owner has them."""
+    config = model.checkpoint.config
+    packed = how is not None and how.layout == "bnb"
+    if config is not None and not packed and "quantization_config" not in config:
+        writer.add_file("config.json", model.source.path / "config.json")
+    elif config is not None:
+        document = {key: value for key, value in config.items() if key != "quantization_config"}
+        if how is not None and packed:
+            skip = model.plan.skip_modules(config)
+            document["quantization_config"] = quantization_config(
+                how.format, how.block_size, how.double_quant, skip, model.config_dtype
+            )
+        writer.add_bytes("config.json", strictjson.pretty(document).encode())
+    for companion in model.checkpoint.companions:
+        writer.add_file(companion.name, companion)
+
+
+def _quantized_manifest(model: OpenModel, digests: Digests, how: Quantization | None) -> ModelManifest:
+    if model.manifest is not None and model.kind == "server-model":
+        # The digest is over M_H ⊙ W. With the public base in the holes only the server model's own manifest knows it.
+        digest = digests.model if model.manifest.fill == "zero" else model.manifest.model_digest
+        changes = {"quantization": how, "source": source_record(model), "model_digest": digest}
+        return model.manifest.model_copy(update=changes)
+    return ModelManifest.model_validate(
+        {
+            "kind": "global-model",
+            "job": None,
+            "p1": 0.0,
+            "axis": model.plan.axis,
+            "rescale": False,
+            "fill": "zero",
+            "public_base": None,
+            "plan": model.plan.digest,
+            "overrides": model.plan.overrides,
+            "model_digest": digests.model,
+            "quantization": how,
+            "groups": {},
+            "tensors": {},
+            "source": source_record(model),
+        }
+    )
+
+
+def _check_client_options(client: str | None, round: int | None, p2: float | None, schedule: str) -> None:
+    given = {"--round": round, "--p2": p2}
+    if client is None:
+        for option, value in given.items():
+            if value is not None:
+                raise InputError("only a client mask has one", where=option, hint="name the --client")
+        return
+    validate_client(client)
+    for option, value in given.items():
+        if value is None and not (option == "--round" and schedule == "sticky"):
+            raise InputError("a client mask needs it", where=option)
+    validate_ratio(p2 or 0.0)
+    check_schedule(round or 0, schedule)

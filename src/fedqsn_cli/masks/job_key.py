@@ -1,0 +1,260 @@
+"""The job key: the one secret from which all masks of a job derive.
+
+    {"format": "fedqsn-key/1", "key": 64 hex digits, "p1": ratio, "axis": axis, "plan": sha256, "overrides": {...},
+     "groups": {group: [units, parameters]}, "clear": parameters that no mask covers,
+     "ratios": {group: p1}, only where some group has another p1}
+
+A key file belongs to one job: one p1, one plan, one axis. It must be a regular file that nobody but its owner can open.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedqsn_cli import strictjson
+from fedqsn_cli.errors import FormatError, InputError, KeyFileError, OutputExists, PlanError
+from fedqsn_cli.masks.draw import KEY_BYTES, derive, hidden_count
+from fedqsn_cli.planning.overrides import canonical
+from fedqsn_cli.planning.placement import said
+from fedqsn_cli.planning.plan import Plan
+from fedqsn_cli.planning.tensor_plan import AXES
+from fedqsn_cli.validate import validate_ratio
+
+FORMAT = "fedqsn-key/1"
+MAX_BYTES = 16 * 2**20
+
+_FIELDS = {"format", "key", "p1", "axis", "plan", "overrides", "groups", "clear"}
+_OPTIONAL = {"ratios"}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job: its key, and what may never change while it runs.
+
+    Args:
+        groups: units and parameters of each group. clear: parameters in no group. With them, what clients have seen can
+            be computed from the ledger alone. ratios: p1 of the groups that have their own.
+    """
+
+    key: bytes = field(repr=False)
+    p1: float
+    axis: str
+    plan_digest: str
+    overrides: dict[str, Any]
+    groups: dict[str, tuple[int, int]]
+    clear: int
+    ratios: dict[str, float] = field(default_factory=dict)
+
+    def ratio(self, group: str) -> float:
+        """The share of a group's units that the server mask hides."""
+        return self.ratios.get(group, self.p1)
+
+    def hides(self, group: str, units: int) -> int:
+        """How many of a group's units the server mask hides."""
+        return hidden_count(units, self.ratio(group))
+
+    @property
+    def least_ratio(self) -> float | None:
+        """The smallest share that is hidden of any group, None if it is p1 for all."""
+        return min(map(self.ratio, self.groups)) if self.ratios else None
+
+    @property
+    def commitment(self) -> str:
+        """Names the key without revealing it: HMAC-SHA256(key, "fedqsn/v1/commitment"), hex."""
+        return derive(self.key, ("fedqsn/v1/commitment",)).hex()
+
+
+def draw(p1: float, axis: str, plan: Plan) -> Job:
+    """A new job with a key drawn from the operating system's generator; nothing is written yet."""
+    groups, clear = plan.sizes()
+    return Job(
+        secrets.token_bytes(KEY_BYTES), validate_ratio(p1), axis, plan.digest, canonical(plan.overrides), groups, clear,
+        plan.ratios(),
+    )  # fmt: skip
+
+
+def save(path: str | Path, job: Job) -> None:
+    """Write a new key file, complete from the first instant, mode 0600.
+
+    Raises:
+        OutputExists: something is there already; it is not touched.
+    """
+    from fedqsn_cli.checkpoint import create_secret
+
+    document = {
+        "format": FORMAT,
+        "key": job.key.hex(),
+        "p1": job.p1,
+        "axis": job.axis,
+        "plan": job.plan_digest,
+        "overrides": job.overrides, "groups": job.groups, "clear": job.clear,
+    }
+    if job.ratios:
+        document["ratios"] = job.ratios
+    try:
+        create_secret(Path(path), strictjson.pretty(document).encode())
+    except FileExistsError:
+        raise OutputExists("a file is already there", where=path) from None
+
+
+def load(path: str | Path) -> Job:
+    """Read a key file.
+
+    Raises:
+        KeyFileError: it is missing, no regular file, another user's, open to others, or malformed.
+    """
+    document = _document(path)
+    if not isinstance(document, dict) or set(document) - _OPTIONAL != _FIELDS or document["format"] != FORMAT:
+        raise KeyFileError(f"not a key file of format {FORMAT}", where=path)
+    try:
+        return Job(
+            _key(document["key"], path),
+            _ratio(document["p1"], "p1", path),
+            _one_of(document["axis"], AXES, path),
+            _hex(document["plan"], path),
+            canonical(document["overrides"]),
+            _groups(document["groups"], path),
+            _count(document["clear"], path),
+            _ratios(document.get("ratios", {}), document["groups"], path),
+        )
+    except PlanError as error:
+        raise KeyFileError(f"the key file's overrides are malformed: {error}", where=path) from None
+
+
+def open_or_draw(path: str | Path, *, p1: float | None, axis: str, plan: Plan) -> tuple[Job, bool]:
+    """The job at a path, or a new one where there is none, which the caller saves once its work has succeeded.
+
+    Args:
+        p1: server mask ratio; None takes the key's, and does not start a job.
+
+    Returns:
+        The job, and whether it is new.
+
+    Raises:
+        KeyFileError: the key belongs to a job with another p1, axis or plan, or there is none and p1 is None.
+    """
+    if os.path.lexists(path):
+        job = load(path)
+        check_same(job, p1, axis, plan, path)
+        return job, False
+    if p1 is None:
+        raise KeyFileError("there is no key", where=path, hint="give --p1 to start a new job")
+    return draw(p1, axis, plan), True
+
+
+def check_same(job: Job, p1: float | None, axis: str, plan: Plan, path: str | Path) -> None:
+    """Refuse another p1, axis or plan than the job has: its hidden set never changes.
+
+    Raises:
+        KeyFileError: one of them differs.
+    """
+    if p1 is not None and validate_ratio(p1) != job.p1:
+        raise _another_job(f"p1 = {job.p1!r}", f"p1 = {float(p1)!r} was asked for", path)
+    if axis != job.axis:
+        raise _another_job(f"axis {job.axis}", f"axis {axis} was asked for", path)
+    if plan.digest != job.plan_digest:
+        why = "its tensors, shapes or roles differ" if plan.overrides == job.overrides else "its plan file differs"
+        raise _another_job(f"plan {job.plan_digest[:12]}", f"this checkpoint has plan {plan.digest[:12]}: {why}", path)
+    if plan.ratios() != job.ratios:
+        raise KeyFileError("ratios in the key are not those of its plan", where=path, hint="restore it from a backup")
+
+
+def check_hiding(job: Job, asked: Mapping[str, Any], path: str | Path) -> None:
+    """Refuse another where, layers or p1 schedule than the job has.
+
+    Args:
+        asked: those of them that were asked for, in canonical form.
+
+    Raises:
+        KeyFileError: one of them differs.
+    """
+    for name, value in asked.items():
+        held = job.overrides.get(name)
+        if value != (held or ("all" if name == "where" else None)):
+            raise _another_job(said(name, held), f"{said(name, value)} was asked for", path)
+
+
+def _another_job(held: str, asked: str, path: str | Path) -> KeyFileError:
+    hint = "a job has one of each: use the key's, or start a new job with a new key file"
+    return KeyFileError(f"the key belongs to a job with {held}, but {asked}", where=path, hint=hint)
+
+
+def _document(path: str | Path) -> Any:
+    """Open first, then look at what was opened: a file swapped in between changes nothing."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise KeyFileError("there is no key", where=path) from None
+    except OSError as error:
+        raise KeyFileError(f"cannot open the key ({error.strerror})", where=path) from None
+    try:
+        _check_private(os.fstat(descriptor), path)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            data = file.read(MAX_BYTES + 1)
+    finally:
+        os.close(descriptor)
+    if len(data) > MAX_BYTES:
+        raise KeyFileError("the file is too large for a key", where=path)
+    try:
+        return strictjson.loads(data, path)
+    except FormatError as error:
+        raise KeyFileError(error.what, where=path) from None
+
+
+def _check_private(found: os.stat_result, path: str | Path) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise KeyFileError("the key must be a regular file", where=path)
+    if found.st_uid not in (os.geteuid(), 0):
+        raise KeyFileError("the key belongs to another user", where=path)
+    if found.st_mode & 0o077:
+        mode = stat.S_IMODE(found.st_mode)
+        raise KeyFileError(f"other users can open the key (mode {mode:04o})", where=path, hint=f"run: chmod 600 {path}")
+
+
+def _key(value: object, path: str | Path) -> bytes:
+    return bytes.fromhex(_hex(value, path))
+
+
+def _hex(value: object, path: str | Path) -> str:
+    if not isinstance(value, str) or len(value) != 64 or set(value) - set("0123456789abcdef"):
+        raise KeyFileError("a field of the key file is not 64 hexadecimal digits", where=path)
+    return value
+
+
+def _ratio(value: object, name: str, path: str | Path) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise KeyFileError(f"{name} in the key file is not a number", where=path)
+    try:
+        return validate_ratio(value)
+    except InputError as error:
+        raise KeyFileError(f"{name} in the key file: {error.what}", where=path) from None
+
+
+def _ratios(value: object, groups: dict[str, Any], path: str | Path) -> dict[str, float]:
+    if not isinstance(value, dict) or not value.keys() <= groups.keys():
+        raise KeyFileError("ratios in the key file are not those of its groups", where=path)
+    return {name: _ratio(ratio, f"the ratio of {name}", path) for name, ratio in value.items()}
+
+
+def _one_of(value: object, allowed: tuple[str, ...], path: str | Path) -> str:
+    if not isinstance(value, str) or value not in allowed:
+        raise KeyFileError(f"axis in the key file is not one of {', '.join(allowed)}", where=path)
+    return value
+
+
+def _groups(value: object, path: str | Path) -> dict[str, tuple[int, int]]:
+    if not isinstance(value, dict) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value.values()):
+        raise KeyFileError("groups in the key file are not pairs of counts", where=path)
+    return {name: (_count(units, path), _count(size, path)) for name, (units, size) in value.items()}
+
+
+def _count(value: object, path: str | Path) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise KeyFileError("a field of the key file is not a count", where=path)
+    return value

@@ -1,0 +1,122 @@
+"""The masks of a job, tensor by tensor: what the server hides, what it hides from one client, and the scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedqsn_cli.masks.draw import client_scope, client_units, hidden_count, hidden_units, scale
+from fedqsn_cli.masks.job_key import Job
+from fedqsn_cli.masks.unit_mask import UnitMask
+from fedqsn_cli.planning.tensor_plan import TensorPlan
+
+Bools = NDArray[np.bool_]
+
+_LARGE = 1 << 20  # units; only a group of single weights has more
+
+
+@dataclass
+class ServerMasks:
+    """The server mask of a job. The hidden set of a group is drawn once and kept while its tensors go by."""
+
+    job: Job
+    _groups: dict[str, Bools] = field(default_factory=dict)
+    _last: tuple[TensorPlan | None, UnitMask | None] = (None, None)
+
+    def group(self, name: str, units: int) -> Bools:
+        """H of a group, [units], True where hidden."""
+        found = self._groups.get(name)
+        if found is None:
+            found = hidden_units(self.job.key, name, units, self.job.ratio(name))
+            # single weights as units: one such group at a time is enough
+            self._groups = {name: found} if units > _LARGE else self._groups | {name: found}
+        return found
+
+    def hidden(self, tensor: TensorPlan) -> UnitMask | None:
+        """What the server hides of a tensor; None when the plan does not mask it or its ratio is 0."""
+        if tensor.axis is None or self.count(tensor) == 0:
+            return None
+        last, mask = self._last
+        if last is not tensor:
+            mask = UnitMask.of(tensor.axis, tensor.view, [self.group(name, tensor.units) for name in tensor.groups])
+            self._last = tensor, mask
+        return mask
+
+    def hidden_elements(self, tensor: TensorPlan) -> int:
+        """How many elements of a tensor the server hides."""
+        return _elements(tensor, self.count(tensor))
+
+    def count(self, tensor: TensorPlan) -> int:
+        """How many units of each of a tensor's groups the server hides; its groups have one ratio."""
+        return self.job.hides(tensor.groups[0], tensor.units) if tensor.masked else 0
+
+
+@dataclass
+class ClientMasks:
+    """The masks of one client in one round, on top of the server's.
+
+    Args:
+        server: the server masks of the job.
+        client, round: whose proxy; `round` counts only in schedule fresh.
+        p2: ratio hidden from this client.
+        schedule: fresh (another mask every round) or sticky (the same mask in all rounds).
+        rescale: whether the visible part is scaled by n / |V|.
+    """
+
+    server: ServerMasks
+    client: str
+    round: int
+    p2: float
+    schedule: Literal["fresh", "sticky"]
+    rescale: bool
+
+    def group(self, name: str, units: int) -> Bools:
+        """C of a group, [units], True where hidden from the client only."""
+        scope = client_scope(self.client, None if self.schedule == "sticky" else self.round)
+        return client_units(self.server.job.key, name, self.server.group(name, units), self.p2, scope)
+
+    def visible_group(self, name: str, units: int) -> Bools:
+        """V of a group, [units], True where the client sees the unit."""
+        visible: Bools = ~(self.server.group(name, units) | self.group(name, units))
+        return visible
+
+    def hidden(self, tensor: TensorPlan) -> UnitMask | None:
+        """What is hidden of a tensor from this client only (C); None when nothing is."""
+        if not tensor.masked or tensor.axis is None or self._counts(tensor)[1] == 0:
+            return None
+        return UnitMask.of(tensor.axis, tensor.view, [self.group(name, tensor.units) for name in tensor.groups])
+
+    def visible(self, tensor: TensorPlan) -> UnitMask | None:
+        """What the client sees of a tensor (V); None when the plan does not mask it."""
+        if not tensor.masked or tensor.axis is None:
+            return None
+        return UnitMask.of(tensor.axis, tensor.view, [self.visible_group(name, tensor.units) for name in tensor.groups])
+
+    def visible_count(self, tensor: TensorPlan) -> int:
+        """|V|: how many units of each group of a tensor the client sees."""
+        return tensor.units - sum(self._counts(tensor))
+
+    def hidden_elements(self, tensor: TensorPlan) -> int:
+        """How many elements of a tensor are hidden from this client only."""
+        return _elements(tensor, self._counts(tensor)[1])
+
+    def factor(self, tensor: TensorPlan) -> np.float32:
+        """The scale s of a tensor in this client's proxy: n / |V|, or 1."""
+        if not self.rescale or not tensor.masked:
+            return np.float32(1)
+        return scale(tensor.units, *self._counts(tensor))
+
+    def _counts(self, tensor: TensorPlan) -> tuple[int, int]:
+        by_server = self.server.count(tensor)
+        return by_server, hidden_count(tensor.units - by_server, self.p2)
+
+
+def _elements(tensor: TensorPlan, units: int) -> int:
+    """Elements in so many units of each group of a tensor."""
+    if not tensor.masked or tensor.axis is None:
+        return 0
+    _, rows, cols = tensor.view
+    return units * len(tensor.groups) * {"row": cols, "column": rows, "element": 1}[tensor.axis]

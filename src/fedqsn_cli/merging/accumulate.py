@@ -1,0 +1,266 @@
+"""The arithmetic of merging, compiled: one pass over memory each.
+
+Sums run in double precision in the order of the updates and are rounded once, to fp32 and from there to the model's
+dtype (to nearest, ties to even), so a result depends neither on chunk size nor on the number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedqsn_cli.kernels.jit import INFINITY, MAGNITUDE, as_bits, kernel, narrow, narrow_brain, to_bits, to_float, widen
+from fedqsn_cli.kernels.threads import run_ranges
+from fedqsn_cli.masks.unit_mask import Axis
+from fedqsn_cli.quantization.kernels import narrowed, widened
+
+Array = NDArray[Any]
+Doubles = NDArray[np.float64]
+
+PIECE = 1024  # values that go through each step together: they stay in the first cache
+RUN = 16384  # values of a tensor without rows of its own that are summed together
+GRAIN = 1 << 16  # values that are worth a thread
+
+FLAT, ROWS, COLUMNS, ELEMENTS = 0, 1, 2, 3
+MODES = {None: FLAT, "row": ROWS, "column": COLUMNS, "element": ELEMENTS}
+
+
+def add(total: Array, u: Array, dtype: str, index: NDArray[np.int64], axis: Axis | None, coefficient: float) -> float:
+    """total += coefficient * U on the elements that U holds.
+
+    Args:
+        total: float64 [rows, cols].
+        u: stored bits of U for these rows: [seen rows * cols], [rows * seen columns] or [seen elements].
+        index: the seen rows, columns or elements; unused when the tensor has no units.
+
+    Returns:
+        Sum of squares of U; NaN or infinite if an element of U is.
+    """
+    bits, kind = as_bits(u, dtype)
+    rows, cols = total.shape
+    mode = ELEMENTS if axis == "row" and cols == 1 else MODES[axis]
+    width = {FLAT: RUN, ROWS: cols, COLUMNS: u.size // max(rows, 1), ELEMENTS: RUN}[mode]
+    parts = -(-u.size // max(width, 1))
+    squares = np.zeros(parts)
+
+    def work(start: int, stop: int) -> None:
+        _add(total.reshape(-1), cols, bits, kind, index, mode, width, start, stop, coefficient, squares)
+
+    run_ranges(parts, max(1, GRAIN // max(width, 1)), work)
+    return float(squares.sum())
+
+
+@kernel
+def _add(
+    total: Any, cols: int, u: Any, kind: int, index: Any, mode: int, width: int, start: int, stop: int,
+    coefficient: float, squares: Any,
+) -> None:  # fmt: skip
+    """Parts start .. stop of U, `width` values each; the sum of squares of each part."""
+    bits, sums = np.empty(PIECE, np.uint32), np.empty(PIECE, np.float64)
+    values = bits.view(np.float32)
+    for part in range(start, stop):
+        sums[:] = 0.0
+        first, end = part * width, min((part + 1) * width, u.size)
+        for at in range(first, end, PIECE):
+            count = min(PIECE, end - at)
+            widen(u[at : at + count], kind, bits)
+            inside = at - first
+            if mode == COLUMNS:
+                line = total[part * cols : (part + 1) * cols]
+                _scatter(values[:count], line, index[inside : inside + count], coefficient, sums)
+            elif mode == ELEMENTS:
+                _scatter(values[:count], total, index[at : at + count], coefficient, sums)
+            else:
+                begin = (index[part] * cols if mode == ROWS else first) + inside
+                _run(values[:count], total[begin : begin + count], coefficient, sums)
+        squares[part] = _folded(sums)
+
+
+@kernel
+def _run(values: Any, total: Any, coefficient: float, sums: Any) -> None:
+    for i in range(values.size):
+        x = np.float64(values[i])
+        total[i] += coefficient * x
+        sums[i] += x * x
+
+
+@kernel
+def _scatter(values: Any, total: Any, index: Any, coefficient: float, sums: Any) -> None:
+    for i in range(values.size):
+        x = np.float64(values[i])
+        total[index[i]] += coefficient * x
+        sums[i] += x * x
+
+
+@kernel
+def _folded(sums: Any) -> float:
+    """Sum of PIECE numbers, in an order that vectorises."""
+    half = PIECE // 2
+    while half:
+        for i in range(half):
+            sums[i] += sums[half + i]
+        half //= 2
+    return float(sums[0])
+
+
+def subtract(total: Doubles, drift: Doubles, weights: Array, axis: Axis | None, coefficient: float) -> None:
+    """total -= coefficient * weights * drift, unit by unit; `drift` holds that product afterwards.
+
+    Where a weight is 0, nobody saw the unit and its sum stays what it is.
+
+    Args:
+        total, drift: [rows, cols]. weights: as for `step`.
+    """
+    factors = coefficient * weights
+    shapes: dict[Axis | None, tuple[int, ...]] = {
+        None: (1, 1), "row": (-1, 1), "column": (1, -1), "element": drift.shape,
+    }  # fmt: skip
+    np.multiply(drift, factors.reshape(shapes[axis]), out=drift)
+    np.subtract(total, drift, out=total)
+
+
+def step(
+    w: Array, residual: Array | None, dtype: str, total: Array, weights: Array, axis: Axis | None, rate: float
+) -> int:
+    """w + residual += rate * total / weights, in place; what rounding drops goes into the residual.
+
+    An element whose step is zero keeps its bits, and so does its residual.
+
+    Args:
+        w: stored bits [rows, cols]. residual: BF16 bits [rows, cols] of 16-bit models, else None.
+        total: float64 [rows, cols]. weights: float64, one for each row, column or element, or [1]; 0 means unseen.
+
+    Returns:
+        How many elements became infinite or NaN.
+    """
+    rows, cols = total.shape
+    bits, kind = as_bits(w, dtype)
+    rest = np.zeros(0, np.uint16) if residual is None else residual.reshape(-1)
+    mode = ELEMENTS if axis == "row" and cols == 1 else MODES[axis]
+    width = cols if mode in {ROWS, COLUMNS} else RUN
+    parts = -(-total.size // max(width, 1))
+    bad = np.zeros(parts, np.int64)
+
+    def work(start: int, stop: int) -> None:
+        _step(bits, rest, kind, total.reshape(-1), weights, mode, width, start, stop, rate, bad)
+
+    run_ranges(parts, max(1, GRAIN // max(width, 1)), work)
+    return int(bad.sum())
+
+
+@kernel
+def _step(
+    w: Any, residual: Any, kind: int, total: Any, weights: Any, mode: int, width: int, start: int, stop: int,
+    rate: float, bad: Any,
+) -> None:  # fmt: skip
+    """Parts start .. stop of the tensor, `width` values each; how many of each part went wrong."""
+    old, wide = np.empty(PIECE, np.uint32), np.empty(PIECE, np.uint32)
+    new, rounded = np.empty(PIECE, np.uint32), np.empty(PIECE, w.dtype)
+    old_values, new_values = old.view(np.float32), new.view(np.float32)
+    divisors, moves, moved = np.empty(PIECE), np.empty(PIECE), np.empty(PIECE, np.uint32)
+    for part in range(start, stop):
+        first, end = part * width, min((part + 1) * width, w.size)
+        if mode in (FLAT, ROWS):
+            weight = weights[part if mode == ROWS else 0]
+            if weight == 0.0:
+                continue
+            divisors[:] = weight
+        for at in range(first, end, PIECE):
+            count = min(PIECE, end - at)
+            if mode == COLUMNS:
+                _divisors(weights[at - first : at - first + count], divisors)
+            elif mode == ELEMENTS:
+                _divisors(weights[at : at + count], divisors)
+            target, rest = w[at : at + count], residual[at : at + count]
+            widen(target, kind, old)
+            _move(old_values, rest, total[at : at + count], divisors, rate, moves, new_values, moved)
+            narrow(new, kind, rounded[:count])
+            widen(rounded[:count], kind, wide)
+            bad[part] += _keep(target, rest, rounded, new_values, wide, wide.view(np.float32), moved)
+
+
+@kernel
+def _divisors(weights: Any, divisors: Any) -> None:
+    """The weights, and infinity for 0: what nobody saw does not move."""
+    for i in range(weights.size):
+        divisors[i] = weights[i] if weights[i] != 0.0 else np.inf
+
+
+@kernel
+def _move(old: Any, rest: Any, total: Any, divisors: Any, rate: float, moves: Any, new: Any, moved: Any) -> None:
+    """new = old + rest + rate * total / divisor; `moved` is all ones, but the sign, where the sum is not just zero."""
+    for i in range(total.size):
+        moves[i] = rate * total[i] / divisors[i]
+    for i in range(total.size):
+        moved[i] = MAGNITUDE if moves[i] != 0.0 else np.uint32(0)
+    if rest.size:
+        for i in range(total.size):
+            kept = to_float(np.uint32(rest[i]) << np.uint32(16))
+            new[i] = np.float32(np.float64(old[i]) + np.float64(kept) + moves[i])
+    else:
+        for i in range(total.size):
+            new[i] = np.float32(np.float64(old[i]) + moves[i])
+
+
+@kernel
+def _keep(w: Any, rest: Any, rounded: Any, new: Any, wide: Any, stored: Any, moved: Any) -> int:
+    """Store what moved, and what rounding dropped; how many are not finite? `stored` are the values of bits `wide`."""
+    bad = 0
+    for i in range(w.size):
+        w[i] = rounded[i] if moved[i] else w[i]
+    for i in range(w.size):
+        bad += int((wide[i] & moved[i]) >= INFINITY)
+    for i in range(rest.size):
+        dropped = narrow_brain(to_bits(new[i] - stored[i]))
+        rest[i] = dropped if moved[i] else rest[i]
+    return bad
+
+
+def sum_of_squares(x: Array, dtype: str) -> float:
+    """Sum of squares of stored floats."""
+    bits, kind = as_bits(x, dtype)
+    squares = np.zeros(-(-bits.size // RUN))
+
+    def work(start: int, stop: int) -> None:
+        _squares(bits, kind, start, stop, squares)
+
+    run_ranges(squares.size, GRAIN // RUN, work)
+    return float(squares.sum())
+
+
+@kernel
+def _squares(x: Any, kind: int, start: int, stop: int, squares: Any) -> None:
+    bits, sums = np.empty(PIECE, np.uint32), np.empty(PIECE, np.float64)
+    values = bits.view(np.float32)
+    for part in range(start, stop):
+        sums[:] = 0.0
+        for at in range(part * RUN, min((part + 1) * RUN, x.size), PIECE):
+            count = min(PIECE, x.size - at)
+            widen(x[at : at + count], kind, bits)
+            for i in range(count):
+                sums[i] += np.float64(values[i]) * np.float64(values[i])
+        squares[part] = _folded(sums)
+
+
+def mix(a: Array, x: float, b: Array, y: float, dtype: str) -> Array:
+    """x * a + y * b of stored floats, in double precision, rounded to fp32 and then to the dtype; fresh array."""
+    first, second = (widened(part, dtype).astype(np.float64) for part in (a, b))
+    with np.errstate(invalid="ignore", over="ignore"):
+        result = (x * first + y * second).astype(np.float32)
+    return narrowed(result, dtype).reshape(a.shape)
+
+
+def moved(fill: Array, blend: float, full: Array, base: Array, dtype: str) -> Array:
+    """fill + blend * (full - base) of stored floats, in double precision, rounded to fp32 and then to the dtype.
+
+    With blend 1, `full` itself where the fill is still the base, to the sign of a zero.
+    """
+    now, end, start = (widened(part, dtype).astype(np.float64) for part in (fill, full, base))
+    with np.errstate(invalid="ignore", over="ignore"):
+        result = (now + blend * (end - start)).astype(np.float32)
+    made = narrowed(result, dtype).reshape(fill.shape)
+    if blend < 1:
+        return made
+    return np.where(fill.view(made.dtype) == base.view(made.dtype), full.view(made.dtype), made)

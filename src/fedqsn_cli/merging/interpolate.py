@@ -1,0 +1,144 @@
+"""A model on the straight line between two sets of weights, measured wherever somebody asks.
+
+    W(x) = W(0) + x (W(1) − W(0))        in fp32; a 16-bit model is then rounded as its file would be
+
+Both ends go through transformers once. What it renames, fuses or ties is linear in the weights, so that a point of the
+line in the model's own layout is the model of that point's checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedqsn_cli import validate
+from fedqsn_cli.checkpoint import Checkpoint
+from fedqsn_cli.errors import InputError
+from fedqsn_cli.merging.line_search import Point
+from fedqsn_cli.merging.streaming import End
+from fedqsn_cli.models.dense import from_bytes, scales
+from fedqsn_cli.models.torch_model import build_model, choose_device, load_model, memory_errors, quiet
+from fedqsn_cli.progress import Progress, Silent
+from fedqsn_cli.training.data import Encoder
+from fedqsn_cli.training.scoring import score
+from fedqsn_cli.training.tables import Table, read_table
+
+SHORT = {"F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Development:
+    """The owner's development data, and how to compute with it."""
+
+    table: Table
+    batch_size: int
+    max_length: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, data: str | Path, batch_size: int, max_length: int, device: str) -> Development:
+        """Read and check everything that needs no model. Raises InputError."""
+        validate.at_least(1, batch_size, "--batch-size")
+        validate.at_least(1, max_length, "--max-length")
+        return cls(read_table(data), batch_size, max_length, choose_device(device))
+
+
+class _Move(NamedTuple):
+    """A tensor of the model that differs between the ends: where it goes, and both ends on the CPU."""
+
+    target: Tensor
+    start: Tensor
+    end: Tensor
+
+
+class Line:
+    """The model between two ends, in memory once as a whole and twice more where the ends differ.
+
+    Args:
+        checkpoint: where the model's config, tokenizer and scale come from.
+        start, end: W(0) and W(1); their memory is given up on the way.
+
+    Raises:
+        InputError: the model cannot be built, or the data does not fit it.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, start: End, end: End, development: Development, progress: Progress
+    ) -> None:
+        kinds = {spec.dtype for spec in start[0].specs.values() if spec.dtype in {"F32", *SHORT}}
+        self._stored = SHORT.get(kinds.pop()) if len(kinds) == 1 else None
+        self._development = development
+        with quiet(), memory_errors():
+            factors = scales(checkpoint)
+            loaded = load_model(checkpoint, dense=_dense(start, factors))
+            self._encoder = Encoder.of(loaded, development.max_length)
+            self._examples = self._encoder.encode(development.table, progress)
+            far = build_model(checkpoint.config or {}, _dense(end, factors), where=checkpoint.path)
+            starts = _floats(loaded.model)
+            pairs = {name: (tensor.clone(), ends) for name, (tensor, ends) in _differing(starts, _floats(far)).items()}
+            self._model = loaded.model.to(development.device)
+            targets = _floats(self._model)
+            self._moves = [_Move(targets[name], *pair) for name, pair in pairs.items()]
+
+    @property
+    def examples(self) -> int:
+        """How many examples a loss is measured on."""
+        return len(self._examples)
+
+    def measure(self, at: float) -> Point:
+        """Go to W(at) and measure the model there."""
+        with torch.no_grad():
+            for move in self._moves:
+                move.target.copy_(self._point(move, at))
+        with quiet(), memory_errors():
+            try:
+                found = score(
+                    self._model, self._examples, batch_size=self._development.batch_size,
+                    padding=self._encoder.padding, progress=Silent(),
+                )  # fmt: skip
+            except InputError:  # its answers are not numbers: worse than anything that is measured
+                return Point(at, math.inf, None, None)
+        return Point(at, found.loss, found.accuracy, found.perplexity)
+
+    def _point(self, move: _Move, at: float) -> Tensor:
+        """One tensor at W(at); the ends are exact, and at 0 the other end may even be infinite."""
+        value = {0.0: move.start, 1.0: move.end}.get(at)
+        if value is None:
+            value = torch.lerp(move.start, move.end, at)
+        return value if self._stored is None else value.to(self._stored).float()
+
+
+def _dense(end: End, factors: Mapping[str, np.float32]) -> dict[str, Tensor]:
+    """The tensors of an end as a model computes with them: fp32, with their residual, scaled."""
+    dense = {}
+    weights, residual = end
+    for name, spec in weights.specs.items():
+        tensor = from_bytes(weights.bytes.pop(name), spec.dtype, spec.shape)
+        if tensor.is_floating_point():
+            tensor = tensor.float()
+            if name in residual.bytes:
+                tensor += from_bytes(residual.bytes.pop(name), "BF16", spec.shape).float()
+            if name in factors:
+                tensor *= float(factors[name])
+        dense[name] = tensor
+    return dense
+
+
+def _floats(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Floating-point tensors of a model, each memory once: tied parameters are one."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and tensor.numel():
+            found.setdefault(tensor.data_ptr(), (name, tensor))
+    return dict(found.values())
+
+
+def _differing(starts: Mapping[str, Tensor], ends: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    return {name: (one, ends[name]) for name, one in starts.items() if not torch.equal(one, ends[name])}

@@ -1,0 +1,295 @@
+"""`merge`: weighted averaging of updates, unit by unit, one chunk of one tensor at a time.
+
+    Δ_k = U_k / s_k                                   model coordinates
+    Δ   = Σ n_k Δ_k / Σ n_k                           over the clients that saw the unit (normalize coverage)
+                                                      or over all clients (normalize clients)
+    W'  = W + η Δ                                     units that nobody saw keep their bits
+
+FedAvg (arXiv 1602.05629) is the case without masks and quantization. Memory holds one chunk, its sum and a few chunks
+read ahead, however many clients there are; only looking for η or λ needs the whole model in memory.
+
+A control update is the owner's own: what training on the proxy does to the model on data that is not new to it. It is
+taken off every client's Δ_k, times γ, on the units that it saw.
+
+Where clients trained the fill, too (`export_proxy`, train all), their Δ_k hold every unit. In a server model it moves
+what stands in the holes; hidden weights are not there, and get the difference when the job is restored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from fedqsn_cli.artifacts import ledger as ledgers
+from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, UPDATE_TENSORS, ModelManifest, manifest_bytes
+from fedqsn_cli.checkpoint import ArtifactWriter, write_file_atomically
+from fedqsn_cli.errors import RefusedUpdate
+from fedqsn_cli.export.outputs import tensor_specs
+from fedqsn_cli.export.server_model import copy_companions
+from fedqsn_cli.export.session import keep_outside, shard_bytes
+from fedqsn_cli.kernels.hash_threads import HashThreads
+from fedqsn_cli.masks.job_key import Job
+from fedqsn_cli.masks.job_masks import ServerMasks
+from fedqsn_cli.merging.job_model import merged_manifest, open_job_model
+from fedqsn_cli.merging.line_search import Search, best_step
+from fedqsn_cli.merging.read_update import ClientUpdate, FileHash, open_updates
+from fedqsn_cli.merging.results import MergedClient, MergeResult
+from fedqsn_cli.merging.settings import Settings
+from fedqsn_cli.merging.streaming import End, Held, Merger, Normalize, Sink, stream
+from fedqsn_cli.models.flow import Flow, flows
+from fedqsn_cli.models.model import OpenModel
+from fedqsn_cli.models.residual import Residual, residual_sink, residual_specs
+from fedqsn_cli.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from fedqsn_cli.merging.interpolate import Development
+
+
+def merge(
+    source: str,
+    updates: Sequence[str | Path],
+    out: str | Path,
+    *,
+    key: str | Path,
+    ledger: str | Path | None = None,
+    normalize: Normalize = "coverage",
+    server_lr: float | Literal["auto"] = 1.0,
+    allow_worse: bool = False,
+    control: str | Path | None = None,
+    control_weight: float = 1.0,
+    restore: str | None = None,
+    public_base: str | None = None,
+    blend: float | Literal["auto"] = 1.0,
+    eval_data: str | Path | None = None,
+    batch_size: int = 32,
+    max_length: int = 256,
+    device: str = "auto",
+    max_update_norm: float = 10.0,
+    max_examples: int | None = None,
+    report: str | Path | None = None,
+    max_shard_size: str = "5GB",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Merge updates into the global model or the server model; or, with `restore`, end a job.
+
+    Args:
+        source: the model that the proxies were made of. updates: update directories.
+        normalize: average each unit over the clients that saw it, or over all.
+        server_lr: η; auto takes the one with the lowest loss on `eval_data`.
+        allow_worse: with auto, take the best η even where it makes the model worse.
+        control: an update that the owner trained on his own data, taken off the others `control_weight` (γ) times.
+        restore: a trained server model, whose visible units are put together with the hidden units of `source`.
+        public_base: what clients found in the holes; a restore needs it where they trained that, too.
+        blend: λ of the restore, 1 puts hidden units back in full; auto takes the one with the lowest loss.
+        eval_data, batch_size, max_length, device: as for `evaluate`; for auto only.
+        max_update_norm: largest accepted norm of one client's Δ relative to the model's.
+        max_examples: largest accepted number of examples that a client may claim.
+        report: a page to write about what auto tried.
+
+    Raises:
+        RefusedUpdate: an update is foreign, stale, doubled, malformed, non-finite or too large.
+        GateFailed: server_lr is auto, and every step makes the model worse.
+        InputError: anything else does not fit together. Nothing was written then, in any of these cases.
+    """
+    settings = Settings(
+        normalize, server_lr, allow_worse, control, control_weight, restore, public_base, blend, eval_data, report
+    )
+    settings.check(updates, ledger, max_update_norm)
+    keep_outside(Path(out), key=key, ledger=ledger, **{"eval-data": eval_data, "report": report})
+    limit = shard_bytes(max_shard_size)
+    progress = progress or Silent()
+    development = _development(settings, batch_size, max_length, device)
+    if restore is not None:
+        from fedqsn_cli.merging.restore import restore_model
+
+        result = restore_model(source, restore, out, key=key, public_base=public_base, blend=blend,
+                               development=development, max_shard_bytes=limit, force=force,
+                               progress=progress)  # fmt: skip
+    else:
+        assert ledger is not None
+        job, model = open_job_model(source, key)
+        with HashThreads() as hashing, ArtifactWriter(Path(out), force=force, hashed=False) as writer:
+            door = _Door(job, model, Path(ledger), hashing)
+            opened = door.updates(updates, max_examples)
+            own = door.control(control, opened) if control is not None else None
+            merging = _Merging(model, door.flows, opened, own, settings, max_update_norm, hashing, progress)
+            result = merging.write(job, writer, limit, development)
+    if report is not None and result.search is not None:
+        from fedqsn_cli.merging.page import render
+
+        write_file_atomically(Path(report), render(result.search).encode())
+    return result
+
+
+def _development(settings: Settings, batch_size: int, max_length: int, device: str) -> Development | None:
+    """The owner's data, read before anything else is; None where nothing is looked for."""
+    if settings.eval_data is None:
+        return None
+    from fedqsn_cli.merging.interpolate import Development
+
+    return Development.of(settings.eval_data, batch_size, max_length, device)
+
+
+
+
+
+
+class _Door:
+    """Lets updates in: those of this job, in its ledger, of one model."""
+
+    def __init__(self, job: Job, model: OpenModel, ledger: Path, hashing: HashThreads) -> None:
+        self._masks = ServerMasks(job)
+        self._model = model
+        self._ledger = ledger
+        self._hashing = hashing
+        self._releases = {release.proxy_id: release for release in ledgers.read(ledger)}
+        self.flows = flows(model, None, self._masks.hidden)
+
+    def updates(self, folders: Sequence[str | Path], max_examples: int | None) -> list[ClientUpdate]:
+        """The updates, in the order of clients. Raises RefusedUpdate."""
+        opened = open_updates(
+            [Path(folder) for folder in folders], masks=self._masks, plan=self._model.plan, releases=self._releases,
+            ledger=self._ledger, max_examples=max_examples, hashing=self._hashing,
+        )  # fmt: skip
+        for update in opened:
+            if update.moves_fill and self._model.kind != "server-model":
+                raise RefusedUpdate(
+                    "its client trained the public base in the holes, too, and a global model has no holes",
+                    where=update.folder, hint="merge it into the server model; a --restore puts all together",
+                )  # fmt: skip
+        return opened
+
+    def control(self, folder: str | Path, others: Sequence[ClientUpdate]) -> ClientUpdate:
+        """The control update: as good as any other, of nobody whose update is merged. Raises RefusedUpdate."""
+        (control,) = self.updates([folder], None)
+        for other in others:
+            if other.client == control.client:
+                raise RefusedUpdate(
+                    f"client {control.client!r} sent an update too", where=folder, hint="a control is not merged"
+                )
+        if control.release.model_digest != others[0].release.model_digest:
+            raise RefusedUpdate(
+                f"the control was trained on another model than the update in {others[0].folder}", where=folder,
+                hint="train it on a proxy of the same round",
+            )  # fmt: skip
+        return control
+
+
+@dataclass
+class _Merging:
+    """A model and what is merged into it. Looking for η goes through all of it once more than writing alone."""
+
+    model: OpenModel
+    flows: Sequence[Flow]
+    updates: list[ClientUpdate]
+    control: ClientUpdate | None
+    settings: Settings
+    max_update_norm: float
+    hashing: HashThreads
+    progress: Progress
+
+    def write(self, job: Job, writer: ArtifactWriter, limit: int, development: Development | None) -> MergeResult:
+        """Write the merged model and publish it."""
+        search = self._search(development) if development is not None else None
+        rate = search.chosen if search else float(self.settings.server_lr)
+        metadata = self.model.checkpoint.metadata
+        sink = writer.tensors("model", tensor_specs(self.flows, None), max_shard_bytes=limit, metadata=metadata)
+        rest = residual_sink(writer, self.model.plan.tensors, None)
+        merger, digest = self._send(rate, sink, rest)
+        sink.close()
+        if rest is not None:
+            rest.close()
+        copy_companions(self.model, writer)
+        writer.add_bytes(MODEL_MANIFEST, manifest_bytes(self._manifest(job, digest)))
+        path = writer.publish()
+        covered = merger.covered / sum(flow.size for flow in self.flows)
+        return MergeResult(
+            str(path), self.model.kind, tuple(_client(update, merger) for update in self.updates), merger.examples,
+            covered, digest, _client(self.control, merger) if self.control else None, rate, None, search,
+        )  # fmt: skip
+
+    def _manifest(self, job: Job, digest: str | None) -> ModelManifest:
+        """`fedqsn.json`, which tells whether what stands in the holes is still the public base."""
+        manifest = merged_manifest(self.model, job, digest)
+        if any(update.moves_fill for update in self.updates):
+            manifest = manifest.model_copy(update={"trained_fill": True})
+        return manifest
+
+    def _search(self, development: Development) -> Search:
+        """η with the lowest loss. Every check of the updates is done before the model is made to answer."""
+        from fedqsn_cli.merging.interpolate import Line
+
+        after, before = self._stepped(), self._held()
+        line = Line(self.model.checkpoint, before, after, development, self.progress)
+        return best_step(line.measure, line.examples, self.progress, allow_worse=self.settings.allow_worse)
+
+    def _stepped(self) -> End:
+        """The model after a step of η = 1; leaves the updates ready to be read once more."""
+        weights, residual = self._empty()
+        self._send(1.0, weights, residual)
+        self.updates = [_again(update, self.hashing) for update in self.updates]
+        self.control = _again(self.control, self.hashing) if self.control else None
+        return weights, residual
+
+    def _held(self) -> End:
+        """The model as it is now, and what it could not hold."""
+        weights, residual = self._empty()
+        kept = Residual(self.model)
+        for flow in self.flows:
+            lead, rows, cols = flow.storage.view
+            weights.write(flow.name, 0, self.model.read_rows(flow.name, flow.storage, 0, lead * rows))
+            if flow.name in residual.bytes:
+                residual.write(flow.name, 0, kept.rows(flow.name, 0, lead * rows, cols))
+        return weights, residual
+
+    def _empty(self) -> End:
+        return Held(tensor_specs(self.flows, None)), Held(residual_specs(self.model.plan.tensors))
+
+    def _send(self, rate: float, sink: Sink, rest: Sink | None) -> tuple[Merger, str | None]:
+        """One pass over everything, and what can only be checked once everything went by. Raises RefusedUpdate."""
+        settings = self.settings
+        merger = Merger(
+            self.model, self.updates, settings.normalize, rate, self.hashing, self.control, settings.control_weight
+        )
+        digest = stream(merger, self.flows, sink, rest, self.progress)
+        if merger.before.hexdigest(self.flows) != self.updates[0].release.model_digest:
+            raise RefusedUpdate(
+                "the updates were trained on proxies of another model", where=self.model.source.reference,
+                hint="give the model that this round's proxies were exported from",
+            )  # fmt: skip
+        for update in [*self.updates, *([self.control] if self.control else [])]:
+            update.finish()
+            norm = _relative(update, merger)
+            if norm > self.max_update_norm:
+                raise RefusedUpdate(
+                    f"its norm is {norm:.3g} times the model's, over --max-update-norm {self.max_update_norm:g}",
+                    where=update.folder,
+                )
+        return merger, digest
+
+
+def _again(update: ClientUpdate, hashing: HashThreads) -> ClientUpdate:
+    """The same file, to be read once more; another one in its place would be refused."""
+    hasher = FileHash(update.folder / UPDATE_TENSORS, update.identity, hashing.lane())
+    return replace(update, squares=0.0, hash=hasher)
+
+
+def _relative(update: ClientUpdate, merger: Merger) -> float:
+    return math.sqrt(update.squares / merger.squares) if merger.squares else 0.0
+
+
+def _client(update: ClientUpdate, merger: Merger) -> MergedClient:
+    examples = update.manifest.num_examples
+    return MergedClient(
+        client=update.client,
+        round=update.release.round,
+        num_examples=examples,
+        share=0.0 if update is merger.control else examples / merger.examples,
+        relative_norm=_relative(update, merger),
+        first_loss=update.manifest.losses.first,
+        last_loss=update.manifest.losses.last,
+    )

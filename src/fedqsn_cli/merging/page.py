@@ -1,0 +1,87 @@
+"""The page of `merge --report`: the losses that auto measured, and what it took. Self-contained, no script.
+
+Losses on the owner's data are all it tells: no weight, hidden position, key, name of a client or path is in it.
+"""
+
+from __future__ import annotations
+
+import math
+
+from fedqsn_cli.html import charts
+from fedqsn_cli.html.charts import Level, Line, Plot
+from fedqsn_cli.html.parts import document, figures, legend, section, table
+from fedqsn_cli.merging.line_search import Point, Search
+from fedqsn_cli.text import number, real
+from fedqsn_cli.version import VERSION
+
+_WORDS = {
+    "--blend": ("blend", "How much of the hidden neurons comes back", "λ: 0 leaves hidden neurons out, 1 puts them in"),
+    "--server-lr": ("step", "How far the updates move the model", "η: 0 is the model before, 1 the average as it is"),
+}
+
+
+def render(search: Search) -> str:
+    """The whole page."""
+    name, title, axis = _WORDS[search.option]
+    chosen = search.at(search.chosen)
+    lead = (
+        f"Loss on {number(search.examples)} examples of the owner's development data for each {name} that was tried; "
+        f"{name} {search.chosen:g} was taken."
+    )
+    facts = [(f"{search.chosen:g}", f"was taken for {search.option}"), (real(chosen.loss), "loss there")]
+    facts += [(real(point.loss), words) for point, words in _others(search)]
+    footer = f"<footer>fedqsn {VERSION}. This page holds no weight, no hidden position and no key.</footer>"
+    plot = section(title, lead, _plot(search, axis) + _key(search))
+    listed = section("All that was tried", "Every loss is of the whole model.", _table(search, name))
+    heading = f"fedqsn merge: {search.option} {search.chosen:g}"
+    return document("fedqsn merge", heading, [figures(facts), f'<div class="pair">{plot}{listed}</div>', footer])
+
+
+def _others(search: Search) -> list[tuple[Point, str]]:
+    """What the choice is to be compared with."""
+    if search.option == "--server-lr":
+        return [(search.at(0.0), "loss of the model before"), (search.at(1.0), "loss at step 1, the plain average")]
+    return [(search.at(1.0), "loss with hidden neurons in full"), (search.at(0.0), "loss without them")]
+
+
+def _finite(search: Search) -> list[tuple[float, float]]:
+    return [(point.value, point.loss) for point in search.curve if math.isfinite(point.loss)]
+
+
+def _plot(search: Search, axis: str) -> str:
+    points = _finite(search)
+    losses = [loss for _, loss in points]
+    room = 0.08 * (max(losses) - min(losses)) or 0.05 * max(losses) or 1.0
+    digits = max(0, 1 - math.floor(math.log10(10 * room)))
+    parts = 4 if search.option == "--blend" else 2
+    whole = sorted(point.value for point in search.curve if point.value * parts % 1 == 0)
+    ticks = [(value, f"{value:g}") for value in whole if points[0][0] <= value <= points[-1][0]]
+    lines = [Line("series", points, "loss"), Line("worst", [(search.chosen, search.at(search.chosen).loss)], "taken")]
+    return charts.draw(
+        Plot(
+            "Loss on development data", axis, lines, _levels(search), ticks=ticks,
+            low=max(0.0, min(losses) - room), high=max(losses) + room, number=lambda loss: f"{loss:.{digits}f}",
+        )  # fmt: skip
+    )
+
+
+def _levels(search: Search) -> list[Level]:
+    start = search.at(0.0).loss
+    return [Level("ceiling", start)] if search.option == "--server-lr" and math.isfinite(start) else []
+
+
+def _key(search: Search) -> str:
+    dashed = [("#17693f", "the model before")] if _levels(search) else []
+    return legend([("#8aa5dd", "tried"), ("#2456c8", "taken")], dashed)
+
+
+def _table(search: Search, name: str) -> str:
+    score = "accuracy" if search.at(search.chosen).accuracy is not None else "perplexity"
+    rows = [
+        (
+            f"{point.value:g}", real(point.loss), real(getattr(point, score)),
+            "taken" if point.value == search.chosen else "",
+        )
+        for point in search.curve
+    ]  # fmt: skip
+    return f'<div class="scroll">{table((name, "loss", score, ""), rows, (name, "loss", score))}</div>'

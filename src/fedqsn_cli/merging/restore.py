@@ -1,0 +1,214 @@
+"""The end of a job: the trained visible part and the hidden part, which never left, become one model again.
+
+λ = 1    the paper's "logical AND": visible units from the trained server model, hidden ones from the global model
+λ < 1    hidden units R + λ (W_h − R), R = 0 or the public base; visible units times s + λ (1 − s)
+λ = 0    the trained server model itself, its scale folded in
+
+Where clients trained the fill, too, R' stands in the holes, and hidden units become R' + λ (W_h − R): what was learnt
+there, R' − R, is added to the hidden weights as it is to visible ones (task arithmetic, arXiv 2212.04089).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, manifest_bytes
+from fedqsn_cli.checkpoint import ArtifactWriter
+from fedqsn_cli.errors import InputError
+from fedqsn_cli.export.outputs import tensor_specs
+from fedqsn_cli.export.pipeline import CHUNK_ELEMENTS
+from fedqsn_cli.export.server_model import copy_companions
+from fedqsn_cli.kernels.hash_threads import HashThreads
+from fedqsn_cli.masks.draw import scale
+from fedqsn_cli.masks.job_masks import ServerMasks
+from fedqsn_cli.merging.accumulate import mix, moved
+from fedqsn_cli.merging.job_model import merged_manifest, open_job_model
+from fedqsn_cli.merging.line_search import Search, best_blend
+from fedqsn_cli.merging.results import MergeResult
+from fedqsn_cli.merging.streaming import Held, Sink
+from fedqsn_cli.models.digest import ModelHash
+from fedqsn_cli.models.flow import Flow, flows
+from fedqsn_cli.models.model import OpenModel
+from fedqsn_cli.models.public_base import AlignedBase, open_base
+from fedqsn_cli.models.residual import Residual, residual_sink
+from fedqsn_cli.progress import Progress
+from fedqsn_cli.quantization.layout import row_chunks
+
+if TYPE_CHECKING:
+    from fedqsn_cli.merging.interpolate import Development
+
+Array = NDArray[Any]
+
+
+def restore_model(
+    source: str,
+    trained: str,
+    out: str | Path,
+    *,
+    key: str | Path,
+    public_base: str | None,
+    blend: float | Literal["auto"],
+    development: Development | None,
+    max_shard_bytes: int,
+    force: bool,
+    progress: Progress,
+) -> MergeResult:
+    """Put a trained server model and the hidden units of the global model together.
+
+    Args:
+        source: the global model. trained: the server model that the job ended with.
+        public_base: R; needed where clients trained the fill.
+        blend: λ, 0 to 1; auto takes the one with the lowest loss on the `development` data.
+
+    Raises:
+        InputError: the two models do not belong together, or λ is out of range. Nothing was written then.
+    """
+    if blend != "auto" and not (math.isfinite(blend) and 0 <= blend <= 1):
+        raise InputError(f"{blend} is not a blend", where="--blend", hint="a number from 0 to 1")
+    job, whole = open_job_model(source, key)
+    _, server = open_job_model(trained, key)
+    if whole.kind != "global-model":
+        raise InputError("this is a server model", where=source, hint="give the global model")
+    if server.kind != "server-model":
+        raise InputError("this is not a server model", where=trained, hint="it is made by 'fedqsn mask'")
+    _check_same_shapes(whole, server, trained)
+    masks = ServerMasks(job)
+    todo = flows(whole, None, masks.hidden)
+    base = _base(todo, whole, server, public_base)
+    ends = _Ends(whole, server, base)
+    with ArtifactWriter(Path(out), force=force, hashed=False) as writer:
+        search = _search(todo, ends, development, progress) if blend == "auto" else None
+        chosen = search.chosen if search else float(blend)
+        specs = tensor_specs(todo, None)
+        sink = writer.tensors("model", specs, max_shard_bytes=max_shard_bytes, metadata=whole.checkpoint.metadata)
+        keeps = chosen == 1 and base is None and any(Residual(model).exists for model in (whole, server))
+        rest = residual_sink(writer, whole.plan.tensors, None) if keeps else None
+        _stream(todo, ends, chosen, sink, rest, progress)
+        sink.close()
+        if rest is not None:
+            rest.close()
+        copy_companions(whole, writer)
+        writer.add_bytes(MODEL_MANIFEST, manifest_bytes(merged_manifest(whole, job, None, "global-model")))
+        path = writer.publish()
+    return MergeResult(str(path), "global-model", (), 0, 0.0, None, blend=chosen, search=search)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ends:
+    """What is put together: the global model, the trained server model, and R where R' stands in its holes."""
+
+    whole: OpenModel
+    server: OpenModel
+    base: AlignedBase | None
+
+
+def _base(todo: Sequence[Flow], whole: OpenModel, server: OpenModel, reference: str | None) -> AlignedBase | None:
+    """The public base of a job in which clients trained it, too.
+
+    Raises:
+        InputError: it is missing, or not wanted, or not the one that the server model was filled with.
+    """
+    assert server.manifest is not None
+    if not server.has_trained_fill:
+        if reference is not None:
+            raise InputError("no client trained the public base in this job", where="--public-base")
+        return None
+    if reference is None:
+        raise InputError(
+            "clients trained the public base in the holes, too; what it was before is needed", where="--public-base"
+        )
+    base = open_base(reference, whole)
+    recorded = server.manifest.public_base
+    if recorded is None or _digest(todo, base) != recorded.sha256:
+        raise InputError("not the public base that the server model was filled with", where="--public-base")
+    return base
+
+
+def _digest(todo: Sequence[Flow], base: AlignedBase) -> str:
+    """The digest of a public base as a pass over a model takes it: over what stands in for masked tensors."""
+    with HashThreads() as hashing:
+        hasher = ModelHash(hashing.lane())
+        for flow in todo:
+            if flow.tensor.masked:
+                for first, rows in row_chunks(flow.storage, 1, CHUNK_ELEMENTS):
+                    hasher.update(flow.name, base.read_rows(flow.name, flow.storage, first, rows))
+        return hasher.hexdigest(todo)
+
+
+def _search(todo: Sequence[Flow], ends: _Ends, development: Development | None, progress: Progress) -> Search:
+    """λ with the lowest loss; the restored model is exactly linear in λ, so both ends tell everything."""
+    from fedqsn_cli.merging.interpolate import Line
+
+    assert development is not None
+    both = []
+    for blend in (0.0, 1.0):
+        held = Held(tensor_specs(todo, None))
+        _stream(todo, ends, blend, held, None, progress)
+        both.append((held, Held([])))
+    line = Line(ends.whole.checkpoint, both[0], both[1], development, progress)
+    return best_blend(line.measure, line.examples, progress)
+
+
+def _stream(
+    todo: Sequence[Flow], ends: _Ends, blend: float, sink: Sink, rest: Sink | None, progress: Progress
+) -> None:
+    """Send the restored model into sinks for weights and residual, chunk by chunk."""
+    residuals = Residual(ends.whole), Residual(ends.server)
+    progress.start("restoring", ends.whole.checkpoint.total_bytes, "bytes")
+    for flow in todo:
+        for first, rows in row_chunks(flow.storage, 1, CHUNK_ELEMENTS):
+            values = _rows(flow, first, rows, ends, blend)
+            offset = first * flow.storage.view[2]
+            sink.write(flow.name, offset * values.itemsize, values)
+            if rest is not None and flow.logical.dtype in {"F16", "BF16"}:
+                rest.write(flow.name, offset * 2, _residual_rows(flow, first, rows, *residuals))
+            progress.advance(values.nbytes)
+    progress.finish()
+
+
+def _check_same_shapes(whole: OpenModel, server: OpenModel, trained: str) -> None:
+    for name, tensor in whole.tensors.items():
+        other = server.tensors.get(name)
+        if other is None or (other.dtype, other.shape) != (tensor.dtype, tensor.shape):
+            raise InputError("the two models differ in this tensor", where=f"{trained}: {name}")
+    if len(server.tensors) != len(whole.tensors):
+        raise InputError("the two models do not have the same tensors", where=trained)
+
+
+def _rows(flow: Flow, first: int, rows: int, ends: _Ends, blend: float) -> Array:
+    """Rows of the restored tensor, as stored bits."""
+    server, dtype = ends.server, flow.logical.dtype
+    values = server.read_rows(flow.name, flow.storage, first, rows)
+    if flow.hidden is None:
+        return values
+    full = ends.whole.read_rows(flow.name, flow.storage, first, rows)
+    if ends.base is not None:
+        if blend > 0:
+            base = ends.base.read_rows(flow.name, flow.storage, first, rows)
+            flow.hidden.overwrite(values, first, moved(values, blend, full, base, dtype))
+        return values
+    if blend < 1:
+        assert server.manifest is not None
+        s = 1.0
+        if server.manifest.rescale:
+            s = float(scale(flow.tensor.units, server.manifest.groups[flow.tensor.groups[0]].hidden, 0))
+        # In the holes, values are R. Nothing is 0 times a hidden weight, which may be infinite.
+        full = mix(full, blend, values, 1.0 - blend, dtype) if blend > 0 else values
+        values = mix(values, s + blend * (1.0 - s), values, 0.0, dtype)
+    flow.hidden.overwrite(values, first, full)
+    return values
+
+
+def _residual_rows(flow: Flow, first: int, rows: int, whole: Residual, server: Residual) -> Array:
+    cols = flow.storage.view[2]
+    values = server.rows(flow.name, first, rows, cols)
+    if flow.hidden is not None:
+        flow.hidden.overwrite(values, first, whole.rows(flow.name, first, rows, cols))
+    return np.ascontiguousarray(values)

@@ -1,0 +1,11 @@
+"""An opened model under its plan: its tensors as they were before packing, its public base, its content digest.
+
+model.py        a checkpoint opened with its plan: rows of dense or packed tensors
+flow.py         one tensor with all that decides how it is processed
+digest.py       the content digest of a model
+public_base.py  the public base under the model's own names, dtypes and shapes
+duplicates.py   refuse equal tensors under two names that would be masked apart
+residual.py     what 16-bit weights could not hold of a merge
+dense.py        a model's tensors as dense torch tensors (imports torch)
+torch_model.py  the transformers model of a checkpoint (imports torch)
+"""

@@ -1,0 +1,120 @@
+"""The weights that a checkpoint stands for, as torch tensors: unpacked, turned and scaled, never quantized again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedqsn_cli.artifacts.manifests import ModelManifest, read_manifest
+from fedqsn_cli.checkpoint import Checkpoint
+from fedqsn_cli.errors import FormatError, InputError
+from fedqsn_cli.masks.draw import scale
+from fedqsn_cli.models.model import LogicalTensor, logical_tensors
+from fedqsn_cli.planning.roles import rules
+from fedqsn_cli.quantization import kernels
+from fedqsn_cli.quantization.bnb_reader import read_scales
+
+_DTYPES: dict[str, torch.dtype] = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F64": torch.float64,
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+_BITS = {"F32": np.float32, "F16": np.uint16, "BF16": np.uint16}
+
+
+def load_dense(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Read every tensor of a model into memory, under its own name, in its own shape and dtype.
+
+    Packed weights (bitsandbytes nf4, fp4, int8) are unpacked; GPT-2's, which lie turned, are turned back. The scale of
+    a server model, n / (n - hidden), is applied; a proxy has it in its weights already.
+
+    Raises:
+        FormatError: a packed tensor is malformed. InputError: a dtype that torch does not compute with.
+    """
+    factors = scales(checkpoint)
+    kind = (checkpoint.config or {}).get("model_type")
+    dense = {}
+    for name, logical in logical_tensors(checkpoint).items():
+        tensor = _plain(checkpoint, name) if logical.packing is None else _unpacked(checkpoint, name, logical, kind)
+        factor = factors.get(name)
+        dense[name] = tensor if factor is None else _scaled(tensor, factor)
+    return dense
+
+
+def scales(checkpoint: Checkpoint) -> dict[str, np.float32]:
+    """What a server model's tensors are to be multiplied by; empty for every other model.
+
+    Raises:
+        FormatError: its manifest does not tell.
+    """
+    if checkpoint.manifest is None:
+        return {}
+    manifest = read_manifest(checkpoint.path, ModelManifest)
+    if manifest.kind == "global-model" or not manifest.rescale:
+        return {}
+    factors = {}
+    for name, units in manifest.tensors.items():
+        groups = [manifest.groups[group] for group in units.groups if group in manifest.groups]
+        if len(groups) != len(units.groups) or len({(group.units, group.hidden) for group in groups}) != 1:
+            raise FormatError(f"groups of tensor {name!r} are not listed, or differ", where=checkpoint.path)
+        if groups[0].hidden >= groups[0].units:
+            raise FormatError(f"no unit of tensor {name!r} is visible", where=checkpoint.path)
+        factors[name] = scale(groups[0].units, groups[0].hidden, 0)
+    return factors
+
+
+def _scaled(tensor: Tensor, factor: np.float32) -> Tensor:
+    """Multiplied in fp32 and rounded once, as the owner does it for a proxy."""
+    return tensor if factor == 1 else (tensor.float() * float(factor)).to(tensor.dtype)
+
+
+def _plain(checkpoint: Checkpoint, name: str) -> Tensor:
+    entry = checkpoint.entries[name]
+    if entry.dtype not in _DTYPES:
+        raise InputError(f"tensors of dtype {entry.dtype} cannot be computed with", where=f"{entry.file}: {name}")
+    return _tensor(checkpoint.read(name), entry.dtype)
+
+
+def _unpacked(checkpoint: Checkpoint, name: str, logical: LogicalTensor, kind: str | None) -> Tensor:
+    """A packed weight in its own shape and dtype."""
+    assert logical.packing is not None
+    scales = read_scales(checkpoint, name)
+    out = np.empty(logical.packing.shape, _BITS[logical.dtype])
+    try:
+        if logical.packing.kind == "pack8":
+            kernels.dequantize_int8(checkpoint.read(name), scales.absmax, logical.dtype, out)
+        else:
+            kernels.dequantize_4bit(
+                checkpoint.read(name).reshape(-1), scales.absmax, format=logical.packing.format,
+                block=logical.packing.block, dtype=logical.dtype, out=out,
+            )  # fmt: skip
+    except kernels.NonFinite as error:
+        raise FormatError(str(error), where=f"{checkpoint.path}: {name}") from None
+    tensor = _tensor(out, logical.dtype)
+    role = rules().role(name, 2, kind)
+    return tensor.t().contiguous() if role is not None and role.name == "conv1d" else tensor
+
+
+def from_bytes(data: NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """Bytes of a stored tensor as a torch tensor of the same memory. Raises InputError for a dtype that torch lacks."""
+    if dtype not in _DTYPES:
+        raise InputError(f"tensors of dtype {dtype} cannot be computed with")
+    return torch.from_numpy(data).view(_DTYPES[dtype]).reshape(shape)
+
+
+def _tensor(array: NDArray[Any], dtype: str) -> Tensor:
+    """A numpy array of stored values or bits as a torch tensor of the same memory."""
+    if array.dtype == np.uint16:
+        array = array.view(np.int16)
+    return torch.from_numpy(array).view(_DTYPES[dtype])

@@ -1,0 +1,74 @@
+"""Copies of one tensor under two names that the plan takes for two tensors.
+
+Each would get a mask of its own, and what one hides the other would show. Tied embeddings are known to the plan; other
+copies (an untied config over equal weights, a layer saved twice) can only be found by looking at the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from fedqsn_cli.checkpoint import Checkpoint
+from fedqsn_cli.errors import PlanError
+from fedqsn_cli.planning.plan import Plan
+from fedqsn_cli.planning.tensor_plan import TensorPlan
+
+_SAMPLE = 4096  # bytes from the start and from the middle tell nearly all tensors apart
+_PIECE = 1 << 22
+
+
+def refuse_twins(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Refuse a model in which a masked tensor has an equal twin with another mask, or with none.
+
+    Raises:
+        PlanError: there is one.
+    """
+    alike: dict[tuple[str, tuple[int, ...], bytes], list[TensorPlan]] = {}
+    for tensor in plan.tensors:
+        sample = _sample(checkpoint, tensor)
+        if sample is not None:
+            alike.setdefault((tensor.dtype, _shape(tensor), sample), []).append(tensor)
+    for tensors in alike.values():
+        if len({tensor.groups for tensor in tensors}) > 1 and any(tensor.masked for tensor in tensors):
+            _compare(checkpoint, tensors)
+
+
+def _compare(checkpoint: Checkpoint, tensors: list[TensorPlan]) -> None:
+    seen: dict[bytes, TensorPlan] = {}
+    for tensor in tensors:
+        twin = seen.setdefault(_digest(checkpoint, tensor.name), tensor)
+        if twin.groups != tensor.groups:
+            raise PlanError(
+                f"holds the same weights as {twin.name} but would be masked apart from it",
+                where=tensor.name,
+                hint='if they are tied, say "tie_word_embeddings": true in config.json; else remove one of them',
+            )
+
+
+def _shape(tensor: TensorPlan) -> tuple[int, ...]:
+    return tuple(size for size in tensor.shape if size != 1)
+
+
+def _sample(checkpoint: Checkpoint, tensor: TensorPlan) -> bytes | None:
+    """A few bytes of a tensor; None for one that is small, or constant there (initial zeros are no copies)."""
+    size = checkpoint.entries[tensor.name].nbytes
+    if size < 256 or not (tensor.masked or tensor.dtype in {"F32", "F16", "BF16"}):
+        return None
+    count = min(_SAMPLE, size)
+    out = np.empty(2 * count, np.uint8)
+    checkpoint.read_into(tensor.name, 0, out[:count])
+    checkpoint.read_into(tensor.name, (size - count) // 2 // 8 * 8, out[count:])
+    values = out.view(np.uint32 if tensor.dtype == "F32" else np.uint16)
+    return None if (values == values[0]).all() else out.tobytes()
+
+
+def _digest(checkpoint: Checkpoint, name: str) -> bytes:
+    sha256 = hashlib.sha256()
+    size = checkpoint.entries[name].nbytes
+    for start in range(0, size, _PIECE):
+        piece = memoryview(bytearray(min(_PIECE, size - start)))
+        checkpoint.read_into(name, start, piece)
+        sha256.update(piece)
+    return sha256.digest()

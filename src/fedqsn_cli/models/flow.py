@@ -1,0 +1,59 @@
+"""One tensor of a model with all that decides how it is processed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fedqsn_cli.artifacts.manifests import Quantization
+from fedqsn_cli.masks.unit_mask import UnitMask
+from fedqsn_cli.models.model import LogicalTensor, OpenModel
+from fedqsn_cli.planning.tensor_plan import TensorPlan
+from fedqsn_cli.quantization.layout import Storage, storage_of
+
+_DTYPE_ORDER = (
+    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
+    "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """One tensor on its way: what the plan says, how it is stored, and who says which units the server hides."""
+
+    tensor: TensorPlan
+    logical: LogicalTensor
+    storage: Storage
+    hides: Callable[[TensorPlan], UnitMask | None] | None
+
+    @property
+    def hidden(self) -> UnitMask | None:
+        """Hidden units, in the stored view; None when nothing is. Not kept here: it may be as large as the tensor."""
+        return self.hides(self.tensor) if self.hides else None
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.tensor.shape)
+
+
+def flows(model: OpenModel, how: Quantization | None, hidden: Callable[[TensorPlan], UnitMask | None]) -> list[Flow]:
+    """Decide for every tensor how it goes through a pass.
+
+    The order is that of the safetensors library (wide dtypes first, then names): shards change nothing, and an
+    unchanged model is written as the library would write it.
+    """
+
+    def place(tensor: TensorPlan) -> tuple[int, str]:
+        packed = storage_of(tensor, how).kind == "pack8"  # int8 codes do not tell what dtype they were made of
+        return _DTYPE_ORDER.index("I8" if packed else tensor.dtype), tensor.name
+
+    return [
+        Flow(tensor, model.tensors[tensor.name], storage_of(tensor, how), hidden)
+        for tensor in sorted(model.plan.tensors, key=place)
+    ]

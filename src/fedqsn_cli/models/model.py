@@ -1,0 +1,170 @@
+"""A checkpoint as the owner's model sees it: packed tensors under their own names, with the plan and the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedqsn_cli.artifacts.manifests import ModelManifest, read_manifest
+from fedqsn_cli.checkpoint import DTYPE_BYTES, Checkpoint, Source, resolve
+from fedqsn_cli.errors import InputError
+from fedqsn_cli.planning.plan import Plan, make_plan
+from fedqsn_cli.planning.roles import rules
+from fedqsn_cli.quantization.bnb_format import Packing
+from fedqsn_cli.quantization.bnb_reader import find_packings, read_scales
+from fedqsn_cli.quantization.layout import Storage
+from fedqsn_cli.quantization.scales import Scales
+
+Array = NDArray[Any]
+
+BITS: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.uint16, "BF16": np.uint16}
+_CONFIG_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+RESIDUAL_STEM = "fedqsn-residual"
+
+
+@dataclass(frozen=True, slots=True)
+class LogicalTensor:
+    """One tensor of the model: its dtype and shape before packing, and how it is packed (None: it is not)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    packing: Packing | None
+
+    @property
+    def is_float(self) -> bool:
+        """Does it hold weights, not positions or flags?"""
+        return self.dtype in BITS
+
+
+@dataclass
+class OpenModel:
+    """An opened checkpoint with its plan; `manifest` is None for a model that fedqsn did not make."""
+
+    source: Source
+    checkpoint: Checkpoint
+    manifest: ModelManifest | None
+    tensors: dict[str, LogicalTensor]
+    plan: Plan
+    _scales: dict[str, Scales] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """global-model, server-model or masked-model."""
+        return self.manifest.kind if self.manifest else "global-model"
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json; empty for a single file."""
+        return self.checkpoint.config or {}
+
+    @property
+    def is_quantized(self) -> bool:
+        """Does it hold quantized values already?"""
+        return self.manifest is not None and self.manifest.quantization is not None
+
+    @property
+    def has_trained_fill(self) -> bool:
+        """Did clients move what stands in its holes, so that it is no longer the public base?"""
+        return self.manifest is not None and self.manifest.kind == "server-model" and bool(self.manifest.trained_fill)
+
+    @property
+    def config_dtype(self) -> str:
+        """The dtype that config.json names, as safetensors spells it; F32 when it names none."""
+        text = self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
+        return _CONFIG_DTYPES.get(str(text).removeprefix("torch."), "F32")
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of the tensor's values or codes in the file."""
+        return self.checkpoint.entries[name].nbytes
+
+    def read_rows(self, name: str, storage: Storage, first: int, rows: int) -> Array:
+        """Read whole rows of the working view into a fresh array; tensors that are worked on transposed come whole.
+
+        Returns:
+            Stored float bits [rows, cols] (16-bit floats as uint16; a transposed tensor as it is stored), int8 codes
+            [rows, cols], packed 4-bit codes [rows * cols / 2], or the opaque values of any other dtype.
+        """
+        entry, logical = self.checkpoint.entries[name], self.tensors[name]
+        cols = storage.view[2]
+        if logical.packing is not None and logical.packing.kind == "pack4":
+            begin = first * cols // 2
+            return self.checkpoint.read_fresh(name, begin, min(entry.nbytes, begin + (rows * cols + 1) // 2) - begin)
+        dtype = _array_dtype(entry.dtype)
+        turned = storage.transposed and logical.packing is None
+        size = dtype.itemsize
+        values = self.checkpoint.read_fresh(name, first * cols * size, rows * cols * size).view(dtype)
+        return values.reshape((cols, rows) if turned else (rows, cols))
+
+    def scales(self, name: str) -> Scales:
+        """Block scales of a packed tensor."""
+        found = self._scales.get(name)
+        if found is None:
+            found = read_scales(self.checkpoint, name)
+            self._scales = {name: found}  # one tensor at a time goes by; of several threads, each has what it found
+        return found
+
+
+def _array_dtype(dtype: str) -> np.dtype[Any]:
+    """numpy's type for stored values: floats as raw bits, int8 codes, anything else as opaque bytes."""
+    if dtype in BITS:
+        return np.dtype(BITS[dtype])
+    return np.dtype(np.int8) if dtype == "I8" else np.dtype(f"V{DTYPE_BYTES[dtype]}")
+
+
+def open_model(reference: str, *, axis: str = "neuron", overrides: dict[str, Any] | None = None) -> OpenModel:
+    """Open a model that the owner may work with: a global, server or quantized model, never a proxy or an update.
+
+    Args:
+        reference: a path or hf:// reference.
+        axis, overrides: decide the plan of a model without a manifest; a manifest brings its own.
+
+    Raises:
+        InputError: there is no such model, or it is an artifact of another kind. FormatError: it is malformed.
+        PlanError: the plan cannot be made.
+    """
+    source, checkpoint, manifest = open_source(reference)
+    if manifest is not None and manifest.kind != "global-model":
+        axis, overrides = manifest.axis, manifest.overrides
+    tensors = logical_tensors(checkpoint)
+    if manifest is None and any(tensor.packing is not None for tensor in tensors.values()):
+        raise InputError("this model was quantized elsewhere", where=reference, hint="start from its dense checkpoint")
+    shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    plan = make_plan(shapes, checkpoint.config, axis=axis, overrides=overrides)
+    return OpenModel(source, checkpoint, manifest, tensors, plan)
+
+
+def open_source(reference: str) -> tuple[Source, Checkpoint, ModelManifest | None]:
+    """Find and open what may be an owner's model, with its `fedqsn.json` if there is one. Raises as `open_model`."""
+    source = resolve(str(reference))
+    checkpoint = Checkpoint.open(source.path)
+    if checkpoint.proxy_manifest is not None:
+        raise InputError("this is a proxy", where=reference, hint="give the global model or the server model")
+    if (source.path / "update.json").is_file():
+        raise InputError("this is an update", where=reference, hint="give the global model or the server model")
+    manifest = read_manifest(source.path, ModelManifest) if checkpoint.manifest is not None else None
+    return source, checkpoint, manifest
+
+
+def logical_tensors(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
+    """The tensors of the model that a checkpoint holds, packed ones under their own names. Raises FormatError."""
+    packings = find_packings(checkpoint)
+    companions = {name for packing in packings.values() for name in packing.companions}
+    model_type = (checkpoint.config or {}).get("model_type")
+    tensors = {}
+    for name, entry in checkpoint.entries.items():
+        packing = packings.get(name)
+        if packing is not None:
+            tensors[name] = LogicalTensor(packing.dtype, _stored_shape(name, packing, model_type), packing)
+        elif name not in companions:
+            tensors[name] = LogicalTensor(entry.dtype, entry.shape, None)
+    return tensors
+
+
+def _stored_shape(name: str, packing: Packing, model_type: str | None) -> tuple[int, ...]:
+    """Shape before packing: bitsandbytes turns a Conv1D weight [in, out] to [out, in]."""
+    role = rules().role(name, 2, model_type)
+    return packing.shape[::-1] if role is not None and role.name == "conv1d" else packing.shape

@@ -1,0 +1,263 @@
+"""From a checkpoint to a model that computes, and back to tensors under the checkpoint's own names.
+
+    checkpoint ──load_dense──▶ dense tensors ──transformers──▶ model ──stored_tensors──▶ dense tensors
+
+transformers renames, fuses and ties tensors on the way (experts of Mixtral become one parameter). Nothing here repeats
+those rules: masks go the same way as weights, and what comes back is checked against what went in.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedqsn_cli.checkpoint import Checkpoint
+from fedqsn_cli.errors import InputError
+from fedqsn_cli.models.dense import load_dense as load_dense
+
+Task = Literal["classification", "causal-lm", "masked-lm", "seq2seq"]
+
+# Ends of architecture names, and what such a model is for.
+TASKS: dict[str, Task] = {
+    "ForSequenceClassification": "classification",
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForMaskedLM": "masked-lm",
+    "ForConditionalGeneration": "seq2seq",
+}
+
+# Fields of config.json that would make transformers load code or kernels from elsewhere, or packed weights.
+_REFUSED_FIELDS = (
+    "auto_map", "quantization_config", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
+    "experts_implementation", "_experts_implementation", "_experts_implementation_internal", "kernel_config",
+    "fusion_config", "use_kernels", "custom_pipelines",
+)  # fmt: skip
+
+_UNLIMITED = 1 << 30  # positions
+
+
+class Loaded(NamedTuple):
+    """A model that computes, its tokenizer (None: the checkpoint has none), and what it is for."""
+
+    model: Any
+    tokenizer: Any
+    task: Task
+
+    @property
+    def inputs(self) -> frozenset[str]:
+        """Names of inputs that the model's forward takes."""
+        return frozenset(inspect.signature(self.model.forward).parameters)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids that the model knows."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def positions(self) -> int:
+        """Longest input in tokens."""
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if type(positions) is not int or positions <= 0:
+            return _UNLIMITED
+        for name, module in self.model.named_modules():  # RoBERTa counts positions from behind the padding id
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+                return max(1, positions - int(module.padding_idx) - 1)
+        return positions
+
+
+def task_of(config: Mapping[str, Any] | None, where: object) -> tuple[Task, str]:
+    """The task and the architecture of a model, from its config.json.
+
+    Raises:
+        InputError: there is no config.json, or its architecture is for something else.
+    """
+    if config is None:
+        raise InputError("there is no config.json", where=where, hint="give the folder that save_pretrained made")
+    architectures = config.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
+    if not isinstance(name, str):
+        raise InputError("config.json does not name one architecture", where=where, hint="save the model with its head")
+    for ending, task in TASKS.items():
+        if name.endswith(ending):
+            return task, name
+    hint = f"known heads: {', '.join(TASKS)}"
+    raise InputError(f"architecture {name} has no head that can be used", where=where, hint=hint)
+
+
+def load_model(
+    checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, *, dense: Mapping[str, Tensor] | None = None
+) -> Loaded:
+    """Build the model of a checkpoint on the CPU, in evaluation mode, with dense weights.
+
+    Args:
+        checkpoint: a global model, server model (its scale is applied), quantized model or proxy.
+        dtype: of all floating-point parameters.
+        dense: its tensors, where they have been read already; parameters may share memory with them.
+
+    Raises:
+        InputError: transformers cannot build it, or its tensors are not exactly those of the architecture.
+    """
+    task, _ = task_of(checkpoint.config, checkpoint.path)
+    state = load_dense(checkpoint) if dense is None else dense
+    model = build_model(checkpoint.config or {}, state, where=checkpoint.path, dtype=dtype)
+    tokenizer = load_tokenizer(checkpoint)
+    if model.config.get_text_config().pad_token_id is None and tokenizer is not None:
+        known = tokenizer.pad_token_id is not None
+        model.config.pad_token_id = tokenizer.pad_token_id if known else tokenizer.eos_token_id
+    return Loaded(model, tokenizer, task)
+
+
+def build_model(
+    config: Mapping[str, Any], state: Mapping[str, Tensor], *, where: object, dtype: torch.dtype = torch.float32
+) -> Any:
+    """Let transformers put tensors, named as in the checkpoint, into a model.
+
+    Parameters may share memory with `state`. Raises InputError, also when a tensor is missing or too many: no part of
+    the model is ever left at random values.
+    """
+    _, architecture = task_of(config, where)
+    with quiet():
+        kind = _model_class(architecture, where)
+        try:
+            model, report = kind.from_pretrained(
+                None,
+                config=_clean_config(config, kind),
+                state_dict=dict(state),
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report, and refused below
+            )
+        except Exception as error:  # a config may ask for anything
+            raise InputError(f"transformers cannot build the model ({first_line(error)})", where=where) from None
+    _check_report(report, state, where)
+    return model
+
+
+def _model_class(architecture: str, where: object) -> Any:
+    """The class of transformers itself that has this name. Raises InputError."""
+    import transformers
+
+    kind = getattr(transformers, architecture, None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        hint = "code that comes with a model is never run"
+        raise InputError(f"transformers has no architecture {architecture}", where=where, hint=hint)
+    return kind
+
+
+def _clean_config(config: Mapping[str, Any], kind: Any) -> Any:
+    """transformers' config object, without fields that fetch or run something."""
+    return kind.config_class.from_dict(_without_refused(dict(config)))
+
+
+def _without_refused(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_refused(item) for key, item in value.items() if key not in _REFUSED_FIELDS}
+    return value
+
+
+def _check_report(report: Mapping[str, Any], state: Mapping[str, Tensor], where: object) -> None:
+    """Refuse a model whose tensors are not those of the checkpoint. Raises InputError."""
+    floats = {name for name, tensor in state.items() if tensor.is_floating_point()}
+    for key, text in (("missing_keys", "lacks"), ("mismatched_keys", "has another shape for")):
+        names = sorted(str(item[0] if isinstance(item, tuple) else item) for item in report.get(key) or ())
+        if names:
+            raise InputError(f"the checkpoint {text} {_some(names)}", where=where, hint="save the model with its head")
+    extra = sorted(name for name in report.get("unexpected_keys") or () if name in floats or name not in state)
+    if extra:
+        raise InputError(f"the architecture has no {_some(extra)}", where=where, hint="check config.json")
+    if report.get("error_msgs"):
+        raise InputError(f"the tensors do not fit ({report['error_msgs'][0]})", where=where)
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def stored_tensors(model: Any, names: Iterable[str]) -> dict[str, Tensor]:
+    """A model's tensors under the names and in the shapes of its checkpoint.
+
+    Args:
+        model: built by `build_model`.
+        names: the checkpoint's names; those that are no tensor of the model (old buffers) do not come back.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    with torch.no_grad(), quiet():
+        tensors = revert_weight_conversion(model, model.state_dict())
+    prefix = f"{model.base_model_prefix}."
+    found = {}
+    for name in names:
+        for spelling in (name, prefix + name, name.removeprefix(prefix)):
+            if spelling in tensors:
+                found[name] = tensors[spelling]
+                break
+    return found
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer of a checkpoint, from its own files only; None if it has none.
+
+    Raises:
+        InputError: its files cannot be used, or they need code from elsewhere.
+    """
+    if not any(path.name != "generation_config.json" for path in checkpoint.companions):
+        return None
+    with quiet():
+        try:
+            from transformers import AutoTokenizer
+
+            return AutoTokenizer.from_pretrained(str(checkpoint.path), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # tokenizer files may hold anything
+            raise InputError(f"the tokenizer cannot be loaded ({first_line(error)})", where=checkpoint.path) from None
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that an option names: auto, cpu, cuda or cuda:N. Raises InputError when it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()) or (kind == "cpu" and number):
+        raise InputError(f"unknown device {name!r}", where="--device", hint="use auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise InputError(f"there is no device {name}", where="--device", hint="use --device cpu")
+    return torch.device(name)
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn an accelerator's lack of memory into an InputError that says what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise InputError("the device has too little memory", hint="lower --batch-size or --max-length") from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars, warnings and reports off stderr; errors still show."""
+    from transformers.utils import logging as chatter
+
+    verbosity, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
+    chatter.set_verbosity(logging.ERROR)
+    chatter.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        chatter.set_verbosity(verbosity)
+        if bars:
+            chatter.enable_progress_bar()
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error message, of at most 300 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]

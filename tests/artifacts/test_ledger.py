@@ -1,0 +1,195 @@
+"""The ledger: append-only, chained, locked, never half written."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedqsn_cli.artifacts import ledger
+from fedqsn_cli.artifacts.ledger import Release
+from fedqsn_cli.errors import FormatError, InputError
+from support.helpers import environment
+
+
+def release(number: int = 1, **fields: Any) -> Release:
+    """One line; another number makes another proxy."""
+    digest = hashlib.sha256(str(number).encode()).hexdigest()
+    usual: dict[str, Any] = {
+        "client": f"c{number}", "round": 1, "schedule": "fresh", "proxy_id": digest, "proxy_sha256": digest, "p1": 0.1,
+        "p2": 0.2, "rescale": True, "fill": "zero", "quantization": None, "plan": "1" * 64, "model_digest": "2" * 64,
+        "job": "3" * 64,
+    }  # fmt: skip
+    return Release(**usual | fields)
+
+
+def plain(releases: list[Release]) -> list[Release]:
+    """Without the links of the chain."""
+    return [item.model_copy(update={"previous": "0" * 64}) for item in releases]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "ledger.jsonl"
+
+
+def test_what_was_recorded_is_read_back_in_order(path: Path) -> None:
+    ledger.record(path, [release(1), release(2)])
+    ledger.record(path, [release(3)])
+    assert plain(ledger.read(path)) == [release(1), release(2), release(3)]
+
+
+def test_each_line_holds_the_digest_of_the_line_before(path: Path) -> None:
+    ledger.record(path, [release(number) for number in range(4)])
+    lines = path.read_bytes().splitlines()
+    assert json.loads(lines[0])["previous"] == "0" * 64
+    for before, line in zip(lines, lines[1:], strict=False):
+        assert json.loads(line)["previous"] == hashlib.sha256(before).hexdigest()
+
+
+def test_a_release_that_is_there_is_not_written_again(path: Path) -> None:
+    ledger.record(path, [release(1), release(2)])
+    before = path.read_bytes()
+    ledger.record(path, [release(2), release(1)])
+    assert path.read_bytes() == before
+    ledger.record(path, [release(2), release(3)])
+    assert plain(ledger.read(path)) == [release(1), release(2), release(3)]
+    assert path.read_bytes().startswith(before)
+
+
+@pytest.mark.parametrize("field", ["client", "round", "p2", "proxy_sha256", "model_digest", "rescale"])
+def test_a_proxy_id_with_other_content_is_refused_and_nothing_is_written(field: str, path: Path) -> None:
+    ledger.record(path, [release(1)])
+    before = path.read_bytes()
+    other = {"client": "dora", "round": 7, "p2": 0.5, "rescale": False}
+    other |= {"proxy_sha256": "9" * 64, "model_digest": "9" * 64}
+    with pytest.raises(InputError, match="released before with other content"):
+        ledger.record(path, [release(5), release(1, **{field: other[field]})])
+    assert path.read_bytes() == before
+
+
+def test_every_change_of_an_earlier_line_is_found(path: Path) -> None:
+    ledger.record(path, [release(number) for number in range(3)])
+    good = path.read_bytes()
+    lines = good.splitlines(keepends=True)
+    for number in range(2):
+        for position in range(0, len(lines[number]) - 1, 7):
+            bad = bytearray(lines[number])
+            bad[position] ^= 1
+            path.write_bytes(b"".join([*lines[:number], bytes(bad), *lines[number + 1 :]]))
+            with pytest.raises(FormatError):
+                ledger.read(path)
+            with pytest.raises(FormatError):
+                ledger.record(path, [release(9)])
+    for broken in (lines[1:], [lines[1], lines[0], lines[2]], [lines[0], lines[2]], [lines[0], lines[0], *lines[1:]]):
+        path.write_bytes(b"".join(broken))
+        with pytest.raises(FormatError, match="chain"):
+            ledger.read(path)
+
+
+@pytest.mark.parametrize("cut", [1, 50, 200])
+def test_a_torn_last_line_is_dropped_and_overwritten(cut: int, path: Path) -> None:
+    ledger.record(path, [release(1)])
+    first = path.read_bytes()
+    ledger.record(path, [release(2)])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(first) + cut])
+    assert plain(ledger.read(path)) == [release(1)]
+    ledger.record(path, [release(2)])
+    assert path.read_bytes() == whole
+
+
+def test_a_torn_line_longer_than_what_is_written_next_leaves_no_rest(path: Path) -> None:
+    ledger.record(path, [release(1)])
+    first = path.read_bytes()
+    path.write_bytes(first + b"x" * 5000)
+    ledger.record(path, [release(2)])
+    assert len(path.read_bytes().splitlines()) == 2
+    assert plain(ledger.read(path)) == [release(1), release(2)]
+
+
+def test_a_full_disk_leaves_the_ledger_as_it_was(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger.record(path, [release(1)])
+    before = path.read_bytes()
+    real = os.pwrite
+
+    def full(descriptor: int, data: bytes, offset: int) -> int:
+        if offset > len(before):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, data[:100], offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space"):
+        ledger.record(path, [release(2)])
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+
+
+def test_writes_that_come_in_pieces_are_put_together(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: real(descriptor, data[:7], offset))
+    ledger.record(path, [release(1), release(2)])
+    assert plain(ledger.read(path)) == [release(1), release(2)]
+
+
+def test_a_missing_ledger_is_an_error_for_a_reader_and_fine_for_a_check(path: Path) -> None:
+    with pytest.raises(InputError, match="no ledger"):
+        ledger.read(path)
+    ledger.check(path)
+    assert not path.exists()
+
+
+@pytest.mark.timeout(20)
+def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(InputError, match="not a regular file"):
+            ledger.check(tmp_path / name)
+
+
+BAD_FIELDS: list[dict[str, Any]] = [
+    {"client": "../x"}, {"client": ""}, {"client": "a b"}, {"client": "a\n"}, {"round": -1}, {"round": 1.0},
+    {"round": "1"}, {"round": True}, {"p1": 1.0}, {"p1": -0.1}, {"p2": "0.1"}, {"proxy_id": "A" * 64},
+    {"proxy_id": "1" * 63},
+    {"schedule": "daily"}, {"fill": "ones"}, {"rescale": 1}, {"format": "fedqsn-ledger/2"}, {"more": 1},
+    {"quantization": {"format": "nf4"}}, {"p2": None},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", BAD_FIELDS, ids=str)
+def test_a_line_with_a_wrong_field_is_refused_with_its_number(fields: dict[str, Any], path: Path) -> None:
+    ledger.record(path, [release(1)])
+    line = path.read_bytes()
+    document = release(2).model_dump(mode="json") | {"previous": hashlib.sha256(line[:-1]).hexdigest()} | fields
+    path.write_bytes(line + json.dumps(document).encode() + b"\n")
+    with pytest.raises(FormatError, match=r"ledger\.jsonl:2"):
+        ledger.read(path)
+
+
+WRITER = """
+import sys
+sys.path.insert(0, sys.argv[3])
+from pathlib import Path
+from fedqsn_cli.artifacts import ledger
+from artifacts.test_ledger import release
+for number in range(20):
+    ledger.record(Path(sys.argv[1]), [release(int(sys.argv[2]) * 1000 + number)])
+"""
+
+
+def test_processes_that_write_at_once_lose_no_line(path: Path) -> None:
+    tests = str(Path(__file__).parents[1])
+    command = [sys.executable, "-c", WRITER, path]
+    children = [subprocess.Popen([*command, str(number), tests], env=environment()) for number in (1, 2)]
+    assert [child.wait(120) for child in children] == [0, 0]
+    releases = ledger.read(path)
+    assert len(releases) == 40
+    assert {item.proxy_id for item in releases} == {release(k * 1000 + n).proxy_id for k in (1, 2) for n in range(20)}

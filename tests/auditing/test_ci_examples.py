@@ -1,0 +1,73 @@
+"""What examples/ci shows is something that fedqsn accepts, and a gate that stops."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fedqsn_cli import mask
+from fedqsn_cli.cli.app import build
+from support.helpers import make_model
+from support.processes import SOURCES
+
+CI = Path(__file__).parents[2] / "examples" / "ci"
+
+
+def commands(text: str) -> list[list[str]]:
+    """All fedqsn commands of a script, word by word, with something in place of variables."""
+    joined = re.sub(r"\\\n\s*", " ", text)
+    found = re.findall(r"^\s*(fedqsn .*)$", joined, re.MULTILINE)
+    return [shlex.split(re.sub(r"\$\{?\w+\}?", "1", line), comments=True)[1:] for line in found]
+
+
+def scripts() -> dict[str, str]:
+    github = yaml.safe_load((CI / "github.yml").read_text())
+    gitlab = yaml.safe_load((CI / "gitlab.yml").read_text())
+    steps = [step.get("run", "") for job in github["jobs"].values() for step in job["steps"]]
+    lines = [line for job in gitlab.values() for line in job["script"]]
+    return {"github": "\n".join(steps), "gitlab": "\n".join(lines)}
+
+
+@pytest.mark.parametrize("system", ["github", "gitlab"])
+def test_every_command_of_a_workflow_is_one_that_fedqsn_accepts(system: str) -> None:
+    found = commands(scripts()[system])
+    assert [words[0] for words in found] == ["export-proxy", "audit"]
+    for words in found:
+        build(words[0]).make_context(f"fedqsn {words[0]}", words[1:])
+
+
+@pytest.fixture
+def desk(folder: Path) -> tuple[Path, dict[str, str]]:
+    make_model(folder / "global", "bert", hidden=64, inner=128)
+    shutil.copy(CI / "Makefile", folder / "Makefile")
+    (folder / "bin").mkdir()
+    (folder / "bin" / "fedqsn").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m fedqsn_cli "$@"\n')
+    (folder / "bin" / "fedqsn").chmod(0o755)
+    (folder / "policy.toml").write_text('[scope]\nrequire = ["invariants", "exposure"]\n[budget]\nclient = 0.9\n')
+    mask(str(folder / "global"), folder / "server", key=folder / "job.key", p1=0.25)
+    environment = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(SOURCES)}
+    return folder, environment
+
+
+def test_the_makefile_releases_what_passes_and_stops_what_does_not(desk: tuple[Path, dict[str, str]]) -> None:
+    folder, environment = desk
+
+    def make(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["make", *words], cwd=folder, env=environment, capture_output=True, text=True)
+
+    passed = make("release", "ROUND=1")
+    assert passed.returncode == 0, passed.stderr
+    assert (folder / "r1" / "released").exists() and (folder / "r1" / "report.html").exists()
+    (folder / "policy.toml").write_text("[budget]\nclient = 0.5\n")
+    failed = make("release", "ROUND=2")
+    assert failed.returncode != 0
+    assert "Error 1" in failed.stderr
+    assert (folder / "r2" / "alice").exists() and not (folder / "r2" / "released").exists()

@@ -1,0 +1,114 @@
+"""What a model that was put together from proxies can do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedqsn_cli.auditing.findings import FunctionRecovery
+from fedqsn_cli.auditing.inputs import Report, open_inputs
+from fedqsn_cli.auditing.recovery.function import _Bench, recover_function, rho
+from fedqsn_cli.training.evaluate import evaluate
+from support.leaks import World, make_world
+from support.training_jobs import labelled, plain_texts
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    def decide(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["classifier.weight"] *= 20  # a model with an opinion
+
+    return make_world(tmp_path_factory.mktemp("function") / "world", edit=decide, fill="base", p2=0.3)
+
+
+def measure(world: World, data: Path, **options: object) -> tuple[FunctionRecovery | None, Report]:
+    report = Report()
+    folders = [world.proxy(client) for client in world.clients]
+    inputs = open_inputs(folders, report, truth=world.truth, key=world.key, ledger=world.ledger, base=world.base)
+    return recover_function(inputs, report, data, device="cpu", **options), report  # type: ignore[arg-type]
+
+
+def test_every_model_is_measured_as_evaluate_measures_it(world: World, tmp_path: Path) -> None:
+    data = labelled(tmp_path / "dev.jsonl")
+    found, report = measure(world, data)
+    assert found is not None and not report.findings
+    assert {score.model for score in found.scores} == {"global", "server", "proxy", "attacked", "base"}
+    losses = {score.model: score.loss for score in found.scores}
+    for model, place in (("global", world.truth), ("proxy", world.proxy()), ("base", world.base)):
+        assert losses[model] == pytest.approx(evaluate(str(place), data=data, device="cpu").loss, rel=1e-4)
+    assert found.floor == "base" and found.floor_loss == losses["base"]
+    assert losses["attacked"] <= losses["proxy"] + 1e-4  # as sent is one of the attacks
+    assert found.rho == rho(found.floor_loss, losses["attacked"], losses["global"])
+
+
+def test_the_curve_has_a_point_for_every_number_of_public_examples(world: World, tmp_path: Path) -> None:
+    data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
+    found, _ = measure(world, data, public_data=public, public_examples=(8, 16))
+    assert found is not None
+    assert [point.public_examples for point in found.curve] == [8, 16]
+    attacked = next(score.loss for score in found.scores if score.model == "attacked")
+    assert found.curve[-1].loss < attacked
+
+
+def test_an_attack_that_starts_best_and_learns_nothing_does_not_hide_the_base_fill(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that are all zero may have a lower loss than a model that is wrong and sure of it."""
+    attacks, curve = _Bench._attacks, _Bench._curve
+
+    def dull(bench: _Bench) -> Iterator[tuple[str, Callable[[], dict[str, torch.Tensor]]]]:
+        for name, build in attacks(bench):
+            zero = name == "union"
+            yield name, lambda build=build, zero=zero: {
+                key: value * 0 if zero and value.is_floating_point() else value for key, value in build().items()
+            }
+
+    def loss_from(best: str) -> float:
+        monkeypatch.setattr(_Bench, "_curve", lambda bench, attack, *rest: curve(bench, best, *rest))
+        found, _ = measure(world, data, public_data=public, public_examples=(16,))
+        assert found is not None
+        return found.curve[0].loss
+
+    data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
+    monkeypatch.setattr(_Bench, "_attacks", dull)
+    assert loss_from("union") <= loss_from("union, base fill") + 1e-6
+
+
+def test_whoever_is_better_off_without_the_proxies_leaves_them_alone(world: World, tmp_path: Path) -> None:
+    data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
+    found, _ = measure(world, data, public_data=public, public_examples=(16,), base_losses={16: 0.0})
+    assert found is not None
+    losses = {score.model: score.loss for score in found.scores}
+    assert found.curve[0].rho == rho(found.floor_loss, 0.0, losses["global"])
+
+
+def test_the_public_base_is_fine_tuned_with_the_same_examples(world: World, tmp_path: Path) -> None:
+    data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
+    found, _ = measure(world, data, public_data=public, public_examples=(16,))
+    assert found is not None
+    (point,) = found.curve
+    losses = {score.model: score.loss for score in found.scores}
+    assert point.base_loss is not None and point.base_loss < losses["base"]
+    assert point.gain == rho(point.base_loss, point.loss, losses["global"])
+    known, _ = measure(world, data, public_data=public, public_examples=(16,), base_losses={16: 9.0})
+    assert known is not None and known.curve[0].base_loss == 9.0 and known.curve[0].loss == point.loss
+
+
+def test_without_a_base_the_floor_knows_the_averages_only(tmp_path: Path) -> None:
+    world = make_world(tmp_path / "world", "llama", clients=["alice"])
+    found, report = measure(world, plain_texts(tmp_path / "dev.jsonl"))
+    assert found is not None and not report.findings
+    assert found.floor == "averages" and 0 < found.floor_loss < 4.6
+
+
+def test_data_that_cannot_be_used_makes_the_audit_incomplete(world: World, tmp_path: Path) -> None:
+    found, report = measure(world, tmp_path / "nothing.jsonl")
+    assert found is None and [finding.rule for finding in report.findings] == ["FQ903"]
+
+
+def test_rho_is_none_where_the_model_is_no_better_than_the_floor() -> None:
+    assert rho(1.0, 0.5, 0.25) == pytest.approx(2 / 3)
+    assert rho(1.0, 0.5, 1.0) is None

@@ -1,0 +1,65 @@
+"""The benchmarks run: every figure at a tiny size, with a table and JSON. How fast is not looked at here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.helpers import environment
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measures with Linux's means")
+
+
+def bench(work: Path, *options: str) -> tuple[dict, str]:
+    """Run the benchmarks once at a tiny size; returns their JSON and their table."""
+    out = work / "figures.json"
+    command = [sys.executable, "-m", "benchmarks", "--work", str(work / "work"), "--out", str(out), "--runs", "1",
+               "--sizes", "tiny", "--updates", "2", "--clients", "3", "--millions", "0.125", *options]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text()), done.stdout
+
+
+def test_figures_of_our_own_are_measured_and_written_down(tmp_path: Path) -> None:
+    figures, table = bench(tmp_path, "--only", "fanout", "merge", "floor", "memory")
+
+    assert figures["format"] == "fedqsn-benchmark/1"
+    assert figures["machine"]["processors"] >= 1
+    rows = {row["figure"]: row for row in figures["rows"]}
+    assert rows["each further proxy of 3"]["ours"]["seconds"]
+    assert rows["merge of 2 updates (bf16) tiny"]["ratio"] > 0
+    assert rows["peak memory, export-proxy"]["reached"] is True
+    assert all(row["figure"] in table for row in figures["rows"])
+    assert not any((tmp_path / "work").iterdir())  # models and outputs are gone
+
+
+def test_a_figure_that_does_not_fit_on_the_disk_is_skipped_with_a_reason(tmp_path: Path) -> None:
+    from benchmarks.inputs import NoRoom, Place
+
+    with pytest.raises(NoRoom, match="GB free"):
+        Place(tmp_path).need(1e18)
+
+
+def test_a_process_that_fails_is_named_with_what_it_said() -> None:
+    from benchmarks.measure import Failed, run
+
+    with pytest.raises(Failed, match="exit code 3(?s:.*)some words"):
+        run([sys.executable, "-c", "print('some words'); raise SystemExit(3)"])
+
+
+def test_peak_memory_is_that_of_the_process_alone() -> None:
+    code = (
+        "import sys; from benchmarks.measure import run;"
+        "print(*(run([sys.executable, '-c', f'b = bytearray({size} << 20)'])[2] for size in (1, 300)))"
+    )
+
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    small, large = map(float, told.split())
+    assert large - small > 250

@@ -1,0 +1,142 @@
+"""Any size on a small machine: memory, open files and imports of real processes do not grow with the work."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedqsn_cli import export_proxy
+from support.helpers import contents, environment, make_model, send, words
+
+linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+
+LIMIT = 600.0  # MiB
+SLACK = 48.0  # MiB between two peaks: buffers that a small model does not fill
+HEAVY = ("torch", "bitsandbytes", "transformers", "datasets", "accelerate", "pandas")
+
+# Runs a command, then tells what it took. VmHWM, not ru_maxrss: that one counts the process which started it, too.
+RUN = """
+import json, resource, sys
+soft, sys.argv = int(sys.argv[1]), sys.argv[1:]
+if soft:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, HARD))
+from fedqsn_cli.cli.app import main
+code = main(sys.argv[1:])
+status = open("/proc/self/status").read()
+peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
+print(json.dumps({"peak": peak, "modules": sorted({name.split(".")[0] for name in sys.modules})}))
+sys.exit(code)
+"""
+
+
+def run(*arguments: str | Path, files: int = 0, hard: str = "soft") -> dict[str, float | list[str]]:
+    """Run a fedqsn command with at most `files` open files; returns its peak in MiB and the modules it imported."""
+    code = RUN.replace("HARD", hard)
+    command = [sys.executable, "-c", code, str(files), *words(arguments), "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def job(folder: Path) -> list[str | Path]:
+    return ["--key", folder / "job.key", "--ledger", folder / "ledger.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two models, of 20 MB and of 200 MB."""
+    folder = tmp_path_factory.mktemp("models")
+    small = make_model(folder / "small", "llama", dtype="BF16", hidden=1024, inner=2048, vocabulary=1024)
+    large = make_model(folder / "large", "llama", dtype="BF16", hidden=2048, inner=8192, vocabulary=12288)
+    return {"small": small, "large": large}
+
+
+@linux
+@pytest.mark.parametrize("command", ["mask", "quantize", "export-proxy", "merge"])
+def test_a_model_ten_times_as_large_takes_no_more_memory_and_nothing_imports_torch(
+    command: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    peaks = {}
+    for size, model in models.items():
+        folder = tmp_path / size
+        folder.mkdir()
+        release = ["--client", "alice", "--round", "1", "--p1", "0.1", "--p2", "0.1", *job(folder)]
+        if command == "merge":
+            export_proxy(str(model), folder / "proxy", client=["alice"], round=1, p1=0.1, p2=0.1,
+                         key=folder / "job.key", ledger=folder / "ledger.jsonl")  # fmt: skip
+            send(folder / "proxy", folder / "update")
+        more = {
+            "mask": ["--p1", "0.1", *job(folder)[:2]],
+            "quantize": ["--format", "nf4"],
+            "export-proxy": release,
+            "merge": [folder / "update", *job(folder)],
+        }[command]
+        told = run(command, model, "--out", folder / "out", *more)
+        assert not set(HEAVY) & set(told["modules"])
+        peaks[size] = float(told["peak"])
+
+    assert peaks["large"] <= LIMIT
+    assert peaks["large"] <= peaks["small"] + SLACK
+
+
+@linux
+def test_a_public_base_of_another_dtype_and_vocabulary_goes_by_in_chunks(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    peaks = {}
+    for size, (hidden, inner, vocabulary) in {"small": (1024, 2048, 1000), "large": (2048, 8192, 12000)}.items():
+        sizes = {"hidden": hidden, "inner": inner, "vocabulary": vocabulary}
+        base = make_model(tmp_path / size / "base", "llama", dtype="F32", seed=1, **sizes)
+        options = ["--p1", "0.5", "--fill", "base", "--public-base", base, "--key", tmp_path / size / "job.key"]
+        peaks[size] = float(run("mask", models[size], "--out", tmp_path / size / "out", *options)["peak"])
+        shutil.rmtree(tmp_path / size)
+
+    assert peaks["large"] <= LIMIT
+    assert peaks["large"] <= peaks["small"] + SLACK
+
+
+@linux
+def test_a_hundred_clients_take_little_more_memory_than_one(models: dict[str, Path], tmp_path: Path) -> None:
+    peaks = {}
+    for count in (1, 100):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        clients = [word for number in range(count) for word in ("--client", f"c{number}")]
+        options = ["--round", "1", "--p1", "0.1", "--p2", "0.1", *job(folder)]
+        told = run("export-proxy", models["small"], "--out", folder / "{client}", *clients, *options)
+        peaks[count] = float(told["peak"])
+
+    assert peaks[100] <= peaks[1] + 2 * SLACK
+
+
+def test_three_hundred_updates_are_merged_with_few_open_files(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "llama", dtype="F32")
+    clients = [f"c{number:03d}" for number in range(300)]
+    export_proxy(str(model), str(tmp_path / "proxy-{client}"), client=clients, round=1, p1=0.1, p2=0.1,
+                 key=tmp_path / "job.key", ledger=tmp_path / "ledger.jsonl")  # fmt: skip
+    updates = [send(tmp_path / f"proxy-{client}", tmp_path / f"update-{client}") for client in clients]
+
+    run("merge", model, *updates, "--out", tmp_path / "next", *job(tmp_path), files=100)
+
+    merged = contents(tmp_path / "next")
+    assert merged["model.safetensors"] == (model / "model.safetensors").read_bytes()  # zeros change nothing
+
+
+def test_more_clients_than_one_pass_takes_get_the_same_proxies(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "llama", dtype="BF16")
+    clients = [word for number in range(150) for word in ("--client", f"c{number}")]
+    ratios = ["--round", "1", "--p1", "0.1", "--p2", "0.1"]
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+    run("export-proxy", model, "--out", tmp_path / "{client}", *clients, *ratios, *job(tmp_path), files=64,
+        hard=str(hard))  # fmt: skip
+    run("export-proxy", model, "--out", tmp_path / "alone", "--client", "c149", *ratios, *job(tmp_path))
+
+    assert contents(tmp_path / "c149") == contents(tmp_path / "alone")
+    assert contents(tmp_path / "c0").keys() == contents(tmp_path / "c127").keys()

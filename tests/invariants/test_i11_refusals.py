@@ -1,0 +1,343 @@
+"""I11, refuse: whatever is wrong with an update, its ledger or its key, merge says so and writes nothing at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedqsn_cli import merge
+from fedqsn_cli.errors import FedqsnError, FormatError, InputError, KeyFileError, RefusedUpdate
+from support.helpers import Update, draft, listing, make_model, noise, nothing_written, send
+from support.scenario import Place, World
+
+WORLD = World("qwen2", "F32", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2)
+WEIGHT, NORM, BIAS = (
+    "model.layers.0.mlp.up_proj.weight", "model.norm.weight", "model.layers.0.self_attn.q_proj.bias"
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def original(module_folder: Path) -> Place:
+    """A job with two proxies and an honest update of each."""
+    place = Place(WORLD, module_folder / "original")
+    make_model(place.model, "qwen2", hidden=33)
+    proxies = place.export(place.model, "proxies")
+    for name in ("ann", "bob"):
+        send(proxies / name, place.root / f"u-{name}", noise(1))
+    return place
+
+
+@pytest.fixture
+def place(original: Place, folder: Path) -> Place:
+    """A copy of it to spoil."""
+    shutil.copytree(original.root, folder / "job")
+    (folder / "job/job.key").chmod(0o600)
+    return Place(WORLD, folder / "job")
+
+
+def merged(place: Place, *updates: str, **options: Any) -> Any:
+    usual = {"key": place.key, "ledger": place.root / "ledger.jsonl"}
+    folders = [place.root / name for name in updates or ("u-ann", "u-bob")]
+    return merge(str(place.model), folders, place.root / "next", **usual | options)
+
+
+def refused(
+    place: Place, complaint: str | None, *updates: str, error: type[FedqsnError] = InputError, **options: Any
+) -> None:
+    """merge refuses in one line, with exit code 2, and writes nothing."""
+    with nothing_written(place.root), pytest.raises(error, match=complaint) as caught:
+        merged(place, *updates, **options)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+
+
+def test_i11_the_honest_updates_of_these_tests_are_accepted(place: Place) -> None:
+    merged(place)
+    assert sorted(set(listing(place.root)) - {"next"})  # and below: nothing but the result is new
+    assert not [name for name in listing(place.root) if ".fedqsn-" in name]
+
+
+# ---------------------------------------------------------------- the tensors of an update
+
+
+def spoil(change: Callable[[Update], None]) -> Callable[[Place], None]:
+    """An update with other content, but with a digest that fits."""
+
+    def apply(place: Place) -> None:
+        update = draft(place.root / "proxies/ann", noise(1))
+        change(update)
+        shutil.rmtree(place.root / "u-ann")
+        update.write(place.root / "u-ann")
+
+    return apply
+
+
+def put(name: str, value: float, everywhere: bool = False) -> Callable[[Place], None]:
+    def change(update: Update) -> None:
+        values = update.tensors[name][1].view(np.float32)
+        values.reshape(-1)[slice(None) if everywhere else slice(-1, None)] = value
+
+    return spoil(change)
+
+
+def put_tensor(name: str, tensor: Callable[[Any], tuple[str, Any]]) -> Callable[[Place], None]:
+    return spoil(lambda update: update.tensors.update({name: tensor(update.tensors.get(name, ("F32", None))[1])}))
+
+
+TENSORS: dict[str, tuple[Callable[[Place], None], str]] = {
+    "NaN in a weight": (put(WEIGHT, float("nan")), "NaN or infinity"),
+    "NaN in a norm": (put(NORM, float("nan")), "NaN or infinity"),
+    "infinity in a bias": (put(BIAS, float("inf")), "NaN or infinity"),
+    "minus infinity": (put(WEIGHT, float("-inf")), "NaN or infinity"),
+    "infinities that cancel": (put(WEIGHT, float("inf"), True), "NaN or infinity"),
+    "a huge number": (put(WEIGHT, 1e30), "norm"),
+    "the largest number": (put(WEIGHT, 3.4e38, True), "norm|infinite"),
+    "a huge norm": (put(NORM, 1e8), "norm"),
+    "numbers a hundred times too large": (put(WEIGHT, 50.0, True), "norm"),
+    "one tensor more": (put_tensor("model.layers.7.mlp.up_proj.weight", lambda x: ("F32", np.zeros(3, np.uint32))),
+                        "no such tensor"),
+    "a tensor missing": (spoil(lambda update: update.tensors.pop(WEIGHT) and None), "missing"),
+    "a norm missing": (spoil(lambda update: update.tensors.pop(NORM) and None), "missing"),
+    "all units": (put_tensor(WEIGHT, lambda x: ("F32", np.zeros((48, 33), np.uint32))), "expected F32"),
+    "one unit less": (put_tensor(WEIGHT, lambda x: ("F32", x[1:])), "expected F32"),
+    "turned": (put_tensor(WEIGHT, lambda x: ("F32", np.ascontiguousarray(x.T))), "expected F32"),
+    "flat": (put_tensor(WEIGHT, lambda x: ("F32", x.reshape(-1))), "expected F32"),
+    "a dimension more": (put_tensor(WEIGHT, lambda x: ("F32", x[None])), "expected F32"),
+    "empty": (put_tensor(WEIGHT, lambda x: ("F32", x[:0])), "expected F32"),
+    "another dtype": (put_tensor(WEIGHT, lambda x: ("BF16", x.astype(np.uint16))), "expected F32"),
+    "whole numbers": (put_tensor(WEIGHT, lambda x: ("I64", x.astype(np.int64))), "expected F32"),
+    "another precision than it says": (spoil(lambda update: update.manifest.update(precision="fp16")), "expected F16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", TENSORS)
+def test_i11_an_update_whose_tensors_are_wrong_is_refused(fault: str, place: Place) -> None:
+    change, complaint = TENSORS[fault]
+    change(place)
+    refused(place, complaint)
+
+
+# ---------------------------------------------------------------- the manifest of an update
+
+
+def say(**fields: Any) -> Callable[[Path], None]:
+    """Other fields in update.json; `...` takes one out."""
+
+    def change(update: Path) -> None:
+        document = json.loads((update / "update.json").read_text()) | fields
+        document = {name: value for name, value in document.items() if value is not ...}
+        (update / "update.json").write_text(json.dumps(document))
+
+    return change
+
+
+def write(text: bytes) -> Callable[[Path], None]:
+    def change(update: Path) -> None:
+        (update / "update.json").write_bytes(text)
+
+    return change
+
+
+FILES = {"update.safetensors": "0" * 64}
+MANIFESTS: dict[str, Callable[[Path], None]] = {
+    "no examples": say(num_examples=0),
+    "negative examples": say(num_examples=-5),
+    "half an example": say(num_examples=10.5),
+    "a float that is whole": say(num_examples=10.0),
+    "examples as text": say(num_examples="10"),
+    "true examples": say(num_examples=True),
+    "too many examples": say(num_examples=2**53 + 1),
+    "endless examples": write(b'{"num_examples": 1e999}'),
+    "no field num_examples": say(num_examples=...),
+    "null examples": say(num_examples=None),
+    "negative steps": say(steps=-1),
+    "an unknown field": say(extra=1),
+    "another format": say(format="fedqsn-update/2"),
+    "an unknown precision": say(precision="fp8"),
+    "no losses": say(losses=None),
+    "losses that are text": say(losses={"first": "1", "last": None, "eval_before": None, "eval_after": None}),
+    "a short proxy id": say(proxy_id="abc"),
+    "a proxy id in capitals": say(proxy_id="A" * 64),
+    "an unknown proxy id": say(proxy_id="1" * 64),
+    "another proxy.json": say(proxy_sha256="1" * 64),
+    "a wrong digest": say(files=FILES),
+    "no files": say(files={}),
+    "one file more": say(files=FILES | {"more.safetensors": "0" * 64}),
+    "a file elsewhere": say(files={"../u-bob/update.safetensors": "0" * 64}),
+    "an absolute file": say(files={"/etc/passwd": "0" * 64}),
+    "doubled fields": write(b'{"format": "fedqsn-update/1", "format": "fedqsn-update/1"}'),
+    "a list": write(b"[]"),
+    "nothing": write(b""),
+    "no JSON": write(b"{"),
+    "no UTF-8": write(b"\xff\xfe"),
+    "NaN": write(b'{"num_examples": NaN}'),
+    "deep nesting": write(b"[" * 100_000 + b"]" * 100_000),
+}
+
+
+@pytest.mark.parametrize("fault", MANIFESTS)
+def test_i11_an_update_whose_manifest_is_wrong_is_refused(fault: str, place: Place) -> None:
+    MANIFESTS[fault](place.root / "u-ann")
+    refused(place, None)
+
+
+# ---------------------------------------------------------------- the files of an update
+
+
+def flip(update: Path, position: int) -> None:
+    data = bytearray((update / "update.safetensors").read_bytes())
+    data[position] ^= 1
+    (update / "update.safetensors").write_bytes(data)
+
+
+@pytest.mark.parametrize("position", [-1, -2, -1000, -9_000, 9, 100, 0])
+def test_i11_one_flipped_bit_anywhere_in_an_update_is_refused(position: int, place: Place) -> None:
+    flip(place.root / "u-ann", position)
+    refused(place, None)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "cut short": lambda file: os.truncate(file, file.stat().st_size - 4),
+    "longer": lambda file: file.write_bytes(file.read_bytes() + b"\0\0\0\0"),
+    "empty": lambda file: file.write_bytes(b""),
+    "gone": lambda file: file.unlink(),
+    "a folder": lambda file: (file.unlink(), file.mkdir()),
+    "a pipe": lambda file: (file.unlink(), os.mkfifo(file)),
+    "a device": lambda file: (file.unlink(), file.symlink_to("/dev/zero")),
+    "a dangling link": lambda file: (file.unlink(), file.symlink_to("nowhere")),
+    "a pickle": lambda file: file.write_bytes(b"\x80\x04\x95" + bytes(100)),
+}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", ["update.safetensors", "update.json"])
+def test_i11_an_update_with_a_damaged_file_is_refused(file: str, damage: str, place: Place) -> None:
+    DAMAGES[damage](place.root / "u-ann" / file)
+    if damage == "longer" and file == "update.json":
+        (place.root / "u-ann" / file).write_bytes(b"{} {}")
+    with nothing_written(place.root), pytest.raises((InputError, OSError)) as caught:
+        merged(place)
+    assert isinstance(caught.value, InputError)
+
+
+# ---------------------------------------------------------------- foreign, stale, doubled
+
+
+def test_i11_an_update_given_twice_is_refused(place: Place) -> None:
+    shutil.copytree(place.root / "u-ann", place.root / "copy")
+    (place.root / "link").symlink_to(place.root / "u-ann")
+    for other in ("u-ann", "copy", "link"):
+        refused(place, "more than one", "u-ann", other, error=RefusedUpdate)
+
+
+def test_i11_two_updates_of_one_client_are_refused_even_from_two_rounds(place: Place) -> None:
+    proxies = place.export(place.model, "second", round=2)
+    send(proxies / "ann", place.root / "u-again", noise(2))
+    refused(place, "more than one", "u-ann", "u-again", error=RefusedUpdate)
+
+
+def test_i11_an_update_of_the_last_round_is_stale_once_the_model_moved(place: Place) -> None:
+    merge(str(place.model), [place.root / "u-ann"], place.root / "moved", key=place.key,
+          ledger=place.root / "ledger.jsonl")  # fmt: skip
+    with nothing_written(place.root), pytest.raises(RefusedUpdate, match="another model"):
+        merge(str(place.root / "moved"), [place.root / "u-bob"], place.root / "next", key=place.key,
+              ledger=place.root / "ledger.jsonl")  # fmt: skip
+    proxies = place.export(place.root / "moved", "second", round=2)
+    send(proxies / "ann", place.root / "u-new", noise(2))
+    refused(place, "another model", "u-new", "u-bob", error=RefusedUpdate)
+    refused(place, "another model", "u-new", error=RefusedUpdate)
+
+
+def test_i11_updates_of_another_job_are_refused(place: Place) -> None:
+    foreign = {"key": place.root / "other.key", "ledger": place.root / "other.jsonl"}
+    proxies = place.export(place.model, "foreign", **foreign)
+    send(proxies / "ann", place.root / "u-foreign", noise(1))
+    refused(place, "not in the ledger", "u-foreign", error=RefusedUpdate)
+    refused(place, "another job", "u-foreign", ledger=place.root / "other.jsonl", error=RefusedUpdate)
+    refused(place, "another job", "u-ann", key=place.root / "other.key", error=RefusedUpdate)
+
+
+def test_i11_an_update_for_another_clients_proxy_does_not_fit(place: Place) -> None:
+    """A client that claims another's proxy id is caught by the digest of proxy.json."""
+    theirs = json.loads((place.root / "u-bob/update.json").read_text())
+    say(proxy_id=theirs["proxy_id"])(place.root / "u-ann")
+    refused(place, "another proxy.json", "u-ann", error=RefusedUpdate)
+
+
+def test_i11_more_examples_than_allowed_are_refused(place: Place) -> None:
+    refused(place, "max-examples", max_examples=9, error=RefusedUpdate)
+    merged(place, max_examples=10)
+
+
+def test_i11_a_norm_over_the_limit_is_refused(place: Place) -> None:
+    norm = max(client.relative_norm for client in merged(place).clients)
+    shutil.rmtree(place.root / "next")
+    refused(place, "max-update-norm", max_update_norm=norm * 0.99, error=RefusedUpdate)
+    merged(place, max_update_norm=norm * 1.01)
+
+
+@pytest.mark.parametrize("poisoned", ["u-ann", "u-bob"])
+def test_i11_one_bad_update_among_good_ones_is_named(poisoned: str, place: Place) -> None:
+    flip(place.root / poisoned, -1)
+    refused(place, poisoned, error=RefusedUpdate)
+
+
+# ---------------------------------------------------------------- ledger and key
+
+
+@pytest.fixture
+def lines(place: Place) -> Iterator[list[bytes]]:
+    """Lines of the ledger; what the test leaves in the list is written back by `rewrite`."""
+    yield (place.root / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+
+
+def test_i11_a_broken_chain_in_the_ledger_is_refused(place: Place, lines: list[bytes]) -> None:
+    first, second = lines
+    broken = [
+        [second, first], [second], [first, first], [first.replace(b'"p2":0.2', b'"p2":0.1'), second],
+        [first, b"\n", second], [first, b"{}\n", second], [first, second, b"null\n"], [b"\xff\n"],
+        [first.replace(b'"round":1', b'"round":1,"round":1'), second],
+    ]  # fmt: skip
+    for content in broken:
+        (place.root / "ledger.jsonl").write_bytes(b"".join(content))
+        refused(place, "ledger.jsonl", error=FormatError)
+
+
+def test_i11_a_torn_last_line_of_the_ledger_was_never_a_release(place: Place, lines: list[bytes]) -> None:
+    first, second = lines
+    for length in (1, len(second) // 2, len(second) - 1):
+        (place.root / "ledger.jsonl").write_bytes(first + second[:length])
+        refused(place, "not in the ledger", error=RefusedUpdate)
+        merged(place, "u-ann")
+        shutil.rmtree(place.root / "next")
+        place.export(place.model, "again")  # writes the lost line once more
+        shutil.rmtree(place.root / "again")
+        assert (place.root / "ledger.jsonl").read_bytes() == first + second
+
+
+def test_i11_an_empty_ledger_has_no_release(place: Place) -> None:
+    (place.root / "ledger.jsonl").write_bytes(b"")
+    refused(place, "not in the ledger", error=RefusedUpdate)
+
+
+def test_i11_a_key_that_others_can_read_or_that_is_none_is_refused(place: Place) -> None:
+    for mode in (0o644, 0o640, 0o604, 0o660):
+        place.key.chmod(mode)
+        refused(place, "chmod 600", error=KeyFileError)
+    place.key.chmod(0o600)
+    place.key.write_text("not a key")
+    refused(place, None, error=KeyFileError)
+
+
+def test_i11_a_taken_output_is_refused_before_anything_is_read(place: Place) -> None:
+    (place.root / "next").mkdir()
+    refused(place, "already exists")
+    refused(place, "not made by fedqsn", force=True)

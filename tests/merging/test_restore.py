@@ -1,0 +1,196 @@
+"""merge --restore: the trained visible part and the hidden part become one model again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedqsn_cli import mask, merge
+from fedqsn_cli.errors import InputError, KeyFileError
+from support.helpers import (
+    contents,
+    hidden_elements,
+    make_model,
+    noise,
+    nothing_written,
+    read_model,
+    send,
+    to_bits,
+    to_floats,
+)
+from support.scenario import Place, World, few, placed, worlds
+
+USUAL = World("bert", "F32", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2)
+
+
+def play(place: Place, rounds: int) -> tuple[Path, Path]:
+    """Rounds merged into the global model and, side by side, into the server model; both as they end."""
+    whole, server = place.model, place.server(place.model, "server")
+    job = {"key": place.key, "ledger": place.root / "ledger.jsonl"}
+    for number in range(1, rounds + 1):
+        proxies = place.export(server, f"p{number}", round=number)
+        updates = [
+            send(proxies / name, place.root / f"u{number}-{name}", noise(number, 0.003), examples=number + len(name))
+            for name in ("ann", "bob")
+        ]
+        merge(str(whole), updates, place.root / f"whole-{number}", **job)
+        merge(str(server), updates, place.root / f"server-{number}", **job)
+        whole, server = place.root / f"whole-{number}", place.root / f"server-{number}"
+    return whole, server
+
+
+def restored(place: Place, server: Path, **options: Any) -> Path:
+    out = place.root / f"restored{options.get('blend', '')}"
+    merge(str(place.model), [], out, key=place.key, restore=str(server), **options)
+    return out
+
+
+@few(20)
+@given(worlds(shards=1))
+def test_both_ways_to_the_end_of_a_job_give_byte_equal_models(world: World) -> None:
+    with placed(world) as place:
+        whole, server = play(place, 1)
+        one, other = contents(whole), contents(restored(place, server))
+        del one["fedqsn.json"], other["fedqsn.json"]  # they say what they were made from
+        assert one == other
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("fill", ["zero", "base"])
+def test_both_ways_are_equal_after_three_rounds_with_their_residuals(dtype: str, fill: str, folder: Path) -> None:
+    sizes = {"dtype": dtype, "hidden": 33, "inner": 48}
+    place = Place(replace(USUAL, family="gpt2", dtype=dtype, fill=fill), folder)
+    make_model(place.model, "gpt2", **sizes)
+    make_model(folder / "base", "gpt2", seed=1, **sizes)
+    whole, server = play(place, 3)
+    one, other = contents(whole), contents(restored(place, server))
+    del one["fedqsn.json"], other["fedqsn.json"]
+    assert ("fedqsn-residual.safetensors" in one) == (dtype != "F32")
+    assert one == other
+
+
+@few(8)
+@given(worlds(), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+def test_a_blend_interpolates_hidden_weights_and_the_visible_scale(world: World, blend: float) -> None:
+    check_blend(world, blend)
+
+
+@few(5)
+@given(worlds(dtype="F32", p1=0.5, fill="zero"), st.sampled_from([0.25, 0.5]))
+def test_a_blend_of_an_fp32_model_is_exact(world: World, blend: float) -> None:
+    check_blend(world, blend)
+
+
+@few(5)
+@given(worlds(dtype="F32", p1=0.5, fill="base"), st.sampled_from([0.25, 0.5]))
+def test_a_blend_with_a_public_base_is_exact(world: World, blend: float) -> None:
+    check_blend(world, blend)
+
+
+def check_blend(world: World, blend: float) -> None:
+    with placed(world) as place:
+        _, server = play(place, 1)
+        result = read_model(restored(place, server, blend=blend))
+        before, trained = read_model(place.model), read_model(server)
+        holes = read_model(place.root / "base") if world.fill == "base" else {}
+        for name, hidden in hidden_elements(place.model, place.key).items():
+            dtype, bits = trained[name]
+            if not hidden.any():
+                np.testing.assert_array_equal(result[name][1], bits)
+                continue
+            w, x = (to_floats(model[name][1], dtype).astype(np.float64) for model in (before, trained))
+            r = to_floats(holes[name][1], dtype).astype(np.float64) if holes else np.zeros_like(w)
+            s = share_factor(hidden) if world.fill == "zero" else 1.0
+            wanted = np.where(hidden, r + blend * (w - r), x * (s + blend * (1 - s))).astype(np.float32)
+            expected = to_floats(to_bits(wanted, dtype), dtype)
+            np.testing.assert_allclose(to_floats(result[name][1], dtype), expected, rtol=TOLERANCE[dtype], atol=1e-7)
+
+
+TOLERANCE = {"F32": 1e-6, "F16": 2**-10, "BF16": 2**-7}  # s is kept in fp32: a rounding may fall to the other side
+
+
+def share_factor(hidden: np.ndarray) -> float:
+    """n / (n - hidden) of a tensor, from its own elements."""
+    return hidden.size / (hidden.size - int(np.count_nonzero(hidden)))
+
+
+def test_blend_0_is_the_trained_server_model_with_its_scale(folder: Path) -> None:
+    from fedqsn_cli.checkpoint import Checkpoint
+    from fedqsn_cli.models.dense import load_dense
+
+    make_model(folder / "model", "llama", hidden=33)
+    place = Place(replace(USUAL, family="llama"), folder)
+    _, server = play(place, 1)
+    result = read_model(restored(place, server, blend=0.0))
+    with Checkpoint.open(server) as checkpoint:
+        dense = load_dense(checkpoint)
+    for name, (dtype, bits) in result.items():
+        np.testing.assert_array_equal(to_floats(bits, dtype), dense[name].numpy())
+
+
+@pytest.mark.parametrize("blend", [0.0, 1.0])
+def test_hidden_weights_that_are_not_finite_come_back_or_stay_out_whole(blend: float, folder: Path) -> None:
+    place = Place(replace(USUAL, family="llama", hidden=33), folder)
+    make_model(place.model, "llama", hidden=33)
+    server = place.server(place.model, "server")
+    broken = place.rewritten("broken", "all of it")
+    merge(str(broken), [], folder / "out", key=place.key, restore=str(server), blend=blend)
+    result, original = read_model(folder / "out"), read_model(broken)
+    for name, hidden in hidden_elements(place.model, place.key).items():
+        if blend == 1:
+            np.testing.assert_array_equal(result[name][1], original[name][1])
+        else:
+            assert not result[name][1][hidden].any()
+
+
+def test_a_server_model_without_rescaling_is_not_scaled_by_a_blend(folder: Path) -> None:
+    model = make_model(folder / "model", "llama", hidden=33)
+    mask(str(model), folder / "server", key=folder / "key", p1=0.3, rescale=False)
+    merge(str(model), [], folder / "out", key=folder / "key", restore=str(folder / "server"), blend=0.0)
+    one, other = read_model(folder / "out"), read_model(folder / "server")
+    assert all(np.array_equal(one[name][1], other[name][1]) for name in one)
+
+
+def test_restoring_an_untrained_server_model_gives_the_global_model(folder: Path) -> None:
+    model = make_model(folder / "model", "bert", dtype="BF16", hidden=33)
+    mask(str(model), folder / "server", key=folder / "key", p1=0.3)
+    merge(str(model), [], folder / "out", key=folder / "key", restore=str(folder / "server"))
+    assert (folder / "out/model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def place(folder: Path) -> Place:
+    make_model(folder / "model", "bert", hidden=33)
+    place = Place(USUAL, folder)
+    place.server(place.model, "server")
+    return place
+
+
+@pytest.mark.parametrize("blend", [-0.1, 1.1, float("nan"), float("inf")])
+def test_i11_a_blend_out_of_range_is_refused(blend: float, place: Place) -> None:
+    with nothing_written(place.root), pytest.raises(InputError, match="blend"):
+        restored(place, place.root / "server", blend=blend)
+
+
+def test_i11_models_that_do_not_belong_together_are_not_restored(place: Place) -> None:
+    packed = place.quantized(place.root / "server", "packed")
+    proxy = place.export(place.model, "proxies") / "ann"
+    mask(str(place.model), place.root / "foreign", key=place.root / "other.key", p1=0.3)
+    other = make_model(place.root / "other", "bert", hidden=32)
+    with nothing_written(place.root):
+        for server in (packed, proxy, place.root / "foreign", place.model, place.root / "nowhere"):
+            with pytest.raises(InputError):
+                restored(place, server)
+        with pytest.raises(InputError, match="server model"):
+            merge(str(place.root / "server"), [], place.root / "out", key=place.key, restore=str(place.root / "server"))
+        with pytest.raises(KeyFileError):
+            merge(str(place.model), [], place.root / "out", key=place.root / "other.key",
+                  restore=str(place.root / "server"))  # fmt: skip
+        with pytest.raises(InputError):
+            merge(str(other), [], place.root / "out", key=place.key, restore=str(place.root / "server"))

@@ -1,0 +1,214 @@
+"""Proxies that leak, made from clean ones: change tensors or files, then sign everything anew, as an insider could."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedqsn_cli import strictjson
+from fedqsn_cli.artifacts.manifests import ProxyManifest, file_digest, read_manifest
+from fedqsn_cli.auditing.findings import Audit
+from fedqsn_cli.auditing.inputs import Report, open_inputs
+from fedqsn_cli.auditing.invariants.check import check_invariants
+from fedqsn_cli.checkpoint import ArtifactWriter
+from fedqsn_cli.export.outputs import ClientOutput, tensor_specs
+from fedqsn_cli.export.pipeline import run
+from fedqsn_cli.export.proxy import export_proxy
+from fedqsn_cli.export.session import METADATA
+from fedqsn_cli.masks import job_key
+from fedqsn_cli.masks.job_masks import ServerMasks
+from fedqsn_cli.masks.unit_mask import UnitMask
+from fedqsn_cli.models.flow import flows
+from fedqsn_cli.models.model import open_model
+from fedqsn_cli.planning.tensor_plan import TensorPlan
+from fedqsn_cli.progress import Silent
+from support.families import build
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class World:
+    """A model, a key, a ledger, and the proxies of a few clients, all in one folder."""
+
+    home: Path
+    clients: tuple[str, ...]
+
+    @property
+    def truth(self) -> Path:
+        return self.home / "truth"
+
+    @property
+    def base(self) -> Path | None:
+        return self.home / "base" if (self.home / "base").exists() else None
+
+    @property
+    def key(self) -> Path:
+        return self.home / "job.key"
+
+    @property
+    def ledger(self) -> Path:
+        return self.home / "ledger.jsonl"
+
+    def proxy(self, client: str = "alice") -> Path:
+        return self.home / client
+
+    def copy(self, home: Path) -> World:
+        """The same world in another place, to be spoilt."""
+        shutil.copytree(self.home, home)
+        return World(home, self.clients)
+
+    def hidden(self, tensor: str) -> np.ndarray[Any, Any]:
+        """Hidden units of a tensor, as flags."""
+        job = job_key.load(self.key)
+        plan = open_model(str(self.truth), axis=job.axis, overrides=job.overrides).plan
+        mask = ServerMasks(job).hidden(next(one for one in plan.tensors if one.name == tensor))
+        assert mask is not None
+        return mask.marks.reshape(-1)
+
+    def weights(self) -> Tensors:
+        """The truth."""
+        return load_file(self.truth / "model.safetensors")
+
+
+def make_world(
+    home: Path,
+    family: str = "bert",
+    *,
+    clients: Sequence[str] = ("alice", "bob"),
+    p1: float = 0.3,
+    p2: float = 0.2,
+    model: dict[str, Any] | None = None,
+    edit: Callable[[Tensors], None] | None = None,
+    prepare: Callable[[Path], None] | None = None,
+    **options: Any,
+) -> World:
+    """Build a model and export proxies of it; `edit` changes its tensors before, `prepare` its folder."""
+    home.mkdir(parents=True, exist_ok=True)
+    build(family, home / "truth", tokenizer=True, **(model or {}))
+    if edit is not None:
+        tensors = load_file(home / "truth" / "model.safetensors")
+        edit(tensors)
+        save_file({name: x.contiguous() for name, x in tensors.items()}, home / "truth" / "model.safetensors", METADATA)
+    if prepare is not None:
+        prepare(home)
+    if options.get("fill") == "base":
+        build(family, home / "base", tokenizer=True, seed=11, **(model or {}))
+        options["public_base"] = str(home / "base")
+    export_proxy(
+        str(home / "truth"), home / "{client}", client=clients, round=1, key=home / "job.key",
+        ledger=home / "ledger.jsonl", p1=p1, p2=p2, **options,
+    )  # fmt: skip
+    return World(home, tuple(clients))
+
+
+def audit(
+    world: World, *, clients: Sequence[str] | None = None, after: Path | None = None, blind: bool = False
+) -> Audit:
+    """Apply all hard invariants; blind: with nothing but the proxies."""
+    report = Report()
+    known: dict[str, Any] = {} if blind else {"truth": world.truth, "key": world.key, "ledger": world.ledger}
+    if not blind:
+        known |= {"base": world.base, "after": after}
+    folders = [world.proxy(client) for client in clients or world.clients]
+    check_invariants(open_inputs(folders, report, **known), report)
+    return Audit(tuple(report.findings), tuple(report.checked))
+
+
+def rules_of(found: Audit) -> set[str]:
+    """Ids of the rules that found something."""
+    return {finding.rule for finding in found.findings}
+
+
+def spoil(
+    world: World, change: Callable[[Tensors], None], client: str = "alice", *, metadata: dict[str, str] | None = None,
+    file: str = "model.safetensors",
+) -> None:  # fmt: skip
+    """Change the tensors of a proxy, and sign it anew."""
+    path = world.proxy(client) / file
+    tensors = load_file(path)
+    change(tensors)
+    standard = METADATA if file == "model.safetensors" else {}
+    save_file({name: x.contiguous() for name, x in tensors.items()}, path, {**standard, **(metadata or {})} or None)
+    sign(world, client)
+
+
+def spoil_file(world: World, name: str, change: Callable[[bytes], bytes], client: str = "alice") -> None:
+    """Change the bytes of a file of a proxy, and sign it anew."""
+    path = world.proxy(client) / name
+    path.write_bytes(change(path.read_bytes() if path.exists() else b""))
+    sign(world, client)
+
+
+def sign(world: World, client: str = "alice", **fields: Any) -> None:
+    """Make proxy.json and the ledger agree with the files again."""
+    folder = world.proxy(client)
+    document = json.loads((folder / "proxy.json").read_text()) | fields
+    old = document["proxy_id"]
+    names = [path.name for path in folder.iterdir() if path.name != "proxy.json"]
+    document["files"] = {name: file_digest(folder / name) for name in names}
+    (folder / "proxy.json").write_text(strictjson.pretty(document))
+    previous, lines = "0" * 64, []
+    for text in world.ledger.read_text().splitlines():
+        line = json.loads(text)
+        if line["proxy_id"] == old:
+            line["proxy_sha256"] = file_digest(folder / "proxy.json")
+        line["previous"] = previous
+        lines.append(strictjson.dumps(line))
+        previous = hashlib.sha256(lines[-1].encode()).hexdigest()
+    world.ledger.write_text("".join(line + "\n" for line in lines))
+
+
+def requantize(world: World, client: str, *, masked_before: bool) -> None:
+    """Write the proxy's weights again, with block scales of the unmasked weights, or of the client-masked ones."""
+    folder = world.proxy(client)
+    manifest = read_manifest(folder, ProxyManifest)
+    report = Report()
+    proxy = open_inputs([folder], report).proxies[0]
+    job = job_key.load(world.key)
+    model = open_model(str(world.truth), axis=job.axis, overrides=job.overrides)
+
+    def unseen(tensor: TensorPlan) -> UnitMask | None:
+        visible = proxy.visible(tensor.name)
+        return None if visible is None else visible.inverted()
+
+    def nothing(tensor: TensorPlan) -> UnitMask | None:
+        return None
+
+    how = manifest.quantization
+    todo = flows(model, how, unseen if masked_before else nothing)
+    with ArtifactWriter(world.home / f"{client}-again", force=False) as writer:
+        sink = writer.tensors("model", tensor_specs(todo, how), max_shard_bytes=None, metadata=METADATA)
+        output = ClientOutput(sink, how, nothing if masked_before else unseen, lambda tensor: proxy.factor(tensor.name))
+        run(model, todo, how, [output], base=None, progress=Silent())
+        sink.close()
+        writer.publish()
+    shutil.move(world.home / f"{client}-again" / "model.safetensors", folder / "model.safetensors")
+    sign(world, client)
+
+
+def shake(world: World, client: str, seed: int) -> None:
+    """Round stochastically: move some visible 4-bit codes by one."""
+    noise = np.random.default_rng(seed)
+
+    def change(tensors: Tensors) -> None:
+        for name in [name for name in tensors if f"{name}.absmax" in tensors]:
+            codes = tensors[name].numpy().reshape(-1)
+            pairs = np.stack([codes >> 4, codes & 15], axis=1)
+            move = (pairs != 7) & (pairs != 0) & (pairs != 15) & (pairs != 6) & (noise.random(pairs.shape) < 0.3)
+            pairs = pairs + move.astype(np.uint8)
+            tensors[name] = torch.from_numpy((pairs[:, 0] << 4 | pairs[:, 1]).astype(np.uint8)).reshape(
+                tensors[name].shape
+            )
+
+    spoil(world, change, client)
