@@ -7,7 +7,7 @@ BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo audit test soak lint types docs bench study clean
+.PHONY: help setup demo audit test soak lint format types docs bench study clean
 
 help: ## list the chores
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -33,8 +33,13 @@ test: $(READY) ## run the tests; choose with ARGS="-k merge"
 soak: $(READY) ## run the tests that take minutes or much disk
 	@$(BIN)/python -m pytest -q -m soak $(ARGS)
 
-lint: $(READY) ## check style
+lint: $(READY) ## check style and formatting
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet . || { echo "not formatted: run 'make format'" >&2; exit 1; }
+
+format: $(READY) ## format the code and sort imports
+	@$(BIN)/ruff check --quiet --fix .
+	@$(BIN)/ruff format --quiet .
 
 types: $(READY) ## check types, strictly
 	@$(BIN)/mypy

@@ -24,9 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, f"{root}/src", os.environ.get("PYTHONPATH")]))
     options.work.mkdir(parents=True, exist_ok=True)
     place = Place(
-        options.work.resolve(), options.runs, update_format=options.update_format, updates=options.updates,
-        clients=sorted({1, *options.clients}), millions=options.millions,
-    )  # fmt: skip
+        options.work.resolve(),
+        options.runs,
+        update_format=options.update_format,
+        updates=options.updates,
+        clients=sorted({1, *options.clients}),
+        millions=options.millions,
+    )
     begin = time.monotonic()
     place.prepare_kernels()
     rows: list[Row] = []
@@ -49,9 +53,13 @@ def write(out: Path | None, rows: Sequence[Row], place: Place, begin: float) -> 
     if out is None:
         return
     settings = {
-        "runs": place.runs, "update_format": place.update_format, "clients": list(place.clients),
-        "updates": place.updates, "kernel_millions": place.millions, "seconds": round(time.monotonic() - begin),
-    }  # fmt: skip
+        "runs": place.runs,
+        "update_format": place.update_format,
+        "clients": list(place.clients),
+        "updates": place.updates,
+        "kernel_millions": place.millions,
+        "seconds": round(time.monotonic() - begin),
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(document(rows, settings, place.work), indent=1) + "\n")
 

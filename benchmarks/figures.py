@@ -1,14 +1,14 @@
 """The figures, one function each. Each runs both sides of its comparison in turn, on the same files, in the same place.
 
-    kernel      nf4 codes in memory                 bitsandbytes quantize_4bit
-    floor       export-proxy                        plain loops that read and write as many bytes
-    peer        export-proxy                        transformers + bitsandbytes
-    fanout      export-proxy for 10 and 100         export-proxy for 1
-    merge       merge of 8 updates                  plain loops that read and write as many bytes
-    mergekit    merge of a model and 2 updates      mergekit-yaml, linear, 3 models
-    memory      export-proxy and merge by size      600 MiB, and each other
-    help        fedqsn --help                       hf --help
-    compile     the first command of all            the second one
+kernel      nf4 codes in memory                 bitsandbytes quantize_4bit
+floor       export-proxy                        plain loops that read and write as many bytes
+peer        export-proxy                        transformers + bitsandbytes
+fanout      export-proxy for 10 and 100         export-proxy for 1
+merge       merge of 8 updates                  plain loops that read and write as many bytes
+mergekit    merge of a model and 2 updates      mergekit-yaml, linear, 3 models
+memory      export-proxy and merge by size      600 MiB, and each other
+help        fedqsn --help                       hf --help
+compile     the first command of all            the second one
 """
 
 from __future__ import annotations
@@ -47,9 +47,13 @@ def floor(place: Place, size: str) -> Iterator[Row]:
     model = place.model(size)
     out = _proxy_bytes(place, size)
     samples = compare(
-        {"ours": _export(place, size, 1), "plain": _floor(place, "plain", out, [model]),
-         "direct": _floor(place, "direct", out, [model])}, place.runs,
-    )  # fmt: skip
+        {
+            "ours": _export(place, size, 1),
+            "plain": _floor(place, "plain", out, [model]),
+            "direct": _floor(place, "direct", out, [model]),
+        },
+        place.runs,
+    )
     yield from _against_floors(f"export-proxy {size}", size, samples, total_bytes(model), out)
 
 
@@ -58,9 +62,11 @@ def peer(place: Place, size: str) -> Iterator[Row]:
     model = place.model(size)
     place.need(2 * total_bytes(model))
     theirs = Contender(
-        place.module("benchmarks.peers", "quantize", model, place.work / "peer"), [model],
-        lambda: place.clear("peer"), lambda: place.clear("peer"),
-    )  # fmt: skip
+        place.module("benchmarks.peers", "quantize", model, place.work / "peer"),
+        [model],
+        lambda: place.clear("peer"),
+        lambda: place.clear("peer"),
+    )
     samples = compare({"ours": _export(place, size, 1), "theirs": theirs}, place.runs)
     note = f"peak {samples['ours'].largest:.0f} against {samples['theirs'].largest:.0f} MiB"
     yield Row.faster(
@@ -98,9 +104,13 @@ def merge(place: Place, size: str) -> Iterator[Row]:
     out = 4 * SHAPES[size].parameters  # the model and what rounding drops
     place.need(2 * out)
     samples = compare(
-        {"ours": _merge(place, job), "plain": _floor(place, "plain", out, inputs),
-         "direct": _floor(place, "direct", out, inputs)}, place.runs,
-    )  # fmt: skip
+        {
+            "ours": _merge(place, job),
+            "plain": _floor(place, "plain", out, inputs),
+            "direct": _floor(place, "direct", out, inputs),
+        },
+        place.runs,
+    )
     figure = f"merge of {place.updates} updates ({place.update_format}) {size}"
     yield from _against_floors(figure, size, samples, sum(map(total_bytes, inputs)), out)
 
@@ -120,9 +130,12 @@ def mergekit(place: Place, size: str) -> Iterator[Row]:
     recipe = place.work / "linear.yaml"
     recipe.write_text(linear_merge(models))
     theirs = Contender(
-        [str(command), str(recipe), str(place.work / "merged")], models, lambda: place.clear("merged"),
-        lambda: place.clear("merged"), {"HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+        [str(command), str(recipe), str(place.work / "merged")],
+        models,
+        lambda: place.clear("merged"),
+        lambda: place.clear("merged"),
+        {"HF_HUB_OFFLINE": "1"},
+    )
     samples = compare({"ours": _merge(place, job), "theirs": theirs}, place.runs)
     note = f"peak {samples['ours'].largest:.0f} against {samples['theirs'].largest:.0f} MiB; ours writes twice as much"
     yield Row.faster(figure, size, samples["ours"], "mergekit-yaml linear", samples["theirs"], 4, note)

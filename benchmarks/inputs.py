@@ -78,9 +78,20 @@ class Place:
         named = [word for client in clients for word in ("--client", client)]
         given = ("--p1", P1, "--p2", P2) if "--p1" not in more else ()
         return self.fedqsn(
-            "export-proxy", self.work / f"model-{size}", "--out", self.work / out, *named, "--round", 1,
-            "--key", self.work / key, "--ledger", self.work / ledger, *given, *more,
-        )  # fmt: skip
+            "export-proxy",
+            self.work / f"model-{size}",
+            "--out",
+            self.work / out,
+            *named,
+            "--round",
+            1,
+            "--key",
+            self.work / key,
+            "--ledger",
+            self.work / ledger,
+            *given,
+            *more,
+        )
 
     def job(self, size: str, updates: int, form: str, *ratios: str) -> Job:
         """A job with so many clients' updates; the proxies themselves are made, recorded and deleted."""

@@ -1,7 +1,7 @@
 """The same work with other people's tools.
 
-    python -m benchmarks.peers quantize MODEL OUT     transformers + bitsandbytes: load, quantize, save_pretrained
-    python -m benchmarks.peers mergekit VENV          a virtual environment with mergekit in it
+python -m benchmarks.peers quantize MODEL OUT     transformers + bitsandbytes: load, quantize, save_pretrained
+python -m benchmarks.peers mergekit VENV          a virtual environment with mergekit in it
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ def quantize(model: str, out: str) -> None:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=["lm_head"],
-    )  # fmt: skip
+    )
     loaded = AutoModelForCausalLM.from_pretrained(
         model, quantization_config=config, dtype=torch.bfloat16, device_map="cpu"
     )
@@ -39,10 +41,21 @@ def install_mergekit(venv: Path) -> Path:
         python = str(venv / "bin" / "python")
         subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True, capture_output=True, text=True)
         subprocess.run(
-            [python, "-m", "pip", "install", "--quiet", "-c", str(HERE.parent / "constraints.txt"),
-             "-r", str(HERE / "requirements-mergekit.txt")],
-            check=True, capture_output=True, text=True,
-        )  # fmt: skip
+            [
+                python,
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "-c",
+                str(HERE.parent / "constraints.txt"),
+                "-r",
+                str(HERE / "requirements-mergekit.txt"),
+            ],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
     return command
 
 

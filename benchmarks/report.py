@@ -38,9 +38,16 @@ class Row:
 
     @classmethod
     def of(
-        cls, figure: str, size: str, ours: Sample, peer: str, theirs: Sample, ratio: float | None = None,
-        most: float | None = None, note: str = "",
-    ) -> Row:  # fmt: skip
+        cls,
+        figure: str,
+        size: str,
+        ours: Sample,
+        peer: str,
+        theirs: Sample,
+        ratio: float | None = None,
+        most: float | None = None,
+        note: str = "",
+    ) -> Row:
         """Ours over the peer's: `most` at most."""
         ratio = ours.median / theirs.median if ratio is None else ratio
         target = "" if most is None else f"<= {most:g}x"
@@ -73,9 +80,15 @@ def flatness(rows: Sequence[Row]) -> list[Row]:
         if len(peaks) > 1:
             ratio = max(peaks) / min(peaks)
             result.append(
-                Row(f"{figure}: largest over smallest", " ".join(sizes), None, ratio=ratio, target=f"<= {1 + FLAT:g}x",
-                    reached=ratio <= 1 + FLAT)
-            )  # fmt: skip
+                Row(
+                    f"{figure}: largest over smallest",
+                    " ".join(sizes),
+                    None,
+                    ratio=ratio,
+                    target=f"<= {1 + FLAT:g}x",
+                    reached=ratio <= 1 + FLAT,
+                )
+            )
     return result
 
 
@@ -106,8 +119,12 @@ def _seconds(sample: Sample | None) -> str:
 
 def document(rows: Sequence[Row], settings: dict[str, Any], work: Path) -> dict[str, Any]:
     """Everything, for a JSON file. Names neither the machine nor its folders."""
-    return {"format": "fedqsn-benchmark/1", "settings": settings, "machine": machine(work),
-            "rows": [asdict(row) for row in rows]}  # fmt: skip
+    return {
+        "format": "fedqsn-benchmark/1",
+        "settings": settings,
+        "machine": machine(work),
+        "rows": [asdict(row) for row in rows],
+    }
 
 
 def machine(work: Path) -> dict[str, Any]:
@@ -120,10 +137,15 @@ def machine(work: Path) -> dict[str, Any]:
             versions[package] = None
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
-        "processor": _processor(), "processors": len(os.sched_getaffinity(0)), "memory_gib": round(pages / 2**30, 1),
-        "disk_free_gb": round(shutil.disk_usage(work).free / 1e9), "kernel": platform.release(),
-        "load_average": os.getloadavg(), "python": platform.python_version(), "packages": versions,
-    }  # fmt: skip
+        "processor": _processor(),
+        "processors": len(os.sched_getaffinity(0)),
+        "memory_gib": round(pages / 2**30, 1),
+        "disk_free_gb": round(shutil.disk_usage(work).free / 1e9),
+        "kernel": platform.release(),
+        "load_average": os.getloadavg(),
+        "python": platform.python_version(),
+        "packages": versions,
+    }
 
 
 def _processor() -> str:

@@ -39,11 +39,16 @@ def write(model: str, key: str, ledger: str, form: str, folder: Path) -> None:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         manifest = UpdateManifest.model_validate(
             {
-                "proxy_id": release.proxy_id, "proxy_sha256": release.proxy_sha256, "num_examples": 100 + number,
-                "steps": 10, "losses": Losses(first=1.0, last=0.9, eval_before=None, eval_after=None),
-                "precision": form, "tool": "fedqsn benchmarks", "files": {path.name: digest},
+                "proxy_id": release.proxy_id,
+                "proxy_sha256": release.proxy_sha256,
+                "num_examples": 100 + number,
+                "steps": 10,
+                "losses": Losses(first=1.0, last=0.9, eval_before=None, eval_after=None),
+                "precision": form,
+                "tool": "fedqsn benchmarks",
+                "files": {path.name: digest},
             }
-        )  # fmt: skip
+        )
         (target / UPDATE_MANIFEST).write_bytes(manifest_bytes(manifest))
 
 

@@ -102,7 +102,9 @@ def test_every_package_says_what_it_is_for_and_lists_its_files() -> None:
             continue
         text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
         for path in folder.glob("*.py"):
-            assert path.name == "__init__.py" or path.name in text, f"{folder.name}/__init__.py does not list {path.name}"
+            assert path.name == "__init__.py" or path.name in text, (
+                f"{folder.name}/__init__.py does not list {path.name}"
+            )
         for path in folder.iterdir():
             if path.is_dir() and (path / "__init__.py").exists():
                 assert f"{path.name}/" in text, f"{folder.name}/__init__.py does not list {path.name}/"

@@ -36,9 +36,15 @@ def audited(
     report = Report()
     inputs = open_inputs(proxies, report, truth=place.owner, key=key, ledger=ledger, base=place.base)
     found = recover_function(
-        inputs, report, place.data("test_a"), place.data("public"), tuple(sizes), max_length=place.task.max_length,
-        device="cpu", base_losses=floor,
-    )  # fmt: skip
+        inputs,
+        report,
+        place.data("test_a"),
+        place.data("public"),
+        tuple(sizes),
+        max_length=place.task.max_length,
+        device="cpu",
+        base_losses=floor,
+    )
     if found is None:
         raise RuntimeError("; ".join(one.message for one in report.findings) or "the audit found no function")
     start = next(score for score in found.scores if score.model == "attacked")

@@ -95,14 +95,23 @@ def _row(results: Results, task: str, seed: int, method: str, result: Mapping[st
         attack = floor
     final, release = result["final"], result.get("release", {"a": {}, "b": {}})
     figures: dict[str, float | None] = {
-        "final_a_loss": final["a"]["loss"], "final_a": final["a"]["accuracy"],
-        "final_b_loss": final["b"]["loss"], "final_b": final["b"]["accuracy"],
-        "proxy_a_loss": release["a"].get("loss"), "proxy_a": release["a"].get("accuracy"),
-        "proxy_b_loss": release["b"].get("loss"), "proxy_b": release["b"].get("accuracy"),
-        "never_sent": result["never_sent"], "mb_down": result["bytes_down"] / 1e6, "mb_up": result["bytes_up"] / 1e6,
-        "weights": result.get("weights"), "blend": result.get("blend"), "seconds": result["seconds"],
-        "attack_a_64": best_so_far(curve, "accuracy").get(64), "attack_a_loss_64": attack.get(64),
-    }  # fmt: skip
+        "final_a_loss": final["a"]["loss"],
+        "final_a": final["a"]["accuracy"],
+        "final_b_loss": final["b"]["loss"],
+        "final_b": final["b"]["accuracy"],
+        "proxy_a_loss": release["a"].get("loss"),
+        "proxy_a": release["a"].get("accuracy"),
+        "proxy_b_loss": release["b"].get("loss"),
+        "proxy_b": release["b"].get("accuracy"),
+        "never_sent": result["never_sent"],
+        "mb_down": result["bytes_down"] / 1e6,
+        "mb_up": result["bytes_up"] / 1e6,
+        "weights": result.get("weights"),
+        "blend": result.get("blend"),
+        "seconds": result["seconds"],
+        "attack_a_64": best_so_far(curve, "accuracy").get(64),
+        "attack_a_loss_64": attack.get(64),
+    }
     if world is None:
         return Row(task, seed, method, figures)
     owner, base = world["owner"], world["base"]
@@ -148,8 +157,10 @@ def blended(results: Results, task: str, method: str) -> list[tuple[float, Sprea
             gain = share(owner["b"]["loss"], one["b"]["loss"], fedavg["final"]["b"]["loss"])
             left = share(base["a"]["loss"], one["a"]["loss"], owner["a"]["loss"])
             found.setdefault(one["blend"], []).append((gain, left))
-    return [(blend, Spread.of(gain for gain, _ in pairs), Spread.of(left for _, left in pairs))
-            for blend, pairs in sorted(found.items())]  # fmt: skip
+    return [
+        (blend, Spread.of(gain for gain, _ in pairs), Spread.of(left for _, left in pairs))
+        for blend, pairs in sorted(found.items())
+    ]
 
 
 def spread(found: Sequence[Row], task: str, method: str, figure: str) -> Spread | None:

@@ -91,10 +91,17 @@ class Job:
 
         method, out = self.method, self.folder / f"proxies-{number}"
         made = export_proxy(
-            str(server), str(out / "{client}"), client=clients or self.place.clients, round=number, key=self.key,
-            ledger=self.ledger, p2=method.p2 if p2 is None else p2, format=method.number_format, train=method.train,
+            str(server),
+            str(out / "{client}"),
+            client=clients or self.place.clients,
+            round=number,
+            key=self.key,
+            ledger=self.ledger,
+            p2=method.p2 if p2 is None else p2,
+            format=method.number_format,
+            train=method.train,
             **self.hiding(),
-        )  # fmt: skip
+        )
         if clients is None:
             self.bytes_down += sum(proxy.bytes for proxy in made.proxies)
             self.share = 1.0 if method.train == "all" else 1.0 - made.hidden_from_client
@@ -106,9 +113,17 @@ class Job:
 
         task = self.place.task
         client_train(
-            proxy, update, data=self.place.data(data), epochs=MANY, max_steps=task.round_steps, seed=seed,
-            lr=rate(task, self.share), batch_size=task.batch_size, max_length=task.max_length, device="cpu",
-        )  # fmt: skip
+            proxy,
+            update,
+            data=self.place.data(data),
+            epochs=MANY,
+            max_steps=task.round_steps,
+            seed=seed,
+            lr=rate(task, self.share),
+            batch_size=task.batch_size,
+            max_length=task.max_length,
+            device="cpu",
+        )
         return update
 
     def merge(self, server: Path, number: int) -> Path:
@@ -119,8 +134,10 @@ class Job:
         updates.mkdir()
         seed = 1000 * self.cell.seed + 10 * number
         with self.clock.part("train"):
-            back = [self.train(proxies / name, updates / name, name, seed + index)
-                    for index, name in enumerate(self.place.clients)]  # fmt: skip
+            back = [
+                self.train(proxies / name, updates / name, name, seed + index)
+                for index, name in enumerate(self.place.clients)
+            ]
         self.bytes_up += sum(folder_bytes(folder) for folder in back)
         control = self._control(server, number, seed) if self.method.control else None
         out = self.folder / f"server-{number}"
@@ -144,8 +161,12 @@ class Job:
         task, out = self.place.task, self.folder / f"final-{'auto' if blend is None else blend}"
         chosen: dict[str, Any] = {"blend": 1.0 if blend is None else blend}
         if blend is None and self.method.hides:
-            chosen = {"blend": "auto", "eval_data": self.place.data("dev"), "max_length": task.max_length,
-                      "device": "cpu"}  # fmt: skip
+            chosen = {
+                "blend": "auto",
+                "eval_data": self.place.data("dev"),
+                "max_length": task.max_length,
+                "device": "cpu",
+            }
         if self.method.train == "all":
             chosen["public_base"] = str(self.place.base)
         with self.clock.part("restore"):
@@ -171,9 +192,11 @@ def play(cell: Cell, place: World, folder: Path, floor: Mapping[int, float]) -> 
         result["search"] = [{"blend": one.value, "loss": one.loss} for one in made.search.curve]
     result["blends"] = [blended(job, server, blend) for blend in cell.blends]
     return result | {
-        "never_sent": job.never_sent, "bytes_down": job.bytes_down, "bytes_up": job.bytes_up,
+        "never_sent": job.never_sent,
+        "bytes_down": job.bytes_down,
+        "bytes_up": job.bytes_up,
         "parts": job.clock.seconds,
-    }  # fmt: skip
+    }
 
 
 def released(job: Job, proxies: Path) -> dict[str, Any]:

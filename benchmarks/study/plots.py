@@ -34,10 +34,18 @@ def picture(rows: Sequence[Row]) -> str:
     panels = []
     for number, (task, title) in enumerate(TASKS.items()):
         panel = Panel(
-            title, 76 + 500 * number, 40, 400, 330, (-0.1, 1.1), (0.0, 1.25),
-            "what the best attacker gets of the secret, 64 public examples", "share of FedAvg's gain on B",
-            steps(0.0, 1.0, 4, _percent), steps(0.0, 1.25, 5, _percent),
-        )  # fmt: skip
+            title,
+            76 + 500 * number,
+            40,
+            400,
+            330,
+            (-0.1, 1.1),
+            (0.0, 1.25),
+            "what the best attacker gets of the secret, 64 public examples",
+            "share of FedAvg's gain on B",
+            steps(0.0, 1.0, 4, _percent),
+            steps(0.0, 1.25, 5, _percent),
+        )
         panel.area((-0.1, 0.5), (0.9, 1.25), "less than half the secret, nine tenths of the gain")
         for index, method in enumerate(METHODS, 1):
             _place(panel, rows, task, method, str(index))
@@ -73,9 +81,18 @@ def attacks(results: Results, rows: Sequence[Row]) -> str:
     panels = []
     for number, (task, title) in enumerate(TASKS.items()):
         panel = Panel(
-            title, 76 + 500 * number, 40, 400, 280, (0.0, _log(sizes[-1])), (0.0, 1.0), "public examples",
-            "share of the secret skill", [(_log(n), str(n)) for n in sizes], steps(0.0, 1.0, 4, _percent),
-        )  # fmt: skip
+            title,
+            76 + 500 * number,
+            40,
+            400,
+            280,
+            (0.0, _log(sizes[-1])),
+            (0.0, 1.0),
+            "public examples",
+            "share of the secret skill",
+            [(_log(n), str(n)) for n in sizes],
+            steps(0.0, 1.0, 4, _percent),
+        )
         for method, colour in zip(methods, LINES, strict=False):
             found = [(n, spread_at(rows, task, method.name, n, added=False)) for n in sizes]
             panel.line([(_log(n), one.middle) for n, one in found if one is not None], COLOURS[colour])
@@ -99,9 +116,18 @@ def blends(results: Results) -> str:
         for number, (task, title) in enumerate(TASKS.items()):
             name = "share of FedAvg's gain on B" if part == "b" else "share of the owner's skill A kept"
             panel = Panel(
-                title if row == 0 else "", 76 + 500 * number, 40 + 270 * row, 400, 190, (0.0, 1.0), (0.0, 1.25),
-                "blend λ", name, steps(0.0, 1.0, 4, "{:g}".format), steps(0.0, 1.25, 5, _percent),
-            )  # fmt: skip
+                title if row == 0 else "",
+                76 + 500 * number,
+                40 + 270 * row,
+                400,
+                190,
+                (0.0, 1.0),
+                (0.0, 1.25),
+                "blend λ",
+                name,
+                steps(0.0, 1.0, 4, "{:g}".format),
+                steps(0.0, 1.25, 5, _percent),
+            )
             for method, colour in zip(methods, LINES, strict=False):
                 points = _blend_points(results, task, method.name, part)
                 panel.line(points, COLOURS[colour])

@@ -35,8 +35,13 @@ def local(cell: Cell, place: World, folder: Path, floor: Floor) -> dict[str, Any
         trainee = Trainee.open(place.base, task)
         trainee.train(place.data(name), steps=task.rounds * task.round_steps, lr=task.lr, seed=cell.seed * 1000 + index)
         scores.append({part: trainee.score(place.data(f"test_{part}")) for part in ("a", "b")})
-    return {"final": {part: _mean([score[part] for score in scores]) for part in ("a", "b")},
-            "never_sent": 1.0, "bytes_down": 0, "bytes_up": 0, "rate": task.lr}  # fmt: skip
+    return {
+        "final": {part: _mean([score[part] for score in scores]) for part in ("a", "b")},
+        "never_sent": 1.0,
+        "bytes_down": 0,
+        "bytes_up": 0,
+        "rate": task.lr,
+    }
 
 
 def _mean(scores: list[dict[str, float | None]]) -> dict[str, float | None]:
@@ -69,9 +74,13 @@ def fedlpp(cell: Cell, place: World, folder: Path, floor: Floor) -> dict[str, An
         current = _moved(current, mean_delta(deltas, counts), folder / f"model-{number}")
         shutil.rmtree(proxies)
     return result | {
-        "final": place.scores(current), "never_sent": 0.0, "bytes_down": job.bytes_down, "bytes_up": job.bytes_up,
-        "rate": lr, "parts": job.clock.seconds,
-    }  # fmt: skip
+        "final": place.scores(current),
+        "never_sent": 0.0,
+        "bytes_down": job.bytes_down,
+        "bytes_up": job.bytes_up,
+        "rate": lr,
+        "parts": job.clock.seconds,
+    }
 
 
 def _adapt(cell: Cell, place: World, proxy: Path, name: str, seed: int) -> tuple[State, int, int, float]:
@@ -83,8 +92,11 @@ def _adapt(cell: Cell, place: World, proxy: Path, name: str, seed: int) -> tuple
     trainee, task = Trainee.open(proxy, place.task), place.task
     torch.manual_seed(cell.seed * 1000 + seed)
     before = {key: value.clone() for key, value in trainee.model.named_parameters() if key.startswith("classifier")}
-    targets = [key for key, module in trainee.model.named_modules()
-               if isinstance(module, torch.nn.Linear) and key not in {"classifier", "lm_head"}]  # fmt: skip
+    targets = [
+        key
+        for key, module in trainee.model.named_modules()
+        if isinstance(module, torch.nn.Linear) and key not in {"classifier", "lm_head"}
+    ]
     total = sum(parameter.numel() for parameter in trainee.model.parameters())
     model = inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets), trainee.model)
     for key, parameter in model.named_parameters():
@@ -92,8 +104,11 @@ def _adapt(cell: Cell, place: World, proxy: Path, name: str, seed: int) -> tuple
     numbers = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     lr = rate(task, numbers / total)
     count = trainee.train(place.data(name), steps=task.round_steps, lr=lr, seed=cell.seed * 1000 + seed)
-    delta = {f"{key}.weight": module.get_delta_weight("default").detach()
-             for key, module in model.named_modules() if isinstance(module, Linear)}  # fmt: skip
+    delta = {
+        f"{key}.weight": module.get_delta_weight("default").detach()
+        for key, module in model.named_modules()
+        if isinstance(module, Linear)
+    }
     after = dict(model.named_parameters())
     delta |= {key: (after[key] - value).detach() for key, value in before.items()}
     return delta, count, numbers, lr
@@ -136,8 +151,13 @@ def offsite(cell: Cell, place: World, folder: Path, floor: Floor) -> dict[str, A
     write_state(folder / "final", whole, place.owner)
     sizes = {name: tensor.numel() for name, tensor in whole.items()}
     dropped = sum(size for name, size in sizes.items() if layer_of(name) is not None and layer_of(name) not in kept)
-    return result | {"final": place.scores(folder / "final"), "never_sent": dropped / sum(sizes.values()),
-                     "bytes_down": down, "bytes_up": up, "rate": lr}  # fmt: skip
+    return result | {
+        "final": place.scores(folder / "final"),
+        "never_sent": dropped / sum(sizes.values()),
+        "bytes_down": down,
+        "bytes_up": up,
+        "rate": lr,
+    }
 
 
 def layer_of(name: str) -> int | None:
@@ -188,8 +208,10 @@ def _tune_ends(task: Task, emulator: Path, data: Path, kept: list[int], seed: in
 def _attacked(cell: Cell, place: World, emulator: Path, whole: State, kept: list[int]) -> dict[str, Any]:
     """The emulator as it is, or with the public base's layers where some were left out."""
     base = dense_state(place.base)
-    filled = {name: base[name] if (number := layer_of(name)) is not None and number not in kept else tensor
-              for name, tensor in whole.items()}  # fmt: skip
+    filled = {
+        name: base[name] if (number := layer_of(name)) is not None and number not in kept else tensor
+        for name, tensor in whole.items()
+    }
     release = place.scores(emulator)
     attack = fine_tuned(place, place.base, {"layers of the public base": filled}, cell.sizes)
     if (release["a"]["loss"] or 0.0) < attack["curve"][0]["loss"]:

@@ -144,10 +144,16 @@ def _measured(cell: Cell, place: World, folder: Path, floor: dict[int, float]) -
     if cell.method.kind == "floor":
         return fine_tuned(place, place.base, {"public base": None}, cell.sizes)
     players: dict[str, Player] = {
-        "job": jobs.play, "curve": jobs.curve, "local": rivals.local, "lora": rivals.fedlpp, "offsite": rivals.offsite,
-        "largest": trials.largest, "replacement": trials.replacement, "layers": trials.layers,
+        "job": jobs.play,
+        "curve": jobs.curve,
+        "local": rivals.local,
+        "lora": rivals.fedlpp,
+        "offsite": rivals.offsite,
+        "largest": trials.largest,
+        "replacement": trials.replacement,
+        "layers": trials.layers,
         "blends": trials.blends,
-    }  # fmt: skip
+    }
     return players[cell.method.kind](cell, place, folder, floor)
 
 

@@ -11,7 +11,16 @@ from typing import Any, Literal
 VERSION = 2  # of what a cell holds; another one makes all cells anew
 
 Kind = Literal[
-    "world", "floor", "job", "curve", "local", "lora", "offsite", "largest", "replacement", "layers",
+    "world",
+    "floor",
+    "job",
+    "curve",
+    "local",
+    "lora",
+    "offsite",
+    "largest",
+    "replacement",
+    "layers",
     "blends",
 ]
 
@@ -53,22 +62,45 @@ class Task:
 
 TOPICS = Task("topics", words=8, max_length=16, owner_steps=300)
 NEWS = Task(
-    "news-lm", test_a=200, test_b=200, owner=2400, client=600, pieces=8, words=20, max_length=32, pretrain_steps=1200,
-    owner_steps=250, owner_lr=1e-3, lr=3e-4,
-)  # fmt: skip
+    "news-lm",
+    test_a=200,
+    test_b=200,
+    owner=2400,
+    client=600,
+    pieces=8,
+    words=20,
+    max_length=32,
+    pretrain_steps=1200,
+    owner_steps=250,
+    owner_lr=1e-3,
+    lr=3e-4,
+)
 
 _TINY: dict[str, Any] = {
-    "test_a": 24, "test_b": 24, "dev_a": 8, "dev_b": 8, "owner": 48, "public": 64, "client": 16, "owner_steps": 2,
-    "round_steps": 2, "rounds": 1, "clients": 2, "max_length": 16, "words": 10, "smoke": True,
-}  # fmt: skip
+    "test_a": 24,
+    "test_b": 24,
+    "dev_a": 8,
+    "dev_b": 8,
+    "owner": 48,
+    "public": 64,
+    "client": 16,
+    "owner_steps": 2,
+    "round_steps": 2,
+    "rounds": 1,
+    "clients": 2,
+    "max_length": 16,
+    "words": 10,
+    "smoke": True,
+}
 
 
 def tasks(smoke: bool) -> tuple[Task, ...]:
     """Both tasks, in full or tiny."""
     if not smoke:
         return (TOPICS, NEWS)
-    return tuple(Task(**{**asdict(task), **_TINY, "pretrain_steps": min(2, task.pretrain_steps)})
-                 for task in (TOPICS, NEWS))  # fmt: skip
+    return tuple(
+        Task(**{**asdict(task), **_TINY, "pretrain_steps": min(2, task.pretrain_steps)}) for task in (TOPICS, NEWS)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,15 +147,27 @@ def _all(p1: float, **more: Any) -> Method:
     """Holes filled with the public base, and everything trained; with p1 = 0.5 that is the preset strong."""
     title = "preset strong (train all, p1 = 0.5)" if p1 == 0.5 else f"train all, p1 = {p1:g}"
     return Method(
-        f"train-all-{p1:g}", title, p1=p1, p2=0.1, fill="base", schedule="sticky", train="all",
+        f"train-all-{p1:g}",
+        title,
+        p1=p1,
+        p2=0.1,
+        fill="base",
+        schedule="sticky",
+        train="all",
         **more,
-    )  # fmt: skip
+    )
 
 
 STRONG = Method(
-    "strong", "preset strong, visible only (p1 = 0.5)", p1=0.5, p2=0.1, fill="base", schedule="sticky",
-    preset="strong", headline=True,
-)  # fmt: skip
+    "strong",
+    "preset strong, visible only (p1 = 0.5)",
+    p1=0.5,
+    p2=0.1,
+    fill="base",
+    schedule="sticky",
+    preset="strong",
+    headline=True,
+)
 PAPER = Method(
     "paper", "preset paper (zero fill, p1 = 0.1)", p1=0.1, p2=0.1, where="outputs", preset="paper", headline=True
 )
@@ -151,7 +195,6 @@ METHODS: tuple[Method, ...] = (
 )
 
 
-
 def _trial(name: str, title: str, **more: Any) -> Method:
     """The preset strong with visible units trained, and one thing changed."""
     options: dict[str, Any] = {"p1": 0.5, "p2": 0.1, "fill": "base", "schedule": "sticky", "preset": "strong"}
@@ -166,6 +209,7 @@ ABLATIONS: tuple[Method, ...] = (
     _trial("layers", "a blend for every layer", kind="layers"),
     _trial("lora", "clients train LoRA adapters", kind="lora"),
 )
+
 
 def _blends(method: Method) -> Method:
     """The same job without its attack, restored with many blends."""
@@ -214,9 +258,13 @@ class Cell:
     def settings(self) -> dict[str, Any]:
         """Everything that decides its result."""
         return {
-            "version": VERSION, "task": asdict(self.task), "seed": self.seed, "method": asdict(self.method),
-            "sizes": list(self.sizes), "blends": list(self.blends),
-        }  # fmt: skip
+            "version": VERSION,
+            "task": asdict(self.task),
+            "seed": self.seed,
+            "method": asdict(self.method),
+            "sizes": list(self.sizes),
+            "blends": list(self.blends),
+        }
 
 
 def digest(settings: object) -> str:

@@ -12,8 +12,13 @@ STYLE = (
     ".grid{stroke:#e3e8f0}.bar{stroke-width:1.2;opacity:.55}.line{fill:none;stroke-width:2}"
 )
 COLOURS = {
-    "blue": "#2456c8", "red": "#b3261e", "green": "#17693f", "amber": "#a15c00", "grey": "#5a6678", "violet": "#6b3fa0",
-}  # fmt: skip
+    "blue": "#2456c8",
+    "red": "#b3261e",
+    "green": "#17693f",
+    "amber": "#a15c00",
+    "grey": "#5a6678",
+    "violet": "#6b3fa0",
+}
 
 
 @dataclass

@@ -81,9 +81,16 @@ def methods(rows: Sequence[Row], task: str) -> str:
     """The main table of a task."""
     ending, number, unit = quality(task)
     head = [
-        "method", f"A after, {unit}", f"B after, {unit}", "share of FedAvg's gain on B", f"proxy A / B, {unit}",
-        "ρ(0)", *[f"ρ'({n})" for n in SIZES], f"attacker's A at 64, {unit}", "secret weights recovered",
-    ]  # fmt: skip
+        "method",
+        f"A after, {unit}",
+        f"B after, {unit}",
+        "share of FedAvg's gain on B",
+        f"proxy A / B, {unit}",
+        "ρ(0)",
+        *[f"ρ'({n})" for n in SIZES],
+        f"attacker's A at 64, {unit}",
+        "secret weights recovered",
+    ]
     body = []
     for method in METHODS:
         name = method.name
@@ -91,15 +98,19 @@ def methods(rows: Sequence[Row], task: str) -> str:
             continue
         proxy = [written(spread(rows, task, name, f"proxy_{part}{ending}"), number) for part in "ab"]
         attacker = "attack_a_64" if not ending else "attack_a_loss_64"
-        body.append([
-            method.title, _marked(rows, task, name, written(spread(rows, task, name, f"final_a{ending}"), number)),
-            written(spread(rows, task, name, f"final_b{ending}"), number),
-            written(spread(rows, task, name, "gain"), two), " / ".join(proxy),
-            written(spread_at(rows, task, name, 0, added=False), two),
-            *[written(spread_at(rows, task, name, n, added=True), two) for n in SIZES],
-            written(spread(rows, task, name, attacker), number),
-            written(spread(rows, task, name, "weights"), two),
-        ])  # fmt: skip
+        body.append(
+            [
+                method.title,
+                _marked(rows, task, name, written(spread(rows, task, name, f"final_a{ending}"), number)),
+                written(spread(rows, task, name, f"final_b{ending}"), number),
+                written(spread(rows, task, name, "gain"), two),
+                " / ".join(proxy),
+                written(spread_at(rows, task, name, 0, added=False), two),
+                *[written(spread_at(rows, task, name, n, added=True), two) for n in SIZES],
+                written(spread(rows, task, name, attacker), number),
+                written(spread(rows, task, name, "weights"), two),
+            ]
+        )
     return markdown(head, body)
 
 
@@ -116,8 +127,13 @@ def traffic(rows: Sequence[Row]) -> str:
     for method in METHODS:
         line = [method.title]
         for task in (TOPICS.name, NEWS.name):
-            for figure, number in (("never_sent", whole_percent), ("mb_down", _short), ("mb_up", _short),
-                                   ("blend", two), ("seconds", _short)):  # fmt: skip
+            for figure, number in (
+                ("never_sent", whole_percent),
+                ("mb_down", _short),
+                ("mb_up", _short),
+                ("blend", two),
+                ("seconds", _short),
+            ):
                 found = spread(rows, task, method.name, figure)
                 middle = number(found.middle) if found is not None else NONE
                 line.append(middle if figure != "blend" or method.hides else NONE)
@@ -132,8 +148,10 @@ def _short(value: float) -> str:
 def rates() -> str:
     """How owner and clients train, as the settings have it."""
     head = ["task", "the owner's learning rate", "lr of a client", "rounds", "steps a round"]
-    body = [[task.name, f"{task.owner_lr:g}", f"{task.lr:g}", str(task.rounds), str(task.round_steps)]
-            for task in (TOPICS, NEWS)]  # fmt: skip
+    body = [
+        [task.name, f"{task.owner_lr:g}", f"{task.lr:g}", str(task.rounds), str(task.round_steps)]
+        for task in (TOPICS, NEWS)
+    ]
     return markdown(head, body)
 
 
@@ -148,10 +166,13 @@ def worlds(results: Results) -> str:
             best = best_so_far(curve, "accuracy" if task == TOPICS.name else "loss")
             number = quality(task)[1]
             before = [f"{pick(result[who]['a'])} / {pick(result[who]['b'])}" for who in ("base", "owner")]
-            body.append([
-                f"{task}, {seed}", *before,
-                *[number(best[n]) if n in best else NONE for n in SIZES],
-            ])  # fmt: skip
+            body.append(
+                [
+                    f"{task}, {seed}",
+                    *before,
+                    *[number(best[n]) if n in best else NONE for n in SIZES],
+                ]
+            )
     return markdown(head, body)
 
 
@@ -167,14 +188,17 @@ def summit(results: Results, rows: Sequence[Row]) -> str:
     head = ["task", "method", "share of FedAvg's gain on B", "ρ(64)", "ρ'(64)", "of A's secret gain left"]
     body = []
     for task in (TOPICS.name, NEWS.name):
-        for title, best in (("least ρ'(64) with A kept and 90 % of the gain", _least_leak(rows, task)),
-                            ("most gain with A kept and ρ'(64) below one half", _most_gain(rows, task))):  # fmt: skip
+        for title, best in (
+            ("least ρ'(64) with A kept and 90 % of the gain", _least_leak(rows, task)),
+            ("most gain with A kept and ρ'(64) below one half", _most_gain(rows, task)),
+        ):
             if best is None:
                 body.append([f"{task}: {title}", "none of those measured", NONE, NONE, NONE, NONE])
                 continue
             gain, left = spread(rows, task, best.name, "gain"), spread(rows, task, best.name, "a_left")
-            body.append([f"{task}: {title}", best.title, written(gain, two), *_leaks(rows, task, best.name),
-                         written(left, two)])  # fmt: skip
+            body.append(
+                [f"{task}: {title}", best.title, written(gain, two), *_leaks(rows, task, best.name), written(left, two)]
+            )
     return markdown(head, [*body, *_most_of_a(results, rows)])
 
 
@@ -195,8 +219,15 @@ def _most_of_a(results: Results, rows: Sequence[Row]) -> list[list[str]]:
     if not found:
         return [[title, "none of those measured", NONE, NONE, NONE, NONE]]
     left, gain, method, blend = max(found, key=lambda one: one[0].middle)
-    return [[title, f"{method.title}, λ = {blend:g}", written(gain, two),
-             *_leaks(rows, NEWS.name, _plain(method)), written(left, two)]]  # fmt: skip
+    return [
+        [
+            title,
+            f"{method.title}, λ = {blend:g}",
+            written(gain, two),
+            *_leaks(rows, NEWS.name, _plain(method)),
+            written(left, two),
+        ]
+    ]
 
 
 def _plain(method: Method) -> str:
@@ -212,10 +243,13 @@ def choices(results: Results, rows: Sequence[Row]) -> str:
         found = {blend: (gain, left) for blend, gain, left in blended(results, NEWS.name, method.name)}
         pairs = [found.get(blend, (None, None)) for blend in MANY_BLENDS]
         leak = spread_at(rows, NEWS.name, _plain(method), 64, added=False)
-        body.append([
-            f"{method.p1:g}", two(leak.middle) if leak else NONE,
-            *[f"{two(gain.middle)} / {two(left.middle)}" if gain and left else NONE for gain, left in pairs],
-        ])  # fmt: skip
+        body.append(
+            [
+                f"{method.p1:g}",
+                two(leak.middle) if leak else NONE,
+                *[f"{two(gain.middle)} / {two(left.middle)}" if gain and left else NONE for gain, left in pairs],
+            ]
+        )
     return markdown(head, body)
 
 
@@ -262,13 +296,15 @@ def ablations(rows: Sequence[Row]) -> str:
         ending, number, unit = quality(task)
         for method in (STRONG, *ABLATIONS):
             name = method.name
-            body.append([
-                f"{task}, {method.title}",
-                *[written(spread(first, task, name, f"final_{part}{ending}"), number) for part in "ab"],
-                written(spread(first, task, name, "gain"), two),
-                written(spread_at(first, task, name, 64, added=True), two),
-                written(spread(first, task, name, "blend"), two),
-            ])  # fmt: skip
+            body.append(
+                [
+                    f"{task}, {method.title}",
+                    *[written(spread(first, task, name, f"final_{part}{ending}"), number) for part in "ab"],
+                    written(spread(first, task, name, "gain"), two),
+                    written(spread_at(first, task, name, 64, added=True), two),
+                    written(spread(first, task, name, "blend"), two),
+                ]
+            )
     return markdown(head, body)
 
 
@@ -294,5 +330,7 @@ def machine(results: Results) -> str:
     packages = ", ".join(f"{name} {number}" for name, number in last["versions"].items())
     hours = sum(float(result["seconds"]) for result in results.values()) / 3600
     about = last["machine"]
-    return (f"{len(results)} cells, {hours:.1f} hours of one core each, on {about['cores']} cores "
-            f"({about['processor']}); Python {about['python']}, {packages}.")  # fmt: skip
+    return (
+        f"{len(results)} cells, {hours:.1f} hours of one core each, on {about['cores']} cores "
+        f"({about['processor']}); Python {about['python']}, {packages}."
+    )

@@ -125,8 +125,11 @@ def _add(file: Path, change: State) -> None:
     from safetensors.torch import load, save_file
 
     state = load(file.read_bytes())
-    save_file({name: value + change[name] if name in change else value for name, value in state.items()}, file,
-              {"format": "pt"})  # fmt: skip
+    save_file(
+        {name: value + change[name] if name in change else value for name, value in state.items()},
+        file,
+        {"format": "pt"},
+    )
 
 
 def blends(cell: Cell, place: World, folder: Path, floor: Floor) -> dict[str, Any]:
@@ -153,8 +156,10 @@ def layers(cell: Cell, place: World, folder: Path, floor: Floor) -> dict[str, An
     parts = list(dict.fromkeys(map(_part, start)))
 
     def trainee(blends: Mapping[str, float]) -> Trainee:
-        state = {name: value + blends[_part(name)] * (end[name] - value) if value.is_floating_point() else value
-                 for name, value in start.items()}  # fmt: skip
+        state = {
+            name: value + blends[_part(name)] * (end[name] - value) if value.is_floating_point() else value
+            for name, value in start.items()
+        }
         return Trainee.open(place.owner, place.task, state)
 
     def loss(blends: Mapping[str, float]) -> float:
@@ -176,6 +181,11 @@ def _part(name: str) -> str:
 
 def _outcome(job: Job, scores: dict[str, Any], blend: float | None) -> dict[str, Any]:
     return {
-        "final": scores, "blend": blend, "rate": rate(job.place.task, job.share), "never_sent": job.never_sent,
-        "bytes_down": job.bytes_down, "bytes_up": job.bytes_up, "parts": job.clock.seconds,
-    }  # fmt: skip
+        "final": scores,
+        "blend": blend,
+        "rate": rate(job.place.task, job.share),
+        "never_sent": job.never_sent,
+        "bytes_down": job.bytes_down,
+        "bytes_up": job.bytes_up,
+        "parts": job.clock.seconds,
+    }

@@ -129,9 +129,13 @@ def _tiny_encoder(out: Path) -> None:
     BertTokenizer(str(out / "vocab.txt"), model_max_length=64).save_pretrained(out)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
         max_position_embeddings=64,
-    )  # fmt: skip
+    )
     BertModel(config).save_pretrained(out)
 
 
@@ -145,11 +149,18 @@ def _news_base(place: World) -> None:
     torch.manual_seed(place.seed)
     width = 64 if small else 128
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 8 // 3 // 8 * 8,
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=width * 8 // 3 // 8 * 8,
         num_hidden_layers=3 if small else 4,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
     fresh = place.folder / "fresh"
     LlamaForCausalLM(config).save_pretrained(fresh)
     tokenizer.save_pretrained(fresh)

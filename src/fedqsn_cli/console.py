@@ -158,18 +158,6 @@ class Bar:
             self._rich.stop()
 
 
-
-
-
-
-
-
-
-
-
-
-
-
 def _render(parts: Sequence[Part]) -> str:
     from rich.console import Console
 

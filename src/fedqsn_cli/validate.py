@@ -64,6 +64,7 @@ def size_in_bytes(text: str, where: str) -> int:
     exponent = " KMGT".index(match[2].upper() or " ")
     return math.ceil(float(match[1]) * float((1024 if match[3] else 1000) ** exponent))
 
+
 CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 

@@ -23,10 +23,20 @@ def release(number: int = 1, **fields: Any) -> Release:
     """One line; another number makes another proxy."""
     digest = hashlib.sha256(str(number).encode()).hexdigest()
     usual: dict[str, Any] = {
-        "client": f"c{number}", "round": 1, "schedule": "fresh", "proxy_id": digest, "proxy_sha256": digest, "p1": 0.1,
-        "p2": 0.2, "rescale": True, "fill": "zero", "quantization": None, "plan": "1" * 64, "model_digest": "2" * 64,
+        "client": f"c{number}",
+        "round": 1,
+        "schedule": "fresh",
+        "proxy_id": digest,
+        "proxy_sha256": digest,
+        "p1": 0.1,
+        "p2": 0.2,
+        "rescale": True,
+        "fill": "zero",
+        "quantization": None,
+        "plan": "1" * 64,
+        "model_digest": "2" * 64,
         "job": "3" * 64,
-    }  # fmt: skip
+    }
     return Release(**usual | fields)
 
 
@@ -156,12 +166,27 @@ def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path: Path) -> No
 
 
 BAD_FIELDS: list[dict[str, Any]] = [
-    {"client": "../x"}, {"client": ""}, {"client": "a b"}, {"client": "a\n"}, {"round": -1}, {"round": 1.0},
-    {"round": "1"}, {"round": True}, {"p1": 1.0}, {"p1": -0.1}, {"p2": "0.1"}, {"proxy_id": "A" * 64},
+    {"client": "../x"},
+    {"client": ""},
+    {"client": "a b"},
+    {"client": "a\n"},
+    {"round": -1},
+    {"round": 1.0},
+    {"round": "1"},
+    {"round": True},
+    {"p1": 1.0},
+    {"p1": -0.1},
+    {"p2": "0.1"},
+    {"proxy_id": "A" * 64},
     {"proxy_id": "1" * 63},
-    {"schedule": "daily"}, {"fill": "ones"}, {"rescale": 1}, {"format": "fedqsn-ledger/2"}, {"more": 1},
-    {"quantization": {"format": "nf4"}}, {"p2": None},
-]  # fmt: skip
+    {"schedule": "daily"},
+    {"fill": "ones"},
+    {"rescale": 1},
+    {"format": "fedqsn-ledger/2"},
+    {"more": 1},
+    {"quantization": {"format": "nf4"}},
+    {"p2": None},
+]
 
 
 @pytest.mark.parametrize("fields", BAD_FIELDS, ids=str)

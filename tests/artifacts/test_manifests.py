@@ -33,20 +33,44 @@ UNITS = Units(groups=("g",), axis="row", view=(1, 4, 8))
 
 MANIFESTS: dict[str, Any] = {
     "model": ModelManifest(
-        kind="server-model", job=ONE, p1=0.1, axis="neuron", rescale=True, fill="zero", public_base=None, plan=TWO,
-        overrides={}, model_digest=ONE, quantization=PACKED, groups={"g": GroupCount(units=4, hidden=1)},
-        tensors={"g": UNITS}, source=SourceRecord(reference="model", revision=None),
+        kind="server-model",
+        job=ONE,
+        p1=0.1,
+        axis="neuron",
+        rescale=True,
+        fill="zero",
+        public_base=None,
+        plan=TWO,
+        overrides={},
+        model_digest=ONE,
+        quantization=PACKED,
+        groups={"g": GroupCount(units=4, hidden=1)},
+        tensors={"g": UNITS},
+        source=SourceRecord(reference="model", revision=None),
     ),
     "proxy": ProxyManifest(
-        proxy_id=ONE, job=TWO, round=1, quantization=PACKED, fill="zero", public_base=None, rescale=True,
-        groups={"g": GroupUnits(units=4)}, tensors={"g": UNITS}, files={"model.safetensors": ONE},
+        proxy_id=ONE,
+        job=TWO,
+        round=1,
+        quantization=PACKED,
+        fill="zero",
+        public_base=None,
+        rescale=True,
+        groups={"g": GroupUnits(units=4)},
+        tensors={"g": UNITS},
+        files={"model.safetensors": ONE},
     ),
     "update": UpdateManifest(
-        proxy_id=ONE, proxy_sha256=TWO, num_examples=10, steps=3,
-        losses=Losses(first=1.0, last=0.5, eval_before=None, eval_after=None), precision="fp32", tool="test",
+        proxy_id=ONE,
+        proxy_sha256=TWO,
+        num_examples=10,
+        steps=3,
+        losses=Losses(first=1.0, last=0.5, eval_before=None, eval_after=None),
+        precision="fp32",
+        tool="test",
         files={"update.safetensors": ONE},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", MANIFESTS)

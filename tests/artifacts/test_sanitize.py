@@ -12,10 +12,21 @@ from fedqsn_cli.artifacts.sanitize import clean, public_companion, public_config
 from fedqsn_cli.errors import FormatError
 
 PATHS = (
-    "/home/alice/models/bert", "/home/alice/models/", "/data/runs/7", "/mnt/my disk/model", "C:\\models\\bert",
-    "c:\\x", "~/models/bert", "\\\\server\\share\\bert", "file:///srv/bert", "/a/b",
-    "fine-tuned from /home/alice/base on Monday", "see /Users/alice/notes.txt", "cp /root/x y", "in D:\\Users\\alice",
-)  # fmt: skip
+    "/home/alice/models/bert",
+    "/home/alice/models/",
+    "/data/runs/7",
+    "/mnt/my disk/model",
+    "C:\\models\\bert",
+    "c:\\x",
+    "~/models/bert",
+    "\\\\server\\share\\bert",
+    "file:///srv/bert",
+    "/a/b",
+    "fine-tuned from /home/alice/base on Monday",
+    "see /Users/alice/notes.txt",
+    "cp /root/x y",
+    "in D:\\Users\\alice",
+)
 PLAIN = ("gelu", "bert", "[CLS]", "/", "/think", "</s>", "a/b", "google/bert_uncased", "3/4", "", "https://a.org/x")
 
 

@@ -219,8 +219,14 @@ def test_sums_of_a_part_and_the_rest_make_the_whole() -> None:
 def test_several_rounds_and_formats_are_put_together_by_format(tmp_path: Path) -> None:
     world = gaussian(tmp_path / "world", clients=2, p1=0.2, p2=0.3)
     export_proxy(
-        str(world.truth), world.home / "later", client=["c0"], round=2, key=world.key, ledger=world.ledger, p2=0.3,
+        str(world.truth),
+        world.home / "later",
+        client=["c0"],
+        round=2,
+        key=world.key,
+        ledger=world.ledger,
+        p2=0.3,
         format="nf3",
-    )  # fmt: skip
+    )
     found, _ = attack(world, clients=["c0", "c1", "later"])
     assert [one.scope for one in found] == ["proxy c0", "proxy c1", "coalition of 2", "proxy later"]

@@ -37,9 +37,15 @@ def world(module_folder: Path) -> Iterator[Path]:
     make_model(module_folder / "base", "bert", hidden=64, inner=128, seed=1)
     for number in (1, 2):
         export_proxy(
-            str(module_folder / "global"), module_folder / f"r{number}" / "{client}", client=CLIENTS, round=number,
-            key=module_folder / "job.key", ledger=module_folder / "ledger.jsonl", p1=0.25, p2=0.25,
-        )  # fmt: skip
+            str(module_folder / "global"),
+            module_folder / f"r{number}" / "{client}",
+            client=CLIENTS,
+            round=number,
+            key=module_folder / "job.key",
+            ledger=module_folder / "ledger.jsonl",
+            p1=0.25,
+            p2=0.25,
+        )
     (module_folder / "policy.toml").write_text(LENIENT)
     yield module_folder
 
@@ -122,8 +128,9 @@ def test_an_audit_says_plainly_what_it_did_not_check(world: Path, tmp_path: Path
     assert all(one["why"] for one in document["unchecked"])
     assert document["unchecked"] == [
         {key: one[key] for key in ("rule", "scope", "why")}
-        for one in sorted(document["checked"], key=lambda one: one["rule"]) if one["status"] == "not-run"
-    ]  # fmt: skip
+        for one in sorted(document["checked"], key=lambda one: one["rule"])
+        if one["status"] == "not-run"
+    ]
     page = (tmp_path / "r.html").read_text()
     assert "<h2>Not checked</h2>" in page and "FQ001 hidden-influence" in page
     assert "not checked" in run("audit", world / "r1" / "ann", "--format", "markdown").out.split("<details>")[0]

@@ -62,9 +62,12 @@ def test_an_attack_that_starts_best_and_learns_nothing_does_not_hide_the_base_fi
     def dull(bench: _Bench) -> Iterator[tuple[str, Callable[[], dict[str, torch.Tensor]]]]:
         for name, build in attacks(bench):
             zero = name == "union"
-            yield name, lambda build=build, zero=zero: {
-                key: value * 0 if zero and value.is_floating_point() else value for key, value in build().items()
-            }
+            yield (
+                name,
+                lambda build=build, zero=zero: {
+                    key: value * 0 if zero and value.is_floating_point() else value for key, value in build().items()
+                },
+            )
 
     def loss_from(best: str) -> float:
         monkeypatch.setattr(_Bench, "_curve", lambda bench, attack, *rest: curve(bench, best, *rest))

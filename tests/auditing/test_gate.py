@@ -230,12 +230,19 @@ def test_a_waiver_that_covers_nothing_is_only_told() -> None:
 
 def test_the_worst_finding_decides_the_exit_code() -> None:
     hard, limit, open_, note = (
-        finding("FQ001", "x", ""), finding("FQ201", "x", ""), finding("FQ901", "x", ""),
+        finding("FQ001", "x", ""),
+        finding("FQ201", "x", ""),
+        finding("FQ901", "x", ""),
         replace(finding("FQ201", "x", ""), severity="info"),
-    )  # fmt: skip
+    )
     for findings, code in (
-        ((), 0), ((note,), 0), ((limit, note), 1), ((limit, open_), 3), ((limit, open_, hard), 4), ((hard,), 4),
-    ):  # fmt: skip
+        ((), 0),
+        ((note,), 0),
+        ((limit, note), 1),
+        ((limit, open_), 3),
+        ((limit, open_, hard), 4),
+        ((hard,), 4),
+    ):
         assert Audit(findings, ()).exit_code == code
 
 

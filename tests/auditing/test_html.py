@@ -74,9 +74,13 @@ def test_the_page_shows_exposure_coalitions_heat_map_recovery_and_rho() -> None:
     found = page(audit())
     assert found.count("svg") == 5
     for heading in (
-        "What clients have seen", "What clients could see together", "Who has seen what", "What can be recovered",
-        "What the recovered model can do", "The best attack on each proxy",
-    ):  # fmt: skip
+        "What clients have seen",
+        "What clients could see together",
+        "Who has seen what",
+        "What can be recovered",
+        "What the recovered model can do",
+        "The best attack on each proxy",
+    ):
         assert heading in found.text
 
 

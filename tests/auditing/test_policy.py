@@ -13,9 +13,12 @@ from fedqsn_cli.auditing.policy import SCOPES, Limits, Policy, load, parse, temp
 from fedqsn_cli.errors import FormatError, InputError
 
 WAIVER = {
-    "rule": "FQ203", "tensor": "*embed*", "reason": "public", "owner": "me@example.com",
+    "rule": "FQ203",
+    "tensor": "*embed*",
+    "reason": "public",
+    "owner": "me@example.com",
     "expires": datetime.date(2027, 1, 31),
-}  # fmt: skip
+}
 
 
 def test_the_template_is_a_policy_that_limits_something(tmp_path: Path) -> None:

@@ -19,8 +19,26 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="me
 def bench(work: Path, *options: str) -> tuple[dict, str]:
     """Run the benchmarks once at a tiny size; returns their JSON and their table."""
     out = work / "figures.json"
-    command = [sys.executable, "-m", "benchmarks", "--work", str(work / "work"), "--out", str(out), "--runs", "1",
-               "--sizes", "tiny", "--updates", "2", "--clients", "3", "--millions", "0.125", *options]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        "--work",
+        str(work / "work"),
+        "--out",
+        str(out),
+        "--runs",
+        "1",
+        "--sizes",
+        "tiny",
+        "--updates",
+        "2",
+        "--clients",
+        "3",
+        "--millions",
+        "0.125",
+        *options,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(), check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text()), done.stdout

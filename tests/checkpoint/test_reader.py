@@ -124,7 +124,7 @@ def test_an_index_cannot_point_outside_of_its_directory(file: object, tmp_path: 
         "weight_map is a list": ({"weight_map": [SHARD]}, "weight_map"),
         "weight_map is null": ({"weight_map": None}, "weight_map"),
     }.values(),
-)  # fmt: skip
+)
 def test_an_index_that_disagrees_with_its_shards_is_refused(
     index: dict[str, Any], complaint: str, tmp_path: Path
 ) -> None:

@@ -49,9 +49,20 @@ def test_tables_are_for_people(played: Round, tmp_path: Path) -> None:
     masked = run("mask", played.folder / "global", "--out", tmp_path / "server", *key)
     assert masked.out.startswith(f"server model  {tmp_path}/server\nhidden        2")
     exported = run(
-        "export-proxy", tmp_path / "server", "--out", tmp_path / "proxy", "--client", "carol", "--round", "1",
-        "--p2", "0.1", *key, "--ledger", tmp_path / "ledger.jsonl",
-    )  # fmt: skip
+        "export-proxy",
+        tmp_path / "server",
+        "--out",
+        tmp_path / "proxy",
+        "--client",
+        "carol",
+        "--round",
+        "1",
+        "--p2",
+        "0.1",
+        *key,
+        "--ledger",
+        tmp_path / "ledger.jsonl",
+    )
     assert f"carol   {tmp_path}/proxy" in exported.out
     assert "in the clear           0." in exported.out
 

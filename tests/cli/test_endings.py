@@ -134,19 +134,22 @@ def test_a_malformed_file_is_one_line_and_its_name_cannot_steer_the_terminal(tmp
         (KeyboardInterrupt(), 130, "fedqsn: interrupted"),
         (MemoryError(), 2, "fedqsn: error: not enough memory; close other programs, or lower --batch-size"),
         (
-            PermissionError(errno.EACCES, "Permission denied", "/x"), 2,
+            PermissionError(errno.EACCES, "Permission denied", "/x"),
+            2,
             "fedqsn: error: /x: Permission denied; check the permissions",
         ),
         (
-            OSError(errno.ENOSPC, "No space left on device"), 2,
+            OSError(errno.ENOSPC, "No space left on device"),
+            2,
             "fedqsn: error: No space left on device; free some space or choose another --out",
         ),
         (
-            ZeroDivisionError("division\nby zero"), 70,
+            ZeroDivisionError("division\nby zero"),
+            70,
             "fedqsn: internal error: ZeroDivisionError: division by zero (set FEDQSN_DEBUG=1 for the traceback)",
         ),
     ],
-)  # fmt: skip
+)
 def test_every_kind_of_trouble_has_its_line_and_exit_code(error: BaseException, code: int, line: str) -> None:
     assert failures.explain(error, "fedqsn") == (line, code)
 

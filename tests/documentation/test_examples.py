@@ -54,9 +54,14 @@ def write_encoder(folder: Path, head: bool, seed: int = 0) -> None:
     torch.manual_seed(seed)
     labels = {"label2id": {topic: i for i, topic in enumerate(TOPICS)}, "id2label": dict(enumerate(TOPICS))}
     config = BertConfig(
-        vocab_size=len(vocabulary), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=64, **(labels if head else {}),
-    )  # fmt: skip
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        **(labels if head else {}),
+    )
     (BertForSequenceClassification if head else BertModel)(config).save_pretrained(folder)
 
 

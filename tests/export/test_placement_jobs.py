@@ -56,9 +56,7 @@ def test_manifests_of_a_job_without_these_options_have_no_new_field(tmp_path: Pa
 def test_a_key_keeps_ratios_and_the_ledger_the_least_of_them(tmp_path: Path) -> None:
     source = model(tmp_path / "model")
     job = {"key": tmp_path / "job.key", "ledger": tmp_path / "ledger.jsonl"}
-    export_proxy(
-        str(source), tmp_path / "proxy", client=["ann"], round=1, p1=0.3, p2=0.1, p1_schedule=SCHEDULE, **job
-    )
+    export_proxy(str(source), tmp_path / "proxy", client=["ann"], round=1, p1=0.3, p2=0.1, p1_schedule=SCHEDULE, **job)
     found = job_key.load(job["key"])
     assert found.overrides == {"rule": [], "p1": {"0-1": 0.9, "3": 0.5, "embeddings": 0.2}}
     assert found.ratio("bert.encoder.layer.3.output.dense.weight") == 0.5
@@ -136,8 +134,10 @@ def test_a_plan_file_and_the_options_may_not_contradict_each_other(folder: Path)
         mask(str(source), folder / "server", **job, where="all")
     mask(str(source), folder / "server", **job, layers="0-1")
     assert job_key.load(folder / "job.key").overrides == {
-        "rule": [{"match": "classifier.weight", "masked": True}], "where": "mlp", "layers": "0-1"
-    }  # fmt: skip
+        "rule": [{"match": "classifier.weight", "masked": True}],
+        "where": "mlp",
+        "layers": "0-1",
+    }
     mask(str(source), folder / "again", key=folder / "job.key", plan=folder / "plan.toml")
     assert contents(folder / "again") == contents(folder / "server")
 
@@ -157,9 +157,12 @@ CHOICES = st.fixed_dictionaries(
 
 @few(20)
 @given(
-    st.sampled_from(["bert", "gpt2", "llama", "llama-tied", "t5", "mixtral", "gpt_oss"]), CHOICES,
-    st.sampled_from(["neuron", "input", "element"]), st.sampled_from(["nf4", "int8", "nf3"]), st.sampled_from(KINDS),
-)  # fmt: skip
+    st.sampled_from(["bert", "gpt2", "llama", "llama-tied", "t5", "mixtral", "gpt_oss"]),
+    CHOICES,
+    st.sampled_from(["neuron", "input", "element"]),
+    st.sampled_from(["nf4", "int8", "nf3"]),
+    st.sampled_from(KINDS),
+)
 def test_i1_hidden_weights_change_no_byte_wherever_they_are(
     tmp_path_factory: Any, name: str, choices: dict[str, Any], axis: str, format: str, kind: str
 ) -> None:
@@ -255,10 +258,19 @@ def test_exposure_counts_each_group_with_its_own_ratio(ratios: dict[str, float],
     job = Job(bytes(32), p1, "neuron", "0" * 64, {}, groups, 100, ratios)
     text = {"proxy_id": "0" * 64, "proxy_sha256": "0" * 64, "plan": "0" * 64, "model_digest": "0" * 64, "job": "0" * 64}
     lines = [
-        Release(client=client, round=number, schedule="fresh", p1=p1, p2=0.5, rescale=True, fill="zero",
-                quantization=None, **text)
+        Release(
+            client=client,
+            round=number,
+            schedule="fresh",
+            p1=p1,
+            p2=0.5,
+            rescale=True,
+            fill="zero",
+            quantization=None,
+            **text,
+        )
         for client, number in (("ann", 1), ("bob", 1), ("ann", 2))
-    ]  # fmt: skip
+    ]
     found = exposure(job, lines)
     assert [client.shares[-1] for client in found.clients] == pytest.approx(seen_by_hand(job, lines))
     hidden = sum(size * round(ratios.get(g, p1) * n) / n for g, (n, size) in groups.items())
@@ -269,9 +281,17 @@ def test_exposure_of_a_real_job_is_what_its_proxies_show(folder: Path) -> None:
     source = model(folder / "model", "llama")
     job = {"key": folder / "job.key", "ledger": folder / "ledger.jsonl"}
     export_proxy(
-        str(source), folder / "proxy", client=["ann"], round=1, p1=0.4, p2=0.2, where="outputs",
-        layers="embeddings,0-2", p1_schedule="0=0.9,embeddings=0.1", **job,
-    )  # fmt: skip
+        str(source),
+        folder / "proxy",
+        client=["ann"],
+        round=1,
+        p1=0.4,
+        p2=0.2,
+        where="outputs",
+        layers="embeddings,0-2",
+        p1_schedule="0=0.9,embeddings=0.1",
+        **job,
+    )
     shown, total = visible_elements(folder / "proxy"), 0
     seen = 0
     for name, (_, bits) in read_model(source).items():
@@ -285,9 +305,16 @@ def test_the_audit_knows_the_ratio_of_each_group(folder: Path) -> None:
     source = model(folder / "model", "llama")
     job = {"key": folder / "job.key", "ledger": folder / "ledger.jsonl"}
     export_proxy(
-        str(source), folder / "{client}", client=["ann", "bob"], round=1, p1=0.6, p2=0.2, where="outputs",
-        p1_schedule="0=0.9,embeddings=0.1", **job,
-    )  # fmt: skip
+        str(source),
+        folder / "{client}",
+        client=["ann", "bob"],
+        round=1,
+        p1=0.6,
+        p2=0.2,
+        where="outputs",
+        p1_schedule="0=0.9,embeddings=0.1",
+        **job,
+    )
     proxies = [folder / "ann", folder / "bob"]
     whole = audit(proxies, truth=source, **job)
     assert [one for one in whole.findings if one.severity == "hard"] == []

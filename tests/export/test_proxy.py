@@ -110,9 +110,16 @@ def test_a_repeated_export_is_the_same_release_and_one_ledger_line(place: Place)
 
 
 OTHER_OPTIONS: list[dict[str, Any]] = [
-    {"round": 2}, {"p2": 0.3}, {"format": "fp4"}, {"block_size": 128}, {"layout": "dense"}, {"double_quant": True},
-    {"schedule": "sticky"}, {"rescale": False}, {"clients": ("bob",)},
-]  # fmt: skip
+    {"round": 2},
+    {"p2": 0.3},
+    {"format": "fp4"},
+    {"block_size": 128},
+    {"layout": "dense"},
+    {"double_quant": True},
+    {"schedule": "sticky"},
+    {"rescale": False},
+    {"clients": ("bob",)},
+]
 
 
 @pytest.mark.parametrize("options", OTHER_OPTIONS, ids=lambda options: next(iter(options)))
@@ -157,9 +164,15 @@ def test_a_new_key_is_private_and_a_known_one_needs_no_p1(place: Place) -> None:
 
 def test_shares_and_hidden_counts_are_those_of_the_masks(place: Place) -> None:
     result = export_proxy(
-        str(place.model), place.root / "p", client=["ann"], round=1, key=place.key, p1=0.3, p2=0.2,
+        str(place.model),
+        place.root / "p",
+        client=["ann"],
+        round=1,
+        key=place.key,
+        p1=0.3,
+        p2=0.2,
         ledger=place.root / "ledger.jsonl",
-    )  # fmt: skip
+    )
     shown = visible_elements(place.root / "p")
     total = sum(bits.size for dtype, bits in make_tensors("bert", hidden=33).values())
     hidden = sum(flags.size - int(flags.sum()) for flags in shown.values())
@@ -172,8 +185,16 @@ def test_shares_and_hidden_counts_are_those_of_the_masks(place: Place) -> None:
 
 @pytest.mark.parametrize("option", ["{client}", "deep/er/{client}/proxy"])
 def test_several_clients_each_get_a_directory(option: str, place: Place) -> None:
-    export_proxy(str(place.model), str(place.root / option), client=["ann", "bob"], round=1, key=place.key, p1=0.3,
-                 p2=0.2, ledger=place.root / "ledger.jsonl")  # fmt: skip
+    export_proxy(
+        str(place.model),
+        str(place.root / option),
+        client=["ann", "bob"],
+        round=1,
+        key=place.key,
+        p1=0.3,
+        p2=0.2,
+        ledger=place.root / "ledger.jsonl",
+    )
     for name in ("ann", "bob"):
         assert (place.root / option.replace("{client}", name) / "proxy.json").is_file()
 
@@ -216,8 +237,15 @@ def test_i11_wrong_options_are_refused_and_nothing_is_written(
     options: dict[str, Any], complaint: str, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place.root)
-    usual: dict[str, Any] = {"client": ["ann"], "round": 1, "key": place.key, "p1": 0.3, "p2": 0.2,
-                             "ledger": place.root / "ledger.jsonl", "out": "proxy"}  # fmt: skip
+    usual: dict[str, Any] = {
+        "client": ["ann"],
+        "round": 1,
+        "key": place.key,
+        "p1": 0.3,
+        "p2": 0.2,
+        "ledger": place.root / "ledger.jsonl",
+        "out": "proxy",
+    }
     arguments = usual | options
     with nothing_written(place.root), pytest.raises(InputError, match=complaint):
         export_proxy(str(place.model), arguments.pop("out"), **arguments)
@@ -237,8 +265,16 @@ def test_i11_a_link_in_place_of_the_output_is_never_followed(place: Place) -> No
     (place.root / "dangling").symlink_to(place.root / "nowhere")
     for name in ("link", "dangling"):
         with nothing_written(place.root), pytest.raises(OutputExists):
-            export_proxy(str(place.model), place.root / name, client="ann", round=1, key=place.key, p2=0.2,
-                         ledger=place.root / "ledger.jsonl", force=True)  # fmt: skip
+            export_proxy(
+                str(place.model),
+                place.root / name,
+                client="ann",
+                round=1,
+                key=place.key,
+                p2=0.2,
+                ledger=place.root / "ledger.jsonl",
+                force=True,
+            )
 
 
 def test_i11_another_p1_axis_or_plan_than_the_jobs_is_refused(place: Place) -> None:
@@ -300,8 +336,16 @@ def test_i11_another_public_base_than_the_server_models_is_refused(folder: Path)
         with nothing_written(folder), pytest.raises(InputError, match="base"):
             place.export(source, "proxies", public_base=str(other))
         with nothing_written(folder), pytest.raises(InputError, match="base"):
-            mask(str(source), folder / "m", key=place.key, client="ann", round=1, p2=0.2, fill="base",
-                 public_base=str(other))  # fmt: skip
+            mask(
+                str(source),
+                folder / "m",
+                key=place.key,
+                client="ann",
+                round=1,
+                p2=0.2,
+                fill="base",
+                public_base=str(other),
+            )
 
 
 def test_i11_a_key_or_ledger_inside_of_an_output_is_refused(place: Place) -> None:
@@ -311,9 +355,11 @@ def test_i11_a_key_or_ledger_inside_of_an_output_is_refused(place: Place) -> Non
     shutil.copy(place.root / "ledger.jsonl", proxies / "ann/ledger.jsonl")
     (place.root / "link").symlink_to(proxies / "ann")
     for options in (
-        {"key": proxies / "ann/job.key"}, {"ledger": proxies / "ann/ledger.jsonl"},
-        {"key": place.root / "link/job.key"}, {"ledger": proxies / "ann/deep/er.jsonl"},
-    ):  # fmt: skip
+        {"key": proxies / "ann/job.key"},
+        {"ledger": proxies / "ann/ledger.jsonl"},
+        {"key": place.root / "link/job.key"},
+        {"ledger": proxies / "ann/deep/er.jsonl"},
+    ):
         with nothing_written(place.root), pytest.raises(InputError, match="inside of the output"):
             place.export(place.model, "proxies", clients=("ann",), force=True, **options)
     with nothing_written(place.root), pytest.raises(InputError, match="inside of the output"):
@@ -331,8 +377,17 @@ def test_i11_a_scale_that_leaves_the_range_of_numbers_is_refused(folder: Path) -
     model = write_model(folder / "model", tensors, make_config("bert"))
     for format in ("nf4", "none"):
         with nothing_written(folder), pytest.raises(InputError, match=r"pooler.*no-rescale"):
-            export_proxy(str(model), folder / "p", client="ann", round=1, key=folder / "key", p1=0.5, p2=0.5,
-                         ledger=folder / "ledger.jsonl", format=format)  # fmt: skip
+            export_proxy(
+                str(model),
+                folder / "p",
+                client="ann",
+                round=1,
+                key=folder / "key",
+                p1=0.5,
+                p2=0.5,
+                ledger=folder / "ledger.jsonl",
+                format=format,
+            )
 
 
 @pytest.mark.parametrize("damage", ["not json\n", '{"format":"fedqsn-ledger/1"}\n', "folder"])

@@ -58,8 +58,11 @@ def test_a_server_model_is_a_checkpoint_with_its_tokenizer(place: Place) -> None
     (place.model / "training_args.bin").write_bytes(b"pickled")
     server = place.server(place.model, "server")
     assert {path.name for path in server.iterdir()} == {
-        "config.json", "fedqsn.json", "model.safetensors", "tokenizer.json"
-    }  # fmt: skip
+        "config.json",
+        "fedqsn.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
     assert (server / "config.json").read_bytes() == (place.model / "config.json").read_bytes()
 
 
@@ -79,8 +82,15 @@ def test_the_manifest_of_a_server_model_says_how_it_was_masked_but_not_where(pla
 
 def test_the_model_digest_is_that_of_the_export(place: Place) -> None:
     digest = mask(str(place.model), place.root / "server", key=place.key, p1=0.3).model_digest
-    exported = export_proxy(str(place.model), place.root / "p", client="ann", round=1, key=place.key, p2=0.2,
-                            ledger=place.root / "ledger.jsonl")  # fmt: skip
+    exported = export_proxy(
+        str(place.model),
+        place.root / "p",
+        client="ann",
+        round=1,
+        key=place.key,
+        p2=0.2,
+        ledger=place.root / "ledger.jsonl",
+    )
     assert exported.model_digest == digest
 
 

@@ -118,9 +118,7 @@ def test_i1_hidden_weights_change_no_byte_of_a_later_round(world: World, kind: s
         proxies = again.export(server, "p1-b", round=1, clients=CLIENTS, **ALL)
         assert contents(proxies) == contents(place.root / "p1")
         job = {"key": place.key, "ledger": place.root / "ledger.jsonl"}
-        merge(str(server), [
-            place.root / f"u1-{name}" for name in CLIENTS
-        ], place.root / "s1-b", **job)  # fmt: skip
+        merge(str(server), [place.root / f"u1-{name}" for name in CLIENTS], place.root / "s1-b", **job)
         assert contents(again.export(place.root / "s1-b", "next-b", round=2, **ALL)) == first
 
 
@@ -206,9 +204,17 @@ def test_a_client_trains_every_unit_of_such_a_proxy(folder: Path) -> None:
     job = {"key": folder / "job.key"}
     mask(str(model), folder / "server", p1=0.5, fill="base", public_base=str(base), **job)
     export_proxy(
-        str(folder / "server"), folder / "proxy", client=["ann"], round=1, p2=0.1, train="all", fill="base",
-        public_base=str(base), ledger=folder / "ledger.jsonl", **job,
-    )  # fmt: skip
+        str(folder / "server"),
+        folder / "proxy",
+        client=["ann"],
+        round=1,
+        p2=0.1,
+        train="all",
+        fill="base",
+        public_base=str(base),
+        ledger=folder / "ledger.jsonl",
+        **job,
+    )
     client_train(folder / "proxy", folder / "update", data=folder / "data.jsonl", max_steps=2, max_length=8, lr=1e-3)
     update = read_file(folder / "update/update.safetensors")
     for name, (_, bits) in read_model(model).items():
@@ -225,9 +231,13 @@ def test_a_client_trains_every_unit_of_such_a_proxy(folder: Path) -> None:
 def audited(place: Place, server: Path | None, number: int) -> Any:
     proxies = [place.root / f"p{number}" / name for name in CLIENTS]
     return audit(
-        proxies, truth=place.model, key=place.key, ledger=place.root / "ledger.jsonl", base=place.root / "base",
+        proxies,
+        truth=place.model,
+        key=place.key,
+        ledger=place.root / "ledger.jsonl",
+        base=place.root / "base",
         server=server,
-    )  # fmt: skip
+    )
 
 
 def test_an_audit_of_a_later_round_builds_its_proxies_again_from_the_server_model() -> None:

@@ -31,9 +31,14 @@ def job(folder: Path) -> Path:
 def export(folder: Path, client: str, round: int, **options: Any) -> Path:
     out = folder / f"{client}-{round}"
     export_proxy(
-        str(folder / "global"), out, client=[client], round=round, key=folder / "job.key",
-        ledger=folder / "ledger.jsonl", **{**OPTIONS, **options},
-    )  # fmt: skip
+        str(folder / "global"),
+        out,
+        client=[client],
+        round=round,
+        key=folder / "job.key",
+        ledger=folder / "ledger.jsonl",
+        **{**OPTIONS, **options},
+    )
     return out
 
 

@@ -42,9 +42,12 @@ def by_hand(model: Job, lines: list[Line]) -> tuple[dict[str, list[float]], dict
 @st.composite
 def histories(draw: st.DrawFn) -> list[Line]:
     lines = st.builds(
-        Line, st.sampled_from(["ann", "bob", "eve"]), st.integers(0, 3), st.sampled_from(["fresh", "sticky"]),
+        Line,
+        st.sampled_from(["ann", "bob", "eve"]),
+        st.integers(0, 3),
+        st.sampled_from(["fresh", "sticky"]),
         st.sampled_from([0.0, 0.1, 0.5, 0.9]),
-    )  # fmt: skip
+    )
     return draw(st.lists(lines, min_size=1, max_size=12))
 
 
@@ -66,12 +69,13 @@ def test_a_coalition_has_seen_what_its_members_have_together(lines: list[Line]) 
     total = SMALL.clear + sum(size for _, size in SMALL.groups.values())
     for coalition in exposure(SMALL, lines).coalitions:
         unions = [
-            SMALL.clear + sum(
+            SMALL.clear
+            + sum(
                 np.any([seen[name][group] for name in members], axis=0).sum() * size / n
                 for group, (n, size) in SMALL.groups.items()
             )
             for members in itertools.combinations(seen, coalition.size)
-        ]  # fmt: skip
+        ]
         assert coalition.share == pytest.approx(max(unions) / total)
         assert (coalition.method, coalition.at_most) == ("exact", coalition.share)
 

@@ -68,8 +68,16 @@ def test_a_model_ten_times_as_large_takes_no_more_memory_and_nothing_imports_tor
         folder.mkdir()
         release = ["--client", "alice", "--round", "1", "--p1", "0.1", "--p2", "0.1", *job(folder)]
         if command == "merge":
-            export_proxy(str(model), folder / "proxy", client=["alice"], round=1, p1=0.1, p2=0.1,
-                         key=folder / "job.key", ledger=folder / "ledger.jsonl")  # fmt: skip
+            export_proxy(
+                str(model),
+                folder / "proxy",
+                client=["alice"],
+                round=1,
+                p1=0.1,
+                p2=0.1,
+                key=folder / "job.key",
+                ledger=folder / "ledger.jsonl",
+            )
             send(folder / "proxy", folder / "update")
         more = {
             "mask": ["--p1", "0.1", *job(folder)[:2]],
@@ -118,8 +126,16 @@ def test_a_hundred_clients_take_little_more_memory_than_one(models: dict[str, Pa
 def test_three_hundred_updates_are_merged_with_few_open_files(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", "llama", dtype="F32")
     clients = [f"c{number:03d}" for number in range(300)]
-    export_proxy(str(model), str(tmp_path / "proxy-{client}"), client=clients, round=1, p1=0.1, p2=0.1,
-                 key=tmp_path / "job.key", ledger=tmp_path / "ledger.jsonl")  # fmt: skip
+    export_proxy(
+        str(model),
+        str(tmp_path / "proxy-{client}"),
+        client=clients,
+        round=1,
+        p1=0.1,
+        p2=0.1,
+        key=tmp_path / "job.key",
+        ledger=tmp_path / "ledger.jsonl",
+    )
     updates = [send(tmp_path / f"proxy-{client}", tmp_path / f"update-{client}") for client in clients]
 
     run("merge", model, *updates, "--out", tmp_path / "next", *job(tmp_path), files=100)
@@ -134,8 +150,17 @@ def test_more_clients_than_one_pass_takes_get_the_same_proxies(tmp_path: Path) -
     ratios = ["--round", "1", "--p1", "0.1", "--p2", "0.1"]
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 
-    run("export-proxy", model, "--out", tmp_path / "{client}", *clients, *ratios, *job(tmp_path), files=64,
-        hard=str(hard))  # fmt: skip
+    run(
+        "export-proxy",
+        model,
+        "--out",
+        tmp_path / "{client}",
+        *clients,
+        *ratios,
+        *job(tmp_path),
+        files=64,
+        hard=str(hard),
+    )
     run("export-proxy", model, "--out", tmp_path / "alone", "--client", "c149", *ratios, *job(tmp_path))
 
     assert contents(tmp_path / "c149") == contents(tmp_path / "alone")

@@ -18,9 +18,7 @@ from support.helpers import Update, draft, listing, make_model, noise, nothing_w
 from support.scenario import Place, World
 
 WORLD = World("qwen2", "F32", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2)
-WEIGHT, NORM, BIAS = (
-    "model.layers.0.mlp.up_proj.weight", "model.norm.weight", "model.layers.0.self_attn.q_proj.bias"
-)  # fmt: skip
+WEIGHT, NORM, BIAS = ("model.layers.0.mlp.up_proj.weight", "model.norm.weight", "model.layers.0.self_attn.q_proj.bias")
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +99,10 @@ TENSORS: dict[str, tuple[Callable[[Place], None], str]] = {
     "the largest number": (put(WEIGHT, 3.4e38, True), "norm|infinite"),
     "a huge norm": (put(NORM, 1e8), "norm"),
     "numbers a hundred times too large": (put(WEIGHT, 50.0, True), "norm"),
-    "one tensor more": (put_tensor("model.layers.7.mlp.up_proj.weight", lambda x: ("F32", np.zeros(3, np.uint32))),
-                        "no such tensor"),
+    "one tensor more": (
+        put_tensor("model.layers.7.mlp.up_proj.weight", lambda x: ("F32", np.zeros(3, np.uint32))),
+        "no such tensor",
+    ),
     "a tensor missing": (spoil(lambda update: update.tensors.pop(WEIGHT) and None), "missing"),
     "a norm missing": (spoil(lambda update: update.tensors.pop(NORM) and None), "missing"),
     "all units": (put_tensor(WEIGHT, lambda x: ("F32", np.zeros((48, 33), np.uint32))), "expected F32"),
@@ -114,7 +114,7 @@ TENSORS: dict[str, tuple[Callable[[Place], None], str]] = {
     "another dtype": (put_tensor(WEIGHT, lambda x: ("BF16", x.astype(np.uint16))), "expected F32"),
     "whole numbers": (put_tensor(WEIGHT, lambda x: ("I64", x.astype(np.int64))), "expected F32"),
     "another precision than it says": (spoil(lambda update: update.manifest.update(precision="fp16")), "expected F16"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", TENSORS)
@@ -245,11 +245,21 @@ def test_i11_two_updates_of_one_client_are_refused_even_from_two_rounds(place: P
 
 
 def test_i11_an_update_of_the_last_round_is_stale_once_the_model_moved(place: Place) -> None:
-    merge(str(place.model), [place.root / "u-ann"], place.root / "moved", key=place.key,
-          ledger=place.root / "ledger.jsonl")  # fmt: skip
+    merge(
+        str(place.model),
+        [place.root / "u-ann"],
+        place.root / "moved",
+        key=place.key,
+        ledger=place.root / "ledger.jsonl",
+    )
     with nothing_written(place.root), pytest.raises(RefusedUpdate, match="another model"):
-        merge(str(place.root / "moved"), [place.root / "u-bob"], place.root / "next", key=place.key,
-              ledger=place.root / "ledger.jsonl")  # fmt: skip
+        merge(
+            str(place.root / "moved"),
+            [place.root / "u-bob"],
+            place.root / "next",
+            key=place.key,
+            ledger=place.root / "ledger.jsonl",
+        )
     proxies = place.export(place.root / "moved", "second", round=2)
     send(proxies / "ann", place.root / "u-new", noise(2))
     refused(place, "another model", "u-new", "u-bob", error=RefusedUpdate)
@@ -302,10 +312,16 @@ def lines(place: Place) -> Iterator[list[bytes]]:
 def test_i11_a_broken_chain_in_the_ledger_is_refused(place: Place, lines: list[bytes]) -> None:
     first, second = lines
     broken = [
-        [second, first], [second], [first, first], [first.replace(b'"p2":0.2', b'"p2":0.1'), second],
-        [first, b"\n", second], [first, b"{}\n", second], [first, second, b"null\n"], [b"\xff\n"],
+        [second, first],
+        [second],
+        [first, first],
+        [first.replace(b'"p2":0.2', b'"p2":0.1'), second],
+        [first, b"\n", second],
+        [first, b"{}\n", second],
+        [first, second, b"null\n"],
+        [b"\xff\n"],
         [first.replace(b'"round":1', b'"round":1,"round":1'), second],
-    ]  # fmt: skip
+    ]
     for content in broken:
         (place.root / "ledger.jsonl").write_bytes(b"".join(content))
         refused(place, "ledger.jsonl", error=FormatError)

@@ -116,6 +116,14 @@ def test_i1_a_visible_number_that_is_not_finite_is_refused(kind: str, tmp_path: 
     tensors[name] = (dtype, replaced(bits, dtype, only, kind))
     model = write_model(tmp_path / "model", tensors, make_config("bert"))
     with nothing_written(tmp_path), pytest.raises(InputError, match="NaN or infinity.*visible|visible.*NaN") as caught:
-        export_proxy(str(model), tmp_path / "p", client=["ann"], round=1, p1=0.3, p2=0.1, key=tmp_path / "key",
-                     ledger=tmp_path / "ledger.jsonl")  # fmt: skip
+        export_proxy(
+            str(model),
+            tmp_path / "p",
+            client=["ann"],
+            round=1,
+            p1=0.3,
+            p2=0.1,
+            key=tmp_path / "key",
+            ledger=tmp_path / "ledger.jsonl",
+        )
     assert caught.value.where == name

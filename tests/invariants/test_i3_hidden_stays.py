@@ -39,8 +39,14 @@ def test_i3_hidden_and_unseen_units_keep_their_bits(world: World, kind: str, nor
         proxies = place.export(place.model, "proxies")
         updates = [send(proxies / name, place.root / f"u-{name}", noise(len(name), 0.02)) for name in ("ann", "bob")]
         changed = place.rewritten("changed", kind)
-        merge(str(changed), updates, place.root / "next", key=place.key, ledger=place.root / "ledger.jsonl",
-              normalize=normalize)  # fmt: skip
+        merge(
+            str(changed),
+            updates,
+            place.root / "next",
+            key=place.key,
+            ledger=place.root / "ledger.jsonl",
+            normalize=normalize,
+        )
         seen = seen_by([proxies / "ann", proxies / "bob"])
         hidden = hidden_elements(place.model, place.key)
         assert not any((flags & hidden[name].reshape(flags.shape)).any() for name, flags in seen.items())

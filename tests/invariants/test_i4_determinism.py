@@ -184,8 +184,14 @@ def test_i4_updates_are_added_in_one_order_even_where_the_order_decides(folder: 
     ]
     outcomes = []
     for number, order in enumerate(itertools.permutations(updates)):
-        merge(str(place.model), order, folder / f"n{number}", key=place.key, ledger=folder / "ledger.jsonl",
-              max_update_norm=1e30)  # fmt: skip
+        merge(
+            str(place.model),
+            order,
+            folder / f"n{number}",
+            key=place.key,
+            ledger=folder / "ledger.jsonl",
+            max_update_norm=1e30,
+        )
         outcomes.append(contents(folder / f"n{number}"))
     assert all(outcome == outcomes[0] for outcome in outcomes)
 
@@ -221,8 +227,15 @@ def test_i4_order_of_tensors_in_the_file_changes_no_byte(family: str, axis: str,
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
     (backwards / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
-    common = {"client": ["ann"], "round": 1, "p1": 0.3, "p2": 0.2, "key": folder / "key", "axis": axis,
-              "ledger": folder / "ledger.jsonl"}  # fmt: skip
+    common = {
+        "client": ["ann"],
+        "round": 1,
+        "p1": 0.3,
+        "p2": 0.2,
+        "key": folder / "key",
+        "axis": axis,
+        "ledger": folder / "ledger.jsonl",
+    }
     export_proxy(str(model), folder / "one", **common)
     export_proxy(str(backwards), folder / "two", **common)
     assert contents(folder / "one") == contents(folder / "two")

@@ -84,8 +84,13 @@ def test_i5_no_secret_is_in_any_byte_of_a_proxy(world: World) -> None:
 def dress(model: Path) -> None:
     """Put private things into every file of a checkpoint that goes along."""
     config = json.loads((model / "config.json").read_text())
-    config |= {"_name_or_path": f"/srv/{SECRET}/model", "trained_in": str(model), "sub": {"name_or_path": SECRET},
-               "note": f"copied from /home/{SECRET}/base", "_commit_hash": SECRET}  # fmt: skip
+    config |= {
+        "_name_or_path": f"/srv/{SECRET}/model",
+        "trained_in": str(model),
+        "sub": {"name_or_path": SECRET},
+        "note": f"copied from /home/{SECRET}/base",
+        "_commit_hash": SECRET,
+    }
     (model / "config.json").write_text(json.dumps(config))
     tokenizer = {"pad_token": "[PAD]", "name_or_path": SECRET, "tokenizer_file": str(model), "vocab_file": SECRET}
     (model / "tokenizer_config.json").write_text(json.dumps(tokenizer))

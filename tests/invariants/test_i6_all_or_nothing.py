@@ -121,8 +121,16 @@ def test_i6_an_export_killed_at_a_bad_moment_is_completed_by_running_it_again(po
     lines = lines[: lines.rfind(b"\n") + 1]  # a torn line does not count
     missing = [client for client in CLIENTS if not (folder / client).exists()]
     for client in missing:
-        export_proxy(str(folder / "model"), folder / client, client=client, round=1, key=folder / "key", p1=0.3, p2=0.2,
-                     ledger=folder / "ledger.jsonl")  # fmt: skip
+        export_proxy(
+            str(folder / "model"),
+            folder / client,
+            client=client,
+            round=1,
+            key=folder / "key",
+            p1=0.3,
+            p2=0.2,
+            ledger=folder / "ledger.jsonl",
+        )
     ids = check_state(folder)
     assert ids.keys() == set(CLIENTS)
     assert promised.items() <= ids.items()

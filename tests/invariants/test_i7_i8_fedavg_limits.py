@@ -48,8 +48,15 @@ def test_i7_without_masks_and_quantization_merge_is_weighted_fedavg(
         proxies = place.export(place.model, "proxies", clients=clients)
         drafts = [draft(proxies / f"c{i}", noise(i), examples=n) for i, n in enumerate(examples)]
         updates = [update.write(place.root / f"u{index}") for index, update in enumerate(drafts)]
-        merge(str(place.model), updates, place.root / "next", key=place.key, ledger=place.root / "ledger.jsonl",
-              normalize=normalize, server_lr=rate)  # fmt: skip
+        merge(
+            str(place.model),
+            updates,
+            place.root / "next",
+            key=place.key,
+            ledger=place.root / "ledger.jsonl",
+            normalize=normalize,
+            server_lr=rate,
+        )
         before, after = read_model(place.model), read_model(place.root / "next")
         for name, (dtype, bits) in before.items():
             if dtype == "I64":
@@ -98,8 +105,14 @@ def test_i8_merging_zero_updates_gives_a_byte_equal_model(world: World, precisio
             send(proxies / "ann", place.root / "u-ann", precision=precision),
             send(proxies / "bob", place.root / "u-bob", lambda name, shape: np.full(shape, -0.0), precision=precision),
         ]
-        merge(str(place.model), updates, place.root / "next", key=place.key, ledger=place.root / "ledger.jsonl",
-              normalize=normalize)  # fmt: skip
+        merge(
+            str(place.model),
+            updates,
+            place.root / "next",
+            key=place.key,
+            ledger=place.root / "ledger.jsonl",
+            normalize=normalize,
+        )
         assert (place.root / "next/model.safetensors").read_bytes() == (place.model / "model.safetensors").read_bytes()
         assert (place.root / "next/config.json").read_bytes() == (place.model / "config.json").read_bytes()
 
@@ -132,8 +145,13 @@ def test_i8_the_metadata_of_a_file_stays(metadata: dict[str, str] | None, folder
     write_file(model / "model.safetensors", make_tensors("llama", hidden=33), metadata)
     place = Place(World("llama", "F32", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2), folder)
     proxies = place.export(model, "proxies")
-    merge(str(model), [send(proxies / "ann", folder / "u")], folder / "next", key=place.key,
-          ledger=folder / "ledger.jsonl")  # fmt: skip
+    merge(
+        str(model),
+        [send(proxies / "ann", folder / "u")],
+        folder / "next",
+        key=place.key,
+        ledger=folder / "ledger.jsonl",
+    )
     assert (folder / "next/model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
 
 

@@ -16,14 +16,28 @@ from support.helpers import read_model, visible_elements
 CLASSIFIERS = ("bert", "roberta", "gpt2", "llama", "qwen2", "mistral", "gemma", "phi", "t5", "mixtral")
 LANGUAGE_MODELS = ("gpt2", "llama", "qwen2", "mistral", "gemma", "phi", "mixtral")
 HEADS = {
-    "bert": "Bert", "roberta": "Roberta", "gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "mistral": "Mistral",
-    "gemma": "Gemma", "phi": "Phi", "t5": "T5", "mixtral": "Mixtral",
-}  # fmt: skip
+    "bert": "Bert",
+    "roberta": "Roberta",
+    "gpt2": "GPT2",
+    "llama": "Llama",
+    "qwen2": "Qwen2",
+    "mistral": "Mistral",
+    "gemma": "Gemma",
+    "phi": "Phi",
+    "t5": "T5",
+    "mixtral": "Mixtral",
+}
 
 
 def proxy_of(model: Path, out: Path, **options: Any) -> Path:
-    usual = {"client": "ann", "round": 1, "p1": 0.0, "p2": 0.0, "key": model.parent / f"{model.name}.key",
-             "ledger": model.parent / "ledger.jsonl"}  # fmt: skip
+    usual = {
+        "client": "ann",
+        "round": 1,
+        "p1": 0.0,
+        "p2": 0.0,
+        "key": model.parent / f"{model.name}.key",
+        "ledger": model.parent / "ledger.jsonl",
+    }
     export_proxy(str(model), out, **usual | options)
     return out
 
@@ -54,10 +68,13 @@ def test_i9_a_proxy_of_everything_is_what_transformers_saves_for_the_same_weight
     proxy = proxy_of(model, folder / "proxy", format=format, double_quant=double)
     config = json.loads((proxy / "config.json").read_text())
     quantization = transformers.BitsAndBytesConfig(
-        load_in_4bit=format != "int8", load_in_8bit=format == "int8", bnb_4bit_use_double_quant=double,
-        bnb_4bit_quant_type="fp4" if format == "int8" else format, bnb_4bit_compute_dtype=dtype,
+        load_in_4bit=format != "int8",
+        load_in_8bit=format == "int8",
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_quant_type="fp4" if format == "int8" else format,
+        bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=config["quantization_config"]["llm_int8_skip_modules"],
-    )  # fmt: skip
+    )
     architecture = getattr(transformers, config["architectures"][0])
     architecture.from_pretrained(model, quantization_config=quantization, dtype=dtype).save_pretrained(folder / "saved")
     ours, theirs = read_model(proxy), read_model(folder / "saved")

@@ -19,9 +19,13 @@ def matrix(random: np.random.Generator, shape: tuple[int, int], dtype: str) -> n
 
 @settings(deadline=None)  # a kernel may compile
 @given(
-    rows=st.integers(1, 9), cols=st.integers(1, 70), axis=st.sampled_from(["row", "column", "element"]),
-    dtype=st.sampled_from(DTYPES), filled=st.booleans(), seed=st.integers(0, 99),
-)  # fmt: skip
+    rows=st.integers(1, 9),
+    cols=st.integers(1, 70),
+    axis=st.sampled_from(["row", "column", "element"]),
+    dtype=st.sampled_from(DTYPES),
+    filled=st.booleans(),
+    seed=st.integers(0, 99),
+)
 def test_marked_elements_are_replaced_and_no_others(
     rows: int, cols: int, axis: str, dtype: str, filled: bool, seed: int
 ) -> None:
@@ -47,9 +51,13 @@ def test_memory_in_another_order_is_refused() -> None:
 
 
 @given(
-    lead=st.integers(1, 3), rows=st.integers(1, 6), cols=st.sampled_from([1, 3, 32, 64, 100, 128]),
-    axis=st.sampled_from(["row", "column", "element"]), block=st.sampled_from([32, 64]), seed=st.integers(0, 99),
-)  # fmt: skip
+    lead=st.integers(1, 3),
+    rows=st.integers(1, 6),
+    cols=st.sampled_from([1, 3, 32, 64, 100, 128]),
+    axis=st.sampled_from(["row", "column", "element"]),
+    block=st.sampled_from([32, 64]),
+    seed=st.integers(0, 99),
+)
 def test_a_block_is_full_when_all_its_elements_are_marked(
     lead: int, rows: int, cols: int, axis: str, block: int, seed: int
 ) -> None:

@@ -55,8 +55,10 @@ def test_all_16_bit_numbers_widen_and_narrow_back(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_narrowing_rounds_to_nearest_even_and_overflows_to_infinity(dtype: str) -> None:
     raw = np.random.default_rng(0).integers(0, 2**32, 400_000, dtype=np.uint32)
-    middles = (np.arange(0x8000, dtype=np.uint32) << 16) + 0x8000 if dtype == "BF16" else (
-        wide(np.arange(0x7C00, dtype=np.uint16), "F16").view(np.uint32) + (1 << 12)
+    middles = (
+        (np.arange(0x8000, dtype=np.uint32) << 16) + 0x8000
+        if dtype == "BF16"
+        else (wide(np.arange(0x7C00, dtype=np.uint16), "F16").view(np.uint32) + (1 << 12))
     )
     x = np.concatenate([raw, middles, middles - 1, middles + 1]).astype(np.uint32).view(np.float32)
     x = x[np.isfinite(x)]

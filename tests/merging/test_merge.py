@@ -87,8 +87,15 @@ def test_merge_is_the_average_over_the_clients_that_saw_a_unit(
         proxies = place.export(place.model, "proxies", clients=clients)
         drafts = [draft(proxies / f"c{i}", noise(i), examples=n, precision=precision) for i, n in enumerate(examples)]
         folders = [update.write(place.root / f"u{index}") for index, update in enumerate(drafts)]
-        merge(str(place.model), folders, place.root / "next", key=place.key, ledger=place.root / "ledger.jsonl",
-              normalize=normalize, server_lr=rate)  # fmt: skip
+        merge(
+            str(place.model),
+            folders,
+            place.root / "next",
+            key=place.key,
+            ledger=place.root / "ledger.jsonl",
+            normalize=normalize,
+            server_lr=rate,
+        )
         parts = [whole_update(proxies / f"c{index}", update) for index, update in enumerate(drafts)]
         before, after = read_model(place.model), read_model(place.root / "next")
         for name in parts[0]:
@@ -121,8 +128,11 @@ def test_merging_into_the_server_model_moves_its_visible_part_like_the_global_mo
 def rounds_of(place: Place, count: int, size: float) -> tuple[Path, dict[str, Doubles]]:
     """`count` rounds of small steps in one direction; the last model and the result in double precision."""
     model = place.model
-    exact = {name: to_floats(bits, dtype).astype(np.float64) for name, (dtype, bits) in read_model(model).items()
-             if dtype != "I64"}  # fmt: skip
+    exact = {
+        name: to_floats(bits, dtype).astype(np.float64)
+        for name, (dtype, bits) in read_model(model).items()
+        if dtype != "I64"
+    }
     steps = noise(1, size)
     for number in range(1, count + 1):
         proxy = place.export(model, f"p{number}", clients=("ann",), round=number) / "ann"
@@ -159,8 +169,12 @@ def test_a_plain_loader_sees_nothing_but_the_model(folder: Path) -> None:
     (place.model / "vocab.json").write_text("{}")
     model, _ = rounds_of(place, 1, 0.01)
     assert {path.name for path in model.iterdir()} == {
-        "config.json", "fedqsn-residual.safetensors", "fedqsn.json", "model.safetensors", "vocab.json",
-    }  # fmt: skip
+        "config.json",
+        "fedqsn-residual.safetensors",
+        "fedqsn.json",
+        "model.safetensors",
+        "vocab.json",
+    }
     assert {name: bits.dtype for name, (_, bits) in read_model(model).items()} == dict.fromkeys(
         read_model(place.model), np.dtype(np.uint16)
     )
@@ -284,5 +298,12 @@ def test_i11_a_merged_model_that_overflows_its_dtype_is_refused(folder: Path) ->
     proxy = place.export(place.model, "proxies", clients=("ann",)) / "ann"
     update = send(proxy, folder / "u", lambda name, shape: np.full(shape, 6e4, np.float32))
     with nothing_written(folder), pytest.raises(InputError):
-        merge(str(place.model), [update], folder / "next", key=place.key, ledger=folder / "ledger.jsonl",
-              server_lr=2.0, max_update_norm=1e9)  # fmt: skip
+        merge(
+            str(place.model),
+            [update],
+            folder / "next",
+            key=place.key,
+            ledger=folder / "ledger.jsonl",
+            server_lr=2.0,
+            max_update_norm=1e9,
+        )

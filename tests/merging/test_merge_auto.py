@@ -196,8 +196,15 @@ def test_hidden_weights_that_are_not_finite_make_a_blend_infinitely_bad_and_no_c
     broken = write_model(tmp_path / "broken", tensors, config)
     for path in (bert.root / "model").glob("*token*"):
         (broken / path.name).write_bytes(path.read_bytes())
-    found = merge(str(broken), [], tmp_path / "out", key=bert.root / "key", restore=str(bert.root / "trained"),
-                  blend="auto", eval_data=bert.data)  # fmt: skip
+    found = merge(
+        str(broken),
+        [],
+        tmp_path / "out",
+        key=bert.root / "key",
+        restore=str(bert.root / "trained"),
+        blend="auto",
+        eval_data=bert.data,
+    )
     assert found.search is not None and found.blend == 0
     assert [point.loss for point in found.search.curve[1:]] == [float("inf")] * (len(found.search.curve) - 1)
 

@@ -63,8 +63,16 @@ def test_a_control_is_taken_off_where_it_and_a_client_saw_the_unit(
 ) -> None:
     with placed(world) as place:
         updates, parts, control, own = play(place, precision=precision)
-        merge(str(place.model), updates, place.root / "next", **job(place), normalize=normalize, server_lr=rate,
-              control=control, control_weight=weight)  # fmt: skip
+        merge(
+            str(place.model),
+            updates,
+            place.root / "next",
+            **job(place),
+            normalize=normalize,
+            server_lr=rate,
+            control=control,
+            control_weight=weight,
+        )
         before, after = read_model(place.model), read_model(place.root / "next")
         for name, (u, seen, s) in own.items():
             dtype, bits = before[name]

@@ -190,7 +190,12 @@ def test_i11_models_that_do_not_belong_together_are_not_restored(place: Place) -
         with pytest.raises(InputError, match="server model"):
             merge(str(place.root / "server"), [], place.root / "out", key=place.key, restore=str(place.root / "server"))
         with pytest.raises(KeyFileError):
-            merge(str(place.model), [], place.root / "out", key=place.root / "other.key",
-                  restore=str(place.root / "server"))  # fmt: skip
+            merge(
+                str(place.model),
+                [],
+                place.root / "out",
+                key=place.root / "other.key",
+                restore=str(place.root / "server"),
+            )
         with pytest.raises(InputError):
             merge(str(other), [], place.root / "out", key=place.key, restore=str(place.root / "server"))

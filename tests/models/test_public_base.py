@@ -199,10 +199,11 @@ PAIRS: dict[str, Callable[[], Pair]] = {
 } | {
     f"{family} {dtype} of {other}": lambda f=family, d=dtype, o=other: rounded(f, d, o)
     for (dtype, other), family in zip(
-        itertools.permutations(("F32", "F16", "BF16"), 2), ("bert", "gpt2", "gpt_oss", "llama", "t5", "mixtral"),
+        itertools.permutations(("F32", "F16", "BF16"), 2),
+        ("bert", "gpt2", "gpt_oss", "llama", "t5", "mixtral"),
         strict=True,
     )
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -210,8 +211,9 @@ def test_holes_hold_what_a_base_of_the_models_own_shapes_would_put_there(name: s
     made = PAIRS[name]()
     made.write(folder)
     key = folder / "job.key"
-    found = mask(str(folder / "model"), folder / "server", key=key, p1=0.5, fill="base",
-                 public_base=str(folder / "base"))  # fmt: skip
+    found = mask(
+        str(folder / "model"), folder / "server", key=key, p1=0.5, fill="base", public_base=str(folder / "base")
+    )
     mask(str(folder / "model"), folder / "reference", key=key, fill="base", public_base=str(folder / "wanted"))
     assert contents(folder / "server") == contents(folder / "reference")
     hidden, server = hidden_elements(folder / "model", key), read_model(folder / "server")
@@ -236,9 +238,19 @@ def test_proxies_are_the_same_as_with_a_base_of_the_models_own_shapes(
         PAIRS[name]().write(folder, shards=3)
     for base in ("base", "wanted"):
         export_proxy(
-            str(folder / "model"), folder / base.upper(), client="ann", round=1, key=folder / "key", axis=axis,
-            ledger=folder / "ledger.jsonl", p1=0.4, p2=0.3, format=format, fill="base", public_base=str(folder / base),
-        )  # fmt: skip
+            str(folder / "model"),
+            folder / base.upper(),
+            client="ann",
+            round=1,
+            key=folder / "key",
+            axis=axis,
+            ledger=folder / "ledger.jsonl",
+            p1=0.4,
+            p2=0.3,
+            format=format,
+            fill="base",
+            public_base=str(folder / base),
+        )
     proxy = contents(folder / "BASE")
     assert proxy == contents(folder / "WANTED")
     assert json.loads(proxy["proxy.json"])["public_base"].keys() == {"reference", "sha256"}
@@ -253,9 +265,15 @@ def test_server_and_quantized_server_models_take_the_same_base(name: str, folder
     quantize(str(folder / "server"), folder / "packed", format="nf4")
     for source in ("model", "server", "packed"):
         export_proxy(
-            str(folder / source), folder / f"from-{source}", client="ann", round=1, key=folder / "key",
-            ledger=folder / "ledger.jsonl", p2=0.3, **base,
-        )  # fmt: skip
+            str(folder / source),
+            folder / f"from-{source}",
+            client="ann",
+            round=1,
+            key=folder / "key",
+            ledger=folder / "ledger.jsonl",
+            p2=0.3,
+            **base,
+        )
     assert contents(folder / "from-model") == contents(folder / "from-server") == contents(folder / "from-packed")
 
 
@@ -266,9 +284,17 @@ def test_i1_with_an_odd_base_no_byte_depends_on_hidden_weights(kind: str, folder
 
     def export(source: str, out: str) -> dict[str, bytes]:
         export_proxy(
-            str(folder / source), folder / out, client="ann", round=1, key=folder / "key", p1=0.5, p2=0.3,
-            ledger=folder / "ledger.jsonl", fill="base", public_base=str(folder / "base"),
-        )  # fmt: skip
+            str(folder / source),
+            folder / out,
+            client="ann",
+            round=1,
+            key=folder / "key",
+            p1=0.5,
+            p2=0.3,
+            ledger=folder / "ledger.jsonl",
+            fill="base",
+            public_base=str(folder / "base"),
+        )
         return contents(folder / out)
 
     before = export("model", "proxy")
@@ -358,25 +384,34 @@ REFUSED: dict[str, tuple[Callable[[], Pair], str]] = {
     "a layer is missing": (lambda: changed(_drop(f"{QUERY}.weight")), "no such tensor"),
     "a bias of a layer is missing": (lambda: changed(_drop(f"{QUERY}.bias")), "no such tensor"),
     "the embedding is missing": (lambda: changed(_drop(WORD)), "no such tensor"),
-    "another model": (lambda: Pair(pair("bert").model, pair("llama").base, {}, make_config("bert"),
-                                   make_config("llama")), "no such tensor"),
-    "fewer inner neurons": (lambda: changed(
-        _put("bert.encoder.layer.0.intermediate.dense.weight", "F32", np.zeros((40, 32), np.uint32))),
-        "F32 [40, 32], the model F32 [48, 32]"),
+    "another model": (
+        lambda: Pair(pair("bert").model, pair("llama").base, {}, make_config("bert"), make_config("llama")),
+        "no such tensor",
+    ),
+    "fewer inner neurons": (
+        lambda: changed(_put("bert.encoder.layer.0.intermediate.dense.weight", "F32", np.zeros((40, 32), np.uint32))),
+        "F32 [40, 32], the model F32 [48, 32]",
+    ),
     "another width": (lambda: changed(_put(WORD, "F32", np.zeros((41, 31), np.uint32))), "[41, 31]"),
-    "a head of another width": (lambda: changed(_put("classifier.weight", "F32", np.zeros((5, 31), np.uint32))),
-                                "[5, 31]"),
-    "fewer positions": (lambda: changed(
-        _put("bert.embeddings.position_embeddings.weight", "F32", np.zeros((5, 32), np.uint32))), "[5, 32]"),
+    "a head of another width": (
+        lambda: changed(_put("classifier.weight", "F32", np.zeros((5, 31), np.uint32))),
+        "[5, 31]",
+    ),
+    "fewer positions": (
+        lambda: changed(_put("bert.embeddings.position_embeddings.weight", "F32", np.zeros((5, 32), np.uint32))),
+        "[5, 32]",
+    ),
     "integers": (lambda: changed(_put(f"{QUERY}.weight", "I8", np.zeros((32, 32), np.int8))), "I8 [32, 32]"),
     "double precision": (lambda: changed(_put(f"{QUERY}.weight", "F64", np.zeros((32, 32)))), "F64 [32, 32]"),
-    "too large for the model": (lambda: changed(
-        _put(f"{QUERY}.weight", "F32", np.full((32, 32), 65520, np.float32).view(np.uint32)), "F16"),
-        "too large for F16"),
-    "not finite": (lambda: changed(
-        _put(f"{QUERY}.weight", "F32", np.full((32, 32), np.nan, np.float32).view(np.uint32)), "BF16"),
-        "NaN or infinity"),
-}  # fmt: skip
+    "too large for the model": (
+        lambda: changed(_put(f"{QUERY}.weight", "F32", np.full((32, 32), 65520, np.float32).view(np.uint32)), "F16"),
+        "too large for F16",
+    ),
+    "not finite": (
+        lambda: changed(_put(f"{QUERY}.weight", "F32", np.full((32, 32), np.nan, np.float32).view(np.uint32)), "BF16"),
+        "NaN or infinity",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -387,9 +422,20 @@ def test_a_base_that_does_not_fit_is_refused_with_one_line(name: str, folder: Pa
         more: list[str | Path] = ["--client", "ann", "--round", "1", "--p2", "0.1", "--ledger", folder / "ledger"]
         with nothing_written(folder):
             outcome = run(
-                command, folder / "model", "--out", folder / "out", "--key", folder / "key", "--p1", "0.5",
-                "--fill", "base", "--public-base", folder / "base", *(more if command == "export-proxy" else []),
-            )  # fmt: skip
+                command,
+                folder / "model",
+                "--out",
+                folder / "out",
+                "--key",
+                folder / "key",
+                "--p1",
+                "0.5",
+                "--fill",
+                "base",
+                "--public-base",
+                folder / "base",
+                *(more if command == "export-proxy" else []),
+            )
         assert_refused(outcome, message)
 
 
@@ -404,8 +450,9 @@ def test_only_a_dense_model_that_anybody_may_have_is_a_base(folder: Path) -> Non
     key = folder / "key"
     mask(str(folder / "base"), folder / "server", key=key, p1=0.5)
     quantize(str(folder / "base"), folder / "packed", format="nf4")
-    export_proxy(str(folder / "server"), folder / "proxy", client="ann", round=1, key=key, p2=0.1,
-                 ledger=folder / "ledger.jsonl")  # fmt: skip
+    export_proxy(
+        str(folder / "server"), folder / "proxy", client="ann", round=1, key=key, p2=0.1, ledger=folder / "ledger.jsonl"
+    )
     messages = {"server": "server model", "packed": "quantized", "proxy": "proxy", "nothing": "no such"}
     for base, message in messages.items():
         outcome = run("inspect", folder / "model", "--public-base", folder / base)
@@ -423,9 +470,12 @@ def test_inspect_shows_what_fills_each_masked_tensor(folder: Path) -> None:
     document = json.loads(run("inspect", folder / "model", "--public-base", folder / "base", "--json").out)
     rows = {row["name"]: row for row in document["public_base"]}
     assert rows["model.embed_tokens.weight"] == {
-        "name": "model.embed_tokens.weight", "kind": "resized", "source": "embed_tokens.weight", "dtype": "F32",
+        "name": "model.embed_tokens.weight",
+        "kind": "resized",
+        "source": "embed_tokens.weight",
+        "dtype": "F32",
         "shape": [29, 32],
-    }  # fmt: skip
+    }
     assert rows["lm_head.weight"]["kind"] == "zeros"
     assert document["plan"] is None
 
@@ -442,8 +492,22 @@ def test_mask_and_export_proxy_sum_the_matches_up(folder: Path) -> None:
     base = ["--fill", "base", "--public-base", folder / "base", "--key", folder / "key"]
     shown = run("mask", folder / "model", "--out", folder / "server", "--p1", "0.5", *base)
     assert "8 tensors as they are, 3 without (zeros)" in shown.out
-    made = run("export-proxy", folder / "server", "--out", folder / "proxy", "--client", "ann", "--round", "1",
-               "--p2", "0.1", "--ledger", folder / "ledger.jsonl", *base, "--json")  # fmt: skip
+    made = run(
+        "export-proxy",
+        folder / "server",
+        "--out",
+        folder / "proxy",
+        "--client",
+        "ann",
+        "--round",
+        "1",
+        "--p2",
+        "0.1",
+        "--ledger",
+        folder / "ledger.jsonl",
+        *base,
+        "--json",
+    )
     counts = json.loads(made.out)["public_base"]
     assert list(counts) == list(KINDS)
     assert counts == {"exact": 8, "prefix": 0, "tied": 0, "converted": 0, "resized": 0, "zeros": 3}
@@ -456,14 +520,26 @@ def test_mask_and_export_proxy_sum_the_matches_up(folder: Path) -> None:
 
 def audited(folder: Path, base: str) -> Any:
     return audit(
-        [folder / "proxy"], truth=folder / "model", key=folder / "key", ledger=folder / "ledger.jsonl",
+        [folder / "proxy"],
+        truth=folder / "model",
+        key=folder / "key",
+        ledger=folder / "ledger.jsonl",
         base=folder / base,
-    )  # fmt: skip
+    )
 
 
 def release(folder: Path, **options: Any) -> None:
-    export_proxy(str(folder / "model"), folder / "proxy", client="ann", round=1, key=folder / "key", p1=0.5, p2=0.3,
-                 ledger=folder / "ledger.jsonl", **options)  # fmt: skip
+    export_proxy(
+        str(folder / "model"),
+        folder / "proxy",
+        client="ann",
+        round=1,
+        key=folder / "key",
+        p1=0.5,
+        p2=0.3,
+        ledger=folder / "ledger.jsonl",
+        **options,
+    )
 
 
 @pytest.mark.parametrize("name", ["bare bert", "everything at once", "tied copy left out, shorter vocabulary"])

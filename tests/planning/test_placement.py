@@ -162,11 +162,18 @@ def test_a_malformed_list_of_layers_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("0-2", "has no ratio"), ("0=", "'' is not a ratio"), ("0=x", "'x' is not a ratio"), ("0=1", "is not a ratio"),
-        ("0=nan", "nan is not a ratio"), ("0=-0.1", "is not a ratio"), ("=0.5", "neither a layer"),
-        ("0-3=0.5,2=0.9", "layer 2 is given two ratios"), ("head=0.5,head=0.5", "head is given two"), ("", "no ratio"),
+        ("0-2", "has no ratio"),
+        ("0=", "'' is not a ratio"),
+        ("0=x", "'x' is not a ratio"),
+        ("0=1", "is not a ratio"),
+        ("0=nan", "nan is not a ratio"),
+        ("0=-0.1", "is not a ratio"),
+        ("=0.5", "neither a layer"),
+        ("0-3=0.5,2=0.9", "layer 2 is given two ratios"),
+        ("head=0.5,head=0.5", "head is given two"),
+        ("", "no ratio"),
     ],
-)  # fmt: skip
+)
 def test_a_malformed_schedule_is_refused(text: str, problem: str) -> None:
     with pytest.raises(InputError, match=problem):
         parse_schedule(text)
@@ -229,8 +236,11 @@ def test_a_rule_of_a_plan_file_sets_a_ratio_and_wins(tmp_path: Path) -> None:
     path.write_text('where = "mlp"\nlayers = "1,0"\n[p1]\n"0-1" = 0.5\n[[rule]]\nmatch = "*layer.0.*"\np1 = 0\n')
     overrides = load_overrides(path)
     assert overrides == {
-        "rule": [{"match": "*layer.0.*", "p1": 0.0}], "where": "mlp", "layers": "0-1", "p1": {"0-1": 0.5}
-    }  # fmt: skip
+        "rule": [{"match": "*layer.0.*", "p1": 0.0}],
+        "where": "mlp",
+        "layers": "0-1",
+        "p1": {"0-1": 0.5},
+    }
     plan = planned("bert", **overrides)
     assert plan["bert.encoder.layer.0.output.dense.weight"].p1 == 0.0
     assert plan["bert.encoder.layer.0.output.dense.bias"].p1 == 0.0
@@ -271,11 +281,22 @@ def test_one_mask_has_one_ratio(name: str, match: str, problem: str) -> None:
 @pytest.mark.parametrize(
     "document",
     [
-        {"where": "everywhere"}, {"where": 3}, {"layers": "x"}, {"layers": 3}, {"layers": ""}, {"p1": 0.5},
-        {"p1": {"0": 1}}, {"p1": {"0": "0.5"}}, {"p1": {"0": True}}, {"p1": {"0-1": 0.5, "1": 0.2}}, {"p1": []},
-        {"rule": [{"match": "*", "p1": 1}]}, {"rule": [{"match": "*", "p1": "0.1"}]}, {"p2": {"0": 0.5}},
+        {"where": "everywhere"},
+        {"where": 3},
+        {"layers": "x"},
+        {"layers": 3},
+        {"layers": ""},
+        {"p1": 0.5},
+        {"p1": {"0": 1}},
+        {"p1": {"0": "0.5"}},
+        {"p1": {"0": True}},
+        {"p1": {"0-1": 0.5, "1": 0.2}},
+        {"p1": []},
+        {"rule": [{"match": "*", "p1": 1}]},
+        {"rule": [{"match": "*", "p1": "0.1"}]},
+        {"p2": {"0": 0.5}},
     ],
-)  # fmt: skip
+)
 def test_overrides_that_cannot_be_are_refused(document: dict[str, Any]) -> None:
     with pytest.raises(PlanError):
         planned("bert", **document)

@@ -38,9 +38,12 @@ def bnb_config(format: str, double: bool) -> BitsAndBytesConfig:
     if format == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=SKIP)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=format, bnb_4bit_use_double_quant=double, llm_int8_skip_modules=SKIP,
+        load_in_4bit=True,
+        bnb_4bit_quant_type=format,
+        bnb_4bit_use_double_quant=double,
+        llm_int8_skip_modules=SKIP,
         bnb_4bit_compute_dtype=torch.bfloat16,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +51,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A small BERT as transformers saves it: dense in bf16, and quantized by bitsandbytes in every way."""
     folder = tmp_path_factory.mktemp("bnb")
     config = BertConfig(
-        hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=96, vocab_size=50,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=96,
+        vocab_size=50,
         max_position_embeddings=16,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     BertForSequenceClassification(config).to(torch.bfloat16).save_pretrained(folder / "dense")
     for case, (format, double) in CASES.items():
@@ -181,9 +188,14 @@ def reread(parts: dict[str, Array], tmp_path: Path) -> None:
 
 def text(**changes: Any) -> Array:
     state = {
-        "quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [8, 64], "nested_blocksize": 256,
-        "nested_dtype": "float32", "nested_offset": 0.5,
-    }  # fmt: skip
+        "quant_type": "nf4",
+        "blocksize": 64,
+        "dtype": "float32",
+        "shape": [8, 64],
+        "nested_blocksize": 256,
+        "nested_dtype": "float32",
+        "nested_offset": 0.5,
+    }
     kept = {key: value for key, value in (state | changes).items() if value is not None}
     return np.frombuffer(json.dumps(kept).encode(), np.uint8)
 
@@ -195,15 +207,31 @@ def test_what_we_write_is_read(parts: dict[str, Array], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "state",
     [
-        text(quant_type="fp4"), text(blocksize=48), text(blocksize="64"), text(dtype="float64"), text(dtype=None),
-        text(shape=[8, 65]), text(shape=[8, -64]), text(shape=[]), text(shape=[8.0, 64]), text(shape=[True, 512]),
-        text(nested_offset=None), text(nested_offset=1), text(nested_offset=1e300), text(nested_blocksize=128),
-        text(nested_dtype="float16"), text(extra=1), np.frombuffer(b"[]", np.uint8), np.frombuffer(b"{}x", np.uint8),
-        np.frombuffer(b'{"shape": 1, "shape": 1}', np.uint8), np.frombuffer(b"\xff", np.uint8),
-        np.frombuffer(b"[" * 1000, np.uint8), np.frombuffer(b" " * 2000, np.uint8),
+        text(quant_type="fp4"),
+        text(blocksize=48),
+        text(blocksize="64"),
+        text(dtype="float64"),
+        text(dtype=None),
+        text(shape=[8, 65]),
+        text(shape=[8, -64]),
+        text(shape=[]),
+        text(shape=[8.0, 64]),
+        text(shape=[True, 512]),
+        text(nested_offset=None),
+        text(nested_offset=1),
+        text(nested_offset=1e300),
+        text(nested_blocksize=128),
+        text(nested_dtype="float16"),
+        text(extra=1),
+        np.frombuffer(b"[]", np.uint8),
+        np.frombuffer(b"{}x", np.uint8),
+        np.frombuffer(b'{"shape": 1, "shape": 1}', np.uint8),
+        np.frombuffer(b"\xff", np.uint8),
+        np.frombuffer(b"[" * 1000, np.uint8),
+        np.frombuffer(b" " * 2000, np.uint8),
         text(nested_offset=None, nested_dtype=None, nested_blocksize=None),
     ],
-)  # fmt: skip
+)
 def test_json_of_another_kind_is_refused(state: Array, parts: dict[str, Array], tmp_path: Path) -> None:
     with pytest.raises(FormatError):
         reread(parts | {STATE: state}, tmp_path)
@@ -220,12 +248,16 @@ def test_a_missing_part_is_refused(missing: str, parts: dict[str, Array], tmp_pa
 @pytest.mark.parametrize(
     ("part", "value"),
     [
-        (".absmax", np.zeros(9, np.uint8)), (".absmax", np.zeros(8, np.float32)), ("l.weight", np.zeros(256, np.uint8)),
-        (".quant_map", np.zeros(16, np.float32)), (".nested_absmax", np.array([np.nan], np.float32)),
-        (".nested_absmax", np.array([-1], np.float32)), (".nested_quant_map", np.full(256, np.nan, np.float32)),
+        (".absmax", np.zeros(9, np.uint8)),
+        (".absmax", np.zeros(8, np.float32)),
+        ("l.weight", np.zeros(256, np.uint8)),
+        (".quant_map", np.zeros(16, np.float32)),
+        (".nested_absmax", np.array([np.nan], np.float32)),
+        (".nested_absmax", np.array([-1], np.float32)),
+        (".nested_quant_map", np.full(256, np.nan, np.float32)),
         (".nested_quant_map", np.full(256, 2, np.float32)),
     ],
-)  # fmt: skip
+)
 def test_a_part_that_bitsandbytes_would_not_write_is_refused(
     part: str, value: Array, parts: dict[str, Array], tmp_path: Path
 ) -> None:
@@ -237,11 +269,13 @@ def test_a_part_that_bitsandbytes_would_not_write_is_refused(
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"l.SCB": np.zeros(3, np.float32)}, {"l.SCB": np.full(2, np.nan, np.float32)},
-        {"l.weight_format": np.ones((), np.uint8)}, {"l.weight_format": np.zeros(1, np.uint8)},
+        {"l.SCB": np.zeros(3, np.float32)},
+        {"l.SCB": np.full(2, np.nan, np.float32)},
+        {"l.weight_format": np.ones((), np.uint8)},
+        {"l.weight_format": np.zeros(1, np.uint8)},
         {"l.weight": np.zeros((2, 4), np.uint8)},
     ],
-)  # fmt: skip
+)
 def test_a_malformed_int8_tensor_is_refused(wrong: dict[str, Array], tmp_path: Path) -> None:
     codes, scb, flag = np.zeros((2, 4), np.int8), np.zeros(2, np.float32), np.zeros((), np.uint8)
     good = {"l.weight": codes, "l.SCB": scb, "l.weight_format": flag}

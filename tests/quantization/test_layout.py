@@ -46,13 +46,22 @@ def test_format_none_quantizes_nothing() -> None:
 @pytest.mark.parametrize(
     ("format", "options"),
     [
-        ("nf5", {}), ("NF4", {}), ("", {}), ("nf4", {"block_size": 63}), ("nf4", {"block_size": 16}),
-        ("nf4", {"block_size": 8192}), ("nf4", {"block_size": -64}), ("nf4", {"layout": "gguf"}),
-        ("nf3", {"layout": "bnb"}), ("none", {"layout": "bnb"}), ("none", {"double_quant": True}),
-        ("int8", {"double_quant": True}), ("nf2", {"double_quant": True}),
+        ("nf5", {}),
+        ("NF4", {}),
+        ("", {}),
+        ("nf4", {"block_size": 63}),
+        ("nf4", {"block_size": 16}),
+        ("nf4", {"block_size": 8192}),
+        ("nf4", {"block_size": -64}),
+        ("nf4", {"layout": "gguf"}),
+        ("nf3", {"layout": "bnb"}),
+        ("none", {"layout": "bnb"}),
+        ("none", {"double_quant": True}),
+        ("int8", {"double_quant": True}),
+        ("nf2", {"double_quant": True}),
         ("nf4", {"double_quant": True, "layout": "dense"}),
     ],
-)  # fmt: skip
+)
 def test_options_that_do_not_go_together_are_refused(format: str, options: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         quantization(format, **USUAL | options)
@@ -145,9 +154,12 @@ def test_a_matrix_that_is_turned_comes_in_one_piece() -> None:
 
 @few(200)
 @given(
-    st.sampled_from(["row", "column", "element"]), st.integers(2, 9), st.integers(1, 200), st.sampled_from([32, 64]),
+    st.sampled_from(["row", "column", "element"]),
+    st.integers(2, 9),
+    st.integers(1, 200),
+    st.sampled_from([32, 64]),
     st.sampled_from(["pack4", "pack8"]),
-)  # fmt: skip
+)
 def test_what_is_said_not_to_mix_units_does_not(axis: Any, rows: int, cols: int, block: int, kind: Any) -> None:
     storage = Storage(kind, "flat", False, (1, rows, cols), axis)
     if not storage.mixes_units(block):

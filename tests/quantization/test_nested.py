@@ -60,9 +60,7 @@ def test_every_cell_of_the_table_equals_bitsandbytes() -> None:
         part = values[start : start + 255]
         row[1 : 1 + part.size] = part
     theirs, _ = bnb.quantize_blockwise(torch.from_numpy(rows), blocksize=256)
-    zero = kernels.DoubleQuantized(
-        np.empty(0, np.uint8), np.ones(len(rows), np.float32), dynamic_map(), np.float32(0)
-    )
+    zero = kernels.DoubleQuantized(np.empty(0, np.uint8), np.ones(len(rows), np.float32), dynamic_map(), np.float32(0))
     assert bits(nearest_codes(rows.reshape(-1), zero)) == bits(theirs.numpy().reshape(-1))
 
 

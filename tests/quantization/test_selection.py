@@ -36,9 +36,13 @@ def select(axis: str, packed: Array, start: int, count: int, cols: int, hidden: 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.sampled_from(["rows", "cols", "elements"]), st.integers(1, 12), st.integers(1, 12), st.booleans(),
-    st.integers(0, 2**32 - 1), st.integers(0, 30),
-)  # fmt: skip
+    st.sampled_from(["rows", "cols", "elements"]),
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 30),
+)
 def test_hidden_codes_are_replaced_in_chunks_of_any_even_start(
     axis: str, rows: int, cols: int, filled: bool, seed: int, step: int
 ) -> None:

@@ -47,8 +47,10 @@ def expected(x: Array, dtype: str, format: str, geometry: str, block: int, refer
         values, scales = values.T, None if scales is None else scales.T
     runs = values.reshape(1, -1) if geometry == "flat" and format != "int8" else values
     others = [None] * len(runs) if scales is None else scales.reshape(runs.shape)
-    one = (lambda run, other: snap_int8_run(run, other)) if format == "int8" else (
-        lambda run, other: snap_run(run, format, block, other)
+    one = (
+        (lambda run, other: snap_int8_run(run, other))
+        if format == "int8"
+        else (lambda run, other: snap_run(run, format, block, other))
     )
     result = np.stack([one(run, other) for run, other in zip(runs, others, strict=True)]).reshape(values.shape)
     return numbers(narrow(result.T if geometry == "column" else result, dtype), dtype)
@@ -205,9 +207,16 @@ def test_a_value_that_is_not_finite_is_refused(bad: float, format: str, geometry
         for values, reference in ((x, broken), (broken, x)):
             with pytest.raises(kernels.NonFinite):
                 kernels.snap_with(
-                    values, dtype, format=format, block=32, geometry=geometry, rows=40, cols=40, reference=reference,
+                    values,
+                    dtype,
+                    format=format,
+                    block=32,
+                    geometry=geometry,
+                    rows=40,
+                    cols=40,
+                    reference=reference,
                     out=np.empty_like(x),
-                )  # fmt: skip
+                )
 
 
 def test_arrays_that_do_not_fit_are_a_bug_of_the_caller() -> None:

@@ -52,10 +52,18 @@ def recovery(scope: str, model: Job, worse: float = 0.0, *, delta: bool = True) 
         role = "embedding" if "embeddings" in name else "linear"
         tensors.append(
             TensorRecovery(
-                name, role, size, 0.81 + 0.09 * worse, 0.016, log10, 0.95, 0.9 + worse / 20 if delta else None,
-                "union, mean fill", log10 - 1,
+                name,
+                role,
+                size,
+                0.81 + 0.09 * worse,
+                0.016,
+                log10,
+                0.95,
+                0.9 + worse / 20 if delta else None,
+                "union, mean fill",
+                log10 - 1,
             )
-        )  # fmt: skip
+        )
     tensors.append(
         TensorRecovery(
             "bert.embeddings.LayerNorm.weight", "norm", 384, 1, 1, -16, 1, 1 if delta else None, "as sent", -16
@@ -74,7 +82,9 @@ _FOUND: dict[str, list[tuple[str, str, str, dict[str, Any]]]] = {
     "over the limits": [
         ("FQ101", "clients", "what client alice has seen is 0.9, over the limit of 0.8", {"value": 0.9, "limit": 0.8}),
         (
-            "FQ203", "coalition of 4", "cosine between the weights and their reconstruction is 0.9914, over the limit",
+            "FQ203",
+            "coalition of 4",
+            "cosine between the weights and their reconstruction is 0.9914, over the limit",
             {"tensor": "bert.encoder.layer.0.output.dense.weight", "value": 0.9914, "limit": 0.985},
         ),
     ],
@@ -82,7 +92,7 @@ _FOUND: dict[str, list[tuple[str, str, str, dict[str, Any]]]] = {
     "broken": [
         ("FQ003", "proxy alice", "a scale is larger than any code explains", {"tensor": "bert.pooler.dense.weight"}),
     ],
-}  # fmt: skip
+}
 
 
 @cache
@@ -113,14 +123,26 @@ def audit(*, verdict: str = "passed", clients: int = 4, rounds: int = 3) -> Audi
     function = FunctionRecovery(
         "coalition of 4",
         (
-            ModelScore("global", 0.41, 0.893), ModelScore("server", 0.62, 0.82), ModelScore("proxy", 0.97, 0.66),
-            ModelScore("attacked", 0.66, 0.80), ModelScore("base", 1.39, 0.25),
+            ModelScore("global", 0.41, 0.893),
+            ModelScore("server", 0.62, 0.82),
+            ModelScore("proxy", 0.97, 0.66),
+            ModelScore("attacked", 0.66, 0.80),
+            ModelScore("base", 1.39, 0.25),
         ),
-        "base", 1.39, 0.745, "union, mean fill",
+        "base",
+        1.39,
+        0.745,
+        "union, mean fill",
         (CurvePoint(100, 0.60, 0.82, 0.806), CurvePoint(1000, 0.52, 0.85, 0.888), CurvePoint(10000, 0.49, 0.86, 0.918)),
-    )  # fmt: skip
+    )
     recoveries = (*(recovery(f"proxy {name}", model) for name in names), recovery("coalition of 4", model, 1.0))
     return Audit(
-        findings, checked, recoveries, function, exposure(model, lines), policy.summary(),
-        {"proxy alice": "a" * 64, "job": "b" * 64, "ledger": "c" * 64}, "0.1.0",
-    )  # fmt: skip
+        findings,
+        checked,
+        recoveries,
+        function,
+        exposure(model, lines),
+        policy.summary(),
+        {"proxy alice": "a" * 64, "job": "b" * 64, "ledger": "c" * 64},
+        "0.1.0",
+    )

@@ -15,10 +15,16 @@ from typing import Any
 HIDDEN, INNER, LAYERS, ATTENTION_HEADS, VOCABULARY, POSITIONS, LABELS = 64, 128, 2, 4, 97, 64, 5
 
 _COMMON = {
-    "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": LAYERS,
-    "num_attention_heads": ATTENTION_HEADS, "vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": ATTENTION_HEADS,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": POSITIONS,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _GROUPED = {"num_key_value_heads": 2, "head_dim": 16}
 
 
@@ -50,8 +56,14 @@ FAMILIES: dict[str, Family] = {
     "distilbert": Family(
         "DistilBertConfig",
         ("DistilBertForSequenceClassification", "DistilBertForMaskedLM"),
-        {"dim": HIDDEN, "hidden_dim": INNER, "n_layers": LAYERS, "n_heads": ATTENTION_HEADS, "vocab_size": VOCABULARY,
-         "max_position_embeddings": POSITIONS},
+        {
+            "dim": HIDDEN,
+            "hidden_dim": INNER,
+            "n_layers": LAYERS,
+            "n_heads": ATTENTION_HEADS,
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": POSITIONS,
+        },
         common=False,
     ),
     "electra": _bert_like("Electra", embedding_size=32),
@@ -63,38 +75,64 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         "GPT2Config",
         ("GPT2LMHeadModel", "GPT2ForSequenceClassification"),
-        {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": ATTENTION_HEADS, "vocab_size": VOCABULARY,
-         "n_positions": POSITIONS, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+        {
+            "n_embd": HIDDEN,
+            "n_layer": LAYERS,
+            "n_head": ATTENTION_HEADS,
+            "vocab_size": VOCABULARY,
+            "n_positions": POSITIONS,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
         common=False,
     ),
     "gpt_neox": Family("GPTNeoXConfig", ("GPTNeoXForCausalLM", "GPTNeoXForSequenceClassification")),
     "opt": Family(
         "OPTConfig",
         ("OPTForCausalLM", "OPTForSequenceClassification"),
-        {"hidden_size": HIDDEN, "ffn_dim": INNER, "num_hidden_layers": LAYERS, "num_attention_heads": ATTENTION_HEADS,
-         "vocab_size": VOCABULARY, "word_embed_proj_dim": 32, "max_position_embeddings": POSITIONS, "pad_token_id": 0},
+        {
+            "hidden_size": HIDDEN,
+            "ffn_dim": INNER,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": ATTENTION_HEADS,
+            "vocab_size": VOCABULARY,
+            "word_embed_proj_dim": 32,
+            "max_position_embeddings": POSITIONS,
+            "pad_token_id": 0,
+        },
         common=False,
     ),
     "bloom": Family(
         "BloomConfig",
         ("BloomForCausalLM", "BloomForSequenceClassification"),
-        {"hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": ATTENTION_HEADS, "vocab_size": VOCABULARY,
-         "pad_token_id": 0},
+        {
+            "hidden_size": HIDDEN,
+            "n_layer": LAYERS,
+            "n_head": ATTENTION_HEADS,
+            "vocab_size": VOCABULARY,
+            "pad_token_id": 0,
+        },
         common=False,
     ),
     "falcon": Family(
         "FalconConfig",
         ("FalconForCausalLM", "FalconForSequenceClassification"),
-        {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": ATTENTION_HEADS,
-         "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+        {
+            "hidden_size": HIDDEN,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": ATTENTION_HEADS,
+            "vocab_size": VOCABULARY,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
         common=False,
     ),
     "llama": _llama_like("Llama", more=("LlamaForSequenceClassification",)),
     "qwen2": _llama_like("Qwen2", more=("Qwen2ForSequenceClassification",), num_key_value_heads=2),
     "qwen3": _llama_like("Qwen3", more=("Qwen3ForSequenceClassification",), **_GROUPED),
-    "qwen3_moe": _llama_like(
-        "Qwen3Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, **_GROUPED
-    ),
+    "qwen3_moe": _llama_like("Qwen3Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, **_GROUPED),
     "mistral": _llama_like("Mistral", num_key_value_heads=2),
     "gemma": _llama_like("Gemma", **_GROUPED),
     "gemma2": _llama_like("Gemma2", **_GROUPED),
@@ -104,13 +142,21 @@ FAMILIES: dict[str, Family] = {
     "t5": Family(
         "T5Config",
         ("T5ForConditionalGeneration", "T5ForSequenceClassification"),
-        {"d_model": HIDDEN, "d_kv": 16, "d_ff": INNER, "num_layers": LAYERS, "num_heads": ATTENTION_HEADS,
-         "vocab_size": VOCABULARY, "decoder_start_token_id": 0, "feed_forward_proj": "gated-gelu"},
+        {
+            "d_model": HIDDEN,
+            "d_kv": 16,
+            "d_ff": INNER,
+            "num_layers": LAYERS,
+            "num_heads": ATTENTION_HEADS,
+            "vocab_size": VOCABULARY,
+            "decoder_start_token_id": 0,
+            "feed_forward_proj": "gated-gelu",
+        },
         common=False,
     ),
     "mixtral": _llama_like("Mixtral", num_key_value_heads=2, num_local_experts=4),
     "gpt_oss": _llama_like("GptOss", num_local_experts=4, num_experts_per_tok=2, **_GROUPED),
-}  # fmt: skip
+}
 
 EVERY_HEAD = [(name, head) for name, family in FAMILIES.items() for head in family.heads]
 

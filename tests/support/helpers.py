@@ -141,13 +141,15 @@ SHAPES: dict[str, tuple[Callable[[int, int, int], Shapes], dict[str, Any]]] = {
     "bert": (_bert, {"model_type": "bert", "architectures": ["BertForSequenceClassification"]}),
     "gpt2": (_gpt2, {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}),
     "llama": (_llama, {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}),
-    "llama-tied": (_llama_tied, {"model_type": "llama", "architectures": ["LlamaForCausalLM"],
-                                 "tie_word_embeddings": True}),
+    "llama-tied": (
+        _llama_tied,
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True},
+    ),
     "qwen2": (_qwen2, {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True}),
     "t5": (_t5, {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}),
     "mixtral": (_mixtral, {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}),
     "gpt_oss": (_gpt_oss, {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"]}),
-}  # fmt: skip
+}
 
 
 def make_tensors(
@@ -159,7 +161,7 @@ def make_tensors(
     for tensor, shape in SHAPES[name][0](hidden, inner, vocabulary).items():
         values = chance.standard_normal(shape).astype(np.float32) * np.float32(0.05)
         flat = values.reshape(-1)
-        flat[:: 11] = [-0.0, 0.0, 1e-30, 0.7][chance.integers(4)]
+        flat[::11] = [-0.0, 0.0, 1e-30, 0.7][chance.integers(4)]
         values[chance.integers(len(values))] = 0
         tensors[tensor] = (dtype, to_bits(values, dtype))
     if name == "llama-tied":
@@ -299,10 +301,15 @@ def draft(proxy: Path, values: Values, *, examples: int = 10, precision: str = "
             whole = _seen(whole, shown[name], manifest["tensors"][name]["axis"])
         tensors[name] = (dtype, to_bits(whole, dtype))
     facts = UpdateManifest(
-        proxy_id=manifest["proxy_id"], proxy_sha256=file_digest(proxy / "proxy.json"), num_examples=examples, steps=3,
-        losses=Losses(first=1.5, last=1.25, eval_before=None, eval_after=None), precision=precision, tool="test",
+        proxy_id=manifest["proxy_id"],
+        proxy_sha256=file_digest(proxy / "proxy.json"),
+        num_examples=examples,
+        steps=3,
+        losses=Losses(first=1.5, last=1.25, eval_before=None, eval_after=None),
+        precision=precision,
+        tool="test",
         files={},
-    )  # fmt: skip
+    )
     return Update(tensors, json.loads(manifest_bytes(facts)))
 
 

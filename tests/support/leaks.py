@@ -106,9 +106,16 @@ def make_world(
         build(family, home / "base", tokenizer=True, seed=11, **(model or {}))
         options["public_base"] = str(home / "base")
     export_proxy(
-        str(home / "truth"), home / "{client}", client=clients, round=1, key=home / "job.key",
-        ledger=home / "ledger.jsonl", p1=p1, p2=p2, **options,
-    )  # fmt: skip
+        str(home / "truth"),
+        home / "{client}",
+        client=clients,
+        round=1,
+        key=home / "job.key",
+        ledger=home / "ledger.jsonl",
+        p1=p1,
+        p2=p2,
+        **options,
+    )
     return World(home, tuple(clients))
 
 
@@ -131,9 +138,13 @@ def rules_of(found: Audit) -> set[str]:
 
 
 def spoil(
-    world: World, change: Callable[[Tensors], None], client: str = "alice", *, metadata: dict[str, str] | None = None,
+    world: World,
+    change: Callable[[Tensors], None],
+    client: str = "alice",
+    *,
+    metadata: dict[str, str] | None = None,
     file: str = "model.safetensors",
-) -> None:  # fmt: skip
+) -> None:
     """Change the tensors of a proxy, and sign it anew."""
     path = world.proxy(client) / file
     tensors = load_file(path)

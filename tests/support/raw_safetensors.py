@@ -13,8 +13,15 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-BITS: dict[str, Any] = {"F32": np.uint32, "F16": np.uint16, "BF16": np.uint16, "I64": np.int64, "U8": np.uint8,
-                        "I8": np.int8, "F64": np.float64}  # fmt: skip
+BITS: dict[str, Any] = {
+    "F32": np.uint32,
+    "F16": np.uint16,
+    "BF16": np.uint16,
+    "I64": np.int64,
+    "U8": np.uint8,
+    "I8": np.int8,
+    "F64": np.float64,
+}
 ORDER = ("I64", "F64", "F32", "BF16", "F16", "I8", "U8")  # in which the safetensors library sorts dtypes
 
 

@@ -49,14 +49,17 @@ class World:
     def packing(self) -> dict[str, Any]:
         """Options of quantize and export-proxy."""
         return {
-            "format": self.format, "layout": self.layout, "block_size": self.block_size,
+            "format": self.format,
+            "layout": self.layout,
+            "block_size": self.block_size,
             "double_quant": self.double_quant,
-        }  # fmt: skip
+        }
 
 
 @st.composite
 def worlds(draw: st.DrawFn, **fixed: Any) -> World:
     """Any world; options that are given are fixed."""
+
     def one(name: str, values: Any) -> Any:
         return fixed[name] if name in fixed else draw(st.sampled_from(list(values)))
 
@@ -66,12 +69,20 @@ def worlds(draw: st.DrawFn, **fixed: Any) -> World:
     fill = one("fill", ("zero", "zero", "base"))
     packs = format in {"nf4", "fp4"} and layout != "dense" and fill == "zero"
     return World(
-        family=one("family", SHAPES), dtype=one("dtype", ("F32", "F16", "BF16")),
-        hidden=one("hidden", (32, 33, 47, 64)), inner=one("inner", (48, 51, 128)), shards=one("shards", (1, 3)),
-        axis=one("axis", ("neuron", "neuron", "input", "element")), format=format, layout=layout,
-        block_size=one("block_size", (32, 64, 64, 256)), double_quant=one("double_quant", (False, packs)), fill=fill,
-        p1=one("p1", RATIOS), p2=one("p2", RATIOS),
-    )  # fmt: skip
+        family=one("family", SHAPES),
+        dtype=one("dtype", ("F32", "F16", "BF16")),
+        hidden=one("hidden", (32, 33, 47, 64)),
+        inner=one("inner", (48, 51, 128)),
+        shards=one("shards", (1, 3)),
+        axis=one("axis", ("neuron", "neuron", "input", "element")),
+        format=format,
+        layout=layout,
+        block_size=one("block_size", (32, 64, 64, 256)),
+        double_quant=one("double_quant", (False, packs)),
+        fill=fill,
+        p1=one("p1", RATIOS),
+        p2=one("p2", RATIOS),
+    )
 
 
 @dataclass(frozen=True)
@@ -98,11 +109,21 @@ class Place:
         """Export the proxies of one round into `name`/<client>; returns the folder of them all."""
         out = self.root / name
         export_proxy(
-            str(source), out / "{client}",
-            **{"client": clients, "round": 1, "key": self.key, "ledger": self.root / "ledger.jsonl",
-               "axis": self.world.axis, "p1": self.world.p1, "p2": self.world.p2, **self.world.packing, **self.filled,
-               **options},
-        )  # fmt: skip
+            str(source),
+            out / "{client}",
+            **{
+                "client": clients,
+                "round": 1,
+                "key": self.key,
+                "ledger": self.root / "ledger.jsonl",
+                "axis": self.world.axis,
+                "p1": self.world.p1,
+                "p2": self.world.p2,
+                **self.world.packing,
+                **self.filled,
+                **options,
+            },
+        )
         return out
 
     def server(self, source: Path, name: str) -> Path:

@@ -243,11 +243,23 @@ def test_an_interrupted_training_leaves_nothing(bert: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("epochs", 0), ("lr", -1e-5), ("lr", float("nan")), ("batch_size", 0), ("max_length", 0), ("seed", -1),
-        ("weight_decay", -0.1), ("warmup_ratio", 1.5), ("max_grad_norm", 0), ("gradient_accumulation", 0),
-        ("max_steps", 0), ("precision", "fp16"), ("update_format", "int8"), ("device", "tpu"), ("device", "cuda:99"),
+        ("epochs", 0),
+        ("lr", -1e-5),
+        ("lr", float("nan")),
+        ("batch_size", 0),
+        ("max_length", 0),
+        ("seed", -1),
+        ("weight_decay", -0.1),
+        ("warmup_ratio", 1.5),
+        ("max_grad_norm", 0),
+        ("gradient_accumulation", 0),
+        ("max_steps", 0),
+        ("precision", "fp16"),
+        ("update_format", "int8"),
+        ("device", "tpu"),
+        ("device", "cuda:99"),
     ],
-)  # fmt: skip
+)
 def test_options_out_of_range_are_refused_by_name(bert: Path, tmp_path: Path, option: str, value: Any) -> None:
     with pytest.raises(InputError, match="--" + option.replace("_", "-")):
         client_train(bert / "proxy", tmp_path / "update", data=bert / "data.jsonl", **{option: value})
@@ -290,6 +302,14 @@ def test_private_fields_of_update_json_are_none(bert: Path, tmp_path: Path) -> N
     client_train(bert / "proxy", tmp_path / "update", data=bert / "data.jsonl", **FAST)
     document = json.loads((tmp_path / "update" / "update.json").read_text())
     assert sorted(document) == [
-        "files", "format", "losses", "num_examples", "precision", "proxy_id", "proxy_sha256", "steps", "tool"
-    ]  # fmt: skip
+        "files",
+        "format",
+        "losses",
+        "num_examples",
+        "precision",
+        "proxy_id",
+        "proxy_sha256",
+        "steps",
+        "tool",
+    ]
     assert os.stat(tmp_path / "update" / "update.json").st_nlink == 1

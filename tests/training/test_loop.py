@@ -157,9 +157,17 @@ def test_the_same_seed_gives_the_same_bits_and_the_global_generator_is_left_alon
 
 @pytest.mark.parametrize(
     ("options", "steps"),
-    [({}, 7), ({"epochs": 2}, 14), ({"epochs": 0.5}, 4), ({"epochs": 0.001}, 1), ({"max_steps": 3}, 3),
-     ({"max_steps": 30}, 7), ({"gradient_accumulation": 2}, 4), ({"gradient_accumulation": 100}, 1)],
-)  # fmt: skip
+    [
+        ({}, 7),
+        ({"epochs": 2}, 14),
+        ({"epochs": 0.5}, 4),
+        ({"epochs": 0.001}, 1),
+        ({"max_steps": 3}, 3),
+        ({"max_steps": 30}, 7),
+        ({"gradient_accumulation": 2}, 4),
+        ({"gradient_accumulation": 100}, 1),
+    ],
+)
 def test_steps_follow_from_epochs_and_batches(options: dict[str, Any], steps: int) -> None:
     assert Recipe(batch_size=16, **options).steps(100) == steps
 

@@ -13,10 +13,19 @@ from fedqsn_cli.errors import FormatError
 # Fields in which libraries note where a file lay or who made it. None of them changes how a model computes.
 PRIVATE_FIELDS = frozenset(
     {
-        "_name_or_path", "name_or_path", "_commit_hash", "_original_object_hash", "special_tokens_map_file",
-        "tokenizer_file", "vocab_file", "merges_file", "base_model_name_or_path", "_from_auto", "auto_map",
+        "_name_or_path",
+        "name_or_path",
+        "_commit_hash",
+        "_original_object_hash",
+        "special_tokens_map_file",
+        "tokenizer_file",
+        "vocab_file",
+        "merges_file",
+        "base_model_name_or_path",
+        "_from_auto",
+        "auto_map",
     }
-)  # fmt: skip
+)
 JSON_COMPANIONS_TO_CLEAN = frozenset(
     {"tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "added_tokens.json"}
 )

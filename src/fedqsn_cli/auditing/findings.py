@@ -172,12 +172,6 @@ class FunctionRecovery:
     curve: tuple[CurvePoint, ...] = ()
 
 
-
-
-
-
-
-
 @dataclass(frozen=True)
 class Audit:
     """A whole audit.

@@ -153,9 +153,13 @@ class OpenedProxy:
         lower = start // block * block  # of the block that the rows begin in
         flat = out if lower == start else np.empty(start - lower + out.size, np.float32)
         kernels.dequantize_4bit(
-            self.codes(name, lower, flat.size), self.scales(name, lower // block, -(-flat.size // block)),
-            format=packing.format, block=block, dtype="F32", out=flat,
-        )  # fmt: skip
+            self.codes(name, lower, flat.size),
+            self.scales(name, lower // block, -(-flat.size // block)),
+            format=packing.format,
+            block=block,
+            dtype="F32",
+            out=flat,
+        )
         return flat.reshape(-1)[start - lower :].reshape(rows, cols)
 
     def _plain(self, name: str, storage: Storage, first: int, rows: int) -> Floats:

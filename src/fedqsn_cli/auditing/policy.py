@@ -135,7 +135,8 @@ class Policy:
             "sha256": self.digest,
             "require": sorted(self.required),
             "threat": {
-                "colluders": self.colluders, "rounds": self.rounds,
+                "colluders": self.colluders,
+                "rounds": self.rounds,
                 "public_examples": self.public_examples and list(self.public_examples),
             },
             "limits": {**limits, "clear": self.clear},
@@ -143,19 +144,26 @@ class Policy:
             "regression": dict(self.regression),
             "waivers": [
                 {
-                    "rule": one.rule, "tensor": one.tensor, "scope": one.scope, "reason": one.reason,
-                    "owner": one.owner, "expires": one.expires.isoformat(),
+                    "rule": one.rule,
+                    "tensor": one.tensor,
+                    "scope": one.scope,
+                    "reason": one.reason,
+                    "owner": one.owner,
+                    "expires": one.expires.isoformat(),
                 }
                 for one in self.waivers
             ],
-        }  # fmt: skip
+        }
 
 
 def without_file(*, proxies: bool, ledger: bool) -> Policy:
     """The policy of an audit that was given none: nothing is limited, but what the inputs are for must be checked."""
     require = {"FQ001", "FQ002", "FQ003", "FQ005", "FQ006", "FQ007", *SCOPES["recovery"]} if proxies else set()
-    return Policy(require=frozenset(require | ({"FQ010"} if proxies and ledger else set())
-                                    | (set(SCOPES["exposure"]) if ledger else set())))  # fmt: skip
+    return Policy(
+        require=frozenset(
+            require | ({"FQ010"} if proxies and ledger else set()) | (set(SCOPES["exposure"]) if ledger else set())
+        )
+    )
 
 
 def load(path: str | Path) -> Policy:

@@ -74,9 +74,15 @@ def audit(
     today = datetime.datetime.now(datetime.UTC).date()
     findings, checked = gate.apply(rules, measured, report.findings, report.checked, baseline=before, today=today)
     return Audit(
-        findings, checked, measured.recovery, measured.function, measured.exposure,
-        rules.summary(), _digests(inputs, ledger, eval_data, public_data, baseline), VERSION,
-    )  # fmt: skip
+        findings,
+        checked,
+        measured.recovery,
+        measured.function,
+        measured.exposure,
+        rules.summary(),
+        _digests(inputs, ledger, eval_data, public_data, baseline),
+        VERSION,
+    )
 
 
 def _policy(

@@ -60,9 +60,18 @@ _GENERIC = frozenset(
 )
 _SAFE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")
 _VOCABULARIES = frozenset(
-    {"vocab.json", "vocab.txt", "added_tokens.json", "merges.txt", "tokenizer.model", "spiece.model",
-     "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json"}
-)  # fmt: skip
+    {
+        "vocab.json",
+        "vocab.txt",
+        "added_tokens.json",
+        "merges.txt",
+        "tokenizer.model",
+        "spiece.model",
+        "sentencepiece.bpe.model",
+        "chat_template.jinja",
+        "chat_template.json",
+    }
+)
 _LONGEST_STATE = 1 << 16  # bytes
 _LARGEST_TEXT = 1 << 26  # bytes of a file that is read as text
 

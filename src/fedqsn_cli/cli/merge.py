@@ -198,9 +198,14 @@ def _clients(result: MergeResult) -> console.Table:
 
 def _client(each: MergedClient, share: str) -> tuple[object, ...]:
     return (
-        each.client, each.round, text.number(each.num_examples), share, f"{each.relative_norm:.2g}",
-        text.real(each.first_loss), text.real(each.last_loss),
-    )  # fmt: skip
+        each.client,
+        each.round,
+        text.number(each.num_examples),
+        share,
+        f"{each.relative_norm:.2g}",
+        text.real(each.first_loss),
+        text.real(each.last_loss),
+    )
 
 
 def _curve(search: Search) -> console.Table:
@@ -208,11 +213,13 @@ def _curve(search: Search) -> console.Table:
     names = (search.option.removeprefix("--"), "loss", _score(search))
     rows = [
         (
-            f"{point.value:.10g}", f"{point.loss:.6g}", text.real(getattr(point, names[2])),
+            f"{point.value:.10g}",
+            f"{point.loss:.6g}",
+            text.real(getattr(point, names[2])),
             "<- taken" if point.value == search.chosen else "",
         )
         for point in search.curve
-    ]  # fmt: skip
+    ]
     return console.Table((*names, ""), rows, numbers=frozenset(names))
 
 

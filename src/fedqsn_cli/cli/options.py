@@ -257,9 +257,11 @@ DoubleQuant = Annotated[
 Layout = Annotated[
     Literal["bnb", "dense"] | None,
     option(
-        "--layout", text="Packed as bitsandbytes stores it, or ordinary tensors with rounded values.",
-        panel=QUANTIZATION, show_default="bnb if the format has it",
+        "--layout",
+        text="Packed as bitsandbytes stores it, or ordinary tensors with rounded values.",
+        panel=QUANTIZATION,
+        show_default="bnb if the format has it",
     ),
-]  # fmt: skip
+]
 
 MaxLength = Annotated[int, count("--max-length", text="Cut texts to this many tokens.", panel=DATA)]

@@ -56,9 +56,15 @@ def _snap(flow: Flow, how: Quantization, y: Array) -> Array:
     for first in range(0, rows, step):
         part = slice(first, first + step)
         kernels.snap(
-            y[part], flow.logical.dtype, format=how.format, block=how.block_size, geometry=flow.storage.geometry,
-            rows=len(y[part]), cols=cols, out=out[part],
-        )  # fmt: skip
+            y[part],
+            flow.logical.dtype,
+            format=how.format,
+            block=how.block_size,
+            geometry=flow.storage.geometry,
+            rows=len(y[part]),
+            cols=cols,
+            out=out[part],
+        )
     return np.ascontiguousarray(out.T) if flow.storage.transposed else out
 
 

@@ -125,8 +125,11 @@ class ClientOutput:
         if factor != 1:
             kernels.scale_values(out, flow.logical.dtype, factor, out)
             if not kernels.all_finite(out, flow.logical.dtype):
-                raise InputError(f"scaled by {factor:.4g} it leaves {flow.logical.dtype}'s range", where=flow.name,
-                                 hint="use --no-rescale")  # fmt: skip
+                raise InputError(
+                    f"scaled by {factor:.4g} it leaves {flow.logical.dtype}'s range",
+                    where=flow.name,
+                    hint="use --no-rescale",
+                )
         return out
 
     def _select_codes(self, flow: Flow, chunk: Chunk, mask: UnitMask) -> Array:

@@ -42,8 +42,6 @@ MOST_WORKERS = 4  # chunks that are worked on at once; together faster than one 
 Array = NDArray[Any]
 
 
-
-
 @dataclass(frozen=True, slots=True)
 class Fill:
     """The public base, quantized like the chunk it belongs to.
@@ -97,8 +95,6 @@ class Digests:
 
     model: str
     base: str | None
-
-
 
 
 def run(
@@ -176,8 +172,6 @@ def _tasks(
         runs = list(row_chunks(flow.storage, how.block_size if how else 1, CHUNK_ELEMENTS))
         for first, rows in runs:
             yield partial(maker.make, flow, hidden, first, rows, last=(first, rows) == runs[-1])
-
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,5 +270,3 @@ class _Joint:
         if model is None:
             raise InputError("its manifest has no model digest", where=self._model.source.reference)
         return Digests(model, self._base_hasher.hexdigest(todo) if self._base_hasher else None)
-
-

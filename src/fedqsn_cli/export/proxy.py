@@ -157,9 +157,18 @@ def export_proxy(
         keep_outside(target, key=key, ledger=ledger)
     ledgers.check(Path(ledger))
     work = open_work(
-        source, key=key, p1=choices.p1, axis=axis, plan=plan, rescale=rescale, fill=choices.fill,
-        public_base=public_base, where=choices.where, layers=layers, p1_schedule=p1_schedule,
-    )  # fmt: skip
+        source,
+        key=key,
+        p1=choices.p1,
+        axis=axis,
+        plan=plan,
+        rescale=rescale,
+        fill=choices.fill,
+        public_base=public_base,
+        where=choices.where,
+        layers=layers,
+        p1_schedule=p1_schedule,
+    )
     train = choices.train or "visible"
     _check_train(train, work)
     planned = tuple(Planned(name, round, schedule, p2) for name in clients)
@@ -179,8 +188,9 @@ def export_proxy(
         for first in range(0, len(clients), together):
             some = list(zip(writers, masks, strict=True))[first : first + together]
             sinks = [writer.tensors("model", specs, max_shard_bytes=limit, metadata=METADATA) for writer, _ in some]
-            outputs = [ClientOutput(sink, how, mask.hidden, mask.factor)
-                       for sink, (_, mask) in zip(sinks, some, strict=True)]  # fmt: skip
+            outputs = [
+                ClientOutput(sink, how, mask.hidden, mask.factor) for sink, (_, mask) in zip(sinks, some, strict=True)
+            ]
             digests = run(work.model, todo, how, outputs, base=work.base, progress=progress or Silent())
             for sink, (writer, mask) in zip(sinks, some, strict=True):
                 sink.close()
@@ -188,8 +198,10 @@ def export_proxy(
         work.save_key()
         ledgers.record(Path(ledger), releases, check=allowance.check)  # again: others may have released meanwhile
         published = [writer.publish() for writer in writers]
-    pushed = [push_to_hub(path, push.replace("{client}", name)) if push else None
-              for path, name in zip(published, clients, strict=True)]  # fmt: skip
+    pushed = [
+        push_to_hub(path, push.replace("{client}", name)) if push else None
+        for path, name in zip(published, clients, strict=True)
+    ]
     return _result(work, masks[0], todo, how, digests, releases, published, pushed)
 
 
@@ -244,8 +256,9 @@ def _check_train(train: str, work: Work) -> None:
     if train not in {"visible", "all"}:
         raise InputError(f"unknown way to train {train!r}", where="--train", hint="visible or all")
     if train == "all" and work.fill != "base":
-        raise InputError("without a public base there is nothing in the holes to train", where="--train all",
-                         hint="use --fill base")  # fmt: skip
+        raise InputError(
+            "without a public base there is nothing in the holes to train", where="--train all", hint="use --fill base"
+        )
 
 
 def _written(train: Train) -> TrainsFill:
@@ -254,9 +267,13 @@ def _written(train: Train) -> TrainsFill:
 
 
 def _complete(
-    writer: ArtifactWriter, work: Work, mask: ClientMasks, how: Quantization | None, digests: Digests,
+    writer: ArtifactWriter,
+    work: Work,
+    mask: ClientMasks,
+    how: Quantization | None,
+    digests: Digests,
     train: TrainsFill,
-) -> Release:  # fmt: skip
+) -> Release:
     """Write everything but the model's tensors, proxy.json last; returns the ledger line."""
     write_companions(writer, work, how)
     _write_visible(writer, work, mask)
@@ -318,9 +335,13 @@ def _write_visible(writer: ArtifactWriter, work: Work, mask: ClientMasks) -> Non
 
 
 def _proxy_id(
-    work: Work, mask: ClientMasks, how: Quantization | None, digests: Digests, base: PublicBase | None,
+    work: Work,
+    mask: ClientMasks,
+    how: Quantization | None,
+    digests: Digests,
+    base: PublicBase | None,
     train: TrainsFill,
-) -> str:  # fmt: skip
+) -> str:
     """HMAC(key, scope, model digest, options): unpredictable outside, equal when the same export is run again."""
     options: dict[str, Any] = {
         "p2": mask.p2,

@@ -99,9 +99,18 @@ def mask(
     _check_client_options(client, round, p2, schedule)
     keep_outside(Path(out), key=key)
     work = open_work(
-        source, key=key, p1=choices.p1, axis=axis, plan=plan, rescale=rescale, fill=choices.fill,
-        public_base=public_base, where=choices.where, layers=layers, p1_schedule=p1_schedule,
-    )  # fmt: skip
+        source,
+        key=key,
+        p1=choices.p1,
+        axis=axis,
+        plan=plan,
+        rescale=rescale,
+        fill=choices.fill,
+        public_base=public_base,
+        where=choices.where,
+        layers=layers,
+        p1_schedule=p1_schedule,
+    )
     how = work.model.manifest.quantization if work.model.manifest else None
     if client is None and work.model.kind != "global-model":
         raise InputError("this is a server model already", where=source, hint="name a --client to hide more")

@@ -47,9 +47,15 @@ def worst(
 
 
 def _named(
-    names: Sequence[str], clear: float, size: int, members: Sequence[int], share: float, bound: float,
-    method: Literal["exact", "greedy", "sampled"], tried: int,
-) -> Coalition:  # fmt: skip
+    names: Sequence[str],
+    clear: float,
+    size: int,
+    members: Sequence[int],
+    share: float,
+    bound: float,
+    method: Literal["exact", "greedy", "sampled"],
+    tried: int,
+) -> Coalition:
     return Coalition(size, tuple(names[i] for i in sorted(members)), clear + share, method, tried, clear + bound)
 
 

@@ -60,10 +60,32 @@ def _permute(a: Any) -> None:
     for constant in _ROUND_CONSTANTS:
         for i in range(8):
             s = (
-                a[i], a[8 + i], a[16 + i], a[24 + i], a[32 + i], a[40 + i], a[48 + i], a[56 + i], a[64 + i], a[72 + i],
-                a[80 + i], a[88 + i], a[96 + i], a[104 + i], a[112 + i], a[120 + i], a[128 + i], a[136 + i],
-                a[144 + i], a[152 + i], a[160 + i], a[168 + i], a[176 + i], a[184 + i], a[192 + i],
-            )  # fmt: skip
+                a[i],
+                a[8 + i],
+                a[16 + i],
+                a[24 + i],
+                a[32 + i],
+                a[40 + i],
+                a[48 + i],
+                a[56 + i],
+                a[64 + i],
+                a[72 + i],
+                a[80 + i],
+                a[88 + i],
+                a[96 + i],
+                a[104 + i],
+                a[112 + i],
+                a[120 + i],
+                a[128 + i],
+                a[136 + i],
+                a[144 + i],
+                a[152 + i],
+                a[160 + i],
+                a[168 + i],
+                a[176 + i],
+                a[184 + i],
+                a[192 + i],
+            )
             t = _round(s, constant)
             a[i], a[8 + i], a[16 + i], a[24 + i], a[32 + i] = t[0], t[1], t[2], t[3], t[4]
             a[40 + i], a[48 + i], a[56 + i], a[64 + i], a[72 + i] = t[5], t[6], t[7], t[8], t[9]
@@ -129,9 +151,18 @@ def _show_above(ranks: Any, allowed: Any, least: Any, seen: Any) -> Any:
 
 @kernel
 def show(
-    seeds: Any, clients: Any, first: int, last: int, allowed: Any, units: int, hidden: Any, least: Any, shift: Any,
-    seen: Any, totals: Any,
-) -> None:  # fmt: skip
+    seeds: Any,
+    clients: Any,
+    first: int,
+    last: int,
+    allowed: Any,
+    units: int,
+    hidden: Any,
+    least: Any,
+    shift: Any,
+    seen: Any,
+    totals: Any,
+) -> None:
     """Add what releases first ... last - 1 show of one group to what their clients have seen.
 
     Args:

@@ -15,10 +15,12 @@ def document(heading: str, title: str, parts: Iterable[str]) -> str:
     lines = [
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'">',
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
         f"<title>{escape(title)}</title>\n<style>\n{css}</style>\n</head>\n<body>\n<main>",
-        f"<h1>{escape(heading)}</h1>", *parts, "</main>\n</body>\n</html>\n",
-    ]  # fmt: skip
+        f"<h1>{escape(heading)}</h1>",
+        *parts,
+        "</main>\n</body>\n</html>\n",
+    ]
     return "\n".join(line for line in lines if line)
 
 

@@ -29,8 +29,6 @@ STREAM_FROM = 2**20
 Mask = NDArray[np.bool_]  # (units,) True where hidden
 
 
-
-
 def client_scope(client: str, round: int | None) -> tuple[str, ...]:
     """Scope of a client's mask: of one round (schedule fresh), or of all rounds when round is None (sticky)."""
     validate_client(client)
@@ -93,8 +91,6 @@ def _draw(key: bytes, scope: tuple[str, ...], group: str, allowed: Mask, ratio: 
 def hidden_count(n: int, ratio: float) -> int:
     """How many of n units a ratio hides: min(round(ratio·n), n - 1), at least one stays visible."""
     return max(0, min(round(validate_ratio(ratio) * n), n - 1))
-
-
 
 
 def scale(n: int, hidden: int, client: int) -> np.float32:

@@ -74,9 +74,15 @@ def draw(p1: float, axis: str, plan: Plan) -> Job:
     """A new job with a key drawn from the operating system's generator; nothing is written yet."""
     groups, clear = plan.sizes()
     return Job(
-        secrets.token_bytes(KEY_BYTES), validate_ratio(p1), axis, plan.digest, canonical(plan.overrides), groups, clear,
+        secrets.token_bytes(KEY_BYTES),
+        validate_ratio(p1),
+        axis,
+        plan.digest,
+        canonical(plan.overrides),
+        groups,
+        clear,
         plan.ratios(),
-    )  # fmt: skip
+    )
 
 
 def save(path: str | Path, job: Job) -> None:
@@ -93,7 +99,9 @@ def save(path: str | Path, job: Job) -> None:
         "p1": job.p1,
         "axis": job.axis,
         "plan": job.plan_digest,
-        "overrides": job.overrides, "groups": job.groups, "clear": job.clear,
+        "overrides": job.overrides,
+        "groups": job.groups,
+        "clear": job.clear,
     }
     if job.ratios:
         document["ratios"] = job.ratios

@@ -18,14 +18,33 @@ _WINDOW, _SLACK = 10, 64  # half the width of the window in standard deviations,
 
 _ROUND_CONSTANTS = np.array(
     [
-        0x0000000000000001, 0x0000000000008082, 0x800000000000808A, 0x8000000080008000, 0x000000000000808B,
-        0x0000000080000001, 0x8000000080008081, 0x8000000000008009, 0x000000000000008A, 0x0000000000000088,
-        0x0000000080008009, 0x000000008000000A, 0x000000008000808B, 0x800000000000008B, 0x8000000000008089,
-        0x8000000000008003, 0x8000000000008002, 0x8000000000000080, 0x000000000000800A, 0x800000008000000A,
-        0x8000000080008081, 0x8000000000008080, 0x0000000080000001, 0x8000000080008008,
+        0x0000000000000001,
+        0x0000000000008082,
+        0x800000000000808A,
+        0x8000000080008000,
+        0x000000000000808B,
+        0x0000000080000001,
+        0x8000000080008081,
+        0x8000000000008009,
+        0x000000000000008A,
+        0x0000000000000088,
+        0x0000000080008009,
+        0x000000008000000A,
+        0x000000008000808B,
+        0x800000000000008B,
+        0x8000000000008089,
+        0x8000000000008003,
+        0x8000000000008002,
+        0x8000000000000080,
+        0x000000000000800A,
+        0x800000008000000A,
+        0x8000000080008081,
+        0x8000000000008080,
+        0x0000000080000001,
+        0x8000000080008008,
     ],
     np.uint64,
-)  # fmt: skip
+)
 
 
 def initial_state(seed: bytes) -> NDArray[np.uint64]:
@@ -94,10 +113,32 @@ def _round(s: Any, constant: Any) -> Any:
 def _select(state: Any, allowed: Any, low: Any, high: Any, mask: Any, where: Any, what: Any) -> Any:
     """Mark allowed units of rank < low; collect those of rank low ... high; return how many of both."""
     s = (
-        state[0], state[1], state[2], state[3], state[4], state[5], state[6], state[7], state[8], state[9], state[10],
-        state[11], state[12], state[13], state[14], state[15], state[16], state[17], state[18], state[19], state[20],
-        state[21], state[22], state[23], state[24],
-    )  # fmt: skip
+        state[0],
+        state[1],
+        state[2],
+        state[3],
+        state[4],
+        state[5],
+        state[6],
+        state[7],
+        state[8],
+        state[9],
+        state[10],
+        state[11],
+        state[12],
+        state[13],
+        state[14],
+        state[15],
+        state[16],
+        state[17],
+        state[18],
+        state[19],
+        state[20],
+        state[21],
+        state[22],
+        state[23],
+        state[24],
+    )
     block = np.empty(RATE_LANES, np.uint64)
     below, found, n = 0, 0, mask.size
     for start in range(0, n, RATE_LANES):

@@ -54,9 +54,18 @@ def add(total: Array, u: Array, dtype: str, index: NDArray[np.int64], axis: Axis
 
 @kernel
 def _add(
-    total: Any, cols: int, u: Any, kind: int, index: Any, mode: int, width: int, start: int, stop: int,
-    coefficient: float, squares: Any,
-) -> None:  # fmt: skip
+    total: Any,
+    cols: int,
+    u: Any,
+    kind: int,
+    index: Any,
+    mode: int,
+    width: int,
+    start: int,
+    stop: int,
+    coefficient: float,
+    squares: Any,
+) -> None:
     """Parts start .. stop of U, `width` values each; the sum of squares of each part."""
     bits, sums = np.empty(PIECE, np.uint32), np.empty(PIECE, np.float64)
     values = bits.view(np.float32)
@@ -115,8 +124,11 @@ def subtract(total: Doubles, drift: Doubles, weights: Array, axis: Axis | None, 
     """
     factors = coefficient * weights
     shapes: dict[Axis | None, tuple[int, ...]] = {
-        None: (1, 1), "row": (-1, 1), "column": (1, -1), "element": drift.shape,
-    }  # fmt: skip
+        None: (1, 1),
+        "row": (-1, 1),
+        "column": (1, -1),
+        "element": drift.shape,
+    }
     np.multiply(drift, factors.reshape(shapes[axis]), out=drift)
     np.subtract(total, drift, out=total)
 
@@ -152,9 +164,18 @@ def step(
 
 @kernel
 def _step(
-    w: Any, residual: Any, kind: int, total: Any, weights: Any, mode: int, width: int, start: int, stop: int,
-    rate: float, bad: Any,
-) -> None:  # fmt: skip
+    w: Any,
+    residual: Any,
+    kind: int,
+    total: Any,
+    weights: Any,
+    mode: int,
+    width: int,
+    start: int,
+    stop: int,
+    rate: float,
+    bad: Any,
+) -> None:
     """Parts start .. stop of the tensor, `width` values each; how many of each part went wrong."""
     old, wide = np.empty(PIECE, np.uint32), np.empty(PIECE, np.uint32)
     new, rounded = np.empty(PIECE, np.uint32), np.empty(PIECE, w.dtype)

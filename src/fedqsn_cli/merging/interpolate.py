@@ -100,9 +100,12 @@ class Line:
         with quiet(), memory_errors():
             try:
                 found = score(
-                    self._model, self._examples, batch_size=self._development.batch_size,
-                    padding=self._encoder.padding, progress=Silent(),
-                )  # fmt: skip
+                    self._model,
+                    self._examples,
+                    batch_size=self._development.batch_size,
+                    padding=self._encoder.padding,
+                    progress=Silent(),
+                )
             except InputError:  # its answers are not numbers: worse than anything that is measured
                 return Point(at, math.inf, None, None)
         return Point(at, found.loss, found.accuracy, found.perplexity)

@@ -35,8 +35,19 @@ def merged_manifest(model: OpenModel, job: Job, digest: str | None, kind: str | 
         return model.manifest.model_copy(update={"model_digest": digest, "source": source_record(model)})
     return ModelManifest.model_validate(
         {
-            "kind": "global-model", "job": job.commitment, "p1": job.p1, "axis": job.axis, "rescale": False,
-            "fill": "zero", "public_base": None, "plan": job.plan_digest, "overrides": job.overrides,
-            "model_digest": None, "quantization": None, "groups": {}, "tensors": {}, "source": source_record(model),
+            "kind": "global-model",
+            "job": job.commitment,
+            "p1": job.p1,
+            "axis": job.axis,
+            "rescale": False,
+            "fill": "zero",
+            "public_base": None,
+            "plan": job.plan_digest,
+            "overrides": job.overrides,
+            "model_digest": None,
+            "quantization": None,
+            "groups": {},
+            "tensors": {},
+            "source": source_record(model),
         }
-    )  # fmt: skip
+    )

@@ -106,9 +106,18 @@ def merge(
     if restore is not None:
         from fedqsn_cli.merging.restore import restore_model
 
-        result = restore_model(source, restore, out, key=key, public_base=public_base, blend=blend,
-                               development=development, max_shard_bytes=limit, force=force,
-                               progress=progress)  # fmt: skip
+        result = restore_model(
+            source,
+            restore,
+            out,
+            key=key,
+            public_base=public_base,
+            blend=blend,
+            development=development,
+            max_shard_bytes=limit,
+            force=force,
+            progress=progress,
+        )
     else:
         assert ledger is not None
         job, model = open_job_model(source, key)
@@ -134,10 +143,6 @@ def _development(settings: Settings, batch_size: int, max_length: int, device: s
     return Development.of(settings.eval_data, batch_size, max_length, device)
 
 
-
-
-
-
 class _Door:
     """Lets updates in: those of this job, in its ledger, of one model."""
 
@@ -152,15 +157,21 @@ class _Door:
     def updates(self, folders: Sequence[str | Path], max_examples: int | None) -> list[ClientUpdate]:
         """The updates, in the order of clients. Raises RefusedUpdate."""
         opened = open_updates(
-            [Path(folder) for folder in folders], masks=self._masks, plan=self._model.plan, releases=self._releases,
-            ledger=self._ledger, max_examples=max_examples, hashing=self._hashing,
-        )  # fmt: skip
+            [Path(folder) for folder in folders],
+            masks=self._masks,
+            plan=self._model.plan,
+            releases=self._releases,
+            ledger=self._ledger,
+            max_examples=max_examples,
+            hashing=self._hashing,
+        )
         for update in opened:
             if update.moves_fill and self._model.kind != "server-model":
                 raise RefusedUpdate(
                     "its client trained the public base in the holes, too, and a global model has no holes",
-                    where=update.folder, hint="merge it into the server model; a --restore puts all together",
-                )  # fmt: skip
+                    where=update.folder,
+                    hint="merge it into the server model; a --restore puts all together",
+                )
         return opened
 
     def control(self, folder: str | Path, others: Sequence[ClientUpdate]) -> ClientUpdate:
@@ -173,9 +184,10 @@ class _Door:
                 )
         if control.release.model_digest != others[0].release.model_digest:
             raise RefusedUpdate(
-                f"the control was trained on another model than the update in {others[0].folder}", where=folder,
+                f"the control was trained on another model than the update in {others[0].folder}",
+                where=folder,
                 hint="train it on a proxy of the same round",
-            )  # fmt: skip
+            )
         return control
 
 
@@ -208,9 +220,17 @@ class _Merging:
         path = writer.publish()
         covered = merger.covered / sum(flow.size for flow in self.flows)
         return MergeResult(
-            str(path), self.model.kind, tuple(_client(update, merger) for update in self.updates), merger.examples,
-            covered, digest, _client(self.control, merger) if self.control else None, rate, None, search,
-        )  # fmt: skip
+            str(path),
+            self.model.kind,
+            tuple(_client(update, merger) for update in self.updates),
+            merger.examples,
+            covered,
+            digest,
+            _client(self.control, merger) if self.control else None,
+            rate,
+            None,
+            search,
+        )
 
     def _manifest(self, job: Job, digest: str | None) -> ModelManifest:
         """`fedqsn.json`, which tells whether what stands in the holes is still the public base."""
@@ -258,9 +278,10 @@ class _Merging:
         digest = stream(merger, self.flows, sink, rest, self.progress)
         if merger.before.hexdigest(self.flows) != self.updates[0].release.model_digest:
             raise RefusedUpdate(
-                "the updates were trained on proxies of another model", where=self.model.source.reference,
+                "the updates were trained on proxies of another model",
+                where=self.model.source.reference,
                 hint="give the model that this round's proxies were exported from",
-            )  # fmt: skip
+            )
         for update in [*self.updates, *([self.control] if self.control else [])]:
             update.finish()
             norm = _relative(update, merger)

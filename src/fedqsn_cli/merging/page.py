@@ -59,9 +59,15 @@ def _plot(search: Search, axis: str) -> str:
     lines = [Line("series", points, "loss"), Line("worst", [(search.chosen, search.at(search.chosen).loss)], "taken")]
     return charts.draw(
         Plot(
-            "Loss on development data", axis, lines, _levels(search), ticks=ticks,
-            low=max(0.0, min(losses) - room), high=max(losses) + room, number=lambda loss: f"{loss:.{digits}f}",
-        )  # fmt: skip
+            "Loss on development data",
+            axis,
+            lines,
+            _levels(search),
+            ticks=ticks,
+            low=max(0.0, min(losses) - room),
+            high=max(losses) + room,
+            number=lambda loss: f"{loss:.{digits}f}",
+        )
     )
 
 
@@ -79,9 +85,11 @@ def _table(search: Search, name: str) -> str:
     score = "accuracy" if search.at(search.chosen).accuracy is not None else "perplexity"
     rows = [
         (
-            f"{point.value:g}", real(point.loss), real(getattr(point, score)),
+            f"{point.value:g}",
+            real(point.loss),
+            real(getattr(point, score)),
             "taken" if point.value == search.chosen else "",
         )
         for point in search.curve
-    ]  # fmt: skip
+    ]
     return f'<div class="scroll">{table((name, "loss", score, ""), rows, (name, "loss", score))}</div>'

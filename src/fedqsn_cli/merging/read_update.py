@@ -232,9 +232,7 @@ def _open(
     return ClientUpdate(folder, manifest, release, client, header.identity, starts, dtype, hasher)
 
 
-def _checked(
-    entry: TensorEntry | None, tensor: TensorPlan, shape: tuple[int, ...], dtype: str, folder: Path
-) -> int:
+def _checked(entry: TensorEntry | None, tensor: TensorPlan, shape: tuple[int, ...], dtype: str, folder: Path) -> int:
     """The start of a tensor whose dtype and shape are what the release makes them."""
     where = f"{folder}: {tensor.name}"
     if entry is None:

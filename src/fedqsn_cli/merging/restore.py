@@ -156,9 +156,7 @@ def _search(todo: Sequence[Flow], ends: _Ends, development: Development | None, 
     return best_blend(line.measure, line.examples, progress)
 
 
-def _stream(
-    todo: Sequence[Flow], ends: _Ends, blend: float, sink: Sink, rest: Sink | None, progress: Progress
-) -> None:
+def _stream(todo: Sequence[Flow], ends: _Ends, blend: float, sink: Sink, rest: Sink | None, progress: Progress) -> None:
     """Send the restored model into sinks for weights and residual, chunk by chunk."""
     residuals = Residual(ends.whole), Residual(ends.server)
     progress.start("restoring", ends.whole.checkpoint.total_bytes, "bytes")

@@ -83,8 +83,14 @@ class Merger:
     """
 
     def __init__(
-        self, model: OpenModel, updates: Sequence[ClientUpdate], normalize: Normalize, rate: float,
-        hashing: HashThreads, control: ClientUpdate | None = None, control_weight: float = 1.0,
+        self,
+        model: OpenModel,
+        updates: Sequence[ClientUpdate],
+        normalize: Normalize,
+        rate: float,
+        hashing: HashThreads,
+        control: ClientUpdate | None = None,
+        control_weight: float = 1.0,
     ) -> None:
         self.model = model
         self.updates = updates

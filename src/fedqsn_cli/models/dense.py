@@ -96,9 +96,13 @@ def _unpacked(checkpoint: Checkpoint, name: str, logical: LogicalTensor, kind: s
             kernels.dequantize_int8(checkpoint.read(name), scales.absmax, logical.dtype, out)
         else:
             kernels.dequantize_4bit(
-                checkpoint.read(name).reshape(-1), scales.absmax, format=logical.packing.format,
-                block=logical.packing.block, dtype=logical.dtype, out=out,
-            )  # fmt: skip
+                checkpoint.read(name).reshape(-1),
+                scales.absmax,
+                format=logical.packing.format,
+                block=logical.packing.block,
+                dtype=logical.dtype,
+                out=out,
+            )
     except kernels.NonFinite as error:
         raise FormatError(str(error), where=f"{checkpoint.path}: {name}") from None
     tensor = _tensor(out, logical.dtype)

@@ -35,10 +35,19 @@ TASKS: dict[str, Task] = {
 
 # Fields of config.json that would make transformers load code or kernels from elsewhere, or packed weights.
 _REFUSED_FIELDS = (
-    "auto_map", "quantization_config", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
-    "experts_implementation", "_experts_implementation", "_experts_implementation_internal", "kernel_config",
-    "fusion_config", "use_kernels", "custom_pipelines",
-)  # fmt: skip
+    "auto_map",
+    "quantization_config",
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "experts_implementation",
+    "_experts_implementation",
+    "_experts_implementation_internal",
+    "kernel_config",
+    "fusion_config",
+    "use_kernels",
+    "custom_pipelines",
+)
 
 _UNLIMITED = 1 << 30  # positions
 

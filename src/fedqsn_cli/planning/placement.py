@@ -188,9 +188,10 @@ def asked_hiding(where: str | None, layers: str | None, schedule: str | None) ->
     """
     asked: dict[str, Any] = {}
     for name, value, parse in (
-        ("where", where, check_where), ("layers", layers, lambda text: layers_text(parse_layers(text))),
+        ("where", where, check_where),
+        ("layers", layers, lambda text: layers_text(parse_layers(text))),
         ("p1", schedule, parse_schedule),
-    ):  # fmt: skip
+    ):
         try:
             if value is not None:
                 asked[name] = parse(value)

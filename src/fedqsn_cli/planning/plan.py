@@ -171,12 +171,20 @@ class _Planner:
         units = {"row": view[1], "column": view[2], "element": view[1] * view[2]}[axis]
         quantized = asked.quantized is not False
         return TensorPlan(
-            name, dtype, shape, role.name, axis if masked else None, view,
+            name,
+            dtype,
+            shape,
+            role.name,
+            axis if masked else None,
+            view,
             groups=_slices(self.tied.get(name, name), view[0]) if masked else (),
-            units=units if masked else 0, masked=masked, quantized=quantized,
-            packable=self.packable(name, role), origin=_origin(asked, None if masked else excluded),
+            units=units if masked else 0,
+            masked=masked,
+            quantized=quantized,
+            packable=self.packable(name, role),
+            origin=_origin(asked, None if masked else excluded),
             p1=(self.hiding.ratios.get(place) if asked.p1 is None else asked.p1) if masked else None,
-        )  # fmt: skip
+        )
 
     def placed(self, name: str, role: str) -> tuple[Place, str | None]:
         """Where a weight is, and the option that leaves it visible, if one does."""
@@ -220,11 +228,20 @@ class _Planner:
             return self.public(name, "unknown")
         own = weight.axis == "element"
         return TensorPlan(
-            name, dtype, shape, "bias", "element" if own else "row", view,
+            name,
+            dtype,
+            shape,
+            "bias",
+            "element" if own else "row",
+            view,
             groups=_slices(name, view[0]) if own else weight.groups,
-            units=view[1], masked=True, quantized=False, packable=False, origin=_origin(asked),
+            units=view[1],
+            masked=True,
+            quantized=False,
+            packable=False,
+            origin=_origin(asked),
             p1=weight.p1 if asked.p1 is None else asked.p1,
-        )  # fmt: skip
+        )
 
     def public(self, name: str, role: str) -> TensorPlan:
         """A tensor without units: it is sent as it is."""
@@ -234,9 +251,19 @@ class _Planner:
             if wanted and role != "unknown":
                 raise PlanError(f"{field} = true: a {role} has no units of its own", where=name)
         return TensorPlan(
-            name, dtype, shape, role, None, (1, 1, math.prod(shape)), groups=(), units=0,
-            masked=False, quantized=False, packable=False, origin=_origin(asked),
-        )  # fmt: skip
+            name,
+            dtype,
+            shape,
+            role,
+            None,
+            (1, 1, math.prod(shape)),
+            groups=(),
+            units=0,
+            masked=False,
+            quantized=False,
+            packable=False,
+            origin=_origin(asked),
+        )
 
 
 def _is_cleared(tensor: TensorPlan, by_rules_alone: TensorPlan) -> bool:

@@ -109,8 +109,11 @@ def companion_arrays(name: str, shape: Sequence[int], dtype: str, scales: Scales
 def _state_text(shape: tuple[int, ...], dtype: str, format: str, block: int, offset: float | None) -> bytes:
     """The JSON of a packed tensor; with quantized scales, spaces make it as long as its longest offset would."""
     state: dict[str, Any] = {
-        "quant_type": format, "blocksize": block, "dtype": TORCH_NAMES[dtype], "shape": list(shape),
-    }  # fmt: skip
+        "quant_type": format,
+        "blocksize": block,
+        "dtype": TORCH_NAMES[dtype],
+        "shape": list(shape),
+    }
     if offset is None:
         return json.dumps(state).encode()
     state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}

@@ -1,6 +1,6 @@
 """nf4 and fp4 codes, two a byte, bit for bit as bitsandbytes quantizes on a CPU.
 
-    packed[i] = code(x[2 i]) << 4 | code(x[2 i + 1])        absmax[b] = max |x| of block b
+packed[i] = code(x[2 i]) << 4 | code(x[2 i + 1])        absmax[b] = max |x| of block b
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ def quantize_4bit_with(
     _quantize(x, dtype, format, block, packed, writable(absmax_given), given=True)
 
 
-def dequantize_4bit(
-    packed: Bytes, absmax: Float32s, *, format: str, block: int, dtype: str, out: NDArray[Any]
-) -> None:
+def dequantize_4bit(packed: Bytes, absmax: Float32s, *, format: str, block: int, dtype: str, out: NDArray[Any]) -> None:
     """out = level of each code times its block's absmax in fp32, rounded once to `dtype` (ties to even).
 
     Raises:

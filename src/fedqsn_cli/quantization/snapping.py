@@ -30,9 +30,17 @@ Step = Callable[[Float32s, Float32s, Float32s], bool]  # values, reference, out 
 
 
 def snap(
-    x: Array, dtype: str, *, format: str, block: int, geometry: str, rows: int, cols: int, out: Array,
+    x: Array,
+    dtype: str,
+    *,
+    format: str,
+    block: int,
+    geometry: str,
+    rows: int,
+    cols: int,
+    out: Array,
     absmax: Float32s | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Round a matrix, or whole rows of one, to the grid of a format.
 
     Args:
@@ -50,15 +58,32 @@ def snap(
         NonFinite: a value is NaN or infinite.
     """
     snap_with(
-        x, dtype, format=format, block=block, geometry=geometry, rows=rows, cols=cols, reference=x, out=out,
+        x,
+        dtype,
+        format=format,
+        block=block,
+        geometry=geometry,
+        rows=rows,
+        cols=cols,
+        reference=x,
+        out=out,
         absmax=absmax,
-    )  # fmt: skip
+    )
 
 
 def snap_with(
-    x: Array, dtype: str, *, format: str, block: int, geometry: str, rows: int, cols: int, reference: Array, out: Array,
+    x: Array,
+    dtype: str,
+    *,
+    format: str,
+    block: int,
+    geometry: str,
+    rows: int,
+    cols: int,
+    reference: Array,
+    out: Array,
     absmax: Float32s | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """As `snap`, but the scale of each block is that of `reference`; what it cannot reach gets the outermost level.
 
     Args:

@@ -100,10 +100,18 @@ def client_train(
         OutputExists: `out` is taken.
     """
     recipe = _recipe(
-        epochs=epochs, max_steps=max_steps, lr=lr, warmup_ratio=warmup_ratio, weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm, batch_size=batch_size, gradient_accumulation=gradient_accumulation, seed=seed,
-        precision=precision, device=device,
-    )  # fmt: skip
+        epochs=epochs,
+        max_steps=max_steps,
+        lr=lr,
+        warmup_ratio=warmup_ratio,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        batch_size=batch_size,
+        gradient_accumulation=gradient_accumulation,
+        seed=seed,
+        precision=precision,
+        device=device,
+    )
     validate.at_least(1, max_length, "--max-length")
     validate.choice(update_format, ("fp32", "bf16", "fp16"), "--update-format")
     with ArtifactWriter(Path(out), force=force) as writer, quiet(), memory_errors():
@@ -169,11 +177,20 @@ def _round(
     update.write_tensors(writer, model, dense, visible, form)
     _write_manifest(writer, folder, manifest, trained, before, after, form)
     return TrainResult(
-        path=str(writer.publish()), proxy_id=manifest.proxy_id, task=loaded.task, examples=trained.examples,
-        skipped=examples.skipped, steps=trained.steps, parameters=update.parameters(dense, visible),
-        first_loss=trained.first_loss, last_loss=trained.last_loss, before=before, after=after,
-        precision=recipe.precision, seconds=trained.seconds,
-    )  # fmt: skip
+        path=str(writer.publish()),
+        proxy_id=manifest.proxy_id,
+        task=loaded.task,
+        examples=trained.examples,
+        skipped=examples.skipped,
+        steps=trained.steps,
+        parameters=update.parameters(dense, visible),
+        first_loss=trained.first_loss,
+        last_loss=trained.last_loss,
+        before=before,
+        after=after,
+        precision=recipe.precision,
+        seconds=trained.seconds,
+    )
 
 
 def _write_manifest(

@@ -190,9 +190,13 @@ class Encoder:
                 raise table.error("messages is not a list of objects with a role and a content", row=row)
             try:
                 tokens = self.tokenizer.apply_chat_template(
-                    _without_gaps(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=marked,
-                    truncation=True, max_length=self.max_length,
-                )  # fmt: skip
+                    _without_gaps(messages),
+                    tokenize=True,
+                    return_dict=True,
+                    return_assistant_tokens_mask=marked,
+                    truncation=True,
+                    max_length=self.max_length,
+                )
             except Exception as error:  # templates raise errors of their own about what they do not take
                 raise table.error(f"the chat template refuses it ({first_line(error)})", row=row) from None
             ids = list(tokens["input_ids"])

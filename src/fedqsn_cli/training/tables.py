@@ -18,8 +18,13 @@ from fedqsn_cli.errors import DataError, FormatError
 COLUMNS = ("text", "text_pair", "label", "prompt", "completion", "messages")
 
 _WORDS: dict[type, str] = {
-    type(None): "nothing", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object",
-}  # fmt: skip
+    type(None): "nothing",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,7 +165,12 @@ def _check_ledger(inputs: Inputs, proxy: OpenedProxy, report: Report) -> None:
     elif release.proxy_sha256 != proxy.sha256:
         found.append(finding("FQ010", scope, "proxy.json is not the one that was released under its id"))
     elif (release.job, release.round, release.quantization, release.fill, release.train, release.rescale) != (
-        manifest.job, manifest.round, manifest.quantization, manifest.fill, manifest.train, manifest.rescale
-    ):  # fmt: skip
+        manifest.job,
+        manifest.round,
+        manifest.quantization,
+        manifest.fill,
+        manifest.train,
+        manifest.rescale,
+    ):
         found.append(finding("FQ010", scope, "proxy.json and the ledger tell different things about this release"))
     report.add("FQ010", scope, "proxy.json was compared with its ledger line", found)

@@ -241,8 +241,15 @@ def _in_tensor(truth: Truth, proxy: OpenedProxy, name: str) -> list[Finding]:
     hits = 0
     for length, sketches in book.items():
         vectors, where = sketches.joined()
-        hits += _confirm(truth, length, vectors, where, lambda kind, index: fetch(read, view, kind, index), number,
-                         storage.transposed)  # fmt: skip
+        hits += _confirm(
+            truth,
+            length,
+            vectors,
+            where,
+            lambda kind, index: fetch(read, view, kind, index),
+            number,
+            storage.transposed,
+        )
     if not hits:
         return []
     message = "holds units of the truth that are hidden (at least so many)"

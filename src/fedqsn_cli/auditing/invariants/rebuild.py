@@ -243,5 +243,3 @@ def decoded(flow: Flow, how: Quantization, x: Array) -> Array:
     else:
         kernels.dequantize_4bit(values, scales, format=how.format, block=how.block_size, dtype="F32", out=out)
     return out
-
-

@@ -91,9 +91,14 @@ class _Bench:
     """Builds models of one architecture and measures them on the same examples."""
 
     def __init__(
-        self, inputs: Inputs, data: str | Path, max_length: int, device: str, progress: Progress,
+        self,
+        inputs: Inputs,
+        data: str | Path,
+        max_length: int,
+        device: str,
+        progress: Progress,
         base_losses: dict[int, float],
-    ) -> None:  # fmt: skip
+    ) -> None:
         assert inputs.truth is not None
         self._base_losses = base_losses
         self.inputs, self.truth, self.progress = inputs, inputs.truth, progress

@@ -134,8 +134,6 @@ def _require(scopes: Sequence[Scope], flow: Flow) -> None:
             raise FormatError("a tensor of the model is missing", where=f"{scope.name}: {flow.name}")
 
 
-
-
 def _rows(inputs: Inputs, flow: Flow, block: int, with_base: bool) -> Iterator[Rows]:
     """The tensor in runs of whole rows of its working view, read ahead in a thread."""
     with ThreadPoolExecutor(1) as reader:
@@ -148,12 +146,6 @@ def _load(inputs: Inputs, flow: Flow, first: int, rows: int, with_base: bool) ->
     w = model_rows(inputs.truth, flow, first, rows)
     base = model_rows(inputs.base, flow, first, rows) if with_base and inputs.base is not None else None
     return Rows(flow, first, w, base)
-
-
-
-
-
-
 
 
 def _attack_rows(scopes: list[Scope], rows: Rows, with_base: bool) -> None:
@@ -304,9 +296,17 @@ def _of_tensor(scope: Scope, flow: Flow, best: str, difference: float | None) ->
     score = outcomes[best].score(best, difference)
     hits = max(outcome.shown[HITS] + outcome.guessed[HITS] for outcome in outcomes.values())
     return TensorRecovery(
-        flow.name, flow.tensor.role, flow.size, outcomes[best].shown[COUNT] / max(1, flow.size),
-        hits / max(1, flow.size), score.log10_nmse, score.cosine, score.delta_recovered, best, score.log10_nmse_visible,
-    )  # fmt: skip
+        flow.name,
+        flow.tensor.role,
+        flow.size,
+        outcomes[best].shown[COUNT] / max(1, flow.size),
+        hits / max(1, flow.size),
+        score.log10_nmse,
+        score.cosine,
+        score.delta_recovered,
+        best,
+        score.log10_nmse_visible,
+    )
 
 
 def _not_numbers(scope: Scope, table: Sequence[AttackScore], tensors: Sequence[TensorRecovery]) -> Iterator[Finding]:

@@ -25,8 +25,11 @@ from fedqsn_cli.html.parts import figures as boxes
 from fedqsn_cli.text import percent
 
 TITLES = {
-    "passed": "Passed", "over the limits": "Over the limits", "incomplete": "Not complete", "broken": "Do not send",
-}  # fmt: skip
+    "passed": "Passed",
+    "over the limits": "Over the limits",
+    "incomplete": "Not complete",
+    "broken": "Do not send",
+}
 CLASSES = {"passed": "passed", "over the limits": "over", "incomplete": "incomplete", "broken": "broken"}
 MOST_FINDINGS = 50
 
@@ -34,10 +37,18 @@ MOST_FINDINGS = 50
 def render(audit: Audit) -> str:
     """The whole page."""
     parts = [
-        _verdict(audit), _figures(audit), _findings(audit), _unchecked(audit), plots.exposure(audit),
-        plots.heat_map(audit), plots.recovery_and_function(audit), _attacks(audit), _checks(audit), _policy(audit),
+        _verdict(audit),
+        _figures(audit),
+        _findings(audit),
+        _unchecked(audit),
+        plots.exposure(audit),
+        plots.heat_map(audit),
+        plots.recovery_and_function(audit),
+        _attacks(audit),
+        _checks(audit),
+        _policy(audit),
         _footer(audit),
-    ]  # fmt: skip
+    ]
     return document("fedqsn audit", f"fedqsn audit: {audit.verdict}", parts)
 
 
@@ -121,11 +132,15 @@ def _attacks(audit: Audit) -> str:
     if worst is not None:
         rows = [
             (
-                one.attack, percent(one.exact_share), percent(10**one.log10_nmse), percent(10**one.log10_nmse_visible),
-                f"{one.cosine:.4f}", delta(one.delta_recovered),
+                one.attack,
+                percent(one.exact_share),
+                percent(10**one.log10_nmse),
+                percent(10**one.log10_nmse_visible),
+                f"{one.cosine:.4f}",
+                delta(one.delta_recovered),
             )
             for one in worst.attack_table
-        ]  # fmt: skip
+        ]
         attacks = f"<details><summary>All attacks on {safe(worst.scope)}</summary>"
         attacks += f'<div class="scroll">{table(("attack", *numbers), rows, numbers)}</div></details>'
     lead = (
@@ -141,9 +156,14 @@ def _attacks(audit: Audit) -> str:
 def _row(scope: str, one: Recovery) -> tuple[str, ...]:
     peak = one.peak
     return (
-        scope, one.best.attack, percent(peak.exact_share), percent(10**peak.log10_nmse),
-        percent(10**peak.log10_nmse_visible), f"{peak.cosine:.4f}", delta(peak.delta_recovered),
-    )  # fmt: skip
+        scope,
+        one.best.attack,
+        percent(peak.exact_share),
+        percent(10**peak.log10_nmse),
+        percent(10**peak.log10_nmse_visible),
+        f"{peak.cosine:.4f}",
+        delta(peak.delta_recovered),
+    )
 
 
 def _checks(audit: Audit) -> str:

@@ -232,9 +232,14 @@ def _function(function: FunctionRecovery, audit: Audit) -> str:
         ]
         lines = [*([Line("expected", alone, "base alone")] if alone else []), Line("worst", line, "rho")]
         plot = Plot(
-            "Recovered function", "public examples that the attacker fine-tunes with", lines,
-            levels, ticks=ticks, low=math.floor(lowest * 10) / 10, high=math.ceil(highest * 10) / 10,
-        )  # fmt: skip
+            "Recovered function",
+            "public examples that the attacker fine-tunes with",
+            lines,
+            levels,
+            ticks=ticks,
+            low=math.floor(lowest * 10) / 10,
+            high=math.ceil(highest * 10) / 10,
+        )
         return section("What the recovered model can do", lead, charts.draw(plot) + legend([], dashed))
     most = max((score.loss for score in function.scores), default=1.0) or 1.0
     rows = [Bar(score.model, (("main", score.loss / most),), f"{score.loss:.3g}") for score in function.scores]

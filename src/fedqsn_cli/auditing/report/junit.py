@@ -27,9 +27,16 @@ def render(audit: Audit) -> str:
     totals = f'tests="{len(cases)}" failures="{count["failure"]}" errors="{count["error"]}"'
     suite = f'  <testsuite name="fedqsn audit" {totals} skipped="{count["skipped"]}">'
     return "\n".join(
-        ['<?xml version="1.0" encoding="UTF-8"?>', f'<testsuites name="fedqsn audit" {totals}>', suite, *bodies,
-         "  </testsuite>", "</testsuites>", ""]
-    )  # fmt: skip
+        [
+            '<?xml version="1.0" encoding="UTF-8"?>',
+            f'<testsuites name="fedqsn audit" {totals}>',
+            suite,
+            *bodies,
+            "  </testsuite>",
+            "</testsuites>",
+            "",
+        ]
+    )
 
 
 def _case(case: Case, checks: list[Check], findings: list[Finding]) -> str:

@@ -92,9 +92,12 @@ _MEASURES = ("known exactly", "error", "error of what is shown", "cosine", "secr
 
 def _cells(one: AttackScore) -> tuple[str, ...]:
     return (
-        percent(one.exact_share), squared(one.log10_nmse), squared(one.log10_nmse_visible), f"{one.cosine:.4f}",
+        percent(one.exact_share),
+        squared(one.log10_nmse),
+        squared(one.log10_nmse_visible),
+        f"{one.cosine:.4f}",
         delta(one.delta_recovered),
-    )  # fmt: skip
+    )
 
 
 def _recoveries(found: Sequence[Recovery]) -> list[Part]:
@@ -116,13 +119,19 @@ def _recovery(recovery: Recovery) -> list[Part]:
         ("tensor", "role", "shown", "known exactly", "error", "cosine", "secret difference", "best attack"),
         [
             (
-                one.tensor, one.role, percent(one.visible_share), percent(one.exact_share), squared(one.log10_nmse),
-                f"{one.cosine:.4f}", delta(one.delta_recovered), one.attack,
+                one.tensor,
+                one.role,
+                percent(one.visible_share),
+                percent(one.exact_share),
+                squared(one.log10_nmse),
+                f"{one.cosine:.4f}",
+                delta(one.delta_recovered),
+                one.attack,
             )
             for one in largest
         ],
         frozenset({"shown", *_MEASURES}),
-    )  # fmt: skip
+    )
     name = f"{recovery.scope}, attack by attack and for its largest tensors:"
     return [name[0].upper() + name[1:], attacks, tensors]
 
