@@ -84,7 +84,7 @@ def text(line: str) -> None:
     _write(sys.stdout, line + "\n")
 
 
-def complain(line: str) -> None:
+def print_error(line: str) -> None:
     """Print one line about trouble on stderr; a stderr that cannot be written to is nobody's trouble."""
     try:
         _write(sys.stderr, _shortened(clean(line)) + "\n")

@@ -22,7 +22,7 @@ from fedqsn_cli.artifacts.manifests import ModelManifest, ProxyManifest, Quantiz
 from fedqsn_cli.checkpoint import Checkpoint, Header, Source, read_header, resolve
 from fedqsn_cli.errors import FormatError, InputError, PlanError
 from fedqsn_cli.masks import job_key
-from fedqsn_cli.models.model import LogicalTensor, logical_tensors, open_model
+from fedqsn_cli.models.model import ModelTensor, model_tensors, open_model
 from fedqsn_cli.models.public_base import Match, open_base
 from fedqsn_cli.planning.overrides import load_overrides
 from fedqsn_cli.planning.placement import schedule_text
@@ -204,7 +204,7 @@ def _update(source: Source) -> Inspection:
 def _proxy(source: Source) -> Inspection:
     manifest = manifests.read_manifest(source.path, ProxyManifest)
     with Checkpoint.open(source.path) as checkpoint:
-        tensors = logical_tensors(checkpoint)
+        tensors = model_tensors(checkpoint)
         plan = make_plan({name: (t.dtype, t.shape) for name, t in tensors.items()}, checkpoint.config)
         contents = _contents(tensors, checkpoint.total_bytes)
     shown = _visible_shares(source.path / manifests.VISIBLE_TENSORS, manifest)
@@ -221,7 +221,7 @@ def _proxy(source: Source) -> Inspection:
     return _with_shares(found, rows, manifest.quantization)
 
 
-def _as_shipped(tensor: TensorPlan, logical: LogicalTensor, manifest: ProxyManifest) -> TensorPlan:
+def _as_shipped(tensor: TensorPlan, logical: ModelTensor, manifest: ProxyManifest) -> TensorPlan:
     """The tensor's row, with what the proxy itself says in place of what the rules would."""
     quantized = logical.packing is not None or (tensor.quantized and manifest.quantization is not None)
     units = manifest.tensors.get(tensor.name)
@@ -248,7 +248,7 @@ def _model(source: Source, axis: str | None, overrides: str | Path | None) -> In
     with Checkpoint.open(source.path) as checkpoint:
         has_manifest = checkpoint.manifest is not None
         manifest = manifests.read_manifest(source.path, ModelManifest) if has_manifest else None
-        tensors = logical_tensors(checkpoint)
+        tensors = model_tensors(checkpoint)
         contents = _contents(tensors, checkpoint.total_bytes)
         config = checkpoint.config
     quantization = manifest.quantization if manifest else None
@@ -268,7 +268,7 @@ def _model(source: Source, axis: str | None, overrides: str | Path | None) -> In
 
 
 def _plan(
-    tensors: dict[str, LogicalTensor],
+    tensors: dict[str, ModelTensor],
     config: dict[str, Any] | None,
     manifest: ModelManifest | None,
     axis: str | None,
@@ -287,7 +287,7 @@ def _with_ratio(tensor: TensorPlan, p1: float) -> TensorPlan:
     return replace(tensor, p1=p1) if tensor.masked and tensor.p1 is None else tensor
 
 
-def _from_manifest(manifest: ModelManifest, tensors: dict[str, LogicalTensor]) -> dict[str, Any]:
+def _from_manifest(manifest: ModelManifest, tensors: dict[str, ModelTensor]) -> dict[str, Any]:
     facts = manifest.model_dump(
         mode="json", exclude={"format", "kind", "groups", "tensors", "overrides", "quantization"}
     )
@@ -322,7 +322,7 @@ def _collapsed(rows: Iterable[TensorPlan], total: int) -> tuple[ClearTensors, ..
     return tuple(sorted(listed, key=lambda each: (-each.parameters, each.name)))
 
 
-def _contents(tensors: dict[str, LogicalTensor], stored: int) -> Contents:
+def _contents(tensors: dict[str, ModelTensor], stored: int) -> Contents:
     parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
     return Contents(len(tensors), parameters, stored, tuple(sorted({tensor.dtype for tensor in tensors.values()})))
 

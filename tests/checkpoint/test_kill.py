@@ -85,11 +85,11 @@ def start(code: str, folder: Path, version: int) -> subprocess.Popen[bytes]:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_a_kill_at_any_instant_leaves_the_old_state_or_the_new(seed: int, tmp_path: Path) -> None:
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     newest = 0
     for _ in range(8):
         with start(FOREVER, tmp_path, newest + 1) as child:
-            time.sleep(chance.uniform(0, 0.12))
+            time.sleep(rng.uniform(0, 0.12))
             child.send_signal(signal.SIGKILL)
         before, newest = newest, check_state(tmp_path)
         assert newest > before
@@ -115,10 +115,10 @@ files._renameat2, os.rename = unsupported, slow
 
 
 def test_where_directories_cannot_be_swapped_the_next_run_mends_a_killed_replacement(tmp_path: Path) -> None:
-    chance = random.Random(0)
+    rng = random.Random(0)
     for version in range(1000, 8000, 1000):
         with start(SLOW_RENAMES + FOREVER, tmp_path, version) as child:
-            time.sleep(chance.uniform(0, 0.2))
+            time.sleep(rng.uniform(0, 0.2))
             child.send_signal(signal.SIGKILL)
         with ArtifactWriter(tmp_path / "replaced", force=True):
             pass

@@ -82,8 +82,8 @@ def test_a_run_that_waits_for_the_network_can_be_ended(tmp_path: Path) -> None:
 def test_ignored_signals_stay_ignored() -> None:
     script = (
         "import os, signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
-        "from fedqsn_cli.cli.interrupts import unwinding\n"
-        "with unwinding(): os.kill(os.getpid(), signal.SIGHUP); print('alive')"
+        "from fedqsn_cli.cli.interrupts import clean_shutdown\n"
+        "with clean_shutdown(): os.kill(os.getpid(), signal.SIGHUP); print('alive')"
     )
     done = subprocess.run([command()[0], "-c", script], env=environment(), capture_output=True, text=True)
     assert done.stdout == "alive\n"

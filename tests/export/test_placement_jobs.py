@@ -19,7 +19,7 @@ from fedqsn_cli.errors import InputError, KeyFileError
 from fedqsn_cli.exposure.exposure import exposure
 from fedqsn_cli.inspection import inspect
 from fedqsn_cli.masks import job_key
-from fedqsn_cli.masks.job_key import Job
+from fedqsn_cli.masks.job_key import JobKey
 from support.deep_models import deep
 from support.deep_models import deep_model as model
 from support.helpers import (
@@ -233,7 +233,7 @@ def test_the_scale_in_a_proxy_and_in_a_loaded_server_model_is_that_of_each_tenso
 # ---------------------------------------------------------------- what is seen, and the audit
 
 
-def seen_by_hand(job: Job, releases: list[Release]) -> list[float]:
+def seen_by_hand(job: JobKey, releases: list[Release]) -> list[float]:
     """Share of all parameters that each client has seen after its releases, unit by unit."""
     seen: dict[str, dict[str, Any]] = {}
     for line in releases:
@@ -255,7 +255,7 @@ def seen_by_hand(job: Job, releases: list[Release]) -> list[float]:
 @given(st.dictionaries(st.sampled_from(["a", "b", "c"]), st.sampled_from([0.0, 0.2, 0.9])), st.sampled_from([0.0, 0.4]))
 def test_exposure_counts_each_group_with_its_own_ratio(ratios: dict[str, float], p1: float) -> None:
     groups = {"a": (40, 4000), "b": (17, 340), "c": (130, 1300)}
-    job = Job(bytes(32), p1, "neuron", "0" * 64, {}, groups, 100, ratios)
+    job = JobKey(bytes(32), p1, "neuron", "0" * 64, {}, groups, 100, ratios)
     text = {"proxy_id": "0" * 64, "proxy_sha256": "0" * 64, "plan": "0" * 64, "model_digest": "0" * 64, "job": "0" * 64}
     lines = [
         Release(

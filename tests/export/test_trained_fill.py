@@ -254,10 +254,10 @@ def test_16_bit_numbers_that_meet_by_chance_are_no_leak(dtype: str) -> None:
     """Owner and clients both move the base by a few units in the last place."""
     with placed(replace(USUAL, dtype=dtype, hidden=64, inner=128)) as place:
         tensors = read_model(place.root / "base")
-        chance = np.random.default_rng(0)
+        rng = np.random.default_rng(0)
         for name, (kind, bits) in tensors.items():
             if kind == dtype:
-                tensors[name] = (kind, (bits + chance.integers(0, 2, bits.shape)).astype(bits.dtype))
+                tensors[name] = (kind, (bits + rng.integers(0, 2, bits.shape)).astype(bits.dtype))
         write_file(place.model / "model.safetensors", tensors, {"format": "pt"})
         server = play(place, 1, lambda number: noise(number, 0.0002))
         place.export(server, "p2", round=2, clients=CLIENTS, **ALL)

@@ -15,15 +15,17 @@ from fedqsn_cli.exposure import coalitions
 from fedqsn_cli.exposure import exposure as rooms
 from fedqsn_cli.exposure.exposure import coverage, exposure
 from fedqsn_cli.masks.draw import client_scope, client_units, hidden_units
-from fedqsn_cli.masks.job_key import Job
+from fedqsn_cli.masks.job_key import JobKey
 from support.audits import KEY, job
 from support.ledgers import Line
 from support.scenario import few
 
-SMALL = Job(KEY, 0.25, "neuron", "0" * 64, {}, {"a.weight": (40, 4000), "b.weight": (17, 340), "c#0": (130, 1300)}, 100)
+SMALL = JobKey(
+    KEY, 0.25, "neuron", "0" * 64, {}, {"a.weight": (40, 4000), "b.weight": (17, 340), "c#0": (130, 1300)}, 100
+)
 
 
-def by_hand(model: Job, lines: list[Line]) -> tuple[dict[str, list[float]], dict[str, dict[str, np.ndarray]]]:
+def by_hand(model: JobKey, lines: list[Line]) -> tuple[dict[str, list[float]], dict[str, dict[str, np.ndarray]]]:
     """Shares after each release, and the units seen in the end, with the masks of the exporting commands."""
     total = model.clear + sum(size for _, size in model.groups.values())
     seen: dict[str, dict[str, np.ndarray]] = {}
@@ -131,7 +133,7 @@ def test_too_many_units_are_estimated_from_some_and_the_share_is_told(monkeypatc
 
 
 def test_a_group_with_more_units_than_fit_is_looked_at_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Job(KEY, 0.2, "element", "0" * 64, {}, {"w": (300_000, 300_000)}, 0)
+    model = JobKey(KEY, 0.2, "element", "0" * 64, {}, {"w": (300_000, 300_000)}, 0)
     lines = [Line(f"c{c}", r, "fresh", 0.4) for c in range(5) for r in range(2)]
     whole = exposure(model, lines)
     monkeypatch.setattr(rooms, "MOST_BYTES", 100_000)
@@ -165,9 +167,9 @@ def test_a_thousand_clients_and_a_hundred_rounds_take_seconds() -> None:
 
 
 def covers(clients: int, words: int, seed: int, share: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
-    chance = np.random.default_rng(seed)
-    flags = chance.random((clients, words * 64)) < share
-    return np.packbits(flags, axis=1).view(np.uint64), chance.random(words)
+    rng = np.random.default_rng(seed)
+    flags = rng.random((clients, words * 64)) < share
+    return np.packbits(flags, axis=1).view(np.uint64), rng.random(words)
 
 
 @few(25)

@@ -60,8 +60,8 @@ def torn(share):
     os.pwrite = pwrite
 
 POINTS = {
-    "before the key": lambda: before(session.Work, "save_key"),
-    "after the key": lambda: after(session.Work, "save_key"),
+    "before the key": lambda: before(session.MaskingSession, "save_key"),
+    "after the key": lambda: after(session.MaskingSession, "save_key"),
     "in the first ledger line": lambda: torn(0.2),
     "in the second ledger line": lambda: torn(0.8),
     "between the lines and the disk": lambda: before(os, "ftruncate") if point else None,
@@ -219,10 +219,10 @@ def test_i6_a_job_killed_again_and_again_ends_byte_for_byte_like_one_that_was_no
     began = time.monotonic()
     finish(folder / "calm")
     length = time.monotonic() - began
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     for _ in range(6):
         child = start(folder / "wild")
-        time.sleep(chance.uniform(0, length / 4))
+        time.sleep(rng.uniform(0, length / 4))
         child.kill()
         child.wait()
         assert child.stdout is not None

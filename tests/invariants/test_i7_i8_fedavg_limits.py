@@ -122,9 +122,9 @@ def test_i8_zero_updates_reproduce_a_file_of_the_safetensors_library(dtype: str,
     import torch
     from safetensors.torch import save_file
 
-    chance = torch.Generator().manual_seed(3)
+    rng = torch.Generator().manual_seed(3)
     tensors = {
-        name: torch.randn(shape, generator=chance).mul(0.1).to(getattr(torch, dtype))
+        name: torch.randn(shape, generator=rng).mul(0.1).to(getattr(torch, dtype))
         for name, shape in SHAPES["bert"][0](33, 51, 41).items()
     }
     tensors["bert.pooler.dense.weight"][0] = -0.0

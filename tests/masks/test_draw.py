@@ -25,7 +25,7 @@ from fedqsn_cli.masks.draw import (
     hidden_count,
     hidden_units,
     ranks,
-    scale,
+    rescale_factor,
     seed,
 )
 from fedqsn_cli.validate import validate_client
@@ -86,9 +86,9 @@ def test_a_ratio_outside_of_its_range_is_refused(ratio: float) -> None:
 
 
 def test_the_scale_makes_up_for_the_holes() -> None:
-    assert scale(768, 0, 0) == 1
-    assert scale(768, 192, 192) == 2
-    assert scale(3, 1, 0) == np.float32(1.5) and isinstance(scale(3, 1, 0), np.float32)
+    assert rescale_factor(768, 0, 0) == 1
+    assert rescale_factor(768, 192, 192) == 2
+    assert rescale_factor(3, 1, 0) == np.float32(1.5) and isinstance(rescale_factor(3, 1, 0), np.float32)
 
 
 # ---------------------------------------------------------------- which

@@ -16,14 +16,14 @@ import pytest
 
 from fedqsn_cli.errors import InputError, KeyFileError, OutputExists
 from fedqsn_cli.masks import job_key
-from fedqsn_cli.masks.job_key import Job
+from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.planning.plan import Plan, make_plan
 
 TENSORS = {"model.embed_tokens.weight": ("F32", (97, 64)), "model.layers.0.mlp.up_proj.weight": ("F32", (128, 64))}
 PLAN = make_plan(TENSORS, {"model_type": "llama"})
 
 
-def start(path: Path, p1: float = 0.25, plan: Plan = PLAN) -> Job:
+def start(path: Path, p1: float = 0.25, plan: Plan = PLAN) -> JobKey:
     """A new job, its key on disk."""
     job, new = job_key.open_or_draw(path, p1=p1, axis=plan.axis, plan=plan)
     assert new
@@ -276,16 +276,16 @@ def test_a_job_never_shows_its_key(path: Path) -> None:
 
 
 def test_the_commitment_is_the_same_for_all_time() -> None:
-    job = Job(bytes(range(32)), 0.1, "neuron", PLAN.digest, {"rule": []}, {}, 0)
+    job = JobKey(bytes(range(32)), 0.1, "neuron", PLAN.digest, {"rule": []}, {}, 0)
     message = (20).to_bytes(8, "big") + b"fedqsn/v1/commitment"
     assert job.commitment == hmac.new(bytes(range(32)), message, hashlib.sha256).hexdigest()
     assert job.commitment == "ac6ce04c005fc85d885df8594a48199a82b9fece3b091fca446e2d3b389a6305"
 
 
 def test_the_commitment_depends_on_the_key_alone() -> None:
-    one = Job(bytes(32), 0.1, "neuron", PLAN.digest, {"rule": []}, {}, 0)
-    same = Job(bytes(32), 0.9, "element", "0" * 64, {"rule": []}, {}, 0)
-    other = Job(bytes(31) + b"\x01", 0.1, "neuron", PLAN.digest, {"rule": []}, {}, 0)
+    one = JobKey(bytes(32), 0.1, "neuron", PLAN.digest, {"rule": []}, {}, 0)
+    same = JobKey(bytes(32), 0.9, "element", "0" * 64, {"rule": []}, {}, 0)
+    other = JobKey(bytes(31) + b"\x01", 0.1, "neuron", PLAN.digest, {"rule": []}, {}, 0)
     assert one.commitment == same.commitment != other.commitment
 
 

@@ -23,18 +23,18 @@ def masks(draw: st.DrawFn, largest_lead: int = 3) -> UnitMask:
     axis = draw(st.sampled_from(["row", "column", "element"]))
     units = {"row": view[1], "column": view[2], "element": view[1] * view[2]}[axis]
     share = draw(st.sampled_from([0.0, 0.2, 0.8, 1.0]))
-    chance = np.random.default_rng(draw(st.integers(0, 1000)))
-    return UnitMask.of(axis, view, [chance.random(units) < share for _ in range(view[0])])
+    rng = np.random.default_rng(draw(st.integers(0, 1000)))
+    return UnitMask.from_groups(axis, view, [rng.random(units) < share for _ in range(view[0])])
 
 
 def flags(mask: UnitMask) -> Bools:
     """One flag an element, [lead * rows, cols]."""
     lead, rows, cols = mask.view
     if mask.axis == "row":
-        return np.repeat(mask.marks[:, None], cols, axis=1)
+        return np.repeat(mask.flags[:, None], cols, axis=1)
     if mask.axis == "column":
-        return np.repeat(mask.marks, rows, axis=0)
-    return mask.marks.reshape(lead * rows, cols)
+        return np.repeat(mask.flags, rows, axis=0)
+    return mask.flags.reshape(lead * rows, cols)
 
 
 @st.composite
@@ -63,7 +63,7 @@ def test_a_transposed_mask_marks_the_same_elements(mask: UnitMask) -> None:
 
 def test_expert_stacks_are_never_transposed() -> None:
     with pytest.raises(ValueError, match="plain matrix"):
-        UnitMask.of("row", (2, 3, 4), [np.zeros(3, np.bool_)] * 2).transposed()
+        UnitMask.from_groups("row", (2, 3, 4), [np.zeros(3, np.bool_)] * 2).transposed()
 
 
 @few(100)
@@ -95,10 +95,10 @@ def test_overwrite_takes_marked_elements_from_another_array(run: tuple[UnitMask,
 
 @few(200)
 @given(runs())
-def test_take_gives_the_marked_elements_in_order(run: tuple[UnitMask, int, int]) -> None:
+def test_select_gives_the_marked_elements_in_order(run: tuple[UnitMask, int, int]) -> None:
     mask, first, count = run
     x = np.arange(count * mask.view[2]).reshape(count, -1)
-    taken = mask.take(x, first)
+    taken = mask.select(x, first)
     np.testing.assert_array_equal(taken.reshape(-1), x[flags(mask)[first : first + count]])
 
 
@@ -124,6 +124,6 @@ def test_a_full_block_has_no_element_that_is_not_marked(mask: UnitMask, block: i
 def test_each_slice_of_a_stack_has_its_own_marks(axis: Any) -> None:
     units = {"row": 2, "column": 3, "element": 6}[axis]
     groups = [np.zeros(units, np.bool_), np.ones(units, np.bool_)]
-    marked = flags(UnitMask.of(axis, (2, 2, 3), groups))
+    marked = flags(UnitMask.from_groups(axis, (2, 2, 3), groups))
     assert not marked[:2].any()
     assert marked[2:].all()

@@ -21,7 +21,7 @@ from fedqsn_cli import export_proxy, inspect, mask, quantize
 from fedqsn_cli.auditing.run import audit
 from fedqsn_cli.models.model import open_model
 from fedqsn_cli.models.public_base import KINDS, open_base
-from fedqsn_cli.quantization.layout import storage_of
+from fedqsn_cli.quantization.layout import layout_of
 from support.families import build
 from support.helpers import (
     CONFIG_DTYPES,
@@ -314,7 +314,7 @@ def test_rows_can_be_read_in_any_portions(name: str, folder: Path) -> None:
     for tensor in model.plan.tensors:
         if not tensor.masked:
             continue
-        storage = storage_of(tensor, None)
+        storage = layout_of(tensor, None)
         lead, rows, cols = storage.view
         wanted = made.wanted[tensor.name][1].reshape(lead * rows, cols)
         for step in (1, 3, lead * rows):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.planning.plan import make_plan
-from fedqsn_cli.quantization.layout import Storage, clear_shares, quantization, row_chunks, storage_of
+from fedqsn_cli.quantization.layout import TensorLayout, clear_shares, layout_of, quantization, row_chunks
 from support.helpers import SHAPES, make_config
 from support.scenario import few
 
@@ -91,7 +91,7 @@ KINDS: list[tuple[str, str, str, str | None, str, str, bool]] = [
 def test_each_role_has_its_kind_and_geometry(
     family: str, name: str, format: str, layout: str | None, kind: str, geometry: str, turned: bool
 ) -> None:
-    storage = storage_of(plans(family)[name], quantization(format, **USUAL | {"layout": layout}))
+    storage = layout_of(plans(family)[name], quantization(format, **USUAL | {"layout": layout}))
     assert (storage.kind, storage.geometry, storage.transposed) == (kind, geometry, turned)
 
 
@@ -100,13 +100,13 @@ def test_each_role_has_its_kind_and_geometry(
 def test_a_snapped_tensor_outside_of_linear_layers_never_mixes_units_in_a_block(family: str, axis: str) -> None:
     how = quantization("nf3", **USUAL)
     for tensor in plans(family, axis).values():
-        storage = storage_of(tensor, how)
+        storage = layout_of(tensor, how)
         if storage.kind == "snap" and tensor.role not in {"linear", "conv1d"}:
             assert storage.geometry == storage.axis
 
 
 STORAGES = st.builds(
-    lambda kind, geometry, view, axis: Storage(kind, geometry, False, view, axis),
+    lambda kind, geometry, view, axis: TensorLayout(kind, geometry, False, view, axis),
     st.sampled_from(["raw", "snap", "pack4", "pack8"]),
     st.sampled_from(["flat", "row", "column"]),
     st.tuples(st.integers(1, 3), st.integers(1, 200), st.integers(1, 70)),
@@ -114,8 +114,8 @@ STORAGES = st.builds(
 )
 
 
-def is_possible(storage: Storage) -> bool:
-    """What storage_of can give: packed tensors are plain matrices with flat blocks, columns do not mix with rows."""
+def is_possible(storage: TensorLayout) -> bool:
+    """What layout_of can give: packed tensors are plain matrices with flat blocks, columns do not mix with rows."""
     lead = storage.view[0]
     if storage.packed:
         return lead == 1 and storage.geometry == "flat"
@@ -127,7 +127,7 @@ def is_possible(storage: Storage) -> bool:
 @few(400)
 @given(STORAGES.filter(is_possible), st.sampled_from([32, 64, 256]), st.integers(1, 20_000))
 def test_runs_of_rows_cover_a_tensor_once_and_split_neither_blocks_nor_bytes(
-    storage: Storage, block: int, elements: int
+    storage: TensorLayout, block: int, elements: int
 ) -> None:
     lead, rows, cols = storage.view
     chunks = list(row_chunks(storage, block, elements))
@@ -148,7 +148,7 @@ def test_runs_of_rows_cover_a_tensor_once_and_split_neither_blocks_nor_bytes(
 
 
 def test_a_matrix_that_is_turned_comes_in_one_piece() -> None:
-    storage = Storage("pack4", "flat", True, (1, 300, 200), "row")
+    storage = TensorLayout("pack4", "flat", True, (1, 300, 200), "row")
     assert list(row_chunks(storage, 64, 1)) == [(0, 300)]
 
 
@@ -161,9 +161,9 @@ def test_a_matrix_that_is_turned_comes_in_one_piece() -> None:
     st.sampled_from(["pack4", "pack8"]),
 )
 def test_what_is_said_not_to_mix_units_does_not(axis: Any, rows: int, cols: int, block: int, kind: Any) -> None:
-    storage = Storage(kind, "flat", False, (1, rows, cols), axis)
+    storage = TensorLayout(kind, "flat", False, (1, rows, cols), axis)
     if not storage.mixes_units(block):
-        one = UnitMask.of("row", storage.view, [np.arange(rows) == 1])
+        one = UnitMask.from_groups("row", storage.view, [np.arange(rows) == 1])
         full = one.full_blocks(storage.scale_block(block))
         flat = np.repeat(np.arange(rows) == 1, cols)
         size = storage.scale_block(block)

@@ -20,13 +20,13 @@ from fedqsn_cli.auditing.findings import (
 from fedqsn_cli.auditing.policy import Limits, Policy
 from fedqsn_cli.auditing.rules import finding
 from fedqsn_cli.exposure.exposure import exposure
-from fedqsn_cli.masks.job_key import Job
+from fedqsn_cli.masks.job_key import JobKey
 from support.ledgers import Line
 
 KEY = bytes(range(32))
 
 
-def job(layers: int = 6, width: int = 384, p1: float = 0.1, vocabulary: int = 30522) -> Job:
+def job(layers: int = 6, width: int = 384, p1: float = 0.1, vocabulary: int = 30522) -> JobKey:
     """A job on a model like MiniLM."""
     groups = {"bert.embeddings.word_embeddings.weight": (width, width * vocabulary)}
     groups["bert.embeddings.position_embeddings.weight"] = (width, width * 512)
@@ -37,14 +37,14 @@ def job(layers: int = 6, width: int = 384, p1: float = 0.1, vocabulary: int = 30
         groups[f"{at}intermediate.dense.weight"] = (4 * width, 4 * width * (width + 1))
         groups[f"{at}output.dense.weight"] = (width, width * (4 * width + 1))
     groups["classifier.weight"] = (width, 4 * width)
-    return Job(KEY, p1, "neuron", "0" * 64, {}, groups, 20_000)
+    return JobKey(KEY, p1, "neuron", "0" * 64, {}, groups, 20_000)
 
 
 def score(attack: str, exact: float, log10: float, cosine: float, delta: float | None) -> AttackScore:
     return AttackScore(attack, exact, log10, cosine, delta, log10 - 1.0)
 
 
-def recovery(scope: str, model: Job, worse: float = 0.0, *, delta: bool = True) -> Recovery:
+def recovery(scope: str, model: JobKey, worse: float = 0.0, *, delta: bool = True) -> Recovery:
     """What the attacks got back from one scope."""
     tensors = []
     for number, (name, (_, size)) in enumerate(model.groups.items()):

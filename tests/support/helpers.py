@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from fedqsn_cli.artifacts.manifests import Losses, UpdateManifest, file_digest, manifest_bytes
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.masks import job_key
-from fedqsn_cli.models.model import logical_tensors, open_model
+from fedqsn_cli.models.model import model_tensors, open_model
 from support.raw_safetensors import Tensors as Tensors
 from support.raw_safetensors import read_file as read_file
 from support.raw_safetensors import read_model as read_model
@@ -156,13 +156,13 @@ def make_tensors(
     name: str, *, dtype: str = "F32", hidden: int = 32, inner: int = 48, vocabulary: int = 41, seed: int = 0
 ) -> Tensors:
     """Random tensors in the names and shapes of a family; with zeros, negative zeros, tiny and large numbers."""
-    chance = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     tensors: Tensors = {}
     for tensor, shape in SHAPES[name][0](hidden, inner, vocabulary).items():
-        values = chance.standard_normal(shape).astype(np.float32) * np.float32(0.05)
+        values = rng.standard_normal(shape).astype(np.float32) * np.float32(0.05)
         flat = values.reshape(-1)
-        flat[::11] = [-0.0, 0.0, 1e-30, 0.7][chance.integers(4)]
-        values[chance.integers(len(values))] = 0
+        flat[::11] = [-0.0, 0.0, 1e-30, 0.7][rng.integers(4)]
+        values[rng.integers(len(values))] = 0
         tensors[tensor] = (dtype, to_bits(values, dtype))
     if name == "llama-tied":
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
@@ -292,7 +292,7 @@ def draft(proxy: Path, values: Values, *, examples: int = 10, precision: str = "
     shown = visible_elements(proxy)
     tensors: Tensors = {}
     with Checkpoint.open(proxy) as checkpoint:
-        logical = logical_tensors(checkpoint)
+        logical = model_tensors(checkpoint)
     for name, tensor in logical.items():
         if not tensor.is_float:
             continue

@@ -28,8 +28,8 @@ from fedqsn_cli.export.session import METADATA
 from fedqsn_cli.masks import job_key
 from fedqsn_cli.masks.job_masks import ServerMasks
 from fedqsn_cli.masks.unit_mask import UnitMask
-from fedqsn_cli.models.flow import flows
 from fedqsn_cli.models.model import open_model
+from fedqsn_cli.models.tensor_task import tensor_tasks
 from fedqsn_cli.planning.tensor_plan import TensorPlan
 from fedqsn_cli.progress import Silent
 from support.families import build
@@ -74,7 +74,7 @@ class World:
         plan = open_model(str(self.truth), axis=job.axis, overrides=job.overrides).plan
         mask = ServerMasks(job).hidden(next(one for one in plan.tensors if one.name == tensor))
         assert mask is not None
-        return mask.marks.reshape(-1)
+        return mask.flags.reshape(-1)
 
     def weights(self) -> Tensors:
         """The truth."""
@@ -197,7 +197,7 @@ def requantize(world: World, client: str, *, masked_before: bool) -> None:
         return None
 
     how = manifest.quantization
-    todo = flows(model, how, unseen if masked_before else nothing)
+    todo = tensor_tasks(model, how, unseen if masked_before else nothing)
     with ArtifactWriter(world.home / f"{client}-again", force=False) as writer:
         sink = writer.tensors("model", tensor_specs(todo, how), max_shard_bytes=None, metadata=METADATA)
         output = ClientOutput(sink, how, nothing if masked_before else unseen, lambda tensor: proxy.factor(tensor.name))

@@ -167,16 +167,16 @@ def replaced(bits: NDArray[Any], dtype: str, where: NDArray[np.bool_], kind: str
     """Stored bits with something else at `where`."""
     if dtype not in _LARGEST:
         return bits
-    chance = np.random.default_rng(7)
+    rng = np.random.default_rng(7)
     width = bits.dtype.type
-    sign = chance.integers(2, size=bits.shape).astype(width) << width(bits.itemsize * 8 - 1)
+    sign = rng.integers(2, size=bits.shape).astype(width) << width(bits.itemsize * 8 - 1)
     choices = {
         "zero": np.zeros_like(bits),
-        "random": chance.integers(_INFINITE[dtype], size=bits.shape).astype(width) | sign,
+        "random": rng.integers(_INFINITE[dtype], size=bits.shape).astype(width) | sign,
         "huge": np.full_like(bits, _LARGEST[dtype]) | sign,
         "inf": np.full_like(bits, _INFINITE[dtype]) | sign,
         "nan": np.full_like(bits, _INFINITE[dtype] + 1) | sign,
     }
     if kind == "all of it":
-        choices[kind] = np.choose(chance.integers(5, size=bits.shape), list(choices.values()))
+        choices[kind] = np.choose(rng.integers(5, size=bits.shape), list(choices.values()))
     return np.where(where, choices[kind], bits).astype(width)

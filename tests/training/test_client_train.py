@@ -134,7 +134,7 @@ def test_shapes_hold_visible_units_only_and_the_manifest_says_what_was_done(bert
             mask = visible[name]
             axis = 0 if mask.axis == "row" else 1
             expected = list(tensor.shape)
-            expected[axis] = int(mask.marks.sum())
+            expected[axis] = int(mask.flags.sum())
             assert list(stored[name].shape) == expected
             assert expected[axis] < tensor.shape[axis]
     assert result.parameters == sum(tensor.numel() for tensor in stored.values())

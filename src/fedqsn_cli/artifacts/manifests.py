@@ -51,7 +51,7 @@ class Quantization(Strict):
     layout: Literal["bnb", "dense"]
 
 
-class PublicBase(Strict):
+class PublicBaseRecord(Strict):
     """The public checkpoint whose units stand in the holes."""
 
     reference: str | None  # hf://owner/name@commit; None when it was a local folder, whose path stays private
@@ -90,7 +90,7 @@ class ModelManifest(Strict):
     axis: Literal["neuron", "input", "element"]
     rescale: bool
     fill: Fill
-    public_base: PublicBase | None
+    public_base: PublicBaseRecord | None
     plan: Sha256
     overrides: dict[str, object]  # the user's plan rules, so that later commands need no --plan
     model_digest: Sha256 | None
@@ -120,7 +120,7 @@ class ProxyManifest(Strict):
     round: Count
     quantization: Quantization | None
     fill: Fill
-    public_base: PublicBase | None
+    public_base: PublicBaseRecord | None
     rescale: bool
     groups: dict[str, GroupUnits]
     tensors: dict[str, Units]

@@ -20,9 +20,9 @@ from fedqsn_cli.checkpoint import resolve
 from fedqsn_cli.errors import FedqsnError
 from fedqsn_cli.export.session import unit_table
 from fedqsn_cli.masks import job_key
-from fedqsn_cli.masks.job_key import Job
+from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.models.model import OpenModel, open_model, open_source
-from fedqsn_cli.models.public_base import AlignedBase, UnfitBase, open_base
+from fedqsn_cli.models.public_base import IncompatibleBase, PublicBase, open_base
 from fedqsn_cli.planning.tensor_plan import AXES
 
 __all__ = ["Inputs", "OpenedProxy", "ProxyFolder", "Report", "open_inputs", "open_proxy"]
@@ -50,9 +50,9 @@ class Inputs:
     folders: tuple[ProxyFolder, ...] = ()
     truth: OpenModel | None = None
     after: OpenModel | None = None
-    job: Job | None = None
+    job: JobKey | None = None
     releases: tuple[Release, ...] | None = None
-    base: AlignedBase | None = None
+    base: PublicBase | None = None
     server: OpenModel | None = None
 
     @property
@@ -170,7 +170,7 @@ def _axis_of(truth: str | Path | None, folders: Sequence[ProxyFolder]) -> str:
 
 
 def _belonging(
-    model: OpenModel, wanted: str, job: Job | None, folders: Sequence[ProxyFolder], report: Report
+    model: OpenModel, wanted: str, job: JobKey | None, folders: Sequence[ProxyFolder], report: Report
 ) -> OpenModel | None:
     """The model, if it can be compared with; else None with a finding."""
     problem = None
@@ -195,7 +195,7 @@ def _belonging(
 
 def _matched(
     reference: str | Path | None, truth: OpenModel | None, folders: Sequence[ProxyFolder], report: Report
-) -> AlignedBase | None:
+) -> PublicBase | None:
     """The public base under the names of the truth. Whoever filled holes with it needed all of it; an attacker takes
     what fits."""
     if reference is None:
@@ -206,7 +206,7 @@ def _matched(
     filled = any(one.opened is not None and one.opened.manifest.fill == "base" for one in folders)
     try:
         return open_base(str(reference), truth, partial=not filled)
-    except UnfitBase as error:
+    except IncompatibleBase as error:
         message = f"the base does not go with the truth: {error.what}"
         report.findings.append(finding("FQ904", "base", message, tensor=error.tensor))
         return None

@@ -16,13 +16,13 @@ from fedqsn_cli import strictjson
 from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, VISIBLE_TENSORS, ProxyManifest, parse_manifest
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.errors import FormatError, InputError
-from fedqsn_cli.masks.draw import scale
+from fedqsn_cli.masks.draw import rescale_factor
 from fedqsn_cli.masks.unit_mask import UnitMask
-from fedqsn_cli.models.model import BITS, LogicalTensor, logical_tensors
+from fedqsn_cli.models.model import BITS, ModelTensor, model_tensors
 from fedqsn_cli.planning.roles import rules
 from fedqsn_cli.quantization import kernels
 from fedqsn_cli.quantization.bnb_format import scb_name, state_name
-from fedqsn_cli.quantization.layout import Storage
+from fedqsn_cli.quantization.layout import TensorLayout
 from fedqsn_cli.quantization.nested import NESTED_BLOCK
 
 Array = NDArray[Any]
@@ -46,7 +46,7 @@ class OpenedProxy:
     stored_visible: Checkpoint
     manifest: ProxyManifest
     sha256: str
-    tensors: dict[str, LogicalTensor]
+    tensors: dict[str, ModelTensor]
     _groups: dict[str, Bools] = field(default_factory=dict)
     _nested: tuple[str, Floats, Floats, np.float32] | None = None
 
@@ -67,7 +67,7 @@ class OpenedProxy:
             return None
         lead = units.view[0]
         groups = [self.group(group) for group in units.groups] * (lead // len(units.groups))
-        return UnitMask.of(units.axis, units.view, groups)
+        return UnitMask.from_groups(units.axis, units.view, groups)
 
     def factor(self, name: str) -> np.float32:
         """What the visible part of a tensor was multiplied by: n / |V|, or 1."""
@@ -75,9 +75,9 @@ class OpenedProxy:
         if units is None or not self.manifest.rescale:
             return np.float32(1)
         flags = self.group(units.groups[0])
-        return scale(flags.size, flags.size - int(np.count_nonzero(flags)), 0)
+        return rescale_factor(flags.size, flags.size - int(np.count_nonzero(flags)), 0)
 
-    def layout(self, name: str) -> Storage:
+    def layout(self, name: str) -> TensorLayout:
         """How the tensor is really stored, whatever the plan says; snapped values count as raw ones."""
         logical = self.tensors[name]
         units = self.manifest.tensors.get(name)
@@ -86,9 +86,9 @@ class OpenedProxy:
         if logical.packing is not None:
             rows, cols = logical.packing.shape
             axis = _TURNED[axis] if turned and axis is not None else axis
-            return Storage(logical.packing.kind, "flat", turned, (1, rows, cols), axis)
+            return TensorLayout(logical.packing.kind, "flat", turned, (1, rows, cols), axis)
         view = units.view if units is not None else natural_view(logical.shape)
-        return Storage("raw", "flat", False, view, axis)
+        return TensorLayout("raw", "flat", False, view, axis)
 
     def turned(self, name: str) -> bool:
         """Is it a packed Conv1D weight, which bitsandbytes stores as [out, in]?"""
@@ -124,7 +124,7 @@ class OpenedProxy:
             self._nested = name, nested, levels, offset
         return self._nested[1:]
 
-    def values(self, name: str, storage: Storage, first: int, rows: int) -> Floats:
+    def values(self, name: str, storage: TensorLayout, first: int, rows: int) -> Floats:
         """Rows of a tensor as a client computes with them, in fp32: [rows, cols] of the working view of `storage`.
 
         Args:
@@ -162,7 +162,7 @@ class OpenedProxy:
         )
         return flat.reshape(-1)[start - lower :].reshape(rows, cols)
 
-    def _plain(self, name: str, storage: Storage, first: int, rows: int) -> Floats:
+    def _plain(self, name: str, storage: TensorLayout, first: int, rows: int) -> Floats:
         """Dense values; those of a transposed tensor lie as in the truth."""
         entry, cols = self.checkpoint.entries[name], storage.view[2]
         if entry.dtype not in BITS:
@@ -202,7 +202,7 @@ def open_proxy(folder: Path, scope: str) -> OpenedProxy:
     manifest = parse_manifest(data, ProxyManifest, folder / PROXY_MANIFEST)
     checkpoint = Checkpoint.open(folder)
     visible = Checkpoint.open(folder / VISIBLE_TENSORS)
-    tensors = logical_tensors(checkpoint)
+    tensors = model_tensors(checkpoint)
     proxy = OpenedProxy(scope, folder, checkpoint, visible, manifest, hashlib.sha256(data).hexdigest(), tensors)
     _check_groups(proxy)
     return proxy

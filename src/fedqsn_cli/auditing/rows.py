@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.auditing.inputs import OpenedProxy
 from fedqsn_cli.masks.unit_mask import UnitMask
-from fedqsn_cli.models.flow import Flow
 from fedqsn_cli.models.model import OpenModel
-from fedqsn_cli.models.public_base import AlignedBase
+from fedqsn_cli.models.public_base import PublicBase
+from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.quantization import kernels
 
 Array = NDArray[Any]
@@ -20,36 +20,36 @@ Floats = NDArray[np.float32]
 CHUNK = 1 << 19  # elements; a few fp32 arrays of it stay in the cache
 
 
-def has_tensor(model: AlignedBase | None, flow: Flow) -> bool:
+def has_tensor(model: PublicBase | None, task: TensorTask) -> bool:
     """Has the public base values for this tensor?"""
-    return model is not None and flow.name in model.tensors
+    return model is not None and task.name in model.tensors
 
 
-def model_rows(model: OpenModel | AlignedBase, flow: Flow, first: int, rows: int) -> Floats:
+def model_rows(model: OpenModel | PublicBase, task: TensorTask, first: int, rows: int) -> Floats:
     """Rows of a model's tensor in fp32, in the working view."""
-    logical = model.tensors[flow.name]
-    x = model.read_rows(flow.name, flow.storage, first, rows)
-    return np.asarray(plain(Flow(flow.tensor, logical, flow.storage, None), x))
+    logical = model.tensors[task.name]
+    x = model.read_rows(task.name, task.layout, first, rows)
+    return np.asarray(plain(TensorTask(task.plan, logical, task.layout, None), x))
 
 
-def shown_flags(proxy: OpenedProxy, flow: Flow, first: int, rows: int) -> tuple[Array, Floats]:
+def shown_flags(proxy: OpenedProxy, task: TensorTask, first: int, rows: int) -> tuple[Array, Floats]:
     """Which elements of rows a proxy shows: row flags [rows], and fp32 [1, cols] or [rows, cols]."""
-    visible = proxy.visible(flow.name)
-    cols = flow.storage.view[2]
+    visible = proxy.visible(task.name)
+    cols = task.layout.view[2]
     if visible is None:
         return np.ones(rows, np.bool_), np.ones((1, cols), np.float32)
-    return split_flags(flow.storage.working(visible), first, rows)
+    return split_flags(task.layout.working(visible), first, rows)
 
 
 def split_flags(mask: UnitMask, first: int, rows: int) -> tuple[Array, Floats]:
     """Marks of rows, as row flags and flags of elements."""
-    flags = mask.of_rows(first, rows)
+    flags = mask.flags_of_rows(first, rows)
     if mask.axis == "row":
         return np.ascontiguousarray(flags), np.ones((1, mask.view[2]), np.float32)
     return np.ones(rows, np.bool_), np.ascontiguousarray(np.atleast_2d(flags), dtype=np.float32)
 
 
-def plain(flow: Flow, x: Array) -> Array:
+def plain(task: TensorTask, x: Array) -> Array:
     """Stored values as fp32 of the working view."""
-    wide = kernels.widened(x, flow.logical.dtype).reshape(x.shape)
-    return np.ascontiguousarray(wide.T) if flow.storage.transposed else wide
+    wide = kernels.widened(x, task.tensor.dtype).reshape(x.shape)
+    return np.ascontiguousarray(wide.T) if task.layout.transposed else wide

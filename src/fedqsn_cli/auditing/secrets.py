@@ -35,7 +35,7 @@ from fedqsn_cli.artifacts.manifests import (
 from fedqsn_cli.artifacts.sanitize import PRIVATE_FIELDS
 from fedqsn_cli.errors import FormatError
 from fedqsn_cli.masks.draw import SERVER, seed
-from fedqsn_cli.masks.job_key import Job
+from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.quantization.bnb_format import companion_specs
 
 _WORDS = (
@@ -83,7 +83,7 @@ class Needles:
         raw: looked for in every byte. spelled: looked for in text (lower case hexadecimal, base64).
     """
 
-    def __init__(self, job: Job | None) -> None:
+    def __init__(self, job: JobKey | None) -> None:
         self.raw: list[bytes] = []
         self.spelled: list[bytes] = []
         if job is None:

@@ -15,7 +15,7 @@ from fedqsn_cli.checkpoint.files import create_secret, write_file_atomically
 from fedqsn_cli.checkpoint.header import DTYPE_BYTES, Header, TensorEntry, TensorSpec, plan_file, read_header
 from fedqsn_cli.checkpoint.reader import Checkpoint
 from fedqsn_cli.checkpoint.source import Source, push, resolve
-from fedqsn_cli.checkpoint.stream import Pipeline, allow_open_files
+from fedqsn_cli.checkpoint.stream import WriterThreads, allow_open_files
 from fedqsn_cli.checkpoint.writer import ArtifactWriter, TensorSink
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
     "ArtifactWriter",
     "Checkpoint",
     "Header",
-    "Pipeline",
+    "WriterThreads",
     "Source",
     "TensorEntry",
     "TensorSink",

@@ -45,7 +45,7 @@ class _Chunk:
     pending: int  # threads that have not finished with it
 
 
-class Pipeline:
+class WriterThreads:
     """The background threads and the buffers that they share. An error in one stops both.
 
     Args:
@@ -163,7 +163,7 @@ class FileStream:
 
     path: Path
     size: int
-    pipeline: Pipeline
+    pipeline: WriterThreads
     sha256: hashlib._Hash = field(default_factory=hashlib.sha256)
     _descriptor: int = -1
     _parking: int = -1  # a second descriptor, through the page cache

@@ -24,7 +24,7 @@ from fedqsn_cli import strictjson
 from fedqsn_cli.checkpoint import files
 from fedqsn_cli.checkpoint.header import TensorSpec, open_regular_file, plan_file
 from fedqsn_cli.checkpoint.reader import byte_view, is_plain_file_name
-from fedqsn_cli.checkpoint.stream import BUFFER_BYTES, FileStream, Pipeline
+from fedqsn_cli.checkpoint.stream import BUFFER_BYTES, FileStream, WriterThreads
 from fedqsn_cli.errors import InputError, OutputExists
 
 MANIFESTS = ("fedqsn.json", "proxy.json", "update.json")  # a directory that holds one is ours to replace
@@ -47,7 +47,7 @@ class ArtifactWriter:
         InputError: the place cannot be written.
     """
 
-    def __init__(self, out: Path, *, force: bool, pipeline: Pipeline | None = None, hashed: bool = True) -> None:
+    def __init__(self, out: Path, *, force: bool, pipeline: WriterThreads | None = None, hashed: bool = True) -> None:
         self.out = Path(os.path.abspath(out))
         self._force = force
         if is_artifact(files.aside_path(self.out)):
@@ -57,7 +57,7 @@ class ArtifactWriter:
         self._digests: dict[str, str] = {}
         self._sinks: list[TensorSink] = []
         self._shared = pipeline is not None
-        self._pipeline = pipeline or Pipeline(hashed=hashed)
+        self._pipeline = pipeline or WriterThreads(hashed=hashed)
         self._finished = False
         try:
             self._staging, self._lock = files.make_staging_directory(self.out)
@@ -145,7 +145,7 @@ class ArtifactWriter:
             self._digests[stream.path.name] = stream.sha256.hexdigest()
 
     @property
-    def pipeline(self) -> Pipeline:
+    def pipeline(self) -> WriterThreads:
         return self._pipeline
 
     def publish(self) -> Path:

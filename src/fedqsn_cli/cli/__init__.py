@@ -2,7 +2,7 @@
 
 app.py           finds the command and runs it
 options.py       the options that commands share
-helptext.py      help as plain text
+help_text.py      help as plain text
 failures.py      from an exception to one line and an exit code
 interrupts.py    signals end a run cleanly
 tables.py        parts of what commands print

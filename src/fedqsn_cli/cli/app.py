@@ -16,8 +16,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from fedqsn_cli import console
-from fedqsn_cli.cli import failures, helptext
-from fedqsn_cli.cli.interrupts import unwinding
+from fedqsn_cli.cli import failures, help_text
+from fedqsn_cli.cli.interrupts import clean_shutdown
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.version import VERSION
 
@@ -40,7 +40,7 @@ class Command(TyperCommand):
     """A command with our own help text; an option never takes another option's name for its value."""
 
     def format_help(self, ctx: Any, formatter: Any) -> NoReturn:
-        console.text(helptext.of_command(self, ctx))
+        console.text(help_text.of_command(self, ctx))
         raise typer.Exit
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -98,11 +98,11 @@ def help_of(command: str | None) -> str:
         group = program()
         return _help_of_all(group, group.make_context("fedqsn", [], resilient_parsing=True))
     built = build(command)
-    return helptext.of_command(built, built.make_context(f"fedqsn {command}", [], resilient_parsing=True))
+    return help_text.of_command(built, built.make_context(f"fedqsn {command}", [], resilient_parsing=True))
 
 
 def _help_of_all(group: Any, context: Any) -> str:
-    return helptext.of_group(group, context, {name: function_of(name) for name in COMMANDS})
+    return help_text.of_group(group, context, {name: function_of(name) for name in COMMANDS})
 
 
 def _show_version(asked: bool) -> None:
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quieten_libraries(arguments)
     gc.set_threshold(100_000, 20, 20)  # what imports make stays: looking at it again and again takes 0.2 seconds
     _keep_memory()
-    with unwinding():
+    with clean_shutdown():
         return run(arguments)
 
 
@@ -158,7 +158,7 @@ def run(arguments: Sequence[str]) -> int:
         if _debugging():
             traceback.print_exc()
         line, code = failures.explain(error, path)
-        console.complain(line)
+        console.print_error(line)
         return code
 
 

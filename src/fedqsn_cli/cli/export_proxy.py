@@ -43,7 +43,7 @@ def export_proxy(
     plan: options.Plan = None,
     rescale: options.Rescale = None,
     fill: options.Fill = None,
-    public_base: options.PublicBase = None,
+    public_base: options.PublicBaseRecord = None,
     train: Annotated[
         options.Train | None,
         options.option(

@@ -21,7 +21,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def unwinding() -> Iterator[None]:
+def clean_shutdown() -> Iterator[None]:
     """Within this block, Ctrl-C, SIGTERM and SIGHUP raise Interrupted; who insists after a second ends it at once.
 
     Signals that the caller of the process ignores (as `nohup` does) stay ignored.

@@ -21,7 +21,7 @@ def mask(
     plan: options.Plan = None,
     rescale: options.Rescale = None,
     fill: options.Fill = None,
-    public_base: options.PublicBase = None,
+    public_base: options.PublicBaseRecord = None,
     client: Annotated[
         str | None,
         options.name("--client", text="Mask a server model for this client.", panel=options.CLIENT),

@@ -241,7 +241,7 @@ Fill = Annotated[
         show_default="the server model's, else zero",
     ),
 ]
-PublicBase = Annotated[
+PublicBaseRecord = Annotated[
     str | None,
     file(
         "--public-base",

@@ -12,12 +12,12 @@ from fedqsn_cli.errors import InputError
 from fedqsn_cli.quantization import kernels
 
 if TYPE_CHECKING:
-    from fedqsn_cli.models.flow import Flow
+    from fedqsn_cli.models.tensor_task import TensorTask
 
 Array = NDArray[Any]
 
 
-def encode(flow: Flow, how: Quantization | None, x: Array, whose: str = "model") -> tuple[Array, Array | None]:
+def encode(task: TensorTask, how: Quantization | None, x: Array, whose: str = "model") -> tuple[Array, Array | None]:
     """Quantize rows of a tensor as its storage says: (values or codes, block scales of packed kinds).
 
     Args:
@@ -26,7 +26,7 @@ def encode(flow: Flow, how: Quantization | None, x: Array, whose: str = "model")
     Raises:
         InputError: a value is not finite, or beyond the range of the format.
     """
-    storage, dtype = flow.storage, flow.logical.dtype
+    storage, dtype = task.layout, task.tensor.dtype
     if how is None or storage.kind == "raw":
         return x, None
     y = np.ascontiguousarray(x.T) if storage.transposed else x
@@ -41,49 +41,49 @@ def encode(flow: Flow, how: Quantization | None, x: Array, whose: str = "model")
             codes, row_scales = np.empty((rows, cols), np.int8), np.empty(rows, np.float32)
             kernels.quantize_int8(y, dtype, codes, row_scales)
             return codes, row_scales
-        return _snap(flow, how, y), None
+        return _snap(task, how, y), None
     except kernels.NonFinite:
-        check_finite(flow, x, whose)
-        raise InputError(f"a value is NaN, infinite, or too large for {how.format}", where=flow.name) from None
+        check_finite(task, x, whose)
+        raise InputError(f"a value is NaN, infinite, or too large for {how.format}", where=task.name) from None
 
 
-def _snap(flow: Flow, how: Quantization, y: Array) -> Array:
+def _snap(task: TensorTask, how: Quantization, y: Array) -> Array:
     """Values rounded to the grid, in the layout in which they are stored."""
     out = np.empty_like(y)
     rows, cols = y.shape
     # int8 takes one scale a row, as bitsandbytes does; down columns, which may be long, one a block like all others
-    step = how.block_size if how.format == "int8" and flow.storage.geometry == "column" else max(rows, 1)
+    step = how.block_size if how.format == "int8" and task.layout.geometry == "column" else max(rows, 1)
     for first in range(0, rows, step):
         part = slice(first, first + step)
         kernels.snap(
             y[part],
-            flow.logical.dtype,
+            task.tensor.dtype,
             format=how.format,
             block=how.block_size,
-            geometry=flow.storage.geometry,
+            geometry=task.layout.geometry,
             rows=len(y[part]),
             cols=cols,
             out=out[part],
         )
-    return np.ascontiguousarray(out.T) if flow.storage.transposed else out
+    return np.ascontiguousarray(out.T) if task.layout.transposed else out
 
 
-def encode_with(flow: Flow, how: Quantization, x: Array, scales: Array) -> Array:
+def encode_with(task: TensorTask, how: Quantization, x: Array, scales: Array) -> Array:
     """Codes of other values under given block scales, clamped; for blocks that mix units."""
-    y = np.ascontiguousarray(x.T) if flow.storage.transposed else x
-    if flow.storage.kind == "pack4":
+    y = np.ascontiguousarray(x.T) if task.layout.transposed else x
+    if task.layout.kind == "pack4":
         packed = np.empty((y.size + 1) // 2, np.uint8)
         kernels.quantize_4bit_with(
-            y, flow.logical.dtype, format=how.format, block=how.block_size, absmax_given=scales, packed=packed
+            y, task.tensor.dtype, format=how.format, block=how.block_size, absmax_given=scales, packed=packed
         )
         return packed
-    wide = kernels.widened(y, flow.logical.dtype).reshape(y.shape)
+    wide = kernels.widened(y, task.tensor.dtype).reshape(y.shape)
     with np.errstate(divide="ignore", invalid="ignore"):
         codes = np.rint(wide * (np.float32(127) / scales[:, None]))
     return np.where(scales[:, None] > 0, np.clip(codes, -127, 127), 0).astype(np.int8)
 
 
-def check_finite(flow: Flow, x: Array, whose: str) -> None:
+def check_finite(task: TensorTask, x: Array, whose: str) -> None:
     """Refuse values that are NaN or infinite. Raises InputError."""
-    if flow.logical.is_float and not kernels.all_finite(x, flow.logical.dtype):
-        raise InputError(f"the {whose} holds NaN or infinity where it is visible", where=flow.name)
+    if task.tensor.is_float and not kernels.all_finite(x, task.tensor.dtype):
+        raise InputError(f"the {whose} holds NaN or infinity where it is visible", where=task.name)

@@ -13,7 +13,7 @@ from fedqsn_cli.checkpoint import TensorSink, TensorSpec
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.export.pipeline import Chunk, TensorScales
 from fedqsn_cli.masks.unit_mask import UnitMask
-from fedqsn_cli.models.flow import Flow
+from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.planning.tensor_plan import TensorPlan
 from fedqsn_cli.quantization import kernels
 from fedqsn_cli.quantization.bnb_format import companion_arrays, companion_specs
@@ -23,20 +23,20 @@ from fedqsn_cli.quantization.scales import Scales
 Array = NDArray[Any]
 
 
-def tensor_specs(flows: Sequence[Flow], how: Quantization | None) -> list[TensorSpec]:
+def tensor_specs(tensor_tasks: Sequence[TensorTask], how: Quantization | None) -> list[TensorSpec]:
     """All stored tensors of an output, in the order in which a pass writes them."""
     specs: list[TensorSpec] = []
-    for flow in flows:
-        specs += stored_specs(flow, how)
+    for task in tensor_tasks:
+        specs += stored_specs(task, how)
     return specs
 
 
-def stored_specs(flow: Flow, how: Quantization | None) -> list[TensorSpec]:
+def stored_specs(task: TensorTask, how: Quantization | None) -> list[TensorSpec]:
     """The stored tensors that one tensor of the model becomes."""
-    if how is None or not flow.storage.kind.startswith("pack"):
-        return [TensorSpec(flow.name, flow.logical.dtype, flow.logical.shape)]
-    _, rows, cols = flow.storage.view
-    return companion_specs(flow.name, (rows, cols), flow.logical.dtype, how.format, how.block_size, how.double_quant)
+    if how is None or not task.layout.kind.startswith("pack"):
+        return [TensorSpec(task.name, task.tensor.dtype, task.tensor.shape)]
+    _, rows, cols = task.layout.view
+    return companion_specs(task.name, (rows, cols), task.tensor.dtype, how.format, how.block_size, how.double_quant)
 
 
 class ServerOutput:
@@ -46,14 +46,14 @@ class ServerOutput:
         self._sink = sink
         self._how = how
 
-    def take(self, flow: Flow, chunk: Chunk) -> None:
+    def take(self, task: TensorTask, chunk: Chunk) -> None:
         """Write the rows of a chunk."""
-        write_rows(self._sink, flow, chunk, chunk.values)
+        write_rows(self._sink, task, chunk, chunk.values)
 
-    def finish(self, flow: Flow, scales: TensorScales | None) -> None:
+    def finish(self, task: TensorTask, scales: TensorScales | None) -> None:
         """Write the block scales."""
         if scales is not None:
-            write_scales(self._sink, flow, scales.model)
+            write_scales(self._sink, task, scales.model)
 
 
 class ClientOutput:
@@ -79,124 +79,124 @@ class ClientOutput:
         self._factor = factor
         self._current: tuple[str, UnitMask | None] = ("", None)
 
-    def take(self, flow: Flow, chunk: Chunk) -> None:
+    def take(self, task: TensorTask, chunk: Chunk) -> None:
         """Select what the client sees of a chunk, and write it."""
         values = chunk.values
-        if flow.tensor.masked:
-            mask = self._mask(flow)
-            if not flow.storage.packed:
-                values = self._select_values(flow, chunk, mask)
+        if task.plan.masked:
+            mask = self._mask(task)
+            if not task.layout.packed:
+                values = self._select_values(task, chunk, mask)
             elif mask is not None:
-                values = self._select_codes(flow, chunk, mask)
-        write_rows(self._sink, flow, chunk, values)
+                values = self._select_codes(task, chunk, mask)
+        write_rows(self._sink, task, chunk, values)
 
-    def finish(self, flow: Flow, scales: TensorScales | None) -> None:
+    def finish(self, task: TensorTask, scales: TensorScales | None) -> None:
         """Scale and select the block scales, and write them."""
         if scales is None:
             return
         chosen = scales.model
-        mask = self._mask(flow)
+        mask = self._mask(task)
         if mask is not None and self._how is not None:
-            unseen = _unseen(flow, mask).full_blocks(flow.storage.scale_block(self._how.block_size))
+            unseen = _unseen(task, mask).full_blocks(task.layout.scale_block(self._how.block_size))
             chosen = chosen.without(unseen, scales.base)
-        if flow.tensor.masked:
+        if task.plan.masked:
             with np.errstate(over="ignore"):
-                chosen = chosen.times(self._factor(flow.tensor))
+                chosen = chosen.times(self._factor(task.plan))
             if not np.isfinite(chosen.absmax).all():
-                raise InputError("scaled it leaves the range of fp32", where=flow.name, hint="use --no-rescale")
-        write_scales(self._sink, flow, chosen)
+                raise InputError("scaled it leaves the range of fp32", where=task.name, hint="use --no-rescale")
+        write_scales(self._sink, task, chosen)
 
-    def _mask(self, flow: Flow) -> UnitMask | None:
+    def _mask(self, task: TensorTask) -> UnitMask | None:
         """What is hidden of the tensor, in the view in which its values come; kept while the tensor goes by."""
-        if self._current[0] != flow.name:
-            mask = self._hidden(flow.tensor)
-            if mask is not None and flow.storage.packed:
-                mask = flow.storage.working(mask)
-            self._current = (flow.name, mask)
+        if self._current[0] != task.name:
+            mask = self._hidden(task.plan)
+            if mask is not None and task.layout.packed:
+                mask = task.layout.working(mask)
+            self._current = (task.name, mask)
         return self._current[1]
 
-    def _select_values(self, flow: Flow, chunk: Chunk, mask: UnitMask | None) -> Array:
-        factor = self._factor(flow.tensor)
+    def _select_values(self, task: TensorTask, chunk: Chunk, mask: UnitMask | None) -> Array:
+        factor = self._factor(task.plan)
         if factor == 1 and mask is None:
             return chunk.values
         out = chunk.values.copy()
         if mask is not None:
             mask.overwrite(out, chunk.first, None if chunk.fill is None else chunk.fill.own)
         if factor != 1:
-            kernels.scale_values(out, flow.logical.dtype, factor, out)
-            if not kernels.all_finite(out, flow.logical.dtype):
+            kernels.scale_values(out, task.tensor.dtype, factor, out)
+            if not kernels.all_finite(out, task.tensor.dtype):
                 raise InputError(
-                    f"scaled by {factor:.4g} it leaves {flow.logical.dtype}'s range",
-                    where=flow.name,
+                    f"scaled by {factor:.4g} it leaves {task.tensor.dtype}'s range",
+                    where=task.name,
                     hint="use --no-rescale",
                 )
         return out
 
-    def _select_codes(self, flow: Flow, chunk: Chunk, mask: UnitMask) -> Array:
+    def _select_codes(self, task: TensorTask, chunk: Chunk, mask: UnitMask) -> Array:
         codes = chunk.values.copy()
         fill = chunk.fill
-        if flow.storage.kind == "pack8":
+        if task.layout.kind == "pack8":
             if fill is None or fill.shared is None:
                 mask.overwrite(codes, chunk.first, None if fill is None else fill.own)
             else:
                 mask.overwrite(codes, chunk.first, fill.shared)
-                flags = _unseen(flow, mask).of_rows(chunk.first, chunk.rows)
+                flags = _unseen(task, mask).flags_of_rows(chunk.first, chunk.rows)
                 unseen = flags.reshape(-1, codes.shape[1]).all(axis=1)
                 codes[np.broadcast_to(unseen, len(codes))] = fill.own[np.broadcast_to(unseen, len(codes))]
             return codes
         first = (fill.shared if fill.shared is not None else fill.own) if fill is not None else None
-        self._select_packed(flow, chunk, mask, codes, first)
+        self._select_packed(task, chunk, mask, codes, first)
         if fill is not None and fill.shared is not None and self._how is not None:
-            self._select_unseen_blocks(flow, chunk, mask, codes, fill.own, self._how.block_size)
+            self._select_unseen_blocks(task, chunk, mask, codes, fill.own, self._how.block_size)
         return codes
 
-    def _select_packed(self, flow: Flow, chunk: Chunk, mask: UnitMask, codes: Array, fill: Array | None) -> None:
+    def _select_packed(self, task: TensorTask, chunk: Chunk, mask: UnitMask, codes: Array, fill: Array | None) -> None:
         assert self._how is not None
-        cols = flow.storage.view[2]
+        cols = task.layout.view[2]
         count, zero = chunk.rows * cols, FORMATS[self._how.format].zero_code
         if mask.axis == "row":
             kernels.select_codes_rows(
-                codes, start=chunk.first * cols, count=count, cols=cols, hidden=mask.marks, zero_code=zero, fill=fill
+                codes, start=chunk.first * cols, count=count, cols=cols, hidden=mask.flags, zero_code=zero, fill=fill
             )
         elif mask.axis == "column":
             kernels.select_codes_cols(
-                codes, start=chunk.first * cols, count=count, cols=cols, hidden=mask.marks[0], zero_code=zero, fill=fill
+                codes, start=chunk.first * cols, count=count, cols=cols, hidden=mask.flags[0], zero_code=zero, fill=fill
             )
         else:
-            flags = mask.of_rows(chunk.first, chunk.rows).reshape(-1)
+            flags = mask.flags_of_rows(chunk.first, chunk.rows).reshape(-1)
             kernels.select_codes_elements(codes, count=count, hidden=flags, zero_code=zero, fill=fill)
 
     def _select_unseen_blocks(
-        self, flow: Flow, chunk: Chunk, mask: UnitMask, codes: Array, own: Array, block: int
+        self, task: TensorTask, chunk: Chunk, mask: UnitMask, codes: Array, own: Array, block: int
     ) -> None:
         """Blocks that show nothing of the model take the public base under its own scale."""
-        cols = flow.storage.view[2]
+        cols = task.layout.view[2]
         start, count = chunk.first * cols, chunk.rows * cols
-        unseen = _unseen(flow, mask).full_blocks(block)[start // block : -(-(start + count) // block)]
+        unseen = _unseen(task, mask).full_blocks(block)[start // block : -(-(start + count) // block)]
         flags = np.repeat(unseen, block)[:count]
         kernels.select_codes_elements(codes, count=count, hidden=flags, zero_code=0, fill=own)
 
 
-def _unseen(flow: Flow, mask: UnitMask) -> UnitMask:
+def _unseen(task: TensorTask, mask: UnitMask) -> UnitMask:
     """What a client does not see of a packed tensor, whoever hides it: `mask` from this client, the server from all.
 
     A block of two units, each hidden by one of them, shows nothing either, so its scale must not speak of the second.
     """
-    by_server = flow.hidden
+    by_server = task.hidden
     if by_server is None:
         return mask
-    return UnitMask(mask.axis, mask.view, mask.marks | flow.storage.working(by_server).marks)
+    return UnitMask(mask.axis, mask.view, mask.flags | task.layout.working(by_server).flags)
 
 
-def write_rows(sink: TensorSink, flow: Flow, chunk: Chunk, values: Array) -> None:
+def write_rows(sink: TensorSink, task: TensorTask, chunk: Chunk, values: Array) -> None:
     """Write values or codes where their rows belong."""
-    cols = flow.storage.view[2]
-    offset = chunk.first * cols // 2 if flow.storage.kind == "pack4" else chunk.first * cols * values.itemsize
-    sink.write(flow.name, offset, values)
+    cols = task.layout.view[2]
+    offset = chunk.first * cols // 2 if task.layout.kind == "pack4" else chunk.first * cols * values.itemsize
+    sink.write(task.name, offset, values)
 
 
-def write_scales(sink: TensorSink, flow: Flow, scales: Scales) -> None:
+def write_scales(sink: TensorSink, task: TensorTask, scales: Scales) -> None:
     """Write the stored tensors that hold a tensor's block scales."""
-    _, rows, cols = flow.storage.view
-    for name, array in companion_arrays(flow.name, (rows, cols), flow.logical.dtype, scales).items():
+    _, rows, cols = task.layout.view
+    for name, array in companion_arrays(task.name, (rows, cols), task.tensor.dtype, scales).items():
         sink.write(name, 0, array)

@@ -28,9 +28,9 @@ from fedqsn_cli.kernels.read_ahead import read_ahead
 from fedqsn_cli.kernels.threads import thread_count, work_alone
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.models.digest import ModelHash
-from fedqsn_cli.models.flow import Flow
 from fedqsn_cli.models.model import OpenModel
-from fedqsn_cli.models.public_base import AlignedBase
+from fedqsn_cli.models.public_base import PublicBase
+from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.progress import Progress
 from fedqsn_cli.quantization.layout import row_chunks
 from fedqsn_cli.quantization.scales import Scales
@@ -82,10 +82,10 @@ class TensorScales:
 class Output(Protocol):
     """Something that a pass over the model writes."""
 
-    def take(self, flow: Flow, chunk: Chunk) -> None:
+    def take(self, task: TensorTask, chunk: Chunk) -> None:
         """Write these rows."""
 
-    def finish(self, flow: Flow, scales: TensorScales | None) -> None:
+    def finish(self, task: TensorTask, scales: TensorScales | None) -> None:
         """All rows of the tensor went by; these are its block scales (kinds pack4 and pack8)."""
 
 
@@ -99,11 +99,11 @@ class Digests:
 
 def run(
     model: OpenModel,
-    todo: Sequence[Flow],
+    tasks: Sequence[TensorTask],
     how: Quantization | None,
     outputs: Sequence[Output],
     *,
-    base: AlignedBase | None,
+    base: PublicBase | None,
     progress: Progress,
 ) -> Digests:
     """Send every tensor of `model` through the pass.
@@ -119,27 +119,27 @@ def run(
     Raises:
         InputError: a visible weight is NaN or infinite.
     """
-    progress.start("reading", sum(model.stored_bytes(flow.name) for flow in todo), "bytes")
+    progress.start("reading", sum(model.stored_bytes(task.name) for task in tasks), "bytes")
     count = min(MOST_WORKERS, thread_count())
     with ThreadPoolExecutor(count, "fedqsn-chunk", work_alone) as workers, HashThreads() as hashing:
-        hasher = None if model.is_quantized else ModelHash(hashing.lane())
-        joint = _Joint(model, how, hasher, ModelHash(hashing.lane()) if base else None)
-        for made in read_ahead(workers, _tasks(model, base, todo, how), depth=count):
+        hasher = None if model.is_quantized else ModelHash(hashing.queue())
+        joint = TensorAssembler(model, how, hasher, ModelHash(hashing.queue()) if base else None)
+        for made in read_ahead(workers, _tasks(model, base, tasks, how), depth=count):
             chunk = joint.chunk(made)
             for output in outputs:
-                output.take(made.flow, chunk)
+                output.take(made.task, chunk)
             progress.advance(made.visible.nbytes)
             if made.last:
                 scales = joint.scales(made)
                 for output in outputs:
-                    output.finish(made.flow, scales)
-        digests = joint.digests(todo)
+                    output.finish(made.task, scales)
+        digests = joint.digests(tasks)
     progress.finish()
     return digests
 
 
 @dataclass(frozen=True, slots=True)
-class _Made:
+class EncodedChunk:
     """Rows that were read, hidden and quantized, of the model and of the public base.
 
     Args:
@@ -148,7 +148,7 @@ class _Made:
         fill, fill_scales: what `encode` made of the public base.
     """
 
-    flow: Flow
+    task: TensorTask
     first: int
     rows: int
     last: bool
@@ -161,41 +161,41 @@ class _Made:
 
 
 def _tasks(
-    model: OpenModel, base: AlignedBase | None, todo: Sequence[Flow], how: Quantization | None
-) -> Iterator[Callable[[], _Made] | None]:
+    model: OpenModel, base: PublicBase | None, tasks: Sequence[TensorTask], how: Quantization | None
+) -> Iterator[Callable[[], EncodedChunk] | None]:
     """Everything there is to do, in order, as calls that do it; None: not before everything up to here is used."""
-    maker = _Maker(model, base, how)
-    for flow in todo:
-        if flow.tensor.axis == "element":
+    maker = ChunkEncoder(model, base, how)
+    for task in tasks:
+        if task.plan.axis == "element":
             yield None  # its masks are as large as itself: those of one tensor at a time
-        hidden = flow.hidden
-        runs = list(row_chunks(flow.storage, how.block_size if how else 1, CHUNK_ELEMENTS))
+        hidden = task.hidden
+        runs = list(row_chunks(task.layout, how.block_size if how else 1, CHUNK_ELEMENTS))
         for first, rows in runs:
-            yield partial(maker.make, flow, hidden, first, rows, last=(first, rows) == runs[-1])
+            yield partial(maker.make, task, hidden, first, rows, last=(first, rows) == runs[-1])
 
 
 @dataclass(frozen=True, slots=True)
-class _Maker:
+class ChunkEncoder:
     """Reads, hides and quantizes one chunk, in any thread."""
 
     model: OpenModel
-    base: AlignedBase | None
+    base: PublicBase | None
     how: Quantization | None
 
-    def make(self, flow: Flow, hidden: UnitMask | None, first: int, rows: int, *, last: bool) -> _Made:
-        x = self.model.read_rows(flow.name, flow.storage, first, rows)
+    def make(self, task: TensorTask, hidden: UnitMask | None, first: int, rows: int, *, last: bool) -> EncodedChunk:
+        x = self.model.read_rows(task.name, task.layout, first, rows)
         b = None
-        if self.base is not None and flow.tensor.masked:
-            b = self.base.read_rows(flow.name, flow.storage, first, rows)
-            check_finite(flow, b, "public base")
+        if self.base is not None and task.plan.masked:
+            b = self.base.read_rows(task.name, task.layout, first, rows)
+            check_finite(task, b, "public base")
         if self.model.is_quantized:
-            values, scales = x, self._stored_scales(flow, first, rows) if b is not None else None
+            values, scales = x, self._stored_scales(task, first, rows) if b is not None else None
         else:
-            values, scales = encode(flow, self.how, self._hide(flow, hidden, first, x, b))
-        fill, fill_scales = (None, None) if b is None else self._fill(flow, b, scales)
-        return _Made(flow, first, rows, last, x, values, scales, b, fill, fill_scales)
+            values, scales = encode(task, self.how, self._hide(task, hidden, first, x, b))
+        fill, fill_scales = (None, None) if b is None else self._fill(task, b, scales)
+        return EncodedChunk(task, first, rows, last, x, values, scales, b, fill, fill_scales)
 
-    def _hide(self, flow: Flow, hidden: UnitMask | None, first: int, x: Array, b: Array | None) -> Array:
+    def _hide(self, task: TensorTask, hidden: UnitMask | None, first: int, x: Array, b: Array | None) -> Array:
         """M_H ⊙ W in place, checked; returns it with the public base, or what became of it, in the holes."""
         filled = x
         if hidden is not None:
@@ -204,27 +204,27 @@ class _Maker:
                 if not self.model.has_trained_fill:
                     hidden.overwrite(filled, first, b)
             hidden.overwrite(x, first, None)
-        if flow.storage.kind == "raw":  # whoever quantizes notices by himself
-            check_finite(flow, x, "model")
+        if task.layout.kind == "raw":  # whoever quantizes notices by himself
+            check_finite(task, x, "model")
         return filled
 
-    def _stored_scales(self, flow: Flow, first: int, rows: int) -> Array | None:
+    def _stored_scales(self, task: TensorTask, first: int, rows: int) -> Array | None:
         """Block scales of rows of a model that is packed already; only a public base needs them."""
-        if not flow.storage.packed or self.how is None:
+        if not task.layout.packed or self.how is None:
             return None
-        cols, block = flow.storage.view[2], flow.storage.scale_block(self.how.block_size)
-        absmax: Array = self.model.scales(flow.name).absmax
+        cols, block = task.layout.view[2], task.layout.scale_block(self.how.block_size)
+        absmax: Array = self.model.scales(task.name).absmax
         return absmax[first * cols // block : -(-(first + rows) * cols // block)]
 
-    def _fill(self, flow: Flow, b: Array, scales: Array | None) -> tuple[Fill, Array | None]:
-        own, own_scales = encode(flow, self.how, b, "public base")
+    def _fill(self, task: TensorTask, b: Array, scales: Array | None) -> tuple[Fill, Array | None]:
+        own, own_scales = encode(task, self.how, b, "public base")
         if own_scales is None or self.how is None or scales is None:
             return Fill(own, None), None
-        mixed = flow.storage.mixes_units(self.how.block_size)
-        return Fill(own, encode_with(flow, self.how, b, scales) if mixed else None), own_scales
+        mixed = task.layout.mixes_units(self.how.block_size)
+        return Fill(own, encode_with(task, self.how, b, scales) if mixed else None), own_scales
 
 
-class _Joint:
+class TensorAssembler:
     """Puts chunks together again, in their order: hashes them, and keeps the scales of the tensor that is going by."""
 
     def __init__(
@@ -237,36 +237,36 @@ class _Joint:
         self._scales: list[Array] = []
         self._base_scales: list[Array] = []
 
-    def chunk(self, made: _Made) -> Chunk:
+    def chunk(self, made: EncodedChunk) -> Chunk:
         """What outputs see of it."""
         if made.base is not None and self._base_hasher is not None:
-            self._base_hasher.update(made.flow.name, made.base)
+            self._base_hasher.update(made.task.name, made.base)
         if self._hasher is not None:
-            self._hasher.update(made.flow.name, made.visible)
+            self._hasher.update(made.task.name, made.visible)
             if made.scales is not None:
                 self._scales.append(made.scales)
         if made.fill_scales is not None:
             self._base_scales.append(made.fill_scales)
         return Chunk(made.first, made.rows, made.values, made.fill)
 
-    def scales(self, made: _Made) -> TensorScales | None:
+    def scales(self, made: EncodedChunk) -> TensorScales | None:
         """Block scales of the tensor that has gone by."""
-        flow, how = made.flow, self._how
-        if how is None or not flow.storage.packed:
+        task, how = made.task, self._how
+        if how is None or not task.layout.packed:
             return None
-        block = 0 if flow.storage.kind == "pack8" else how.block_size
+        block = 0 if task.layout.kind == "pack8" else how.block_size
         if self._hasher is None:
-            model = self._model.scales(flow.name)
+            model = self._model.scales(task.name)
         else:
             model = Scales.of(how.format, block, np.concatenate(self._scales), double=how.double_quant)
         base = Scales(how.format, block, np.concatenate(self._base_scales)) if self._base_scales else None
         self._scales, self._base_scales = [], []
         return TensorScales(model, base)
 
-    def digests(self, todo: Sequence[Flow]) -> Digests:
+    def digests(self, tasks: Sequence[TensorTask]) -> Digests:
         """Digests of everything that went by."""
         manifest = self._model.manifest
-        model = self._hasher.hexdigest(todo) if self._hasher else manifest.model_digest if manifest else None
+        model = self._hasher.hexdigest(tasks) if self._hasher else manifest.model_digest if manifest else None
         if model is None:
             raise InputError("its manifest has no model digest", where=self._model.source.reference)
-        return Digests(model, self._base_hasher.hexdigest(todo) if self._base_hasher else None)
+        return Digests(model, self._base_hasher.hexdigest(tasks) if self._base_hasher else None)

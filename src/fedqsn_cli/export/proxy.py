@@ -23,13 +23,13 @@ from fedqsn_cli.artifacts.manifests import (
     Fill,
     GroupUnits,
     ProxyManifest,
-    PublicBase,
+    PublicBaseRecord,
     Quantization,
     TrainsFill,
     manifest_bytes,
 )
 from fedqsn_cli.artifacts.sanitize import public_companion, public_config
-from fedqsn_cli.checkpoint import ArtifactWriter, Pipeline, TensorSpec, allow_open_files
+from fedqsn_cli.checkpoint import ArtifactWriter, TensorSpec, WriterThreads, allow_open_files
 from fedqsn_cli.checkpoint import push as push_to_hub
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.export.outputs import ClientOutput, tensor_specs
@@ -37,9 +37,9 @@ from fedqsn_cli.export.pipeline import Digests, run
 from fedqsn_cli.export.presets import Choices, Schedule, Train, chosen
 from fedqsn_cli.export.session import (
     METADATA,
-    Work,
+    MaskingSession,
     keep_outside,
-    open_work,
+    open_session,
     public_base,
     shard_bytes,
     unit_table,
@@ -48,7 +48,7 @@ from fedqsn_cli.export.session import (
 from fedqsn_cli.exposure.budget import Budget, Planned, check_options
 from fedqsn_cli.masks.draw import LABEL, derive
 from fedqsn_cli.masks.job_masks import ClientMasks
-from fedqsn_cli.models.flow import Flow, flows
+from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
 from fedqsn_cli.progress import Progress, Silent
 from fedqsn_cli.quantization.bnb_format import quantization_config
 from fedqsn_cli.quantization.layout import clear_shares, quantization
@@ -156,7 +156,7 @@ def export_proxy(
     for target in targets:
         keep_outside(target, key=key, ledger=ledger)
     ledgers.check(Path(ledger))
-    work = open_work(
+    session = open_session(
         source,
         key=key,
         p1=choices.p1,
@@ -170,20 +170,20 @@ def export_proxy(
         p1_schedule=p1_schedule,
     )
     train = choices.train or "visible"
-    _check_train(train, work)
+    _check_train(train, session)
     planned = tuple(Planned(name, round, schedule, p2) for name in clients)
-    allowance = Budget(work.job, planned, budget, coalition)
+    allowance = Budget(session.job, planned, budget, coalition)
     allowance.check_ledger(Path(ledger))
-    how = chosen_quantization(work, format, block_size, double_quant, layout)
-    todo = flows(work.model, how, work.masks.hidden)
-    masks = [ClientMasks(work.masks, name, round, p2, schedule, work.rescale) for name in clients]
+    how = chosen_quantization(session, format, block_size, double_quant, layout)
+    tasks = tensor_tasks(session.model, how, session.masks.hidden)
+    masks = [ClientMasks(session.masks, name, round, p2, schedule, session.rescale) for name in clients]
     with ExitStack() as stack:
         together = min(len(clients), CLIENTS_A_PASS)
         allow_open_files(len(clients) + 2 * together)
-        pipeline = Pipeline(together)
+        pipeline = WriterThreads(together)
         stack.callback(pipeline.stop)
         writers = [stack.enter_context(ArtifactWriter(target, force=force, pipeline=pipeline)) for target in targets]
-        specs, limit = tensor_specs(todo, how), shard_bytes(max_shard_size)
+        specs, limit = tensor_specs(tasks, how), shard_bytes(max_shard_size)
         releases = []
         for first in range(0, len(clients), together):
             some = list(zip(writers, masks, strict=True))[first : first + together]
@@ -191,29 +191,29 @@ def export_proxy(
             outputs = [
                 ClientOutput(sink, how, mask.hidden, mask.factor) for sink, (_, mask) in zip(sinks, some, strict=True)
             ]
-            digests = run(work.model, todo, how, outputs, base=work.base, progress=progress or Silent())
+            digests = run(session.model, tasks, how, outputs, base=session.base, progress=progress or Silent())
             for sink, (writer, mask) in zip(sinks, some, strict=True):
                 sink.close()
-                releases.append(_complete(writer, work, mask, how, digests, _written(train)))
-        work.save_key()
+                releases.append(_complete(writer, session, mask, how, digests, _written(train)))
+        session.save_key()
         ledgers.record(Path(ledger), releases, check=allowance.check)  # again: others may have released meanwhile
         published = [writer.publish() for writer in writers]
     pushed = [
         push_to_hub(path, push.replace("{client}", name)) if push else None
         for path, name in zip(published, clients, strict=True)
     ]
-    return _result(work, masks[0], todo, how, digests, releases, published, pushed)
+    return _result(session, masks[0], tasks, how, digests, releases, published, pushed)
 
 
 def chosen_quantization(
-    work: Work, format: str | None, block_size: int | None, double_quant: bool | None, layout: str | None
+    session: MaskingSession, format: str | None, block_size: int | None, double_quant: bool | None, layout: str | None
 ) -> Quantization | None:
     """The quantization of the output: the source's if it is quantized, else what was asked, else nf4 in blocks of 64.
 
     Raises:
         InputError: the source is quantized in another way than asked.
     """
-    old = work.model.manifest.quantization if work.model.manifest else None
+    old = session.model.manifest.quantization if session.model.manifest else None
     if old is None:
         block_size = 64 if block_size is None else block_size
         how = quantization(format or "nf4", block_size=block_size, double_quant=bool(double_quant), layout=layout)
@@ -226,7 +226,7 @@ def chosen_quantization(
                     where=f"--{option.replace('_', '-')}",
                 )
         how = old
-    if work.fill == "base" and how is not None and how.double_quant:
+    if session.fill == "base" and how is not None and how.double_quant:
         raise InputError("double quantization cannot be used with --fill base", where="--double-quant")
     return how
 
@@ -251,11 +251,11 @@ def check_schedule(round: int, schedule: str) -> None:
         raise InputError(f"unknown schedule {schedule!r}", where="--schedule", hint="fresh or sticky")
 
 
-def _check_train(train: str, work: Work) -> None:
+def _check_train(train: str, session: MaskingSession) -> None:
     """Refuse a way to train that is none, or that does not go with the work. Raises InputError."""
     if train not in {"visible", "all"}:
         raise InputError(f"unknown way to train {train!r}", where="--train", hint="visible or all")
-    if train == "all" and work.fill != "base":
+    if train == "all" and session.fill != "base":
         raise InputError(
             "without a public base there is nothing in the holes to train", where="--train all", hint="use --fill base"
         )
@@ -268,26 +268,26 @@ def _written(train: Train) -> TrainsFill:
 
 def _complete(
     writer: ArtifactWriter,
-    work: Work,
+    session: MaskingSession,
     mask: ClientMasks,
     how: Quantization | None,
     digests: Digests,
     train: TrainsFill,
 ) -> Release:
     """Write everything but the model's tensors, proxy.json last; returns the ledger line."""
-    write_companions(writer, work, how)
-    _write_visible(writer, work, mask)
-    base = public_base(work, digests.base)
+    write_companions(writer, session, how)
+    _write_visible(writer, session, mask)
+    base = public_base(session, digests.base)
     manifest = ProxyManifest(
-        proxy_id=_proxy_id(work, mask, how, digests, base, train),
-        job=work.job.commitment,
+        proxy_id=_proxy_id(session, mask, how, digests, base, train),
+        job=session.job.commitment,
         round=mask.round,
         quantization=how,
-        fill=work.fill,
+        fill=session.fill,
         public_base=base,
-        rescale=work.rescale,
-        groups={name: GroupUnits(units=n) for name, n in work.model.plan.groups().items()},
-        tensors=unit_table(work.model.plan.tensors),
+        rescale=session.rescale,
+        groups={name: GroupUnits(units=n) for name, n in session.model.plan.groups().items()},
+        tensors=unit_table(session.model.plan.tensors),
         train=train,
         files=writer.digests,
     )
@@ -299,22 +299,22 @@ def _complete(
         schedule=mask.schedule,
         proxy_id=manifest.proxy_id,
         proxy_sha256=hashlib.sha256(data).hexdigest(),
-        p1=work.job.p1,
-        p1_least=work.job.least_ratio,
+        p1=session.job.p1,
+        p1_least=session.job.least_ratio,
         p2=mask.p2,
-        rescale=work.rescale,
-        fill=work.fill,
+        rescale=session.rescale,
+        fill=session.fill,
         train=train,
         quantization=how,
-        plan=work.model.plan.digest,
+        plan=session.model.plan.digest,
         model_digest=digests.model,
-        job=work.job.commitment,
+        job=session.job.commitment,
     )
 
 
-def write_companions(writer: ArtifactWriter, work: Work, how: Quantization | None) -> None:
+def write_companions(writer: ArtifactWriter, session: MaskingSession, how: Quantization | None) -> None:
     """config.json, tokenizer and generation files, without anything private."""
-    model = work.model
+    model = session.model
     packed = None
     if how is not None and how.layout == "bnb":
         skip = model.plan.skip_modules(model.checkpoint.config)
@@ -325,8 +325,8 @@ def write_companions(writer: ArtifactWriter, work: Work, how: Quantization | Non
         writer.add_bytes(companion.name, public_companion(companion))
 
 
-def _write_visible(writer: ArtifactWriter, work: Work, mask: ClientMasks) -> None:
-    groups = sorted(work.model.plan.groups().items())
+def _write_visible(writer: ArtifactWriter, session: MaskingSession, mask: ClientMasks) -> None:
+    groups = sorted(session.model.plan.groups().items())
     specs = [TensorSpec(name, "U8", ((units + 7) // 8,)) for name, units in groups]
     sink = writer.tensors("visible", specs, max_shard_bytes=None, metadata={})
     for name, units in groups:
@@ -335,42 +335,42 @@ def _write_visible(writer: ArtifactWriter, work: Work, mask: ClientMasks) -> Non
 
 
 def _proxy_id(
-    work: Work,
+    session: MaskingSession,
     mask: ClientMasks,
     how: Quantization | None,
     digests: Digests,
-    base: PublicBase | None,
+    base: PublicBaseRecord | None,
     train: TrainsFill,
 ) -> str:
     """HMAC(key, scope, model digest, options): unpredictable outside, equal when the same export is run again."""
     options: dict[str, Any] = {
         "p2": mask.p2,
         "schedule": mask.schedule,
-        "rescale": work.rescale,
-        "fill": work.fill,
+        "rescale": session.rescale,
+        "fill": session.fill,
         "public_base": base.sha256 if base else None,
         "quantization": how.model_dump() if how else None,
-        "plan": work.model.plan.digest,
+        "plan": session.model.plan.digest,
     }
     if train is not None:
         options["train"] = train
     fields = (LABEL, "proxy", mask.client, str(mask.round), digests.model, strictjson.dumps(options))
-    return derive(work.job.key, fields).hex()
+    return derive(session.job.key, fields).hex()
 
 
 def _result(
-    work: Work,
+    session: MaskingSession,
     mask: ClientMasks,
-    todo: Sequence[Flow],
+    tasks: Sequence[TensorTask],
     how: Quantization | None,
     digests: Digests,
     releases: Sequence[Release],
     published: Sequence[Path],
     pushed: Sequence[str | None],
 ) -> ExportResult:
-    tensors = [flow.tensor for flow in todo]
-    total = sum(flow.size for flow in todo)
-    by_server = sum(map(work.masks.hidden_elements, tensors))
+    tensors = [task.plan for task in tasks]
+    total = sum(task.size for task in tasks)
+    by_server = sum(map(session.masks.hidden_elements, tensors))
     by_client = sum(map(mask.hidden_elements, tensors))
     proxies = tuple(
         ExportedProxy(release.client, str(path), release.proxy_id, folder_bytes(path), commit)
@@ -384,8 +384,8 @@ def _result(
         hidden_by_server=by_server / total,
         hidden_from_client=(by_server + by_client) / total,
         shares=clear_shares(tensors, how),
-        key_created=work.new_key,
-        public_base=work.base.counts() if work.base is not None else None,
+        key_created=session.new_key,
+        public_base=session.base.counts() if session.base is not None else None,
     )
 
 

@@ -16,11 +16,11 @@ from fedqsn_cli.export.outputs import ClientOutput, ServerOutput, tensor_specs
 from fedqsn_cli.export.pipeline import Digests, run
 from fedqsn_cli.export.presets import Choices, Schedule, chosen
 from fedqsn_cli.export.proxy import check_schedule, write_companions
-from fedqsn_cli.export.session import METADATA, keep_outside, model_manifest, open_work, shard_bytes, source_record
+from fedqsn_cli.export.session import METADATA, keep_outside, model_manifest, open_session, shard_bytes, source_record
 from fedqsn_cli.masks.job_masks import ClientMasks
-from fedqsn_cli.models.flow import flows
 from fedqsn_cli.models.model import OpenModel, open_model
 from fedqsn_cli.models.residual import copy_residual
+from fedqsn_cli.models.tensor_task import tensor_tasks
 from fedqsn_cli.planning.overrides import load_overrides
 from fedqsn_cli.progress import Progress, Silent
 from fedqsn_cli.quantization.bnb_format import quantization_config
@@ -98,7 +98,7 @@ def mask(
     schedule = choices.schedule or "fresh"
     _check_client_options(client, round, p2, schedule)
     keep_outside(Path(out), key=key)
-    work = open_work(
+    session = open_session(
         source,
         key=key,
         p1=choices.p1,
@@ -111,36 +111,38 @@ def mask(
         layers=layers,
         p1_schedule=p1_schedule,
     )
-    how = work.model.manifest.quantization if work.model.manifest else None
-    if client is None and work.model.kind != "global-model":
+    how = session.model.manifest.quantization if session.model.manifest else None
+    if client is None and session.model.kind != "global-model":
         raise InputError("this is a server model already", where=source, hint="name a --client to hide more")
-    todo = flows(work.model, how, work.masks.hidden)
+    tasks = tensor_tasks(session.model, how, session.masks.hidden)
     with ArtifactWriter(Path(out), force=force, hashed=False) as writer:
         sink = writer.tensors(
-            "model", tensor_specs(todo, how), max_shard_bytes=shard_bytes(max_shard_size), metadata=METADATA
+            "model", tensor_specs(tasks, how), max_shard_bytes=shard_bytes(max_shard_size), metadata=METADATA
         )
         if client is None:
             output: ServerOutput | ClientOutput = ServerOutput(sink, how)
             kind, more = "server-model", 0
         else:
-            masks = ClientMasks(work.masks, client, round or 0, p2 or 0.0, schedule, work.rescale)
+            masks = ClientMasks(session.masks, client, round or 0, p2 or 0.0, schedule, session.rescale)
             output = ClientOutput(sink, how, masks.hidden, masks.factor)
-            kind, more = "masked-model", sum(map(masks.hidden_elements, work.model.plan.tensors))
-        digests = run(work.model, todo, how, [output], base=work.base, progress=progress or Silent())
+            kind, more = "masked-model", sum(map(masks.hidden_elements, session.model.plan.tensors))
+        digests = run(session.model, tasks, how, [output], base=session.base, progress=progress or Silent())
         sink.close()
         if client is None:
-            copy_residual(work.model, writer, work.masks.hidden)
-            copy_companions(work.model, writer)
+            copy_residual(session.model, writer, session.masks.hidden)
+            copy_companions(session.model, writer)
         else:
-            write_companions(writer, work, how)
-        writer.add_bytes(MODEL_MANIFEST, manifest_bytes(model_manifest(work, kind, digests.model, digests.base, how)))
-        work.save_key()
+            write_companions(writer, session, how)
+        writer.add_bytes(
+            MODEL_MANIFEST, manifest_bytes(model_manifest(session, kind, digests.model, digests.base, how))
+        )
+        session.save_key()
         path = writer.publish()
-    total = sum(flow.size for flow in todo)
-    hidden = sum(map(work.masks.hidden_elements, work.model.plan.tensors)) + more
-    groups = len(work.model.plan.groups())
-    filled = work.base.counts() if work.base is not None else None
-    return MaskResult(str(path), kind, digests.model, groups, hidden / total, work.new_key, filled)
+    total = sum(task.size for task in tasks)
+    hidden = sum(map(session.masks.hidden_elements, session.model.plan.tensors)) + more
+    groups = len(session.model.plan.groups())
+    filled = session.base.counts() if session.base is not None else None
+    return MaskResult(str(path), kind, digests.model, groups, hidden / total, session.new_key, filled)
 
 
 def quantize(
@@ -174,12 +176,12 @@ def quantize(
     if plan is not None and model.kind == "server-model":
         raise InputError("a server model brings its own plan", where="--plan")
     model.plan.require_known()
-    todo = flows(model, how, lambda tensor: None)
+    tasks = tensor_tasks(model, how, lambda tensor: None)
     with ArtifactWriter(Path(out), force=force, hashed=False) as writer:
         sink = writer.tensors(
-            "model", tensor_specs(todo, how), max_shard_bytes=shard_bytes(max_shard_size), metadata=METADATA
+            "model", tensor_specs(tasks, how), max_shard_bytes=shard_bytes(max_shard_size), metadata=METADATA
         )
-        digests = run(model, todo, how, [ServerOutput(sink, how)], base=None, progress=progress or Silent())
+        digests = run(model, tasks, how, [ServerOutput(sink, how)], base=None, progress=progress or Silent())
         sink.close()
         copy_companions(model, writer, how)
         writer.add_bytes(MODEL_MANIFEST, manifest_bytes(_quantized_manifest(model, digests, how)))

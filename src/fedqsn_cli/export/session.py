@@ -15,27 +15,27 @@ from fedqsn_cli.artifacts.manifests import (
     Fill,
     GroupCount,
     ModelManifest,
-    PublicBase,
+    PublicBaseRecord,
     Quantization,
     SourceRecord,
     Units,
 )
 from fedqsn_cli.errors import InputError, KeyFileError
 from fedqsn_cli.masks import job_key
-from fedqsn_cli.masks.job_key import Job
+from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.masks.job_masks import ServerMasks
-from fedqsn_cli.models.duplicates import refuse_twins
+from fedqsn_cli.models.duplicates import refuse_duplicate_tensors
 from fedqsn_cli.models.model import OpenModel, open_model
-from fedqsn_cli.models.public_base import AlignedBase, open_base
+from fedqsn_cli.models.public_base import PublicBase, open_base
 from fedqsn_cli.planning.overrides import canonical, load_overrides
-from fedqsn_cli.planning.placement import FIELDS, OPTIONS, asked_hiding, said
+from fedqsn_cli.planning.placement import FIELDS, OPTIONS, describe, parse_placement
 from fedqsn_cli.planning.tensor_plan import TensorPlan
 
 METADATA = {"format": "pt"}
 
 
 @dataclass(frozen=True)
-class Work:
+class MaskingSession:
     """A model that is about to be masked: opened, planned, and bound to its job.
 
     Args:
@@ -46,12 +46,12 @@ class Work:
     """
 
     model: OpenModel
-    job: Job
+    job: JobKey
     key: Path
     new_key: bool
     masks: ServerMasks
     fill: Fill
-    base: AlignedBase | None
+    base: PublicBase | None
     rescale: bool
 
     def save_key(self) -> None:
@@ -60,7 +60,7 @@ class Work:
             job_key.save(self.key, self.job)
 
 
-def open_work(
+def open_session(
     source: str,
     *,
     key: str | Path,
@@ -73,7 +73,7 @@ def open_work(
     where: str | None = None,
     layers: str | None = None,
     p1_schedule: str | None = None,
-) -> Work:
+) -> MaskingSession:
     """Open a model for masking, with the job that its key belongs to.
 
     None stands for "not given": then the key or the model's manifest decides, and where there is neither, the
@@ -84,7 +84,7 @@ def open_work(
     """
     key = Path(key)
     known = job_key.load(key) if os.path.lexists(key) else None
-    overrides = _overrides(known, key, plan, asked_hiding(where, layers, p1_schedule))
+    overrides = _overrides(known, key, plan, parse_placement(where, layers, p1_schedule))
     model = open_model(source, axis=axis or (known.axis if known else "neuron"), overrides=overrides)
     model.plan.require_known()
     if not any(tensor.masked for tensor in model.plan.tensors):
@@ -95,7 +95,7 @@ def open_work(
     if model.is_quantized and server is None:
         raise InputError("this model was quantized before it was masked", where=source, hint="mask it first")
     if server is None:
-        refuse_twins(model.checkpoint, model.plan)
+        refuse_duplicate_tensors(model.checkpoint, model.plan)
     elif known is None:
         raise KeyFileError("there is no key", where=key, hint="a server model needs the key it was masked with")
     if server is not None:
@@ -109,10 +109,12 @@ def open_work(
     if server is not None and server.job != job.commitment:
         raise KeyFileError("the key belongs to another job than this server model", where=key)
     base = _open_base(model, chosen, public_base)
-    return Work(model, job, key, new, ServerMasks(job), chosen, base, scaled and chosen == "zero")
+    return MaskingSession(model, job, key, new, ServerMasks(job), chosen, base, scaled and chosen == "zero")
 
 
-def _overrides(known: Job | None, key: Path, plan: str | Path | None, asked: dict[str, Any]) -> dict[str, Any] | None:
+def _overrides(
+    known: JobKey | None, key: Path, plan: str | Path | None, asked: dict[str, Any]
+) -> dict[str, Any] | None:
     """The plan's rules, and where and how much to hide: as asked, as the plan file says, and as the job has it.
 
     Raises:
@@ -121,10 +123,12 @@ def _overrides(known: Job | None, key: Path, plan: str | Path | None, asked: dic
     written = load_overrides(plan) if plan is not None else {}
     for name, value in asked.items():
         if name in written and value != written[name]:
-            raise InputError(f"the plan file says {said(name, written[name])}, asked was {value}", where=OPTIONS[name])
+            raise InputError(
+                f"the plan file says {describe(name, written[name])}, asked was {value}", where=OPTIONS[name]
+            )
     wanted = {name: written[name] for name in FIELDS if name in written} | asked
     if known is not None:
-        job_key.check_hiding(known, wanted, key)
+        job_key.check_placement(known, wanted, key)
     if known is None and plan is None and not asked:
         return None
     held = known.overrides if known is not None else {"rule": []}
@@ -152,7 +156,7 @@ def _agreed(option: str, asked: Any, recorded: Any, default: Any) -> Any:
     return next((value for value in (asked, recorded) if value is not None), default)
 
 
-def _open_base(model: OpenModel, fill: Fill, reference: str | None) -> AlignedBase | None:
+def _open_base(model: OpenModel, fill: Fill, reference: str | None) -> PublicBase | None:
     if fill == "zero":
         if reference is not None:
             raise InputError("a public base is only used with --fill base", where="--public-base")
@@ -163,25 +167,25 @@ def _open_base(model: OpenModel, fill: Fill, reference: str | None) -> AlignedBa
 
 
 def model_manifest(
-    work: Work, kind: str, digest: str, base_digest: str | None, how: Quantization | None
+    session: MaskingSession, kind: str, digest: str, base_digest: str | None, how: Quantization | None
 ) -> ModelManifest:
     """`fedqsn.json` of a model that was masked."""
-    model, plan = work.model, work.model.plan
-    base = public_base(work, base_digest)
+    model, plan = session.model, session.model.plan
+    base = public_base(session, base_digest)
     return ModelManifest.model_validate(
         {
             "kind": kind,
-            "job": work.job.commitment,
-            "p1": work.job.p1,
+            "job": session.job.commitment,
+            "p1": session.job.p1,
             "axis": plan.axis,
-            "rescale": work.rescale,
-            "fill": work.fill,
+            "rescale": session.rescale,
+            "fill": session.fill,
             "public_base": base,
             "plan": plan.digest,
             "overrides": plan.overrides,
             "model_digest": digest,
             "quantization": how,
-            "groups": group_counts(plan.groups(), work.job),
+            "groups": group_counts(plan.groups(), session.job),
             "tensors": unit_table(plan.tensors),
             "source": source_record(model),
             "trained_fill": True if model.has_trained_fill else None,
@@ -189,23 +193,23 @@ def model_manifest(
     )
 
 
-def public_base(work: Work, digest: str | None) -> PublicBase | None:
+def public_base(session: MaskingSession, digest: str | None) -> PublicBaseRecord | None:
     """The record of the public base: a hub reference with its commit, never a local path.
 
     Raises:
         InputError: it is not the one that the server model was filled with.
     """
-    if work.base is None or digest is None:
+    if session.base is None or digest is None:
         return None
-    recorded = work.model.manifest.public_base if work.model.manifest else None
+    recorded = session.model.manifest.public_base if session.model.manifest else None
     if recorded is not None and recorded.sha256 != digest:
         raise InputError("not the public base that the server model was filled with", where="--public-base")
-    source = work.base.source
+    source = session.base.source
     reference = f"{source.reference.split('@')[0]}@{source.revision}" if source.revision is not None else None
-    return recorded or PublicBase(reference=reference, sha256=digest)
+    return recorded or PublicBaseRecord(reference=reference, sha256=digest)
 
 
-def group_counts(groups: Mapping[str, int], job: Job) -> dict[str, GroupCount]:
+def group_counts(groups: Mapping[str, int], job: JobKey) -> dict[str, GroupCount]:
     """How many units each group has and how many the server mask hides."""
     return {name: GroupCount(units=n, hidden=job.hides(name, n)) for name, n in groups.items()}
 

@@ -15,7 +15,7 @@ from fedqsn_cli.artifacts.ledger import Release
 from fedqsn_cli.errors import GateFailed, InputError
 from fedqsn_cli.exposure.exposure import Shown, exposure
 from fedqsn_cli.exposure.results import Exposure
-from fedqsn_cli.masks.job_key import Job
+from fedqsn_cli.masks.job_key import JobKey
 
 _CLOSE = 1e-9
 _HINT = "nothing was written; use --schedule sticky, a larger --p1 in a new job, or a larger --budget"
@@ -50,7 +50,7 @@ class Budget:
         coalition: number of clients that may work together: no coalition of that size may have seen more either.
     """
 
-    job: Job
+    job: JobKey
     planned: tuple[Planned, ...]
     share: float | None
     coalition: int | None

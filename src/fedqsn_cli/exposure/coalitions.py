@@ -87,8 +87,8 @@ class _Search:
             found, value = self._try(rows.reshape(count, size))
             return found, value, value, "exact", count
         tried = int(min(SAMPLED, max(1, MOST_WORDS // (size * words))))
-        chance = np.random.default_rng(size)  # decides nothing but which coalitions are looked at
-        found, value = self._try(np.stack([chance.choice(clients, size, replace=False) for _ in range(tried)]))
+        rng = np.random.default_rng(size)  # decides nothing but which coalitions are looked at
+        found, value = self._try(np.stack([rng.choice(clients, size, replace=False) for _ in range(tried)]))
         if value > share + CLOSE:
             return found, value, bound, "sampled", tried + 1
         return members, share, bound, "greedy", tried + 1

@@ -22,7 +22,7 @@ from fedqsn_cli.exposure.replay import Seeds, show
 from fedqsn_cli.exposure.results import ClientExposure, Exposure
 from fedqsn_cli.kernels.threads import run_ranges
 from fedqsn_cli.masks.draw import LABEL, SERVER, client_scope, derive, hidden_count, hidden_units, ranks
-from fedqsn_cli.masks.job_key import Job
+from fedqsn_cli.masks.job_key import JobKey
 
 Ints = NDArray[np.int64]
 
@@ -48,7 +48,7 @@ class Shown(Protocol):
     def p2(self) -> float: ...
 
 
-def exposure(job: Job, releases: Sequence[Shown], *, sizes: Iterable[int] = SIZES) -> Exposure:
+def exposure(job: JobKey, releases: Sequence[Shown], *, sizes: Iterable[int] = SIZES) -> Exposure:
     """What the clients of one job have seen.
 
     Args:
@@ -86,12 +86,12 @@ def coverage(p1: float, p2: float, proxies: int) -> float:
     return (1.0 - p1) * (1.0 - p2**proxies)
 
 
-def expected(job: Job, p2: float, proxies: int) -> float:
+def expected(job: JobKey, p2: float, proxies: int) -> float:
     """Share of all parameters that a client has seen after so many fresh proxies, on average."""
     return _Odds.of(job, p2).share(proxies)
 
 
-def _total(job: Job) -> int:
+def _total(job: JobKey) -> int:
     return job.clear + sum(size for _, size in job.groups.values())
 
 
@@ -111,7 +111,7 @@ class _Odds:
     total: int
 
     @classmethod
-    def of(cls, job: Job, p2: float) -> _Odds:
+    def of(cls, job: JobKey, p2: float) -> _Odds:
         sizes, hidden = [], []
         for name, (units, size) in job.groups.items():
             left = units - job.hides(name, units)
@@ -206,7 +206,7 @@ class _Sample:
     share: float
 
 
-def _sample(job: Job, history: _History) -> _Sample:
+def _sample(job: JobKey, history: _History) -> _Sample:
     """All units where that is quick; else groups in an order that the key gives, until it would no longer be."""
     draws = _expected_draws(job, history)
     room = max(1024, MOST_BYTES // max(len(history.lines), 1))
@@ -227,7 +227,7 @@ def _sample(job: Job, history: _History) -> _Sample:
     return _Sample(units, sum(units.values()) / everything if everything else 1.0)
 
 
-def _expected_draws(job: Job, history: _History) -> dict[str, float]:
+def _expected_draws(job: JobKey, history: _History) -> dict[str, float]:
     """Draws that each group needs, all clients together, on average: nobody draws on who has seen everything."""
     fresh = [sum(not history.again[i] for i in rows) for rows in history.lines.values()]
     steps = np.arange(max(fresh, default=0))
@@ -256,7 +256,7 @@ class _Replayed:
     weights: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
 
-def _replay(job: Job, history: _History, sample: _Sample) -> _Replayed:
+def _replay(job: JobKey, history: _History, sample: _Sample) -> _Replayed:
     replayed = _Replayed(np.zeros(len(history.scopes)))
     seeds, steps = Seeds(job.key, history.scopes), history.steps()
     visible = {name: size * (1.0 - job.hides(name, n) / n) for name, (n, size) in job.groups.items() if n}
@@ -284,7 +284,7 @@ class _Group:
     allowed: Ints
 
     @classmethod
-    def of(cls, job: Job, name: str, units: int) -> _Group:
+    def of(cls, job: JobKey, name: str, units: int) -> _Group:
         of_all = job.groups[name][0]
         if units == of_all:
             hidden = hidden_units(job.key, name, units, job.ratio(name))
@@ -341,7 +341,7 @@ def module(group: str) -> str:
 
 
 def _heat(
-    job: Job, clients: Sequence[ClientExposure], units: Mapping[str, NDArray[np.float64]]
+    job: JobKey, clients: Sequence[ClientExposure], units: Mapping[str, NDArray[np.float64]]
 ) -> tuple[tuple[str, str, float], ...]:
     """(client, module, share of its parameters seen) for the clients that have seen most, in the ledger's order."""
     sizes: dict[str, float] = {}

@@ -19,11 +19,11 @@ class HashThreads:
     def __init__(self) -> None:
         self._pools = [ThreadPoolExecutor(1, "fedqsn-sha256") for _ in range(min(MOST_THREADS, thread_count()))]
         self._next = itertools.cycle(self._pools)
-        self._room = threading.BoundedSemaphore(MOST_WAITING)
+        self._slots = threading.BoundedSemaphore(MOST_WAITING)
 
-    def lane(self) -> Lane:
+    def queue(self) -> HashQueue:
         """A queue for one digest, or for several that need not run at once."""
-        return Lane(next(self._next), self._room)
+        return HashQueue(next(self._next), self._slots)
 
     def __enter__(self) -> HashThreads:
         return self
@@ -33,24 +33,24 @@ class HashThreads:
             pool.shutdown()
 
 
-class Lane:
+class HashQueue:
     """Calls that run one after the other in a thread; `submit` waits while too much waits in all lanes."""
 
-    def __init__(self, pool: ThreadPoolExecutor, room: threading.BoundedSemaphore) -> None:
+    def __init__(self, pool: ThreadPoolExecutor, slots: threading.BoundedSemaphore) -> None:
         self._pool = pool
-        self._room = room
+        self._slots = slots
 
     def submit(self, call: Callable[[memoryview], None], data: memoryview) -> Future[None]:
         """Run call(data) after everything that was submitted before."""
-        self._room.acquire()
+        self._slots.acquire()
         try:
             return self._pool.submit(self._run, call, data)
         except BaseException:
-            self._room.release()
+            self._slots.release()
             raise
 
     def _run(self, call: Callable[[memoryview], None], data: memoryview) -> None:
         try:
             call(data)
         finally:
-            self._room.release()
+            self._slots.release()

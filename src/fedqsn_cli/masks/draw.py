@@ -93,7 +93,7 @@ def hidden_count(n: int, ratio: float) -> int:
     return max(0, min(round(validate_ratio(ratio) * n), n - 1))
 
 
-def scale(n: int, hidden: int, client: int) -> np.float32:
+def rescale_factor(n: int, hidden: int, client: int) -> np.float32:
     """n / |V|: what the visible part is multiplied by to make up for the holes (inverted dropout)."""
     return np.float32(n / (n - hidden - client))
 

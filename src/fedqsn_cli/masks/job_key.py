@@ -21,7 +21,7 @@ from fedqsn_cli import strictjson
 from fedqsn_cli.errors import FormatError, InputError, KeyFileError, OutputExists, PlanError
 from fedqsn_cli.masks.draw import KEY_BYTES, derive, hidden_count
 from fedqsn_cli.planning.overrides import canonical
-from fedqsn_cli.planning.placement import said
+from fedqsn_cli.planning.placement import describe
 from fedqsn_cli.planning.plan import Plan
 from fedqsn_cli.planning.tensor_plan import AXES
 from fedqsn_cli.validate import validate_ratio
@@ -34,7 +34,7 @@ _OPTIONAL = {"ratios"}
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class JobKey:
     """A job: its key, and what may never change while it runs.
 
     Args:
@@ -70,10 +70,10 @@ class Job:
         return derive(self.key, ("fedqsn/v1/commitment",)).hex()
 
 
-def draw(p1: float, axis: str, plan: Plan) -> Job:
+def draw(p1: float, axis: str, plan: Plan) -> JobKey:
     """A new job with a key drawn from the operating system's generator; nothing is written yet."""
     groups, clear = plan.sizes()
-    return Job(
+    return JobKey(
         secrets.token_bytes(KEY_BYTES),
         validate_ratio(p1),
         axis,
@@ -85,7 +85,7 @@ def draw(p1: float, axis: str, plan: Plan) -> Job:
     )
 
 
-def save(path: str | Path, job: Job) -> None:
+def save(path: str | Path, job: JobKey) -> None:
     """Write a new key file, complete from the first instant, mode 0600.
 
     Raises:
@@ -111,7 +111,7 @@ def save(path: str | Path, job: Job) -> None:
         raise OutputExists("a file is already there", where=path) from None
 
 
-def load(path: str | Path) -> Job:
+def load(path: str | Path) -> JobKey:
     """Read a key file.
 
     Raises:
@@ -121,7 +121,7 @@ def load(path: str | Path) -> Job:
     if not isinstance(document, dict) or set(document) - _OPTIONAL != _FIELDS or document["format"] != FORMAT:
         raise KeyFileError(f"not a key file of format {FORMAT}", where=path)
     try:
-        return Job(
+        return JobKey(
             _key(document["key"], path),
             _ratio(document["p1"], "p1", path),
             _one_of(document["axis"], AXES, path),
@@ -135,7 +135,7 @@ def load(path: str | Path) -> Job:
         raise KeyFileError(f"the key file's overrides are malformed: {error}", where=path) from None
 
 
-def open_or_draw(path: str | Path, *, p1: float | None, axis: str, plan: Plan) -> tuple[Job, bool]:
+def open_or_draw(path: str | Path, *, p1: float | None, axis: str, plan: Plan) -> tuple[JobKey, bool]:
     """The job at a path, or a new one where there is none, which the caller saves once its work has succeeded.
 
     Args:
@@ -156,7 +156,7 @@ def open_or_draw(path: str | Path, *, p1: float | None, axis: str, plan: Plan) -
     return draw(p1, axis, plan), True
 
 
-def check_same(job: Job, p1: float | None, axis: str, plan: Plan, path: str | Path) -> None:
+def check_same(job: JobKey, p1: float | None, axis: str, plan: Plan, path: str | Path) -> None:
     """Refuse another p1, axis or plan than the job has: its hidden set never changes.
 
     Raises:
@@ -173,7 +173,7 @@ def check_same(job: Job, p1: float | None, axis: str, plan: Plan, path: str | Pa
         raise KeyFileError("ratios in the key are not those of its plan", where=path, hint="restore it from a backup")
 
 
-def check_hiding(job: Job, asked: Mapping[str, Any], path: str | Path) -> None:
+def check_placement(job: JobKey, asked: Mapping[str, Any], path: str | Path) -> None:
     """Refuse another where, layers or p1 schedule than the job has.
 
     Args:
@@ -185,7 +185,7 @@ def check_hiding(job: Job, asked: Mapping[str, Any], path: str | Path) -> None:
     for name, value in asked.items():
         held = job.overrides.get(name)
         if value != (held or ("all" if name == "where" else None)):
-            raise _another_job(said(name, held), f"{said(name, value)} was asked for", path)
+            raise _another_job(describe(name, held), f"{describe(name, value)} was asked for", path)
 
 
 def _another_job(held: str, asked: str, path: str | Path) -> KeyFileError:

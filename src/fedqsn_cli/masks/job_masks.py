@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fedqsn_cli.masks.draw import client_scope, client_units, hidden_count, hidden_units, scale
-from fedqsn_cli.masks.job_key import Job
+from fedqsn_cli.masks.draw import client_scope, client_units, hidden_count, hidden_units, rescale_factor
+from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.planning.tensor_plan import TensorPlan
 
@@ -22,11 +22,11 @@ _LARGE = 1 << 20  # units; only a group of single weights has more
 class ServerMasks:
     """The server mask of a job. The hidden set of a group is drawn once and kept while its tensors go by."""
 
-    job: Job
+    job: JobKey
     _groups: dict[str, Bools] = field(default_factory=dict)
     _last: tuple[TensorPlan | None, UnitMask | None] = (None, None)
 
-    def group(self, name: str, units: int) -> Bools:
+    def hidden_units(self, name: str, units: int) -> Bools:
         """H of a group, [units], True where hidden."""
         found = self._groups.get(name)
         if found is None:
@@ -41,7 +41,9 @@ class ServerMasks:
             return None
         last, mask = self._last
         if last is not tensor:
-            mask = UnitMask.of(tensor.axis, tensor.view, [self.group(name, tensor.units) for name in tensor.groups])
+            mask = UnitMask.from_groups(
+                tensor.axis, tensor.view, [self.hidden_units(name, tensor.units) for name in tensor.groups]
+            )
             self._last = tensor, mask
         return mask
 
@@ -73,27 +75,31 @@ class ClientMasks:
     schedule: Literal["fresh", "sticky"]
     rescale: bool
 
-    def group(self, name: str, units: int) -> Bools:
+    def client_hidden_units(self, name: str, units: int) -> Bools:
         """C of a group, [units], True where hidden from the client only."""
         scope = client_scope(self.client, None if self.schedule == "sticky" else self.round)
-        return client_units(self.server.job.key, name, self.server.group(name, units), self.p2, scope)
+        return client_units(self.server.job.key, name, self.server.hidden_units(name, units), self.p2, scope)
 
     def visible_group(self, name: str, units: int) -> Bools:
         """V of a group, [units], True where the client sees the unit."""
-        visible: Bools = ~(self.server.group(name, units) | self.group(name, units))
+        visible: Bools = ~(self.server.hidden_units(name, units) | self.client_hidden_units(name, units))
         return visible
 
     def hidden(self, tensor: TensorPlan) -> UnitMask | None:
         """What is hidden of a tensor from this client only (C); None when nothing is."""
         if not tensor.masked or tensor.axis is None or self._counts(tensor)[1] == 0:
             return None
-        return UnitMask.of(tensor.axis, tensor.view, [self.group(name, tensor.units) for name in tensor.groups])
+        return UnitMask.from_groups(
+            tensor.axis, tensor.view, [self.client_hidden_units(name, tensor.units) for name in tensor.groups]
+        )
 
     def visible(self, tensor: TensorPlan) -> UnitMask | None:
         """What the client sees of a tensor (V); None when the plan does not mask it."""
         if not tensor.masked or tensor.axis is None:
             return None
-        return UnitMask.of(tensor.axis, tensor.view, [self.visible_group(name, tensor.units) for name in tensor.groups])
+        return UnitMask.from_groups(
+            tensor.axis, tensor.view, [self.visible_group(name, tensor.units) for name in tensor.groups]
+        )
 
     def visible_count(self, tensor: TensorPlan) -> int:
         """|V|: how many units of each group of a tensor the client sees."""
@@ -107,7 +113,7 @@ class ClientMasks:
         """The scale s of a tensor in this client's proxy: n / |V|, or 1."""
         if not self.rescale or not tensor.masked:
             return np.float32(1)
-        return scale(tensor.units, *self._counts(tensor))
+        return rescale_factor(tensor.units, *self._counts(tensor))
 
     def _counts(self, tensor: TensorPlan) -> tuple[int, int]:
         by_server = self.server.count(tensor)

@@ -2,7 +2,7 @@
 
 Every masked tensor is seen as a matrix of `lead * rows` rows and `cols` columns; expert stacks have lead > 1.
 
-    axis      a unit is                       marks has shape
+    axis      a unit is                       flags has shape
     row       one row                         [lead * rows]
     column    one column of one lead slice    [lead, cols]
     element   one number                      [lead * rows * cols]
@@ -28,15 +28,15 @@ class UnitMask:
     Args:
         axis: along what the units lie.
         view: (lead, rows, cols) of the tensor.
-        marks: one flag a unit, shaped as the table above says.
+        flags: one flag a unit, shaped as the table above says.
     """
 
     axis: Axis
     view: tuple[int, int, int]
-    marks: Bools
+    flags: Bools
 
     @classmethod
-    def of(cls, axis: Axis, view: tuple[int, int, int], groups: list[Bools]) -> UnitMask:
+    def from_groups(cls, axis: Axis, view: tuple[int, int, int], groups: list[Bools]) -> UnitMask:
         """From the flags of the tensor's groups: one group, or one a lead slice."""
         lead, _, cols = view
         flat = np.concatenate(groups) if len(groups) > 1 else groups[0]
@@ -47,7 +47,7 @@ class UnitMask:
         """Marked elements of the tensor (not units)."""
         lead, rows, cols = self.view
         each = {"row": cols, "column": rows, "element": 1}[self.axis]
-        return int(np.count_nonzero(self.marks)) * each
+        return int(np.count_nonzero(self.flags)) * each
 
     def transposed(self) -> UnitMask:
         """The same units of the transposed matrix; for tensors without lead slices."""
@@ -56,28 +56,28 @@ class UnitMask:
             raise ValueError("only a plain matrix can be transposed")
         view = (1, cols, rows)
         if self.axis == "row":
-            return UnitMask("column", view, self.marks.reshape(1, rows))
+            return UnitMask("column", view, self.flags.reshape(1, rows))
         if self.axis == "column":
-            return UnitMask("row", view, self.marks.reshape(cols))
-        return UnitMask("element", view, np.ascontiguousarray(self.marks.reshape(rows, cols).T).reshape(-1))
+            return UnitMask("row", view, self.flags.reshape(cols))
+        return UnitMask("element", view, np.ascontiguousarray(self.flags.reshape(rows, cols).T).reshape(-1))
 
     def inverted(self) -> UnitMask:
         """The units that are not marked."""
-        return replace(self, marks=~self.marks)
+        return replace(self, flags=~self.flags)
 
-    def of_rows(self, first: int, count: int) -> Bools:
+    def flags_of_rows(self, first: int, count: int) -> Bools:
         """Flags for `count` rows from row `first`: [count] (row), [cols] (column), [count, cols] (element).
 
         The rows of a column-wise tensor must lie in one lead slice.
         """
         lead_rows, cols = self.view[1], self.view[2]
         if self.axis == "row":
-            rows: Bools = self.marks[first : first + count]
+            rows: Bools = self.flags[first : first + count]
             return rows
         if self.axis == "column":
-            columns: Bools = self.marks[first // lead_rows]
+            columns: Bools = self.flags[first // lead_rows]
             return columns
-        flags: Bools = self.marks[first * cols : (first + count) * cols].reshape(count, cols)
+        flags: Bools = self.flags[first * cols : (first + count) * cols].reshape(count, cols)
         return flags
 
     def overwrite(self, x: Array, first: int, source: Array | None) -> None:
@@ -85,11 +85,11 @@ class UnitMask:
         from fedqsn_cli.kernels import fill
 
         overwrite = {"row": fill.fill_rows, "column": fill.fill_columns, "element": fill.fill_elements}[self.axis]
-        overwrite(x, self.of_rows(first, len(x)), source)
+        overwrite(x, self.flags_of_rows(first, len(x)), source)
 
-    def take(self, x: Array, first: int) -> Array:
+    def select(self, x: Array, first: int) -> Array:
         """The marked elements of rows x ([count, cols]): [k, cols], [count, k] or [k]."""
-        flags = self.of_rows(first, len(x))
+        flags = self.flags_of_rows(first, len(x))
         taken: Array = x[:, flags] if self.axis == "column" else x[flags]
         return taken
 
@@ -97,16 +97,16 @@ class UnitMask:
         """How many marked elements stand before each flat position (C order, 0 .. size)."""
         lead, rows, cols = self.view
         if self.axis == "element" and positions.size <= 2:
-            return np.array([np.count_nonzero(self.marks[:stop]) for stop in positions], dtype=np.int64)
+            return np.array([np.count_nonzero(self.flags[:stop]) for stop in positions], dtype=np.int64)
         if self.axis == "element":
-            return _running(self.marks)[positions]
+            return _running(self.flags)[positions]
         row, column = np.divmod(positions, cols)
         if self.axis == "row":
-            flags = np.append(self.marks, False)
-            before: NDArray[np.int64] = _running(self.marks)[row] * cols + column * flags[row]
+            flags = np.append(self.flags, False)
+            before: NDArray[np.int64] = _running(self.flags)[row] * cols + column * flags[row]
             return before
-        per_row = np.repeat(self.marks.sum(axis=1), rows)
-        within = np.vstack([np.stack([_running(flags) for flags in self.marks]), np.zeros(cols + 1, dtype=np.int64)])
+        per_row = np.repeat(self.flags.sum(axis=1), rows)
+        within = np.vstack([np.stack([_running(flags) for flags in self.flags]), np.zeros(cols + 1, dtype=np.int64)])
         counts: NDArray[np.int64] = _running(per_row)[row] + within[np.minimum(row // rows, lead), column]
         return counts
 
@@ -114,11 +114,11 @@ class UnitMask:
         """For each block of `block` elements in C order: are all of its elements marked?"""
         lead, rows, cols = self.view
         if self.axis == "row" and cols and cols % block == 0:
-            return np.repeat(self.marks, cols // block)
+            return np.repeat(self.flags, cols // block)
         if self.axis == "column" and cols and cols % block == 0:
-            return np.repeat(self.marks.reshape(lead, 1, -1, block).all(axis=3), rows, axis=1).reshape(-1)
-        if self.axis == "element" and self.marks.size % block == 0:
-            return np.asarray(self.marks.reshape(-1, block).all(axis=1))
+            return np.repeat(self.flags.reshape(lead, 1, -1, block).all(axis=3), rows, axis=1).reshape(-1)
+        if self.axis == "element" and self.flags.size % block == 0:
+            return np.asarray(self.flags.reshape(-1, block).all(axis=1))
         edges = np.append(np.arange(0, lead * rows * cols, block, dtype=np.int64), lead * rows * cols)
         return np.asarray(np.diff(self.count_before(edges)) == np.diff(edges))
 

@@ -23,7 +23,7 @@ from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.merging.line_search import Point
 from fedqsn_cli.merging.streaming import End
-from fedqsn_cli.models.dense import from_bytes, scales
+from fedqsn_cli.models.dense import from_bytes, rescale_factors
 from fedqsn_cli.models.torch_model import build_model, choose_device, load_model, memory_errors, quiet
 from fedqsn_cli.progress import Progress, Silent
 from fedqsn_cli.training.data import Encoder
@@ -76,7 +76,7 @@ class Line:
         self._stored = SHORT.get(kinds.pop()) if len(kinds) == 1 else None
         self._development = development
         with quiet(), memory_errors():
-            factors = scales(checkpoint)
+            factors = rescale_factors(checkpoint)
             loaded = load_model(checkpoint, dense=_dense(start, factors))
             self._encoder = Encoder.of(loaded, development.max_length)
             self._examples = self._encoder.encode(development.table, progress)

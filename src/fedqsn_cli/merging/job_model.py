@@ -8,11 +8,11 @@ from fedqsn_cli.artifacts.manifests import ModelManifest
 from fedqsn_cli.errors import InputError, KeyFileError
 from fedqsn_cli.export.session import source_record
 from fedqsn_cli.masks import job_key
-from fedqsn_cli.masks.job_key import Job
+from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.models.model import OpenModel, open_model
 
 
-def open_job_model(source: str, key: str | Path) -> tuple[Job, OpenModel]:
+def open_job_model(source: str, key: str | Path) -> tuple[JobKey, OpenModel]:
     """Open a dense model that belongs to the job of a key.
 
     Raises:
@@ -29,7 +29,7 @@ def open_job_model(source: str, key: str | Path) -> tuple[Job, OpenModel]:
     return job, model
 
 
-def merged_manifest(model: OpenModel, job: Job, digest: str | None, kind: str | None = None) -> ModelManifest:
+def merged_manifest(model: OpenModel, job: JobKey, digest: str | None, kind: str | None = None) -> ModelManifest:
     """`fedqsn.json` of a merged or restored model."""
     if model.manifest is not None and model.kind == "server-model" and kind is None:
         return model.manifest.model_copy(update={"model_digest": digest, "source": source_record(model)})

@@ -31,7 +31,7 @@ from fedqsn_cli.export.outputs import tensor_specs
 from fedqsn_cli.export.server_model import copy_companions
 from fedqsn_cli.export.session import keep_outside, shard_bytes
 from fedqsn_cli.kernels.hash_threads import HashThreads
-from fedqsn_cli.masks.job_key import Job
+from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.masks.job_masks import ServerMasks
 from fedqsn_cli.merging.job_model import merged_manifest, open_job_model
 from fedqsn_cli.merging.line_search import Search, best_step
@@ -39,9 +39,9 @@ from fedqsn_cli.merging.read_update import ClientUpdate, FileHash, open_updates
 from fedqsn_cli.merging.results import MergedClient, MergeResult
 from fedqsn_cli.merging.settings import Settings
 from fedqsn_cli.merging.streaming import End, Held, Merger, Normalize, Sink, stream
-from fedqsn_cli.models.flow import Flow, flows
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.residual import Residual, residual_sink, residual_specs
+from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
 from fedqsn_cli.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def merge(
             door = _Door(job, model, Path(ledger), hashing)
             opened = door.updates(updates, max_examples)
             own = door.control(control, opened) if control is not None else None
-            merging = _Merging(model, door.flows, opened, own, settings, max_update_norm, hashing, progress)
+            merging = _Merging(model, door.tasks, opened, own, settings, max_update_norm, hashing, progress)
             result = merging.write(job, writer, limit, development)
     if report is not None and result.search is not None:
         from fedqsn_cli.merging.page import render
@@ -146,13 +146,13 @@ def _development(settings: Settings, batch_size: int, max_length: int, device: s
 class _Door:
     """Lets updates in: those of this job, in its ledger, of one model."""
 
-    def __init__(self, job: Job, model: OpenModel, ledger: Path, hashing: HashThreads) -> None:
+    def __init__(self, job: JobKey, model: OpenModel, ledger: Path, hashing: HashThreads) -> None:
         self._masks = ServerMasks(job)
         self._model = model
         self._ledger = ledger
         self._hashing = hashing
         self._releases = {release.proxy_id: release for release in ledgers.read(ledger)}
-        self.flows = flows(model, None, self._masks.hidden)
+        self.tasks = tensor_tasks(model, None, self._masks.hidden)
 
     def updates(self, folders: Sequence[str | Path], max_examples: int | None) -> list[ClientUpdate]:
         """The updates, in the order of clients. Raises RefusedUpdate."""
@@ -196,7 +196,7 @@ class _Merging:
     """A model and what is merged into it. Looking for η goes through all of it once more than writing alone."""
 
     model: OpenModel
-    flows: Sequence[Flow]
+    tasks: Sequence[TensorTask]
     updates: list[ClientUpdate]
     control: ClientUpdate | None
     settings: Settings
@@ -204,12 +204,12 @@ class _Merging:
     hashing: HashThreads
     progress: Progress
 
-    def write(self, job: Job, writer: ArtifactWriter, limit: int, development: Development | None) -> MergeResult:
+    def write(self, job: JobKey, writer: ArtifactWriter, limit: int, development: Development | None) -> MergeResult:
         """Write the merged model and publish it."""
         search = self._search(development) if development is not None else None
         rate = search.chosen if search else float(self.settings.server_lr)
         metadata = self.model.checkpoint.metadata
-        sink = writer.tensors("model", tensor_specs(self.flows, None), max_shard_bytes=limit, metadata=metadata)
+        sink = writer.tensors("model", tensor_specs(self.tasks, None), max_shard_bytes=limit, metadata=metadata)
         rest = residual_sink(writer, self.model.plan.tensors, None)
         merger, digest = self._send(rate, sink, rest)
         sink.close()
@@ -218,7 +218,7 @@ class _Merging:
         copy_companions(self.model, writer)
         writer.add_bytes(MODEL_MANIFEST, manifest_bytes(self._manifest(job, digest)))
         path = writer.publish()
-        covered = merger.covered / sum(flow.size for flow in self.flows)
+        covered = merger.covered / sum(task.size for task in self.tasks)
         return MergeResult(
             str(path),
             self.model.kind,
@@ -232,7 +232,7 @@ class _Merging:
             search,
         )
 
-    def _manifest(self, job: Job, digest: str | None) -> ModelManifest:
+    def _manifest(self, job: JobKey, digest: str | None) -> ModelManifest:
         """`fedqsn.json`, which tells whether what stands in the holes is still the public base."""
         manifest = merged_manifest(self.model, job, digest)
         if any(update.moves_fill for update in self.updates):
@@ -259,15 +259,15 @@ class _Merging:
         """The model as it is now, and what it could not hold."""
         weights, residual = self._empty()
         kept = Residual(self.model)
-        for flow in self.flows:
-            lead, rows, cols = flow.storage.view
-            weights.write(flow.name, 0, self.model.read_rows(flow.name, flow.storage, 0, lead * rows))
-            if flow.name in residual.bytes:
-                residual.write(flow.name, 0, kept.rows(flow.name, 0, lead * rows, cols))
+        for task in self.tasks:
+            lead, rows, cols = task.layout.view
+            weights.write(task.name, 0, self.model.read_rows(task.name, task.layout, 0, lead * rows))
+            if task.name in residual.bytes:
+                residual.write(task.name, 0, kept.rows(task.name, 0, lead * rows, cols))
         return weights, residual
 
     def _empty(self) -> End:
-        return Held(tensor_specs(self.flows, None)), Held(residual_specs(self.model.plan.tensors))
+        return Held(tensor_specs(self.tasks, None)), Held(residual_specs(self.model.plan.tensors))
 
     def _send(self, rate: float, sink: Sink, rest: Sink | None) -> tuple[Merger, str | None]:
         """One pass over everything, and what can only be checked once everything went by. Raises RefusedUpdate."""
@@ -275,8 +275,8 @@ class _Merging:
         merger = Merger(
             self.model, self.updates, settings.normalize, rate, self.hashing, self.control, settings.control_weight
         )
-        digest = stream(merger, self.flows, sink, rest, self.progress)
-        if merger.before.hexdigest(self.flows) != self.updates[0].release.model_digest:
+        digest = stream(merger, self.tasks, sink, rest, self.progress)
+        if merger.before.hexdigest(self.tasks) != self.updates[0].release.model_digest:
             raise RefusedUpdate(
                 "the updates were trained on proxies of another model",
                 where=self.model.source.reference,
@@ -295,7 +295,7 @@ class _Merging:
 
 def _again(update: ClientUpdate, hashing: HashThreads) -> ClientUpdate:
     """The same file, to be read once more; another one in its place would be refused."""
-    hasher = FileHash(update.folder / UPDATE_TENSORS, update.identity, hashing.lane())
+    hasher = FileHash(update.folder / UPDATE_TENSORS, update.identity, hashing.queue())
     return replace(update, squares=0.0, hash=hasher)
 
 

@@ -28,7 +28,7 @@ from fedqsn_cli.checkpoint import read_header
 from fedqsn_cli.checkpoint.header import FileIdentity, TensorEntry
 from fedqsn_cli.checkpoint.reader import DESCRIPTORS, ColdFile
 from fedqsn_cli.errors import RefusedUpdate
-from fedqsn_cli.kernels.hash_threads import HashThreads, Lane
+from fedqsn_cli.kernels.hash_threads import HashQueue, HashThreads
 from fedqsn_cli.masks.job_masks import ClientMasks, ServerMasks
 from fedqsn_cli.masks.unit_mask import Axis, UnitMask
 from fedqsn_cli.planning.plan import Plan
@@ -112,11 +112,11 @@ class FileHash:
     Pieces that are taken in file order are hashed as they were read; what lies between them is read for the hash alone.
     """
 
-    def __init__(self, path: Path, identity: FileIdentity, lane: Lane) -> None:
+    def __init__(self, path: Path, identity: FileIdentity, queue: HashQueue) -> None:
         self._path = path
         self._identity = identity
         self._cold = ColdFile(path, identity)
-        self._lane = lane
+        self._queue = queue
         self._sha256 = hashlib.sha256()
         self._frontier = 0  # every byte before it was handed to the hash
         self._last: Future[None] | None = None
@@ -140,7 +140,7 @@ class FileHash:
 
     def _submit(self, data: NDArray[np.uint8]) -> None:
         self._frontier += data.size
-        self._last = self._lane.submit(self._sha256.update, data.data)
+        self._last = self._queue.submit(self._sha256.update, data.data)
 
     def read(self, start: int, count: int) -> NDArray[np.uint8]:
         """`count` bytes from absolute offset `start` on, in a fresh array; from any thread.
@@ -228,7 +228,7 @@ def _open(
     if header.entries:
         raise RefusedUpdate("the model has no such tensor", where=f"{folder}: {next(iter(header.entries))}")
     path = folder / UPDATE_TENSORS
-    hasher = FileHash(path, header.identity, hashing.lane())
+    hasher = FileHash(path, header.identity, hashing.queue())
     return ClientUpdate(folder, manifest, release, client, header.identity, starts, dtype, hasher)
 
 
@@ -274,5 +274,5 @@ def rows_of(visible: UnitMask, first: int, rows: int) -> Rows:
     """Where rows `first` .. `first + rows` of a tensor lie in U."""
     cols = visible.view[2]
     begin, end = visible.count_before(np.array([first * cols, (first + rows) * cols], dtype=np.int64))
-    index = np.flatnonzero(visible.of_rows(first, rows).reshape(-1))
+    index = np.flatnonzero(visible.flags_of_rows(first, rows).reshape(-1))
     return Rows(int(begin), int(end - begin), index.astype(np.int64))

@@ -26,7 +26,7 @@ from fedqsn_cli.export.outputs import tensor_specs
 from fedqsn_cli.export.pipeline import CHUNK_ELEMENTS
 from fedqsn_cli.export.server_model import copy_companions
 from fedqsn_cli.kernels.hash_threads import HashThreads
-from fedqsn_cli.masks.draw import scale
+from fedqsn_cli.masks.draw import rescale_factor
 from fedqsn_cli.masks.job_masks import ServerMasks
 from fedqsn_cli.merging.accumulate import mix, moved
 from fedqsn_cli.merging.job_model import merged_manifest, open_job_model
@@ -34,10 +34,10 @@ from fedqsn_cli.merging.line_search import Search, best_blend
 from fedqsn_cli.merging.results import MergeResult
 from fedqsn_cli.merging.streaming import Held, Sink
 from fedqsn_cli.models.digest import ModelHash
-from fedqsn_cli.models.flow import Flow, flows
 from fedqsn_cli.models.model import OpenModel
-from fedqsn_cli.models.public_base import AlignedBase, open_base
+from fedqsn_cli.models.public_base import PublicBase, open_base
 from fedqsn_cli.models.residual import Residual, residual_sink
+from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
 from fedqsn_cli.progress import Progress
 from fedqsn_cli.quantization.layout import row_chunks
 
@@ -80,17 +80,17 @@ def restore_model(
         raise InputError("this is not a server model", where=trained, hint="it is made by 'fedqsn mask'")
     _check_same_shapes(whole, server, trained)
     masks = ServerMasks(job)
-    todo = flows(whole, None, masks.hidden)
-    base = _base(todo, whole, server, public_base)
+    tasks = tensor_tasks(whole, None, masks.hidden)
+    base = _base(tasks, whole, server, public_base)
     ends = _Ends(whole, server, base)
     with ArtifactWriter(Path(out), force=force, hashed=False) as writer:
-        search = _search(todo, ends, development, progress) if blend == "auto" else None
+        search = _search(tasks, ends, development, progress) if blend == "auto" else None
         chosen = search.chosen if search else float(blend)
-        specs = tensor_specs(todo, None)
+        specs = tensor_specs(tasks, None)
         sink = writer.tensors("model", specs, max_shard_bytes=max_shard_bytes, metadata=whole.checkpoint.metadata)
         keeps = chosen == 1 and base is None and any(Residual(model).exists for model in (whole, server))
         rest = residual_sink(writer, whole.plan.tensors, None) if keeps else None
-        _stream(todo, ends, chosen, sink, rest, progress)
+        _stream(tasks, ends, chosen, sink, rest, progress)
         sink.close()
         if rest is not None:
             rest.close()
@@ -106,10 +106,10 @@ class _Ends:
 
     whole: OpenModel
     server: OpenModel
-    base: AlignedBase | None
+    base: PublicBase | None
 
 
-def _base(todo: Sequence[Flow], whole: OpenModel, server: OpenModel, reference: str | None) -> AlignedBase | None:
+def _base(tasks: Sequence[TensorTask], whole: OpenModel, server: OpenModel, reference: str | None) -> PublicBase | None:
     """The public base of a job in which clients trained it, too.
 
     Raises:
@@ -126,47 +126,49 @@ def _base(todo: Sequence[Flow], whole: OpenModel, server: OpenModel, reference: 
         )
     base = open_base(reference, whole)
     recorded = server.manifest.public_base
-    if recorded is None or _digest(todo, base) != recorded.sha256:
+    if recorded is None or _digest(tasks, base) != recorded.sha256:
         raise InputError("not the public base that the server model was filled with", where="--public-base")
     return base
 
 
-def _digest(todo: Sequence[Flow], base: AlignedBase) -> str:
+def _digest(tasks: Sequence[TensorTask], base: PublicBase) -> str:
     """The digest of a public base as a pass over a model takes it: over what stands in for masked tensors."""
     with HashThreads() as hashing:
-        hasher = ModelHash(hashing.lane())
-        for flow in todo:
-            if flow.tensor.masked:
-                for first, rows in row_chunks(flow.storage, 1, CHUNK_ELEMENTS):
-                    hasher.update(flow.name, base.read_rows(flow.name, flow.storage, first, rows))
-        return hasher.hexdigest(todo)
+        hasher = ModelHash(hashing.queue())
+        for task in tasks:
+            if task.plan.masked:
+                for first, rows in row_chunks(task.layout, 1, CHUNK_ELEMENTS):
+                    hasher.update(task.name, base.read_rows(task.name, task.layout, first, rows))
+        return hasher.hexdigest(tasks)
 
 
-def _search(todo: Sequence[Flow], ends: _Ends, development: Development | None, progress: Progress) -> Search:
+def _search(tasks: Sequence[TensorTask], ends: _Ends, development: Development | None, progress: Progress) -> Search:
     """λ with the lowest loss; the restored model is exactly linear in λ, so both ends tell everything."""
     from fedqsn_cli.merging.interpolate import Line
 
     assert development is not None
     both = []
     for blend in (0.0, 1.0):
-        held = Held(tensor_specs(todo, None))
-        _stream(todo, ends, blend, held, None, progress)
+        held = Held(tensor_specs(tasks, None))
+        _stream(tasks, ends, blend, held, None, progress)
         both.append((held, Held([])))
     line = Line(ends.whole.checkpoint, both[0], both[1], development, progress)
     return best_blend(line.measure, line.examples, progress)
 
 
-def _stream(todo: Sequence[Flow], ends: _Ends, blend: float, sink: Sink, rest: Sink | None, progress: Progress) -> None:
+def _stream(
+    tasks: Sequence[TensorTask], ends: _Ends, blend: float, sink: Sink, rest: Sink | None, progress: Progress
+) -> None:
     """Send the restored model into sinks for weights and residual, chunk by chunk."""
     residuals = Residual(ends.whole), Residual(ends.server)
     progress.start("restoring", ends.whole.checkpoint.total_bytes, "bytes")
-    for flow in todo:
-        for first, rows in row_chunks(flow.storage, 1, CHUNK_ELEMENTS):
-            values = _rows(flow, first, rows, ends, blend)
-            offset = first * flow.storage.view[2]
-            sink.write(flow.name, offset * values.itemsize, values)
-            if rest is not None and flow.logical.dtype in {"F16", "BF16"}:
-                rest.write(flow.name, offset * 2, _residual_rows(flow, first, rows, *residuals))
+    for task in tasks:
+        for first, rows in row_chunks(task.layout, 1, CHUNK_ELEMENTS):
+            values = _rows(task, first, rows, ends, blend)
+            offset = first * task.layout.view[2]
+            sink.write(task.name, offset * values.itemsize, values)
+            if rest is not None and task.tensor.dtype in {"F16", "BF16"}:
+                rest.write(task.name, offset * 2, _residual_rows(task, first, rows, *residuals))
             progress.advance(values.nbytes)
     progress.finish()
 
@@ -180,33 +182,33 @@ def _check_same_shapes(whole: OpenModel, server: OpenModel, trained: str) -> Non
         raise InputError("the two models do not have the same tensors", where=trained)
 
 
-def _rows(flow: Flow, first: int, rows: int, ends: _Ends, blend: float) -> Array:
+def _rows(task: TensorTask, first: int, rows: int, ends: _Ends, blend: float) -> Array:
     """Rows of the restored tensor, as stored bits."""
-    server, dtype = ends.server, flow.logical.dtype
-    values = server.read_rows(flow.name, flow.storage, first, rows)
-    if flow.hidden is None:
+    server, dtype = ends.server, task.tensor.dtype
+    values = server.read_rows(task.name, task.layout, first, rows)
+    if task.hidden is None:
         return values
-    full = ends.whole.read_rows(flow.name, flow.storage, first, rows)
+    full = ends.whole.read_rows(task.name, task.layout, first, rows)
     if ends.base is not None:
         if blend > 0:
-            base = ends.base.read_rows(flow.name, flow.storage, first, rows)
-            flow.hidden.overwrite(values, first, moved(values, blend, full, base, dtype))
+            base = ends.base.read_rows(task.name, task.layout, first, rows)
+            task.hidden.overwrite(values, first, moved(values, blend, full, base, dtype))
         return values
     if blend < 1:
         assert server.manifest is not None
         s = 1.0
         if server.manifest.rescale:
-            s = float(scale(flow.tensor.units, server.manifest.groups[flow.tensor.groups[0]].hidden, 0))
+            s = float(rescale_factor(task.plan.units, server.manifest.groups[task.plan.groups[0]].hidden, 0))
         # In the holes, values are R. Nothing is 0 times a hidden weight, which may be infinite.
         full = mix(full, blend, values, 1.0 - blend, dtype) if blend > 0 else values
         values = mix(values, s + blend * (1.0 - s), values, 0.0, dtype)
-    flow.hidden.overwrite(values, first, full)
+    task.hidden.overwrite(values, first, full)
     return values
 
 
-def _residual_rows(flow: Flow, first: int, rows: int, whole: Residual, server: Residual) -> Array:
-    cols = flow.storage.view[2]
-    values = server.rows(flow.name, first, rows, cols)
-    if flow.hidden is not None:
-        flow.hidden.overwrite(values, first, whole.rows(flow.name, first, rows, cols))
+def _residual_rows(task: TensorTask, first: int, rows: int, whole: Residual, server: Residual) -> Array:
+    cols = task.layout.view[2]
+    values = server.rows(task.name, first, rows, cols)
+    if task.hidden is not None:
+        task.hidden.overwrite(values, first, whole.rows(task.name, first, rows, cols))
     return np.ascontiguousarray(values)

@@ -23,9 +23,9 @@ from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.merging import accumulate
 from fedqsn_cli.merging.read_update import ClientUpdate, Rows, rows_of
 from fedqsn_cli.models.digest import ModelHash
-from fedqsn_cli.models.flow import Flow
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.residual import Residual
+from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.planning.tensor_plan import TensorPlan
 from fedqsn_cli.progress import Progress
 from fedqsn_cli.quantization.layout import row_chunks
@@ -64,7 +64,7 @@ End = tuple[Held, Held]  # weights as they are stored, and the residual of 16-bi
 class _Piece:
     """What was read for a chunk: the model's own rows (client None), or the rows of one update."""
 
-    flow: Flow
+    task: TensorTask
     first: int
     rows: int
     values: Array
@@ -97,8 +97,8 @@ class Merger:
         self.control = control
         self.examples = sum(update.manifest.num_examples for update in updates)
         self.squares = 0.0  # of the server-visible weights
-        self.before = ModelHash(hashing.lane())
-        self.after = ModelHash(hashing.lane()) if model.kind == "server-model" else None
+        self.before = ModelHash(hashing.queue())
+        self.after = ModelHash(hashing.queue()) if model.kind == "server-model" else None
         self.covered = 0
         self._normalize = normalize
         self._rate = rate
@@ -110,65 +110,65 @@ class Merger:
         self._weights = np.empty(0)
         self._drifts = np.empty(0)
 
-    def pieces(self, todo: Sequence[Flow]) -> Iterator[Callable[[], _Piece]]:
+    def pieces(self, tasks: Sequence[TensorTask]) -> Iterator[Callable[[], _Piece]]:
         """Everything there is to read, in the order in which it is needed, as calls that read it."""
         sent = [*self.updates, *([self.control] if self.control else [])]
-        for flow in todo:
-            trained = flow.logical.is_float
-            for first, rows in row_chunks(flow.storage, 1, CHUNK_ELEMENTS):
-                yield partial(self._own, flow, first, rows, last=not trained)
+        for task in tasks:
+            trained = task.tensor.is_float
+            for first, rows in row_chunks(task.layout, 1, CHUNK_ELEMENTS):
+                yield partial(self._own, task, first, rows, last=not trained)
                 for update in sent if trained else ():
-                    seen = self._seen(flow, first, rows, update)
-                    yield partial(self._sent, flow, first, rows, update, seen, last=update is sent[-1])
+                    seen = self._seen(task, first, rows, update)
+                    yield partial(self._sent, task, first, rows, update, seen, last=update is sent[-1])
 
-    def _own(self, flow: Flow, first: int, rows: int, *, last: bool) -> _Piece:
-        values = self.model.read_rows(flow.name, flow.storage, first, rows)
+    def _own(self, task: TensorTask, first: int, rows: int, *, last: bool) -> _Piece:
+        values = self.model.read_rows(task.name, task.layout, first, rows)
         residual = None
-        if flow.logical.dtype in {"F16", "BF16"}:
-            residual = self._residual.rows(flow.name, first, rows, flow.storage.view[2])
-        return _Piece(flow, first, rows, values, residual, None, None, last)
+        if task.tensor.dtype in {"F16", "BF16"}:
+            residual = self._residual.rows(task.name, first, rows, task.layout.view[2])
+        return _Piece(task, first, rows, values, residual, None, None, last)
 
     @staticmethod
-    def _sent(flow: Flow, first: int, rows: int, update: ClientUpdate, seen: Rows, *, last: bool) -> _Piece:
-        values = update.read(flow.name, seen.first, seen.count)
-        return _Piece(flow, first, rows, values, None, update, seen, last)
+    def _sent(task: TensorTask, first: int, rows: int, update: ClientUpdate, seen: Rows, *, last: bool) -> _Piece:
+        values = update.read(task.name, seen.first, seen.count)
+        return _Piece(task, first, rows, values, None, update, seen, last)
 
-    def _seen(self, flow: Flow, first: int, rows: int, update: ClientUpdate) -> Rows:
+    def _seen(self, task: TensorTask, first: int, rows: int, update: ClientUpdate) -> Rows:
         """Where these rows lie in U."""
-        visible = self._mask(flow, update)
-        cols = flow.storage.view[2]
+        visible = self._mask(task, update)
+        cols = task.layout.view[2]
         return rows_of(visible, first, rows) if visible else Rows(first * cols, rows * cols, np.empty(0, np.int64))
 
-    def _mask(self, flow: Flow, update: ClientUpdate) -> UnitMask | None:
+    def _mask(self, task: TensorTask, update: ClientUpdate) -> UnitMask | None:
         """What the client saw of the tensor; kept while the tensor goes by."""
-        if self._visible[0] != flow.name:
-            self._visible = (flow.name, {})
+        if self._visible[0] != task.name:
+            self._visible = (task.name, {})
         masks = self._visible[1]
         if update.client not in masks:
-            masks[update.client] = update.visible(flow.tensor)
+            masks[update.client] = update.visible(task.plan)
         return masks[update.client]
 
     def begin(self, piece: _Piece) -> None:
         """Start a chunk with the model's own rows: check, hash, and clear the sum."""
-        flow = piece.flow
+        task = piece.task
         visible = piece.values.copy()  # the rows themselves will move while these are hashed
-        if flow.hidden is not None:
-            flow.hidden.overwrite(visible, piece.first, None)
-        self.before.update(flow.name, visible)
-        if flow.logical.is_float:
-            self.squares += accumulate.sum_of_squares(visible, flow.logical.dtype)
+        if task.hidden is not None:
+            task.hidden.overwrite(visible, piece.first, None)
+        self.before.update(task.name, visible)
+        if task.tensor.is_float:
+            self.squares += accumulate.sum_of_squares(visible, task.tensor.dtype)
             if self._sums.size < visible.size:
                 self._sums = np.empty(visible.size)
             self._total = self._sums[: visible.size].reshape(visible.shape)
             self._total[:] = 0
             units = {None: 1, "row": piece.rows, "column": visible.shape[1], "element": visible.size}
-            self._weights = np.zeros(units[flow.tensor.axis])
+            self._weights = np.zeros(units[task.plan.axis])
 
     def add(self, piece: _Piece) -> None:
         """Add one client's rows to the sum."""
         update, seen = piece.update, piece.seen
         assert update is not None and seen is not None
-        tensor = piece.flow.tensor
+        tensor = piece.task.plan
         axis, coefficient = update.axis(tensor), update.coefficient(tensor)
         squares = accumulate.add(self._total, piece.values, update.dtype, seen.index, axis, coefficient)
         _measure(update, tensor, squares)
@@ -178,7 +178,7 @@ class Merger:
         """Take the control update off the sum: its step on every unit, times the examples of those who saw the unit."""
         update, seen = piece.update, piece.seen
         assert update is not None and seen is not None
-        tensor = piece.flow.tensor
+        tensor = piece.task.plan
         if self._drifts.size < self._total.size:
             self._drifts = np.empty(self._total.size)
         drift = self._drifts[: self._total.size].reshape(self._total.shape)
@@ -190,18 +190,18 @@ class Merger:
 
     def step(self, own: _Piece) -> None:
         """Move the model's rows in place."""
-        flow = own.flow
+        task = own.task
         weights = self._weights
         self.covered += int(np.count_nonzero(weights)) * (own.values.size // max(1, weights.size))
         if self._normalize == "clients":
             weights = np.where(weights > 0, float(self.examples), 0.0)
         bad = accumulate.step(
-            own.values, own.residual, flow.logical.dtype, self._total, weights, flow.tensor.axis, self._rate
+            own.values, own.residual, task.tensor.dtype, self._total, weights, task.plan.axis, self._rate
         )
         if bad:
             raise RefusedUpdate(
                 f"the merged tensor would hold {bad} infinite or NaN values",
-                where=flow.name,
+                where=task.name,
                 hint="an update is poisoned, or --server-lr is too large",
             )
 
@@ -210,10 +210,10 @@ class Merger:
         if self.after is None:
             return
         visible = own.values
-        if own.flow.hidden is not None:
+        if own.task.hidden is not None:
             visible = own.values.copy()
-            own.flow.hidden.overwrite(visible, own.first, None)
-        self.after.update(own.flow.name, visible)
+            own.task.hidden.overwrite(visible, own.first, None)
+        self.after.update(own.task.name, visible)
 
 
 def _measure(update: ClientUpdate, tensor: TensorPlan, squares: float) -> None:
@@ -223,7 +223,9 @@ def _measure(update: ClientUpdate, tensor: TensorPlan, squares: float) -> None:
     update.squares += squares / float(update.masks.factor(tensor)) ** 2
 
 
-def stream(merger: Merger, todo: Sequence[Flow], sink: Sink, rest: Sink | None, progress: Progress) -> str | None:
+def stream(
+    merger: Merger, tasks: Sequence[TensorTask], sink: Sink, rest: Sink | None, progress: Progress
+) -> str | None:
     """Send the model through the merger into sinks for weights and residual; the digest of a new server model.
 
     Raises:
@@ -233,9 +235,9 @@ def stream(merger: Merger, todo: Sequence[Flow], sink: Sink, rest: Sink | None, 
     progress.start("merging", merger.model.checkpoint.total_bytes, "bytes")
     own: _Piece | None = None
     with ThreadPoolExecutor(READERS) as readers:
-        for piece in read_ahead(readers, merger.pieces(todo), depth=2 * READERS):
+        for piece in read_ahead(readers, merger.pieces(tasks), depth=2 * READERS):
             if piece.update is not None and piece.seen is not None:
-                piece.update.hashed(piece.flow.name, piece.seen.first, piece.values)
+                piece.update.hashed(piece.task.name, piece.seen.first, piece.values)
             if piece.update is None:
                 own = piece
                 merger.begin(piece)
@@ -246,13 +248,13 @@ def stream(merger: Merger, todo: Sequence[Flow], sink: Sink, rest: Sink | None, 
             if not piece.last:
                 continue
             assert own is not None
-            if own.flow.logical.is_float:
+            if own.task.tensor.is_float:
                 merger.step(own)
             merger.end(own)
-            offset = own.first * own.flow.storage.view[2]
-            sink.write(own.flow.name, offset * own.values.itemsize, own.values)
+            offset = own.first * own.task.layout.view[2]
+            sink.write(own.task.name, offset * own.values.itemsize, own.values)
             if rest is not None and own.residual is not None:
-                rest.write(own.flow.name, offset * 2, own.residual)
+                rest.write(own.task.name, offset * 2, own.residual)
             progress.advance(own.values.nbytes)
     progress.finish()
-    return merger.after.hexdigest(todo) if merger.after else None
+    return merger.after.hexdigest(tasks) if merger.after else None

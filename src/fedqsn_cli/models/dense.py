@@ -12,8 +12,8 @@ from torch import Tensor
 from fedqsn_cli.artifacts.manifests import ModelManifest, read_manifest
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.errors import FormatError, InputError
-from fedqsn_cli.masks.draw import scale
-from fedqsn_cli.models.model import LogicalTensor, logical_tensors
+from fedqsn_cli.masks.draw import rescale_factor
+from fedqsn_cli.models.model import ModelTensor, model_tensors
 from fedqsn_cli.planning.roles import rules
 from fedqsn_cli.quantization import kernels
 from fedqsn_cli.quantization.bnb_reader import read_scales
@@ -42,17 +42,17 @@ def load_dense(checkpoint: Checkpoint) -> dict[str, Tensor]:
     Raises:
         FormatError: a packed tensor is malformed. InputError: a dtype that torch does not compute with.
     """
-    factors = scales(checkpoint)
+    factors = rescale_factors(checkpoint)
     kind = (checkpoint.config or {}).get("model_type")
     dense = {}
-    for name, logical in logical_tensors(checkpoint).items():
+    for name, logical in model_tensors(checkpoint).items():
         tensor = _plain(checkpoint, name) if logical.packing is None else _unpacked(checkpoint, name, logical, kind)
         factor = factors.get(name)
         dense[name] = tensor if factor is None else _scaled(tensor, factor)
     return dense
 
 
-def scales(checkpoint: Checkpoint) -> dict[str, np.float32]:
+def rescale_factors(checkpoint: Checkpoint) -> dict[str, np.float32]:
     """What a server model's tensors are to be multiplied by; empty for every other model.
 
     Raises:
@@ -70,7 +70,7 @@ def scales(checkpoint: Checkpoint) -> dict[str, np.float32]:
             raise FormatError(f"groups of tensor {name!r} are not listed, or differ", where=checkpoint.path)
         if groups[0].hidden >= groups[0].units:
             raise FormatError(f"no unit of tensor {name!r} is visible", where=checkpoint.path)
-        factors[name] = scale(groups[0].units, groups[0].hidden, 0)
+        factors[name] = rescale_factor(groups[0].units, groups[0].hidden, 0)
     return factors
 
 
@@ -86,18 +86,18 @@ def _plain(checkpoint: Checkpoint, name: str) -> Tensor:
     return _tensor(checkpoint.read(name), entry.dtype)
 
 
-def _unpacked(checkpoint: Checkpoint, name: str, logical: LogicalTensor, kind: str | None) -> Tensor:
+def _unpacked(checkpoint: Checkpoint, name: str, logical: ModelTensor, kind: str | None) -> Tensor:
     """A packed weight in its own shape and dtype."""
     assert logical.packing is not None
-    scales = read_scales(checkpoint, name)
+    rescale_factors = read_scales(checkpoint, name)
     out = np.empty(logical.packing.shape, _BITS[logical.dtype])
     try:
         if logical.packing.kind == "pack8":
-            kernels.dequantize_int8(checkpoint.read(name), scales.absmax, logical.dtype, out)
+            kernels.dequantize_int8(checkpoint.read(name), rescale_factors.absmax, logical.dtype, out)
         else:
             kernels.dequantize_4bit(
                 checkpoint.read(name).reshape(-1),
-                scales.absmax,
+                rescale_factors.absmax,
                 format=logical.packing.format,
                 block=logical.packing.block,
                 dtype=logical.dtype,

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli import strictjson
-from fedqsn_cli.kernels.hash_threads import Lane
-from fedqsn_cli.models.flow import Flow
+from fedqsn_cli.kernels.hash_threads import HashQueue
+from fedqsn_cli.models.tensor_task import TensorTask
 
 Array = NDArray[Any]
 
@@ -24,8 +24,8 @@ class ModelHash:
     Bytes are hashed in a background thread; the caller leaves what it handed over alone until `settle`.
     """
 
-    def __init__(self, lane: Lane) -> None:
-        self._lane = lane
+    def __init__(self, queue: HashQueue) -> None:
+        self._queue = queue
         self._tensors: dict[str, Any] = {}
         self._pending: deque[Future[None]] = deque()
 
@@ -34,17 +34,17 @@ class ModelHash:
         sha256 = self._tensors.setdefault(name, hashlib.sha256())
         while len(self._pending) >= 3:
             self._pending.popleft().result()
-        self._pending.append(self._lane.submit(sha256.update, values.reshape(-1).view(np.uint8).data))
+        self._pending.append(self._queue.submit(sha256.update, values.reshape(-1).view(np.uint8).data))
 
     def settle(self) -> None:
         """Wait until everything handed over is hashed."""
         while self._pending:
             self._pending.popleft().result()
 
-    def hexdigest(self, todo: Sequence[Flow]) -> str:
+    def hexdigest(self, tasks: Sequence[TensorTask]) -> str:
         """The digest of all tensors that were handed over."""
         self.settle()
-        logical = {flow.name: flow.logical for flow in todo}
+        logical = {task.name: task.tensor for task in tasks}
         lines = [
             strictjson.dumps([name, logical[name].dtype, list(logical[name].shape), sha256.hexdigest()])
             for name, sha256 in sorted(self._tensors.items())

@@ -19,7 +19,7 @@ _SAMPLE = 4096  # bytes from the start and from the middle tell nearly all tenso
 _PIECE = 1 << 22
 
 
-def refuse_twins(checkpoint: Checkpoint, plan: Plan) -> None:
+def refuse_duplicate_tensors(checkpoint: Checkpoint, plan: Plan) -> None:
     """Refuse a model in which a masked tensor has an equal twin with another mask, or with none.
 
     Raises:

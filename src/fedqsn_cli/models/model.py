@@ -16,7 +16,7 @@ from fedqsn_cli.planning.plan import Plan, make_plan
 from fedqsn_cli.planning.roles import rules
 from fedqsn_cli.quantization.bnb_format import Packing
 from fedqsn_cli.quantization.bnb_reader import find_packings, read_scales
-from fedqsn_cli.quantization.layout import Storage
+from fedqsn_cli.quantization.layout import TensorLayout
 from fedqsn_cli.quantization.scales import Scales
 
 Array = NDArray[Any]
@@ -27,7 +27,7 @@ RESIDUAL_STEM = "fedqsn-residual"
 
 
 @dataclass(frozen=True, slots=True)
-class LogicalTensor:
+class ModelTensor:
     """One tensor of the model: its dtype and shape before packing, and how it is packed (None: it is not)."""
 
     dtype: str
@@ -47,7 +47,7 @@ class OpenModel:
     source: Source
     checkpoint: Checkpoint
     manifest: ModelManifest | None
-    tensors: dict[str, LogicalTensor]
+    tensors: dict[str, ModelTensor]
     plan: Plan
     _scales: dict[str, Scales] = field(default_factory=dict)
 
@@ -81,7 +81,7 @@ class OpenModel:
         """Bytes of the tensor's values or codes in the file."""
         return self.checkpoint.entries[name].nbytes
 
-    def read_rows(self, name: str, storage: Storage, first: int, rows: int) -> Array:
+    def read_rows(self, name: str, storage: TensorLayout, first: int, rows: int) -> Array:
         """Read whole rows of the working view into a fresh array; tensors that are worked on transposed come whole.
 
         Returns:
@@ -129,7 +129,7 @@ def open_model(reference: str, *, axis: str = "neuron", overrides: dict[str, Any
     source, checkpoint, manifest = open_source(reference)
     if manifest is not None and manifest.kind != "global-model":
         axis, overrides = manifest.axis, manifest.overrides
-    tensors = logical_tensors(checkpoint)
+    tensors = model_tensors(checkpoint)
     if manifest is None and any(tensor.packing is not None for tensor in tensors.values()):
         raise InputError("this model was quantized elsewhere", where=reference, hint="start from its dense checkpoint")
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
@@ -149,7 +149,7 @@ def open_source(reference: str) -> tuple[Source, Checkpoint, ModelManifest | Non
     return source, checkpoint, manifest
 
 
-def logical_tensors(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
+def model_tensors(checkpoint: Checkpoint) -> dict[str, ModelTensor]:
     """The tensors of the model that a checkpoint holds, packed ones under their own names. Raises FormatError."""
     packings = find_packings(checkpoint)
     companions = {name for packing in packings.values() for name in packing.companions}
@@ -158,9 +158,9 @@ def logical_tensors(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     for name, entry in checkpoint.entries.items():
         packing = packings.get(name)
         if packing is not None:
-            tensors[name] = LogicalTensor(packing.dtype, _stored_shape(name, packing, model_type), packing)
+            tensors[name] = ModelTensor(packing.dtype, _stored_shape(name, packing, model_type), packing)
         elif name not in companions:
-            tensors[name] = LogicalTensor(entry.dtype, entry.shape, None)
+            tensors[name] = ModelTensor(entry.dtype, entry.shape, None)
     return tensors
 
 

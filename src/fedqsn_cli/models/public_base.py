@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.checkpoint import DTYPE_BYTES, Checkpoint, Source
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.models.model import BITS, LogicalTensor, OpenModel, logical_tensors, open_source
+from fedqsn_cli.models.model import BITS, ModelTensor, OpenModel, model_tensors, open_source
 from fedqsn_cli.planning.roles import rules
 from fedqsn_cli.planning.tensor_plan import TensorPlan
 from fedqsn_cli.planning.tied import model_type, tie_word_embeddings, tied_groups
-from fedqsn_cli.quantization.layout import Storage
+from fedqsn_cli.quantization.layout import TensorLayout
 
 Array = NDArray[Any]
 Kind = Literal["exact", "prefix", "tied", "converted", "resized", "zeros"]
@@ -37,7 +37,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 _HINT = "give the checkpoint that the model was fine-tuned from"
 
 
-class UnfitBase(InputError):
+class IncompatibleBase(InputError):
     """A public base that is none, or lacks what the model needs; `tensor` is the first that is wrong."""
 
     def __init__(self, what: str, *, where: str, hint: str = _HINT, tensor: str | None = None) -> None:
@@ -62,7 +62,7 @@ class Match:
 
 
 @dataclass(frozen=True)
-class AlignedBase:
+class PublicBase:
     """A public base under the names, dtypes and shapes of a model; read like the model itself, chunk by chunk.
 
     Args:
@@ -72,7 +72,7 @@ class AlignedBase:
 
     source: Source
     matches: tuple[Match, ...]
-    tensors: dict[str, LogicalTensor]
+    tensors: dict[str, ModelTensor]
     _checkpoint: Checkpoint
     _found: dict[str, tuple[Match, str]]  # with the dtype that is wanted
 
@@ -80,7 +80,7 @@ class AlignedBase:
         """Number of masked tensors of each kind of match."""
         return counted(self.matches)
 
-    def read_rows(self, name: str, storage: Storage, first: int, rows: int) -> Array:
+    def read_rows(self, name: str, storage: TensorLayout, first: int, rows: int) -> Array:
         """Rows of a tensor's working view as stored bits of the model's dtype, as `OpenModel.read_rows` gives them.
 
         Raises:
@@ -106,7 +106,7 @@ class AlignedBase:
         return found if known == count else np.concatenate([found, np.zeros(count - known, BITS[dtype])])
 
 
-def open_base(reference: str, model: OpenModel, *, partial: bool = False) -> AlignedBase:
+def open_base(reference: str, model: OpenModel, *, partial: bool = False) -> PublicBase:
     """Open a public base and match it with a model; headers only, values come with `read_rows`.
 
     Args:
@@ -114,20 +114,20 @@ def open_base(reference: str, model: OpenModel, *, partial: bool = False) -> Ali
         partial: leave out what does not match, in place of refusing the base; for those who only compare with it.
 
     Raises:
-        UnfitBase: it is no dense checkpoint, or does not have what the model's masked tensors need.
+        IncompatibleBase: it is no dense checkpoint, or does not have what the model's masked tensors need.
         InputError: there is no such checkpoint. FormatError: it is malformed.
     """
     source, checkpoint, manifest = open_source(reference)
     if manifest is not None and manifest.kind != "global-model":
-        raise UnfitBase(f"a {manifest.kind.replace('-', ' ')} is no public base", where=reference)
-    tensors = logical_tensors(checkpoint)
+        raise IncompatibleBase(f"a {manifest.kind.replace('-', ' ')} is no public base", where=reference)
+    tensors = model_tensors(checkpoint)
     packed = any(tensor.packing is not None for tensor in tensors.values())
     if packed or (checkpoint.config or {}).get("quantization_config") is not None:
-        raise UnfitBase("the public base is quantized", where=reference, hint="give its dense checkpoint")
+        raise IncompatibleBase("the public base is quantized", where=reference, hint="give its dense checkpoint")
     matcher = _Matcher(model, tensors, checkpoint.config or {}, reference)
     found = dict(matcher.matches(partial))
-    logical = {tensor.name: LogicalTensor(tensor.dtype, tensor.shape, None) for tensor in model.plan.tensors}
-    return AlignedBase(
+    logical = {tensor.name: ModelTensor(tensor.dtype, tensor.shape, None) for tensor in model.plan.tensors}
+    return PublicBase(
         source,
         tuple(found[tensor.name] for tensor in model.plan.tensors if tensor.masked and tensor.name in found),
         {name: logical[name] for name, match in found.items() if match.kind != "zeros"},
@@ -140,7 +140,7 @@ class _Matcher:
     """Finds the tensors of a base that fill a model's."""
 
     def __init__(
-        self, model: OpenModel, base: Mapping[str, LogicalTensor], config: Mapping[str, Any], reference: str
+        self, model: OpenModel, base: Mapping[str, ModelTensor], config: Mapping[str, Any], reference: str
     ) -> None:
         self.tensors = [tensor for tensor in model.plan.tensors if tensor.dtype in BITS]
         self.base, self.reference = base, reference
@@ -151,16 +151,16 @@ class _Matcher:
         self.base_ties = tie_word_embeddings(config) is not False
 
     def matches(self, partial: bool) -> Iterator[tuple[str, Match]]:
-        """All tensors that can be filled. Raises UnfitBase for the first masked one that cannot."""
+        """All tensors that can be filled. Raises IncompatibleBase for the first masked one that cannot."""
         for tensor in self.tensors:
             try:
                 yield tensor.name, self.match(tensor)
-            except UnfitBase:
+            except IncompatibleBase:
                 if tensor.masked and not partial:
                     raise
 
     def match(self, tensor: TensorPlan) -> Match:
-        """What fills a tensor. Raises UnfitBase."""
+        """What fills a tensor. Raises IncompatibleBase."""
         source = self.source(tensor)
         if source is None:
             if self.is_fresh(tensor):
@@ -169,8 +169,8 @@ class _Matcher:
         other = self.base[source]
         return Match(tensor.name, self.kind(tensor, source, other), source, other.dtype, other.shape)
 
-    def kind(self, tensor: TensorPlan, source: str, other: LogicalTensor) -> Kind:
-        """How a tensor of the base fits. Raises UnfitBase."""
+    def kind(self, tensor: TensorPlan, source: str, other: ModelTensor) -> Kind:
+        """How a tensor of the base fits. Raises IncompatibleBase."""
         same = other.is_float and other.shape == tensor.shape
         if not same and other.is_float and self.has_any_rows(tensor) and other.shape[1:] == tensor.shape[1:]:
             return "resized" if _is_vocabulary(tensor.name) else "zeros"
@@ -230,8 +230,8 @@ class _Matcher:
         ]
         return min(alike)[2] if alike else None
 
-    def unfit(self, what: str, tensor: TensorPlan, source: str) -> UnfitBase:
-        return UnfitBase(what, where=f"{self.reference}: {source}", tensor=tensor.name)
+    def unfit(self, what: str, tensor: TensorPlan, source: str) -> IncompatibleBase:
+        return IncompatibleBase(what, where=f"{self.reference}: {source}", tensor=tensor.name)
 
 
 def _prefixes(names: Iterable[str], base: Collection[str]) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from fedqsn_cli.errors import FormatError
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.planning.tensor_plan import TensorPlan
-from fedqsn_cli.quantization.layout import row_chunks, storage_of
+from fedqsn_cli.quantization.layout import layout_of, row_chunks
 
 STEM = "fedqsn-residual"
 CHUNK = 1 << 21  # elements
@@ -80,7 +80,7 @@ def copy_residual(model: OpenModel, writer: ArtifactWriter, hidden: Callable[[Te
     sink = residual_sink(writer, model.plan.tensors, None)
     assert sink is not None
     for tensor in sorted(residual_tensors(model.plan.tensors), key=lambda tensor: tensor.name):
-        mask, storage = hidden(tensor), storage_of(tensor, None)
+        mask, storage = hidden(tensor), layout_of(tensor, None)
         for first, rows in row_chunks(storage, 1, CHUNK):
             cols = storage.view[2]
             values = residual.rows(tensor.name, first, rows, cols)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fedqsn_cli.errors import InputError, PlanError
-from fedqsn_cli.planning.placement import FIELDS, canonical_hiding, checked_ratio
+from fedqsn_cli.planning.placement import FIELDS, canonical_placement, checked_ratio
 from fedqsn_cli.planning.roles import ROLES
 
 _FIELDS = ("match", "role", "masked", "quantized", "p1")
@@ -74,7 +74,7 @@ def canonical(document: object, *, where: object = None) -> dict[str, Any]:
     if not isinstance(listed, list):
         raise PlanError("`rule` must be an array of tables", where=where, hint="write [[rule]], not [rule]")
     checked = [_checked(rule, f"rule {position}", where) for position, rule in enumerate(listed, 1)]
-    return {"rule": checked, **canonical_hiding(document, where)}
+    return {"rule": checked, **canonical_placement(document, where)}
 
 
 def apply_overrides(overrides: dict[str, Any], names: Iterable[str]) -> dict[str, Override]:

@@ -19,19 +19,19 @@ from fedqsn_cli.planning.roles import LINEAR_ROLES, rules
 from fedqsn_cli.validate import validate_ratio
 
 Where = Literal["all", "outputs", "mlp", "attention"]
-Place = int | Literal["embeddings", "head"]
+Location = int | Literal["embeddings", "head"]
 
 WHERE: tuple[str, ...] = get_args(Where)
 FIELDS = ("where", "layers", "p1")
 OPTIONS = {"where": "--where", "layers": "--layers", "p1": "--p1-schedule"}
 
-_WORDS: dict[str, Place] = {"embeddings": "embeddings", "head": "head"}
+_WORDS: dict[str, Location] = {"embeddings": "embeddings", "head": "head"}
 _RANGE = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
 _LAYERS_HINT = "list layers as in embeddings,0-3,5,head"
 
 
 @dataclass(frozen=True, slots=True)
-class Hiding:
+class Placement:
     """What the options say, ready to be asked about tensors.
 
     Args:
@@ -40,18 +40,18 @@ class Hiding:
     """
 
     where: str = "all"
-    layers: frozenset[Place] | None = None
-    ratios: Mapping[Place, float] = field(default_factory=dict)
+    layers: frozenset[Location] | None = None
+    ratios: Mapping[Location, float] = field(default_factory=dict)
     strict: bool = True
 
     @classmethod
-    def of(cls, overrides: Mapping[str, Any]) -> Hiding:
+    def of(cls, overrides: Mapping[str, Any]) -> Placement:
         """Of overrides in canonical form."""
         layers = parse_layers(overrides["layers"]) if "layers" in overrides else None
         ratios = {place: ratio for text, ratio in overrides.get("p1", {}).items() for place in parse_layers(text)}
         return cls(overrides.get("where", "all"), layers, ratios)
 
-    def excludes(self, name: str, role: str, place: Place, *, embedding: bool) -> str | None:
+    def excludes(self, name: str, role: str, place: Location, *, embedding: bool) -> str | None:
         """The option that leaves a weight visible, None if it is hidden.
 
         Args:
@@ -78,22 +78,22 @@ class Hiding:
             )
         return part.output if self.where == "outputs" else part.name == self.where
 
-    def check(self, places: set[Place]) -> None:
+    def check(self, locations: set[Location]) -> None:
         """Refuse places that the model does not have.
 
         Raises:
             PlanError: there is one.
         """
         for option, asked in ((OPTIONS["layers"], self.layers or ()), (OPTIONS["p1"], self.ratios)):
-            for place in sorted(set(asked) - places, key=str):
+            for place in sorted(set(asked) - locations, key=str):
                 what = f"no layer {place}" if isinstance(place, int) else f"no {place} of its own"
-                hint = f"it has {layers_text(places)}" if places else None
+                hint = f"it has {layers_text(locations)}" if locations else None
                 if place == "head":
                     hint = "a head that is tied to the embeddings goes with them"
                 raise PlanError(f"the model has {what}", where=option, hint=hint)
 
 
-def place_of(name: str, role: str, *, embedding: bool) -> Place:
+def location_of(name: str, role: str, *, embedding: bool) -> Location:
     """The place of a weight: its layer, else embeddings or head."""
     layer = rules().layer(name)
     if layer is not None:
@@ -101,33 +101,33 @@ def place_of(name: str, role: str, *, embedding: bool) -> Place:
     return "embeddings" if embedding or rules().before_layers.search(name) else "head"
 
 
-def parse_layers(text: str) -> frozenset[Place]:
+def parse_layers(text: str) -> frozenset[Location]:
     """The places that a list such as "embeddings,0-3,5" names.
 
     Raises:
         InputError: it is no such list.
     """
-    places: set[Place] = set()
+    locations: set[Location] = set()
     for item in text.split(","):
         word = item.strip()
         if word in _WORDS:
-            places.add(_WORDS[word])
+            locations.add(_WORDS[word])
             continue
         found = _RANGE.fullmatch(word)
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, -1)
         if first > last:
             raise InputError(f"{word!r} is neither a layer nor a range of layers", hint=_LAYERS_HINT)
-        places.update(range(first, last + 1))
-    return frozenset(places)
+        locations.update(range(first, last + 1))
+    return frozenset(locations)
 
 
-def layers_text(places: Iterable[Place]) -> str:
+def layers_text(locations: Iterable[Location]) -> str:
     """The shortest list that names these places; equal sets give equal text."""
-    places = set(places)
-    numbers = sorted(place for place in places if isinstance(place, int))
-    words = sorted(place for place in places if not isinstance(place, int))
-    starts = [number for number in numbers if number - 1 not in places]
-    ends = [number for number in numbers if number + 1 not in places]
+    locations = set(locations)
+    numbers = sorted(place for place in locations if isinstance(place, int))
+    words = sorted(place for place in locations if not isinstance(place, int))
+    starts = [number for number in numbers if number - 1 not in locations]
+    ends = [number for number in numbers if number + 1 not in locations]
     ranges = (str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
     return ",".join([*words, *ranges])
 
@@ -140,9 +140,9 @@ def parse_schedule(text: str) -> dict[str, float]:
     """
     pairs = []
     for item in text.split(","):
-        places, equals, ratio = item.partition("=")
+        locations, equals, ratio = item.partition("=")
         try:
-            pairs.append((places, float(ratio)))
+            pairs.append((locations, float(ratio)))
         except ValueError:
             what = f"{ratio.strip()!r} is not a ratio" if equals else f"{item.strip()!r} has no ratio"
             raise InputError(what, hint="write a schedule as in 0-2=0.9,embeddings=0.2") from None
@@ -154,7 +154,7 @@ def schedule_text(schedule: Mapping[str, float]) -> str:
     return ",".join(f"{part}={ratio!r}" for text, ratio in schedule.items() for part in text.split(","))
 
 
-def canonical_hiding(document: Mapping[str, Any], place: object) -> dict[str, Any]:
+def canonical_placement(document: Mapping[str, Any], place: object) -> dict[str, Any]:
     """The fields where, layers and p1 of overrides, checked, as far as they say anything.
 
     Raises:
@@ -180,7 +180,7 @@ def check_where(where: object) -> str:
     return where
 
 
-def asked_hiding(where: str | None, layers: str | None, schedule: str | None) -> dict[str, Any]:
+def parse_placement(where: str | None, layers: str | None, schedule: str | None) -> dict[str, Any]:
     """What the three options say, in canonical form; "all" is said too.
 
     Raises:
@@ -200,7 +200,7 @@ def asked_hiding(where: str | None, layers: str | None, schedule: str | None) ->
     return asked
 
 
-def said(name: str, value: Any) -> str:
+def describe(name: str, value: Any) -> str:
     """A field of overrides as people read it; None stands for not given."""
     if name == "p1":
         return f"p1 schedule {schedule_text(value)}" if value else "no p1 schedule"
@@ -209,16 +209,16 @@ def said(name: str, value: Any) -> str:
 
 def _schedule(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
     """Ratio -> places, turned round: the same schedule gives the same text, however it was written."""
-    ratios: dict[Place, float] = {}
+    ratios: dict[Location, float] = {}
     for text, ratio in pairs:
         for place in parse_layers(text):
             if place in ratios:
                 raise InputError(f"{'layer ' if isinstance(place, int) else ''}{place} is given two ratios")
             ratios[place] = validate_ratio(ratio)
-    alike: dict[float, set[Place]] = {}
+    alike: dict[float, set[Location]] = {}
     for place, ratio in ratios.items():
         alike.setdefault(ratio, set()).add(place)
-    return dict(sorted((layers_text(places), ratio) for ratio, places in alike.items()))
+    return dict(sorted((layers_text(locations), ratio) for ratio, locations in alike.items()))
 
 
 def _pairs(table: object) -> list[tuple[str, float]]:

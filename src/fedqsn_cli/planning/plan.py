@@ -15,7 +15,7 @@ from typing import Any
 from fedqsn_cli import strictjson
 from fedqsn_cli.errors import PlanError
 from fedqsn_cli.planning.overrides import Override, apply_overrides, canonical
-from fedqsn_cli.planning.placement import Hiding, Place, place_of
+from fedqsn_cli.planning.placement import Location, Placement, location_of
 from fedqsn_cli.planning.roles import DIMENSIONS, LINEAR_ROLES, UNIT_AXIS, Role, rules
 from fedqsn_cli.planning.skip_modules import skip_modules
 from fedqsn_cli.planning.tensor_plan import _TURNED, AXES, FLOAT_DTYPES, TensorPlan, UnitAxis
@@ -105,11 +105,11 @@ def make_plan(
         raise PlanError(f"unknown axis {axis!r}", hint=f"choose one of {', '.join(AXES)}")
     _refuse_foreign_quantization(config)
     checked = canonical(overrides or {})
-    planner = _Planner(tensors, config or {}, axis, apply_overrides(checked, tensors), Hiding.of(checked))
+    planner = _Planner(tensors, config or {}, axis, apply_overrides(checked, tensors), Placement.of(checked))
     planned = [planner.plan(name) for name in tensors]
-    planner.hiding.check(planner.places)
+    planner.placement.check(planner.locations)
     if checked["rule"]:
-        plain = _Planner(tensors, config or {}, axis, {}, replace(planner.hiding, strict=False))
+        plain = _Planner(tensors, config or {}, axis, {}, replace(planner.placement, strict=False))
         planned = [replace(tensor, cleared=_is_cleared(tensor, plain.plan(tensor.name))) for tensor in planned]
     _check_ties(planned, planner.tied)
     _check_ratios(planned, checked["rule"])
@@ -125,15 +125,15 @@ class _Planner:
         config: Mapping[str, Any],
         axis: str,
         overrides: dict[str, Override],
-        hiding: Hiding,
+        placement: Placement,
     ) -> None:
         self.tensors = tensors
         self.model_type = model_type(config)
         self.axis = axis
         self.overrides = overrides
-        self.hiding = hiding
+        self.placement = placement
         self.tied = tied_groups(tensors, config)
-        self.places: set[Place] = set()
+        self.locations: set[Location] = set()
 
     def plan(self, name: str) -> TensorPlan:
         role = self.role(name)
@@ -183,17 +183,17 @@ class _Planner:
             quantized=quantized,
             packable=self.packable(name, role),
             origin=_origin(asked, None if masked else excluded),
-            p1=(self.hiding.ratios.get(place) if asked.p1 is None else asked.p1) if masked else None,
+            p1=(self.placement.ratios.get(place) if asked.p1 is None else asked.p1) if masked else None,
         )
 
-    def placed(self, name: str, role: str) -> tuple[Place, str | None]:
+    def placed(self, name: str, role: str) -> tuple[Location, str | None]:
         """Where a weight is, and the option that leaves it visible, if one does."""
         embedding = role == "embedding" or rules().tied_inputs.search(self.tied.get(name, "")) is not None
-        place = place_of(name, role, embedding=embedding)
-        self.places.add(place)
+        place = location_of(name, role, embedding=embedding)
+        self.locations.add(place)
         if self.override(name).masked is not None:
             return place, None
-        return place, self.hiding.excludes(name, role, place, embedding=embedding)
+        return place, self.placement.excludes(name, role, place, embedding=embedding)
 
     def packable(self, name: str, role: Role) -> bool:
         """Whether transformers holds the tensor packed; where an override contradicts a rule, dense is safe."""

@@ -30,7 +30,7 @@ _TURNED: dict[str, Axis] = {"row": "column", "column": "row", "element": "elemen
 
 
 @dataclass(frozen=True, slots=True)
-class Storage:
+class TensorLayout:
     """How one tensor is stored.
 
     Args:
@@ -89,26 +89,26 @@ def quantization(format: str, *, block_size: int, double_quant: bool, layout: st
     )
 
 
-def storage_of(tensor: TensorPlan, how: Quantization | None) -> Storage:
+def layout_of(tensor: TensorPlan, how: Quantization | None) -> TensorLayout:
     """Decide how one tensor of the plan is stored."""
     axis = tensor.axis
     if how is None or not tensor.quantized:
-        return Storage("raw", "flat", False, tensor.view, axis)
+        return TensorLayout("raw", "flat", False, tensor.view, axis)
     if how.layout == "bnb" and tensor.packable:
         kind: Kind = "pack8" if how.format == "int8" else "pack4"
     else:
         kind = "snap"
     if tensor.role == "conv1d":
         lead, rows, cols = tensor.view
-        return Storage(kind, "flat", True, (lead, cols, rows), None if axis is None else _TURNED[axis])
+        return TensorLayout(kind, "flat", True, (lead, cols, rows), None if axis is None else _TURNED[axis])
     if tensor.role == "linear":
-        return Storage(kind, "flat", False, tensor.view, axis)
+        return TensorLayout(kind, "flat", False, tensor.view, axis)
     if tensor.role in {"embedding", "head", "router"} or axis == "column":
-        return Storage(kind, "column", False, tensor.view, axis)
-    return Storage(kind, "row", False, tensor.view, axis)
+        return TensorLayout(kind, "column", False, tensor.view, axis)
+    return TensorLayout(kind, "row", False, tensor.view, axis)
 
 
-def row_chunks(storage: Storage, block: int, elements: int) -> Iterator[tuple[int, int]]:
+def row_chunks(storage: TensorLayout, block: int, elements: int) -> Iterator[tuple[int, int]]:
     """Cut a matrix into runs of whole rows: (first row, rows), of about `elements` elements.
 
     No run splits a block or a byte of codes, and none leaves a lead slice where blocks or units run down columns.

@@ -67,7 +67,7 @@ def update_shape(tensor: Tensor, mask: UnitMask | None) -> tuple[int, ...]:
     if mask is None:
         return shape
     lead, rows, cols = mask.view
-    visible = int(mask.marks.sum()) // (1 if mask.axis == "element" else lead)
+    visible = int(mask.flags.sum()) // (1 if mask.axis == "element" else lead)
     if mask.axis == "element" or len(shape) == 1:
         return (visible,)
     matrix = (visible, cols) if mask.axis == "row" else (rows, visible)
@@ -89,7 +89,7 @@ def _difference(trained: Tensor | None, before: Tensor, mask: UnitMask | None) -
     if mask is None:
         return whole
     lead, rows, cols = mask.view
-    marks = torch.from_numpy(mask.marks)
+    marks = torch.from_numpy(mask.flags)
     if mask.axis == "element":
         return whole.reshape(-1)[marks]
     if mask.axis == "row":

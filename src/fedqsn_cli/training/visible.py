@@ -70,13 +70,13 @@ def _tensor_mask(name: str, units: Units, flags: Mapping[str, Bools], folder: Pa
         raise FormatError(f"groups of tensor {name!r} have another number of units", where=folder)
     if len({int(group.sum()) for group in groups}) > 1:
         raise FormatError(f"slices of tensor {name!r} show different numbers of units", where=folder)
-    return UnitMask.of(units.axis, units.view, groups)
+    return UnitMask.from_groups(units.axis, units.view, groups)
 
 
 def expanded(mask: UnitMask, shape: tuple[int, ...]) -> Tensor:
     """A mask in a tensor's own shape, bool; rows and columns take no memory of their own."""
     lead, rows, cols = mask.view
-    marks = torch.from_numpy(mask.marks)
+    marks = torch.from_numpy(mask.flags)
     if mask.axis == "row":
         marks = marks.view(lead, rows, 1)
     elif mask.axis == "column":
@@ -106,7 +106,7 @@ def parameter_masks(
     one = torch.ones((), dtype=torch.bfloat16)
     state: dict[str, Tensor] = {}
     for name, tensor in dense.items():
-        if name in visible and not visible[name].marks.all():
+        if name in visible and not visible[name].flags.all():
             state[name] = expanded(visible[name], tuple(tensor.shape)).to(torch.bfloat16)
         else:
             state[name] = one.expand(tensor.shape) if tensor.is_floating_point() else tensor

@@ -16,7 +16,7 @@ from fedqsn_cli.auditing.secrets import Needles, complaints, state_complaint
 from fedqsn_cli.checkpoint.reader import COMPANIONS
 from fedqsn_cli.errors import FedqsnError
 from fedqsn_cli.export.outputs import tensor_specs
-from fedqsn_cli.models.flow import flows
+from fedqsn_cli.models.tensor_task import tensor_tasks
 from fedqsn_cli.quantization.bnb_format import quantization_config, state_name
 
 _MODEL_FILE = re.compile(r"model(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
@@ -119,7 +119,10 @@ def _tensors(inputs: Inputs, proxy: OpenedProxy) -> Iterator[Finding]:
     """Tensors that the truth does not have, in either direction."""
     if inputs.truth is None:
         return
-    specs = {spec.name for spec in tensor_specs(flows(inputs.truth, proxy.manifest.quantization, lambda _: None), None)}
+    specs = {
+        spec.name
+        for spec in tensor_specs(tensor_tasks(inputs.truth, proxy.manifest.quantization, lambda _: None), None)
+    }
     for name in sorted(set(proxy.tensors) - specs):
         yield finding("FQ010", proxy.scope, "a tensor that the model does not have", tensor=name)
     for name in sorted(specs - set(proxy.tensors)):

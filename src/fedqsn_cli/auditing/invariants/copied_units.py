@@ -21,9 +21,9 @@ from fedqsn_cli.errors import FedqsnError
 from fedqsn_cli.export.pipeline import CHUNK_ELEMENTS
 from fedqsn_cli.masks.job_masks import ServerMasks
 from fedqsn_cli.masks.unit_mask import UnitMask
-from fedqsn_cli.models.flow import Flow, flows
 from fedqsn_cli.models.model import OpenModel
-from fedqsn_cli.quantization.layout import Storage
+from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
+from fedqsn_cli.quantization.layout import TensorLayout
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
@@ -41,7 +41,7 @@ class Truth:
     """The sketched truth: all rows and columns by length, and which of them are hidden."""
 
     model: OpenModel
-    todo: list[Flow]
+    tasks: list[TensorTask]
     book: dict[int, Sketches] = field(default_factory=dict)
     _joined: dict[int, tuple[Floats, Array, Array]] = field(default_factory=dict)
 
@@ -59,12 +59,12 @@ class Truth:
     def _hidden(self, where: Array) -> Array:
         hidden = np.zeros(len(where), np.bool_)
         for number in np.unique(where[:, 0]):
-            flow = self.todo[number]
-            if flow.hidden is None:
+            task = self.tasks[number]
+            if task.hidden is None:
                 continue
             chosen = np.flatnonzero(where[:, 0] == number)
             kinds, index = where[chosen, 1], where[chosen, 2]
-            rows, columns = hidden_vectors(flow.hidden)
+            rows, columns = hidden_vectors(task.hidden)
             hidden[chosen] = np.where(
                 kinds == 0, rows[index % max(1, len(rows))], columns[index % max(1, len(columns))]
             )
@@ -72,24 +72,24 @@ class Truth:
 
     def is_loose(self, number: int) -> bool:
         """Is a vector of this tensor hidden in part only (single weights as units, biases)?"""
-        hidden = self.todo[number].hidden
+        hidden = self.tasks[number].hidden
         return hidden is not None and (hidden.axis == "element" or hidden.view[2] == 1)
 
     def reader(self, number: int) -> Read:
         """Reads rows of a tensor of the truth."""
-        flow = self.todo[number]
-        raw = Storage("raw", "flat", False, matrix_view(flow.storage.view), None)
-        as_stored = Flow(flow.tensor, flow.logical, raw, None)
+        task = self.tasks[number]
+        raw = TensorLayout("raw", "flat", False, matrix_view(task.layout.view), None)
+        as_stored = TensorTask(task.plan, task.tensor, raw, None)
 
         def read(first: int, rows: int, columns: slice) -> Floats:
-            x = self.model.read_rows(flow.name, raw, first, rows)[:, columns]
+            x = self.model.read_rows(task.name, raw, first, rows)[:, columns]
             return np.asarray(plain(as_stored, np.ascontiguousarray(x)))
 
         return read
 
     def vector(self, number: int, kind: int, index: int) -> Floats:
         """A row or a column of a tensor of the truth."""
-        return fetch(self.reader(number), matrix_view(self.todo[number].storage.view), kind, index)
+        return fetch(self.reader(number), matrix_view(self.tasks[number].layout.view), kind, index)
 
 
 def matrix_view(view: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -102,12 +102,12 @@ def hidden_vectors(mask: UnitMask) -> tuple[Array, Array]:
     """Flags of rows [lead * rows] and of columns [lead * cols] of the matrix view: hidden, or hidden in part."""
     lead, rows, cols = mask.view
     if cols == 1:
-        return np.asarray(mask.marks.reshape(lead, rows).any(axis=1)), np.zeros(rows * lead, np.bool_)
+        return np.asarray(mask.flags.reshape(lead, rows).any(axis=1)), np.zeros(rows * lead, np.bool_)
     if mask.axis == "row":
-        return mask.marks, np.zeros(lead * cols, np.bool_)
+        return mask.flags, np.zeros(lead * cols, np.bool_)
     if mask.axis == "column":
-        return np.zeros(lead * rows, np.bool_), mask.marks.reshape(-1)
-    return np.asarray(mask.marks.reshape(lead * rows, cols).any(axis=1)), np.zeros(lead * cols, np.bool_)
+        return np.zeros(lead * rows, np.bool_), mask.flags.reshape(-1)
+    return np.asarray(mask.flags.reshape(lead * rows, cols).any(axis=1)), np.zeros(lead * cols, np.bool_)
 
 
 def fetch(read: Read, view: tuple[int, int, int], kind: int, index: int) -> Floats:
@@ -146,10 +146,10 @@ def _places(number: int, kind: int, first: int, count: int) -> Array:
 def sketch_truth(inputs: Inputs) -> Truth:
     """Read the truth once and sketch it."""
     assert inputs.truth is not None
-    truth = Truth(inputs.truth, flows(inputs.truth, None, lambda tensor: hidden_of(inputs, tensor)))
-    for number, flow in enumerate(truth.todo):
-        if flow.logical.is_float:
-            sketch(truth.book, number, matrix_view(flow.storage.view), truth.reader(number))
+    truth = Truth(inputs.truth, tensor_tasks(inputs.truth, None, lambda tensor: hidden_of(inputs, tensor)))
+    for number, task in enumerate(truth.tasks):
+        if task.tensor.is_float:
+            sketch(truth.book, number, matrix_view(task.layout.view), truth.reader(number))
     return truth
 
 
@@ -161,7 +161,7 @@ def hidden_of(inputs: Inputs, tensor: Any) -> UnitMask | None:
     known = [mask for mask in masks if mask is not None]
     if not known:
         return None
-    marks = ~np.logical_or.reduce([mask.marks for mask in known])
+    marks = ~np.logical_or.reduce([mask.flags for mask in known])
     return UnitMask(known[0].axis, known[0].view, marks) if marks.any() else None
 
 
@@ -176,7 +176,7 @@ def check_presence(inputs: Inputs, report: Report, odd: Mapping[str, set[str]]) 
     why = f"rows and columns of all tensors were compared with the units {known}"
     report.add("FQ002", "truth", why, list(_twins(truth)))
     for proxy in inputs.proxies:
-        names = odd.get(proxy.scope, set(proxy.tensors)) & {flow.name for flow in truth.todo} & set(proxy.tensors)
+        names = odd.get(proxy.scope, set(proxy.tensors)) & {task.name for task in truth.tasks} & set(proxy.tensors)
         found: list[Finding] = []
         try:
             for name in sorted(names):
@@ -192,7 +192,7 @@ def check_presence(inputs: Inputs, report: Report, odd: Mapping[str, set[str]]) 
 def _twins(truth: Truth) -> Iterator[Finding]:
     """Hidden units that the truth holds once more where they are shown."""
     reported: set[tuple[int, int]] = set()
-    loose = np.array([truth.is_loose(number) for number in range(len(truth.todo))])
+    loose = np.array([truth.is_loose(number) for number in range(len(truth.tasks))])
     for length in truth.lengths():
         vectors, where, hidden = truth.joined(length)
         units, shown = np.flatnonzero(hidden), np.flatnonzero(~hidden | loose[where[:, 0]])
@@ -205,8 +205,8 @@ def _twins(truth: Truth) -> Iterator[Finding]:
                 pair = int(one[0]), int(other[0])
                 if pair not in reported and cosine(truth.vector(*one), truth.vector(*other)) > TWIN:
                     reported.add(pair)
-                    message = f"units that are hidden here are shown as part of {truth.todo[pair[1]].name}"
-                    yield finding("FQ002", "truth", message, tensor=truth.todo[pair[0]].name)
+                    message = f"units that are hidden here are shown as part of {truth.tasks[pair[1]].name}"
+                    yield finding("FQ002", "truth", message, tensor=truth.tasks[pair[0]].name)
 
 
 def _first_pairs(unit: Array, copy: Array) -> Iterator[tuple[Array, Array]]:
@@ -221,19 +221,19 @@ def _first_pairs(unit: Array, copy: Array) -> Iterator[tuple[Array, Array]]:
 
 def _in_tensor(truth: Truth, proxy: OpenedProxy, name: str) -> list[Finding]:
     """Hidden units of the truth in a tensor of a proxy that is not as an export makes it."""
-    number = next(index for index, flow in enumerate(truth.todo) if flow.name == name)
-    flow = truth.todo[number]
-    if not flow.logical.is_float or not proxy.tensors[name].is_float:
+    number = next(index for index, task in enumerate(truth.tasks) if task.name == name)
+    task = truth.tasks[number]
+    if not task.tensor.is_float or not proxy.tensors[name].is_float:
         return []
     if proxy.turned(name):
-        lead, rows, cols = flow.storage.view
-        storage = Storage("raw", "flat", True, (lead, cols, rows), None)
+        lead, rows, cols = task.layout.view
+        storage = TensorLayout("raw", "flat", True, (lead, cols, rows), None)
     else:
-        storage = Storage("raw", "flat", False, flow.storage.view, None)
+        storage = TensorLayout("raw", "flat", False, task.layout.view, None)
     view = matrix_view(storage.view)
 
     def read(first: int, rows: int, columns: slice) -> Floats:
-        plain_view = Storage("raw", "flat", storage.transposed, view, None)
+        plain_view = TensorLayout("raw", "flat", storage.transposed, view, None)
         return np.ascontiguousarray(proxy.values(name, plain_view, first, rows)[:, columns])
 
     book: dict[int, Sketches] = {}
@@ -297,7 +297,7 @@ Reader = Callable[[int, int], bytes]
 
 def _unexpected(truth: Truth, proxy: OpenedProxy) -> Iterator[tuple[str, Reader, int]]:
     """Content that a proxy does not consist of: (what to call it, how to read bytes of it, how many there are)."""
-    expected = {flow.name for flow in truth.todo}
+    expected = {task.name for task in truth.tasks}
     companions = {name for one in proxy.tensors.values() if one.packing for name in one.packing.companions}
     for checkpoint, known in (
         (proxy.checkpoint, expected | companions),

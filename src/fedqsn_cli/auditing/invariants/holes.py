@@ -20,7 +20,7 @@ from fedqsn_cli.export.pipeline import CHUNK_ELEMENTS
 from fedqsn_cli.masks.job_masks import ServerMasks
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.quantization.codebooks import FORMATS
-from fedqsn_cli.quantization.layout import Storage, row_chunks
+from fedqsn_cli.quantization.layout import TensorLayout, row_chunks
 
 Array = NDArray[Any]
 
@@ -62,7 +62,7 @@ def _sort_in(proxy: OpenedProxy, report: Report, holes: list[Finding], scales: l
 def _holes(proxy: OpenedProxy, name: str) -> Iterator[Finding]:
     """Is everything zero, bit for bit, where nothing is shown?"""
     visible = proxy.visible(name)
-    if visible is None or proxy.manifest.fill != "zero" or visible.marks.all():
+    if visible is None or proxy.manifest.fill != "zero" or visible.flags.all():
         return
     storage = proxy.layout(name)
     mask = storage.working(visible)
@@ -79,13 +79,13 @@ def _holes(proxy: OpenedProxy, name: str) -> Iterator[Finding]:
         yield finding("FQ002", proxy.scope, message, tensor=name, value=float(count), limit=0.0)
 
 
-def _runs(storage: Storage) -> Iterator[tuple[int, int]]:
+def _runs(storage: TensorLayout) -> Iterator[tuple[int, int]]:
     yield from row_chunks(
-        Storage(storage.kind, storage.geometry, False, storage.view, storage.axis), 4096, CHUNK_ELEMENTS
+        TensorLayout(storage.kind, storage.geometry, False, storage.view, storage.axis), 4096, CHUNK_ELEMENTS
     )
 
 
-def _nonzero(proxy: OpenedProxy, name: str, storage: Storage, mask: UnitMask, first: int, rows: int) -> int:
+def _nonzero(proxy: OpenedProxy, name: str, storage: TensorLayout, mask: UnitMask, first: int, rows: int) -> int:
     """Hidden elements of rows that do not hold zero."""
     cols = storage.view[2]
     if storage.kind == "pack4":
@@ -95,7 +95,7 @@ def _nonzero(proxy: OpenedProxy, name: str, storage: Storage, mask: UnitMask, fi
         start = first * cols
         packed = proxy.codes(name, start // 2 * 2, rows * cols + start % 2)
         if mask.axis == "element":
-            flags = ~mask.of_rows(first, rows).reshape(-1)
+            flags = ~mask.flags_of_rows(first, rows).reshape(-1)
             return int(np.count_nonzero(unpacked(packed)[start % 2 :][: flags.size][flags] != zero))
         row_flags, col_flags = outer_flags(mask, first, rows)
         return int(nonzero_codes(packed, start % 2, cols, row_flags, col_flags, zero))
@@ -105,10 +105,10 @@ def _nonzero(proxy: OpenedProxy, name: str, storage: Storage, mask: UnitMask, fi
     ]
     out = np.empty((rows, cols), kind)
     proxy.checkpoint.read_into(name, first * cols * out.itemsize, out)
-    return int(np.count_nonzero(mask.inverted().take(out, first)))
+    return int(np.count_nonzero(mask.inverted().select(out, first)))
 
 
-def storage_size(storage: Storage) -> int:
+def storage_size(storage: TensorLayout) -> int:
     """Elements of a tensor."""
     lead, rows, cols = storage.view
     return lead * rows * cols
@@ -121,7 +121,7 @@ def unpacked(packed: Array) -> Array:
 
 def outer_flags(mask: UnitMask, first: int, rows: int) -> tuple[Array, Array]:
     """Flags of rows and of columns, both of which an element needs; not for single weights as units."""
-    flags, cols = mask.of_rows(first, rows), mask.view[2]
+    flags, cols = mask.flags_of_rows(first, rows), mask.view[2]
     if mask.axis == "row":
         return flags, np.ones(cols, np.bool_)
     return np.ones(rows, np.bool_), flags
@@ -154,7 +154,7 @@ def _scales(inputs: Inputs, proxy: OpenedProxy, name: str) -> Iterator[Finding]:
         yield finding("FQ003", proxy.scope, message, tensor=name, value=float(of_nothing), limit=0.0)
 
 
-def _judged(inputs: Inputs, proxy: OpenedProxy, name: str, storage: Storage, block: int) -> tuple[Array, Array]:
+def _judged(inputs: Inputs, proxy: OpenedProxy, name: str, storage: TensorLayout, block: int) -> tuple[Array, Array]:
     """Blocks in which no element is hidden from this client only, and blocks whose scale must be zero."""
     visible = proxy.visible(name)
     lead, rows, cols = storage.view
@@ -168,11 +168,11 @@ def _judged(inputs: Inputs, proxy: OpenedProxy, name: str, storage: Storage, blo
         by_server = ServerMasks(inputs.job).hidden(tensor)
     if by_server is None:
         return storage.working(visible).full_blocks(block) & ~empty, empty
-    known = UnitMask(visible.axis, visible.view, visible.marks | by_server.marks)
+    known = UnitMask(visible.axis, visible.view, visible.flags | by_server.flags)
     return storage.working(known).full_blocks(block) & ~empty, empty
 
 
-def _peaks(proxy: OpenedProxy, name: str, storage: Storage, first: int, count: int, block: int) -> Array:
+def _peaks(proxy: OpenedProxy, name: str, storage: TensorLayout, first: int, count: int, block: int) -> Array:
     """For each block: does one of its codes stand for the largest magnitude?"""
     lead, rows, cols = storage.view
     total = lead * rows * cols

@@ -57,7 +57,7 @@ def _against_key(inputs: Inputs, proxy: OpenedProxy) -> Iterator[Finding]:
     shown = wrong = odd = 0
     for name, units in sizes.items():
         visible = proxy.group(name)
-        shown += bool((visible & server.group(name, units)).any())
+        shown += bool((visible & server.hidden_units(name, units)).any())
         wrong += client is not None and not np.array_equal(visible, client.visible_group(name, units))
         odd += not visible.any()
     total = len(sizes)

@@ -12,7 +12,7 @@ from fedqsn_cli.auditing.inputs import Inputs, Report
 from fedqsn_cli.auditing.rules import finding
 from fedqsn_cli.export.pipeline import CHUNK_ELEMENTS
 from fedqsn_cli.masks.job_masks import ServerMasks
-from fedqsn_cli.models.flow import Flow, flows
+from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
 from fedqsn_cli.quantization.layout import row_chunks
 
 RULE = "FQ008"
@@ -28,26 +28,26 @@ def check_merged(inputs: Inputs, report: Report) -> None:
         report.skip(RULE, "after", "its holes are filled with the public base; give the global model")
         return
     found: list[Finding] = []
-    for flow in flows(truth, None, ServerMasks(inputs.job).hidden):
-        other = after.tensors.get(flow.name)
-        if other is None or (other.dtype, other.shape) != (flow.logical.dtype, flow.logical.shape):
-            found.append(finding(RULE, "after", "the model after the merge lacks this tensor", tensor=flow.name))
-        elif flow.hidden is not None and (changed := _changed(inputs, flow)):
+    for task in tensor_tasks(truth, None, ServerMasks(inputs.job).hidden):
+        other = after.tensors.get(task.name)
+        if other is None or (other.dtype, other.shape) != (task.tensor.dtype, task.tensor.shape):
+            found.append(finding(RULE, "after", "the model after the merge lacks this tensor", tensor=task.name))
+        elif task.hidden is not None and (changed := _changed(inputs, task)):
             message = "hidden units are not what they were (elements that differ)"
-            found.append(finding(RULE, "after", message, tensor=flow.name, value=float(changed), limit=0.0))
+            found.append(finding(RULE, "after", message, tensor=task.name, value=float(changed), limit=0.0))
     report.add(RULE, "after", "hidden units were compared bit for bit with those before the merge", found)
 
 
-def _changed(inputs: Inputs, flow: Flow) -> int:
+def _changed(inputs: Inputs, task: TensorTask) -> int:
     """Hidden elements that differ; a server model must hold zeros there."""
-    assert inputs.truth is not None and inputs.after is not None and flow.hidden is not None
+    assert inputs.truth is not None and inputs.after is not None and task.hidden is not None
     changed = 0
-    for first, rows in row_chunks(flow.storage, 1, CHUNK_ELEMENTS):
-        new = _bits(flow.hidden.take(inputs.after.read_rows(flow.name, flow.storage, first, rows), first))
+    for first, rows in row_chunks(task.layout, 1, CHUNK_ELEMENTS):
+        new = _bits(task.hidden.select(inputs.after.read_rows(task.name, task.layout, first, rows), first))
         if inputs.after.kind == "server-model":
             changed += int(np.count_nonzero(new))
         else:
-            old = _bits(flow.hidden.take(inputs.truth.read_rows(flow.name, flow.storage, first, rows), first))
+            old = _bits(task.hidden.select(inputs.truth.read_rows(task.name, task.layout, first, rows), first))
             changed += int(np.count_nonzero(new != old))
     return changed
 

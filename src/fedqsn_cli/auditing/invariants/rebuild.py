@@ -29,7 +29,7 @@ from fedqsn_cli.export.outputs import ClientOutput, stored_specs
 from fedqsn_cli.export.pipeline import CHUNK_ELEMENTS, Digests, run
 from fedqsn_cli.masks.job_masks import ServerMasks
 from fedqsn_cli.masks.unit_mask import UnitMask
-from fedqsn_cli.models.flow import Flow, flows
+from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
 from fedqsn_cli.planning.tensor_plan import TensorPlan
 from fedqsn_cli.progress import Progress, Silent
 from fedqsn_cli.quantization import kernels
@@ -50,11 +50,11 @@ class ComparingSink:
     proxy: OpenedProxy
     differing: dict[str, int] = field(default_factory=dict)
 
-    def expect(self, todo: Sequence[Flow], how: Quantization | None) -> None:
+    def expect(self, tasks: Sequence[TensorTask], how: Quantization | None) -> None:
         """Compare names, dtypes and shapes."""
         entries = self.proxy.checkpoint.entries
-        for flow in todo:
-            for spec in stored_specs(flow, how):
+        for task in tasks:
+            for spec in stored_specs(task, how):
                 entry = entries.get(spec.name)
                 same = entry is not None and (entry.dtype, entry.shape) == (spec.dtype, spec.shape)
                 self.differing[spec.name] = 0 if same else -1
@@ -77,14 +77,14 @@ def check_rebuild(inputs: Inputs, report: Report, progress: Progress | None = No
         For each scope whose proxy was rebuilt, the logical tensors that are not as they should be.
     """
     odd: dict[str, set[str]] = {}
-    todo: dict[str, list[OpenedProxy]] = {}
+    tasks: dict[str, list[OpenedProxy]] = {}
     for proxy in inputs.proxies:
         reason = _missing(inputs, proxy)
         if reason is None:
-            todo.setdefault(f"{proxy.manifest.quantization} {proxy.manifest.fill}", []).append(proxy)
+            tasks.setdefault(f"{proxy.manifest.quantization} {proxy.manifest.fill}", []).append(proxy)
         else:
             report.skip(RULE, proxy.scope, reason)
-    for proxies in todo.values():
+    for proxies in tasks.values():
         try:
             odd |= _rebuild(inputs, proxies, report, progress or Silent())
         except FedqsnError as error:
@@ -106,16 +106,16 @@ def _rebuild(inputs: Inputs, proxies: Sequence[OpenedProxy], report: Report, pro
     assert inputs.origin is not None and inputs.job is not None
     how, filled = proxies[0].manifest.quantization, proxies[0].manifest.fill == "base"
     server = ServerMasks(inputs.job)
-    todo = flows(inputs.origin, how, server.hidden)
+    tasks = tensor_tasks(inputs.origin, how, server.hidden)
     sinks = [ComparingSink(proxy) for proxy in proxies]
     for sink in sinks:
-        sink.expect(todo, how)
+        sink.expect(tasks, how)
     outputs = [
         ClientOutput(cast(TensorSink, sink), how, _client_mask(sink.proxy, server), _factor(sink.proxy))
         for sink in sinks
     ]
     base = inputs.base if filled else None
-    digests = run(inputs.origin, todo, how, outputs, base=base, progress=progress)
+    digests = run(inputs.origin, tasks, how, outputs, base=base, progress=progress)
     odd = {}
     for sink in sinks:
         if _is_other_model(inputs, sink.proxy, digests):
@@ -123,7 +123,7 @@ def _rebuild(inputs: Inputs, proxies: Sequence[OpenedProxy], report: Report, pro
             report.findings.append(finding("FQ904", sink.proxy.scope, message))
             report.skip(RULE, sink.proxy.scope, "the truth is not the model of this release")
             continue
-        found, names = _judge(inputs, sink, todo, how)
+        found, names = _judge(inputs, sink, tasks, how)
         report.add(RULE, sink.proxy.scope, "every tensor was built again from server-visible weights", found)
         odd[sink.proxy.scope] = names
     return odd
@@ -137,7 +137,7 @@ def _client_mask(proxy: OpenedProxy, server: ServerMasks) -> Any:
         if visible is None:
             return None
         by_server = server.hidden(tensor)
-        marks = ~visible.marks if by_server is None else ~(visible.marks | by_server.marks)
+        marks = ~visible.flags if by_server is None else ~(visible.flags | by_server.flags)
         return UnitMask(visible.axis, visible.view, marks) if marks.any() else None
 
     return hidden
@@ -153,16 +153,16 @@ def _is_other_model(inputs: Inputs, proxy: OpenedProxy, digests: Digests) -> boo
 
 
 def _judge(
-    inputs: Inputs, sink: ComparingSink, todo: Sequence[Flow], how: Quantization | None
+    inputs: Inputs, sink: ComparingSink, tasks: Sequence[TensorTask], how: Quantization | None
 ) -> tuple[list[Finding], set[str]]:
     """Findings for the tensors that differ, each with the way in which it leaks if that is known."""
     found, names = [], set()
-    for flow in todo:
-        counts = [sink.differing[spec.name] for spec in stored_specs(flow, how)]
+    for task in tasks:
+        counts = [sink.differing[spec.name] for spec in stored_specs(task, how)]
         if not any(counts):
             continue
-        names.add(flow.name)
-        scope, name = sink.proxy.scope, flow.name
+        names.add(task.name)
+        scope, name = sink.proxy.scope, task.name
         if min(counts) < 0:
             message = "is not stored in the dtype and shape in which an export stores it"
             found.append(finding("FQ007", scope, message, tensor=name))
@@ -170,7 +170,7 @@ def _judge(
         if share:
             message = "bytes that server-visible weights do not explain"
             found.append(finding(RULE, scope, message, tensor=name, value=float(share), limit=0.0))
-        leak = _explain(inputs, sink.proxy, flow, how)
+        leak = _explain(inputs, sink.proxy, task, how)
         if leak is not None:
             found.append(finding(leak, scope, _LEAKS[leak], tensor=name))
     return found, names
@@ -184,14 +184,14 @@ _LEAKS = {
 }
 
 
-def _explain(inputs: Inputs, proxy: OpenedProxy, flow: Flow, how: Quantization | None) -> str | None:
+def _explain(inputs: Inputs, proxy: OpenedProxy, task: TensorTask, how: Quantization | None) -> str | None:
     """The rule that tells how a tensor was quantized, if it was in one of the known wrong ways."""
-    if how is None or flow.storage.kind == "raw" or proxy.manifest.fill != "zero":
+    if how is None or task.layout.kind == "raw" or proxy.manifest.fill != "zero":
         return None
     candidates = {_RIGHT, *_LEAKS}
     try:
-        for first, rows in row_chunks(flow.storage, how.block_size, CHUNK_ELEMENTS):
-            candidates &= _explanations(inputs, proxy, flow, how, first, rows)
+        for first, rows in row_chunks(task.layout, how.block_size, CHUNK_ELEMENTS):
+            candidates &= _explanations(inputs, proxy, task, how, first, rows)
             if not candidates:
                 return None
     except (FedqsnError, kernels.NonFinite):
@@ -199,25 +199,27 @@ def _explain(inputs: Inputs, proxy: OpenedProxy, flow: Flow, how: Quantization |
     return None if _RIGHT in candidates else min(candidates)
 
 
-def _explanations(inputs: Inputs, proxy: OpenedProxy, flow: Flow, how: Quantization, first: int, rows: int) -> set[str]:
+def _explanations(
+    inputs: Inputs, proxy: OpenedProxy, task: TensorTask, how: Quantization, first: int, rows: int
+) -> set[str]:
     """Which wrong ways give what the proxy shows in these rows."""
     assert inputs.origin is not None
-    found = proxy.values(flow.name, flow.storage, first, rows)
-    visible = proxy.visible(flow.name)
+    found = proxy.values(task.name, task.layout, first, rows)
+    visible = proxy.visible(task.name)
     shown = np.ones(found.shape, np.bool_)
-    x = inputs.origin.read_rows(flow.name, flow.storage, first, rows)
+    x = inputs.origin.read_rows(task.name, task.layout, first, rows)
     masked, right = x.copy(), x.copy()
-    if flow.hidden is not None:
-        flow.hidden.overwrite(right, first, None)
+    if task.hidden is not None:
+        task.hidden.overwrite(right, first, None)
     if visible is not None:
         visible.inverted().overwrite(masked, first, None)
-        work = flow.storage.working(visible)
+        work = task.layout.working(visible)
         shown = np.broadcast_to(_flags(work, first, rows), found.shape)
-    factor = proxy.factor(flow.name)
-    guesses = {_RIGHT: decoded(flow, how, right), "FQ003": decoded(flow, how, x)}
-    guesses |= {"FQ009": decoded(flow, how, masked), "FQ007": plain(flow, x)}
-    tolerance = 0.02 if how.double_quant else {"F32": 1e-5, "F16": 2e-3, "BF16": 1e-2}[flow.logical.dtype]
-    if flow.storage.packed and not how.double_quant:
+    factor = proxy.factor(task.name)
+    guesses = {_RIGHT: decoded(task, how, right), "FQ003": decoded(task, how, x)}
+    guesses |= {"FQ009": decoded(task, how, masked), "FQ007": plain(task, x)}
+    tolerance = 0.02 if how.double_quant else {"F32": 1e-5, "F16": 2e-3, "BF16": 1e-2}[task.tensor.dtype]
+    if task.layout.packed and not how.double_quant:
         tolerance = 1e-5
     return {
         rule
@@ -227,18 +229,18 @@ def _explanations(inputs: Inputs, proxy: OpenedProxy, flow: Flow, how: Quantizat
 
 
 def _flags(mask: UnitMask, first: int, rows: int) -> Array:
-    flags = mask.of_rows(first, rows)
+    flags = mask.flags_of_rows(first, rows)
     return flags[:, None] if mask.axis == "row" else flags
 
 
-def decoded(flow: Flow, how: Quantization, x: Array) -> Array:
+def decoded(task: TensorTask, how: Quantization, x: Array) -> Array:
     """Q(x) as fp32 values of the working view; x are rows as they are stored."""
-    values, scales = encode(flow, how, x)
+    values, scales = encode(task, how, x)
     if scales is None:
-        return plain(flow, values)
-    rows, cols = x.shape[::-1] if flow.storage.transposed else x.shape
+        return plain(task, values)
+    rows, cols = x.shape[::-1] if task.layout.transposed else x.shape
     out = np.empty((rows, cols), np.float32)
-    if flow.storage.kind == "pack8":
+    if task.layout.kind == "pack8":
         kernels.dequantize_int8(values, scales, "F32", out)
     else:
         kernels.dequantize_4bit(values, scales, format=how.format, block=how.block_size, dtype="F32", out=out)

@@ -14,7 +14,7 @@ from fedqsn_cli.auditing.rules import finding
 from fedqsn_cli.errors import FedqsnError
 from fedqsn_cli.export.pipeline import CHUNK_ELEMENTS
 from fedqsn_cli.masks.unit_mask import UnitMask
-from fedqsn_cli.quantization.layout import Storage, row_chunks
+from fedqsn_cli.quantization.layout import TensorLayout, row_chunks
 
 RULE = "FQ009"
 
@@ -64,7 +64,7 @@ def _compare(proxies: Sequence[OpenedProxy], scope: str) -> list[Finding]:
 def _differing(proxies: Sequence[OpenedProxy], name: str) -> float:
     """Share of elements shown by several proxies that differ between them, 0 to 1."""
     storage = proxies[0].layout(name)
-    plain = Storage(storage.kind, "flat", False, storage.view, storage.axis)
+    plain = TensorLayout(storage.kind, "flat", False, storage.view, storage.axis)
     dense = any(proxy.tensors[name].packing is None for proxy in proxies)
     near = _NEAR[proxies[0].tensors[name].dtype] if dense else _NEAR["F32"]
     both = different = 0
@@ -83,7 +83,7 @@ def _differing(proxies: Sequence[OpenedProxy], name: str) -> float:
     return different / both if both else 0.0
 
 
-def shown_in(proxy: OpenedProxy, name: str, storage: Storage, first: int, rows: int) -> NDArray[Any]:
+def shown_in(proxy: OpenedProxy, name: str, storage: TensorLayout, first: int, rows: int) -> NDArray[Any]:
     """Which elements of rows of the working view a proxy shows; broadcasts to [rows, cols]."""
     visible = proxy.visible(name)
     if visible is None:
@@ -93,5 +93,5 @@ def shown_in(proxy: OpenedProxy, name: str, storage: Storage, first: int, rows: 
 
 def element_flags(mask: UnitMask, first: int, rows: int) -> NDArray[Any]:
     """Marks of the elements of rows, in a shape that broadcasts to [rows, cols]."""
-    flags = mask.of_rows(first, rows)
+    flags = mask.flags_of_rows(first, rows)
     return flags[:, None] if mask.axis == "row" else flags

@@ -19,7 +19,7 @@ from fedqsn_cli.auditing.rows import plain
 from fedqsn_cli.auditing.rules import finding
 from fedqsn_cli.export.pipeline import CHUNK_ELEMENTS
 from fedqsn_cli.masks.job_masks import ServerMasks
-from fedqsn_cli.models.flow import Flow, flows
+from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
 from fedqsn_cli.quantization.layout import row_chunks
 
 RULE, SCOPE = "FQ002", "server"
@@ -38,47 +38,47 @@ def check_served(inputs: Inputs, report: Report) -> None:
         report.skip(RULE, SCOPE, "needs --truth, --key and --base, to look into the holes of the server model")
         return
     found: list[Finding] = []
-    for flow in flows(inputs.truth, None, ServerMasks(inputs.job).hidden):
-        other = inputs.server.tensors.get(flow.name)
-        if other is None or (other.dtype, other.shape) != (flow.logical.dtype, flow.logical.shape):
-            found.append(finding("FQ904", SCOPE, "the server model lacks this tensor", tensor=flow.name))
-        elif flow.hidden is not None:
-            found += _in_holes(inputs, flow)
+    for task in tensor_tasks(inputs.truth, None, ServerMasks(inputs.job).hidden):
+        other = inputs.server.tensors.get(task.name)
+        if other is None or (other.dtype, other.shape) != (task.tensor.dtype, task.tensor.shape):
+            found.append(finding("FQ904", SCOPE, "the server model lacks this tensor", tensor=task.name))
+        elif task.hidden is not None:
+            found += _in_holes(inputs, task)
     report.add(RULE, SCOPE, "its holes were compared with hidden units, from the public base on", found)
 
 
-def _in_holes(inputs: Inputs, flow: Flow) -> Iterator[Finding]:
+def _in_holes(inputs: Inputs, task: TensorTask) -> Iterator[Finding]:
     """How many hidden units stand in the holes of a tensor."""
     copies = differing = straight = 0
-    ways = np.zeros((3, flow.storage.view[2]))  # of columns, which go through all rows
-    for first, rows in row_chunks(flow.storage, 1, CHUNK_ELEMENTS):
-        hidden, hole, base = _parts(inputs, flow, first, rows)
+    ways = np.zeros((3, task.layout.view[2]))  # of columns, which go through all rows
+    for first, rows in row_chunks(task.layout, 1, CHUNK_ELEMENTS):
+        hidden, hole, base = _parts(inputs, task, first, rows)
         secret, learnt = hidden - base, hole - base
         copies += int(np.count_nonzero((hole == hidden) & (secret != 0)))
         differing += int(np.count_nonzero(secret))
         products = np.stack([secret * learnt, secret * secret, learnt * learnt])
-        if flow.tensor.axis == "row" and flow.storage.view[2] > 1:
+        if task.plan.axis == "row" and task.layout.view[2] > 1:
             straight += _count(products.sum(axis=2))
-        elif flow.tensor.axis == "column" and flow.storage.view[0] == 1:
+        elif task.plan.axis == "column" and task.layout.view[0] == 1:
             ways[:, : products.shape[2]] += products.sum(axis=1)
     straight += _count(ways)
     # Of fp32 numbers, a few of millions meet by chance. Numbers of 16 bits have few neighbours: what owner and clients
     # each moved a little from the same base often ends on the same one.
-    chance = _CHANCE if flow.logical.dtype == "F32" else max(_CHANCE, differing // 2)
-    if copies > chance or straight:
+    rng = _CHANCE if task.tensor.dtype == "F32" else max(_CHANCE, differing // 2)
+    if copies > rng or straight:
         message = "holes hold what hidden units hold, though nobody was given it (elements that are equal)"
-        yield finding(RULE, SCOPE, message, tensor=flow.name, value=float(copies), limit=0.0)
+        yield finding(RULE, SCOPE, message, tensor=task.name, value=float(copies), limit=0.0)
 
 
-def _parts(inputs: Inputs, flow: Flow, first: int, rows: int) -> tuple[Array, Array, Array]:
+def _parts(inputs: Inputs, task: TensorTask, first: int, rows: int) -> tuple[Array, Array, Array]:
     """Hidden elements of rows: of the truth, of the server model, of the public base; zeros where units are visible."""
-    assert flow.hidden is not None and inputs.truth is not None and inputs.server is not None
+    assert task.hidden is not None and inputs.truth is not None and inputs.server is not None
     assert inputs.base is not None
-    flags = flow.hidden.of_rows(first, rows)
-    keep = flags[:, None] if flow.tensor.axis == "row" else flags
+    flags = task.hidden.flags_of_rows(first, rows)
+    keep = flags[:, None] if task.plan.axis == "row" else flags
     made = []
     for model in (inputs.truth, inputs.server, inputs.base):
-        x = plain(flow, model.read_rows(flow.name, flow.storage, first, rows)).astype(np.float64)
+        x = plain(task, model.read_rows(task.name, task.layout, first, rows)).astype(np.float64)
         made.append(np.where(keep, x, 0.0))
     return made[0], made[1], made[2]
 

@@ -28,11 +28,11 @@ from fedqsn_cli.auditing.recovery.intervals import read_values
 from fedqsn_cli.auditing.rows import CHUNK, has_tensor, model_rows, shown_flags
 from fedqsn_cli.auditing.rules import finding
 from fedqsn_cli.errors import FedqsnError
-from fedqsn_cli.masks.draw import scale
+from fedqsn_cli.masks.draw import rescale_factor
 from fedqsn_cli.masks.job_masks import ServerMasks
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.models.dense import load_dense
-from fedqsn_cli.models.flow import Flow, flows
+from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
 from fedqsn_cli.models.torch_model import Loaded, choose_device, load_model, memory_errors, quiet
 from fedqsn_cli.progress import Progress, Silent
 from fedqsn_cli.quantization.layout import row_chunks
@@ -149,18 +149,18 @@ class _Bench:
         assert self.inputs.job is not None
         masks, filled = ServerMasks(self.inputs.job), self.inputs.proxies[0].manifest.fill == "base"
         state = load_dense(self.truth.checkpoint)
-        for flow in self._floats():
-            tensor = flow.tensor
+        for task in self._floats():
+            tensor = task.plan
             hidden = masks.hidden(tensor)
             if hidden is None:
                 continue
             values = state[tensor.name].float().numpy().copy()
             lead, rows, cols = tensor.view
             source = None
-            if filled and self.inputs.base is not None and has_tensor(self.inputs.base, flow):
-                source = self._base_tensor(flow).numpy().reshape(lead * rows, cols)
+            if filled and self.inputs.base is not None and has_tensor(self.inputs.base, task):
+                source = self._base_tensor(task).numpy().reshape(lead * rows, cols)
             _overwrite(hidden, values.reshape(lead * rows, cols), source, rows)
-            factor = scale(tensor.units, masks.count(tensor), 0)
+            factor = rescale_factor(tensor.units, masks.count(tensor), 0)
             if any(proxy.manifest.rescale for proxy in self.inputs.proxies):
                 values *= factor
             state[tensor.name] = torch.from_numpy(values)
@@ -171,33 +171,33 @@ class _Bench:
         if not self._base_works():
             return None
         state = load_dense(self.truth.checkpoint)
-        for flow in self._floats():
-            state[flow.name] = self._base_tensor(flow)
+        for task in self._floats():
+            state[task.name] = self._base_tensor(task)
         return state
 
-    def _base_tensor(self, flow: Flow) -> Tensor:
+    def _base_tensor(self, task: TensorTask) -> Tensor:
         """A tensor of the public base."""
         assert self.inputs.base is not None
-        lead, rows, cols = flow.storage.view
+        lead, rows, cols = task.layout.view
         values = np.empty((lead * rows, cols), np.float32)
-        for first, count in self._runs(flow):
-            values[first : first + count] = model_rows(self.inputs.base, flow, first, count)
-        return _stored(flow, values)
+        for first, count in self._runs(task):
+            values[first : first + count] = model_rows(self.inputs.base, task, first, count)
+        return _stored(task, values)
 
     def _base_works(self) -> bool:
         """Is there a public base that has all of the model?"""
         base = self.inputs.base
-        return base is not None and all(has_tensor(base, flow) for flow in self._floats())
+        return base is not None and all(has_tensor(base, task) for task in self._floats())
 
-    def _todo(self) -> list[Flow]:
-        return flows(self.truth, self.inputs.proxies[0].manifest.quantization, lambda tensor: None)
+    def _todo(self) -> list[TensorTask]:
+        return tensor_tasks(self.truth, self.inputs.proxies[0].manifest.quantization, lambda tensor: None)
 
-    def _floats(self) -> list[Flow]:
-        return [flow for flow in self._todo() if flow.logical.is_float]
+    def _floats(self) -> list[TensorTask]:
+        return [task for task in self._todo() if task.tensor.is_float]
 
-    def _runs(self, flow: Flow) -> Iterator[tuple[int, int]]:
+    def _runs(self, task: TensorTask) -> Iterator[tuple[int, int]]:
         how = self.inputs.proxies[0].manifest.quantization
-        return row_chunks(flow.storage, how.block_size if how else 1, CHUNK)
+        return row_chunks(task.layout, how.block_size if how else 1, CHUNK)
 
     def _attacks(self) -> Iterator[tuple[str, Callable[[], State]]]:
         """Models that an attacker can put together; the best of them counts."""
@@ -212,27 +212,27 @@ class _Bench:
     def _put_together(self, fill: str) -> State:
         """Descaled values of the first proxy that shows them; `fill` in the holes, or scaled by what is shown."""
         state = load_dense(self.truth.checkpoint)
-        for flow in self._floats():
-            lead, rows, cols = flow.storage.view
+        for task in self._floats():
+            lead, rows, cols = task.layout.view
             values = np.empty((lead * rows, cols), np.float32)
             shown = 0
-            for first, count in self._runs(flow):
-                part, seen = self._rows(flow, first, count, fill)
+            for first, count in self._runs(task):
+                part, seen = self._rows(task, first, count, fill)
                 values[first : first + count] = part
                 shown += seen
-            if fill == "scaled" and flow.tensor.masked:
+            if fill == "scaled" and task.plan.masked:
                 values *= np.float32(values.size / max(1, shown))
-            state[flow.name] = _stored(flow, values)
+            state[task.name] = _stored(task, values)
         return state
 
-    def _rows(self, flow: Flow, first: int, count: int, fill: str) -> tuple[Any, int]:
-        evidence = Evidence.none((count, flow.storage.view[2]))
+    def _rows(self, task: TensorTask, first: int, count: int, fill: str) -> tuple[Any, int]:
+        evidence = Evidence.none((count, task.layout.view[2]))
         for proxy in self.inputs.proxies:
-            _add(evidence, proxy, flow, first, count)
+            _add(evidence, proxy, task, first, count)
         seen = evidence.count > 0
-        if fill == "base" and has_tensor(self.inputs.base, flow):
+        if fill == "base" and has_tensor(self.inputs.base, task):
             assert self.inputs.base is not None
-            return np.where(seen, evidence.first, model_rows(self.inputs.base, flow, first, count)), int(seen.sum())
+            return np.where(seen, evidence.first, model_rows(self.inputs.base, task, first, count)), int(seen.sum())
         return evidence.first, int(seen.sum())
 
     def _averages(self) -> float:
@@ -286,10 +286,10 @@ class _Bench:
         return self._base_losses[count]
 
 
-def _stored(flow: Flow, values: Any) -> Tensor:
+def _stored(task: TensorTask, values: Any) -> Tensor:
     """fp32 values of the working view [lead * rows, cols], as the tensor's own shape."""
-    whole = values.T if flow.storage.transposed else values
-    return torch.from_numpy(np.ascontiguousarray(whole).reshape(flow.logical.shape))
+    whole = values.T if task.layout.transposed else values
+    return torch.from_numpy(np.ascontiguousarray(whole).reshape(task.tensor.shape))
 
 
 def _overwrite(hidden: UnitMask, values: Any, source: Any, rows: int) -> None:
@@ -300,11 +300,11 @@ def _overwrite(hidden: UnitMask, values: Any, source: Any, rows: int) -> None:
         hidden.overwrite(values[part], first, None if source is None else source[part])
 
 
-def _add(evidence: Evidence, proxy: OpenedProxy, flow: Flow, first: int, count: int) -> None:
+def _add(evidence: Evidence, proxy: OpenedProxy, task: TensorTask, first: int, count: int) -> None:
     """One proxy's rows."""
-    sent = read_values(proxy, flow, first, count)
-    row_flags, flags = shown_flags(proxy, flow, first, count)
-    values = sent / proxy.factor(flow.name)
+    sent = read_values(proxy, task, first, count)
+    row_flags, flags = shown_flags(proxy, task, first, count)
+    values = sent / proxy.factor(task.name)
     evidence.add(values, values, values, row_flags[:, None] & (flags > 0), values)
 
 

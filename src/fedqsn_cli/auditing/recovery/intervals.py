@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fedqsn_cli.auditing.inputs import OpenedProxy
 from fedqsn_cli.auditing.kernels import decode_levels, drop_below_peak
 from fedqsn_cli.auditing.recovery.attacks import block_peaks
-from fedqsn_cli.models.flow import Flow
+from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.quantization import kernels
 from fedqsn_cli.quantization.codebooks import FORMATS, codebook
 
@@ -33,67 +33,67 @@ def cells(format: str) -> tuple[Floats, Floats]:
     return np.where(low > -1, low - _SLACK, low), np.where(high < 1, high + _SLACK, high)
 
 
-def read_values(proxy: OpenedProxy, flow: Flow, first: int, rows: int) -> Floats:
+def read_values(proxy: OpenedProxy, task: TensorTask, first: int, rows: int) -> Floats:
     """Rows as they were sent, of the flow's working view (raw tensors: their stored view)."""
-    return proxy.values(flow.name, flow.storage, first, rows)
+    return proxy.values(task.name, task.layout, first, rows)
 
 
-def exact_guess(proxy: OpenedProxy, flow: Flow, sent: Floats) -> tuple[Floats, Floats]:
+def exact_guess(proxy: OpenedProxy, task: TensorTask, sent: Floats) -> tuple[Floats, Floats]:
     """Descaled values, and the same with NaN where rounding makes them uncertain.
 
     In 16-bit dense tensors a value was rounded twice: the attacker rounds it once more, and is certain only of values
     that were not quantized, or that attain the scale of their block.
     """
-    values = sent / proxy.factor(flow.name)
-    logical = proxy.tensors[flow.name]
+    values = sent / proxy.factor(task.name)
+    logical = proxy.tensors[task.name]
     if logical.packing is not None or logical.dtype == "F32":
         return values, values
     rounded = kernels.widened(kernels.narrowed(values, logical.dtype), logical.dtype).reshape(values.shape)
     how = proxy.manifest.quantization
-    if how is None or flow.storage.kind != "snap":
+    if how is None or task.layout.kind != "snap":
         return values, rounded
-    block = row_block(flow, how.format, how.block_size)
-    if flow.storage.geometry == "flat":
+    block = row_block(task, how.format, how.block_size)
+    if task.layout.geometry == "flat":
         drop_below_peak(sent.reshape(1, -1), block, False, rounded.reshape(1, -1))
     else:
-        drop_below_peak(sent, block, flow.storage.geometry == "column", rounded)
+        drop_below_peak(sent, block, task.layout.geometry == "column", rounded)
     return values, rounded
 
 
-def row_block(flow: Flow, format: str, block: int) -> int:
+def row_block(task: TensorTask, format: str, block: int) -> int:
     """Values a scale of a snapped tensor; int8 along rows takes one a row."""
-    if format == "int8" and flow.storage.geometry != "column":
-        return flow.storage.view[2]
+    if format == "int8" and task.layout.geometry != "column":
+        return task.layout.view[2]
     return block
 
 
-def intervals(proxy: OpenedProxy, flow: Flow, first: int, rows: int, sent: Floats) -> tuple[Floats, Floats]:
+def intervals(proxy: OpenedProxy, task: TensorTask, first: int, rows: int, sent: Floats) -> tuple[Floats, Floats]:
     """Where each weight lies, by its rounded value: (low, high), [rows, cols], descaled."""
-    packing, how = proxy.tensors[flow.name].packing, proxy.manifest.quantization
-    factor = proxy.factor(flow.name)
+    packing, how = proxy.tensors[task.name].packing, proxy.manifest.quantization
+    factor = proxy.factor(task.name)
     if packing is not None and packing.kind == "pack4":
-        ends = _packed(proxy, flow, first, rows, cells(packing.format))
+        ends = _packed(proxy, task, first, rows, cells(packing.format))
         return ends[0] / factor, ends[1] / factor
     if packing is not None:
-        half: Any = proxy.scales(flow.name, first, rows)[:, None] / np.float32(254) * np.float32(1.001)
+        half: Any = proxy.scales(task.name, first, rows)[:, None] / np.float32(254) * np.float32(1.001)
         return np.asarray((sent - half) / factor, np.float32), np.asarray((sent + half) / factor, np.float32)
-    if how is None or flow.storage.kind == "raw":
+    if how is None or task.layout.kind == "raw":
         return sent / factor, sent / factor
-    peaks = block_peaks(sent, flow.storage.geometry, row_block(flow, how.format, how.block_size))
+    peaks = block_peaks(sent, task.layout.geometry, row_block(task, how.format, how.block_size))
     low, high = _snapped(sent, peaks, how.format)
     return low / factor, high / factor
 
 
 def _packed(
-    proxy: OpenedProxy, flow: Flow, first: int, rows: int, ends: tuple[Floats, Floats]
+    proxy: OpenedProxy, task: TensorTask, first: int, rows: int, ends: tuple[Floats, Floats]
 ) -> tuple[Floats, Floats]:
-    packing = proxy.tensors[flow.name].packing
+    packing = proxy.tensors[task.name].packing
     assert packing is not None
-    cols, block = flow.storage.view[2], packing.block
+    cols, block = task.layout.view[2], packing.block
     start = first * cols
     lower = start // block * block
     size = start - lower + rows * cols
-    codes, scales = proxy.codes(flow.name, lower, size), proxy.scales(flow.name, lower // block, -(-size // block))
+    codes, scales = proxy.codes(task.name, lower, size), proxy.scales(task.name, lower // block, -(-size // block))
     out = []
     for table in ends:
         flat = np.empty(size, np.float32)

@@ -30,7 +30,7 @@ from fedqsn_cli.auditing.rows import CHUNK, has_tensor, model_rows, shown_flags
 from fedqsn_cli.auditing.rules import finding
 from fedqsn_cli.errors import FedqsnError, FormatError
 from fedqsn_cli.kernels.read_ahead import read_ahead
-from fedqsn_cli.models.flow import Flow, flows
+from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
 from fedqsn_cli.progress import Progress, Silent
 from fedqsn_cli.quantization.layout import row_chunks
 
@@ -60,7 +60,7 @@ class Scope:
 class Rows:
     """Rows of one tensor: the truth and the public base (None where it has no such tensor), [rows, cols] fp32."""
 
-    flow: Flow
+    task: TensorTask
     first: int
     w: Floats
     base: Floats | None
@@ -99,59 +99,59 @@ def recover_weights(inputs: Inputs, report: Report, progress: Progress | None = 
 def _attack(inputs: Inputs, scopes: list[Scope], report: Report, progress: Progress) -> Iterator[Recovery]:
     assert inputs.truth is not None
     how = scopes[0].proxies[0].manifest.quantization
-    todo = [flow for flow in flows(inputs.truth, how, lambda tensor: None) if flow.logical.is_float]
+    tasks = [task for task in tensor_tasks(inputs.truth, how, lambda tensor: None) if task.tensor.is_float]
     differences: dict[str, float | None] = {}
-    progress.start("attacking", sum(flow.size for flow in todo), "weights")
-    for flow in todo:
+    progress.start("attacking", sum(task.size for task in tasks), "weights")
+    for task in tasks:
         whole, base_whole = Sums(), Sums()
-        _require(scopes, flow)
-        with_base = has_tensor(inputs.base, flow)
+        _require(scopes, task)
+        with_base = has_tensor(inputs.base, task)
         for scope in scopes:
             names = attacks.estimates(len(scope.proxies), inputs.base is not None)
             scope.shown, scope.base_shown = {name: Sums() for name in names}, Sums()
-        for rows in _rows(inputs, flow, how.block_size if how else 1, with_base):
+        for rows in _rows(inputs, task, how.block_size if how else 1, with_base):
             whole.add(rows.w, rows.w, *rows.everything)
             if rows.base is not None:
                 base_whole.add(rows.w, rows.base, *rows.everything, tolerance=0.0)
             _attack_rows(scopes, rows, inputs.base is not None)
             progress.advance(rows.w.size)
-        differences[flow.name] = base_whole[DD] if with_base else None
+        differences[task.name] = base_whole[DD] if with_base else None
         for scope in scopes:
-            scope.tensors[flow.name] = _outcomes(
+            scope.tensors[task.name] = _outcomes(
                 scope, whole, base_whole if with_base else None, inputs.base is not None
             )
             if with_base:
-                _try_low_rank(inputs, scope, flow, whole, base_whole)
+                _try_low_rank(inputs, scope, task, whole, base_whole)
     progress.finish()
     for scope in scopes:
-        yield _summary(scope, todo, differences, report)
+        yield _summary(scope, tasks, differences, report)
 
 
-def _require(scopes: Sequence[Scope], flow: Flow) -> None:
+def _require(scopes: Sequence[Scope], task: TensorTask) -> None:
     """Every proxy must have the tensor. Raises FormatError."""
     for scope in scopes:
-        if any(flow.name not in proxy.tensors for proxy in scope.proxies):
-            raise FormatError("a tensor of the model is missing", where=f"{scope.name}: {flow.name}")
+        if any(task.name not in proxy.tensors for proxy in scope.proxies):
+            raise FormatError("a tensor of the model is missing", where=f"{scope.name}: {task.name}")
 
 
-def _rows(inputs: Inputs, flow: Flow, block: int, with_base: bool) -> Iterator[Rows]:
+def _rows(inputs: Inputs, task: TensorTask, block: int, with_base: bool) -> Iterator[Rows]:
     """The tensor in runs of whole rows of its working view, read ahead in a thread."""
     with ThreadPoolExecutor(1) as reader:
-        calls = (partial(_load, inputs, flow, *run, with_base) for run in row_chunks(flow.storage, block, CHUNK))
+        calls = (partial(_load, inputs, task, *run, with_base) for run in row_chunks(task.layout, block, CHUNK))
         yield from read_ahead(reader, calls, depth=2)
 
 
-def _load(inputs: Inputs, flow: Flow, first: int, rows: int, with_base: bool) -> Rows:
+def _load(inputs: Inputs, task: TensorTask, first: int, rows: int, with_base: bool) -> Rows:
     assert inputs.truth is not None
-    w = model_rows(inputs.truth, flow, first, rows)
-    base = model_rows(inputs.base, flow, first, rows) if with_base and inputs.base is not None else None
-    return Rows(flow, first, w, base)
+    w = model_rows(inputs.truth, task, first, rows)
+    base = model_rows(inputs.base, task, first, rows) if with_base and inputs.base is not None else None
+    return Rows(task, first, w, base)
 
 
 def _attack_rows(scopes: list[Scope], rows: Rows, with_base: bool) -> None:
     """One chunk: every proxy alone, then what they say together."""
     together = scopes[-1] if len(scopes[-1].proxies) > 1 else None
-    evidence = Evidence.none(rows.w.shape, scale_block(together.proxies[0], rows.flow)) if together else None
+    evidence = Evidence.none(rows.w.shape, scale_block(together.proxies[0], rows.task)) if together else None
     for scope in scopes:
         if scope is together:
             continue
@@ -168,16 +168,16 @@ def _attack_one(
     scope: Scope, rows: Rows, with_base: bool, more: bool
 ) -> tuple[Floats, Floats, Floats, NDArray[np.bool_], Floats] | None:
     """Add one proxy's rows; what it says comes back if it will be put together with others."""
-    proxy, flow = scope.proxies[0], rows.flow
-    sent = read_values(proxy, flow, rows.first, len(rows.w))
-    row_flags, flags = shown_flags(proxy, flow, rows.first, len(rows.w))
-    values, certain = exact_guess(proxy, flow, sent)
+    proxy, task = scope.proxies[0], rows.task
+    sent = read_values(proxy, task, rows.first, len(rows.w))
+    row_flags, flags = shown_flags(proxy, task, rows.first, len(rows.w))
+    values, certain = exact_guess(proxy, task, sent)
     _add_first(scope.shown["descale"], rows.w, values, certain, row_flags, flags)
     if rows.base is not None:
         scope.base_shown.add(rows.w, rows.base, row_flags, flags, tolerance=0.0)
     if not (more or with_base):
         return None
-    low, high = intervals(proxy, flow, rows.first, len(rows.w), sent)
+    low, high = intervals(proxy, task, rows.first, len(rows.w), sent)
     shown = row_flags[:, None] & (flags > 0)
     if with_base:
         alone = Evidence.none(rows.w.shape)
@@ -187,12 +187,12 @@ def _attack_one(
     return values, low, high, shown, certain
 
 
-def scale_block(proxy: OpenedProxy, flow: Flow) -> int:
+def scale_block(proxy: OpenedProxy, task: TensorTask) -> int:
     """Elements in a row that share a scale; 1 where they lie in columns, or have none."""
-    packing, how = proxy.tensors[flow.name].packing, proxy.manifest.quantization
+    packing, how = proxy.tensors[task.name].packing, proxy.manifest.quantization
     if packing is not None:
-        return packing.block or flow.storage.view[2]
-    flat = how is not None and flow.storage.kind == "snap" and flow.storage.geometry == "flat"
+        return packing.block or task.layout.view[2]
+    flat = how is not None and task.layout.kind == "snap" and task.layout.geometry == "flat"
     return how.block_size if how is not None and flat and how.format != "int8" else 1
 
 
@@ -228,31 +228,33 @@ def _outcomes(scope: Scope, whole: Sums, base_whole: Sums | None, with_base: boo
     return outcomes
 
 
-def _try_low_rank(inputs: Inputs, scope: Scope, flow: Flow, whole: Sums, base_whole: Sums) -> None:
+def _try_low_rank(inputs: Inputs, scope: Scope, task: TensorTask, whole: Sums, base_whole: Sums) -> None:
     """Low-rank completion, where the tensor is a matrix that is large enough to have a rank."""
     from fedqsn_cli.auditing.recovery.low_rank import complete
 
-    outcomes = scope.tensors[flow.name]
-    shown = complete(inputs, scope.proxies, flow) if min(flow.storage.view[1:]) >= 32 else None
+    outcomes = scope.tensors[task.name]
+    shown = complete(inputs, scope.proxies, task) if min(task.layout.view[1:]) >= 32 else None
     if shown is None:
         outcomes[attacks.LOW_RANK] = outcomes["clamp, base fill"]
     else:
         outcomes[attacks.LOW_RANK] = Outcome(shown, base_whole.minus(scope.base_shown))
 
 
-def _summary(scope: Scope, todo: Sequence[Flow], differences: dict[str, float | None], report: Report) -> Recovery:
+def _summary(
+    scope: Scope, tasks: Sequence[TensorTask], differences: dict[str, float | None], report: Report
+) -> Recovery:
     """Put tensors together, choose the best attacks."""
-    names = [name for name in scope.tensors[todo[0].name] if name != attacks.LOW_RANK]
+    names = [name for name in scope.tensors[tasks[0].name] if name != attacks.LOW_RANK]
     if any(attacks.LOW_RANK in outcomes for outcomes in scope.tensors.values()):
         names.append(attacks.LOW_RANK)
     known = [value for value in differences.values() if value is not None]
     difference = sum(known) + _unknown(scope, differences) if known else None
     totals = {name: _total(scope, name) for name in names}
-    bests = {flow.name: _best(scope.tensors[flow.name]) for flow in todo}
+    bests = {task.name: _best(scope.tensors[task.name]) for task in tasks}
     totals[BEST_OF_EACH] = _sum(scope.tensors[name][best] for name, best in bests.items())
     table = [outcome.score(name, difference) for name, outcome in totals.items()]
     table.insert(0, _as_sent(scope, difference))
-    tensors = tuple(_of_tensor(scope, flow, bests[flow.name], differences[flow.name]) for flow in todo)
+    tensors = tuple(_of_tensor(scope, task, bests[task.name], differences[task.name]) for task in tasks)
     best = min(table, key=lambda score: (math.isnan(score.log10_nmse), score.log10_nmse))
     report.findings += _not_numbers(scope, table, tensors)
     return Recovery(scope.name, tuple(table), best, tensors)
@@ -291,16 +293,16 @@ def _as_sent(scope: Scope, difference: float | None) -> AttackScore:
     return total.score(attacks.AS_SENT, difference)
 
 
-def _of_tensor(scope: Scope, flow: Flow, best: str, difference: float | None) -> TensorRecovery:
-    outcomes = scope.tensors[flow.name]
+def _of_tensor(scope: Scope, task: TensorTask, best: str, difference: float | None) -> TensorRecovery:
+    outcomes = scope.tensors[task.name]
     score = outcomes[best].score(best, difference)
     hits = max(outcome.shown[HITS] + outcome.guessed[HITS] for outcome in outcomes.values())
     return TensorRecovery(
-        flow.name,
-        flow.tensor.role,
-        flow.size,
-        outcomes[best].shown[COUNT] / max(1, flow.size),
-        hits / max(1, flow.size),
+        task.name,
+        task.plan.role,
+        task.size,
+        outcomes[best].shown[COUNT] / max(1, task.size),
+        hits / max(1, task.size),
         score.log10_nmse,
         score.cosine,
         score.delta_recovered,

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from fedqsn_cli.artifacts.manifests import Quantization
 from fedqsn_cli.masks.unit_mask import UnitMask
-from fedqsn_cli.models.model import LogicalTensor, OpenModel
+from fedqsn_cli.models.model import ModelTensor, OpenModel
 from fedqsn_cli.planning.tensor_plan import TensorPlan
-from fedqsn_cli.quantization.layout import Storage, storage_of
+from fedqsn_cli.quantization.layout import TensorLayout, layout_of
 
 _DTYPE_ORDER = (
     "U64",
@@ -36,30 +36,32 @@ _DTYPE_ORDER = (
 
 
 @dataclass(frozen=True, slots=True)
-class Flow:
+class TensorTask:
     """One tensor on its way: what the plan says, how it is stored, and who says which units the server hides."""
 
-    tensor: TensorPlan
-    logical: LogicalTensor
-    storage: Storage
+    plan: TensorPlan
+    tensor: ModelTensor
+    layout: TensorLayout
     hides: Callable[[TensorPlan], UnitMask | None] | None
 
     @property
     def hidden(self) -> UnitMask | None:
         """Hidden units, in the stored view; None when nothing is. Not kept here: it may be as large as the tensor."""
-        return self.hides(self.tensor) if self.hides else None
+        return self.hides(self.plan) if self.hides else None
 
     @property
     def name(self) -> str:
-        return self.tensor.name
+        return self.plan.name
 
     @property
     def size(self) -> int:
         """Number of elements."""
-        return math.prod(self.tensor.shape)
+        return math.prod(self.plan.shape)
 
 
-def flows(model: OpenModel, how: Quantization | None, hidden: Callable[[TensorPlan], UnitMask | None]) -> list[Flow]:
+def tensor_tasks(
+    model: OpenModel, how: Quantization | None, hidden: Callable[[TensorPlan], UnitMask | None]
+) -> list[TensorTask]:
     """Decide for every tensor how it goes through a pass.
 
     The order is that of the safetensors library (wide dtypes first, then names): shards change nothing, and an
@@ -67,10 +69,10 @@ def flows(model: OpenModel, how: Quantization | None, hidden: Callable[[TensorPl
     """
 
     def place(tensor: TensorPlan) -> tuple[int, str]:
-        packed = storage_of(tensor, how).kind == "pack8"  # int8 codes do not tell what dtype they were made of
+        packed = layout_of(tensor, how).kind == "pack8"  # int8 codes do not tell what dtype they were made of
         return _DTYPE_ORDER.index("I8" if packed else tensor.dtype), tensor.name
 
     return [
-        Flow(tensor, model.tensors[tensor.name], storage_of(tensor, how), hidden)
+        TensorTask(tensor, model.tensors[tensor.name], layout_of(tensor, how), hidden)
         for tensor in sorted(model.plan.tensors, key=place)
     ]
