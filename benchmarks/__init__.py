@@ -9,5 +9,6 @@
     updates.py    what clients would have sent back
     floor.py      plain loops that read and write: what the disk allows
     kernels.py    quantizing in memory, ours and bitsandbytes'
+    exposure.py   what many clients have seen
     peers.py      the same work with other people's tools
 """
