@@ -39,6 +39,16 @@ def test_a_table_is_plain_aligned_text_when_it_is_piped(capsys: pytest.CaptureFi
     assert capsys.readouterr().out == expected
 
 
+def test_what_is_piped_is_never_folded_though_colours_are_forced(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    path = "/folder/" * 30
+    console.show("table", SAMPLE, essential=["out"], parts=[console.Facts([("model", path)])])
+    assert f"{path}\n" in capsys.readouterr().out
+
+
 def test_json_is_one_document_in_ascii(capsys: pytest.CaptureFixture[str]) -> None:
     console.show("json", SAMPLE, essential=["out"], parts=PARTS)
     out = capsys.readouterr().out
