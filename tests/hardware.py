@@ -2,18 +2,23 @@
 
 The weights are the same everywhere and are compared exactly. Their product with an input is not: with AVX512_BF16
 bitsandbytes multiplies 4-bit weights in bfloat16, whatever dtype it is asked for. How far that is off is measured here.
+And the table of double quantization, which bitsandbytes makes anew in every process, depends on torch.linspace.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from bitsandbytes import functional, nn
 from torch import Tensor
+
+from fedqsn_cli.quantization.codebooks import dynamic_map
 
 
 def unpacked_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
@@ -63,3 +68,24 @@ def assert_close(found: Tensor, expected: Tensor, *, layers: int) -> None:
     """
     slack = layer_error() * layers * float(expected.abs().max())
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=max(1e-5, slack))
+
+
+def linspace_is_fused() -> bool:
+    """Does torch.linspace round once, as with AVX2 or AVX-512? Without, it rounds products and sums."""
+    begin, end = np.float64(np.float32(0.1)), np.float64(1)
+    step = np.float64(np.float32(end - begin) / np.float32(8))
+    once = [begin + step * i if i < 4 else end - step * (8 - i) for i in range(9)]
+    return bool(torch.equal(torch.linspace(0.1, 1, 9), torch.tensor(once, dtype=torch.float32)))
+
+
+@contextmanager
+def fused_dynamic_map() -> Iterator[None]:
+    """Let bitsandbytes quantize scales by the table of our files, whatever torch.linspace gives on this machine."""
+    before = functional.name2qmap.get("dynamic")
+    functional.name2qmap["dynamic"] = torch.from_numpy(dynamic_map().copy())
+    try:
+        yield
+    finally:
+        del functional.name2qmap["dynamic"]
+        if before is not None:
+            functional.name2qmap["dynamic"] = before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from families import build
 from fedqsn_cli import export_proxy
-from hardware import assert_close, unpack, unpacked_weights
+from hardware import assert_close, fused_dynamic_map, unpack, unpacked_weights
 from helpers import read_model, visible_elements
 from test_invariants_i2 import is_turned
 
@@ -28,6 +29,12 @@ def proxy_of(model: Path, out: Path, **options: Any) -> Path:
              "ledger": model.parent / "ledger.jsonl"}  # fmt: skip
     export_proxy(str(model), out, **usual | options)
     return out
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fused_map() -> Iterator[None]:
+    with fused_dynamic_map():
+        yield
 
 
 @pytest.fixture(scope="module")
