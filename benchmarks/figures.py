@@ -7,7 +7,8 @@ fanout      export-proxy for 10 and 100         export-proxy for 1
 merge       merge of 8 updates                  plain loops that read and write as many bytes
 mergekit    merge of a model and 2 updates      mergekit-yaml, linear, 3 models
 memory      export-proxy and merge by size      600 MiB, and each other
-help        fedqsn --help                       hf --help
+help        fedqsn --help                       hf --help, a quarter of a second
+exposure    of 1000 clients in 100 rounds       ten seconds
 compile     the first command of all            the second one
 """
 
@@ -26,6 +27,8 @@ from benchmarks.report import Row
 from benchmarks.synthetic import SHAPES
 
 MAX_PEAK = 600.0  # MiB
+MAX_HELP = 0.25  # seconds
+MAX_EXPOSURE = 10.0  # seconds
 
 
 def kernel(place: Place, size: str) -> Iterator[Row]:
@@ -163,6 +166,14 @@ def help_text(place: Place, size: str) -> Iterator[Row]:
     )
     ratio = samples["ours"].median / samples["theirs"].median
     yield Row.of("fedqsn --help", "", samples["ours"], "hf --help", samples["theirs"], ratio, 0.5)
+    yield Row.within("fedqsn --help, alone", "", samples["ours"], MAX_HELP)
+
+
+def exposure(place: Place, size: str) -> Iterator[Row]:
+    """What a thousand clients have seen after a hundred rounds, from a ledger and a key in memory."""
+    seconds = json.loads(said_by(place.module("benchmarks.exposure", place.runs)))
+    nothing = [0.0] * len(seconds)
+    yield Row.within("exposure of 1000 clients, 100 rounds", "", Sample(seconds, nothing, nothing), MAX_EXPOSURE)
 
 
 def compile_once(place: Place, size: str) -> Iterator[Row]:
@@ -241,6 +252,7 @@ def _proxy_bytes(place: Place, size: str) -> int:
 
 FIGURES: dict[str, Callable[[Place, str], Iterator[Row]]] = {
     "help": help_text,
+    "exposure": exposure,
     "compile": compile_once,
     "kernel": kernel,
     "peer": peer,
@@ -252,6 +264,7 @@ FIGURES: dict[str, Callable[[Place, str], Iterator[Row]]] = {
 }
 SIZES: dict[str, tuple[str, ...]] = {
     "help": ("",),
+    "exposure": ("",),
     "compile": ("",),
     "kernel": ("",),
     "peer": ("1.1b",),

@@ -60,6 +60,11 @@ class Row:
         return cls(figure, size, ours, peer, theirs, ratio, f">= {least:g}x faster", ratio >= least, note)
 
     @classmethod
+    def within(cls, figure: str, size: str, ours: Sample, most: float, note: str = "") -> Row:
+        """Seconds by the clock."""
+        return cls(figure, size, ours, target=f"<= {most:g} s", reached=ours.median <= most, note=note)
+
+    @classmethod
     def peak(cls, figure: str, size: str, ours: Sample, most: float) -> Row:
         """Peak memory, in MiB."""
         return cls(figure, size, ours, target=f"<= {most:g} MiB", reached=ours.largest <= most)

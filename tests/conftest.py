@@ -1,24 +1,86 @@
-"""Fixtures for all tests."""
+"""Fixtures for all tests, and surroundings that are the same on every machine."""
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
-from support.scenario import MEMORY
+# What users, CI systems and parent processes leave in the environment and what would change outcomes. What the product
+# has to stand stays as it is: locale, time zone, umask, HOME, TMPDIR, hash seed, instruction sets.
+FOREIGN = {
+    *("COLUMNS", "LINES", "TERM", "NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "TERMINAL_WIDTH"),
+    *("MAKEFLAGS", "MAKELEVEL", "MAKEFILES", "MAKEOVERRIDES", "MFLAGS", "GNUMAKEFLAGS"),  # of the make that runs us
+    *("BASH_ENV", "ENV", "SHELLOPTS", "BASHOPTS", "CDPATH", "POSIXLY_CORRECT"),
+    *("PYTHONWARNINGS", "PYTHONSAFEPATH", "PYTHONOPTIMIZE", "PYTHONDEVMODE", "PYTHONVERBOSE", "PYTHONINSPECT"),
+    *("PYTHONIOENCODING", "PYTHONPROFILEIMPORTTIME", "PYTHONMALLOCSTATS", "PYTHONTRACEMALLOC"),
+    # what examples/quickstart and examples/ci take from the environment
+    *("WORK", "P1", "P2", "FORMAT", "FILL", "ROUNDS", "ROUND", "EPOCHS", "LR", "SERVER_LR", "MAX_LENGTH", "CLIENTS"),
+    *("JOBS", "JOB", "COMPARE", "POLICY", "BUDGET", "COLLUDERS"),
+}
+FOREIGN_STARTS = (
+    "HF_",
+    "HUGGINGFACE_",
+    "TRANSFORMERS_",
+    "TOKENIZERS_",
+    "ACCELERATE_",
+    "BNB_",
+    "BITSANDBYTES_",  # offline, tokens
+    "FEDQSN_",
+    "_FEDQSN_",
+    "COMP_",
+    "TTY_",
+    "JUPYTER_",
+    "TORCH_LOGS",
+    "NUMBA_DEBUG",
+    "NUMBA_DISABLE_",
+    "NUMBA_DUMP_",
+)
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Tests run beside each other, one for a core: torch's threads would wait for each other (before torch is imported).
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+def settle() -> None:
+    """Make the environment of this process and of its children one that decides nothing.
+
+    Called now and not by a fixture: libraries read theirs when test modules import them.
+    """
+    for name in list(os.environ):
+        if name in FOREIGN or name.startswith(FOREIGN_STARTS) or name.lower().endswith("_proxy"):
+            del os.environ[name]
+    cache = tempfile.mkdtemp(prefix="fedqsn-hf-")  # else whatever the user fetched before would be found
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ |= {
+        "HF_HOME": cache,
+        "CUDA_VISIBLE_DEVICES": "",
+        "HIP_VISIBLE_DEVICES": "",  # --device auto would find other numbers there
+        "TORCHDYNAMO_DISABLE": "1",  # bitsandbytes compiles some of its code where there is a C++ compiler
+    }
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test for a core: torch's threads would wait for each other
+
+
+def tame_hypothesis() -> None:
+    """No time limits, and the same examples everywhere; `--hypothesis-profile explore` draws new ones."""
+    common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "database": None}
+    settings.register_profile("tests", derandomize=True, **common)
+    settings.register_profile("explore", derandomize=False, max_examples=200, **common)
+    settings.load_profile("tests")
+
+
+settle()
+tame_hypothesis()
 
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """An empty directory, in memory where there is such a place: fsync costs nothing there."""
+    from support.scenario import MEMORY
+
     with tempfile.TemporaryDirectory(dir=MEMORY) as name:
         yield Path(name)
 
@@ -26,5 +88,7 @@ def folder() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def module_folder() -> Iterator[Path]:
     """The same for all tests of a module."""
+    from support.scenario import MEMORY
+
     with tempfile.TemporaryDirectory(dir=MEMORY) as name:
         yield Path(name)

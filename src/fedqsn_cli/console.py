@@ -162,7 +162,7 @@ def _render(parts: Sequence[Part]) -> str:
     from rich.console import Console
 
     screen = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
-    if not screen.is_terminal:
+    if sys.stdout is None or not sys.stdout.isatty():  # rich would believe FORCE_COLOR, which CI systems set
         screen.width = _UNLIMITED
     return _drawn(parts, screen)
 

@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ import yaml
 
 from fedqsn_cli import mask
 from fedqsn_cli.cli.app import build
-from support.helpers import make_model
+from support.helpers import make_model, programs
 from support.processes import SOURCES
 
 CI = Path(__file__).parents[2] / "examples" / "ci"
@@ -48,12 +47,9 @@ def test_every_command_of_a_workflow_is_one_that_fedqsn_accepts(system: str) -> 
 def desk(folder: Path) -> tuple[Path, dict[str, str]]:
     make_model(folder / "global", "bert", hidden=64, inner=128)
     shutil.copy(CI / "Makefile", folder / "Makefile")
-    (folder / "bin").mkdir()
-    (folder / "bin" / "fedqsn").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m fedqsn_cli "$@"\n')
-    (folder / "bin" / "fedqsn").chmod(0o755)
     (folder / "policy.toml").write_text('[scope]\nrequire = ["invariants", "exposure"]\n[budget]\nclient = 0.9\n')
     mask(str(folder / "global"), folder / "server", key=folder / "job.key", p1=0.25)
-    environment = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(SOURCES)}
+    environment = os.environ | {"PATH": programs(folder / "bin"), "PYTHONPATH": str(SOURCES)}
     return folder, environment
 
 

@@ -153,10 +153,19 @@ def test_a_browser_draws_the_page_without_sideways_scrolling(tmp_path: Path, wid
     """The page reports its own width through the title, because only its outermost box may be as wide as the window."""
     probe = "<script>document.title = document.documentElement.scrollWidth + ' ' + innerWidth</script></body>"
     text = render(audit(verdict="over the limits"), "html").replace("</body>", probe)
-    (tmp_path / "r.html").write_text(re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text))
-    words = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},2000", "--dump-dom"]
-    words.append(f"--user-data-dir={tmp_path / 'profile'}")
-    done = subprocess.run([*words, (tmp_path / "r.html").as_uri()], capture_output=True, text=True, timeout=120)
-    found = re.search(r"<title>(\d+) (\d+)</title>", done.stdout)
-    assert found, done.stderr
+    if "drawn" not in drawn("<title>not yet</title><script>document.title = 'drawn'</script>", tmp_path, width):
+        pytest.skip("this Chromium draws no file of a temporary folder (as in a snap); the page's structure is tested")
+    shown = drawn(re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text), tmp_path, width)
+    found = re.search(r"<title>(\d+) (\d+)</title>", shown)
+    assert found, shown
     assert int(found[1]) <= int(found[2])
+
+
+def drawn(text: str, folder: Path, width: int) -> str:
+    """The title that a page has once it is drawn, or what the browser says instead."""
+    (folder / "r.html").write_text(text, "utf-8")
+    words = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},2000", "--dump-dom"]
+    words.append(f"--user-data-dir={folder / 'profile'}")
+    done = subprocess.run([*words, (folder / "r.html").as_uri()], capture_output=True, text=True, timeout=600)
+    found = re.search(r"<title>.*?</title>", done.stdout)
+    return found[0] if found else done.stderr

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fedqsn_cli.auditing import secrets
 from fedqsn_cli.export.session import METADATA
 from fedqsn_cli.masks import draw, job_key
 from support.leaks import World, audit, make_world, requantize, rules_of, shake, sign, spoil, spoil_file
@@ -176,6 +177,29 @@ def test_metadata_in_a_header_is_found(metadata: dict[str, str], world: World) -
     spoil(world, lambda tensors: None, metadata=metadata)
     assert rules_of(audit(world, clients=["alice"])) == {"FQ006"}
     assert rules_of(audit(world, clients=["alice"], blind=True)) == {"FQ006"}
+
+
+@pytest.mark.parametrize("name", ["fedqsn", "bert", "falcon", "tensors", "encoder", "visible", "round"])
+def test_a_machine_that_is_called_like_a_word_of_every_proxy_is_no_leak(
+    name: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: name)
+    monkeypatch.setenv("LOGNAME", name)
+    secrets.machine_names.cache_clear()
+    try:
+        assert audit(world).findings == ()
+    finally:
+        secrets.machine_names.cache_clear()
+
+
+def test_the_name_of_this_machine_is_found(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "tower7")
+    secrets.machine_names.cache_clear()
+    try:
+        spoil_file(world, "config.json", _field('"notes": "from tower7"'))
+        assert rules_of(audit(world, clients=["alice"], blind=True)) == {"FQ006"}
+    finally:
+        secrets.machine_names.cache_clear()
 
 
 TEXTS: dict[str, tuple[str, Callable[[World], Callable[[bytes], bytes]]]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -62,7 +63,7 @@ class Client:
             env=kept | environment | variables | {"PYTHONPATH": os.pathsep.join(sys.path)},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
         self.stderr = done.stderr
         assert done.returncode in (0, 2), done.stderr
@@ -162,7 +163,9 @@ def test_every_failure_is_one_clear_line(client: Client) -> None:
 
 
 def test_a_hub_that_is_down_is_one_clear_line(client: Client) -> None:
-    code, lines = client("resolve", "hf://lab/bert", HF_ENDPOINT="http://127.0.0.1:9")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]  # free again at the end of this block
+    code, lines = client("resolve", "hf://lab/bert", HF_ENDPOINT=f"http://127.0.0.1:{port}")
     assert (code, len(lines)) == (2, 1)
     assert "the hub cannot be reached; check the connection, HF_ENDPOINT" in lines[0]
 

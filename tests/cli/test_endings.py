@@ -17,7 +17,7 @@ from fedqsn_cli import errors
 from fedqsn_cli.checkpoint import plan_file
 from fedqsn_cli.checkpoint.header import TensorSpec
 from fedqsn_cli.cli import app, failures
-from support.processes import command, environment, process, run
+from support.processes import command, environment, process, run, with_signals
 
 
 def sparse_model(folder: Path, gigabytes: float) -> Path:
@@ -33,12 +33,14 @@ def sparse_model(folder: Path, gigabytes: float) -> Path:
     return folder
 
 
-def mask_slowly(tmp_path: Path) -> subprocess.Popen[str]:
+def mask_slowly(tmp_path: Path, handler: str = "SIG_DFL", gigabytes: float = 1.5) -> subprocess.Popen[str]:
     """Start to mask a large model, and return when its output is being staged."""
-    model = sparse_model(tmp_path / "model", 1.5)
+    model = sparse_model(tmp_path / "model", gigabytes)
     words = command("mask", model, "--out", tmp_path / "out", "--p1", "0.1", "--key", tmp_path / "job.key")
-    child = subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
+    child = subprocess.Popen(
+        with_signals(words, handler), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 600
     while not list(tmp_path.glob(".out.fedqsn-*/*.safetensors")):
         assert child.poll() is None, child.communicate()
         assert time.monotonic() < deadline
@@ -50,33 +52,47 @@ def mask_slowly(tmp_path: Path) -> subprocess.Popen[str]:
 def test_a_signal_ends_a_run_with_130_and_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
     child = mask_slowly(tmp_path)
     child.send_signal(number)
-    out, err = child.communicate(timeout=60)
+    out, err = child.communicate(timeout=600)
     assert (child.returncode, out, err) == (130, "", "fedqsn: interrupted\n")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_the_same_signal_twice_at_once_still_cleans_up(tmp_path: Path) -> None:
     child = mask_slowly(tmp_path)
-    child.send_signal(signal.SIGTERM)
-    child.send_signal(signal.SIGINT)
-    out, err = child.communicate(timeout=60)
+    for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGCONT):  # both wait, however busy we are
+        child.send_signal(number)
+    out, err = child.communicate(timeout=600)
     assert (child.returncode, out, err) == (130, "", "fedqsn: interrupted\n")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_run_that_waits_for_the_network_can_be_ended(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        silent.settimeout(60)
+        silent.settimeout(600)
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         words = command("inspect", "hf://owner/name")
         child = subprocess.Popen(
-            words, env=environment(HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path)), stderr=subprocess.PIPE, text=True
+            with_signals(words, "SIG_DFL"),
+            env=environment(HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path)),
+            stderr=subprocess.PIPE,
+            text=True,
         )
         connection, _ = silent.accept()
         child.send_signal(signal.SIGTERM)
-        _, err = child.communicate(timeout=60)
+        _, err = child.communicate(timeout=600)
         connection.close()
     assert (child.returncode, err) == (130, "fedqsn: interrupted\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_run_goes_on_when_its_caller_ignores_the_signal(number: signal.Signals, tmp_path: Path) -> None:
+    """nohup is for that."""
+    child = mask_slowly(tmp_path, "SIG_IGN", 0.1)
+    child.send_signal(number)
+    out, err = child.communicate(timeout=600)
+    assert (child.returncode, err) == (0, "")
+    assert out.startswith("server model")
+    assert (tmp_path / "out" / "fedqsn.json").is_file()
 
 
 def test_ignored_signals_stay_ignored() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from fedqsn_cli.cli.app import COMMANDS, build
+from support.helpers import programs
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart"
@@ -86,12 +87,8 @@ def write_rows(path: Path, count: int) -> None:
 @pytest.fixture(scope="module")
 def shell(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """An environment in which `fedqsn` and `python` are those under test."""
-    programs = tmp_path_factory.mktemp("bin")
-    for name, command in {"fedqsn": "-m fedqsn_cli", "python": ""}.items():
-        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {command} "$@"\n')
-        (programs / name).chmod(0o755)
     return os.environ | {
-        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "PATH": programs(tmp_path_factory.mktemp("bin")),
         "PYTHONPATH": str(ROOT / "src"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",

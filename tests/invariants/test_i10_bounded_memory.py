@@ -35,11 +35,15 @@ sys.exit(code)
 """
 
 
-def run(*arguments: str | Path, files: int = 0, hard: str = "soft") -> dict[str, float | list[str]]:
-    """Run a fedqsn command with at most `files` open files; returns its peak in MiB and the modules it imported."""
+def run(*arguments: str | Path, files: int = 0, hard: str = "soft", threads: int = 1) -> dict[str, float | list[str]]:
+    """Run a fedqsn command with at most `files` open files; returns its peak in MiB and the modules it imported.
+
+    In one thread, whatever the machine has: how much of each other's work threads hold at a time depends on chance.
+    """
     code = RUN.replace("HARD", hard)
     command = [sys.executable, "-c", code, str(files), *words(arguments), "--quiet"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+    surroundings = environment(FEDQSN_THREADS=str(threads))
+    done = subprocess.run(command, capture_output=True, text=True, env=surroundings, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -110,6 +114,29 @@ def test_a_public_base_of_another_dtype_and_vocabulary_goes_by_in_chunks(
 
 
 @linux
+@pytest.mark.parametrize("command", ["quantize", "export-proxy", "merge"])
+def test_many_cores_take_little_more_memory_than_one(command: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """However many there are, few chunks are worked on at once."""
+    model = models["large"]
+    release = ["--client", "alice", "--round", "1", "--p1", "0.1", "--p2", "0.1", *job(tmp_path)]
+    if command == "merge":
+        run("export-proxy", model, "--out", tmp_path / "proxy", *release)
+        send(tmp_path / "proxy", tmp_path / "update")
+    more = {
+        "quantize": ["--format", "nf4"],
+        "export-proxy": release,
+        "merge": [tmp_path / "update", *job(tmp_path)],
+    }[command]
+    peaks = {}
+    for threads in (1, 64):
+        told = run(command, model, "--out", tmp_path / "out", *more, "--force", threads=threads)
+        peaks[threads] = float(told["peak"])
+
+    assert peaks[64] <= LIMIT
+    assert peaks[64] <= peaks[1] + 2 * SLACK
+
+
+@linux
 def test_a_hundred_clients_take_little_more_memory_than_one(models: dict[str, Path], tmp_path: Path) -> None:
     peaks = {}
     for count in (1, 100):
@@ -138,7 +165,7 @@ def test_three_hundred_updates_are_merged_with_few_open_files(tmp_path: Path) ->
     )
     updates = [send(tmp_path / f"proxy-{client}", tmp_path / f"update-{client}") for client in clients]
 
-    run("merge", model, *updates, "--out", tmp_path / "next", *job(tmp_path), files=100)
+    run("merge", model, *updates, "--out", tmp_path / "next", *job(tmp_path), files=100, threads=64)
 
     merged = contents(tmp_path / "next")
     assert merged["model.safetensors"] == (model / "model.safetensors").read_bytes()  # zeros change nothing
@@ -160,6 +187,7 @@ def test_more_clients_than_one_pass_takes_get_the_same_proxies(tmp_path: Path) -
         *job(tmp_path),
         files=64,
         hard=str(hard),
+        threads=64,
     )
     run("export-proxy", model, "--out", tmp_path / "alone", "--client", "c149", *ratios, *job(tmp_path))
 

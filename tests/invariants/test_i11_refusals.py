@@ -216,7 +216,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("file", ["update.safetensors", "update.json"])
 def test_i11_an_update_with_a_damaged_file_is_refused(file: str, damage: str, place: Place) -> None:

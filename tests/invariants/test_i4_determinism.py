@@ -256,7 +256,7 @@ def test_i4_processes_in_other_surroundings_write_the_same_bytes(folder: Path) -
     ]
     for number, variables in enumerate(surroundings):
         command = [sys.executable, "-c", EXPORT, f"p{number}/{{client}}"]
-        subprocess.run(command, env=environment(**variables), cwd=folder, check=True, timeout=120)
+        subprocess.run(command, env=environment(**variables), cwd=folder, check=True, timeout=600)
     assert contents(folder / "p0") == contents(folder / "p1")
 
 

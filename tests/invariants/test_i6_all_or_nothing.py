@@ -89,7 +89,7 @@ POINTS = [line.split('"')[1] for line in DYING.splitlines() if line.startswith('
 
 def run_and_die(script: str, *arguments: str | Path) -> None:
     command = [sys.executable, "-c", script, *arguments]
-    done = subprocess.run(command, env=environment(), capture_output=True, timeout=120)
+    done = subprocess.run(command, env=environment(), capture_output=True, timeout=600)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
 
 

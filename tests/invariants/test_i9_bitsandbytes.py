@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 
 from fedqsn_cli import export_proxy
+from invariants.test_i2_one_code import is_turned
 from support.families import build
+from support.hardware import assert_close, fused_dynamic_map, unpack, unpacked_weights
 from support.helpers import read_model, visible_elements
 
 CLASSIFIERS = ("bert", "roberta", "gpt2", "llama", "qwen2", "mistral", "gemma", "phi", "t5", "mixtral")
@@ -40,6 +43,12 @@ def proxy_of(model: Path, out: Path, **options: Any) -> Path:
     }
     export_proxy(str(model), out, **usual | options)
     return out
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fused_map() -> Iterator[None]:
+    with fused_dynamic_map():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +153,21 @@ def open_ours(proxy: Path) -> Any:
         return load_model(checkpoint).model.eval()
 
 
+def check_packed_weights(proxy: Path, plain: Any) -> int:
+    """What bitsandbytes unpacks is what our loader unpacks, number for number; returns how many layers are packed."""
+    import torch
+
+    from fedqsn_cli.checkpoint import Checkpoint
+    from fedqsn_cli.models.torch_model import load_dense
+
+    with Checkpoint.open(proxy) as checkpoint:
+        dense = load_dense(checkpoint)
+    theirs = {f"{name}.weight": weight for name, weight in unpacked_weights(plain)}
+    for name, weight in theirs.items():
+        assert torch.equal(dense[name].T if is_turned(name) else dense[name], weight), name
+    return len(theirs)
+
+
 CASES = [(name, "SequenceClassification") for name in CLASSIFIERS] + [(name, "CausalLM") for name in LANGUAGE_MODELS]
 
 
@@ -157,11 +181,12 @@ def test_i9_from_pretrained_opens_a_proxy_and_computes_what_our_loader_computes(
     model = models[family, task]
     proxy = proxy_of(model, folder / "proxy", key=folder / "key", p1=0.2, p2=0.2, format=format, layout=layout)
     plain = open_plainly(proxy, task)
-    packed = any(type(module).__module__.startswith("bitsandbytes") for module in plain.modules())
-    assert packed == (layout == "bnb")
-    result = logits(plain)
-    torch.testing.assert_close(result, logits(open_ours(proxy)), rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(result, logits(open_ours(model)), atol=1e-3)
+    packed = check_packed_weights(proxy, plain)
+    assert (packed > 0) == (layout == "bnb")
+    ours = logits(open_ours(proxy))
+    torch.testing.assert_close(logits(unpack(open_plainly(proxy, task))), ours, rtol=1e-4, atol=1e-5)
+    assert_close(logits(plain), ours, layers=packed)
+    assert not torch.allclose(ours, logits(open_ours(model)), atol=1e-3)
 
 
 @pytest.mark.parametrize(("format", "double"), [("fp4", False), ("int8", False), ("nf4", True)])
@@ -173,10 +198,16 @@ def test_i9_from_pretrained_opens_the_other_packed_formats(
 
     model = models[family, "SequenceClassification"]
     proxy = proxy_of(model, folder / "p", key=folder / "key", p1=0.2, p2=0.2, format=format, double_quant=double)
-    plain = logits(open_plainly(proxy, "SequenceClassification"))
-    # bitsandbytes multiplies int8 with int8: it rounds what goes into a layer, too
-    tolerance = {"rtol": 0.05, "atol": 0.05} if format == "int8" else {"rtol": 1e-4, "atol": 1e-5}
-    torch.testing.assert_close(plain, logits(open_ours(proxy)), **tolerance)
+    plain = open_plainly(proxy, "SequenceClassification")
+    packed = check_packed_weights(proxy, plain)
+    assert packed
+    ours = logits(open_ours(proxy))
+    unpacked = unpack(open_plainly(proxy, "SequenceClassification"))
+    torch.testing.assert_close(logits(unpacked), ours, rtol=1e-4, atol=1e-5)
+    if format == "int8":  # bitsandbytes multiplies int8 with int8: it rounds what goes into a layer, too
+        torch.testing.assert_close(logits(plain), ours, rtol=0.05, atol=0.05)
+    else:
+        assert_close(logits(plain), ours, layers=packed)
 
 
 @pytest.mark.parametrize(("format", "layout"), [("nf4", "bnb"), ("int8", "bnb"), ("nf3", "dense"), ("none", None)])

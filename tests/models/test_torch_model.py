@@ -16,6 +16,7 @@ from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.models.torch_model import build_model, choose_device, load_dense, load_model, stored_tensors
 from support.families import EVERY_HEAD, build
+from support.hardware import unpacked_weights
 from support.training_jobs import dense_tensors, make_proxy, small_model
 
 
@@ -69,7 +70,6 @@ def test_packed_weights_are_what_bitsandbytes_computes_with(
 ) -> None:
     """The oracle: transformers loads the same proxy and bitsandbytes unpacks it."""
     import transformers
-    from bitsandbytes import functional
     from transformers.pytorch_utils import Conv1D
 
     proxy = make_proxy(build(name, tmp_path / "model", dtype=dtype), tmp_path / "proxy", **options)
@@ -78,16 +78,9 @@ def test_packed_weights_are_what_bitsandbytes_computes_with(
     theirs = getattr(transformers, head).from_pretrained(proxy)
     original = {module for module, kind in build_model_modules(tmp_path / "model").items() if isinstance(kind, Conv1D)}
     compared = 0
-    for module, kind in theirs.named_modules():
-        weight = getattr(kind, "weight", None)
-        if type(weight).__name__ == "Params4bit":
-            expected = functional.dequantize_4bit(weight.data, weight.quant_state)
-        elif type(weight).__name__ == "Int8Params":
-            expected = (weight.CB.float() * weight.SCB[:, None] / 127).to(getattr(torch, dtype))
-        else:
-            continue
+    for module, expected in unpacked_weights(theirs):
         expected = expected.t() if module in original else expected
-        torch.testing.assert_close(dense[f"{module}.weight"], expected.reshape(dense[f"{module}.weight"].shape))
+        assert torch.equal(dense[f"{module}.weight"], expected.to(getattr(torch, dtype))), module
         compared += 1
     assert compared >= 8
 

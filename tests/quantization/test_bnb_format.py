@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fedqsn_cli.quantization import kernels
 from fedqsn_cli.quantization.bnb_format import companion_arrays, companion_specs, quantization_config
 from fedqsn_cli.quantization.bnb_reader import find_packings, read_scales
 from fedqsn_cli.quantization.scales import Scales
+from support.hardware import fused_dynamic_map
 from support.reference import bits, normals
 
 Array = NDArray[Any]
@@ -44,6 +46,12 @@ def bnb_config(format: str, double: bool) -> BitsAndBytesConfig:
         llm_int8_skip_modules=SKIP,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fused_map() -> Iterator[None]:
+    with fused_dynamic_map():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -349,6 +350,33 @@ def environment(**more: str) -> dict[str, str]:
     import fedqsn_cli
 
     return os.environ | {"PYTHONPATH": str(Path(fedqsn_cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"} | more
+
+
+HOST, USER = "Zq7-this-machine", "Zq7-this-user"
+
+
+def here(patch: Any) -> None:
+    """Give machine and user names that stand nowhere by chance; a real one may be a word of every model, or missing."""
+    patch.setattr("socket.gethostname", lambda: HOST)
+    patch.setattr("platform.node", lambda: HOST)
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "HOSTNAME"):
+        patch.setenv(name, HOST if name == "HOSTNAME" else USER)
+
+
+def programs(folder: Path) -> str:
+    """A PATH on which `fedqsn` and `python` are those under test, with PYTHONPATH as `environment` has it.
+
+    The programs beside the interpreter where there are: a temporary folder may be one in which nothing can be executed.
+    """
+    path = os.environ.get("PATH", os.defpath)
+    beside = Path(sys.executable).parent
+    if all(os.access(beside / name, os.X_OK) for name in ("fedqsn", "python")):
+        return f"{beside}{os.pathsep}{path}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, command in {"fedqsn": "-m fedqsn_cli", "python": ""}.items():
+        (folder / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {command} "$@"\n')
+        (folder / name).chmod(0o755)
+    return f"{folder}{os.pathsep}{path}"
 
 
 def words(arguments: Sequence[str | Path]) -> list[str]:

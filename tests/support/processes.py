@@ -42,7 +42,20 @@ def command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "fedqsn_cli", *map(str, arguments)]
 
 
+def with_signals(words: list[str], handler: str) -> list[str]:
+    """The words that start a process whose SIGINT, SIGTERM and SIGHUP are heeded (SIG_DFL) or ignored (SIG_IGN).
+
+    Who runs the tests may ignore some: nohup does, and shells do for what runs in the background.
+    """
+    script = (
+        "import os, signal, sys\n"
+        f"for name in ('SIGINT', 'SIGTERM', 'SIGHUP'): signal.signal(getattr(signal, name), signal.{handler})\n"
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    return [sys.executable, "-c", script, *words]
+
+
 def process(*arguments: str | Path, **environ: str) -> Outcome:
     """Run a command as a process."""
-    done = subprocess.run(command(*arguments), env=environment(**environ), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command(*arguments), env=environment(**environ), capture_output=True, text=True, timeout=600)
     return Outcome(done.returncode, done.stdout, done.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from fedqsn_cli.training.data import Encoder
 from fedqsn_cli.training.scoring import score
 from fedqsn_cli.training.tables import read_table
 from support.families import EVERY_HEAD
+from support.helpers import HOST, USER, here
 from support.training_jobs import (
     data_for,
     dense_tensors,
@@ -158,12 +158,15 @@ def test_the_same_seed_gives_the_same_bytes_wherever_it_runs(bert: Path, tmp_pat
         assert (tmp_path / "third" / name).read_bytes() != first
 
 
-def test_an_update_says_nothing_about_where_and_by_whom_it_was_made(bert: Path, tmp_path: Path) -> None:
+def test_an_update_says_nothing_about_where_and_by_whom_it_was_made(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here(monkeypatch)
     client_train(bert / "proxy", tmp_path / "update", data=bert / "data.jsonl", **FAST)
     stored = (tmp_path / "update" / "update.safetensors").read_bytes()
     header = stored[8 : 8 + int.from_bytes(stored[:8], "little")]
     words = {part for text in (header, (tmp_path / "update" / "update.json").read_bytes()) for part in text.split(b'"')}
-    secrets = {str(tmp_path), str(bert), "data.jsonl", "proxy", socket.gethostname(), getpass.getuser()}
+    secrets = {str(tmp_path), str(bert), "data.jsonl", "proxy", HOST, USER}
     assert not words & {secret.encode() for secret in secrets}
     assert not any(str(place).encode() in word for word in words for place in (tmp_path, bert))
 
@@ -274,12 +277,10 @@ def test_nothing_is_printed_and_nothing_is_fetched(
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    cache = Path.home() / ".cache" / "huggingface"
-    before = set(cache.rglob("*"))
     client_train(bert / "proxy", tmp_path / "update", data=bert / "data.jsonl", eval_data=bert / "data.jsonl", **FAST)
     evaluate(bert / "model", data=bert / "data.jsonl")
     assert capfd.readouterr() == ("", "")
-    assert set(cache.rglob("*")) == before
+    assert not list(Path(os.environ["HF_HOME"]).rglob("*"))
 
 
 def test_checkpoints_without_the_base_models_prefix_are_trained_under_their_own_names(tmp_path: Path) -> None:

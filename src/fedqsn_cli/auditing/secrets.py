@@ -56,7 +56,63 @@ _TIME = re.compile(r"(?<!\d)(?:19|20)\d\d-[01]\d-[0-3]\d[T _]?[0-2]\d[:.h-]?[0-5
 _EPOCHS = ((1_400_000_000, 2_100_000_000), (1_400_000_000_000, 2_100_000_000_000))
 _PUBLIC_TEXT = frozenset({"vocab", "merges", "label2id", "id2label", "added_tokens_decoder", "chat_template"})
 _GENERIC = frozenset(
-    {"root", "user", "users", "admin", "ubuntu", "debian", "runner", "localhost", "jovyan", "test", "model"}
+    {
+        "root",
+        "user",
+        "users",
+        "admin",
+        "ubuntu",
+        "debian",
+        "runner",
+        "localhost",
+        "jovyan",
+        "test",
+        "model",
+        "fedqsn",
+        "proxy",
+        "update",
+        "bert",
+        "roberta",
+        "distilbert",
+        "electra",
+        "albert",
+        "deberta",
+        "modernbert",
+        "mpnet",
+        "gpt2",
+        "gptj",
+        "bloom",
+        "falcon",
+        "llama",
+        "llama3",
+        "qwen2",
+        "qwen3",
+        "mistral",
+        "mixtral",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "phi3",
+        "bart",
+        "float32",
+        "float16",
+        "bfloat16",
+        "dtype",
+        "shape",
+        "quant",
+        "type",
+        "blocksize",
+        "nested",
+        "offset",
+        "bitsandbytes",
+        "hidden",
+        "layer",
+        "layers",
+        "size",
+        "vocab",
+        "token",
+        "tokenizer",
+    }
 )
 _SAFE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")
 _VOCABULARIES = frozenset(
@@ -137,7 +193,7 @@ def _json_complaints(path: Path, data: bytes) -> Iterator[str]:
     except FormatError:
         yield from _text_complaints("", data.decode("utf-8", "replace"))
         return
-    yield from _document_complaints(document, "")
+    yield from _document_complaints(document, "", _uncommon(document) if path.name == PROXY_MANIFEST else None)
     if path.name == PROXY_MANIFEST:
         try:
             same = manifest_bytes(parse_manifest(data, ProxyManifest, path.name)) == data
@@ -152,8 +208,26 @@ def _json_complaints(path: Path, data: bytes) -> Iterator[str]:
             yield "ends in white space"
 
 
-def _document_complaints(value: Any, field: str) -> Iterator[str]:
-    """Walk through a JSON document."""
+def _uncommon(manifest: Any) -> tuple[str, ...]:
+    """This machine's names that are no words of a manifest's fields, nor of the tensors and files that it lists."""
+    fields = " ".join(_keys(manifest))
+    return tuple(name for name in machine_names() if not _stands_in(name, fields))
+
+
+def _keys(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _keys(item)
+
+
+def _stands_in(name: str, text: str) -> bool:
+    """Is it a word of this text?"""
+    return re.search(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", text) is not None
+
+
+def _document_complaints(value: Any, field: str, names: tuple[str, ...] | None = None) -> Iterator[str]:
+    """Walk through a JSON document; `names` of this machine instead of all."""
     if isinstance(value, dict):
         for key, item in value.items():
             name = f"{field}.{key}".lstrip(".")
@@ -164,23 +238,23 @@ def _document_complaints(value: Any, field: str) -> Iterator[str]:
             elif key in _PUBLIC_TEXT:
                 continue
             else:
-                yield from _text_complaints(field, key)
-                yield from _document_complaints(item, name)
+                yield from _text_complaints(field, key, names)
+                yield from _document_complaints(item, name, names)
     elif isinstance(value, list):
         for item in value:
-            yield from _document_complaints(item, field)
+            yield from _document_complaints(item, field, names)
     elif isinstance(value, str):
-        yield from _text_complaints(field, value)
+        yield from _text_complaints(field, value, names)
     elif isinstance(value, int | float) and any(low <= value <= high for low, high in _EPOCHS):
         yield f"{_at(field)} looks like a clock time"
 
 
-def _text_complaints(field: str, text: str) -> Iterator[str]:
+def _text_complaints(field: str, text: str, names: tuple[str, ...] | None = None) -> Iterator[str]:
     if _PATH.search(text) or _WHOLE_PATH.fullmatch(text.strip()):
         yield f"{_at(field)} holds an absolute path"
     if _TIME.search(text):
         yield f"{_at(field)} holds a clock time"
-    if any(re.search(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", text) for name in machine_names()):
+    if any(_stands_in(name, text) for name in (machine_names() if names is None else names)):
         yield f"{_at(field)} holds the name of this machine or of its user"
 
 
