@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What leaked in the last round of the demo? Prints the report, writes work/report.html, and ends with the exit code of
-# the audit: 0 within policy.toml, 1 over a limit, 3 not complete, 4 a hard invariant is broken.
+# What leaked in the last round of the demo? Prints the report, writes work/report.html, and exits with the code of the
+# audit: 0 within policy.toml, 1 over a limit, 3 incomplete, 4 a hard invariant is broken.
 #
 #   ./audit.sh                    after ./run.sh, with the same WORK
 #   POLICY=strict.toml ./audit.sh
@@ -15,7 +15,7 @@ job=$WORK/fedqsn
 last=0
 while [[ -d $job/r$((last + 1))/proxies ]]; do last=$((last + 1)); done
 
-# The proxies of a round were made from the global model before it.
+# The proxies of a round were made from the global model of the previous round.
 truth=$job/r$((last - 1))/global
 [[ $last -gt 1 ]] || truth=$WORK/owner
 after=()

@@ -2,7 +2,7 @@
 
     python owner_finetune.py --base work/base --data work/data/owner.jsonl --out work/owner
 
-This is the owner's private business and needs nothing of fedqsn: a plain training loop, then a plain checkpoint.
+This happens on the owner's side and does not use fedqsn: a plain training loop, then a plain checkpoint.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if options.out.exists():
-        raise SystemExit(f"{options.out} is already there; remove it to train again")
+        raise SystemExit(f"{options.out} already exists; remove it to train again")
     finetune(**vars(options))
 
 

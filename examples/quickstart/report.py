@@ -1,9 +1,9 @@
-"""Print what became of federated jobs, round by round.
+"""Print the results of federated jobs, round by round.
 
     python report.py work/fedqsn [work/fedavg]
 
-Reads only what a job left behind: file sizes, and what `fedqsn evaluate --json` and `fedqsn inspect --json` said of
-each model and proxy, in *.score.json and *.inspect.json beside it.
+Reads only the files of a job: their sizes, and the output of `fedqsn evaluate --json` and `fedqsn inspect --json` for
+each model and proxy, in *.score.json and *.inspect.json next to it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from statistics import mean
 
 HEADINGS = ("round", "global model", "server model", "proxies", "MB down", "MB up", "never sent", "a proxy lacks")
 NOTES = """\
-global model    the owner's whole model after the round, on the test articles (round 0: before the job)
-server model    the same without the neurons that the job hides from everybody
+global model    the owner's complete model after the round, on the test articles (round 0: before the job)
+server model    the same without the neurons that the job hides from everyone
 proxies         what the clients were sent in the round, before they trained; mean over clients
 MB down, up     proxies and updates of all clients together
 never sent      share of all parameters that no client ever gets
@@ -25,7 +25,7 @@ a proxy lacks   share of all parameters that a client did not get in the round; 
 
 
 def accuracy(model: Path) -> float:
-    """Share of test articles that a model put under the right topic."""
+    """Share of test articles that a model classifies correctly."""
     return float(json.loads(model.with_name(f"{model.name}.score.json").read_text())["accuracy"])
 
 
@@ -39,7 +39,7 @@ def megabytes(folders: Iterable[Path]) -> float:
 
 
 def row(folder: Path) -> list[str]:
-    """The line of one round; round 0 has no proxies and no updates."""
+    """The row of one round; round 0 has no proxies and no updates."""
     proxies, updates = ([path for path in folder.glob(f"{kind}/*") if path.is_dir()] for kind in ("proxies", "updates"))
     cells = [folder.name.removeprefix("r"), percent(accuracy(folder / "global")), percent(accuracy(folder / "server"))]
     if proxies:
@@ -70,7 +70,7 @@ def report(jobs: Iterable[Path]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Print what became of federated jobs, round by round.")
+    parser = argparse.ArgumentParser(description="Print the results of federated jobs, round by round.")
     parser.add_argument("jobs", type=Path, nargs="+", metavar="JOB", help="folder of a job, such as work/fedqsn")
     print(f"\n{report(parser.parse_args(arguments).jobs)}")
 

