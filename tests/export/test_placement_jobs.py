@@ -12,12 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedqsn_cli import audit, export_proxy, mask, merge
+from fedqsn_cli import audit, export_proxy, inspect, mask, merge
 from fedqsn_cli.artifacts.ledger import Release, read
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.errors import InputError, KeyFileError
 from fedqsn_cli.exposure.exposure import exposure
-from fedqsn_cli.inspection import inspect
 from fedqsn_cli.masks import job_key
 from fedqsn_cli.masks.job_key import JobKey
 from support.deep_models import deep

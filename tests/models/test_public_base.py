@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedqsn_cli import export_proxy, inspect, mask, quantize
-from fedqsn_cli.auditing.run import audit
+from fedqsn_cli import audit, export_proxy, inspect, mask, quantize
 from fedqsn_cli.models.model import open_model
 from fedqsn_cli.models.public_base import KINDS, open_base
 from fedqsn_cli.quantization.layout import layout_of

@@ -109,7 +109,7 @@ def audit(
     if init_policy:
         _write_policy(policy or POLICY_FILE, quiet)
         return
-    from fedqsn_cli.auditing.run import audit as run
+    from fedqsn_cli import audit as run
 
     with console.progress(how) as progress:
         result = run(
@@ -119,7 +119,7 @@ def audit(
             server=server,
             key=key,
             ledger=ledger,
-            base=base,
+            public_base=base,
             policy=policy,
             eval_data=eval_data,
             public_data=public_data,

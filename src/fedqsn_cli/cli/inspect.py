@@ -61,7 +61,7 @@ def inspect(
     how = console.view(as_json, quiet)
     from fedqsn_cli import inspect as run
 
-    found = run(path, plan=plan, axis=axis, overrides=overrides, public_base=public_base)
+    found = run(path, show_plan=plan, axis=axis, plan_file=overrides, public_base=public_base)
     console.show(how, found, essential=[found.kind], parts=_parts(found))
 
 

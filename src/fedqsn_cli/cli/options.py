@@ -14,8 +14,8 @@ import typer
 
 from fedqsn_cli import validate
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.export.presets import Schedule as Schedule
-from fedqsn_cli.export.presets import Train as Train
+from fedqsn_cli.options.groups import Schedule as Schedule
+from fedqsn_cli.options.groups import Train as Train
 
 Check = Callable[[Any, str], Any]
 
@@ -127,9 +127,8 @@ def block_size(**other: Any) -> Any:
 
 
 def _ratio(value: float, _: str) -> float:
-    from fedqsn_cli.validate import validate_ratio
 
-    return validate_ratio(value)
+    return validate.ratio(value)
 
 
 def _layers(value: str, _: str) -> str:
@@ -147,9 +146,8 @@ def _p1_schedule(value: str, _: str) -> str:
 
 
 def _client(value: str, _: str) -> str:
-    from fedqsn_cli.validate import validate_client
 
-    return validate_client(value)
+    return validate.client(value)
 
 
 def _size(value: str, where: str) -> str:
