@@ -16,7 +16,7 @@ import pytest
 from fedqsn_cli import errors
 from fedqsn_cli.checkpoint import plan_file
 from fedqsn_cli.checkpoint.header import TensorSpec
-from fedqsn_cli.cli import app, failures
+from fedqsn_cli.cli import app, exit_codes
 from support.processes import command, environment, process, run
 
 
@@ -129,8 +129,6 @@ def test_a_malformed_file_is_one_line_and_its_name_cannot_steer_the_terminal(tmp
     [
         (errors.InputError("is odd", where="x", hint="try y"), 2, "fedqsn: error: x: is odd; try y"),
         (errors.GateFailed("leaks"), 1, "fedqsn: error: leaks"),
-        (errors.AuditIncomplete("stopped"), 3, "fedqsn: error: stopped"),
-        (errors.InvariantBroken("broken"), 4, "fedqsn: error: broken"),
         (KeyboardInterrupt(), 130, "fedqsn: interrupted"),
         (MemoryError(), 2, "fedqsn: error: not enough memory; close other programs, or lower --batch-size"),
         (
@@ -151,7 +149,7 @@ def test_a_malformed_file_is_one_line_and_its_name_cannot_steer_the_terminal(tmp
     ],
 )
 def test_every_kind_of_trouble_has_its_line_and_exit_code(error: BaseException, code: int, line: str) -> None:
-    assert failures.explain(error, "fedqsn") == (line, code)
+    assert exit_codes.error_to_exit(error, "fedqsn") == (line, code)
 
 
 def test_a_bug_ends_with_70_and_shows_its_traceback_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 declare.py   how an option is declared
 groups.py    options that several commands have
 commands.py  the options of each command
+merge.py     those of merge, and which of them go together
 keywords.py  Python functions that take the options as keywords
 """
 
@@ -14,12 +15,12 @@ from fedqsn_cli.options.commands import (
     ExportOptions,
     InspectOptions,
     MaskOptions,
-    MergeOptions,
     QuantizeOptions,
     TrainOptions,
 )
 from fedqsn_cli.options.declare import REQUIRED, Declared, Option, Options, options_of
 from fedqsn_cli.options.groups import MaskingOptions, QuantizationOptions, RecipeOptions, Schedule, Train
+from fedqsn_cli.options.merge import MergeOptions
 
 __all__ = [
     "REQUIRED",

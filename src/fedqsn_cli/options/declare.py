@@ -28,8 +28,7 @@ class Option:
         help: one sentence. panel: the title that it is listed under.
         metavar: placeholder of its value; "" for the usual one of its type.
         shown: what the help shows as its default; "" for the default itself.
-        check: takes the value and the option's flag; returns the value, or raises InputError.
-        parse: from a word of the command line to the value, where the type alone does not tell how.
+        check: takes the value and the option's flag; returns the value, or raises InputError. It may parse text.
         flag: its name on the command line; "" for the field's name. short: one more, such as -q.
         aliases: former flags; the command line, and Python as keywords, still take them, and no help shows them.
         env: the environment variable that the command line reads when the option is not given. Python never does.
@@ -40,7 +39,6 @@ class Option:
     metavar: str = ""
     shown: str = ""
     check: Check | None = None
-    parse: Callable[[str, str], Any] | None = None
     flag: str = ""
     short: str = ""
     aliases: tuple[str, ...] = ()
@@ -121,9 +119,11 @@ class Declared:
         """The value, if it can be used. Raises InputError."""
         if self.choices:
             validate.choice(value, self.choices, self.flag)
-        elif isinstance(value, str | Path):
+        if self.option.check is not None:
+            return self.option.check(value, self.flag)
+        if isinstance(value, str | Path):
             validate.not_empty(str(value), self.flag)
-        return value if self.option.check is None else self.option.check(value, self.flag)
+        return value
 
 
 _KNOWN: dict[type[Options], tuple[Declared, ...]] = {}  # reading annotations takes a millisecond

@@ -72,6 +72,11 @@ def block_size_option(shown: str = "") -> Option:
     return Option(text, QUANTIZATION, shown=shown, check=validate.block_size)
 
 
+LAYOUT = Option(
+    "Packed as bitsandbytes stores it, or ordinary tensors with rounded values.",
+    QUANTIZATION,
+    shown="bnb if the format has it",
+)
 DOUBLE_QUANT = Option("Quantize the scales too (nf4 and fp4 in layout bnb).", QUANTIZATION)
 
 
@@ -225,14 +230,7 @@ class QuantizationOptions(Options):
     format: Annotated[Format | None, format_option("the server model's, else nf4")] = None
     block_size: Annotated[int | None, block_size_option("the server model's, else 64")] = None
     double_quant: Annotated[bool | None, DOUBLE_QUANT] = None
-    layout: Annotated[
-        Layout | None,
-        Option(
-            "Packed as bitsandbytes stores it, or ordinary tensors with rounded values.",
-            QUANTIZATION,
-            shown="bnb if the format has it",
-        ),
-    ] = None
+    layout: Annotated[Layout | None, LAYOUT] = None
 
 
 @dataclass(frozen=True, kw_only=True)

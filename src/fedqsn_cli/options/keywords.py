@@ -81,7 +81,10 @@ def with_keywords(function: Callable[..., Any], options: Any) -> Any:
         current = {former.get(name, name): value for name, value in keywords.items()}
         if len(current) < len(keywords):
             raise TypeError(f"{function.__name__}() got an option under two names")
-        given = signature.bind(*values, **current).arguments
+        try:
+            given = signature.bind(*values, **current).arguments
+        except TypeError as error:
+            raise TypeError(f"{function.__name__}() {error}") from None
         chosen = options(**{declared.name: given.pop(declared.name) for declared in known if declared.name in given})
         return function(**given, options=chosen)
 

@@ -38,7 +38,7 @@ _WORDS_FOR_NUMBERS = {
 }
 
 
-def explain(error: BaseException, command: str) -> tuple[str, int]:
+def error_to_exit(error: BaseException, command: str) -> tuple[str, int]:
     """The line to print (without a line feed) and the exit code; `command` is what was run, as in `fedqsn mask`."""
     if isinstance(error, KeyboardInterrupt):
         return "fedqsn: interrupted", EXIT_INTERRUPTED
@@ -72,12 +72,13 @@ def _wrong_use(error: Any, command: str) -> str:
     """One clause for an error of the option parser, told apart by what it carries (its classes are private)."""
     help_hint = f"see '{command} --help'"
     if hasattr(error, "possibilities"):
-        near = [name for name in error.possibilities or () if name.startswith("--")]
+        former = getattr(error.ctx.command, "former", {})
+        near = [former.get(name, name) for name in error.possibilities or () if name.startswith("--")]
         return f"no such option {error.option_name}; {f'did you mean {near[0]}?' if near else help_hint}"
     if hasattr(error, "option_name"):
         return f"{error.option_name}: {_about_missing_value(error.message)}; {help_hint}"
     if hasattr(error, "param_type"):
-        return f"missing {_name(error.param)}; {help_hint}"
+        return f"missing {_name(error.param)}{_or_variable(error.param)}; {help_hint}"
     if getattr(error, "param", None) is not None:
         return f"{_name(error.param)}: {_bad_value(error)}; {help_hint}"
     message = str(error.message).rstrip(".")
@@ -91,7 +92,12 @@ def _about_missing_value(message: str) -> str:
 
 def _name(param: Any) -> str:
     """`--key` for an option, the placeholder in capitals for an argument."""
-    return str(max(param.opts, key=len)) if param.param_type_name == "option" else str(param.display_name_raw)
+    return str(param.opts[0] if param.param_type_name == "option" else param.display_name_raw)
+
+
+def _or_variable(param: Any) -> str:
+    """The other way to give it, if there is one."""
+    return f" (or set {param.envvar})" if param.envvar else ""
 
 
 def _bad_value(error: Any) -> str:
