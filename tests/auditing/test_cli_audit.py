@@ -265,7 +265,7 @@ def printed(world: Path) -> dict[str, str]:
     )
     made = {}
     for form in FORMATS:
-        words = ["--policy", world / "strict.toml", "--base", world / "base", "--format", form]
+        words = ["--policy", world / "strict.toml", "--public-base", world / "base", "--format", form]
         outcome = audit(world, *words, "--report", world / "report.html")
         made[form] = outcome.out + outcome.err
     return made | {"html": (world / "report.html").read_text()}

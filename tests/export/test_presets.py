@@ -118,12 +118,12 @@ def test_a_second_one_is_one_line(folder: Path) -> None:
 def test_inspect_shows_ratios_and_what_an_option_leaves_visible(folder: Path) -> None:
     model(folder / "model")
     assert shell(folder, "--where", "outputs", "--layers", "embeddings,0-2", "--p1-schedule", "0=0.9")[0] == 0
-    lines = run("inspect", folder / "server", "--plan").out.splitlines()
+    lines = run("inspect", folder / "server", "--show-plan").out.splitlines()
     row = {line.split()[0]: line.split() for line in lines if line.strip()}
     assert "0.9" in row["bert.encoder.layer.0.output.dense.weight"]
     assert "0.3" in row["bert.encoder.layer.1.output.dense.weight"]
     assert row["bert.encoder.layer.3.output.dense.weight"][-1] == "--layers"
     assert row["bert.encoder.layer.0.intermediate.dense.weight"][-1] == "--where"
-    plan = json.loads(run("inspect", folder / "server", "--plan", "--json").out)["plan"]
+    plan = json.loads(run("inspect", folder / "server", "--show-plan", "--json").out)["plan"]
     assert {each["p1"] for each in plan} == {None, 0.3, 0.9}
     assert "p1 schedule" in run("inspect", folder / "job.key").out

@@ -208,8 +208,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"client": []}, "no client"),
     ({"client": ["ann", "ann"], "out": "{client}"}, "twice"),
     ({"client": ["ann", "bob"]}, "place each"),
-    ({"round": -1}, "not a round"),
-    ({"round": 2**60}, "not a round"),
+    ({"round": -1}, "-1 is not 0 or more"),
+    ({"round": 2**60}, "-1 is not 0 or more"),
     ({"p1": 1.0}, "not a ratio"),
     ({"p1": -0.1}, "not a ratio"),
     ({"p1": float("nan")}, "not a ratio"),
@@ -408,7 +408,7 @@ def test_i11_a_tensor_that_no_rule_knows_is_refused_until_the_user_decides(place
         place.export(model, "proxies")
     plan = place.root / "plan.toml"
     plan.write_text('[[rule]]\nmatch = "mystery.thing"\nrole = "linear"\n')
-    place.export(model, "proxies", plan=plan)
+    place.export(model, "proxies", plan_file=plan)
     assert "mystery.thing" in visible_elements(place.root / "proxies/ann")
 
 

@@ -145,7 +145,7 @@ WRONG_MASKS: list[tuple[dict[str, Any], str]] = [
     ({"client": "ann", "round": 1}, "--p2"),
     ({"client": "ann", "p2": 0.1}, "--round"),
     ({"client": "../ann", "round": 1, "p2": 0.1}, "client id"),
-    ({"client": "ann", "round": -1, "p2": 0.1}, "not a round"),
+    ({"client": "ann", "round": -1, "p2": 0.1}, "-1 is not 0 or more"),
     ({"client": "ann", "round": 1, "p2": 1.0}, "not a ratio"),
     ({"client": "ann", "round": 1, "p2": 0.1, "schedule": "monthly"}, "schedule"),
     ({"plan": "missing.toml"}, "missing.toml"),

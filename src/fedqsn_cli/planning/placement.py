@@ -74,7 +74,7 @@ class Placement:
             raise PlanError(
                 f"no rule knows which part of a layer this is, so where = {self.where} says nothing about it",
                 where=name,
-                hint="set masked = true or false for it in a plan file given with --plan",
+                hint="set masked = true or false for it in a plan file given with --plan-file",
             )
         return part.output if self.where == "outputs" else part.name == self.where
 
