@@ -209,7 +209,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"client": ["ann", "ann"], "out": "{client}"}, "twice"),
     ({"client": ["ann", "bob"]}, "place each"),
     ({"round": -1}, "-1 is not 0 or more"),
-    ({"round": 2**60}, "-1 is not 0 or more"),
+    ({"round": 2**60}, "not a round"),
     ({"p1": 1.0}, "not a ratio"),
     ({"p1": -0.1}, "not a ratio"),
     ({"p1": float("nan")}, "not a ratio"),
