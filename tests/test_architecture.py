@@ -13,7 +13,7 @@ LEVELS = (  # from the ground up; what stands in one row does not import what st
     ("errors", "progress", "text", "version"),
     ("console", "html", "kernels", "strictjson", "validate"),
     ("checkpoint", "planning"),
-    ("artifacts", "masks"),
+    ("artifacts", "masks", "options"),
     ("exposure", "quantization"),
     ("models",),
     ("export", "inspection", "training"),

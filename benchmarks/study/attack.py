@@ -32,9 +32,12 @@ def audited(
     from fedqsn_cli.auditing.inputs import Report, open_inputs
     from fedqsn_cli.auditing.recovery.function import recover_function
     from fedqsn_cli.auditing.recovery.weights import recover_weights
+    from fedqsn_cli.options import AuditOptions
 
     report = Report()
-    inputs = open_inputs(proxies, report, truth=place.owner, key=key, ledger=ledger, base=place.base)
+    inputs = open_inputs(
+        proxies, report, AuditOptions(truth=place.owner, key=key, ledger=ledger, public_base=place.base)
+    )
     found = recover_function(
         inputs,
         report,

@@ -59,10 +59,11 @@ class Trainee:
         self, data: Path, *, steps: int, lr: float, seed: int, batch_size: int = 16, most: int | None = None
     ) -> int:
         """Train what is not frozen; returns how many different examples took part."""
+        from fedqsn_cli.options import RecipeOptions
         from fedqsn_cli.progress import Silent
-        from fedqsn_cli.training.loop import Recipe, train
+        from fedqsn_cli.training.loop import train
 
-        recipe = Recipe(epochs=MANY, max_steps=steps, lr=lr, batch_size=batch_size, seed=seed)
+        recipe = RecipeOptions(epochs=MANY, max_steps=steps, lr=lr, batch_size=batch_size, seed=seed)
         done = train(self.model, self.examples(data, most), {}, recipe, self.encoder.padding, Silent())
         return done.examples
 

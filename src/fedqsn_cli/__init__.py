@@ -1,6 +1,6 @@
 """Federated learning without giving the model away: mask neurons, quantize, export proxies, train, merge.
 
-Every shell command is one function here, of the same name and with the same options:
+Every shell command is one function here, of the same name and with the same options as keywords:
 
     from fedqsn_cli import mask, quantize, export_proxy, client_train, merge, inspect, evaluate, audit
 
@@ -14,38 +14,50 @@ from typing import TYPE_CHECKING, Any
 
 from fedqsn_cli.version import VERSION
 
-if TYPE_CHECKING:
-    from fedqsn_cli.auditing.run import audit as audit
-    from fedqsn_cli.export.proxy import export_proxy as export_proxy
-    from fedqsn_cli.export.server_model import mask as mask
-    from fedqsn_cli.export.server_model import quantize as quantize
-    from fedqsn_cli.inspection import inspect as inspect
-    from fedqsn_cli.merging.merge import merge as merge
-    from fedqsn_cli.training import client_train as client_train
-    from fedqsn_cli.training.evaluate import evaluate as evaluate
+if TYPE_CHECKING:  # the same as what __getattr__ makes from the table
+    from fedqsn_cli import options
+    from fedqsn_cli.auditing import run
+    from fedqsn_cli.export import proxy, server_model
+    from fedqsn_cli.inspection import inspect as _inspect
+    from fedqsn_cli.merging.merge import merge as _merge
+    from fedqsn_cli.options.keywords import with_keywords
+    from fedqsn_cli.training.client import client_train as _client_train
+    from fedqsn_cli.training.evaluate import evaluate as _evaluate
 
+    audit = with_keywords(run.audit, options.AuditOptions)
+    client_train = with_keywords(_client_train, options.TrainOptions)
+    evaluate = with_keywords(_evaluate, options.EvaluateOptions)
+    export_proxy = with_keywords(proxy.export_proxy, options.ExportOptions)
+    inspect = with_keywords(_inspect, options.InspectOptions)
+    mask = with_keywords(server_model.mask, options.MaskOptions)
+    merge = with_keywords(_merge, options.MergeOptions)
+    quantize = with_keywords(server_model.quantize, options.QuantizeOptions)
 
 __version__ = VERSION
 
 __all__ = ["audit", "client_train", "evaluate", "export_proxy", "inspect", "mask", "merge", "quantize"]
 
-_HOMES = {
-    "audit": "fedqsn_cli.auditing.run",
-    "client_train": "fedqsn_cli.training.client",
-    "evaluate": "fedqsn_cli.training.evaluate",
-    "export_proxy": "fedqsn_cli.export.proxy",
-    "inspect": "fedqsn_cli.inspection",
-    "mask": "fedqsn_cli.export.server_model",
-    "merge": "fedqsn_cli.merging.merge",
-    "quantize": "fedqsn_cli.export.server_model",
+COMMANDS = {  # in the order of use: what implements a command, and the class of its options
+    "mask": ("fedqsn_cli.export.server_model", "MaskOptions"),
+    "quantize": ("fedqsn_cli.export.server_model", "QuantizeOptions"),
+    "export-proxy": ("fedqsn_cli.export.proxy", "ExportOptions"),
+    "client-train": ("fedqsn_cli.training.client", "TrainOptions"),
+    "merge": ("fedqsn_cli.merging.merge", "MergeOptions"),
+    "inspect": ("fedqsn_cli.inspection", "InspectOptions"),
+    "evaluate": ("fedqsn_cli.training.evaluate", "EvaluateOptions"),
+    "audit": ("fedqsn_cli.auditing.run", "AuditOptions"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public function when it is first asked for."""
-    if name not in _HOMES:
+    """Make a public function when it is first asked for."""
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    function = getattr(import_module(_HOMES[name]), name)
+    from fedqsn_cli import options
+    from fedqsn_cli.options.keywords import with_keywords
+
+    module, options_class = COMMANDS[name.replace("_", "-")]
+    function = with_keywords(getattr(import_module(module), name), getattr(options, options_class))
     globals()[name] = function
     return function
 

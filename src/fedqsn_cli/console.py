@@ -1,6 +1,6 @@
 """The only place that prints: tables, JSON documents, essential values, progress bars, error lines.
 
-Data goes to stdout, everything else to stderr. Whoever closes the pipe early is not an error.
+Data goes to stdout, everything else to stderr. A pipe that its reader closes early is not an error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, TextIO
 
-from fedqsn_cli.errors import InputError
 from fedqsn_cli.progress import Progress, Silent
 from fedqsn_cli.text import clean, plain, size
 
@@ -31,14 +30,14 @@ _UNLIMITED = 100_000  # columns: what is piped into another program is never fol
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Facts:
-    """A list of names and values, a line each; a value of None leaves its line out."""
+    """Names and values, one per line; a row whose value is None is left out."""
 
     rows: Sequence[tuple[str, object]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Table:
-    """Rows under column names; the columns named in `numbers` are aligned to the right."""
+    """Rows under column names; the columns in `numbers` are right-aligned."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
@@ -48,44 +47,37 @@ class Table:
 Part = Facts | Table | str
 
 
-def view(as_json: bool, quiet: bool) -> View:
-    """How a command shows its result. Raises InputError when both ways are asked for."""
-    if as_json and quiet:
-        raise InputError("cannot be given together", where="--json, --quiet", hint="choose one")
-    return "json" if as_json else "quiet" if quiet else "table"
-
-
-def show(how: View, document: object, *, essential: Sequence[object], parts: Sequence[Part]) -> None:
+def show(view: View, document: object, *, essential: Sequence[object], parts: Sequence[Part]) -> None:
     """Print a result on stdout.
 
     Args:
-        how: as `view` returns it.
+        view: a table for people, one JSON document, or the essential values only.
         document: what --json prints: a dataclass, mapping or sequence of plain values.
         essential: what --quiet prints, one a line.
         parts: what people see, from top to bottom.
     """
-    if how == "json":
+    if view == "json":
         _write(sys.stdout, json.dumps(plain(document), indent=2, allow_nan=False) + "\n")
-    elif how == "quiet":
+    elif view == "quiet":
         _write(sys.stdout, "".join(f"{clean(str(value))}\n" for value in essential))
     else:
-        _write(sys.stdout, _render(parts))
+        _write(sys.stdout, _render_for_stdout(parts))
 
 
 def as_text(parts: Sequence[Part]) -> str:
-    """The parts as plain text, never folded and without style: for files."""
+    """The parts as plain text for files: not folded, without style."""
     from rich.console import Console
 
-    return _drawn(parts, Console(file=io.StringIO(), width=_UNLIMITED, highlight=False, markup=False, emoji=False))
+    return _render(parts, Console(file=io.StringIO(), width=_UNLIMITED, highlight=False, markup=False, emoji=False))
 
 
 def text(line: str) -> None:
-    """Print text that is ready to be read on stdout."""
+    """Print finished text on stdout."""
     _write(sys.stdout, line + "\n")
 
 
 def print_error(line: str) -> None:
-    """Print one line about trouble on stderr; a stderr that cannot be written to is nobody's trouble."""
+    """Print one line about an error on stderr; a failing stderr is ignored."""
     try:
         _write(sys.stderr, _shortened(clean(line)) + "\n")
     except OSError:
@@ -93,7 +85,7 @@ def print_error(line: str) -> None:
 
 
 def finish() -> None:
-    """Write out what stdout still holds, while errors can still be reported."""
+    """Flush stdout, while errors can still be reported."""
     _write(sys.stdout, "")
 
 
@@ -103,9 +95,9 @@ def wants_style(stream: TextIO | None) -> bool:
 
 
 @contextmanager
-def progress(how: View) -> Iterator[Progress]:
-    """A bar on stderr when that is a terminal, silence otherwise and with --quiet."""
-    if how == "quiet" or not _is_terminal(sys.stderr):
+def progress(view: View) -> Iterator[Progress]:
+    """A bar on stderr if that is a terminal; nothing otherwise, and nothing with --quiet."""
+    if view == "quiet" or not _is_terminal(sys.stderr):
         yield Silent()
         return
     bar = Bar()
@@ -116,8 +108,8 @@ def progress(how: View) -> Iterator[Progress]:
 
 
 @dataclasses.dataclass(slots=True)
-class _Work:
-    """A piece of work that a bar shows."""
+class _Task:
+    """A task that a bar shows."""
 
     task: TaskID
     total: int | None
@@ -126,51 +118,52 @@ class _Work:
 
 
 class Bar:
-    """Progress as a bar that vanishes when the work is done. Implements `progress.Progress`."""
+    """Progress as a bar that disappears when the task is done. Implements `progress.Progress`."""
 
     def __init__(self) -> None:
         self._rich: RichProgress | None = None
-        self._works: list[_Work] = []
+        self._tasks: list[_Task] = []
 
     def start(self, label: str, total: int | None, unit: str) -> None:
         if self._rich is None:
             self._rich = _rich_progress()
             self._rich.start()
         task = self._rich.add_task(clean(label), total=total, amount="", figures="")
-        self._works.append(_Work(task, total, unit))
+        self._tasks.append(_Task(task, total, unit))
 
     def advance(self, amount: int, **figures: float) -> None:
-        if self._rich is None or not self._works:
+        if self._rich is None or not self._tasks:
             return
-        work = self._works[-1]
-        work.done += amount
-        self._rich.update(work.task, advance=amount, amount=_amount(work.done, work.total, work.unit))
+        current = self._tasks[-1]
+        current.done += amount
+        shown = _amount(current.done, current.total, current.unit)
+        self._rich.update(current.task, advance=amount, amount=shown)
         if figures:
-            self._rich.update(work.task, figures="  ".join(f"{_words(k)} {v:.4g}" for k, v in figures.items()))
+            self._rich.update(current.task, figures="  ".join(f"{_words(k)} {v:.4g}" for k, v in figures.items()))
 
     def finish(self) -> None:
-        if self._rich is not None and self._works:
-            self._rich.remove_task(self._works.pop().task)
+        if self._rich is not None and self._tasks:
+            self._rich.remove_task(self._tasks.pop().task)
 
     def stop(self) -> None:
-        """Take the bar off the screen."""
+        """Remove the bar from the screen."""
         if self._rich is not None:
             self._rich.stop()
 
 
-def _render(parts: Sequence[Part]) -> str:
+def _render_for_stdout(parts: Sequence[Part]) -> str:
     from rich.console import Console
 
     screen = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
     if sys.stdout is None or not sys.stdout.isatty():  # rich would believe FORCE_COLOR, which CI systems set
         screen.width = _UNLIMITED
-    return _drawn(parts, screen)
+    return _render(parts, screen)
 
 
-def _drawn(parts: Sequence[Part], screen: Console) -> str:
+def _render(parts: Sequence[Part], screen: Console) -> str:
     with screen.capture() as capture:
-        for number_, part in enumerate(parts):
-            if number_:
+        for position, part in enumerate(parts):
+            if position:
                 screen.print()
             screen.print(clean(part) if isinstance(part, str) else _renderable(part), soft_wrap=isinstance(part, str))
     return "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines())
@@ -234,7 +227,7 @@ def _is_terminal(stream: TextIO | None) -> bool:
 
 
 def _write(stream: TextIO | None, data: str) -> None:
-    """Write and flush. A closed pipe is no error: nobody reads on. Raises OSError for a full disk and the like."""
+    """Write and flush. A closed pipe is not an error. Raises OSError for a full disk and the like."""
     if stream is None:
         return
     encoding = stream.encoding or "utf-8"
@@ -249,7 +242,7 @@ def _write(stream: TextIO | None, data: str) -> None:
 
 
 def _abandon(stream: TextIO) -> None:
-    """Send what the stream still buffers nowhere, so that the interpreter's own flush at exit cannot fail."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+    """Discard what the stream still buffers, so that the interpreter's own flush at exit cannot fail."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)

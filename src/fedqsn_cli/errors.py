@@ -9,11 +9,10 @@
     │   ├── OutputExists                   an output path is taken and --force was not given
     │   ├── DataError                      a training or evaluation file cannot be used
     │   └── HubError                       a hf:// reference cannot be resolved, fetched or pushed
-    ├── GateFailed                exit 1   more leakage than a policy allows, or a merge that only makes the model worse
-    ├── AuditIncomplete           exit 3   an audit could not be completed; it fails closed
-    └── InvariantBroken           exit 4   a hard invariant does not hold; never waivable
+    └── GateFailed                exit 1   more leakage than a policy allows, or a merge that only makes the model worse
 
-An exception of any other class is a bug in fedqsn and ends with exit code 70.
+An audit ends without an exception; its verdict is the exit code: 0 passed, 1 over a limit, 3 not complete, 4 a hard
+invariant is broken. An exception of any other class is a bug in fedqsn and ends with exit code 70.
 """
 
 from __future__ import annotations
@@ -78,15 +77,3 @@ class GateFailed(FedqsnError):
     """A gate measured more leakage than its policy allows, or a model that got worse."""
 
     exit_code = 1
-
-
-class AuditIncomplete(FedqsnError):
-    """An audit could not be completed and therefore fails closed."""
-
-    exit_code = 3
-
-
-class InvariantBroken(FedqsnError):
-    """A hard invariant does not hold."""
-
-    exit_code = 4

@@ -24,6 +24,7 @@ from fedqsn_cli.errors import FormatError, InputError, PlanError
 from fedqsn_cli.masks import job_key
 from fedqsn_cli.models.model import ModelTensor, model_tensors, open_model
 from fedqsn_cli.models.public_base import Match, open_base
+from fedqsn_cli.options import InspectOptions
 from fedqsn_cli.planning.overrides import load_overrides
 from fedqsn_cli.planning.placement import schedule_text
 from fedqsn_cli.planning.plan import Plan, make_plan
@@ -88,26 +89,25 @@ class Inspection:
     problem: str | None = None
 
 
-def inspect(
-    path: str | Path,
-    *,
-    plan: bool = False,
-    axis: str | None = None,
-    overrides: str | Path | None = None,
-    public_base: str | None = None,
-) -> Inspection:
-    """Tell what stands at a path or hub reference; reads headers and manifests, no weights.
+_NO_OPTIONS = InspectOptions()
+
+
+def inspect(path: str | Path, options: InspectOptions = _NO_OPTIONS) -> Inspection:
+    """Tell what is at a path or hub reference; reads headers and manifests, no weights.
 
     Args:
-        plan: also return the plan, tensor by tensor.
-        axis, overrides: plan a model that was not masked yet with this unit and these TOML rules.
-        public_base: match the model with this public base, as --fill base would.
+        path: a model, proxy, update, key, ledger or .safetensors file; or an hf:// reference.
+        options: see `InspectOptions`.
 
     Raises:
         InputError: nothing there that fedqsn knows, or the public base does not fit. FormatError: it is malformed.
         PlanError: the plan was asked for and cannot be made.
         KeyFileError: a key that others can read.
+
+    Example:
+        >>> inspect("global/", show_plan=True).plan
     """
+    axis, overrides, public_base = options.axis, options.plan_file, options.public_base
     source = resolve(str(path))
     if source.path.is_dir():
         found = _folder(source, axis, overrides)
@@ -117,17 +117,17 @@ def inspect(
         found = _named_format(source.path)
     if public_base is not None:
         found = replace(found, public_base=_matched(str(path), public_base, axis, overrides))
-    if not plan:
+    if not options.show_plan:
         return replace(found, plan=None)
     if found.plan is None:
-        raise PlanError(found.problem or f"a {found.kind} has no plan", where=path, hint="leave out --plan")
+        raise PlanError(found.problem or f"a {found.kind} has no plan", where=path, hint="leave out --show-plan")
     return found
 
 
-def _matched(path: str, base: str, axis: str | None, overrides: str | Path | None) -> tuple[Match, ...]:
+def _matched(path: str, base: str | Path, axis: str | None, overrides: str | Path | None) -> tuple[Match, ...]:
     """What of a public base fills the masked tensors of a model. Raises InputError."""
     rules = load_overrides(overrides) if overrides is not None else None
-    return open_base(base, open_model(path, axis=axis or "neuron", overrides=rules)).matches
+    return open_base(str(base), open_model(path, axis=axis or "neuron", overrides=rules)).matches
 
 
 def _folder(source: Source, axis: str | None, overrides: str | Path | None) -> Inspection:

@@ -1,7 +1,7 @@
 """Small checks of option values, shared by the commands and the functions behind them.
 
-Each takes the value and the name to blame, returns the value, and raises InputError when it cannot be used.
-None of them looks at a file. Ratios and client ids are checked in `masking`, where they matter most.
+Each takes the value and the option that an error names, returns the value, and raises InputError when it is invalid.
+None of them looks at a file.
 """
 
 from __future__ import annotations
@@ -9,19 +9,46 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fedqsn_cli.errors import InputError
 
-SMALLEST_BLOCK, LARGEST_BLOCK = 32, 4096  # values per absmax: bitsandbytes' own range
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # values per absmax: bitsandbytes' own range
+
+CLIENT_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)(I?)B?", re.IGNORECASE | re.ASCII)
 
 
+def not_empty(value: str, where: str) -> str:
+    """Text, and not the empty string (an unset variable in a script, most often)."""
+    if not value:
+        raise InputError("is empty", where=where, hint="is a variable in your script unset?")
+    if any("\ud800" <= character <= "\udfff" for character in value):  # how Python passes on bytes that are not UTF-8
+        raise InputError(f"{value!r} is not UTF-8 text", where=where, hint="rename it")
+    return value
+
+
+def client(value: str, where: str | None = None) -> str:
+    """A client id: a letter or digit, then at most 63 letters, digits, dots, underscores, dashes."""
+    if not re.fullmatch(CLIENT_ID, value):
+        hint = "use letters and digits, then also . _ - (64 at most)"
+        raise InputError(f"{value!r} is not a client id", where=where, hint=hint)
+    return value
+
+
+def ratio(value: float, where: str | None = None) -> float:
+    """A share of units: 0 <= ratio < 1."""
+    if not 0 <= value < 1:  # NaN neither
+        hint = "give a number from 0 up to, not including, 1"
+        raise InputError(f"{value} is not a ratio", where=where, hint=hint)
+    return float(value) + 0.0  # -0.0 is 0.0
+
+
 def block_size(value: int, where: str) -> int:
     """Values that share one absmax: a power of two from 32 to 4096."""
-    if not SMALLEST_BLOCK <= value <= LARGEST_BLOCK or value & (value - 1):
-        hint = f"give a power of two from {SMALLEST_BLOCK} to {LARGEST_BLOCK}, such as 64"
+    if value not in BLOCK_SIZES:
+        hint = f"give a power of two from {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]}, such as 64"
         raise InputError(f"{value} is not a block size", where=where, hint=hint)
     return value
 
@@ -31,6 +58,17 @@ def at_least(least: float, value: float, where: str) -> float:
     if not (math.isfinite(value) and value >= least):
         raise InputError(f"{value:g} is not {least:g} or more", where=where, hint="give a larger number")
     return value
+
+
+def at_least_one(value: int, where: str) -> int:
+    """A count, 1 or more."""
+    at_least(1, value, where)
+    return value
+
+
+def not_negative(value: float, where: str) -> float:
+    """A finite number, 0 allowed."""
+    return at_least(0, value, where)
 
 
 def more_than_zero(value: float, where: str) -> float:
@@ -56,6 +94,12 @@ def choice(value: str, choices: Sequence[str], where: str) -> str:
     return value
 
 
+def size(text: str, where: str) -> str:
+    """A size such as `5GB`."""
+    size_in_bytes(text, where)
+    return text
+
+
 def size_in_bytes(text: str, where: str) -> int:
     """Bytes in a size such as `5GB`, `0.5MB` (decimal) or `512MiB` (binary)."""
     match = _SIZE.fullmatch(text.strip())
@@ -65,26 +109,10 @@ def size_in_bytes(text: str, where: str) -> int:
     return math.ceil(float(match[1]) * float((1024 if match[3] else 1000) ** exponent))
 
 
-CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-def validate_client(client: str) -> str:
-    """The id itself, if it is one: a letter or digit, then at most 63 letters, digits, dots, underscores, dashes.
-
-    Raises:
-        InputError: it is not.
-    """
-    if not CLIENT_ID.fullmatch(client):
-        raise InputError(f"{client!r} is not a client id", hint="use letters and digits, then also . _ - (64 at most)")
-    return client
-
-
-def validate_ratio(ratio: float) -> float:
-    """The ratio itself, if it is one: 0 <= ratio < 1.
-
-    Raises:
-        InputError: it is not.
-    """
-    if not 0 <= ratio < 1:  # NaN neither
-        raise InputError(f"{ratio} is not a ratio", hint="give a number from 0 up to, not including, 1")
-    return float(ratio) + 0.0  # -0.0 is 0.0
+def named(parse: Callable[[str], object], text: str, where: str) -> str:
+    """A text that a parser accepts; errors of the parser name the option."""
+    try:
+        parse(text)
+    except InputError as error:
+        raise InputError(error.what, where=where, hint=error.hint) from None
+    return text

@@ -11,14 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fedqsn_cli import export_proxy
 from fedqsn_cli.auditing.findings import LEAST_LOG10, AttackScore, Recovery
 from fedqsn_cli.auditing.inputs import Report, open_inputs
 from fedqsn_cli.auditing.recovery import attacks
 from fedqsn_cli.auditing.recovery.intervals import cells
 from fedqsn_cli.auditing.recovery.metrics import Sums
 from fedqsn_cli.auditing.recovery.weights import recover_weights
-from fedqsn_cli.export.proxy import export_proxy
 from fedqsn_cli.export.session import METADATA
+from fedqsn_cli.options import AuditOptions
 from support.leaks import World, make_world, requantize, shake, spoil
 
 UP = "model.layers.{}.mlp.up_proj.weight"
@@ -43,7 +44,9 @@ def gaussian(home: Path, *, clients: int = 1, dtype: str = "float32", **options:
 def attack(world: World, *, base: Path | None = None, clients: Any = None) -> tuple[tuple[Recovery, ...], Report]:
     report = Report()
     folders = [world.proxy(client) for client in clients or world.clients]
-    inputs = open_inputs(folders, report, truth=world.truth, key=world.key, ledger=world.ledger, base=base)
+    inputs = open_inputs(
+        folders, report, AuditOptions(truth=world.truth, key=world.key, ledger=world.ledger, public_base=base)
+    )
     return recover_weights(inputs, report), report
 
 

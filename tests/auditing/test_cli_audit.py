@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import fedqsn_cli
 from fedqsn_cli import export_proxy, merge, strictjson
 from fedqsn_cli.artifacts.manifests import file_digest
 from fedqsn_cli.auditing.report import FORMATS
-from fedqsn_cli.auditing.run import audit as public_audit
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.masks import job_key
 from fedqsn_cli.masks.draw import hidden_units
@@ -95,7 +95,7 @@ def test_without_any_input_there_is_nothing_to_audit(world: Path) -> None:
     outcome = run("audit", "--key", world / "job.key")
     assert (outcome.code, outcome.out) == (2, "")
     with pytest.raises(InputError, match="nothing to audit"):
-        public_audit()
+        fedqsn_cli.audit()
 
 
 @pytest.mark.parametrize("missing", ["--truth", "--key"])
@@ -265,7 +265,7 @@ def printed(world: Path) -> dict[str, str]:
     )
     made = {}
     for form in FORMATS:
-        words = ["--policy", world / "strict.toml", "--base", world / "base", "--format", form]
+        words = ["--policy", world / "strict.toml", "--public-base", world / "base", "--format", form]
         outcome = audit(world, *words, "--report", world / "report.html")
         made[form] = outcome.out + outcome.err
     return made | {"html": (world / "report.html").read_text()}

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedqsn_cli import evaluate
 from fedqsn_cli.auditing.findings import FunctionRecovery
 from fedqsn_cli.auditing.inputs import Report, open_inputs
 from fedqsn_cli.auditing.recovery.function import _Bench, recover_function, rho
-from fedqsn_cli.training.evaluate import evaluate
+from fedqsn_cli.options import AuditOptions
 from support.leaks import World, make_world
 from support.training_jobs import labelled, plain_texts
 
@@ -27,7 +28,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def measure(world: World, data: Path, **options: object) -> tuple[FunctionRecovery | None, Report]:
     report = Report()
     folders = [world.proxy(client) for client in world.clients]
-    inputs = open_inputs(folders, report, truth=world.truth, key=world.key, ledger=world.ledger, base=world.base)
+    inputs = open_inputs(
+        folders, report, AuditOptions(truth=world.truth, key=world.key, ledger=world.ledger, public_base=world.base)
+    )
     return recover_function(inputs, report, data, device="cpu", **options), report  # type: ignore[arg-type]
 
 

@@ -96,7 +96,7 @@ def test_a_limit_for_tensors_names_the_tensor_and_leaves_norms_alone() -> None:
 def test_a_limit_on_the_difference_without_a_base_is_not_complete() -> None:
     audit = judged(Policy(proxy=Limits(delta_recovered=0.5)), Measured((recovery("proxy a", MODEL, delta=False),)))
     assert (audit.exit_code, rules(audit)) == (3, [("FQ901", "incomplete")])
-    assert "--base" in audit.findings[0].message
+    assert "--public-base" in audit.findings[0].message
 
 
 @pytest.mark.parametrize(("gain", "code"), [(0.5, 0), (0.51, 1), (None, 3)])

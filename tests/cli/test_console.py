@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fedqsn_cli import console, text
+from fedqsn_cli.cli.views import ViewOptions
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.progress import Silent
 from support.processes import environment
@@ -62,13 +63,10 @@ def test_quiet_prints_the_essential_values_a_line_each(capsys: pytest.CaptureFix
 
 
 def test_json_and_quiet_exclude_each_other() -> None:
-    assert (console.view(False, False), console.view(True, False), console.view(False, True)) == (
-        "table",
-        "json",
-        "quiet",
-    )
+    modes = (ViewOptions().mode, ViewOptions(json=True).mode, ViewOptions(quiet=True).mode)
+    assert modes == ("table", "json", "quiet")
     with pytest.raises(InputError, match="--json, --quiet: cannot be given together"):
-        console.view(True, True)
+        ViewOptions(json=True, quiet=True)
 
 
 @pytest.mark.parametrize(

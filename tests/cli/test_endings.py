@@ -16,7 +16,7 @@ import pytest
 from fedqsn_cli import errors
 from fedqsn_cli.checkpoint import plan_file
 from fedqsn_cli.checkpoint.header import TensorSpec
-from fedqsn_cli.cli import app, failures
+from fedqsn_cli.cli import app, exit_codes
 from support.processes import command, environment, process, run, with_signals
 
 
@@ -109,7 +109,7 @@ def test_a_full_disk_is_one_line() -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(command("--version"), env=environment(), stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
-    assert done.stderr == "fedqsn: error: No space left on device; free some space or choose another --out\n"
+    assert done.stderr == "fedqsn: error: No space left on device; free some space\n"
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:
@@ -145,10 +145,8 @@ def test_a_malformed_file_is_one_line_and_its_name_cannot_steer_the_terminal(tmp
     [
         (errors.InputError("is odd", where="x", hint="try y"), 2, "fedqsn: error: x: is odd; try y"),
         (errors.GateFailed("leaks"), 1, "fedqsn: error: leaks"),
-        (errors.AuditIncomplete("stopped"), 3, "fedqsn: error: stopped"),
-        (errors.InvariantBroken("broken"), 4, "fedqsn: error: broken"),
         (KeyboardInterrupt(), 130, "fedqsn: interrupted"),
-        (MemoryError(), 2, "fedqsn: error: not enough memory; close other programs, or lower --batch-size"),
+        (MemoryError(), 2, "fedqsn: error: not enough memory; close other programs"),
         (
             PermissionError(errno.EACCES, "Permission denied", "/x"),
             2,
@@ -157,7 +155,7 @@ def test_a_malformed_file_is_one_line_and_its_name_cannot_steer_the_terminal(tmp
         (
             OSError(errno.ENOSPC, "No space left on device"),
             2,
-            "fedqsn: error: No space left on device; free some space or choose another --out",
+            "fedqsn: error: No space left on device; free some space",
         ),
         (
             ZeroDivisionError("division\nby zero"),
@@ -167,7 +165,21 @@ def test_a_malformed_file_is_one_line_and_its_name_cannot_steer_the_terminal(tmp
     ],
 )
 def test_every_kind_of_trouble_has_its_line_and_exit_code(error: BaseException, code: int, line: str) -> None:
-    assert failures.explain(error, "fedqsn") == (line, code)
+    assert exit_codes.error_to_exit(error, "fedqsn") == (line, code)
+
+
+@pytest.mark.parametrize(
+    ("error", "command", "hint"),
+    [
+        (MemoryError(), "evaluate", "close other programs, or lower --batch-size"),
+        (MemoryError(), "mask", "close other programs"),
+        (OSError(errno.ENOSPC, "No space left on device"), "mask", "free some space or choose another --out"),
+        (OSError(errno.ENOSPC, "No space left on device"), "audit", "free some space"),
+    ],
+)
+def test_a_hint_names_no_option_that_the_command_does_not_have(error: Exception, command: str, hint: str) -> None:
+    line, _ = exit_codes.error_to_exit(error, f"fedqsn {command}")
+    assert line.endswith(f"; {hint}")
 
 
 def test_a_bug_ends_with_70_and_shows_its_traceback_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def test_every_option_is_explained_and_in_a_group(command: str) -> None:
         if param.param_type_name == "option":
             assert param.rich_help_panel, param.name
             assert f"\n{param.rich_help_panel}:\n" in text
-            assert max(param.opts, key=len) in text
+            assert param.opts[0] in text
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -84,19 +84,19 @@ def test_the_ledger_is_listed_release_by_release(played: Round) -> None:
 
 
 def test_the_plan_is_one_row_a_tensor(played: Round) -> None:
-    found = inspect(played.folder / "global", plan=True)
+    found = inspect(played.folder / "global", show_plan=True)
     assert found.plan is not None and found.contents is not None
     assert len(found.plan) == found.contents.tensors
     row = next(row for row in found.plan if row.name.endswith("layer.0.attention.self.query.weight"))
     assert (row.role, row.axis, row.units, row.masked, row.packable) == ("linear", "row", 64, True, True)
-    out = run("inspect", played.folder / "global", "--plan").out
+    out = run("inspect", played.folder / "global", "--show-plan").out
     assert "bert.encoder.layer.0.attention.self.query.bias" in out
 
 
 def test_a_plan_can_be_tried_before_a_job_begins(played: Round, tmp_path: Path) -> None:
     (tmp_path / "plan.toml").write_text('[[rule]]\nmatch = "*.query.weight"\nmasked = false\n')
     arguments = {"axis": "input", "overrides": tmp_path / "plan.toml"}
-    rows = {row.name: row for row in inspect(played.folder / "global", plan=True, **arguments).plan or ()}
+    rows = {row.name: row for row in inspect(played.folder / "global", show_plan=True, **arguments).plan or ()}
     assert not rows["bert.encoder.layer.0.attention.self.query.weight"].masked
     assert rows["bert.encoder.layer.0.attention.self.key.weight"].axis == "column"
 
@@ -117,7 +117,7 @@ def test_a_model_without_a_plan_is_still_told(tmp_path: Path) -> None:
     assert (found.contents.dtypes, found.shares) == (("F64",), None)
     assert "F64 is not supported" in (found.problem or "")
     with pytest.raises(PlanError, match="F64 is not supported"):
-        inspect(tmp_path / "model.safetensors", plan=True)
+        inspect(tmp_path / "model.safetensors", show_plan=True)
 
 
 def test_visible_bits_must_fit_the_manifest(played: Round, tmp_path: Path) -> None:
@@ -143,5 +143,5 @@ def test_anything_else_is_refused(tmp_path: Path, name: str, content: bytes, wor
 
 
 def test_what_has_no_plan_says_so(played: Round) -> None:
-    with pytest.raises(PlanError, match="a ledger has no plan; leave out --plan"):
-        inspect(played.folder / "ledger.jsonl", plan=True)
+    with pytest.raises(PlanError, match="a ledger has no plan; leave out --show-plan"):
+        inspect(played.folder / "ledger.jsonl", show_plan=True)

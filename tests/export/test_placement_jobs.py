@@ -12,12 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedqsn_cli import audit, export_proxy, mask, merge
+from fedqsn_cli import audit, export_proxy, inspect, mask, merge
 from fedqsn_cli.artifacts.ledger import Release, read
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.errors import InputError, KeyFileError
 from fedqsn_cli.exposure.exposure import exposure
-from fedqsn_cli.inspection import inspect
 from fedqsn_cli.masks import job_key
 from fedqsn_cli.masks.job_key import JobKey
 from support.deep_models import deep
@@ -138,7 +137,7 @@ def test_a_plan_file_and_the_options_may_not_contradict_each_other(folder: Path)
         "where": "mlp",
         "layers": "0-1",
     }
-    mask(str(source), folder / "again", key=folder / "job.key", plan=folder / "plan.toml")
+    mask(str(source), folder / "again", key=folder / "job.key", plan_file=folder / "plan.toml")
     assert contents(folder / "again") == contents(folder / "server")
 
 
@@ -330,7 +329,7 @@ def test_inspect_tells_where_and_how_much(folder: Path) -> None:
     facts = inspect(folder / "job.key").facts
     assert (facts["where"], facts["layers"]) == ("outputs", "embeddings,0-2")
     assert facts["p1_schedule"] == "0=0.9,embeddings=0.2"
-    found = inspect(folder / "server", plan=True)
+    found = inspect(folder / "server", show_plan=True)
     assert found.plan is not None and found.facts["where"] == "outputs"
     rows = {row.name: row for row in found.plan}
     assert rows["bert.encoder.layer.0.output.dense.weight"].p1 == 0.9

@@ -11,8 +11,9 @@ import pytest
 from fedqsn_cli import export_proxy, mask
 from fedqsn_cli.artifacts.ledger import read
 from fedqsn_cli.errors import InputError, KeyFileError
-from fedqsn_cli.export.presets import PRESETS, Choices, chosen
 from fedqsn_cli.masks import job_key
+from fedqsn_cli.options import ExportOptions
+from fedqsn_cli.options.groups import PRESETS
 from support.deep_models import deep_model as model
 from support.helpers import contents, nothing_written
 from support.processes import run
@@ -23,18 +24,26 @@ def job(folder: Path, client: str = "ann", number: int = 1) -> dict[str, Any]:
     return {"client": [client], "round": number, "p2": 0.2, **files}
 
 
+def chosen(**options: Any) -> dict[str, Any]:
+    """The options that a preset may set, as they are once a preset has filled them in."""
+    made = ExportOptions("out", client=["ann"], round=1, p2=0.2, key="job.key", ledger="ledger.jsonl", **options)
+    return {name: getattr(made, name) for name in ("fill", "where", "p1", "schedule", "train")}
+
+
 def test_what_is_given_wins_over_a_preset() -> None:
-    assert chosen("paper", Choices(), public_base=None) == PRESETS["paper"]
-    given = Choices("zero", "mlp", 0.0, "fresh")
-    assert chosen("strong", given, public_base=None) == given
-    assert chosen("strong", Choices(p1=0.9), public_base="b") == Choices("base", "all", 0.9, "sticky", "all")
-    assert chosen("strong", Choices(train="visible"), public_base="b").train == "visible"
-    assert chosen(None, Choices(p1=0.9), public_base=None) == Choices(p1=0.9)
+    unset = dict.fromkeys(chosen())
+    strong = {"preset": "strong", "public_base": "b"}
+    assert chosen(preset="paper") == unset | PRESETS["paper"]
+    given = {"fill": "zero", "where": "mlp", "p1": 0.0, "schedule": "fresh"}
+    assert chosen(preset="strong", **given) == unset | given
+    assert chosen(p1=0.9, **strong) == PRESETS["strong"] | {"p1": 0.9}
+    assert chosen(train="visible", **strong)["train"] == "visible"
+    assert chosen(p1=0.9) == unset | {"p1": 0.9}
 
 
-def test_a_preset_that_is_none_is_refused() -> None:
-    with pytest.raises(InputError, match="--preset: unknown preset 'weak'; paper or strong"):
-        chosen("weak", Choices(), public_base=None)
+def test_an_unknown_preset_is_refused() -> None:
+    with pytest.raises(InputError, match="--preset: 'weak' is not a choice; choose from paper, strong"):
+        chosen(preset="weak")
 
 
 def test_paper_is_the_same_as_its_options(folder: Path) -> None:
@@ -85,7 +94,7 @@ def shell(folder: Path, *words: str) -> tuple[int, str]:
     [
         (["--layers", "0-4"], "--layers: the model has no layer 4; it has embeddings,head,0-3"),
         (["--p1-schedule", "9=0.5"], "--p1-schedule: the model has no layer 9; it has embeddings,head,0-3"),
-        (["--layers", "head", "--where", "mlp"], "model: the plan masks no tensor; see 'fedqsn inspect --plan'"),
+        (["--layers", "head", "--where", "mlp"], "model: the plan masks no tensor; see 'fedqsn inspect --show-plan'"),
     ],
 )
 def test_what_the_model_does_not_have_is_one_line_and_nothing_is_written(
@@ -109,12 +118,12 @@ def test_a_second_one_is_one_line(folder: Path) -> None:
 def test_inspect_shows_ratios_and_what_an_option_leaves_visible(folder: Path) -> None:
     model(folder / "model")
     assert shell(folder, "--where", "outputs", "--layers", "embeddings,0-2", "--p1-schedule", "0=0.9")[0] == 0
-    lines = run("inspect", folder / "server", "--plan").out.splitlines()
+    lines = run("inspect", folder / "server", "--show-plan").out.splitlines()
     row = {line.split()[0]: line.split() for line in lines if line.strip()}
     assert "0.9" in row["bert.encoder.layer.0.output.dense.weight"]
     assert "0.3" in row["bert.encoder.layer.1.output.dense.weight"]
     assert row["bert.encoder.layer.3.output.dense.weight"][-1] == "--layers"
     assert row["bert.encoder.layer.0.intermediate.dense.weight"][-1] == "--where"
-    plan = json.loads(run("inspect", folder / "server", "--plan", "--json").out)["plan"]
+    plan = json.loads(run("inspect", folder / "server", "--show-plan", "--json").out)["plan"]
     assert {each["p1"] for each in plan} == {None, 0.3, 0.9}
     assert "p1 schedule" in run("inspect", folder / "job.key").out

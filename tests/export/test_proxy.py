@@ -208,7 +208,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"client": []}, "no client"),
     ({"client": ["ann", "ann"], "out": "{client}"}, "twice"),
     ({"client": ["ann", "bob"]}, "place each"),
-    ({"round": -1}, "not a round"),
+    ({"round": -1}, "-1 is not 0 or more"),
     ({"round": 2**60}, "not a round"),
     ({"p1": 1.0}, "not a ratio"),
     ({"p1": -0.1}, "not a ratio"),
@@ -216,16 +216,16 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"p1": None}, "no key"),
     ({"p2": 1.0}, "not a ratio"),
     ({"p2": float("inf")}, "not a ratio"),
-    ({"format": "nf5"}, "unknown format"),
+    ({"format": "nf5"}, "--format: 'nf5' is not a choice"),
     ({"block_size": 48}, "block size"),
     ({"block_size": 0}, "block size"),
-    ({"layout": "packed"}, "unknown layout"),
+    ({"layout": "packed"}, "--layout: '[a-z]*' is not a choice"),
     ({"format": "nf3", "layout": "bnb"}, "no bitsandbytes layout"),
     ({"double_quant": True, "layout": "dense"}, "double quantization"),
     ({"double_quant": True, "format": "int8"}, "double quantization"),
     ({"fill": "base"}, "needs the public base"),
     ({"public_base": "model"}, "only used with"),
-    ({"axis": "diagonal"}, "unknown axis"),
+    ({"axis": "diagonal"}, "--axis: '[a-z]*' is not a choice"),
     ({"schedule": "weekly"}, "schedule"),
     ({"max_shard_size": "big"}, "not a size"),
     ({"plan": "missing.toml"}, "missing.toml"),
@@ -408,7 +408,7 @@ def test_i11_a_tensor_that_no_rule_knows_is_refused_until_the_user_decides(place
         place.export(model, "proxies")
     plan = place.root / "plan.toml"
     plan.write_text('[[rule]]\nmatch = "mystery.thing"\nrole = "linear"\n')
-    place.export(model, "proxies", plan=plan)
+    place.export(model, "proxies", plan_file=plan)
     assert "mystery.thing" in visible_elements(place.root / "proxies/ann")
 
 

@@ -235,7 +235,7 @@ def audited(place: Place, server: Path | None, number: int) -> Any:
         truth=place.model,
         key=place.key,
         ledger=place.root / "ledger.jsonl",
-        base=place.root / "base",
+        public_base=place.root / "base",
         server=server,
     )
 

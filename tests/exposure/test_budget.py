@@ -10,7 +10,7 @@ import pytest
 from fedqsn_cli import export_proxy
 from fedqsn_cli.artifacts import ledger
 from fedqsn_cli.errors import FormatError, GateFailed, InputError
-from fedqsn_cli.exposure.budget import Budget, Planned, check_options
+from fedqsn_cli.exposure.budget import Budget, Planned
 from fedqsn_cli.exposure.exposure import exposure
 from fedqsn_cli.masks import job_key
 from support.helpers import make_model
@@ -126,7 +126,7 @@ def test_a_damaged_ledger_is_not_an_empty_one(job: Path) -> None:
     ("budget", "coalition", "where"),
     [(1.5, None, "--budget"), (float("nan"), None, "--budget"), (0.5, 0, "--coalition"), (None, 2, "--coalition")],
 )
-def test_options_that_cannot_be_are_refused(budget: float | None, coalition: int | None, where: str) -> None:
+def test_invalid_limits_are_refused(job: Path, budget: float | None, coalition: int | None, where: str) -> None:
     with pytest.raises(InputError) as caught:
-        check_options(budget, coalition)
+        export(job, "ann", 2, budget=budget, coalition=coalition)
     assert caught.value.where == where

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedqsn_cli import validate
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.masks import draw, shake256
 from fedqsn_cli.masks.draw import (
@@ -28,7 +29,6 @@ from fedqsn_cli.masks.draw import (
     rescale_factor,
     seed,
 )
-from fedqsn_cli.validate import validate_client
 
 KEY = bytes(range(32))
 GROUP = "model.layers.0.self_attn.q_proj.weight"
@@ -289,7 +289,7 @@ print(peak() - before)
 
 @pytest.mark.parametrize("client", ["a", "Bank-1", "hospital_3.north", "0", "x" * 64])
 def test_good_client_ids(client: str) -> None:
-    assert validate_client(client) == client
+    assert validate.client(client) == client
 
 
 @pytest.mark.parametrize("client", ["", ".", "..", "-a", "_a", "a/b", "a b", "a\n", "ä", "x" * 65, "a\x00", "../a"])

@@ -238,11 +238,11 @@ def test_updates_of_a_step_s_times_as_large_count_once(place: Place) -> None:
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"normalize": "median"}, "normalization"),
-    ({"server_lr": 0.0}, "learning rate"),
-    ({"server_lr": -1.0}, "learning rate"),
-    ({"server_lr": float("nan")}, "learning rate"),
-    ({"server_lr": float("inf")}, "learning rate"),
+    ({"normalize": "median"}, "--normalize: 'median' is not a choice"),
+    ({"server_lr": 0.0}, "--server-lr: .* is not a positive number"),
+    ({"server_lr": -1.0}, "--server-lr: .* is not a positive number"),
+    ({"server_lr": float("nan")}, "--server-lr: .* is not a positive number"),
+    ({"server_lr": float("inf")}, "--server-lr: .* is not a positive number"),
     ({"max_update_norm": 0.0}, "norm"),
     ({"max_update_norm": float("nan")}, "norm"),
     ({"ledger": None}, "ledger"),

@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedqsn_cli import export_proxy, inspect, mask, quantize
-from fedqsn_cli.auditing.run import audit
+from fedqsn_cli import audit, export_proxy, inspect, mask, quantize
 from fedqsn_cli.models.model import open_model
 from fedqsn_cli.models.public_base import KINDS, open_base
 from fedqsn_cli.quantization.layout import layout_of
@@ -464,7 +463,7 @@ def test_only_a_dense_model_that_anybody_may_have_is_a_base(folder: Path) -> Non
 
 def test_inspect_shows_what_fills_each_masked_tensor(folder: Path) -> None:
     everything_at_once().write(folder)
-    shown = run("inspect", folder / "model", "--plan", "--public-base", folder / "base")
+    shown = run("inspect", folder / "model", "--show-plan", "--public-base", folder / "base")
     assert shown.code == 0
     assert "5 tensors converted, 1 resized, 1 without (zeros)" in shown.out
     document = json.loads(run("inspect", folder / "model", "--public-base", folder / "base", "--json").out)
@@ -524,7 +523,7 @@ def audited(folder: Path, base: str) -> Any:
         truth=folder / "model",
         key=folder / "key",
         ledger=folder / "ledger.jsonl",
-        base=folder / base,
+        public_base=folder / base,
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedqsn_cli import strictjson
+from fedqsn_cli import export_proxy, strictjson
 from fedqsn_cli.artifacts.manifests import ProxyManifest, file_digest, read_manifest
 from fedqsn_cli.auditing.findings import Audit
 from fedqsn_cli.auditing.inputs import Report, open_inputs
@@ -23,13 +23,13 @@ from fedqsn_cli.auditing.invariants.check import check_invariants
 from fedqsn_cli.checkpoint import ArtifactWriter
 from fedqsn_cli.export.outputs import ClientOutput, tensor_specs
 from fedqsn_cli.export.pipeline import run
-from fedqsn_cli.export.proxy import export_proxy
 from fedqsn_cli.export.session import METADATA
 from fedqsn_cli.masks import job_key
 from fedqsn_cli.masks.job_masks import ServerMasks
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.models.model import open_model
 from fedqsn_cli.models.tensor_task import tensor_tasks
+from fedqsn_cli.options import AuditOptions
 from fedqsn_cli.planning.tensor_plan import TensorPlan
 from fedqsn_cli.progress import Silent
 from support.families import build
@@ -126,9 +126,9 @@ def audit(
     report = Report()
     known: dict[str, Any] = {} if blind else {"truth": world.truth, "key": world.key, "ledger": world.ledger}
     if not blind:
-        known |= {"base": world.base, "after": after}
+        known |= {"public_base": world.base, "after": after}
     folders = [world.proxy(client) for client in clients or world.clients]
-    check_invariants(open_inputs(folders, report, **known), report)
+    check_invariants(open_inputs(folders, report, AuditOptions(**known)), report)
     return Audit(tuple(report.findings), tuple(report.checked))
 
 

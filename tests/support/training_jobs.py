@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fedqsn_cli import export_proxy
 from fedqsn_cli.artifacts.manifests import ProxyManifest, read_manifest
 from fedqsn_cli.checkpoint import Checkpoint
-from fedqsn_cli.export.proxy import export_proxy
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.models.dense import load_dense
 from fedqsn_cli.training.visible import expanded, read_visible

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from fedqsn_cli.errors import InputError
+from fedqsn_cli.options import RecipeOptions
 from fedqsn_cli.progress import Silent
 from fedqsn_cli.training.batching import IGNORED, Examples, Padding, collate, loss_sum
 from fedqsn_cli.training.compact import VisibleParameters
-from fedqsn_cli.training.loop import Recipe, choose_precision, make_optimizer, shuffled, train
+from fedqsn_cli.training.loop import choose_precision, learning_rate, make_optimizer, shuffled, step_count, train
 from support.families import make_config
 
 PADDING = Padding(0)
@@ -45,7 +46,7 @@ def some_masks(model: Any) -> dict[str, Tensor]:
     return masks
 
 
-def train_plainly(model: Any, examples: Examples, masks: dict[str, Tensor], recipe: Recipe) -> None:
+def train_plainly(model: Any, examples: Examples, masks: dict[str, Tensor], recipe: RecipeOptions) -> None:
     """The same, with whole tensors: gradients of hidden elements are zeroed, their values put back after each step."""
     named = dict(model.named_parameters())
     flat = [p for name, p in named.items() if p.ndim < 2]
@@ -54,7 +55,7 @@ def train_plainly(model: Any, examples: Examples, masks: dict[str, Tensor], reci
         [{"params": deep, "weight_decay": recipe.weight_decay}, {"params": flat, "weight_decay": 0.0}]
     )
     before = {name: p.detach().clone() for name, p in named.items()}
-    steps = recipe.steps(len(examples))
+    steps = step_count(recipe, len(examples))
     batches = [
         rows
         for epoch in range(5)
@@ -63,7 +64,7 @@ def train_plainly(model: Any, examples: Examples, masks: dict[str, Tensor], reci
     model.train()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = recipe.rate(step, steps)
+            group["lr"] = learning_rate(recipe, step, steps)
         batch = collate(examples, batches[step], PADDING)
         optimizer.zero_grad()
         (loss_sum("classification", model(**batch.inputs).logits, batch.targets) / batch.count).backward()
@@ -77,7 +78,7 @@ def train_plainly(model: Any, examples: Examples, masks: dict[str, Tensor], reci
 
 
 def test_it_trains_as_a_plain_loop_would_that_undoes_what_happens_to_hidden_units() -> None:
-    recipe = Recipe(epochs=2, batch_size=4, lr=1e-2, weight_decay=0.1, max_grad_norm=0.5)
+    recipe = RecipeOptions(epochs=2, batch_size=4, lr=1e-2, weight_decay=0.1, max_grad_norm=0.5)
     compact, plain = new_model(), new_model()
     masks = some_masks(plain)
     train(compact, some_examples(), masks, recipe, PADDING, Silent())
@@ -90,7 +91,7 @@ def test_hidden_units_stay_bit_equal_and_visible_ones_do_not() -> None:
     model = new_model()
     masks = some_masks(model)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    train(model, some_examples(), masks, Recipe(epochs=3, batch_size=4, lr=1e-2), PADDING, Silent())
+    train(model, some_examples(), masks, RecipeOptions(epochs=3, batch_size=4, lr=1e-2), PADDING, Silent())
     for name, parameter in model.named_parameters():
         mask = masks.get(name, torch.ones_like(parameter, dtype=torch.bool))
         assert torch.equal(parameter[~mask], before[name][~mask]), name
@@ -101,7 +102,7 @@ def test_the_optimizer_holds_two_numbers_for_each_visible_weight_and_none_for_hi
     model = new_model()
     masks = some_masks(model)
     visible = VisibleParameters(model, masks)
-    optimizer = make_optimizer(visible, Recipe())
+    optimizer = make_optimizer(visible, RecipeOptions())
     batch = collate(some_examples(), [0, 1], PADDING)
     loss_sum("classification", model(**batch.inputs).logits, batch.targets).backward()
     visible.pull_gradients()
@@ -115,8 +116,8 @@ def test_one_step_means_the_same_however_it_is_cut_into_batches() -> None:
     examples = some_examples(8)
     whole, parts = new_model(), new_model()
     options = {"epochs": 1, "lr": 1e-2, "seed": 4}
-    train(whole, examples, {}, Recipe(batch_size=8, **options), PADDING, Silent())  # type: ignore[arg-type]
-    train(parts, examples, {}, Recipe(batch_size=3, gradient_accumulation=3, **options), PADDING, Silent())  # type: ignore[arg-type]
+    train(whole, examples, {}, RecipeOptions(batch_size=8, **options), PADDING, Silent())  # type: ignore[arg-type]
+    train(parts, examples, {}, RecipeOptions(batch_size=3, gradient_accumulation=3, **options), PADDING, Silent())  # type: ignore[arg-type]
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
@@ -133,7 +134,7 @@ def test_tokens_count_alike_in_long_and_short_texts() -> None:
             loss_sum("causal-lm", model(**batch.inputs).logits, batch.targets).item()
             for batch in (collate(examples, [row], PADDING) for row in (0, 1))
         ]
-    done = train(model, examples, {}, Recipe(batch_size=1, gradient_accumulation=2), PADDING, Silent())
+    done = train(model, examples, {}, RecipeOptions(batch_size=1, gradient_accumulation=2), PADDING, Silent())
     assert math.isclose(done.first_loss, sum(losses) / 4, rel_tol=1e-5)
 
 
@@ -148,7 +149,7 @@ def test_the_same_seed_gives_the_same_bits_and_the_global_generator_is_left_alon
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.3
         torch.set_rng_state(state)
-        train(model, some_examples(), {}, Recipe(epochs=2, batch_size=4, lr=1e-2, seed=seed), PADDING, Silent())
+        train(model, some_examples(), {}, RecipeOptions(epochs=2, batch_size=4, lr=1e-2, seed=seed), PADDING, Silent())
         results.append(torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()]))
         assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(results[0], results[1])
@@ -169,22 +170,22 @@ def test_the_same_seed_gives_the_same_bits_and_the_global_generator_is_left_alon
     ],
 )
 def test_steps_follow_from_epochs_and_batches(options: dict[str, Any], steps: int) -> None:
-    assert Recipe(batch_size=16, **options).steps(100) == steps
+    assert step_count(RecipeOptions(batch_size=16, **options), 100) == steps
 
 
 def test_the_learning_rate_rises_then_falls_and_is_never_zero() -> None:
-    recipe = Recipe(lr=1.0, warmup_ratio=0.3)
-    assert [recipe.rate(step, 10) for step in range(10)] == pytest.approx(
+    recipe = RecipeOptions(lr=1.0, warmup_ratio=0.3)
+    assert [learning_rate(recipe, step, 10) for step in range(10)] == pytest.approx(
         [0.25, 0.5, 0.75, 1, 6 / 7, 5 / 7, 4 / 7, 3 / 7, 2 / 7, 1 / 7]
     )
-    assert Recipe(lr=1.0, warmup_ratio=1.0).rate(0, 1) == 0.5
-    assert Recipe(lr=1.0, warmup_ratio=0.0).rate(0, 1) == 1.0
+    assert learning_rate(RecipeOptions(lr=1.0, warmup_ratio=1.0), 0, 1) == 0.5
+    assert learning_rate(RecipeOptions(lr=1.0, warmup_ratio=0.0), 0, 1) == 1.0
 
 
 def test_only_examples_that_took_part_are_counted() -> None:
-    done = train(new_model(), some_examples(12), {}, Recipe(batch_size=4, max_steps=2), PADDING, Silent())
+    done = train(new_model(), some_examples(12), {}, RecipeOptions(batch_size=4, max_steps=2), PADDING, Silent())
     assert (done.steps, done.examples) == (2, 8)
-    done = train(new_model(), some_examples(12), {}, Recipe(batch_size=4, epochs=3), PADDING, Silent())
+    done = train(new_model(), some_examples(12), {}, RecipeOptions(batch_size=4, epochs=3), PADDING, Silent())
     assert (done.steps, done.examples) == (9, 12)
 
 
@@ -193,12 +194,12 @@ def test_a_loss_that_is_no_number_stops_the_training() -> None:
     with torch.no_grad():
         model.classifier.weight[0, 0] = torch.inf
     with pytest.raises(InputError, match="the loss is .* at step 1"):
-        train(model, some_examples(), {}, Recipe(), PADDING, Silent())
+        train(model, some_examples(), {}, RecipeOptions(), PADDING, Silent())
 
 
 def test_mixed_precision_trains_too_and_weights_stay_fp32() -> None:
     model = new_model()
-    done = train(model, some_examples(), {}, Recipe(batch_size=4, lr=1e-2, precision="bf16"), PADDING, Silent())
+    done = train(model, some_examples(), {}, RecipeOptions(batch_size=4, lr=1e-2, precision="bf16"), PADDING, Silent())
     assert math.isfinite(done.last_loss)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
@@ -219,5 +220,5 @@ def test_progress_hears_of_every_step() -> None:
         def advance(self, amount: int, **figures: float) -> None:
             heard.append((amount, sorted(figures)))
 
-    train(new_model(), some_examples(), {}, Recipe(batch_size=4), PADDING, Listener())
+    train(new_model(), some_examples(), {}, RecipeOptions(batch_size=4), PADDING, Listener())
     assert heard == [("training", 3, "steps")] + [(1, ["examples_per_s", "loss"])] * 3

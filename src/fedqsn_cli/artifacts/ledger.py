@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
-from fedqsn_cli import strictjson
+from fedqsn_cli import strictjson, validate
 from fedqsn_cli.artifacts.manifests import (
     Count,
     Fill,
@@ -32,7 +32,7 @@ from fedqsn_cli.checkpoint.header import open_regular_file
 from fedqsn_cli.errors import FormatError, InputError
 
 _NO_LINE = "0" * 64
-ClientId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+ClientId = Annotated[str, Field(pattern=f"^{validate.CLIENT_ID}$")]
 
 
 class Release(Strict):

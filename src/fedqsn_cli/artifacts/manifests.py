@@ -92,7 +92,7 @@ class ModelManifest(Strict):
     fill: Fill
     public_base: PublicBaseRecord | None
     plan: Sha256
-    overrides: dict[str, object]  # the user's plan rules, so that later commands need no --plan
+    overrides: dict[str, object]  # the user's plan rules, so that later commands need no --plan-file
     model_digest: Sha256 | None
     quantization: Quantization | None
     groups: dict[str, GroupCount]

@@ -130,7 +130,7 @@ def _judge_recovery(result: _Result, policy: Policy, recovery: Recovery) -> None
         if value is not None:
             result.judge(rule, recovery.scope, _PHRASES[measure], value, getattr(limits, measure))
         elif getattr(limits, measure) is not None:
-            result.checked.append(Check(rule, recovery.scope, "not-run", "needs --base"))
+            result.checked.append(Check(rule, recovery.scope, "not-run", "needs --public-base"))
     if policy.tensor != Limits():
         for tensor in recovery.tensors:
             if tensor.role not in WITHOUT_UNITS:
@@ -168,7 +168,7 @@ def _judge_function(result: _Result, policy: Policy, function: FunctionRecovery 
         most, examples = max(gains)
         result.judge("FQ302", function.scope, f"{_PHRASES['gain']}, {examples} of them", most, limits.gain)
     else:
-        why = "the gain over the base needs --base, with all tensors of the model, and --public-data"
+        why = "the gain over the base needs --public-base, with all tensors of the model, and --public-data"
         result.checked = [check for check in result.checked if check.rule != "FQ302"]  # rho alone is not what was asked
         result.checked.append(Check("FQ302", function.scope, "not-run", why))
 
@@ -230,7 +230,7 @@ _NEEDS = {
     **dict.fromkeys(("FQ101", "FQ102"), "--ledger with releases, and --key"),
     "FQ103": "--ledger and --key",
     **dict.fromkeys(MEASURES.values(), "a readable proxy, --truth and --key"),
-    "FQ204": "a readable proxy, --truth, --key and --base",
+    "FQ204": "a readable proxy, --truth, --key and --public-base",
     "FQ205": "--baseline",
     "FQ301": "a readable proxy, --truth, --key and --eval-data",
     "FQ302": "a readable proxy, --truth, --key, --eval-data and --public-data",

@@ -23,6 +23,7 @@ from fedqsn_cli.masks import job_key
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.models.model import OpenModel, open_model, open_source
 from fedqsn_cli.models.public_base import IncompatibleBase, PublicBase, open_base
+from fedqsn_cli.options import AuditOptions
 from fedqsn_cli.planning.tensor_plan import AXES
 
 __all__ = ["Inputs", "OpenedProxy", "ProxyFolder", "Report", "open_inputs", "open_proxy"]
@@ -87,18 +88,12 @@ class Report:
         self.checked.append(Check(rule, scope, "not-run", why))
 
 
-def open_inputs(
-    proxies: Sequence[str | Path],
-    report: Report,
-    *,
-    truth: str | Path | None = None,
-    after: str | Path | None = None,
-    key: str | Path | None = None,
-    ledger: str | Path | None = None,
-    base: str | Path | None = None,
-    server: str | Path | None = None,
-) -> Inputs:
+NO_OPTIONS = AuditOptions()
+
+
+def open_inputs(proxies: Sequence[str | Path], report: Report, options: AuditOptions = NO_OPTIONS) -> Inputs:
     """Open everything; what cannot be read or does not belong becomes an FQ903 or FQ904 finding, and is left out."""
+    key, ledger, truth = options.key, options.ledger, options.truth
     job = _tried("key", report, lambda: job_key.load(key) if key is not None else None)
     releases = _tried("ledger", report, lambda: tuple(ledgers.read(Path(ledger))) if ledger is not None else None)
     folders = tuple(_open_folder(scope, place, report) for scope, place in _named(proxies))
@@ -113,11 +108,11 @@ def open_inputs(
     return Inputs(
         tuple(_fitting(folder, whole, report) for folder in folders),
         whole,
-        _tried("after", report, lambda: model(after, "after")),
+        _tried("after", report, lambda: model(options.after, "after")),
         job,
         releases,
-        _tried("base", report, lambda: _matched(base, whole, folders, report)),
-        _tried("server", report, lambda: model(server, "server")),
+        _tried("base", report, lambda: _matched(options.public_base, whole, folders, report)),
+        _tried("server", report, lambda: model(options.server, "server")),
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from fedqsn_cli.artifacts.manifests import file_digest
 from fedqsn_cli.auditing import gate
 from fedqsn_cli.auditing.findings import Audit, FunctionRecovery, Recovery
-from fedqsn_cli.auditing.inputs import Inputs, Report, open_inputs
+from fedqsn_cli.auditing.inputs import NO_OPTIONS, Inputs, Report, open_inputs
 from fedqsn_cli.auditing.invariants.check import check_invariants
 from fedqsn_cli.auditing.policy import Policy, load, without_file
 from fedqsn_cli.auditing.report.json import read_measures
@@ -18,37 +18,24 @@ from fedqsn_cli.auditing.rules import finding
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.exposure.exposure import SIZES, expected, exposure
 from fedqsn_cli.exposure.results import Exposure
-from fedqsn_cli.progress import Progress, Silent
+from fedqsn_cli.options import AuditOptions
+from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.version import VERSION
 
 
 def audit(
-    proxies: Sequence[str | Path] | None = None,
+    proxies: str | Path | Sequence[str | Path] | None = None,
+    options: AuditOptions = NO_OPTIONS,
     *,
-    truth: str | Path | None = None,
-    after: str | Path | None = None,
-    server: str | Path | None = None,
-    key: str | Path | None = None,
-    ledger: str | Path | None = None,
-    base: str | Path | None = None,
-    policy: str | Path | None = None,
-    eval_data: str | Path | None = None,
-    public_data: str | Path | None = None,
-    baseline: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Audit:
     """Measure what proxies and a ledger reveal of the owner's model, and hold it against a policy.
 
     Args:
         proxies: folders of proxies, of one round when there is a truth. None: exposure only, from ledger and key.
-        truth: the global model that they were exported from. after: the global model after the next merge.
-        server: the server model that they were exported from, where clients train what stands in its holes; the truth
-            is the global model of the job's begin then.
-        key: of the job. ledger: of all releases.
-        base: the public checkpoint that the model was fine-tuned from.
-        policy: policy.toml. Without one nothing is limited, but invariants and recovery must have been checked.
-        eval_data: for the recovered function. public_data: what the attacker fine-tunes with.
-        baseline: JSON of an earlier audit.
+        options: see `AuditOptions`. With `server`, `truth` is the global model of the job's begin. Without a policy
+            nothing is limited, but invariants and recovery must have been checked.
+        progress: told of tensors and steps.
 
     Returns:
         The audit. Its exit code is 0 passed, 1 over a limit, 3 not complete, 4 a hard invariant is broken; what cannot
@@ -56,18 +43,20 @@ def audit(
 
     Raises:
         InputError: no input at all, or the policy or the baseline cannot be used.
+
+    Example:
+        >>> audit(["proxies/alice"], truth="global/", key="job.key", ledger="ledger.jsonl").verdict
     """
     proxies = [proxies] if isinstance(proxies, (str, Path)) else list(proxies or ())
-    rules = _policy(proxies, ledger, key, policy)
-    before = read_measures(baseline) if baseline is not None else None
+    rules = _policy(proxies, options)
+    before = read_measures(options.baseline) if options.baseline is not None else None
     report = Report()
-    inputs = open_inputs(proxies, report, truth=truth, after=after, key=key, ledger=ledger, base=base, server=server)
-    shown = progress or Silent()
-    if proxies or after is not None:
-        check_invariants(inputs, report, shown)
+    inputs = open_inputs(proxies, report, options)
+    if proxies or options.after is not None:
+        check_invariants(inputs, report, progress)
     measured = gate.Measured(
-        recovery=_recovery(inputs, report, shown) if proxies else (),
-        function=_function(inputs, report, rules, eval_data, public_data, shown) if proxies else None,
+        recovery=_recovery(inputs, report, progress) if proxies else (),
+        function=_function(inputs, report, rules, options, progress) if proxies else None,
         exposure=_exposure(inputs, report, rules),
         expected=_expected(inputs, rules),
     )
@@ -80,20 +69,18 @@ def audit(
         measured.function,
         measured.exposure,
         rules.summary(),
-        _digests(inputs, ledger, eval_data, public_data, baseline),
+        _digests(inputs, options),
         VERSION,
     )
 
 
-def _policy(
-    proxies: Sequence[str | Path], ledger: str | Path | None, key: str | Path | None, path: str | Path | None
-) -> Policy:
-    if not proxies and (ledger is None or key is None):
+def _policy(proxies: Sequence[str | Path], options: AuditOptions) -> Policy:
+    if not proxies and (options.ledger is None or options.key is None):
         hint = "give proxies to audit, or --ledger and --key for exposure alone"
         raise InputError("there is nothing to audit", where="PROXY", hint=hint)
-    if path is not None:
-        return load(path)
-    return without_file(proxies=bool(proxies), ledger=ledger is not None)
+    if options.policy is not None:
+        return load(options.policy)
+    return without_file(proxies=bool(proxies), ledger=options.ledger is not None)
 
 
 def _recovery(inputs: Inputs, report: Report, progress: Progress) -> tuple[Recovery, ...]:
@@ -103,19 +90,14 @@ def _recovery(inputs: Inputs, report: Report, progress: Progress) -> tuple[Recov
 
 
 def _function(
-    inputs: Inputs,
-    report: Report,
-    rules: Policy,
-    eval_data: str | Path | None,
-    public_data: str | Path | None,
-    progress: Progress,
+    inputs: Inputs, report: Report, rules: Policy, options: AuditOptions, progress: Progress
 ) -> FunctionRecovery | None:
-    if eval_data is None:
+    if options.eval_data is None:
         report.skip("FQ301", "function", "needs --eval-data")
         return None
     from fedqsn_cli.auditing.recovery.function import recover_function
 
-    return recover_function(inputs, report, eval_data, public_data, rules.public_examples, progress)
+    return recover_function(inputs, report, options.eval_data, options.public_data, rules.public_examples, progress)
 
 
 def _exposure(inputs: Inputs, report: Report, rules: Policy) -> Exposure | None:
@@ -141,14 +123,15 @@ def _expected(inputs: Inputs, rules: Policy) -> float | None:
     return expected(inputs.job, min(one.p2 for one in fresh), rules.rounds) if fresh else None
 
 
-def _digests(inputs: Inputs, ledger: str | Path | None, *files: str | Path | None) -> dict[str, str]:
+def _digests(inputs: Inputs, options: AuditOptions) -> dict[str, str]:
     """What was audited, by content; never by path."""
     digests = {proxy.scope: proxy.sha256 for proxy in inputs.proxies}
     if inputs.job is not None:
         digests["job"] = inputs.job.commitment
-    if ledger is not None and inputs.releases is not None:
-        digests["ledger"] = file_digest(Path(ledger))
-    for name, file in zip(("eval data", "public data", "baseline"), files, strict=True):
+    if options.ledger is not None and inputs.releases is not None:
+        digests["ledger"] = file_digest(Path(options.ledger))
+    files = {"eval data": options.eval_data, "public data": options.public_data, "baseline": options.baseline}
+    for name, file in files.items():
         if file is not None and Path(file).is_file():
             digests[name] = file_digest(Path(file))
     if inputs.truth is not None:

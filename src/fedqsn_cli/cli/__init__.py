@@ -1,9 +1,10 @@
 """The shell commands: options in, one call, what people see.
 
 app.py           finds the command and runs it
-options.py       the options that commands share
-help_text.py      help as plain text
-failures.py      from an exception to one line and an exit code
+command.py       from a function and its options classes to a typer command
+views.py         the options that decide what is printed
+help_text.py     help as plain text
+exit_codes.py    from an exception to one line and an exit code
 interrupts.py    signals end a run cleanly
 tables.py        parts of what commands print
 mask.py, quantize.py, export_proxy.py, client_train.py, merge.py, inspect.py, evaluate.py, audit.py   a command each

@@ -9,21 +9,16 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
 
-from fedqsn_cli import console
-from fedqsn_cli.cli import failures, help_text
+from fedqsn_cli import COMMANDS, console
+from fedqsn_cli.cli import exit_codes, help_text
+from fedqsn_cli.cli.command import HELP_NAMES, build, function_of
 from fedqsn_cli.cli.interrupts import clean_shutdown
-from fedqsn_cli.errors import InputError
 from fedqsn_cli.version import VERSION
-
-COMMANDS = ("mask", "quantize", "export-proxy", "client-train", "merge", "inspect", "evaluate", "audit")
-
-_HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
 # Libraries that talk on stderr by themselves; who wants to hear them sets these before.
 _QUIET = {
@@ -34,24 +29,6 @@ _QUIET = {
 }
 
 _MALLOC = {-3: 32 << 20, -1: 128 << 20, -8: 1}  # malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
-
-
-class Command(TyperCommand):
-    """A command with our own help text; an option never takes another option's name for its value."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> NoReturn:
-        console.text(help_text.of_command(self, ctx))
-        raise typer.Exit
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        options = {name: param for param in self.get_params(ctx) for name in (*param.opts, *param.secondary_opts)}
-        for word, following in zip(args, args[1:], strict=False):
-            if word == "--":
-                break
-            param = options.get(word)
-            if word.startswith("-") and following in options and following.startswith("-") and _takes_value(param):
-                raise InputError("needs a value", where=word, hint=f"see '{ctx.command_path} --help'")
-        return super().parse_args(ctx, args)
 
 
 class Group(TyperGroup):
@@ -68,26 +45,9 @@ class Group(TyperGroup):
         raise typer.Exit
 
 
-def _takes_value(param: Any) -> bool:
-    return param is not None and not getattr(param, "is_flag", True)
-
-
-def function_of(command: str) -> Any:
-    """The function that implements a command."""
-    name = command.replace("-", "_")
-    return getattr(import_module(f"fedqsn_cli.cli.{name}"), name)
-
-
-def build(command: str) -> Any:
-    """The typer command of one function."""
-    lone = typer.Typer(add_completion=False, rich_markup_mode=None)
-    lone.command(command, cls=Command, context_settings=_HELP_NAMES)(function_of(command))
-    return typer.main.get_command(lone)
-
-
 def program() -> Any:
     """The typer group of all commands."""
-    app = typer.Typer(cls=Group, rich_markup_mode=None, context_settings=_HELP_NAMES)
+    app = typer.Typer(cls=Group, rich_markup_mode=None, context_settings=HELP_NAMES)
     app.callback()(fedqsn)
     return typer.main.get_command(app)
 
@@ -157,7 +117,7 @@ def run(arguments: Sequence[str]) -> int:
     except BaseException as error:
         if _debugging():
             traceback.print_exc()
-        line, code = failures.explain(error, path)
+        line, code = exit_codes.error_to_exit(error, path)
         console.print_error(line)
         return code
 
@@ -167,7 +127,7 @@ def _invoke(path: str, arguments: list[str]) -> int:
         program().main(arguments, prog_name="fedqsn")  # a shell asks for completions; exits
     if path == "fedqsn":
         if not arguments or not arguments[0].startswith("-"):
-            failures.refuse_command("".join(arguments[:1]), COMMANDS)
+            exit_codes.refuse_command("".join(arguments[:1]), list(COMMANDS))
         command = program()
     else:  # past the group, which would import pydantic to parse its own options
         command, arguments = build(arguments[0]), arguments[1:]

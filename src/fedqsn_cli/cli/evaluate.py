@@ -5,21 +5,15 @@ from __future__ import annotations
 from typing import Annotated
 
 from fedqsn_cli import console
-from fedqsn_cli.cli import options
+from fedqsn_cli.cli.command import argument
+from fedqsn_cli.cli.views import EvaluateView
+from fedqsn_cli.options import EvaluateOptions
 
 
 def evaluate(
-    checkpoint: Annotated[str, options.argument("CHECKPOINT", text="A global model, server model or proxy.")],
-    data: Annotated[str, options.file("--data", text="Evaluation data: JSONL, CSV or Parquet.", panel=options.DATA)],
-    max_length: options.MaxLength = 256,
-    batch_size: Annotated[
-        int, options.count("--batch-size", text="Examples in a batch.", panel=options.COMPUTING)
-    ] = 32,
-    device: Annotated[str, options.device(options.COMPUTING)] = "auto",
-    as_json: options.Json = False,
-    quiet: Annotated[
-        bool, options.option("--quiet", "-q", text="Print accuracy or perplexity only.", panel=options.OUTPUT)
-    ] = False,
+    checkpoint: Annotated[str, argument("CHECKPOINT", "A global model, server model or proxy.")],
+    options: EvaluateOptions,
+    view: EvaluateView,
 ) -> None:
     """Measure a model on data.
 
@@ -32,18 +26,10 @@ def evaluate(
       fedqsn evaluate global/ --data dev.jsonl
       fedqsn evaluate proxy/ --data dev.jsonl --json
     """
-    how = console.view(as_json, quiet)
-    from fedqsn_cli import evaluate as run
     from fedqsn_cli.cli import tables
+    from fedqsn_cli.training.evaluate import evaluate as run
 
-    with console.progress(how) as progress:
-        result = run(
-            checkpoint,
-            data=data,
-            max_length=max_length,
-            batch_size=batch_size,
-            device=device,
-            progress=progress,
-        )
+    with console.progress(view.mode) as progress:
+        result = run(checkpoint, options, progress=progress)
     essential = result.accuracy if result.accuracy is not None else result.perplexity
-    console.show(how, result, essential=[essential], parts=[tables.evaluations([(checkpoint, result)])])
+    console.show(view.mode, result, essential=[essential], parts=[tables.evaluations([(checkpoint, result)])])

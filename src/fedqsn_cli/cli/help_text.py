@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import typer
@@ -26,10 +26,11 @@ _LAST = ("Output", "Help")
 
 def of_command(command: Any, context: typer.Context) -> str:
     """The help text of one command."""
-    params = [param for param in command.get_params(context) if not getattr(param, "hidden", False)]
-    parts = [_usage(command, context, params), _prose(command.help or "")]
+    params = command.get_params(context)
+    names = {param: _names(param, command.former) for param in params}
+    parts = [_usage(context, names), _prose(command.help or "")]
     for title, members in _panels(params).items():
-        rows = [(_names(param), _describe(param)) for param in members]
+        rows = [(names[param], _describe(param)) for param in members]
         parts.append(_section(title, rows))
     return "\n\n".join(parts)
 
@@ -42,10 +43,10 @@ def of_group(group: Any, context: typer.Context, functions: Mapping[str, Any]) -
     return "\n\n".join([usage, _prose(group.help or ""), _section("Commands", commands), _section("Options", options)])
 
 
-def _usage(command: Any, context: typer.Context, params: Sequence[Any]) -> str:
+def _usage(context: typer.Context, names: Mapping[Any, str]) -> str:
     """The usage line with everything that must be given."""
-    arguments = [_placeholder(param) for param in params if param.param_type_name == "argument"]
-    options = [f"{_names(param).strip()}" for param in params if param.param_type_name == "option" and param.required]
+    arguments = [_placeholder(param) for param in names if param.param_type_name == "argument"]
+    options = [name for param, name in names.items() if param.param_type_name == "option" and param.required]
     line = " ".join([context.command_path, *arguments, *options, "[OPTIONS]"])
     wrapped = textwrap.wrap(line, _width() - 7, subsequent_indent=" " * 7, break_on_hyphens=False)
     return f"{_heading('Usage:')} " + "\n".join(wrapped)
@@ -67,12 +68,11 @@ def _placeholder(param: Any) -> str:
     return name if param.required else f"[{name}]"
 
 
-def _names(param: Any) -> str:
-    """`-q, --quiet`, `--rescale / --no-rescale`, `--p1 RATIO`."""
+def _names(param: Any, former: Container[str] = ()) -> str:
+    """`-q, --quiet`, `--rescale / --no-rescale`, `--p1 RATIO`; no name that an option had formerly."""
     if param.param_type_name == "argument":
         return str(param.display_name_raw)
-    ordered = sorted(param.opts, key=len)
-    names = ", ".join(ordered) if len(ordered) > 1 else ordered[0]
+    names = ", ".join(sorted((name for name in param.opts if name not in former), key=len))
     if param.secondary_opts:
         names += f" / {param.secondary_opts[0]}"
     if param.is_flag:
@@ -88,6 +88,8 @@ def _kind(param: Any) -> str:
 def _describe(param: Any) -> str:
     """Help text with the default, or the word required, in brackets."""
     text = str(param.help or "")
+    if param.envvar:
+        text = f"{text} [env: {param.envvar}]"
     if param.required:
         return f"{text} [required]"
     if isinstance(param.show_default, str):

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fedqsn_cli import console, text
-from fedqsn_cli.cli import options
+from fedqsn_cli.cli.command import argument
+from fedqsn_cli.cli.views import InspectView
+from fedqsn_cli.options import InspectOptions
 
 if TYPE_CHECKING:
     from fedqsn_cli.artifacts.ledger import Release
@@ -17,33 +19,10 @@ if TYPE_CHECKING:
 
 def inspect(
     path: Annotated[
-        str,
-        options.argument(
-            "PATH", text="A model, proxy, update, key, ledger or .safetensors file; or an hf:// reference."
-        ),
+        str, argument("PATH", "A model, proxy, update, key, ledger or .safetensors file; or an hf:// reference.")
     ],
-    plan: Annotated[
-        bool,
-        options.option("--plan", text="Show, for every tensor, its units and what is done to it.", panel=options.PLAN),
-    ] = False,
-    axis: options.Axis = None,
-    overrides: Annotated[
-        str | None,
-        options.file("--overrides", text="Plan with these TOML rules (--plan of other commands).", panel=options.PLAN),
-    ] = None,
-    public_base: Annotated[
-        str | None,
-        options.file(
-            "--public-base",
-            text="Show what of this public model would fill each masked tensor (--fill base).",
-            panel=options.PLAN,
-            metavar="BASE",
-        ),
-    ] = None,
-    as_json: options.Json = False,
-    quiet: Annotated[
-        bool, options.option("--quiet", "-q", text="Print the kind of artifact only.", panel=options.OUTPUT)
-    ] = False,
+    options: InspectOptions,
+    view: InspectView,
 ) -> None:
     """Tell what an artifact is and what is masked in it.
 
@@ -53,16 +32,15 @@ def inspect(
 
     Examples:
 
-      fedqsn inspect global/ --plan
+      fedqsn inspect global/ --show-plan
       fedqsn inspect global/ --public-base hf://owner/base
       fedqsn inspect proxy/
       fedqsn inspect ledger.jsonl --json
     """
-    how = console.view(as_json, quiet)
-    from fedqsn_cli import inspect as run
+    from fedqsn_cli.inspection import inspect as run
 
-    found = run(path, plan=plan, axis=axis, overrides=overrides, public_base=public_base)
-    console.show(how, found, essential=[found.kind], parts=_parts(found))
+    found = run(path, options)
+    console.show(view.mode, found, essential=[found.kind], parts=_parts(found))
 
 
 def _parts(found: Inspection) -> list[console.Part]:
@@ -85,7 +63,7 @@ def _parts(found: Inspection) -> list[console.Part]:
         parts += _base_parts(found.public_base)
     if found.unknown:
         names = ", ".join(found.unknown)
-        parts.append(f"No rule knows: {names}. Nothing is exported before a plan file (--plan) names their role.")
+        parts.append(f"No rule knows: {names}. Nothing is exported before a plan file (--plan-file) names their role.")
     if found.problem is not None:
         parts.append(f"No plan: {found.problem}")
     return parts

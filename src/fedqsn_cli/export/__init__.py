@@ -1,6 +1,5 @@
 """From the owner's model to what leaves: server models, quantized models, proxies.
 
-presets.py       options that have one name together
 session.py       a model opened with its job, its base and its options, which must agree
 pipeline.py      the pass: read, hide, quantize, several chunks at once
 encode.py        rows of one tensor to codes and scales

@@ -20,7 +20,6 @@ from fedqsn_cli.artifacts import ledger as ledgers
 from fedqsn_cli.artifacts.ledger import Release
 from fedqsn_cli.artifacts.manifests import (
     PROXY_MANIFEST,
-    Fill,
     GroupUnits,
     ProxyManifest,
     PublicBaseRecord,
@@ -34,25 +33,23 @@ from fedqsn_cli.checkpoint import push as push_to_hub
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.export.outputs import ClientOutput, tensor_specs
 from fedqsn_cli.export.pipeline import Digests, run
-from fedqsn_cli.export.presets import Choices, Schedule, Train, chosen
 from fedqsn_cli.export.session import (
     METADATA,
     MaskingSession,
     keep_outside,
     open_session,
     public_base,
-    shard_bytes,
     unit_table,
     visible_bits,
 )
-from fedqsn_cli.exposure.budget import Budget, Planned, check_options
+from fedqsn_cli.exposure.budget import Budget, Planned
 from fedqsn_cli.masks.draw import LABEL, derive
 from fedqsn_cli.masks.job_masks import ClientMasks
 from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
-from fedqsn_cli.progress import Progress, Silent
+from fedqsn_cli.options import ExportOptions, QuantizationOptions, Train
+from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.quantization.bnb_format import quantization_config
 from fedqsn_cli.quantization.layout import clear_shares, quantization
-from fedqsn_cli.validate import validate_client, validate_ratio
 
 CLIENTS_A_PASS = 128
 """So many proxies are written from one read of the model. More are written in turns: memory stays the same."""
@@ -97,84 +94,33 @@ class ExportResult:
     public_base: dict[str, int] | None = None
 
 
-def export_proxy(
-    source: str,
-    out: str | Path,
-    *,
-    client: Sequence[str],
-    round: int,
-    key: str | Path,
-    ledger: str | Path,
-    p2: float,
-    p1: float | None = None,
-    format: str | None = None,
-    block_size: int | None = None,
-    double_quant: bool | None = None,
-    layout: str | None = None,
-    schedule: Schedule | None = None,
-    axis: str | None = None,
-    where: str | None = None,
-    layers: str | None = None,
-    p1_schedule: str | None = None,
-    preset: str | None = None,
-    rescale: bool | None = None,
-    fill: Fill | None = None,
-    public_base: str | None = None,
-    train: Train | None = None,
-    plan: str | Path | None = None,
-    budget: float | None = None,
-    coalition: int | None = None,
-    push: str | None = None,
-    max_shard_size: str = "5GB",
-    force: bool = False,
-    progress: Progress | None = None,
-) -> ExportResult:
-    """Write the proxy of each client: P = s · M_C ⊙ Q(M_H ⊙ W) (equation of DESIGN; FedQSN, arXiv 2508.18911).
+def export_proxy(source: str | Path, options: ExportOptions, *, progress: Progress = SILENT) -> ExportResult:
+    """Write the proxy of each client: P = s · M_C ⊙ Q(M_H ⊙ W) (FedQSN, arXiv 2508.18911).
 
     Args:
         source: global model, server model or quantized server model; all three give the same bytes.
-        out: directory to make; with several clients it must hold "{client}".
-        client: client ids. round: number of the federated round.
-        p1: ratio hidden by the server; None takes the key's. p2: ratio of the rest hidden from each client.
-        where, layers, p1_schedule: what the server hides, and at other ratios (see `hiding`); None takes the key's.
-        preset: fills up fill, where, p1, schedule and train (see `presets`); fresh and visible are the usual ones.
-        train: what clients train: the visible units, or all, the public base's units in the holes, too (see `merge`).
-        format, block_size, double_quant, layout: quantization; None takes the source's, else nf4, 64, off, bnb.
-        budget: most of all parameters that a client may have seen afterwards, and any `coalition` clients together.
-        push: hub repository ("hf://owner/name", may hold "{client}") to upload to once the proxy is complete.
+        options: see `ExportOptions`.
+        progress: told of bytes.
 
     Raises:
         InputError: anything does not fit together; nothing was written then.
         GateFailed: a client or coalition would have seen more than the budget; nothing was written then.
+
+    Example:
+        >>> export_proxy("global/", "proxy/", client="alice", round=1, key="job.key", ledger="ledger.jsonl", p2=0.1)
     """
-    clients, targets = _targets(client, out, push)
-    validate_ratio(p2)
-    choices = chosen(preset, Choices(fill, where, p1, schedule, train), public_base=public_base)
-    schedule = choices.schedule or "fresh"
-    check_schedule(round, schedule)
-    check_options(budget, coalition)
+    clients, targets, ledger = options.client, options.targets, Path(options.ledger)
+    round, p2, schedule, push = options.round, options.p2, options.schedule or "fresh", options.push
     for target in targets:
-        keep_outside(target, key=key, ledger=ledger)
-    ledgers.check(Path(ledger))
-    session = open_session(
-        source,
-        key=key,
-        p1=choices.p1,
-        axis=axis,
-        plan=plan,
-        rescale=rescale,
-        fill=choices.fill,
-        public_base=public_base,
-        where=choices.where,
-        layers=layers,
-        p1_schedule=p1_schedule,
-    )
-    train = choices.train or "visible"
+        keep_outside(target, key=options.key, ledger=ledger)
+    ledgers.check(ledger)
+    session = open_session(source, options)
+    train = options.train or "visible"
     _check_train(train, session)
     planned = tuple(Planned(name, round, schedule, p2) for name in clients)
-    allowance = Budget(session.job, planned, budget, coalition)
-    allowance.check_ledger(Path(ledger))
-    how = chosen_quantization(session, format, block_size, double_quant, layout)
+    allowance = Budget(session.job, planned, options.budget, options.coalition)
+    allowance.check_ledger(ledger)
+    how = chosen_quantization(session, options)
     tasks = tensor_tasks(session.model, how, session.masks.hidden)
     masks = [ClientMasks(session.masks, name, round, p2, schedule, session.rescale) for name in clients]
     with ExitStack() as stack:
@@ -182,8 +128,10 @@ def export_proxy(
         allow_open_files(len(clients) + 2 * together)
         pipeline = WriterThreads(together)
         stack.callback(pipeline.stop)
-        writers = [stack.enter_context(ArtifactWriter(target, force=force, pipeline=pipeline)) for target in targets]
-        specs, limit = tensor_specs(tasks, how), shard_bytes(max_shard_size)
+        writers = [
+            stack.enter_context(ArtifactWriter(target, force=options.force, pipeline=pipeline)) for target in targets
+        ]
+        specs, limit = tensor_specs(tasks, how), options.max_shard_bytes
         releases = []
         for first in range(0, len(clients), together):
             some = list(zip(writers, masks, strict=True))[first : first + together]
@@ -191,12 +139,12 @@ def export_proxy(
             outputs = [
                 ClientOutput(sink, how, mask.hidden, mask.factor) for sink, (_, mask) in zip(sinks, some, strict=True)
             ]
-            digests = run(session.model, tasks, how, outputs, base=session.base, progress=progress or Silent())
+            digests = run(session.model, tasks, how, outputs, base=session.base, progress=progress)
             for sink, (writer, mask) in zip(sinks, some, strict=True):
                 sink.close()
                 releases.append(_complete(writer, session, mask, how, digests, _written(train)))
         session.save_key()
-        ledgers.record(Path(ledger), releases, check=allowance.check)  # again: others may have released meanwhile
+        ledgers.record(ledger, releases, check=allowance.check)  # again: others may have released meanwhile
         published = [writer.publish() for writer in writers]
     pushed = [
         push_to_hub(path, push.replace("{client}", name)) if push else None
@@ -205,9 +153,7 @@ def export_proxy(
     return _result(session, masks[0], tasks, how, digests, releases, published, pushed)
 
 
-def chosen_quantization(
-    session: MaskingSession, format: str | None, block_size: int | None, double_quant: bool | None, layout: str | None
-) -> Quantization | None:
+def chosen_quantization(session: MaskingSession, options: QuantizationOptions) -> Quantization | None:
     """The quantization of the output: the source's if it is quantized, else what was asked, else nf4 in blocks of 64.
 
     Raises:
@@ -215,11 +161,15 @@ def chosen_quantization(
     """
     old = session.model.manifest.quantization if session.model.manifest else None
     if old is None:
-        block_size = 64 if block_size is None else block_size
-        how = quantization(format or "nf4", block_size=block_size, double_quant=bool(double_quant), layout=layout)
+        how = quantization(
+            options.format or "nf4",
+            block_size=options.block_size or 64,
+            double_quant=bool(options.double_quant),
+            layout=options.layout,
+        )
     else:
-        asked = {"format": format, "block_size": block_size, "double_quant": double_quant, "layout": layout}
-        for option, value in asked.items():
+        for option in ("format", "block_size", "double_quant", "layout"):
+            value = getattr(options, option)
             if value is not None and value != getattr(old, option):
                 raise InputError(
                     f"the model is quantized with {option.replace('_', ' ')} {getattr(old, option)}, asked was {value}",
@@ -231,30 +181,8 @@ def chosen_quantization(
     return how
 
 
-def _targets(client: Sequence[str], out: str | Path, push: str | None) -> tuple[list[str], list[Path]]:
-    clients = [validate_client(name) for name in ([client] if isinstance(client, str) else client)]
-    if not clients:
-        raise InputError("no client was named", where="--client")
-    if len(set(clients)) != len(clients):
-        raise InputError("a client is named twice", where="--client")
-    for option, text in (("--out", str(out)), ("--push", push)):
-        if len(clients) > 1 and text is not None and "{client}" not in text:
-            raise InputError("several clients need a place each", where=option, hint='put "{client}" into it')
-    return clients, [Path(str(out).replace("{client}", name)) for name in clients]
-
-
-def check_schedule(round: int, schedule: str) -> None:
-    """Refuse a round or a schedule that cannot be. Raises InputError."""
-    if not 0 <= round <= 2**53:
-        raise InputError(f"{round} is not a round", where="--round", hint="count rounds from 1")
-    if schedule not in {"fresh", "sticky"}:
-        raise InputError(f"unknown schedule {schedule!r}", where="--schedule", hint="fresh or sticky")
-
-
 def _check_train(train: str, session: MaskingSession) -> None:
     """Refuse a way to train that is none, or that does not go with the work. Raises InputError."""
-    if train not in {"visible", "all"}:
-        raise InputError(f"unknown way to train {train!r}", where="--train", hint="visible or all")
     if train == "all" and session.fill != "base":
         raise InputError(
             "without a public base there is nothing in the holes to train", where="--train all", hint="use --fill base"

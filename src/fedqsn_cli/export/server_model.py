@@ -9,23 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedqsn_cli import strictjson
-from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, Fill, ModelManifest, Quantization, manifest_bytes
+from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, ModelManifest, Quantization, manifest_bytes
 from fedqsn_cli.checkpoint import ArtifactWriter
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.export.outputs import ClientOutput, ServerOutput, tensor_specs
 from fedqsn_cli.export.pipeline import Digests, run
-from fedqsn_cli.export.presets import Choices, Schedule, chosen
-from fedqsn_cli.export.proxy import check_schedule, write_companions
-from fedqsn_cli.export.session import METADATA, keep_outside, model_manifest, open_session, shard_bytes, source_record
+from fedqsn_cli.export.proxy import write_companions
+from fedqsn_cli.export.session import METADATA, keep_outside, model_manifest, open_session, source_record
 from fedqsn_cli.masks.job_masks import ClientMasks
 from fedqsn_cli.models.model import OpenModel, open_model
 from fedqsn_cli.models.residual import copy_residual
 from fedqsn_cli.models.tensor_task import tensor_tasks
+from fedqsn_cli.options import MaskOptions, QuantizeOptions
 from fedqsn_cli.planning.overrides import load_overrides
-from fedqsn_cli.progress import Progress, Silent
+from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.quantization.bnb_format import quantization_config
 from fedqsn_cli.quantization.layout import clear_shares, quantization
-from fedqsn_cli.validate import validate_client, validate_ratio
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,29 +55,7 @@ class QuantizeResult:
     shares: dict[str, float]
 
 
-def mask(
-    source: str,
-    out: str | Path,
-    *,
-    key: str | Path,
-    p1: float | None = None,
-    axis: str | None = None,
-    where: str | None = None,
-    layers: str | None = None,
-    p1_schedule: str | None = None,
-    preset: str | None = None,
-    plan: str | Path | None = None,
-    rescale: bool | None = None,
-    fill: Fill | None = None,
-    public_base: str | None = None,
-    client: str | None = None,
-    round: int | None = None,
-    p2: float | None = None,
-    schedule: Schedule | None = None,
-    max_shard_size: str = "5GB",
-    force: bool = False,
-    progress: Progress | None = None,
-) -> MaskResult:
+def mask(source: str | Path, options: MaskOptions, *, progress: Progress = SILENT) -> MaskResult:
     """Hide the job's units of a global model, or, with `client`, one client's units of a server model.
 
     Hidden units are physically absent: zero, or the public base. Visible weights stay bit-equal; only a client mask
@@ -86,47 +63,36 @@ def mask(
     result is not in a ledger, and updates for it are refused.
 
     Args:
-        p1: ratio hidden by the server; needed for a new key, else the key's.
-        where, layers, p1_schedule: what is hidden, and at other ratios (see `hiding`); None takes the key's.
-        preset: fills up fill, where, p1 and schedule (see `presets`); schedule is fresh without.
-        client, round, p2, schedule: the client mask (round is not needed in schedule sticky).
+        source: the global model, or, with `client`, a server model.
+        options: see `MaskOptions`.
+        progress: told of bytes.
 
     Raises:
         InputError: anything does not fit together; nothing was written then.
+
+    Example:
+        >>> mask("global/", "server/", key="job.key", p1=0.1).hidden
     """
-    choices = chosen(preset, Choices(fill, where, p1, schedule), public_base=public_base)
-    schedule = choices.schedule or "fresh"
-    _check_client_options(client, round, p2, schedule)
-    keep_outside(Path(out), key=key)
-    session = open_session(
-        source,
-        key=key,
-        p1=choices.p1,
-        axis=axis,
-        plan=plan,
-        rescale=rescale,
-        fill=choices.fill,
-        public_base=public_base,
-        where=choices.where,
-        layers=layers,
-        p1_schedule=p1_schedule,
-    )
+    client = options.client
+    keep_outside(Path(options.out), key=options.key)
+    session = open_session(source, options)
     how = session.model.manifest.quantization if session.model.manifest else None
     if client is None and session.model.kind != "global-model":
         raise InputError("this is a server model already", where=source, hint="name a --client to hide more")
     tasks = tensor_tasks(session.model, how, session.masks.hidden)
-    with ArtifactWriter(Path(out), force=force, hashed=False) as writer:
+    with ArtifactWriter(Path(options.out), force=options.force, hashed=False) as writer:
         sink = writer.tensors(
-            "model", tensor_specs(tasks, how), max_shard_bytes=shard_bytes(max_shard_size), metadata=METADATA
+            "model", tensor_specs(tasks, how), max_shard_bytes=options.max_shard_bytes, metadata=METADATA
         )
         if client is None:
             output: ServerOutput | ClientOutput = ServerOutput(sink, how)
             kind, more = "server-model", 0
         else:
-            masks = ClientMasks(session.masks, client, round or 0, p2 or 0.0, schedule, session.rescale)
+            schedule = options.schedule or "fresh"
+            masks = ClientMasks(session.masks, client, options.round or 0, options.p2 or 0.0, schedule, session.rescale)
             output = ClientOutput(sink, how, masks.hidden, masks.factor)
             kind, more = "masked-model", sum(map(masks.hidden_elements, session.model.plan.tensors))
-        digests = run(session.model, tasks, how, [output], base=session.base, progress=progress or Silent())
+        digests = run(session.model, tasks, how, [output], base=session.base, progress=progress)
         sink.close()
         if client is None:
             copy_residual(session.model, writer, session.masks.hidden)
@@ -145,43 +111,38 @@ def mask(
     return MaskResult(str(path), kind, digests.model, groups, hidden / total, session.new_key, filled)
 
 
-def quantize(
-    source: str,
-    out: str | Path,
-    *,
-    format: str,
-    block_size: int = 64,
-    double_quant: bool = False,
-    layout: str | None = None,
-    plan: str | Path | None = None,
-    max_shard_size: str = "5GB",
-    force: bool = False,
-    progress: Progress | None = None,
-) -> QuantizeResult:
-    """Quantize a global model or a server model block by block (absmax, DESIGN section 3).
+def quantize(source: str | Path, options: QuantizeOptions, *, progress: Progress = SILENT) -> QuantizeResult:
+    """Quantize a global model or a server model block by block (absmax).
 
     Args:
-        format: nf4, fp4, int8, nf3, nf2 or none. layout: bnb (packed, the default where it exists) or dense.
-        plan: rules for a model that was not masked; a server model brings its own.
+        source: the model.
+        options: see `QuantizeOptions`. A plan file is for a model that was not masked; a server model brings its own.
+        progress: told of bytes.
 
     Raises:
         InputError: anything does not fit together; nothing was written then.
+
+    Example:
+        >>> quantize("server/", "server-nf4/", format="nf4").shares
     """
-    how = quantization(format, block_size=block_size, double_quant=double_quant, layout=layout)
-    model = open_model(source, overrides=load_overrides(plan) if plan is not None else None)
+    how = quantization(
+        options.format, block_size=options.block_size, double_quant=options.double_quant, layout=options.layout
+    )
+    plan = options.plan_file
+    model = open_model(str(source), overrides=load_overrides(plan) if plan is not None else None)
     if model.is_quantized:
         raise InputError("the model is quantized already", where=source)
     if model.kind == "masked-model":
         raise InputError("this model carries a client mask", where=source, hint="quantize the server model first")
     if plan is not None and model.kind == "server-model":
-        raise InputError("a server model brings its own plan", where="--plan")
+        raise InputError("a server model brings its own plan", where="--plan-file")
     model.plan.require_known()
     tasks = tensor_tasks(model, how, lambda tensor: None)
-    with ArtifactWriter(Path(out), force=force, hashed=False) as writer:
+    with ArtifactWriter(Path(options.out), force=options.force, hashed=False) as writer:
         sink = writer.tensors(
-            "model", tensor_specs(tasks, how), max_shard_bytes=shard_bytes(max_shard_size), metadata=METADATA
+            "model", tensor_specs(tasks, how), max_shard_bytes=options.max_shard_bytes, metadata=METADATA
         )
-        digests = run(model, tasks, how, [ServerOutput(sink, how)], base=None, progress=progress or Silent())
+        digests = run(model, tasks, how, [ServerOutput(sink, how)], base=None, progress=progress)
         sink.close()
         copy_companions(model, writer, how)
         writer.add_bytes(MODEL_MANIFEST, manifest_bytes(_quantized_manifest(model, digests, how)))
@@ -231,18 +192,3 @@ def _quantized_manifest(model: OpenModel, digests: Digests, how: Quantization | 
             "source": source_record(model),
         }
     )
-
-
-def _check_client_options(client: str | None, round: int | None, p2: float | None, schedule: str) -> None:
-    given = {"--round": round, "--p2": p2}
-    if client is None:
-        for option, value in given.items():
-            if value is not None:
-                raise InputError("only a client mask has one", where=option, hint="name the --client")
-        return
-    validate_client(client)
-    for option, value in given.items():
-        if value is None and not (option == "--round" and schedule == "sticky"):
-            raise InputError("a client mask needs it", where=option)
-    validate_ratio(p2 or 0.0)
-    check_schedule(round or 0, schedule)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from fedqsn_cli import validate
 from fedqsn_cli.artifacts.manifests import (
     Fill,
     GroupCount,
@@ -27,6 +26,7 @@ from fedqsn_cli.masks.job_masks import ServerMasks
 from fedqsn_cli.models.duplicates import refuse_duplicate_tensors
 from fedqsn_cli.models.model import OpenModel, open_model
 from fedqsn_cli.models.public_base import PublicBase, open_base
+from fedqsn_cli.options import MaskingOptions
 from fedqsn_cli.planning.overrides import canonical, load_overrides
 from fedqsn_cli.planning.placement import FIELDS, OPTIONS, describe, parse_placement
 from fedqsn_cli.planning.tensor_plan import TensorPlan
@@ -60,35 +60,23 @@ class MaskingSession:
             job_key.save(self.key, self.job)
 
 
-def open_session(
-    source: str,
-    *,
-    key: str | Path,
-    p1: float | None,
-    axis: str | None,
-    plan: str | Path | None,
-    rescale: bool | None,
-    fill: Fill | None,
-    public_base: str | None,
-    where: str | None = None,
-    layers: str | None = None,
-    p1_schedule: str | None = None,
-) -> MaskingSession:
+def open_session(source: str | Path, options: MaskingOptions) -> MaskingSession:
     """Open a model for masking, with the job that its key belongs to.
 
-    None stands for "not given": then the key or the model's manifest decides, and where there is neither, the
+    An option that is None was not given: then the key or the model's manifest decides, and where there is neither, the
     defaults (axis neuron, rescale, zero fill).
 
     Raises:
         InputError: options, key, manifest and model do not go together.
     """
-    key = Path(key)
+    key, plan, axis = Path(options.key), options.plan_file, options.axis
+    placement = parse_placement(options.where, options.layers, options.p1_schedule)
     known = job_key.load(key) if os.path.lexists(key) else None
-    overrides = _overrides(known, key, plan, parse_placement(where, layers, p1_schedule))
-    model = open_model(source, axis=axis or (known.axis if known else "neuron"), overrides=overrides)
+    overrides = _overrides(known, key, plan, placement)
+    model = open_model(str(source), axis=axis or (known.axis if known else "neuron"), overrides=overrides)
     model.plan.require_known()
     if not any(tensor.masked for tensor in model.plan.tensors):
-        raise InputError("the plan masks no tensor", where=source, hint="see 'fedqsn inspect --plan'")
+        raise InputError("the plan masks no tensor", where=source, hint="see 'fedqsn inspect --show-plan'")
     server = model.manifest if model.kind == "server-model" else None
     if model.kind == "masked-model":
         raise InputError("this model carries a client mask already", where=source, hint="give the server model")
@@ -100,15 +88,13 @@ def open_session(
         raise KeyFileError("there is no key", where=key, hint="a server model needs the key it was masked with")
     if server is not None:
         _agreed("--axis", axis, server.axis, None)
-        _agreed("--plan", overrides if plan is not None else None, server.overrides, None)
-    job, new = job_key.open_or_draw(key, p1=p1, axis=model.plan.axis, plan=model.plan)
-    if fill not in {None, "zero", "base"}:
-        raise InputError(f"unknown fill {fill!r}", where="--fill", hint="zero or base")
-    chosen = _agreed("--fill", fill, server.fill if server else None, "zero")
-    scaled = _agreed("--rescale", rescale, server.rescale if server and server.fill == "zero" else None, True)
+        _agreed("--plan-file", overrides if plan is not None else None, server.overrides, None)
+    job, new = job_key.open_or_draw(key, p1=options.p1, axis=model.plan.axis, plan=model.plan)
+    chosen = _agreed("--fill", options.fill, server.fill if server else None, "zero")
+    scaled = _agreed("--rescale", options.rescale, server.rescale if server and server.fill == "zero" else None, True)
     if server is not None and server.job != job.commitment:
         raise KeyFileError("the key belongs to another job than this server model", where=key)
-    base = _open_base(model, chosen, public_base)
+    base = _open_base(model, chosen, options.public_base)
     return MaskingSession(model, job, key, new, ServerMasks(job), chosen, base, scaled and chosen == "zero")
 
 
@@ -156,14 +142,14 @@ def _agreed(option: str, asked: Any, recorded: Any, default: Any) -> Any:
     return next((value for value in (asked, recorded) if value is not None), default)
 
 
-def _open_base(model: OpenModel, fill: Fill, reference: str | None) -> PublicBase | None:
+def _open_base(model: OpenModel, fill: Fill, reference: str | Path | None) -> PublicBase | None:
     if fill == "zero":
         if reference is not None:
             raise InputError("a public base is only used with --fill base", where="--public-base")
         return None
     if reference is None:
         raise InputError("--fill base needs the public base", where="--public-base")
-    return open_base(reference, model)
+    return open_base(str(reference), model)
 
 
 def model_manifest(
@@ -222,15 +208,6 @@ def unit_table(tensors: tuple[TensorPlan, ...]) -> dict[str, Units]:
 def source_record(model: OpenModel) -> SourceRecord:
     """Where the model came from, for the private manifest."""
     return SourceRecord(reference=model.source.reference, revision=model.source.revision)
-
-
-def shard_bytes(text: str) -> int:
-    """Bytes of a size such as "5GB", "500MB" or "2GiB".
-
-    Raises:
-        InputError: it is no size.
-    """
-    return validate.size_in_bytes(text, "--max-shard-size")
 
 
 def visible_bits(flags: np.ndarray[Any, np.dtype[np.bool_]]) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from fedqsn_cli.artifacts import ledger as ledgers
 from fedqsn_cli.artifacts.ledger import Release
-from fedqsn_cli.errors import GateFailed, InputError
+from fedqsn_cli.errors import GateFailed
 from fedqsn_cli.exposure.exposure import Shown, exposure
 from fedqsn_cli.exposure.results import Exposure
 from fedqsn_cli.masks.job_key import JobKey
@@ -29,16 +29,6 @@ class Planned:
     round: int
     schedule: Literal["fresh", "sticky"]
     p2: float
-
-
-def check_options(budget: float | None, coalition: int | None) -> None:
-    """Refuse a budget that is no share, and a coalition without a budget. Raises InputError."""
-    if budget is not None and not 0.0 <= budget <= 1.0:  # NaN neither
-        raise InputError(f"{budget} is no share of the model", where="--budget", hint="give a number from 0 to 1")
-    if coalition is not None and coalition < 1:
-        raise InputError(f"{coalition} clients are no coalition", where="--coalition", hint="give 1 or more")
-    if coalition is not None and budget is None:
-        raise InputError("limits nothing without --budget", where="--coalition")
 
 
 @dataclass(frozen=True)

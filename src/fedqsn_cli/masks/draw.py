@@ -16,8 +16,8 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from fedqsn_cli import validate
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.validate import validate_client, validate_ratio
 
 LABEL = "fedqsn/v1"
 KEY_BYTES = 32
@@ -31,7 +31,7 @@ Mask = NDArray[np.bool_]  # (units,) True where hidden
 
 def client_scope(client: str, round: int | None) -> tuple[str, ...]:
     """Scope of a client's mask: of one round (schedule fresh), or of all rounds when round is None (sticky)."""
-    validate_client(client)
+    validate.client(client)
     if round is None:
         return ("client", client)
     if round < 0:
@@ -90,7 +90,7 @@ def _draw(key: bytes, scope: tuple[str, ...], group: str, allowed: Mask, ratio: 
 
 def hidden_count(n: int, ratio: float) -> int:
     """How many of n units a ratio hides: min(round(ratio·n), n - 1), at least one stays visible."""
-    return max(0, min(round(validate_ratio(ratio) * n), n - 1))
+    return max(0, min(round(validate.ratio(ratio) * n), n - 1))
 
 
 def rescale_factor(n: int, hidden: int, client: int) -> np.float32:

@@ -17,14 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedqsn_cli import strictjson
+from fedqsn_cli import strictjson, validate
 from fedqsn_cli.errors import FormatError, InputError, KeyFileError, OutputExists, PlanError
 from fedqsn_cli.masks.draw import KEY_BYTES, derive, hidden_count
 from fedqsn_cli.planning.overrides import canonical
 from fedqsn_cli.planning.placement import describe
 from fedqsn_cli.planning.plan import Plan
 from fedqsn_cli.planning.tensor_plan import AXES
-from fedqsn_cli.validate import validate_ratio
 
 FORMAT = "fedqsn-key/1"
 MAX_BYTES = 16 * 2**20
@@ -75,7 +74,7 @@ def draw(p1: float, axis: str, plan: Plan) -> JobKey:
     groups, clear = plan.sizes()
     return JobKey(
         secrets.token_bytes(KEY_BYTES),
-        validate_ratio(p1),
+        validate.ratio(p1),
         axis,
         plan.digest,
         canonical(plan.overrides),
@@ -162,7 +161,7 @@ def check_same(job: JobKey, p1: float | None, axis: str, plan: Plan, path: str |
     Raises:
         KeyFileError: one of them differs.
     """
-    if p1 is not None and validate_ratio(p1) != job.p1:
+    if p1 is not None and validate.ratio(p1) != job.p1:
         raise _another_job(f"p1 = {job.p1!r}", f"p1 = {float(p1)!r} was asked for", path)
     if axis != job.axis:
         raise _another_job(f"axis {job.axis}", f"axis {axis} was asked for", path)
@@ -239,7 +238,7 @@ def _ratio(value: object, name: str, path: str | Path) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise KeyFileError(f"{name} in the key file is not a number", where=path)
     try:
-        return validate_ratio(value)
+        return validate.ratio(value)
     except InputError as error:
         raise KeyFileError(f"{name} in the key file: {error.what}", where=path) from None
 

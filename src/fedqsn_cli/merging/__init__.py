@@ -1,6 +1,5 @@
 """From updates to the next model, and the end of a job.
 
-settings.py     the options of a merge, which must go together
 results.py      what a merge reports
 job_model.py    a dense model that belongs to the job of a key
 read_update.py  read an update without trusting it

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedqsn_cli import validate
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.merging.line_search import Point
@@ -45,8 +44,6 @@ class Development:
     @classmethod
     def of(cls, data: str | Path, batch_size: int, max_length: int, device: str) -> Development:
         """Read and check everything that needs no model. Raises InputError."""
-        validate.at_least(1, batch_size, "--batch-size")
-        validate.at_least(1, max_length, "--max-length")
         return cls(read_table(data), batch_size, max_length, choose_device(device))
 
 

@@ -21,15 +21,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from fedqsn_cli.artifacts import ledger as ledgers
 from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, UPDATE_TENSORS, ModelManifest, manifest_bytes
 from fedqsn_cli.checkpoint import ArtifactWriter, write_file_atomically
-from fedqsn_cli.errors import RefusedUpdate
+from fedqsn_cli.errors import InputError, RefusedUpdate
 from fedqsn_cli.export.outputs import tensor_specs
 from fedqsn_cli.export.server_model import copy_companions
-from fedqsn_cli.export.session import keep_outside, shard_bytes
+from fedqsn_cli.export.session import keep_outside
 from fedqsn_cli.kernels.hash_threads import HashThreads
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.masks.job_masks import ServerMasks
@@ -37,110 +37,79 @@ from fedqsn_cli.merging.job_model import merged_manifest, open_job_model
 from fedqsn_cli.merging.line_search import Search, best_step
 from fedqsn_cli.merging.read_update import ClientUpdate, FileHash, open_updates
 from fedqsn_cli.merging.results import MergedClient, MergeResult
-from fedqsn_cli.merging.settings import Settings
-from fedqsn_cli.merging.streaming import End, Held, Merger, Normalize, Sink, stream
+from fedqsn_cli.merging.streaming import End, Held, Merger, Sink, stream
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.residual import Residual, residual_sink, residual_specs
 from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
-from fedqsn_cli.progress import Progress, Silent
+from fedqsn_cli.options import MergeOptions
+from fedqsn_cli.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from fedqsn_cli.merging.interpolate import Development
 
 
 def merge(
-    source: str,
-    updates: Sequence[str | Path],
-    out: str | Path,
-    *,
-    key: str | Path,
-    ledger: str | Path | None = None,
-    normalize: Normalize = "coverage",
-    server_lr: float | Literal["auto"] = 1.0,
-    allow_worse: bool = False,
-    control: str | Path | None = None,
-    control_weight: float = 1.0,
-    restore: str | None = None,
-    public_base: str | None = None,
-    blend: float | Literal["auto"] = 1.0,
-    eval_data: str | Path | None = None,
-    batch_size: int = 32,
-    max_length: int = 256,
-    device: str = "auto",
-    max_update_norm: float = 10.0,
-    max_examples: int | None = None,
-    report: str | Path | None = None,
-    max_shard_size: str = "5GB",
-    force: bool = False,
-    progress: Progress | None = None,
+    source: str | Path, updates: Sequence[str | Path], options: MergeOptions, *, progress: Progress = SILENT
 ) -> MergeResult:
     """Merge updates into the global model or the server model; or, with `restore`, end a job.
 
+    η is `server_lr`, γ `control_weight`, λ `blend`.
+
     Args:
         source: the model that the proxies were made of. updates: update directories.
-        normalize: average each unit over the clients that saw it, or over all.
-        server_lr: η; auto takes the one with the lowest loss on `eval_data`.
-        allow_worse: with auto, take the best η even where it makes the model worse.
-        control: an update that the owner trained on his own data, taken off the others `control_weight` (γ) times.
-        restore: a trained server model, whose visible units are put together with the hidden units of `source`.
-        public_base: what clients found in the holes; a restore needs it where they trained that, too.
-        blend: λ of the restore, 1 puts hidden units back in full; auto takes the one with the lowest loss.
-        eval_data, batch_size, max_length, device: as for `evaluate`; for auto only.
-        max_update_norm: largest accepted norm of one client's Δ relative to the model's.
-        max_examples: largest accepted number of examples that a client may claim.
-        report: a page to write about what auto tried.
+        options: see `MergeOptions`.
+        progress: told of bytes and examples.
 
     Raises:
         RefusedUpdate: an update is foreign, stale, doubled, malformed, non-finite or too large.
         GateFailed: server_lr is auto, and every step makes the model worse.
         InputError: anything else does not fit together. Nothing was written then, in any of these cases.
+
+    Example:
+        >>> merge("global/", ["updates/alice"], "next/", key="job.key", ledger="ledger.jsonl").covered
     """
-    settings = Settings(
-        normalize, server_lr, allow_worse, control, control_weight, restore, public_base, blend, eval_data, report
-    )
-    settings.check(updates, ledger, max_update_norm)
-    keep_outside(Path(out), key=key, ledger=ledger, **{"eval-data": eval_data, "report": report})
-    limit = shard_bytes(max_shard_size)
-    progress = progress or Silent()
-    development = _development(settings, batch_size, max_length, device)
-    if restore is not None:
+    _check_updates(updates, options)
+    outside = {"key": options.key, "ledger": options.ledger, "eval-data": options.eval_data, "report": options.report}
+    keep_outside(Path(options.out), **outside)
+    development = _development(options)
+    if options.restore is not None:
         from fedqsn_cli.merging.restore import restore_model
 
-        result = restore_model(
-            source,
-            restore,
-            out,
-            key=key,
-            public_base=public_base,
-            blend=blend,
-            development=development,
-            max_shard_bytes=limit,
-            force=force,
-            progress=progress,
-        )
+        result = restore_model(source, options.restore, options, development, progress=progress)
     else:
-        assert ledger is not None
-        job, model = open_job_model(source, key)
-        with HashThreads() as hashing, ArtifactWriter(Path(out), force=force, hashed=False) as writer:
-            door = _Door(job, model, Path(ledger), hashing)
-            opened = door.updates(updates, max_examples)
-            own = door.control(control, opened) if control is not None else None
-            merging = _Merging(model, door.tasks, opened, own, settings, max_update_norm, hashing, progress)
-            result = merging.write(job, writer, limit, development)
-    if report is not None and result.search is not None:
+        job, model = open_job_model(str(source), options.key)
+        with HashThreads() as hashing, ArtifactWriter(Path(options.out), force=options.force, hashed=False) as writer:
+            door = _Door(job, model, options.required_ledger(), hashing)
+            opened = door.updates(updates, options.max_examples)
+            own = door.control(options.control, opened) if options.control is not None else None
+            merging = _Merging(model, door.tasks, opened, own, options, hashing, progress)
+            result = merging.write(job, writer, development)
+    if options.report is not None and result.search is not None:
         from fedqsn_cli.merging.page import render
 
-        write_file_atomically(Path(report), render(result.search).encode())
+        write_file_atomically(Path(options.report), render(result.search).encode())
     return result
 
 
-def _development(settings: Settings, batch_size: int, max_length: int, device: str) -> Development | None:
+def _check_updates(updates: Sequence[str | Path], options: MergeOptions) -> None:
+    """Refuse updates where none are wanted, none where some are, and a report that has no place. Raises InputError."""
+    if options.restore is not None and updates:
+        raise InputError("a restore takes no updates", where="--restore", hint="merge them first")
+    if options.restore is None and not updates:
+        raise InputError("no update was given", hint="name the update directories, or end the job with --restore")
+    if options.report is not None and not Path(options.report).absolute().parent.is_dir():
+        raise InputError("there is no such folder", where=Path(options.report).parent, hint="make it first")
+    if options.report is not None and Path(options.report).is_dir():
+        raise InputError("is a directory", where=options.report, hint="name a file")
+
+
+def _development(options: MergeOptions) -> Development | None:
     """The owner's data, read before anything else is; None where nothing is looked for."""
-    if settings.eval_data is None:
+    if options.eval_data is None:
         return None
     from fedqsn_cli.merging.interpolate import Development
 
-    return Development.of(settings.eval_data, batch_size, max_length, device)
+    return Development.of(options.eval_data, options.batch_size, options.max_length, options.device)
 
 
 class _Door:
@@ -199,17 +168,18 @@ class _Merging:
     tasks: Sequence[TensorTask]
     updates: list[ClientUpdate]
     control: ClientUpdate | None
-    settings: Settings
-    max_update_norm: float
+    options: MergeOptions
     hashing: HashThreads
     progress: Progress
 
-    def write(self, job: JobKey, writer: ArtifactWriter, limit: int, development: Development | None) -> MergeResult:
+    def write(self, job: JobKey, writer: ArtifactWriter, development: Development | None) -> MergeResult:
         """Write the merged model and publish it."""
         search = self._search(development) if development is not None else None
-        rate = search.chosen if search else float(self.settings.server_lr)
+        rate = search.chosen if search else float(self.options.server_lr)
         metadata = self.model.checkpoint.metadata
-        sink = writer.tensors("model", tensor_specs(self.tasks, None), max_shard_bytes=limit, metadata=metadata)
+        sink = writer.tensors(
+            "model", tensor_specs(self.tasks, None), max_shard_bytes=self.options.max_shard_bytes, metadata=metadata
+        )
         rest = residual_sink(writer, self.model.plan.tensors, None)
         merger, digest = self._send(rate, sink, rest)
         sink.close()
@@ -245,7 +215,7 @@ class _Merging:
 
         after, before = self._stepped(), self._held()
         line = Line(self.model.checkpoint, before, after, development, self.progress)
-        return best_step(line.measure, line.examples, self.progress, allow_worse=self.settings.allow_worse)
+        return best_step(line.measure, line.examples, self.progress, allow_worse=self.options.allow_worse)
 
     def _stepped(self) -> End:
         """The model after a step of η = 1; leaves the updates ready to be read once more."""
@@ -271,9 +241,9 @@ class _Merging:
 
     def _send(self, rate: float, sink: Sink, rest: Sink | None) -> tuple[Merger, str | None]:
         """One pass over everything, and what can only be checked once everything went by. Raises RefusedUpdate."""
-        settings = self.settings
+        options = self.options
         merger = Merger(
-            self.model, self.updates, settings.normalize, rate, self.hashing, self.control, settings.control_weight
+            self.model, self.updates, options.normalize, rate, self.hashing, self.control, options.control_weight
         )
         digest = stream(merger, self.tasks, sink, rest, self.progress)
         if merger.before.hexdigest(self.tasks) != self.updates[0].release.model_digest:
@@ -285,9 +255,9 @@ class _Merging:
         for update in [*self.updates, *([self.control] if self.control else [])]:
             update.finish()
             norm = _relative(update, merger)
-            if norm > self.max_update_norm:
+            if norm > options.max_update_norm:
                 raise RefusedUpdate(
-                    f"its norm is {norm:.3g} times the model's, over --max-update-norm {self.max_update_norm:g}",
+                    f"its norm is {norm:.3g} times the model's, over --max-update-norm {options.max_update_norm:g}",
                     where=update.folder,
                 )
         return merger, digest

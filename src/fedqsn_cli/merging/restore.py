@@ -10,11 +10,10 @@ there, R' − R, is added to the hidden weights as it is to visible ones (task a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +37,7 @@ from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.public_base import PublicBase, open_base
 from fedqsn_cli.models.residual import Residual, residual_sink
 from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
+from fedqsn_cli.options import MergeOptions
 from fedqsn_cli.progress import Progress
 from fedqsn_cli.quantization.layout import row_chunks
 
@@ -48,30 +48,25 @@ Array = NDArray[Any]
 
 
 def restore_model(
-    source: str,
-    trained: str,
-    out: str | Path,
-    *,
-    key: str | Path,
-    public_base: str | None,
-    blend: float | Literal["auto"],
+    source: str | Path,
+    trained: str | Path,
+    options: MergeOptions,
     development: Development | None,
-    max_shard_bytes: int,
-    force: bool,
+    *,
     progress: Progress,
 ) -> MergeResult:
     """Put a trained server model and the hidden units of the global model together.
 
     Args:
         source: the global model. trained: the server model that the job ended with.
-        public_base: R; needed where clients trained the fill.
-        blend: λ, 0 to 1; auto takes the one with the lowest loss on the `development` data.
+        options: of the merge; `public_base` is R, needed where clients trained the fill, and `blend` λ, 0 to 1 or auto.
+        development: where auto looks for the lowest loss.
 
     Raises:
-        InputError: the two models do not belong together, or λ is out of range. Nothing was written then.
+        InputError: the two models do not belong together. Nothing was written then.
     """
-    if blend != "auto" and not (math.isfinite(blend) and 0 <= blend <= 1):
-        raise InputError(f"{blend} is not a blend", where="--blend", hint="a number from 0 to 1")
+    out, key, public_base, blend = options.out, options.key, options.public_base, options.blend
+    source, trained = str(source), str(trained)
     job, whole = open_job_model(source, key)
     _, server = open_job_model(trained, key)
     if whole.kind != "global-model":
@@ -81,13 +76,15 @@ def restore_model(
     _check_same_shapes(whole, server, trained)
     masks = ServerMasks(job)
     tasks = tensor_tasks(whole, None, masks.hidden)
-    base = _base(tasks, whole, server, public_base)
+    base = _base(tasks, whole, server, str(public_base) if public_base is not None else None)
     ends = _Ends(whole, server, base)
-    with ArtifactWriter(Path(out), force=force, hashed=False) as writer:
+    with ArtifactWriter(Path(out), force=options.force, hashed=False) as writer:
         search = _search(tasks, ends, development, progress) if blend == "auto" else None
         chosen = search.chosen if search else float(blend)
         specs = tensor_specs(tasks, None)
-        sink = writer.tensors("model", specs, max_shard_bytes=max_shard_bytes, metadata=whole.checkpoint.metadata)
+        sink = writer.tensors(
+            "model", specs, max_shard_bytes=options.max_shard_bytes, metadata=whole.checkpoint.metadata
+        )
         keeps = chosen == 1 and base is None and any(Residual(model).exists for model in (whole, server))
         rest = residual_sink(writer, whole.plan.tensors, None) if keeps else None
         _stream(tasks, ends, chosen, sink, rest, progress)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from fedqsn_cli.models.digest import ModelHash
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.residual import Residual
 from fedqsn_cli.models.tensor_task import TensorTask
+from fedqsn_cli.options.merge import Normalize
 from fedqsn_cli.planning.tensor_plan import TensorPlan
 from fedqsn_cli.progress import Progress
 from fedqsn_cli.quantization.layout import row_chunks
@@ -34,7 +35,6 @@ CHUNK_ELEMENTS = 1 << 20  # its double-precision sum takes 8 MiB
 READERS = 3  # pieces that are read at once, from one file each perhaps: the disk is never without an order
 
 Array = NDArray[Any]
-Normalize = Literal["coverage", "clients"]
 
 
 class Sink(Protocol):

@@ -89,7 +89,7 @@ def apply_overrides(overrides: dict[str, Any], names: Iterable[str]) -> dict[str
         glob = re.compile(translate(rule["match"]))
         matched = [name for name in names if glob.match(name)]
         if not matched:
-            hint = "globs match whole tensor names; list them with `fedqsn inspect --plan`"
+            hint = "globs match whole tensor names; list them with `fedqsn inspect --show-plan`"
             raise PlanError(f"match = {rule['match']!r} fits no tensor", where=f"rule {number}", hint=hint)
         for name in matched:
             found[name] = _later_wins(found.get(name, Override()), rule, number)

@@ -14,11 +14,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from fedqsn_cli import validate
 from fedqsn_cli.errors import InputError, PlanError
 from fedqsn_cli.planning.roles import LINEAR_ROLES, rules
-from fedqsn_cli.validate import validate_ratio
+from fedqsn_cli.planning.tensor_plan import Where
 
-Where = Literal["all", "outputs", "mlp", "attention"]
 Location = int | Literal["embeddings", "head"]
 
 WHERE: tuple[str, ...] = get_args(Where)
@@ -74,7 +74,7 @@ class Placement:
             raise PlanError(
                 f"no rule knows which part of a layer this is, so where = {self.where} says nothing about it",
                 where=name,
-                hint="set masked = true or false for it in a plan file given with --plan",
+                hint="set masked = true or false for it in a plan file given with --plan-file",
             )
         return part.output if self.where == "outputs" else part.name == self.where
 
@@ -214,7 +214,7 @@ def _schedule(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
         for place in parse_layers(text):
             if place in ratios:
                 raise InputError(f"{'layer ' if isinstance(place, int) else ''}{place} is given two ratios")
-            ratios[place] = validate_ratio(ratio)
+            ratios[place] = validate.ratio(ratio)
     alike: dict[float, set[Location]] = {}
     for place, ratio in ratios.items():
         alike.setdefault(ratio, set()).add(place)
@@ -231,7 +231,7 @@ def checked_ratio(value: object) -> float:
     """A ratio as TOML or JSON writes it. Raises InputError."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(f"p1 must be a number, not {value!r}")
-    return validate_ratio(value)
+    return validate.ratio(value)
 
 
 def _text(value: object, name: str) -> str:

@@ -55,7 +55,7 @@ class Plan:
         raise PlanError(
             f"no rule knows this tensor, {first.dtype} {list(first.shape)}{more}",
             where=first.name,
-            hint="name its role in a plan file given with --plan; `fedqsn inspect --plan` shows all tensors",
+            hint="name its role in a plan file given with --plan-file; `fedqsn inspect --show-plan` shows all tensors",
         )
 
     def groups(self) -> dict[str, int]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 Axis = Literal["neuron", "input", "element"]
+Where = Literal["all", "outputs", "mlp", "attention"]
 
 UnitAxis = Literal["row", "column", "element"]
 

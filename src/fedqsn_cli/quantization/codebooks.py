@@ -21,10 +21,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fedqsn_cli.validate import BLOCK_SIZES as BLOCK_SIZES
+
 Float32s = NDArray[np.float32]
 Layout = Literal["bnb", "dense"]
 
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 LEVELS = 16  # every codebook is padded to this many levels, so that one compiled kernel serves them all
 
 

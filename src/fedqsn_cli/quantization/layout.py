@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from fedqsn_cli import validate
 from fedqsn_cli.artifacts.manifests import Quantization
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.masks.unit_mask import Axis, UnitMask
@@ -70,12 +71,10 @@ def quantization(format: str, *, block_size: int, double_quant: bool, layout: st
     Raises:
         InputError: the options do not go together.
     """
-    if format not in FORMATS:
-        raise InputError(f"unknown format {format!r}", where="--format", hint="one of " + ", ".join(FORMATS))
-    if block_size not in {32, 64, 128, 256, 512, 1024, 2048, 4096}:
-        raise InputError(f"{block_size} is not a block size", where="--block-size", hint="a power of two, 32 to 4096")
-    if layout not in {None, "bnb", "dense"}:
-        raise InputError(f"unknown layout {layout!r}", where="--layout", hint="bnb or dense")
+    validate.choice(format, tuple(FORMATS), "--format")
+    validate.block_size(block_size, "--block-size")
+    if layout is not None:
+        validate.choice(layout, ("bnb", "dense"), "--layout")
     packable = format in {"nf4", "fp4", "int8"}
     if layout == "bnb" and not packable:
         raise InputError(f"format {format} has no bitsandbytes layout", where="--layout", hint="use --layout dense")

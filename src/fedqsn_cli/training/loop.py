@@ -19,49 +19,25 @@ import torch
 from torch import Tensor
 
 from fedqsn_cli.errors import InputError
+from fedqsn_cli.options import RecipeOptions
 from fedqsn_cli.progress import Progress
 from fedqsn_cli.training.batching import Batch, Examples, Padding, collate, loss_sum, shuffled
 from fedqsn_cli.training.compact import VisibleParameters
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How to train.
+def step_count(recipe: RecipeOptions, examples: int) -> int:
+    """Optimizer steps for a number of examples, at least one."""
+    batches = math.ceil(examples / recipe.batch_size)
+    steps = max(1, math.ceil(recipe.epochs * math.ceil(batches / recipe.gradient_accumulation)))
+    return min(steps, recipe.max_steps or steps)
 
-    Args:
-        epochs: passes over the data, not necessarily whole ones.
-        max_steps: most optimizer steps, None for as many as epochs need.
-        lr: learning rate after warm-up.
-        warmup_ratio: share of all steps in which the learning rate rises.
-        batch_size: examples a batch. gradient_accumulation: batches a step.
-        max_grad_norm: gradients of all leaves together are clipped to this norm.
-        precision: fp32, or bf16 for mixed precision (weights stay fp32).
-        seed: decides the order of examples and dropout; never what is hidden.
-    """
 
-    epochs: float = 1.0
-    max_steps: int | None = None
-    lr: float = 5e-5
-    warmup_ratio: float = 0.1
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    batch_size: int = 16
-    gradient_accumulation: int = 1
-    precision: Literal["fp32", "bf16"] = "fp32"
-    seed: int = 0
-
-    def steps(self, examples: int) -> int:
-        """Optimizer steps for a number of examples, at least one."""
-        batches = math.ceil(examples / self.batch_size)
-        steps = max(1, math.ceil(self.epochs * math.ceil(batches / self.gradient_accumulation)))
-        return min(steps, self.max_steps or steps)
-
-    def rate(self, step: int, steps: int) -> float:
-        """Learning rate of a step (0 .. steps - 1): up linearly, then down linearly, never 0."""
-        warmup = math.ceil(self.warmup_ratio * steps)
-        if step < warmup:
-            return self.lr * (step + 1) / (warmup + 1)
-        return self.lr * (steps - step) / max(1, steps - warmup)
+def learning_rate(recipe: RecipeOptions, step: int, steps: int) -> float:
+    """Learning rate of a step (0 .. steps - 1): up linearly, then down linearly, never 0."""
+    warmup = math.ceil(recipe.warmup_ratio * steps)
+    if step < warmup:
+        return recipe.lr * (step + 1) / (warmup + 1)
+    return recipe.lr * (steps - step) / max(1, steps - warmup)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,20 +58,26 @@ class Trained:
 
 
 def train(
-    model: Any, examples: Examples, masks: Mapping[str, Tensor], recipe: Recipe, padding: Padding, progress: Progress
+    model: Any,
+    examples: Examples,
+    masks: Mapping[str, Tensor],
+    recipe: RecipeOptions,
+    padding: Padding,
+    progress: Progress,
 ) -> Trained:
     """Train the visible units of a model in place.
 
     Args:
         model: fp32, on the device to train on.
         masks: bool masks of parameters with hidden units, True where visible.
+        recipe: how; precision "bf16" is mixed precision (weights stay fp32), everything else is fp32.
 
     Raises:
         InputError: the loss is no longer a number.
     """
     visible = VisibleParameters(model, masks)
     optimizer = make_optimizer(visible, recipe)
-    steps = recipe.steps(len(examples))
+    steps = step_count(recipe, len(examples))
     losses: list[float] = []
     seen: set[int] = set()
     progress.start("training", steps, "steps")
@@ -104,7 +86,7 @@ def train(
     with _repeatable(model.device, recipe.seed):
         model.train()
         for step, window in zip(range(steps), _windows(examples, recipe), strict=False):
-            rate = recipe.rate(step, steps)
+            rate = learning_rate(recipe, step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             losses.append(_backward(model, examples, window, recipe, padding))
@@ -125,7 +107,7 @@ def train(
     return Trained(steps, len(seen), first, last, time.monotonic() - began)
 
 
-def make_optimizer(visible: VisibleParameters, recipe: Recipe) -> torch.optim.AdamW:
+def make_optimizer(visible: VisibleParameters, recipe: RecipeOptions) -> torch.optim.AdamW:
     """AdamW over the leaves, biases and norms without decay, all tensors in one fused kernel."""
     groups = [
         {"params": visible.decayed, "weight_decay": recipe.weight_decay},
@@ -134,7 +116,7 @@ def make_optimizer(visible: VisibleParameters, recipe: Recipe) -> torch.optim.Ad
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=recipe.lr, fused=True)
 
 
-def _windows(examples: Examples, recipe: Recipe) -> Iterator[list[list[int]]]:
+def _windows(examples: Examples, recipe: RecipeOptions) -> Iterator[list[list[int]]]:
     """The batches of each step, epoch after epoch without end."""
     lengths, epoch = examples.lengths, 0
     while True:
@@ -144,7 +126,9 @@ def _windows(examples: Examples, recipe: Recipe) -> Iterator[list[list[int]]]:
         epoch += 1
 
 
-def _backward(model: Any, examples: Examples, window: list[list[int]], recipe: Recipe, padding: Padding) -> float:
+def _backward(
+    model: Any, examples: Examples, window: list[list[int]], recipe: RecipeOptions, padding: Padding
+) -> float:
     """Add up the gradients of a step's batches; returns the step's mean loss."""
     batches = [collate(examples, rows, padding) for rows in window]
     count = sum(batch.count for batch in batches)

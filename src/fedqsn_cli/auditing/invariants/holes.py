@@ -53,7 +53,7 @@ def _sort_in(proxy: OpenedProxy, report: Report, holes: list[Finding], scales: l
         report.add("FQ002", f"{proxy.scope} holes", "holes were looked into", [f for f in holes if f.rule == "FQ002"])
         report.add("FQ007", proxy.scope, "hidden biases were looked at", [f for f in holes if f.rule == "FQ007"])
     else:
-        why = "holes hold the public base; whether it is that needs --truth, --key and --base"
+        why = "holes hold the public base; whether it is that needs --truth, --key and --public-base"
         report.skip("FQ002", f"{proxy.scope} holes", why)
         report.skip("FQ007", proxy.scope, why)
     report.add("FQ003", proxy.scope, "scales were held against the codes that are shipped with them", scales)

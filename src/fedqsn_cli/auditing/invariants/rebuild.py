@@ -98,7 +98,7 @@ def _missing(inputs: Inputs, proxy: OpenedProxy) -> str | None:
     if inputs.origin is None or inputs.job is None:
         return "needs --truth and --key; without them weights, norms, biases and their scale are taken on trust"
     if proxy.manifest.fill == "base" and inputs.base is None:
-        return "needs --base: its holes are filled with the public base"
+        return "needs --public-base: its holes are filled with the public base"
     return None
 
 

@@ -35,7 +35,7 @@ def check_served(inputs: Inputs, report: Report) -> None:
     if inputs.server is None:
         return
     if inputs.truth is None or inputs.job is None or inputs.base is None:
-        report.skip(RULE, SCOPE, "needs --truth, --key and --base, to look into the holes of the server model")
+        report.skip(RULE, SCOPE, "needs --truth, --key and --public-base, to look into the holes of the server model")
         return
     found: list[Finding] = []
     for task in tensor_tasks(inputs.truth, None, ServerMasks(inputs.job).hidden):

@@ -34,11 +34,12 @@ from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.models.dense import load_dense
 from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
 from fedqsn_cli.models.torch_model import Loaded, choose_device, load_model, memory_errors, quiet
+from fedqsn_cli.options import RecipeOptions
 from fedqsn_cli.progress import Progress, Silent
 from fedqsn_cli.quantization.layout import row_chunks
 from fedqsn_cli.training.batching import Examples
 from fedqsn_cli.training.data import Encoder
-from fedqsn_cli.training.loop import Recipe, train
+from fedqsn_cli.training.loop import train
 from fedqsn_cli.training.scoring import score
 from fedqsn_cli.training.tables import read_table
 
@@ -270,7 +271,7 @@ class _Bench:
         for rate in _RATES:
             loaded = self._load(build())
             loaded.model.to(self.device)
-            recipe = Recipe(epochs=epochs, max_steps=_MOST_STEPS, lr=rate, batch_size=_BATCH)
+            recipe = RecipeOptions(epochs=epochs, max_steps=_MOST_STEPS, lr=rate, batch_size=_BATCH, precision="fp32")
             train(loaded.model, examples, {}, recipe, self._encoder.padding, self.progress)
             results.append(self._score("attacked", loaded))
         return min(results, key=lambda result: result.loss)

@@ -15,22 +15,24 @@ from typing import Any, NoReturn
 
 import typer
 
-from fedqsn_cli import validate
+from fedqsn_cli import COMMANDS, options, validate
 from fedqsn_cli.cli.interrupts import EXIT_INTERRUPTED
 from fedqsn_cli.errors import FedqsnError, InputError
+from fedqsn_cli.options import options_of
 
 EXIT_USAGE = 2
 EXIT_BUG = 70
 
-_ADVICE = {
-    errno.ENOSPC: "free some space or choose another --out",
-    errno.EDQUOT: "free some space or choose another --out",
-    errno.EACCES: "check the permissions",
-    errno.EPERM: "check the permissions",
-    errno.EROFS: "choose another place",
-    errno.EMFILE: "raise the limit with 'ulimit -n'",
+_HINTS = {  # what to do next, and the rest of it for commands that have the option
+    errno.ENOSPC: ("free some space", " or choose another --out"),
+    errno.EDQUOT: ("free some space", " or choose another --out"),
+    errno.EACCES: ("check the permissions", ""),
+    errno.EPERM: ("check the permissions", ""),
+    errno.EROFS: ("choose another path", ""),
+    errno.EMFILE: ("raise the limit with 'ulimit -n'", ""),
+    errno.ENOMEM: ("close other programs", ", or lower --batch-size"),
 }
-_WORDS_FOR_NUMBERS = {
+_NUMBER_PROBLEMS = {
     "int_parsing": "is not a whole number",
     "int_from_float": "is not a whole number",
     "int_parsing_size": "is too large a number",
@@ -38,7 +40,7 @@ _WORDS_FOR_NUMBERS = {
 }
 
 
-def explain(error: BaseException, command: str) -> tuple[str, int]:
+def error_to_exit(error: BaseException, command: str) -> tuple[str, int]:
     """The line to print (without a line feed) and the exit code; `command` is what was run, as in `fedqsn mask`."""
     if isinstance(error, KeyboardInterrupt):
         return "fedqsn: interrupted", EXIT_INTERRUPTED
@@ -47,67 +49,81 @@ def explain(error: BaseException, command: str) -> tuple[str, int]:
     if isinstance(error, typer.TyperException):
         return f"fedqsn: error: {_wrong_use(error, command)}", EXIT_USAGE
     if isinstance(error, OSError):
-        return f"fedqsn: error: {_from_system(error)}", EXIT_USAGE
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's own is no MemoryError
-        return "fedqsn: error: not enough memory; close other programs, or lower --batch-size", EXIT_USAGE
+        return f"fedqsn: error: {_from_system(error, command)}", EXIT_USAGE
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch has its own class
+        return f"fedqsn: error: not enough memory; {_hint(errno.ENOMEM, command)}", EXIT_USAGE
     line = " ".join("".join(traceback.format_exception_only(error)).split())
     return f"fedqsn: internal error: {line} (set FEDQSN_DEBUG=1 for the traceback)", EXIT_BUG
 
 
 def refuse_command(name: str, commands: Sequence[str]) -> NoReturn:
-    """Say that there is no such command, and which one may have been meant. Raises InputError."""
+    """Raise InputError for an unknown or missing command, with the nearest name."""
     near = difflib.get_close_matches(name, commands, n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(commands)}"
     raise InputError(f"no such command '{name}'" if name else "a command is missing", hint=hint)
 
 
-def _from_system(error: OSError) -> str:
+def _from_system(error: OSError, command: str) -> str:
     paths = [str(path) for path in (error.filename, error.filename2) if path not in (None, "")]
     reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
-    advice = _ADVICE.get(error.errno or 0)
-    return ": ".join([*paths, reason]) + (f"; {advice}" if advice else "")
+    hint = _hint(error.errno or 0, command)
+    return ": ".join([*paths, reason]) + (f"; {hint}" if hint else "")
+
+
+def _hint(number: int, command: str) -> str:
+    """What to do about an error of the system; names no option that the command does not have."""
+    first, rest = _HINTS.get(number, ("", ""))
+    _, options_class = COMMANDS.get(command.removeprefix("fedqsn ").strip(), ("", "Options"))
+    known = {declared.flag for declared in options_of(getattr(options, options_class))}
+    return first + rest if set(rest.split()) & known else first
 
 
 def _wrong_use(error: Any, command: str) -> str:
-    """One clause for an error of the option parser, told apart by what it carries (its classes are private)."""
+    """One clause for an error of the option parser, told apart by its attributes (its classes are private)."""
     help_hint = f"see '{command} --help'"
     if hasattr(error, "possibilities"):
-        near = [name for name in error.possibilities or () if name.startswith("--")]
+        former = getattr(error.ctx.command, "former", {})
+        near = [former.get(name, name) for name in error.possibilities or () if name.startswith("--")]
         return f"no such option {error.option_name}; {f'did you mean {near[0]}?' if near else help_hint}"
     if hasattr(error, "option_name"):
-        return f"{error.option_name}: {_about_missing_value(error.message)}; {help_hint}"
+        return f"{error.option_name}: {_value_problem(error.message)}; {help_hint}"
     if hasattr(error, "param_type"):
-        return f"missing {_name(error.param)}; {help_hint}"
+        return f"missing {_name(error.param)}{_or_variable(error.param)}; {help_hint}"
     if getattr(error, "param", None) is not None:
-        return f"{_name(error.param)}: {_bad_value(error)}; {help_hint}"
+        return f"{_name(error.param)}: {_invalid_value(error)}; {help_hint}"
     message = str(error.message).rstrip(".")
     extra = message.removeprefix("Got unexpected extra argument(s) (")
     return f"unexpected argument {extra.removesuffix(')')}; {help_hint}" if extra != message else message
 
 
-def _about_missing_value(message: str) -> str:
+def _value_problem(message: str) -> str:
     return "takes no value" if "not take" in message else "needs a value"
 
 
 def _name(param: Any) -> str:
     """`--key` for an option, the placeholder in capitals for an argument."""
-    return str(max(param.opts, key=len)) if param.param_type_name == "option" else str(param.display_name_raw)
+    return str(param.opts[0] if param.param_type_name == "option" else param.display_name_raw)
 
 
-def _bad_value(error: Any) -> str:
+def _or_variable(param: Any) -> str:
+    """The other way to give it, if there is one."""
+    return f" (or set {param.envvar})" if param.envvar else ""
+
+
+def _invalid_value(error: Any) -> str:
     details: list[Any] = getattr(error.__cause__, "errors", list)()
     first = details[0] if details else {}
     value = first.get("input")
     choices = error.param.type_descriptor.choices
     if choices is not None:
         return _not_a_choice(str(value), [str(choice) for choice in choices])
-    if first.get("type") in _WORDS_FOR_NUMBERS:
-        return f"{value!r} {_WORDS_FOR_NUMBERS[first['type']]}"
+    if first.get("type") in _NUMBER_PROBLEMS:
+        return f"{value!r} {_NUMBER_PROBLEMS[first['type']]}"
     return str(error.message)
 
 
 def _not_a_choice(value: str, choices: list[str]) -> str:
     try:
         return validate.choice(value, choices, "")
-    except InputError as complaint:
-        return str(complaint)
+    except InputError as error:
+        return str(error)

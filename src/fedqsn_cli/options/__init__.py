@@ -1,0 +1,44 @@
+"""Every option of every command, once: name, type, default, help and check. No import of anything heavy.
+
+declare.py   how an option is declared
+groups.py    options that several commands have
+commands.py  the options of each command
+merge.py     those of merge, and which of them go together
+keywords.py  Python functions that take the options as keywords
+"""
+
+from __future__ import annotations
+
+from fedqsn_cli.options.commands import (
+    AuditOptions,
+    EvaluateOptions,
+    ExportOptions,
+    InspectOptions,
+    MaskOptions,
+    QuantizeOptions,
+    TrainOptions,
+)
+from fedqsn_cli.options.declare import REQUIRED, Declared, Option, Options, options_of
+from fedqsn_cli.options.groups import MaskingOptions, QuantizationOptions, RecipeOptions, Schedule, Train
+from fedqsn_cli.options.merge import MergeOptions
+
+__all__ = [
+    "REQUIRED",
+    "AuditOptions",
+    "Declared",
+    "EvaluateOptions",
+    "ExportOptions",
+    "InspectOptions",
+    "MaskOptions",
+    "MaskingOptions",
+    "MergeOptions",
+    "Option",
+    "Options",
+    "QuantizationOptions",
+    "QuantizeOptions",
+    "RecipeOptions",
+    "Schedule",
+    "Train",
+    "TrainOptions",
+    "options_of",
+]

@@ -1,0 +1,258 @@
+"""The options of each command; see `groups` for those that several have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated
+
+from fedqsn_cli import validate
+from fedqsn_cli.errors import InputError
+from fedqsn_cli.options.declare import Option, Options
+from fedqsn_cli.options.groups import (
+    AXIS,
+    CLIENT,
+    COMPUTING,
+    DATA,
+    DOUBLE_QUANT,
+    FORCE,
+    GATE,
+    JOB,
+    KEY,
+    LAYOUT,
+    LEDGER,
+    LIMITS,
+    MASKING,
+    OUT,
+    OUTPUT,
+    OWNER,
+    PLAN,
+    PLAN_FILE,
+    Format,
+    Layout,
+    MaskingOptions,
+    ModelOutputOptions,
+    QuantizationOptions,
+    RecipeOptions,
+    Schedule,
+    Train,
+    UpdateFormat,
+    batch_size_option,
+    block_size_option,
+    device_option,
+    format_option,
+    max_length_option,
+    schedule_option,
+)
+from fedqsn_cli.planning.tensor_plan import Axis
+
+
+def _round(value: int, flag: str) -> int:
+    """The number of a round, as manifests can hold it."""
+    if validate.at_least(0, value, flag) > 2**53:
+        raise InputError(f"{value} is not a round", where=flag, hint="count rounds from 1")
+    return value
+
+
+def _clients(value: Sequence[str], flag: str) -> tuple[str, ...]:
+    """Different client ids, at least one."""
+    clients = tuple(validate.client(name, flag) for name in ([value] if isinstance(value, str) else value))
+    if not clients:
+        raise InputError("no client was named", where=flag)
+    if len(set(clients)) != len(clients):
+        raise InputError("a client is named twice", where=flag)
+    return clients
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskOptions(MaskingOptions, ModelOutputOptions):
+    """`mask`."""
+
+    client: Annotated[
+        str | None, Option("Mask a server model for this client.", CLIENT, metavar="NAME", check=validate.client)
+    ] = None
+    round: Annotated[int | None, Option("Number of the round.", CLIENT, check=_round)] = None
+    p2: Annotated[
+        float | None,
+        Option("Share of the visible neurons to hide from the client.", CLIENT, metavar="RATIO", check=validate.ratio),
+    ] = None
+    schedule: Annotated[Schedule | None, schedule_option(CLIENT)] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for flag, value in (("--round", self.round), ("--p2", self.p2)):
+            if self.client is None and value is not None:
+                raise InputError("only a client mask has one", where=flag, hint="name the --client")
+            needed = flag == "--p2" or self.schedule != "sticky"
+            if self.client is not None and value is None and needed:
+                raise InputError("a client mask needs it", where=flag)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeOptions(ModelOutputOptions):
+    """`quantize`."""
+
+    format: Annotated[Format, format_option()]
+    block_size: Annotated[int, block_size_option()] = 64
+    double_quant: Annotated[bool, DOUBLE_QUANT] = False
+    layout: Annotated[Layout | None, LAYOUT] = None
+    plan_file: Annotated[str | Path | None, PLAN_FILE] = None
+
+
+@dataclass(frozen=True)
+class ExportOptions(QuantizationOptions, MaskingOptions, ModelOutputOptions):
+    """`export_proxy`."""
+
+    FIRST = ("out", "push", "client", "round", "key", "ledger", "p2", "p1", "schedule")
+
+    out: Annotated[
+        str | Path,
+        Option("Folder to write; {client} in it stands for the client's name.", OUTPUT, metavar="DIR"),
+    ]
+    _: KW_ONLY
+    client: Annotated[
+        Sequence[str],
+        Option("Name of a client; give it again for more clients.", JOB, metavar="NAME", check=_clients),
+    ]
+    round: Annotated[int, Option("Number of the round.", JOB, check=_round)]
+    key: Annotated[str | Path, Option("The job's secret; made if there is none.", JOB, env=KEY)]
+    ledger: Annotated[str | Path, Option("Record of all releases, added to.", JOB, env=LEDGER)]
+    p2: Annotated[
+        float,
+        Option(
+            "Share of the visible neurons to hide from each client.", MASKING, metavar="RATIO", check=validate.ratio
+        ),
+    ]
+    schedule: Annotated[Schedule | None, schedule_option(MASKING)] = None
+    train: Annotated[
+        Train | None,
+        Option(
+            "What clients train: visible neurons, or all, those of the public base in the holes too.",
+            MASKING,
+            shown="the preset's, else visible",
+        ),
+    ] = None
+    budget: Annotated[
+        float | None,
+        Option(
+            "Refuse if a client would then have seen more than this share of all parameters.",
+            LIMITS,
+            check=validate.up_to_one,
+        ),
+    ] = None
+    coalition: Annotated[
+        int | None,
+        Option("Refuse if so many clients together would have.", LIMITS, check=validate.at_least_one),
+    ] = None
+    push: Annotated[
+        str | None,
+        Option(
+            "Upload to this private repository when the proxy is complete; may hold {client} too.",
+            OUTPUT,
+            metavar="hf://OWNER/NAME",
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.coalition is not None and self.budget is None:
+            raise InputError("limits nothing without --budget", where="--coalition")
+        for flag, text in (("--out", str(self.out)), ("--push", self.push)):
+            if len(self.client) > 1 and text is not None and "{client}" not in text:
+                raise InputError("several clients need a place each", where=flag, hint='put "{client}" into it')
+
+    @property
+    def targets(self) -> list[Path]:
+        """The folder of each client."""
+        return [Path(str(self.out).replace("{client}", name)) for name in self.client]
+
+
+@dataclass(frozen=True)
+class TrainOptions(RecipeOptions):
+    """`client_train`."""
+
+    FIRST = ("out", "data", "eval_data", "max_length")
+
+    out: Annotated[str | Path, OUT]
+    _: KW_ONLY
+    data: Annotated[str | Path, Option("Training data: JSONL, CSV or Parquet.", DATA)]
+    eval_data: Annotated[str | Path | None, Option("Data to measure the loss on, before and after.", DATA)] = None
+    max_length: Annotated[int, max_length_option(DATA)] = 256
+    update_format: Annotated[UpdateFormat, Option("Number format of the update that is sent back.", OUTPUT)] = "fp32"
+    force: Annotated[bool, FORCE] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions(Options):
+    """`inspect`."""
+
+    show_plan: Annotated[
+        bool,
+        Option("Show, for every tensor, its units and what is done to it.", PLAN, aliases=("--plan",)),
+    ] = False
+    plan_file: Annotated[str | Path | None, Option("Plan with these TOML rules.", PLAN, aliases=("--overrides",))] = (
+        None
+    )
+    public_base: Annotated[
+        str | Path | None,
+        Option(
+            "Show what of this public model would fill each masked tensor (--fill base).",
+            PLAN,
+            metavar="BASE",
+        ),
+    ] = None
+    axis: Annotated[Axis | None, AXIS] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(Options):
+    """`evaluate`."""
+
+    data: Annotated[str | Path, Option("Evaluation data: JSONL, CSV or Parquet.", DATA)]
+    max_length: Annotated[int, max_length_option(DATA)] = 256
+    batch_size: Annotated[int, batch_size_option(COMPUTING)] = 32
+    device: Annotated[str, device_option(COMPUTING)] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditOptions(Options):
+    """`audit`."""
+
+    truth: Annotated[
+        str | Path | None,
+        Option("The global model that they were exported from.", OWNER, metavar="GLOBAL"),
+    ] = None
+    key: Annotated[str | Path | None, Option("The job's secret.", OWNER, env=KEY)] = None
+    ledger: Annotated[str | Path | None, Option("Record of all releases.", OWNER, env=LEDGER)] = None
+    after: Annotated[
+        str | Path | None,
+        Option("The global model after the merge.", OWNER, metavar="NEXT"),
+    ] = None
+    server: Annotated[
+        str | Path | None,
+        Option(
+            "The server model they were exported from, if clients train its holes (--train all).",
+            OWNER,
+            metavar="SERVER",
+        ),
+    ] = None
+    public_base: Annotated[
+        str | Path | None,
+        Option(
+            "The public model that the owner's was fine-tuned from: attackers have it.",
+            DATA,
+            metavar="PUBLIC",
+            aliases=("--base",),
+        ),
+    ] = None
+    eval_data: Annotated[str | Path | None, Option("Examples to measure the recovered function on.", DATA)] = None
+    public_data: Annotated[str | Path | None, Option("Examples that an attacker fine-tunes the proxy with.", DATA)] = (
+        None
+    )
+    policy: Annotated[str | Path | None, Option("Limits, in TOML: what may leak, and what must be checked.", GATE)] = (
+        None
+    )
+    baseline: Annotated[str | Path | None, Option("An earlier audit (JSON): nothing may be worse than then.", GATE)] = (
+        None
+    )

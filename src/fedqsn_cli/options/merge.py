@@ -1,0 +1,169 @@
+"""The options of `merge`, and which of them go together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from fedqsn_cli import validate
+from fedqsn_cli.errors import InputError
+from fedqsn_cli.options.declare import Option
+from fedqsn_cli.options.groups import (
+    JOB,
+    KEY,
+    LEDGER,
+    LIMITS,
+    MERGING,
+    RESTORING,
+    SEARCHING,
+    ModelOutputOptions,
+    batch_size_option,
+    device_option,
+    max_length_option,
+)
+
+Auto = Literal["auto"]
+Normalize = Literal["coverage", "clients"]
+
+
+def _share(value: float, flag: str) -> float:
+    """A number above 0, up to 1."""
+    return validate.up_to_one(validate.more_than_zero(value, flag), flag)
+
+
+def _number_or_auto(word: str, flag: str) -> float | str:
+    try:
+        return word if word == "auto" else float(word)
+    except ValueError:
+        raise InputError(f"{word!r} is neither a number nor auto", where=flag) from None
+
+
+def _rate_or_auto(value: float | str, flag: str) -> float | str:
+    number = _number_or_auto(value, flag) if isinstance(value, str) else value
+    return number if isinstance(number, str) else validate.more_than_zero(number, flag)
+
+
+def _blend_or_auto(value: float | str, flag: str) -> float | str:
+    number = _number_or_auto(value, flag) if isinstance(value, str) else value
+    return number if isinstance(number, str) else validate.up_to_one(number, flag)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions(ModelOutputOptions):
+    """`merge`: of updates, or, with `restore`, of a trained server model and the global one."""
+
+    key: Annotated[str | Path, Option("The job's secret.", JOB, env=KEY)]
+    ledger: Annotated[
+        str | Path | None, Option("Record of all releases; needed to merge updates.", JOB, env=LEDGER)
+    ] = None
+    normalize: Annotated[Normalize, Option("Average a neuron over the clients that saw it, or over all.", MERGING)] = (
+        "coverage"
+    )
+    server_lr: Annotated[
+        float | Auto,
+        Option(
+            "Step size: 1 takes the average as it is; auto looks for the best.",
+            MERGING,
+            metavar="X|auto",
+            check=_rate_or_auto,
+        ),
+    ] = 1.0
+    allow_worse: Annotated[bool, Option("With auto: take the best step even if the model gets worse.", MERGING)] = False
+    control: Annotated[
+        str | Path | None,
+        Option(
+            "An update of your own, trained on your own data; what it did is taken off the clients' updates.",
+            MERGING,
+            metavar="UPDATE",
+        ),
+    ] = None
+    control_weight: Annotated[float, Option("How much of the control is taken off.", MERGING, check=_share)] = 1.0
+    restore: Annotated[
+        str | Path | None,
+        Option(
+            "Put this trained server model's visible neurons into CHECKPOINT.",
+            RESTORING,
+            metavar="SERVER",
+        ),
+    ] = None
+    public_base: Annotated[
+        str | Path | None,
+        Option(
+            "The public model of the job, if clients trained it in the holes (--train all).",
+            RESTORING,
+            metavar="BASE",
+        ),
+    ] = None
+    blend: Annotated[
+        float | Auto,
+        Option(
+            "How far hidden neurons come back: 1 in full, 0 not at all; auto looks for the best.",
+            RESTORING,
+            metavar="X|auto",
+            check=_blend_or_auto,
+        ),
+    ] = 1.0
+    eval_data: Annotated[
+        str | Path | None, Option("Your development data, for auto: JSONL, CSV or Parquet.", SEARCHING)
+    ] = None
+    max_length: Annotated[int, max_length_option(SEARCHING)] = 256
+    batch_size: Annotated[int, batch_size_option(SEARCHING)] = 32
+    device: Annotated[str, device_option(SEARCHING)] = "auto"
+    report: Annotated[str | Path | None, Option("Write a page about what auto tried: one HTML file.", SEARCHING)] = None
+    max_update_norm: Annotated[
+        float,
+        Option(
+            "Refuse an update whose norm is more than this many times the model's.",
+            LIMITS,
+            check=validate.more_than_zero,
+        ),
+    ] = 10.0
+    max_examples: Annotated[
+        int | None, Option("Refuse an update that claims more examples.", LIMITS, check=validate.at_least_one)
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.restore is not None:
+            self._check_restore()
+        else:
+            self._check_merge()
+        self._check_search()
+
+    @property
+    def searches(self) -> bool:
+        """Whether there is a number to look for."""
+        return "auto" in {self.server_lr, self.blend}
+
+    def required_ledger(self) -> Path:
+        """The ledger of the updates. Raises InputError: it was not given."""
+        if self.ledger is None:
+            hint = f"give --ledger, or set {LEDGER}"
+            raise InputError("merging updates needs the ledger of their releases", where="--ledger", hint=hint)
+        return Path(self.ledger)
+
+    def _check_restore(self) -> None:
+        if self.server_lr == "auto":
+            raise InputError("a restore takes no step", where="--server-lr", hint="did you mean --blend auto?")
+        if self.control is not None:
+            raise InputError("a restore takes no updates, nor a control", where="--control", hint="merge them first")
+
+    def _check_merge(self) -> None:
+        self.required_ledger()
+        if self.blend != 1.0:
+            raise InputError("only a restore blends", where="--blend", hint="use it with --restore")
+        if self.public_base is not None:
+            raise InputError("only a restore takes a public base", where="--public-base", hint="use it with --restore")
+        if self.control is None and self.control_weight != 1.0:
+            raise InputError("there is no control update", where="--control-weight", hint="give it with --control")
+
+    def _check_search(self) -> None:
+        option = "--blend auto" if self.restore is not None else "--server-lr auto"
+        if self.searches and self.eval_data is None:
+            raise InputError(f"{option} needs development data", where="--eval-data", hint="give a file of your own")
+        for flag, given in (("--eval-data", self.eval_data), ("--report", self.report)):
+            if given is not None and not self.searches:
+                raise InputError("nothing is looked for", where=flag, hint=f"give it with {option}")
+        if self.allow_worse and self.server_lr != "auto":
+            raise InputError("a given step is taken anyway", where="--allow-worse", hint="use it with --server-lr auto")
