@@ -16,9 +16,9 @@ def write(model: str, key: str, ledger: str, form: str, folder: Path) -> None:
     """Write the update of every release, as folders named after the clients."""
     from fedqsn_cli.artifacts import ledger as ledgers
     from fedqsn_cli.artifacts.manifests import UPDATE_MANIFEST, UPDATE_TENSORS, Losses, UpdateManifest, manifest_bytes
+    from fedqsn_cli.artifacts.update_folder import update_shape
     from fedqsn_cli.masks import job_key
     from fedqsn_cli.masks.job_masks import ClientMasks, ServerMasks
-    from fedqsn_cli.merging.read_update import update_shape
     from fedqsn_cli.models.model import open_model
 
     job = job_key.load(Path(key))
@@ -30,7 +30,9 @@ def write(model: str, key: str, ledger: str, form: str, folder: Path) -> None:
             ServerMasks(job), release.client, release.round, release.p2, release.schedule, release.rescale
         )
         shapes = {
-            tensor.name: update_shape(tensor, masks.visible_count(tensor))
+            tensor.name: update_shape(
+                tensor.shape, tensor.axis, tensor.view, tensor.view[0] * masks.visible_count(tensor)
+            )
             for tensor in sorted(plan.tensors, key=lambda tensor: tensor.name)
         }
         path = target / UPDATE_TENSORS

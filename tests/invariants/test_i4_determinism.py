@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from fedqsn_cli import export_proxy, mask, merge
 from fedqsn_cli.export import pipeline
 from fedqsn_cli.kernels import threads
-from fedqsn_cli.merging import restore, streaming
+from fedqsn_cli.merging import chunks, restore
 from fedqsn_cli.models import residual
 from support.helpers import (
     contents,
@@ -46,7 +46,7 @@ def chunks_of(elements: int) -> Iterator[None]:
         patch.setattr(pipeline, "CHUNK_ELEMENTS", elements)
         patch.setattr(restore, "CHUNK_ELEMENTS", elements)
         patch.setattr(residual, "CHUNK", elements)
-        patch.setattr("fedqsn_cli.merging.streaming.CHUNK_ELEMENTS", elements)
+        patch.setattr(chunks, "CHUNK_ELEMENTS", elements)
         yield
 
 
@@ -67,7 +67,7 @@ def forget_threads() -> None:
 
 def test_i4_the_patches_of_this_file_reach_what_they_patch() -> None:
     with chunks_of(7), threads_of(5):
-        assert streaming.Merger.pieces.__globals__["CHUNK_ELEMENTS"] == pipeline.CHUNK_ELEMENTS == 7
+        assert chunks.MergePass.chunks.__globals__["CHUNK_ELEMENTS"] == pipeline.CHUNK_ELEMENTS == 7
         assert threads.thread_count() == 5
 
 

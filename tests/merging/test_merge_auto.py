@@ -13,7 +13,7 @@ import pytest
 
 from fedqsn_cli import client_train, evaluate, export_proxy, mask, merge
 from fedqsn_cli.errors import DataError, GateFailed, InputError, RefusedUpdate
-from fedqsn_cli.merging.interpolate import Line
+from fedqsn_cli.merging.interpolate import Interpolation
 from fedqsn_cli.merging.results import MergeResult
 from support.helpers import (
     contents,
@@ -146,14 +146,14 @@ def test_a_second_round_starts_from_what_16_bits_could_not_hold(
     """Weight by weight: steps this small vanish in the losses, and in ends that are rounded to 16 bits."""
     job = make_job(tmp_path, "llama", "bfloat16")
     seen: dict[float, dict[str, Any]] = {}
-    measure = Line.measure
+    measure = Interpolation.measure
 
-    def spied(line: Line, at: float) -> Any:
+    def spied(line: Interpolation, at: float) -> Any:
         point = measure(line, at)
         seen[at] = {name: tensor.numpy().copy() for name, tensor in line._model.state_dict().items()}
         return point
 
-    monkeypatch.setattr(Line, "measure", spied)
+    monkeypatch.setattr(Interpolation, "measure", spied)
     job.step(tmp_path / "next")
     update = send(job.release(tmp_path / "next", "cleo", round=2), tmp_path / "tiny", noise(3, 2e-4))
     auto = {"server_lr": "auto", "eval_data": job.data, "allow_worse": True}
@@ -215,7 +215,7 @@ def test_no_update_is_looked_at_before_it_passed_every_check(
     def never(*_: object) -> None:
         raise AssertionError("it was evaluated")
 
-    monkeypatch.setattr(Line, "__init__", never)
+    monkeypatch.setattr(Interpolation, "__init__", never)
     send(bert.root / "ann", tmp_path / "changed", noise(1))
     send(bert.root / "ann", tmp_path / "infinite", lambda _, shape: np.full(shape, np.inf))
     path = tmp_path / "changed/update.safetensors"
@@ -238,7 +238,7 @@ def test_i6_whatever_ends_the_search_leaves_nothing_behind(
     def ends(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(Line, "measure", ends)
+    monkeypatch.setattr(Interpolation, "measure", ends)
     with nothing_written(bert.root), nothing_written(tmp_path):
         with pytest.raises(error):
             bert.step(tmp_path / "new/next", server_lr="auto", eval_data=bert.data, report=tmp_path / "r.html")

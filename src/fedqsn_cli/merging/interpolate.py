@@ -1,4 +1,4 @@
-"""A model on the straight line between two sets of weights, measured wherever somebody asks.
+"""A model on the straight line between two sets of weights, evaluated at any point of it.
 
     W(x) = W(0) + x (W(1) − W(0))        in fp32; a 16-bit model is then rounded as its file would be
 
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.errors import InputError
+from fedqsn_cli.merging.chunks import Weights
 from fedqsn_cli.merging.line_search import Point
-from fedqsn_cli.merging.streaming import End
 from fedqsn_cli.models.dense import from_bytes, rescale_factors
 from fedqsn_cli.models.torch_model import build_model, choose_device, load_model, memory_errors, quiet
 from fedqsn_cli.progress import Progress, Silent
@@ -33,7 +33,7 @@ SHORT = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
-class Development:
+class DevelopmentSet:
     """The owner's development data, and how to compute with it."""
 
     table: Table
@@ -42,12 +42,12 @@ class Development:
     device: torch.device
 
     @classmethod
-    def of(cls, data: str | Path, batch_size: int, max_length: int, device: str) -> Development:
+    def of(cls, data: str | Path, batch_size: int, max_length: int, device: str) -> DevelopmentSet:
         """Read and check everything that needs no model. Raises InputError."""
         return cls(read_table(data), batch_size, max_length, choose_device(device))
 
 
-class _Move(NamedTuple):
+class _MovingTensor(NamedTuple):
     """A tensor of the model that differs between the ends: where it goes, and both ends on the CPU."""
 
     target: Tensor
@@ -55,7 +55,7 @@ class _Move(NamedTuple):
     end: Tensor
 
 
-class Line:
+class Interpolation:
     """The model between two ends, in memory once as a whole and twice more where the ends differ.
 
     Args:
@@ -67,9 +67,9 @@ class Line:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, start: End, end: End, development: Development, progress: Progress
+        self, checkpoint: Checkpoint, start: Weights, end: Weights, development: DevelopmentSet, progress: Progress
     ) -> None:
-        kinds = {spec.dtype for spec in start[0].specs.values() if spec.dtype in {"F32", *SHORT}}
+        kinds = {spec.dtype for spec in start.stored.specs.values() if spec.dtype in {"F32", *SHORT}}
         self._stored = SHORT.get(kinds.pop()) if len(kinds) == 1 else None
         self._development = development
         with quiet(), memory_errors():
@@ -82,7 +82,7 @@ class Line:
             pairs = {name: (tensor.clone(), ends) for name, (tensor, ends) in _differing(starts, _floats(far)).items()}
             self._model = loaded.model.to(development.device)
             targets = _floats(self._model)
-            self._moves = [_Move(targets[name], *pair) for name, pair in pairs.items()]
+            self._moves = [_MovingTensor(targets[name], *pair) for name, pair in pairs.items()]
 
     @property
     def examples(self) -> int:
@@ -96,18 +96,18 @@ class Line:
                 move.target.copy_(self._point(move, at))
         with quiet(), memory_errors():
             try:
-                found = score(
+                evaluation = score(
                     self._model,
                     self._examples,
                     batch_size=self._development.batch_size,
                     padding=self._encoder.padding,
                     progress=Silent(),
                 )
-            except InputError:  # its answers are not numbers: worse than anything that is measured
+            except InputError:  # its outputs are not numbers: worse than any loss
                 return Point(at, math.inf, None, None)
-        return Point(at, found.loss, found.accuracy, found.perplexity)
+        return Point(at, evaluation.loss, evaluation.accuracy, evaluation.perplexity)
 
-    def _point(self, move: _Move, at: float) -> Tensor:
+    def _point(self, move: _MovingTensor, at: float) -> Tensor:
         """One tensor at W(at); the ends are exact, and at 0 the other end may even be infinite."""
         value = {0.0: move.start, 1.0: move.end}.get(at)
         if value is None:
@@ -115,16 +115,15 @@ class Line:
         return value if self._stored is None else value.to(self._stored).float()
 
 
-def _dense(end: End, factors: Mapping[str, np.float32]) -> dict[str, Tensor]:
-    """The tensors of an end as a model computes with them: fp32, with their residual, scaled."""
+def _dense(weights: Weights, factors: Mapping[str, np.float32]) -> dict[str, Tensor]:
+    """The tensors as a model computes with them: fp32, with their residual, scaled. Empties `weights`."""
     dense = {}
-    weights, residual = end
-    for name, spec in weights.specs.items():
-        tensor = from_bytes(weights.bytes.pop(name), spec.dtype, spec.shape)
+    for name, spec in weights.stored.specs.items():
+        tensor = from_bytes(weights.stored.bytes.pop(name), spec.dtype, spec.shape)
         if tensor.is_floating_point():
             tensor = tensor.float()
-            if name in residual.bytes:
-                tensor += from_bytes(residual.bytes.pop(name), "BF16", spec.shape).float()
+            if name in weights.residual.bytes:
+                tensor += from_bytes(weights.residual.bytes.pop(name), "BF16", spec.shape).float()
             if name in factors:
                 tensor *= float(factors[name])
         dense[name] = tensor
@@ -141,4 +140,4 @@ def _floats(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def _differing(starts: Mapping[str, Tensor], ends: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    return {name: (one, ends[name]) for name, one in starts.items() if not torch.equal(one, ends[name])}
+    return {name: (start, ends[name]) for name, start in starts.items() if not torch.equal(start, ends[name])}

@@ -1,17 +1,13 @@
 """Reading an update without trusting it: checked against its proxy's ledger line, the plan and its own digest.
 
-An update holds U = T − P (trained minus proxy) on the units that the client saw, one tensor for each float tensor:
-
-    axis      stored shape of U
-    row       [lead, visible, ...rest], lead only for expert stacks
-    column    [lead, rows, visible]
-    element   [visible]
-    none      the tensor's own shape; so it is for every tensor where clients train the fill, too
+A `ClientUpdate` is what is known before any value is read; an `UpdateReader` reads the values once, checks that they
+are finite, and computes the digest of the file and the norm of the client's step on the way.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -22,31 +18,36 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedqsn_cli.artifacts import ledger as ledgers
 from fedqsn_cli.artifacts.ledger import Release
 from fedqsn_cli.artifacts.manifests import UPDATE_MANIFEST, UPDATE_TENSORS, UpdateManifest, read_manifest
+from fedqsn_cli.artifacts.update_folder import UPDATE_DTYPES, update_shape
 from fedqsn_cli.checkpoint import read_header
 from fedqsn_cli.checkpoint.header import FileIdentity, TensorEntry
 from fedqsn_cli.checkpoint.reader import DESCRIPTORS, ColdFile
 from fedqsn_cli.errors import RefusedUpdate
-from fedqsn_cli.kernels.hash_threads import HashQueue, HashThreads
+from fedqsn_cli.kernels.hash_threads import HashQueue
+from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.masks.job_masks import ClientMasks, ServerMasks
 from fedqsn_cli.masks.unit_mask import Axis, UnitMask
-from fedqsn_cli.planning.plan import Plan
+from fedqsn_cli.models.model import OpenModel
+from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.planning.tensor_plan import FLOAT_DTYPES, TensorPlan
 
 Array = NDArray[Any]
-DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 BITS: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.uint16, "BF16": np.uint16}
 HASH_PIECE = 1 << 22
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class ClientUpdate:
     """One update that passed all checks of names, shapes and origin; its values are checked as they are read.
 
     Args:
+        masks: of its client in its round.
+        identity: of update.safetensors, so that another file in its place is noticed.
         starts: absolute offset of each float tensor in the file, in the order of their names.
-        squares: sum of squares of the client's Δ so far.
+        dtype: in which U is stored, F32, F16 or BF16.
     """
 
     folder: Path
@@ -54,10 +55,8 @@ class ClientUpdate:
     release: Release
     masks: ClientMasks
     identity: FileIdentity
-    starts: dict[str, int]
+    starts: Mapping[str, int]
     dtype: str
-    hash: FileHash
-    squares: float = 0.0
 
     @property
     def client(self) -> str:
@@ -65,34 +64,68 @@ class ClientUpdate:
         return self.release.client
 
     @property
+    def examples(self) -> int:
+        """n_k: the number of examples that it was trained on."""
+        return self.manifest.num_examples
+
+    @property
     def moves_fill(self) -> bool:
-        """Did the client train what stands in the holes, too?"""
+        """Whether the client trained the fill of hidden units, too."""
         return self.release.train == "all"
 
     def axis(self, tensor: TensorPlan) -> Axis | None:
-        """Along what the units of U lie; None where U holds all elements."""
+        """The axis along which U has units; None where U holds all elements."""
         return None if self.moves_fill else tensor.axis
 
-    def visible(self, tensor: TensorPlan) -> UnitMask | None:
-        """Which units of a tensor U holds; None for all."""
-        return None if self.moves_fill else self.masks.visible(tensor)
+    def scale(self, tensor: TensorPlan) -> float:
+        """s_k: U divided by it is Δ_k, the step in the model's own coordinates."""
+        return float(self.masks.factor(tensor))
 
-    def coefficient(self, tensor: TensorPlan) -> float:
-        """n_k / s_k: what U is multiplied by before the sum is divided by the number of examples."""
-        return self.manifest.num_examples / float(self.masks.factor(tensor))
 
-    def read(self, name: str, first: int, count: int) -> Array:
-        """`count` elements of U from element `first` on, as stored bits [count]; from any thread.
+class UpdateReader:
+    """Reads the values of one update once, in the order in which a pass goes through the model.
+
+    Args:
+        update: checked by `open_updates`.
+        queue: where the digest of the file is computed.
+    """
+
+    def __init__(self, update: ClientUpdate, queue: HashQueue) -> None:
+        self.update = update
+        self._hash = FileHash(update.folder / UPDATE_TENSORS, update.identity, queue)
+        self._visible: tuple[str, UnitMask | None] = ("", None)
+        self.squares = 0.0
+        """Sum of squares of Δ_k over everything that was measured so far."""
+
+    def locate(self, task: TensorTask, first: int, rows: int) -> Rows:
+        """Which elements of U belong to rows `first` .. `first + rows` of a tensor."""
+        if self._visible[0] != task.name:  # one mask at a time: it may be as large as the tensor
+            mask = None if self.update.moves_fill else self.update.masks.visible(task.plan)
+            self._visible = (task.name, mask)
+        visible, cols = self._visible[1], task.layout.view[2]
+        if visible is None:
+            return Rows(first * cols, rows * cols, np.empty(0, np.int64))
+        return rows_of(visible, first, rows)
+
+    def read(self, name: str, rows: Rows) -> Array:
+        """Elements of U as stored bits [rows.count]; from any thread.
 
         Raises:
             FormatError: the file got shorter or changed.
         """
-        dtype = np.dtype(BITS[self.dtype])
-        return self.hash.read(self.starts[name] + first * dtype.itemsize, count * dtype.itemsize).view(dtype)
+        dtype = np.dtype(BITS[self.update.dtype])
+        start = self.update.starts[name] + rows.first * dtype.itemsize
+        return self._hash.read(start, rows.count * dtype.itemsize).view(dtype)
 
-    def hashed(self, name: str, first: int, values: Array) -> None:
-        """Hash what `read` gave, piece by piece in the order in which the model goes by."""
-        self.hash.take(self.starts[name] + first * values.itemsize, values.view(np.uint8))
+    def hash(self, name: str, rows: Rows, values: Array) -> None:
+        """Hash what `read` returned; call it in the order of the pass."""
+        self._hash.take(self.update.starts[name] + rows.first * values.itemsize, values.view(np.uint8))
+
+    def measure(self, tensor: TensorPlan, squares: float) -> None:
+        """Add the sum of squares of a piece of U. Raises RefusedUpdate for NaN and infinity."""
+        if not math.isfinite(squares):
+            raise RefusedUpdate("holds NaN or infinity", where=f"{self.update.folder}: {tensor.name}")
+        self.squares += squares / self.update.scale(tensor) ** 2
 
     def finish(self) -> None:
         """Check the digest of the whole file.
@@ -100,16 +133,15 @@ class ClientUpdate:
         Raises:
             RefusedUpdate: it is not the file that update.json describes.
         """
-        if self.hash.hexdigest() != self.manifest.files[UPDATE_TENSORS]:
-            raise RefusedUpdate(
-                "its sha256 is not the one in update.json", where=self.folder / UPDATE_TENSORS, hint="send it again"
-            )
+        if self._hash.hexdigest() != self.update.manifest.files[UPDATE_TENSORS]:
+            where = self.update.folder / UPDATE_TENSORS
+            raise RefusedUpdate("its sha256 is not the one in update.json", where=where, hint="send it again")
 
 
 class FileHash:
     """Reads pieces of a file and computes the SHA-256 of all of it on the way, in a background thread.
 
-    Pieces that are taken in file order are hashed as they were read; what lies between them is read for the hash alone.
+    Pieces that are taken in file order are hashed as they were read; what is between them is read for the hash alone.
     """
 
     def __init__(self, path: Path, identity: FileIdentity, queue: HashQueue) -> None:
@@ -148,9 +180,9 @@ class FileHash:
         Raises:
             RefusedUpdate: the file got shorter. FormatError: it is another one now.
         """
-        found = self._cold.read(start, count)
-        if found is not None:
-            return found
+        data = self._cold.read(start, count)
+        if data is not None:
+            return data
         out = np.empty(count, np.uint8)
         with DESCRIPTORS.borrow(self._path, self._identity) as descriptor:
             done = 0
@@ -162,74 +194,98 @@ class FileHash:
         return out
 
 
-def open_updates(
-    folders: Sequence[Path],
-    *,
-    masks: ServerMasks,
-    plan: Plan,
-    releases: Mapping[str, Release],
-    ledger: Path,
-    max_examples: int | None,
-    hashing: HashThreads,
-) -> list[ClientUpdate]:
-    """Open all updates of a round, in the order of client ids, so that the order of arguments changes nothing.
+class UpdateVerifier:
+    """Accepts updates of one job, released by its ledger, for one model.
 
-    Raises:
-        RefusedUpdate: one is foreign, stale, doubled or malformed, or they are of different models.
+    Args:
+        job: the job's key. model: what the updates are merged into. ledger: the record of all releases.
     """
-    opened = [_open(folder, masks, plan, releases, ledger, max_examples, hashing) for folder in folders]
-    opened.sort(key=lambda update: update.client)
-    for before, after in zip(opened, opened[1:], strict=False):
-        if before.client == after.client:
-            raise RefusedUpdate(f"client {after.client!r} sent more than one update", where=after.folder)
-    for update in opened:
-        if update.release.model_digest != opened[0].release.model_digest:
+
+    def __init__(self, job: JobKey, model: OpenModel, ledger: Path) -> None:
+        self.masks = ServerMasks(job)
+        self._model = model
+        self._ledger = ledger
+        self._releases = {release.proxy_id: release for release in ledgers.read(ledger)}
+
+    def updates(self, folders: Sequence[str | Path], max_examples: int | None) -> list[ClientUpdate]:
+        """Open all updates of a round, in the order of client ids: the order of arguments changes nothing.
+
+        Raises:
+            RefusedUpdate: one is foreign, stale, duplicate or malformed, or they are of different models.
+        """
+        updates = sorted((self._open(Path(folder), max_examples) for folder in folders), key=lambda item: item.client)
+        for before, after in zip(updates, updates[1:], strict=False):
+            if before.client == after.client:
+                raise RefusedUpdate(f"client {after.client!r} sent more than one update", where=after.folder)
+        for update in updates:
+            if update.release.model_digest != updates[0].release.model_digest:
+                raise RefusedUpdate(
+                    f"it was trained on another model than the update in {updates[0].folder}",
+                    where=update.folder,
+                    hint="merge the updates of one round only",
+                )
+        for update in updates:
+            if update.moves_fill and self._model.kind != "server-model":
+                raise RefusedUpdate(
+                    "its client trained the public base in the holes, too, and a global model has no holes",
+                    where=update.folder,
+                    hint="merge it into the server model; a --restore puts all together",
+                )
+        return updates
+
+    def control(self, folder: str | Path, others: Sequence[ClientUpdate]) -> ClientUpdate:
+        """Open the control update: verified like any other, of a client whose update is not merged.
+
+        Raises:
+            RefusedUpdate: it is refused like any other, is of a client that sent an update, or of another model.
+        """
+        (control,) = self.updates([folder], None)
+        for other in others:
+            if other.client == control.client:
+                raise RefusedUpdate(
+                    f"client {control.client!r} sent an update too", where=folder, hint="a control is not merged"
+                )
+        if control.release.model_digest != others[0].release.model_digest:
             raise RefusedUpdate(
-                f"it was trained on another model than the update in {opened[0].folder}",
-                where=update.folder,
-                hint="merge the updates of one round only",
+                f"the control was trained on another model than the update in {others[0].folder}",
+                where=folder,
+                hint="train it on a proxy of the same round",
             )
-    return opened
+        return control
+
+    def _open(self, folder: Path, max_examples: int | None) -> ClientUpdate:
+        manifest = read_manifest(folder, UpdateManifest)
+        release = self._releases.get(manifest.proxy_id)
+        if release is None:
+            raise RefusedUpdate(f"its proxy {manifest.proxy_id[:12]} is not in the ledger {self._ledger}", where=folder)
+        if release.proxy_sha256 != manifest.proxy_sha256:
+            raise RefusedUpdate("it was trained on another proxy.json than the one released", where=folder)
+        if release.job != self.masks.job.commitment or release.plan != self._model.plan.digest:
+            raise RefusedUpdate("it belongs to another job or plan", where=folder, hint="check --key")
+        if manifest.files.keys() != {UPDATE_TENSORS}:
+            raise RefusedUpdate(f"it must list exactly {UPDATE_TENSORS}", where=folder / UPDATE_MANIFEST)
+        if max_examples is not None and manifest.num_examples > max_examples:
+            raise RefusedUpdate(
+                f"it claims {manifest.num_examples} examples, more than --max-examples {max_examples}", where=folder
+            )
+        client = ClientMasks(self.masks, release.client, release.round, release.p2, release.schedule, release.rescale)
+        header = read_header(folder / UPDATE_TENSORS)
+        dtype = UPDATE_DTYPES[manifest.precision]
+        starts = {}
+        for tensor in self._model.plan.tensors:
+            if tensor.dtype in FLOAT_DTYPES:
+                shape = _expected_shape(tensor, client, release)
+                starts[tensor.name] = _checked(header.entries.pop(tensor.name, None), tensor, shape, dtype, folder)
+        if header.entries:
+            raise RefusedUpdate("the model has no such tensor", where=f"{folder}: {next(iter(header.entries))}")
+        return ClientUpdate(folder, manifest, release, client, header.identity, starts, dtype)
 
 
-def _open(
-    folder: Path,
-    masks: ServerMasks,
-    plan: Plan,
-    releases: Mapping[str, Release],
-    ledger: Path,
-    max_examples: int | None,
-    hashing: HashThreads,
-) -> ClientUpdate:
-    manifest = read_manifest(folder, UpdateManifest)
-    release = releases.get(manifest.proxy_id)
-    if release is None:
-        raise RefusedUpdate(f"its proxy {manifest.proxy_id[:12]} is not in the ledger {ledger}", where=folder)
-    if release.proxy_sha256 != manifest.proxy_sha256:
-        raise RefusedUpdate("it was trained on another proxy.json than the one released", where=folder)
-    if release.job != masks.job.commitment or release.plan != plan.digest:
-        raise RefusedUpdate("it belongs to another job or plan", where=folder, hint="check --key")
-    if manifest.files.keys() != {UPDATE_TENSORS}:
-        raise RefusedUpdate(f"it must list exactly {UPDATE_TENSORS}", where=folder / UPDATE_MANIFEST)
-    if max_examples is not None and manifest.num_examples > max_examples:
-        raise RefusedUpdate(
-            f"it claims {manifest.num_examples} examples, more than --max-examples {max_examples}", where=folder
-        )
-    client = ClientMasks(masks, release.client, release.round, release.p2, release.schedule, release.rescale)
-    header = read_header(folder / UPDATE_TENSORS)
-    dtype = DTYPES[manifest.precision]
-    starts = {}
-    for tensor in plan.tensors:
-        if tensor.dtype in FLOAT_DTYPES:
-            shape = tensor.shape
-            if release.train is None:
-                shape = update_shape(tensor, client.visible_count(tensor))
-            starts[tensor.name] = _checked(header.entries.pop(tensor.name, None), tensor, shape, dtype, folder)
-    if header.entries:
-        raise RefusedUpdate("the model has no such tensor", where=f"{folder}: {next(iter(header.entries))}")
-    path = folder / UPDATE_TENSORS
-    hasher = FileHash(path, header.identity, hashing.queue())
-    return ClientUpdate(folder, manifest, release, client, header.identity, starts, dtype, hasher)
+def _expected_shape(tensor: TensorPlan, client: ClientMasks, release: Release) -> tuple[int, ...]:
+    """The shape of U that the release calls for."""
+    if release.train is not None:
+        return tensor.shape
+    return update_shape(tensor.shape, tensor.axis, tensor.view, tensor.view[0] * client.visible_count(tensor))
 
 
 def _checked(entry: TensorEntry | None, tensor: TensorPlan, shape: tuple[int, ...], dtype: str, folder: Path) -> int:
@@ -240,19 +296,6 @@ def _checked(entry: TensorEntry | None, tensor: TensorPlan, shape: tuple[int, ..
     if entry.dtype != dtype or entry.shape != shape:
         raise RefusedUpdate(f"expected {dtype} {list(shape)}, found {entry.dtype} {list(entry.shape)}", where=where)
     return entry.start
-
-
-def update_shape(tensor: TensorPlan, visible: int) -> tuple[int, ...]:
-    """Shape of U for a tensor of which `visible` units are seen (table above)."""
-    lead, rows, cols = tensor.view
-    if tensor.axis is None:
-        return tensor.shape
-    if tensor.axis == "element":
-        return (lead * visible,)
-    head = (lead,) if len(tensor.shape) == 3 or (tensor.role == "bias" and len(tensor.shape) == 2) else ()
-    if tensor.role == "bias":
-        return (*head, visible)
-    return (*head, visible, cols) if tensor.axis == "row" else (*head, rows, visible)
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +314,7 @@ class Rows:
 
 
 def rows_of(visible: UnitMask, first: int, rows: int) -> Rows:
-    """Where rows `first` .. `first + rows` of a tensor lie in U."""
+    """Which elements of U belong to rows `first` .. `first + rows` of a tensor."""
     cols = visible.view[2]
     begin, end = visible.count_before(np.array([first * cols, (first + rows) * cols], dtype=np.int64))
     index = np.flatnonzero(visible.flags_of_rows(first, rows).reshape(-1))

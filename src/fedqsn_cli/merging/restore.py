@@ -4,8 +4,8 @@
 λ < 1    hidden units R + λ (W_h − R), R = 0 or the public base; visible units times s + λ (1 − s)
 λ = 0    the trained server model itself, its scale folded in
 
-Where clients trained the fill, too, R' stands in the holes, and hidden units become R' + λ (W_h − R): what was learnt
-there, R' − R, is added to the hidden weights as it is to visible ones (task arithmetic, arXiv 2212.04089).
+Where clients trained the fill, too, the server model holds R' for hidden units, and they become R' + λ (W_h − R): what
+was learnt there, R' − R, is added to the hidden weights as it is to visible ones (task arithmetic, arXiv 2212.04089).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from fedqsn_cli.export.server_model import copy_companions
 from fedqsn_cli.kernels.hash_threads import HashThreads
 from fedqsn_cli.masks.draw import rescale_factor
 from fedqsn_cli.masks.job_masks import ServerMasks
-from fedqsn_cli.merging.accumulate import mix, moved
+from fedqsn_cli.merging.arithmetic import mix, moved
+from fedqsn_cli.merging.chunks import InMemorySink, Sink, Weights
 from fedqsn_cli.merging.job_model import merged_manifest, open_job_model
 from fedqsn_cli.merging.line_search import Search, best_blend
 from fedqsn_cli.merging.results import MergeResult
-from fedqsn_cli.merging.streaming import Held, Sink
 from fedqsn_cli.models.digest import ModelHash
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.public_base import PublicBase, open_base
@@ -42,7 +42,7 @@ from fedqsn_cli.progress import Progress
 from fedqsn_cli.quantization.layout import row_chunks
 
 if TYPE_CHECKING:
-    from fedqsn_cli.merging.interpolate import Development
+    from fedqsn_cli.merging.interpolate import DevelopmentSet
 
 Array = NDArray[Any]
 
@@ -51,7 +51,7 @@ def restore_model(
     source: str | Path,
     trained: str | Path,
     options: MergeOptions,
-    development: Development | None,
+    development: DevelopmentSet | None,
     *,
     progress: Progress,
 ) -> MergeResult:
@@ -77,20 +77,20 @@ def restore_model(
     masks = ServerMasks(job)
     tasks = tensor_tasks(whole, None, masks.hidden)
     base = _base(tasks, whole, server, str(public_base) if public_base is not None else None)
-    ends = _Ends(whole, server, base)
+    inputs = RestoreInputs(whole, server, base)
     with ArtifactWriter(Path(out), force=options.force, hashed=False) as writer:
-        search = _search(tasks, ends, development, progress) if blend == "auto" else None
+        search = _search(tasks, inputs, development, progress) if development is not None else None
         chosen = search.chosen if search else float(blend)
         specs = tensor_specs(tasks, None)
         sink = writer.tensors(
             "model", specs, max_shard_bytes=options.max_shard_bytes, metadata=whole.checkpoint.metadata
         )
         keeps = chosen == 1 and base is None and any(Residual(model).exists for model in (whole, server))
-        rest = residual_sink(writer, whole.plan.tensors, None) if keeps else None
-        _stream(tasks, ends, chosen, sink, rest, progress)
+        residual = residual_sink(writer, whole.plan.tensors, None) if keeps else None
+        _restore_into(sink, residual, tasks, inputs, chosen, progress)
         sink.close()
-        if rest is not None:
-            rest.close()
+        if residual is not None:
+            residual.close()
         copy_companions(whole, writer)
         writer.add_bytes(MODEL_MANIFEST, manifest_bytes(merged_manifest(whole, job, None, "global-model")))
         path = writer.publish()
@@ -98,8 +98,8 @@ def restore_model(
 
 
 @dataclass(frozen=True, slots=True)
-class _Ends:
-    """What is put together: the global model, the trained server model, and R where R' stands in its holes."""
+class RestoreInputs:
+    """What is put together: the global model, the trained server model, and R where clients trained it to R'."""
 
     whole: OpenModel
     server: OpenModel
@@ -129,7 +129,7 @@ def _base(tasks: Sequence[TensorTask], whole: OpenModel, server: OpenModel, refe
 
 
 def _digest(tasks: Sequence[TensorTask], base: PublicBase) -> str:
-    """The digest of a public base as a pass over a model takes it: over what stands in for masked tensors."""
+    """The digest of a public base as a pass over a model computes it: over the values for masked tensors."""
     with HashThreads() as hashing:
         hasher = ModelHash(hashing.queue())
         for task in tasks:
@@ -139,33 +139,39 @@ def _digest(tasks: Sequence[TensorTask], base: PublicBase) -> str:
         return hasher.hexdigest(tasks)
 
 
-def _search(tasks: Sequence[TensorTask], ends: _Ends, development: Development | None, progress: Progress) -> Search:
-    """λ with the lowest loss; the restored model is exactly linear in λ, so both ends tell everything."""
-    from fedqsn_cli.merging.interpolate import Line
+def _search(
+    tasks: Sequence[TensorTask], inputs: RestoreInputs, development: DevelopmentSet, progress: Progress
+) -> Search:
+    """λ with the lowest loss; the restored model is exactly linear in λ, so its two ends determine all of it."""
+    from fedqsn_cli.merging.interpolate import Interpolation
 
-    assert development is not None
-    both = []
+    ends = []
     for blend in (0.0, 1.0):
-        held = Held(tensor_specs(tasks, None))
-        _stream(tasks, ends, blend, held, None, progress)
-        both.append((held, Held([])))
-    line = Line(ends.whole.checkpoint, both[0], both[1], development, progress)
+        end = Weights(InMemorySink(tensor_specs(tasks, None)), InMemorySink([]))
+        _restore_into(end.stored, None, tasks, inputs, blend, progress)
+        ends.append(end)
+    line = Interpolation(inputs.whole.checkpoint, ends[0], ends[1], development, progress)
     return best_blend(line.measure, line.examples, progress)
 
 
-def _stream(
-    tasks: Sequence[TensorTask], ends: _Ends, blend: float, sink: Sink, rest: Sink | None, progress: Progress
+def _restore_into(
+    sink: Sink,
+    residual: Sink | None,
+    tasks: Sequence[TensorTask],
+    inputs: RestoreInputs,
+    blend: float,
+    progress: Progress,
 ) -> None:
-    """Send the restored model into sinks for weights and residual, chunk by chunk."""
-    residuals = Residual(ends.whole), Residual(ends.server)
-    progress.start("restoring", ends.whole.checkpoint.total_bytes, "bytes")
+    """Write the restored model into sinks for weights and residual, chunk by chunk."""
+    residuals = Residual(inputs.whole), Residual(inputs.server)
+    progress.start("restoring", inputs.whole.checkpoint.total_bytes, "bytes")
     for task in tasks:
         for first, rows in row_chunks(task.layout, 1, CHUNK_ELEMENTS):
-            values = _rows(task, first, rows, ends, blend)
+            values = _rows(task, first, rows, inputs, blend)
             offset = first * task.layout.view[2]
             sink.write(task.name, offset * values.itemsize, values)
-            if rest is not None and task.tensor.dtype in {"F16", "BF16"}:
-                rest.write(task.name, offset * 2, _residual_rows(task, first, rows, *residuals))
+            if residual is not None and task.tensor.dtype in {"F16", "BF16"}:
+                residual.write(task.name, offset * 2, _residual_rows(task, first, rows, *residuals))
             progress.advance(values.nbytes)
     progress.finish()
 
@@ -179,16 +185,16 @@ def _check_same_shapes(whole: OpenModel, server: OpenModel, trained: str) -> Non
         raise InputError("the two models do not have the same tensors", where=trained)
 
 
-def _rows(task: TensorTask, first: int, rows: int, ends: _Ends, blend: float) -> Array:
+def _rows(task: TensorTask, first: int, rows: int, inputs: RestoreInputs, blend: float) -> Array:
     """Rows of the restored tensor, as stored bits."""
-    server, dtype = ends.server, task.tensor.dtype
+    server, dtype = inputs.server, task.tensor.dtype
     values = server.read_rows(task.name, task.layout, first, rows)
     if task.hidden is None:
         return values
-    full = ends.whole.read_rows(task.name, task.layout, first, rows)
-    if ends.base is not None:
+    full = inputs.whole.read_rows(task.name, task.layout, first, rows)
+    if inputs.base is not None:
         if blend > 0:
-            base = ends.base.read_rows(task.name, task.layout, first, rows)
+            base = inputs.base.read_rows(task.name, task.layout, first, rows)
             task.hidden.overwrite(values, first, moved(values, blend, full, base, dtype))
         return values
     if blend < 1:

@@ -1,8 +1,7 @@
 """The update that goes back: U = T − P on visible units, tensor by tensor, and its manifest.
 
-T   the trained proxy, P the proxy as it came, both dense fp32 in the checkpoint's own names and shapes
-U   the shape of the tensor, with the number of visible units in the place of the number of units; (visible,) where
-    single elements are units
+T   the trained proxy, P the proxy as it was received, both dense fp32 in the checkpoint's own names and shapes
+U   of the shape that `artifacts/update_folder.py` defines
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedqsn_cli.artifacts.manifests import UPDATE_MANIFEST, UPDATE_TENSORS, UpdateManifest, manifest_bytes
+from fedqsn_cli.artifacts.update_folder import UPDATE_DTYPES, update_shape
 from fedqsn_cli.checkpoint import ArtifactWriter, TensorSpec
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.masks.unit_mask import UnitMask
@@ -24,30 +24,31 @@ from fedqsn_cli.models.torch_model import stored_tensors
 
 UpdateFormat = Literal["fp32", "bf16", "fp16"]
 
-_DTYPES: dict[str, tuple[str, torch.dtype]] = {
-    "fp32": ("F32", torch.float32),
-    "bf16": ("BF16", torch.bfloat16),
-    "fp16": ("F16", torch.float16),
-}
+_TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _STEM = UPDATE_TENSORS.removesuffix(".safetensors")
 
 
 def write_tensors(
-    writer: ArtifactWriter, model: Any, dense: Mapping[str, Tensor], visible: Mapping[str, UnitMask], form: UpdateFormat
+    writer: ArtifactWriter,
+    model: Any,
+    dense: Mapping[str, Tensor],
+    visible: Mapping[str, UnitMask],
+    update_format: UpdateFormat,
 ) -> None:
     """Write update.safetensors.
 
     Args:
         model: the trained model, T.
-        dense: the proxy's tensors as they came, P.
+        dense: the proxy's tensors as they were received, P.
         visible: visible units of masked tensors.
-        form: precision of the update.
+        update_format: precision of the update.
 
     Raises:
         InputError: a value is not finite in that precision.
     """
-    tag, dtype = _DTYPES[form]
-    specs = [TensorSpec(name, tag, update_shape(dense[name], visible.get(name))) for name in _floats(dense)]
+    stored_dtype = UPDATE_DTYPES[update_format]
+    dtype = _TORCH_DTYPES[stored_dtype]
+    specs = [TensorSpec(name, stored_dtype, _shape(dense[name], visible.get(name))) for name in _floats(dense)]
     sink = writer.tensors(_STEM, specs, max_shard_bytes=None, metadata={"format": "pt"})
     trained = stored_tensors(model, _floats(dense))
     for name in _floats(dense):
@@ -61,19 +62,12 @@ def write_manifest(writer: ArtifactWriter, **facts: Any) -> None:
     writer.add_bytes(UPDATE_MANIFEST, manifest_bytes(UpdateManifest(**facts, files=files)))
 
 
-def update_shape(tensor: Tensor, mask: UnitMask | None) -> tuple[int, ...]:
-    """Shape of a tensor in the update."""
+def _shape(tensor: Tensor, mask: UnitMask | None) -> tuple[int, ...]:
+    """Shape of a tensor's U; `mask` has the visible units."""
     shape = tuple(tensor.shape)
     if mask is None:
         return shape
-    lead, rows, cols = mask.view
-    visible = int(mask.flags.sum()) // (1 if mask.axis == "element" else lead)
-    if mask.axis == "element" or len(shape) == 1:
-        return (visible,)
-    matrix = (visible, cols) if mask.axis == "row" else (rows, visible)
-    if shape == (rows, cols):
-        return matrix
-    return (lead, visible) if len(shape) == 2 else (lead, *matrix)  # a bias of each slice, or a stack of matrices
+    return update_shape(shape, mask.axis, mask.view, int(mask.flags.sum()))
 
 
 def _floats(dense: Mapping[str, Tensor]) -> list[str]:
@@ -84,17 +78,17 @@ def _floats(dense: Mapping[str, Tensor]) -> list[str]:
 def _difference(trained: Tensor | None, before: Tensor, mask: UnitMask | None) -> Tensor:
     """U of one tensor in fp32; zeros for a buffer that the architecture has no use for."""
     if trained is None:
-        return torch.zeros(update_shape(before, mask))
+        return torch.zeros(_shape(before, mask))
     whole = trained.detach().float().cpu() - before.float()
     if mask is None:
         return whole
     lead, rows, cols = mask.view
-    marks = torch.from_numpy(mask.flags)
+    flags = torch.from_numpy(mask.flags)
     if mask.axis == "element":
-        return whole.reshape(-1)[marks]
+        return whole.reshape(-1)[flags]
     if mask.axis == "row":
-        return whole.reshape(lead * rows, cols)[marks]
-    return torch.stack([part[:, shown] for part, shown in zip(whole.reshape(mask.view), marks, strict=True)])
+        return whole.reshape(lead * rows, cols)[flags]
+    return torch.stack([part[:, shown] for part, shown in zip(whole.reshape(mask.view), flags, strict=True)])
 
 
 def _bits(name: str, update: Tensor, dtype: torch.dtype) -> NDArray[Any]:
@@ -109,4 +103,4 @@ def _bits(name: str, update: Tensor, dtype: torch.dtype) -> NDArray[Any]:
 
 def parameters(dense: Mapping[str, Tensor], visible: Mapping[str, UnitMask]) -> int:
     """How many numbers an update of this proxy holds."""
-    return sum(math.prod(update_shape(dense[name], visible.get(name))) for name in _floats(dense))
+    return sum(math.prod(_shape(dense[name], visible.get(name))) for name in _floats(dense))
