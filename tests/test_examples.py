@@ -32,7 +32,7 @@ pytestmark = pytest.mark.timeout(900)
 
 def bash_blocks(page: Path) -> list[str]:
     """The fenced bash blocks of a page, in order."""
-    return re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return re.findall(r"^```bash\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
 
 
 def settles_elsewhere(line: str) -> bool:
@@ -147,7 +147,7 @@ def test_every_command_of_readme_and_docs_runs(desk: Path, shell: dict[str, str]
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_no_command_stands_where_it_is_not_run(page: Path) -> None:
     """Commands of their own are in bash blocks, which are run; those within a sentence are at least ones that exist."""
-    text = page.read_text()
+    text = page.read_text("utf-8")
     for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         assert kind == "bash" or not re.search(r"^\s*fedqsn ", block, re.MULTILINE), block
     for words in re.findall(r"`fedqsn ([a-z-]+(?: [^`]*)?)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)):
@@ -171,9 +171,9 @@ def test_every_make_target_that_a_page_names_exists(page: Path) -> None:
 def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
     headings = {
         re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-")
-        for heading in re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+        for heading in re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
     }
-    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text("utf-8")):
         if target.startswith("#"):
             assert target[1:] in headings, target
         elif not target.startswith("https://"):
