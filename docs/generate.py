@@ -56,7 +56,7 @@ def _rule(rule: Rule) -> str:
 
 def main() -> int:
     wanted = {FOLDER / name: text for name, text in pages().items()} | {DOCS / "rules.md": rules()}
-    found = {path: path.read_text() for path in (*FOLDER.glob("*.md"), DOCS / "rules.md") if path.exists()}
+    found = {path: path.read_text("utf-8") for path in (*FOLDER.glob("*.md"), DOCS / "rules.md") if path.exists()}
     if "--check" in sys.argv[1:]:
         stale = sorted(path.name for path in wanted.keys() | found.keys() if wanted.get(path) != found.get(path))
         if stale:
@@ -66,7 +66,7 @@ def main() -> int:
     for path in found.keys() - wanted.keys():
         path.unlink()
     for path, text in wanted.items():
-        path.write_text(text)
+        path.write_text(text, "utf-8")
     return 0
 
 

@@ -28,10 +28,10 @@ def publish(results: Results, out: Path) -> None:
     """Plots and tables."""
     rows = figures.rows(results)
     for name, drawing in plots.all_plots(results, rows).items():
-        (out / name).write_text(drawing)
+        (out / name).write_text(drawing, "utf-8")
     readme = out / "README.md"
     if readme.is_file():
-        readme.write_text(filled(readme.read_text(), tables.all_tables(results, rows)))
+        readme.write_text(filled(readme.read_text("utf-8"), tables.all_tables(results, rows)), "utf-8")
 
 
 def collected(pairs: Sequence[tuple[Cell, dict[str, Any] | None]]) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def test_the_owners_config_is_not_changed() -> None:
     "name", ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "added_tokens.json"]
 )
 def test_json_files_next_to_the_model_are_cleaned(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text('{"name_or_path": "/home/alice/x", "pad_token": "[PAD]", "é": 1}')
+    (tmp_path / name).write_text('{"name_or_path": "/home/alice/x", "pad_token": "[PAD]", "é": 1}', "utf-8")
     assert json.loads(public_companion(tmp_path / name)) == {"pad_token": "[PAD]", "é": 1}
 
 

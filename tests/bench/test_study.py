@@ -33,7 +33,7 @@ def studied(module_folder: Path) -> Path:
     """A study of both tasks and two methods."""
     out = module_folder / "out"
     out.mkdir()
-    (out / "README.md").write_text(PAGE.read_text())
+    (out / "README.md").write_text(PAGE.read_text("utf-8"), "utf-8")
     assert study(module_folder) == 0, [log.read_text() for log in module_folder.glob("work/cells/*.log")]
     return module_folder
 
@@ -77,7 +77,7 @@ def test_a_failed_cell_is_recorded_and_tried_again(
 def test_the_page_says_what_results_json_holds(studied: Path) -> None:
     study(studied, "--report")
     found = {cell["name"]: cell for cell in document(studied)["cells"]}
-    page = (studied / "out" / "README.md").read_text()
+    page = (studied / "out" / "README.md").read_text("utf-8")
     for part in "ab":
         accuracy = found["topics/0/train-all-0.9"]["final"][part]["accuracy"]
         assert f"{100 * accuracy:.1f}" in page.partition("<!-- topics: generated -->")[2]
@@ -141,7 +141,7 @@ def test_a_page_without_a_place_for_a_table_is_refused() -> None:
 
 def test_the_committed_page_has_a_place_for_every_table() -> None:
     tables = all_tables({}, [])
-    assert report.filled(PAGE.read_text(), tables)
+    assert report.filled(PAGE.read_text("utf-8"), tables)
     assert not rows(table_of([]))
 
 

@@ -152,7 +152,7 @@ def test_the_same_bytes_under_two_shard_names_are_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", ["config.json", "proxy.json", "fedqsn.json", "model.safetensors.index.json"])
 def test_a_malformed_json_file_is_refused(name: str, text: str, tmp_path: Path) -> None:
     sharded(tmp_path)
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, "utf-8")
     with pytest.raises(FormatError, match=name):
         Checkpoint.open(tmp_path)
 

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.timeout(900)
 
 def bash_blocks(page: Path) -> list[str]:
     """The fenced bash blocks of a page, in order."""
-    return re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return re.findall(r"^```bash\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
 
 
 def settles_elsewhere(line: str) -> bool:
@@ -152,7 +152,7 @@ def test_every_command_of_readme_and_docs_runs(desk: Path, shell: dict[str, str]
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_no_command_stands_where_it_is_not_run(page: Path) -> None:
     """Commands of their own are in bash blocks, which are run; those within a sentence are at least ones that exist."""
-    text = page.read_text()
+    text = page.read_text("utf-8")
     for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         assert kind == "bash" or not re.search(r"^\s*fedqsn ", block, re.MULTILINE), block
     for words in re.findall(r"`fedqsn ([a-z-]+(?: [^`]*)?)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)):

@@ -249,7 +249,7 @@ def test_a_rule_of_a_plan_file_sets_a_ratio_and_wins(tmp_path: Path) -> None:
 
 
 def test_the_plan_files_of_the_documentation_are_plan_files(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text("utf-8")
     blocks = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
     for block in blocks:
         (tmp_path / "plan.toml").write_text(block)

@@ -42,7 +42,7 @@ def test_parquet_is_read(tmp_path: Path) -> None:
 
 
 def test_cells_of_a_csv_file_stay_the_text_they_are(tmp_path: Path) -> None:
-    (tmp_path / "data.csv").write_text('\ufefftext,label\n007,NA\n"with, comma",1.0\n')
+    (tmp_path / "data.csv").write_text('\ufefftext,label\n007,NA\n"with, comma",1.0\n', "utf-8")
     assert read_table(tmp_path / "data.csv").columns == {"text": ["007", "with, comma"], "label": ["NA", "1.0"]}
 
 
@@ -53,7 +53,7 @@ def test_strings_of_json_stay_strings(tmp_path: Path) -> None:
 
 
 def test_a_field_that_a_row_lacks_is_nothing(tmp_path: Path) -> None:
-    (tmp_path / "data.jsonl").write_text('\ufeff{"text": "a"}\n\n{"label": 1, "other": 2}\n')
+    (tmp_path / "data.jsonl").write_text('\ufeff{"text": "a"}\n\n{"label": 1, "other": 2}\n', "utf-8")
     table = read_table(tmp_path / "data.jsonl")
     assert table.columns == {"text": ["a", None], "label": [None, 1]}
     assert table.found == ("text", "label", "other")
