@@ -28,7 +28,7 @@ audit: $(READY) ## hold what `make demo` left behind against its policy
 	@PATH="$(BIN):$$PATH" examples/quickstart/audit.sh
 
 test: $(READY) ## run the tests; choose with ARGS="-k merge"
-	@$(BIN)/python -m pytest -q -n auto --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -q -n auto --dist worksteal $(ARGS)
 
 soak: $(READY) ## run the tests that take minutes or much disk
 	@$(BIN)/python -m pytest -q -m soak $(ARGS)

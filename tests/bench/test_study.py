@@ -43,6 +43,7 @@ def document(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.soak  # it trains dozens of models; nothing in src depends on it
 def test_every_chosen_cell_leaves_a_result_and_nothing_else(studied: Path) -> None:
     names = {cell["name"] for cell in document(studied)["cells"]}
     assert names == NAMES
@@ -50,6 +51,7 @@ def test_every_chosen_cell_leaves_a_result_and_nothing_else(studied: Path) -> No
     assert {path.name for path in (studied / "work").iterdir()} == {"cells", "worlds"}
 
 
+@pytest.mark.soak  # it trains dozens of models; nothing in src depends on it
 def test_a_second_run_makes_nothing_again(studied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in (studied / "work" / "cells").glob("*.json")}
     assert study(studied) == 0
@@ -57,6 +59,7 @@ def test_a_second_run_makes_nothing_again(studied: Path, capsys: pytest.CaptureF
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+@pytest.mark.soak  # it trains dozens of models; nothing in src depends on it
 def test_a_failed_cell_is_recorded_and_tried_again(
     studied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -74,6 +77,7 @@ def test_a_failed_cell_is_recorded_and_tried_again(
         path.unlink()
 
 
+@pytest.mark.soak  # it trains dozens of models; nothing in src depends on it
 def test_the_page_says_what_results_json_holds(studied: Path) -> None:
     study(studied, "--report")
     found = {cell["name"]: cell for cell in document(studied)["cells"]}
@@ -87,12 +91,14 @@ def test_the_page_says_what_results_json_holds(studied: Path) -> None:
     assert row["added"]["64"] == share(losses[0], losses[1], world["owner"]["a"]["loss"])
 
 
+@pytest.mark.soak  # it trains dozens of models; nothing in src depends on it
 def test_the_report_says_nothing_of_the_machine_but_its_kind(studied: Path) -> None:
     text = (studied / "out" / "results.json").read_text()
     assert str(studied) not in text and "/" + "root" not in text
     assert set(document(studied)["machines"][0]) == {"cores", "processor", "python"}
 
 
+@pytest.mark.soak  # it trains dozens of models; nothing in src depends on it
 def test_trials_measure_what_they_change(studied: Path) -> None:
     found = {cell["name"].removeprefix("news-lm/0/"): cell for cell in document(studied)["cells"]}
     assert set(found["strong-layers"]["layers"]) == {"rest", *(f"layers.{number}." for number in range(3))}
@@ -101,6 +107,7 @@ def test_trials_measure_what_they_change(studied: Path) -> None:
     assert found["strong-replacement"]["final"]["b"]["loss"] > 0
 
 
+@pytest.mark.soak  # it trains dozens of models; nothing in src depends on it
 def test_the_largest_differences_are_what_is_hidden(studied: Path) -> None:
     from benchmarks.study import trials
 
@@ -117,6 +124,7 @@ def test_the_largest_differences_are_what_is_hidden(studied: Path) -> None:
     assert job_masks.hidden_units is drawn
 
 
+@pytest.mark.soak  # it trains dozens of models; nothing in src depends on it
 def test_all_plots_are_drawn(studied: Path) -> None:
     for name in ("picture.svg", "attacks.svg", "blends.svg"):
         drawing = (studied / "out" / name).read_text()
