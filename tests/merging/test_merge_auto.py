@@ -284,7 +284,7 @@ def test_i11_data_that_does_not_fit_and_outputs_that_are_taken_are_refused(bert:
             bert.restore(tmp_path / "next", blend="auto", eval_data=tmp_path / "nowhere.jsonl")
         with pytest.raises(InputError, match="already exists"):
             bert.step(tmp_path / "taken", server_lr="auto", eval_data=bert.data)
-        with pytest.raises(InputError, match="--report: lies inside"):
+        with pytest.raises(InputError, match="--report: is inside"):
             bert.step(tmp_path / "taken", server_lr="auto", eval_data=bert.data, report=tmp_path / "taken/r.html")
 
 
