@@ -96,8 +96,8 @@ class ClientOutput:
             mask = self._mask(task)
             if not task.layout.packed:
                 values = self._select_values(task, chunk, mask)
-            elif mask is not None:
-                values = self._select_codes(task, chunk, mask)
+            elif mask is not None and self._quantization is not None:
+                values = self._select_codes(task, chunk, mask, self._quantization)
         write_rows(self._sink, task, chunk, values)
 
     def finish(self, task: TensorTask, scales: TensorScales | None) -> None:
@@ -142,7 +142,7 @@ class ClientOutput:
                 )
         return out
 
-    def _select_codes(self, task: TensorTask, chunk: Chunk, mask: UnitMask) -> Array:
+    def _select_codes(self, task: TensorTask, chunk: Chunk, mask: UnitMask, quantization: Quantization) -> Array:
         codes = chunk.values.copy()
         fill = chunk.fill
         if task.layout.kind == "pack8":
@@ -155,36 +155,38 @@ class ClientOutput:
                 codes[np.broadcast_to(unseen, len(codes))] = fill.own[np.broadcast_to(unseen, len(codes))]
             return codes
         first = (fill.shared if fill.shared is not None else fill.own) if fill is not None else None
-        self._select_packed(task, chunk, mask, codes, first)
-        if fill is not None and fill.shared is not None and self._quantization is not None:
-            self._select_unseen_blocks(task, chunk, mask, codes, fill.own, self._quantization.block_size)
+        _select_packed(codes, task, chunk, mask, FORMATS[quantization.format].zero_code, first)
+        if fill is not None and fill.shared is not None:
+            _select_unseen_blocks(codes, task, chunk, mask, fill.own, quantization.block_size)
         return codes
 
-    def _select_packed(self, task: TensorTask, chunk: Chunk, mask: UnitMask, codes: Array, fill: Array | None) -> None:
-        assert self._quantization is not None
-        cols = task.layout.view[2]
-        count, zero = chunk.rows * cols, FORMATS[self._quantization.format].zero_code
-        if mask.axis == "row":
-            kernels.select_codes_rows(
-                codes, start=chunk.first * cols, count=count, cols=cols, hidden=mask.flags, zero_code=zero, fill=fill
-            )
-        elif mask.axis == "column":
-            kernels.select_codes_cols(
-                codes, start=chunk.first * cols, count=count, cols=cols, hidden=mask.flags[0], zero_code=zero, fill=fill
-            )
-        else:
-            flags = mask.flags_of_rows(chunk.first, chunk.rows).reshape(-1)
-            kernels.select_codes_elements(codes, count=count, hidden=flags, zero_code=zero, fill=fill)
 
-    def _select_unseen_blocks(
-        self, task: TensorTask, chunk: Chunk, mask: UnitMask, codes: Array, own: Array, block: int
-    ) -> None:
-        """Blocks that show nothing of the model take the public base under its own scale."""
-        cols = task.layout.view[2]
-        start, count = chunk.first * cols, chunk.rows * cols
-        unseen = _unseen(task, mask).full_blocks(block)[start // block : -(-(start + count) // block)]
-        flags = np.repeat(unseen, block)[:count]
-        kernels.select_codes_elements(codes, count=count, hidden=flags, zero_code=0, fill=own)
+def _select_packed(
+    codes: Array, task: TensorTask, chunk: Chunk, mask: UnitMask, zero_code: int, fill: Array | None
+) -> None:
+    """Overwrite the 4-bit codes of hidden units with those of the fill, or of zero."""
+    cols = task.layout.view[2]
+    start, count, hidden = chunk.first * cols, chunk.rows * cols, mask.flags
+    if mask.axis == "row":
+        kernels.select_codes_rows(
+            codes, start=start, count=count, cols=cols, hidden=hidden, zero_code=zero_code, fill=fill
+        )
+    elif mask.axis == "column":
+        kernels.select_codes_cols(
+            codes, start=start, count=count, cols=cols, hidden=hidden[0], zero_code=zero_code, fill=fill
+        )
+    else:
+        hidden = mask.flags_of_rows(chunk.first, chunk.rows).reshape(-1)
+        kernels.select_codes_elements(codes, count=count, hidden=hidden, zero_code=zero_code, fill=fill)
+
+
+def _select_unseen_blocks(codes: Array, task: TensorTask, chunk: Chunk, mask: UnitMask, own: Array, block: int) -> None:
+    """Blocks that show nothing of the model take the public base under its own scale."""
+    cols = task.layout.view[2]
+    start, count = chunk.first * cols, chunk.rows * cols
+    unseen = _unseen(task, mask).full_blocks(block)[start // block : -(-(start + count) // block)]
+    flags = np.repeat(unseen, block)[:count]
+    kernels.select_codes_elements(codes, count=count, hidden=flags, zero_code=0, fill=own)
 
 
 def client_output(sink: TensorSink, quantization: Quantization | None, masks: ClientMasks) -> ClientOutput:

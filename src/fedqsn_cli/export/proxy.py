@@ -149,7 +149,7 @@ def choose_quantization(session: MaskingSession, options: QuantizationOptions) -
         for name in ("format", "block_size", "double_quant", "layout"):
             asked, held = getattr(options, name), getattr(stored, name)
             if asked is not None and asked != held:
-                what = f"the model is quantized with {name.replace('_', ' ')} {held}, asked was {asked}"
+                what = f"the model is quantized with {name.replace('_', ' ')} {held}, but {asked} was asked for"
                 raise InputError(what, where=f"--{name.replace('_', '-')}")
     if session.fill == "base" and chosen is not None and chosen.double_quant:
         raise InputError("double quantization cannot be used with --fill base", where="--double-quant")

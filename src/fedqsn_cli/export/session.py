@@ -112,7 +112,7 @@ def _overrides(options: MaskingOptions, known: JobKey | None) -> dict[str, Any] 
     for name, value in asked.items():
         if name in written and value != written[name]:
             raise InputError(
-                f"the plan file says {describe(name, written[name])}, asked was {value}", where=OPTIONS[name]
+                f"the plan file says {describe(name, written[name])}, but {value} was asked for", where=OPTIONS[name]
             )
     wanted = {name: written[name] for name in FIELDS if name in written} | asked
     if known is not None:
@@ -126,7 +126,7 @@ def _overrides(options: MaskingOptions, known: JobKey | None) -> dict[str, Any] 
 def _reconcile(option: str, asked: Value | None, recorded: Value | None) -> Value | None:
     """The value of an option that the model's manifest may hold, too. Raises InputError if the two differ."""
     if asked is not None and recorded is not None and asked != recorded:
-        raise InputError(f"the model was made with {recorded}, asked was {asked}", where=option)
+        raise InputError(f"the model was made with {recorded}, but {asked} was asked for", where=option)
     return recorded if asked is None else asked
 
 
