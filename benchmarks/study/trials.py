@@ -63,7 +63,7 @@ def group_differences(place: World) -> dict[str, Any]:
     """[units] of each group: the sum of squares of owner minus base."""
     import numpy as np
 
-    from fedqsn_cli.export.session import open_model
+    from fedqsn_cli.models.model import open_model
 
     owner, base = dense_state(place.owner), dense_state(place.base)
     found: dict[str, Any] = {}
@@ -101,9 +101,9 @@ def _rounded_off(job: Job, proxy: Path, model: Path) -> State:
     """What quantization took from the visible units of a model: proxy minus model there, nothing in the holes."""
     import torch
 
-    from fedqsn_cli.export.session import open_model
     from fedqsn_cli.masks import job_key
     from fedqsn_cli.masks.job_masks import ServerMasks
+    from fedqsn_cli.models.model import open_model
 
     masks, whole, sent = ServerMasks(job_key.load(job.key)), dense_state(model), dense_state(proxy)
     lost = {}

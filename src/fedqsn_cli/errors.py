@@ -5,7 +5,7 @@
     │   ├── FormatError                    a file is malformed (safetensors header, JSON, TOML, ledger line)
     │   ├── PlanError                      a tensor has no rule, or a plan file asks for the impossible
     │   ├── KeyFileError                   a key is missing, readable by others, or belongs to another job
-    │   ├── RefusedUpdate                  an update is stale, foreign, doubled, non-finite or poisoned
+    │   ├── RefusedUpdate                  an update is stale, foreign, duplicate, non-finite or too large
     │   ├── OutputExists                   an output path is taken and --force was not given
     │   ├── DataError                      a training or evaluation file cannot be used
     │   └── HubError                       a hf:// reference cannot be resolved, fetched or pushed
@@ -23,8 +23,8 @@ class FedqsnError(Exception):
 
     Args:
         what: what is wrong, without a full stop.
-        where: the file, tensor or option it was found in, if any.
-        hint: what to do next, if there is something to do.
+        where: the file, tensor or option that it is about, if any.
+        hint: what to do next, if anything can be done.
     """
 
     exit_code = 2
@@ -36,9 +36,9 @@ class FedqsnError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        place = f"{self.where}: " if self.where else ""
-        advice = f"; {self.hint}" if self.hint else ""
-        return " ".join(f"{place}{self.what}{advice}".split())
+        where = f"{self.where}: " if self.where else ""
+        hint = f"; {self.hint}" if self.hint else ""
+        return " ".join(f"{where}{self.what}{hint}".split())
 
 
 class InputError(FedqsnError):
@@ -58,7 +58,7 @@ class KeyFileError(InputError):
 
 
 class RefusedUpdate(InputError):
-    """An update is stale, foreign, doubled, non-finite or poisoned."""
+    """An update is stale, foreign, duplicate, non-finite or too large."""
 
 
 class OutputExists(InputError):

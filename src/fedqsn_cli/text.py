@@ -1,4 +1,4 @@
-"""Numbers, sizes and names as people and JSON read them; nothing here prints."""
+"""Numbers, sizes and names as text for people, and values as JSON; nothing here prints."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def up_to_one(value: float, where: str) -> float:
 
 
 def choice(value: str, choices: Sequence[str], where: str) -> str:
-    """One of a few words."""
+    """One of the given words."""
     if value not in choices:
         near = difflib.get_close_matches(value, choices, n=1)
         guess = f"did you mean {near[0]}? " if near else ""

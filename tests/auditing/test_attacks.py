@@ -18,7 +18,7 @@ from fedqsn_cli.auditing.recovery import attacks
 from fedqsn_cli.auditing.recovery.intervals import cells
 from fedqsn_cli.auditing.recovery.metrics import Sums
 from fedqsn_cli.auditing.recovery.weights import recover_weights
-from fedqsn_cli.export.session import METADATA
+from fedqsn_cli.export.outputs import METADATA
 from fedqsn_cli.options import AuditOptions
 from support.leaks import World, make_world, requantize, shake, spoil
 

@@ -207,7 +207,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"client": ["x" * 65]}, "client id"),
     ({"client": []}, "no client"),
     ({"client": ["ann", "ann"], "out": "{client}"}, "twice"),
-    ({"client": ["ann", "bob"]}, "place each"),
+    ({"client": ["ann", "bob"]}, "is the same for several clients"),
     ({"round": -1}, "-1 is not 0 or more"),
     ({"round": 2**60}, "not a round"),
     ({"p1": 1.0}, "not a ratio"),

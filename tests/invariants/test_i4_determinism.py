@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedqsn_cli import export_proxy, mask, merge
-from fedqsn_cli.export import pipeline
+from fedqsn_cli.export import pipeline, proxy, server_model
 from fedqsn_cli.kernels import threads
 from fedqsn_cli.merging import chunks, restore
 from fedqsn_cli.models import residual
@@ -43,7 +44,8 @@ SEVERAL = ("ann", "bob", "cleo")
 def chunks_of(elements: int) -> Iterator[None]:
     """Let every pass over a model read so many elements at a time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "CHUNK_ELEMENTS", elements)
+        for module in (proxy, server_model):
+            patch.setattr(module, "run", partial(pipeline.run, chunk_elements=elements))
         patch.setattr(restore, "CHUNK_ELEMENTS", elements)
         patch.setattr(residual, "CHUNK", elements)
         patch.setattr(chunks, "CHUNK_ELEMENTS", elements)
@@ -67,7 +69,9 @@ def forget_threads() -> None:
 
 def test_i4_the_patches_of_this_file_reach_what_they_patch() -> None:
     with chunks_of(7), threads_of(5):
-        assert chunks.MergePass.chunks.__globals__["CHUNK_ELEMENTS"] == pipeline.CHUNK_ELEMENTS == 7
+        assert chunks.MergePass.chunks.__globals__["CHUNK_ELEMENTS"] == 7
+        for command in (proxy.export_proxy, server_model.mask, server_model.quantize):
+            assert command.__globals__["run"].keywords == {"chunk_elements": 7}
         assert threads.thread_count() == 5
 
 

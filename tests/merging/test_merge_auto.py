@@ -249,9 +249,13 @@ def test_i6_whatever_ends_the_search_leaves_nothing_behind(
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("step", {"server_lr": "auto"}, "--eval-data: --server-lr auto needs development data"),
     ("restore", {"blend": "auto"}, "--eval-data: --blend auto needs development data"),
-    ("step", {"eval_data": "DATA"}, "--eval-data: nothing is looked for; give it with --server-lr auto"),
-    ("restore", {"eval_data": "DATA", "blend": 0.5}, "--eval-data: nothing is looked for; give it with --blend auto"),
-    ("step", {"report": "r.html"}, "--report: nothing is looked for"),
+    ("step", {"eval_data": "DATA"}, "--eval-data: there is nothing to search for; give it with --server-lr auto"),
+    (
+        "restore",
+        {"eval_data": "DATA", "blend": 0.5},
+        "--eval-data: there is nothing to search for; give it with --blend auto",
+    ),
+    ("step", {"report": "r.html"}, "--report: there is nothing to search for"),
     ("step", {"allow_worse": True}, "--allow-worse: "),
     ("step", {"server_lr": "best"}, "--server-lr"),
     ("restore", {"blend": "best"}, "--blend"),
@@ -284,7 +288,7 @@ def test_i11_data_that_does_not_fit_and_outputs_that_are_taken_are_refused(bert:
             bert.restore(tmp_path / "next", blend="auto", eval_data=tmp_path / "nowhere.jsonl")
         with pytest.raises(InputError, match="already exists"):
             bert.step(tmp_path / "taken", server_lr="auto", eval_data=bert.data)
-        with pytest.raises(InputError, match="--report: lies inside"):
+        with pytest.raises(InputError, match="--report: is inside"):
             bert.step(tmp_path / "taken", server_lr="auto", eval_data=bert.data, report=tmp_path / "taken/r.html")
 
 

@@ -21,9 +21,8 @@ from fedqsn_cli.auditing.findings import Audit
 from fedqsn_cli.auditing.inputs import Report, open_inputs
 from fedqsn_cli.auditing.invariants.check import check_invariants
 from fedqsn_cli.checkpoint import ArtifactWriter
-from fedqsn_cli.export.outputs import ClientOutput, tensor_specs
+from fedqsn_cli.export.outputs import METADATA, ClientOutput, tensor_specs
 from fedqsn_cli.export.pipeline import run
-from fedqsn_cli.export.session import METADATA
 from fedqsn_cli.masks import job_key
 from fedqsn_cli.masks.job_masks import ServerMasks
 from fedqsn_cli.masks.unit_mask import UnitMask

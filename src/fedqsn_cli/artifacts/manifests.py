@@ -11,14 +11,20 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from fedqsn_cli import strictjson
 from fedqsn_cli.checkpoint.header import open_regular_file
 from fedqsn_cli.errors import FormatError, InputError
+
+if TYPE_CHECKING:
+    from fedqsn_cli.checkpoint import Source
+    from fedqsn_cli.planning.plan import Plan
+    from fedqsn_cli.planning.tensor_plan import TensorPlan
 
 MODEL_MANIFEST = "fedqsn.json"
 PROXY_MANIFEST = "proxy.json"
@@ -79,6 +85,11 @@ class SourceRecord(Strict):
     reference: str
     revision: str | None
 
+    @classmethod
+    def of(cls, source: Source) -> SourceRecord:
+        """The record of an opened source."""
+        return cls(reference=source.reference, revision=source.revision)
+
 
 class ModelManifest(Strict):
     """`fedqsn.json`: what a model that stays with the owner is. Private, but holds no secret."""
@@ -99,6 +110,27 @@ class ModelManifest(Strict):
     tensors: dict[str, Units]
     source: SourceRecord
     trained_fill: Literal[True] | None = None  # clients moved what stands in the holes; not written otherwise
+
+    @classmethod
+    def of(cls, plan: Plan, source: Source, **differs: Any) -> ModelManifest:
+        """The manifest of a dense global model that belongs to no job, but for the fields that differ."""
+        usual = {
+            "kind": "global-model",
+            "job": None,
+            "p1": 0.0,
+            "axis": plan.axis,
+            "rescale": False,
+            "fill": "zero",
+            "public_base": None,
+            "plan": plan.digest,
+            "overrides": plan.overrides,
+            "model_digest": None,
+            "quantization": None,
+            "groups": {},
+            "tensors": {},
+            "source": SourceRecord.of(source),
+        }
+        return cls.model_validate(usual | differs)
 
     @model_serializer(mode="wrap")
     def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -153,6 +185,11 @@ class UpdateManifest(Strict):
     precision: Literal["fp32", "bf16", "fp16"]
     tool: str
     files: dict[FileName, Sha256]
+
+
+def unit_table(tensors: Iterable[TensorPlan]) -> dict[str, Units]:
+    """Where the units of each masked tensor are."""
+    return {t.name: Units(groups=t.groups, axis=t.axis, view=t.view) for t in tensors if t.axis is not None}
 
 
 def without_unset(document: dict[str, Any], *names: str) -> dict[str, Any]:

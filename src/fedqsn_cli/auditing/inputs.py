@@ -13,12 +13,12 @@ from typing import Any
 
 from fedqsn_cli.artifacts import ledger as ledgers
 from fedqsn_cli.artifacts.ledger import Release
+from fedqsn_cli.artifacts.manifests import unit_table
 from fedqsn_cli.auditing.findings import Check, Finding
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy, open_proxy
 from fedqsn_cli.auditing.rules import finding
 from fedqsn_cli.checkpoint import resolve
 from fedqsn_cli.errors import FedqsnError
-from fedqsn_cli.export.session import unit_table
 from fedqsn_cli.masks import job_key
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.models.model import OpenModel, open_model, open_source

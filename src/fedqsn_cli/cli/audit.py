@@ -22,7 +22,7 @@ def audit(
     view: AuditView,
     proxies: Annotated[list[str] | None, argument("PROXY...", "Proxies of one round: folders.")] = None,
 ) -> None:
-    """Tell how much of the model really leaks, and stop what leaks too much.
+    """Measure how much of the model leaks, and stop what leaks too much.
 
     Checks that hidden weights are nowhere in the proxies; counts what clients and coalitions have seen; attacks the
     proxies, and reports the best attack as a lower bound on the leakage. Without proxies, --ledger and --key are enough

@@ -17,8 +17,8 @@ def evaluate(
 ) -> None:
     """Measure a model on data.
 
-    Prints loss, accuracy, macro F1 and perplexity, as far as the model's task has them. The scale that makes up for
-    hidden neurons is applied, and quantized weights are used as clients see them. Data has the same form as for
+    Prints loss, accuracy, macro F1 and perplexity, as far as the model's task has them. The factor that makes up for
+    hidden neurons is applied, and quantized weights are used as clients see them. Data has the same format as for
     'fedqsn client-train'.
 
     Examples:

@@ -19,7 +19,8 @@ def export_proxy(
 ) -> None:
     """Make what clients get, and record the release.
 
-    A global model is masked, quantized, and masked again for each client; a server model starts further down. A proxy
+    A global model is masked, quantized, and masked again for each client; for a server model the first steps are
+    skipped. A proxy
     holds no hidden weight and nothing about the key, and is an ordinary Hugging Face model folder. The model is read
     and quantized once, however many clients there are. The same export run again gives the same bytes and no second
     line in the ledger.

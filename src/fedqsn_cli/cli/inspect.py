@@ -24,11 +24,11 @@ def inspect(
     options: InspectOptions,
     view: InspectView,
 ) -> None:
-    """Tell what an artifact is and what is masked in it.
+    """Show what an artifact is and what is masked in it.
 
     Works on everything that fedqsn reads or writes: its tensors and bytes, how many parameters are masked and
     quantized, and every tensor that ships in the clear. For a model that was not masked yet, this is what would be
-    done. Never shows a secret: of a key it tells only the job that it belongs to.
+    done. Never shows a secret: of a key it names only the job that it belongs to.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""Turn signals that would kill the process into an exception that unwinds it, so that nothing half-made stays."""
+"""Turn signals that would kill the process into an exception that unwinds it, so that no partial output is left."""
 
 from __future__ import annotations
 

@@ -17,9 +17,9 @@ def mask(
 ) -> None:
     """Hide a random set of neurons of a model.
 
-    A global model becomes the server model. The key decides what is hidden, and nothing else does. It is made, readable
-    by you alone, when there is none; a key stands for one job: one p1, one plan, one hidden set. Weights that stay
-    visible keep their values bit for bit.
+    A global model becomes the server model. The key alone decides what is hidden. A missing key is created, readable by
+    you only; it belongs to one job: one p1, one plan, one hidden set. Weights that stay visible keep their values bit
+    for bit.
 
     With --where and --layers only a part of the model is hidden; the rest is quantized later, but in the clear.
     --p1-schedule hides more of some layers than of others.

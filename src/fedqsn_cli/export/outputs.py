@@ -12,6 +12,7 @@ from fedqsn_cli.artifacts.manifests import Quantization
 from fedqsn_cli.checkpoint import TensorSink, TensorSpec
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.export.pipeline import Chunk, TensorScales
+from fedqsn_cli.masks.job_masks import ClientMasks
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.planning.tensor_plan import TensorPlan
@@ -22,29 +23,38 @@ from fedqsn_cli.quantization.scales import Scales
 
 Array = NDArray[Any]
 
+METADATA = {"format": "pt"}  # of safetensors files, as transformers writes it
 
-def tensor_specs(tensor_tasks: Sequence[TensorTask], how: Quantization | None) -> list[TensorSpec]:
+
+def tensor_specs(tensor_tasks: Sequence[TensorTask], quantization: Quantization | None) -> list[TensorSpec]:
     """All stored tensors of an output, in the order in which a pass writes them."""
     specs: list[TensorSpec] = []
     for task in tensor_tasks:
-        specs += stored_specs(task, how)
+        specs += stored_specs(task, quantization)
     return specs
 
 
-def stored_specs(task: TensorTask, how: Quantization | None) -> list[TensorSpec]:
+def stored_specs(task: TensorTask, quantization: Quantization | None) -> list[TensorSpec]:
     """The stored tensors that one tensor of the model becomes."""
-    if how is None or not task.layout.kind.startswith("pack"):
+    if quantization is None or not task.layout.kind.startswith("pack"):
         return [TensorSpec(task.name, task.tensor.dtype, task.tensor.shape)]
     _, rows, cols = task.layout.view
-    return companion_specs(task.name, (rows, cols), task.tensor.dtype, how.format, how.block_size, how.double_quant)
+    return companion_specs(
+        task.name,
+        (rows, cols),
+        task.tensor.dtype,
+        quantization.format,
+        quantization.block_size,
+        quantization.double_quant,
+    )
 
 
 class ServerOutput:
-    """Writes what the pass makes, as it is: a server model or a quantized model."""
+    """Writes the chunks of a pass as they are: a server model or a quantized model."""
 
-    def __init__(self, sink: TensorSink, how: Quantization | None) -> None:
+    def __init__(self, sink: TensorSink, quantization: Quantization | None) -> None:
         self._sink = sink
-        self._how = how
+        self._quantization = quantization
 
     def take(self, task: TensorTask, chunk: Chunk) -> None:
         """Write the rows of a chunk."""
@@ -60,8 +70,8 @@ class ClientOutput:
     """Writes the proxy of one client: s · (M_C ⊙ Q(X) + (1 − M_C) ⊙ Q(R)).
 
     Args:
-        sink: where to.
-        how: quantization of the pass.
+        sink: where it is written.
+        quantization: of the pass.
         hidden: what the client mask hides of a tensor (stored view); None for nothing.
         factor: the scale s of a tensor.
     """
@@ -69,12 +79,12 @@ class ClientOutput:
     def __init__(
         self,
         sink: TensorSink,
-        how: Quantization | None,
+        quantization: Quantization | None,
         hidden: Callable[[TensorPlan], UnitMask | None],
         factor: Callable[[TensorPlan], np.float32],
     ) -> None:
         self._sink = sink
-        self._how = how
+        self._quantization = quantization
         self._hidden = hidden
         self._factor = factor
         self._current: tuple[str, UnitMask | None] = ("", None)
@@ -86,28 +96,28 @@ class ClientOutput:
             mask = self._mask(task)
             if not task.layout.packed:
                 values = self._select_values(task, chunk, mask)
-            elif mask is not None:
-                values = self._select_codes(task, chunk, mask)
+            elif mask is not None and self._quantization is not None:
+                values = self._select_codes(task, chunk, mask, self._quantization)
         write_rows(self._sink, task, chunk, values)
 
     def finish(self, task: TensorTask, scales: TensorScales | None) -> None:
         """Scale and select the block scales, and write them."""
         if scales is None:
             return
-        chosen = scales.model
+        selected = scales.model
         mask = self._mask(task)
-        if mask is not None and self._how is not None:
-            unseen = _unseen(task, mask).full_blocks(task.layout.scale_block(self._how.block_size))
-            chosen = chosen.without(unseen, scales.base)
+        if mask is not None and self._quantization is not None:
+            unseen = _unseen(task, mask).full_blocks(task.layout.scale_block(self._quantization.block_size))
+            selected = selected.without(unseen, scales.base)
         if task.plan.masked:
             with np.errstate(over="ignore"):
-                chosen = chosen.times(self._factor(task.plan))
-            if not np.isfinite(chosen.absmax).all():
+                selected = selected.times(self._factor(task.plan))
+            if not np.isfinite(selected.absmax).all():
                 raise InputError("scaled it leaves the range of fp32", where=task.name, hint="use --no-rescale")
-        write_scales(self._sink, task, chosen)
+        write_scales(self._sink, task, selected)
 
     def _mask(self, task: TensorTask) -> UnitMask | None:
-        """What is hidden of the tensor, in the view in which its values come; kept while the tensor goes by."""
+        """What is hidden of the tensor, in the view in which its values come; kept for all its chunks."""
         if self._current[0] != task.name:
             mask = self._hidden(task.plan)
             if mask is not None and task.layout.packed:
@@ -132,7 +142,7 @@ class ClientOutput:
                 )
         return out
 
-    def _select_codes(self, task: TensorTask, chunk: Chunk, mask: UnitMask) -> Array:
+    def _select_codes(self, task: TensorTask, chunk: Chunk, mask: UnitMask, quantization: Quantization) -> Array:
         codes = chunk.values.copy()
         fill = chunk.fill
         if task.layout.kind == "pack8":
@@ -145,42 +155,49 @@ class ClientOutput:
                 codes[np.broadcast_to(unseen, len(codes))] = fill.own[np.broadcast_to(unseen, len(codes))]
             return codes
         first = (fill.shared if fill.shared is not None else fill.own) if fill is not None else None
-        self._select_packed(task, chunk, mask, codes, first)
-        if fill is not None and fill.shared is not None and self._how is not None:
-            self._select_unseen_blocks(task, chunk, mask, codes, fill.own, self._how.block_size)
+        _select_packed(codes, task, chunk, mask, FORMATS[quantization.format].zero_code, first)
+        if fill is not None and fill.shared is not None:
+            _select_unseen_blocks(codes, task, chunk, mask, fill.own, quantization.block_size)
         return codes
 
-    def _select_packed(self, task: TensorTask, chunk: Chunk, mask: UnitMask, codes: Array, fill: Array | None) -> None:
-        assert self._how is not None
-        cols = task.layout.view[2]
-        count, zero = chunk.rows * cols, FORMATS[self._how.format].zero_code
-        if mask.axis == "row":
-            kernels.select_codes_rows(
-                codes, start=chunk.first * cols, count=count, cols=cols, hidden=mask.flags, zero_code=zero, fill=fill
-            )
-        elif mask.axis == "column":
-            kernels.select_codes_cols(
-                codes, start=chunk.first * cols, count=count, cols=cols, hidden=mask.flags[0], zero_code=zero, fill=fill
-            )
-        else:
-            flags = mask.flags_of_rows(chunk.first, chunk.rows).reshape(-1)
-            kernels.select_codes_elements(codes, count=count, hidden=flags, zero_code=zero, fill=fill)
 
-    def _select_unseen_blocks(
-        self, task: TensorTask, chunk: Chunk, mask: UnitMask, codes: Array, own: Array, block: int
-    ) -> None:
-        """Blocks that show nothing of the model take the public base under its own scale."""
-        cols = task.layout.view[2]
-        start, count = chunk.first * cols, chunk.rows * cols
-        unseen = _unseen(task, mask).full_blocks(block)[start // block : -(-(start + count) // block)]
-        flags = np.repeat(unseen, block)[:count]
-        kernels.select_codes_elements(codes, count=count, hidden=flags, zero_code=0, fill=own)
+def _select_packed(
+    codes: Array, task: TensorTask, chunk: Chunk, mask: UnitMask, zero_code: int, fill: Array | None
+) -> None:
+    """Overwrite the 4-bit codes of hidden units with those of the fill, or of zero."""
+    cols = task.layout.view[2]
+    start, count, hidden = chunk.first * cols, chunk.rows * cols, mask.flags
+    if mask.axis == "row":
+        kernels.select_codes_rows(
+            codes, start=start, count=count, cols=cols, hidden=hidden, zero_code=zero_code, fill=fill
+        )
+    elif mask.axis == "column":
+        kernels.select_codes_cols(
+            codes, start=start, count=count, cols=cols, hidden=hidden[0], zero_code=zero_code, fill=fill
+        )
+    else:
+        hidden = mask.flags_of_rows(chunk.first, chunk.rows).reshape(-1)
+        kernels.select_codes_elements(codes, count=count, hidden=hidden, zero_code=zero_code, fill=fill)
+
+
+def _select_unseen_blocks(codes: Array, task: TensorTask, chunk: Chunk, mask: UnitMask, own: Array, block: int) -> None:
+    """Blocks that show nothing of the model take the public base under its own scale."""
+    cols = task.layout.view[2]
+    start, count = chunk.first * cols, chunk.rows * cols
+    unseen = _unseen(task, mask).full_blocks(block)[start // block : -(-(start + count) // block)]
+    flags = np.repeat(unseen, block)[:count]
+    kernels.select_codes_elements(codes, count=count, hidden=flags, zero_code=0, fill=own)
+
+
+def client_output(sink: TensorSink, quantization: Quantization | None, masks: ClientMasks) -> ClientOutput:
+    """The output of one client's proxy."""
+    return ClientOutput(sink, quantization, masks.hidden, masks.factor)
 
 
 def _unseen(task: TensorTask, mask: UnitMask) -> UnitMask:
-    """What a client does not see of a packed tensor, whoever hides it: `mask` from this client, the server from all.
+    """What a client does not see of a packed tensor: hidden by `mask` from this client, or by the server from all.
 
-    A block of two units, each hidden by one of them, shows nothing either, so its scale must not speak of the second.
+    A block of two units, each hidden by one of the two, shows nothing either, so its scale must not depend on them.
     """
     by_server = task.hidden
     if by_server is None:
@@ -189,7 +206,7 @@ def _unseen(task: TensorTask, mask: UnitMask) -> UnitMask:
 
 
 def write_rows(sink: TensorSink, task: TensorTask, chunk: Chunk, values: Array) -> None:
-    """Write values or codes where their rows belong."""
+    """Write values or codes at the offset of their rows."""
     cols = task.layout.view[2]
     offset = chunk.first * cols // 2 if task.layout.kind == "pack4" else chunk.first * cols * values.itemsize
     sink.write(task.name, offset, values)

@@ -3,10 +3,10 @@
     checkpoint ──read──▶ W ──server mask──▶ X ──quantize──▶ Q(X) ─┬─▶ server model
                                       └──▶ model digest          ├─▶ proxy of client 1
     public base ──read──▶ B ────────────────quantize──▶ Q(B) ────┴─▶ proxy of client 2 ...
-    (as far as here several chunks at once, in threads)            (in order)
+    (up to here several chunks at once, in threads)                (in order)
 
-Tensors go by in chunks of whole rows; nothing that grows with the model is kept. What is quantized never depends on a
-client: outputs select from the same codes (DESIGN: "quantize once, select per client").
+Tensors are streamed in chunks of whole rows; nothing that grows with the model is kept. What is quantized never depends
+on a client: outputs select from the same codes (quantize once, select per client).
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from fedqsn_cli.quantization.layout import row_chunks
 from fedqsn_cli.quantization.scales import Scales
 
 CHUNK_ELEMENTS = 1 << 21  # 4 MiB of bf16: large enough for the disk, small enough for the caches and many outputs
-MOST_WORKERS = 4  # chunks that are worked on at once; together faster than one thread hashes
+MOST_WORKERS = 4  # chunks encoded at once; together faster than one thread hashes
 
 
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Fill:
+class EncodedBase:
     """The public base, quantized like the chunk it belongs to.
 
     Args:
@@ -68,7 +68,7 @@ class Chunk:
     first: int
     rows: int
     values: Array
-    fill: Fill | None
+    fill: EncodedBase | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +86,12 @@ class Output(Protocol):
         """Write these rows."""
 
     def finish(self, task: TensorTask, scales: TensorScales | None) -> None:
-        """All rows of the tensor went by; these are its block scales (kinds pack4 and pack8)."""
+        """All rows of the tensor were taken; these are its block scales (kinds pack4 and pack8)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Digests:
-    """What went by: `model` over M_H ⊙ W, in which hidden weights have no part; `base` over the public base."""
+    """Digests of what was read: `model` over M_H ⊙ W, without hidden weights; `base` over the public base."""
 
     model: str
     base: str | None
@@ -100,21 +100,23 @@ class Digests:
 def run(
     model: OpenModel,
     tasks: Sequence[TensorTask],
-    how: Quantization | None,
+    quantization: Quantization | None,
     outputs: Sequence[Output],
     *,
     base: PublicBase | None,
     progress: Progress,
+    chunk_elements: int = CHUNK_ELEMENTS,
 ) -> Digests:
     """Send every tensor of `model` through the pass.
 
     Args:
         model: the owner's model; when it is quantized already, its codes are passed on as they are.
-        todo: what `flows` made of it.
-        how: the quantization of the outputs, None for raw values.
-        outputs: who takes the result.
+        tasks: its tensors, in the order of the outputs.
+        quantization: of the outputs, None for raw values.
+        outputs: what is written.
         base: the public base for base fill.
         progress: told of bytes read.
+        chunk_elements: size of a chunk; decides no byte of any output.
 
     Raises:
         InputError: a visible weight is NaN or infinite.
@@ -123,24 +125,24 @@ def run(
     count = min(MOST_WORKERS, thread_count())
     with ThreadPoolExecutor(count, "fedqsn-chunk", work_alone) as workers, HashThreads() as hashing:
         hasher = None if model.is_quantized else ModelHash(hashing.queue())
-        joint = TensorAssembler(model, how, hasher, ModelHash(hashing.queue()) if base else None)
-        for made in read_ahead(workers, _tasks(model, base, tasks, how), depth=count):
-            chunk = joint.chunk(made)
+        assembler = TensorAssembler(model, quantization, hasher, ModelHash(hashing.queue()) if base else None)
+        for encoded in read_ahead(workers, encode_calls(model, base, tasks, quantization, chunk_elements), depth=count):
+            chunk = assembler.chunk(encoded)
             for output in outputs:
-                output.take(made.task, chunk)
-            progress.advance(made.visible.nbytes)
-            if made.last:
-                scales = joint.scales(made)
+                output.take(encoded.task, chunk)
+            progress.advance(encoded.visible.nbytes)
+            if encoded.last:
+                scales = assembler.scales(encoded.task)
                 for output in outputs:
-                    output.finish(made.task, scales)
-        digests = joint.digests(tasks)
+                    output.finish(encoded.task, scales)
+        digests = assembler.digests(tasks)
     progress.finish()
     return digests
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedChunk:
-    """Rows that were read, hidden and quantized, of the model and of the public base.
+    """Rows of the model, and of the public base, that were read, hidden and quantized.
 
     Args:
         visible: M_H ⊙ W, or the codes of a model that is quantized already. base: the same rows of the public base.
@@ -156,22 +158,26 @@ class EncodedChunk:
     values: Array
     scales: Array | None
     base: Array | None
-    fill: Fill | None
+    fill: EncodedBase | None
     fill_scales: Array | None
 
 
-def _tasks(
-    model: OpenModel, base: PublicBase | None, tasks: Sequence[TensorTask], how: Quantization | None
+def encode_calls(
+    model: OpenModel,
+    base: PublicBase | None,
+    tasks: Sequence[TensorTask],
+    quantization: Quantization | None,
+    chunk_elements: int,
 ) -> Iterator[Callable[[], EncodedChunk] | None]:
-    """Everything there is to do, in order, as calls that do it; None: not before everything up to here is used."""
-    maker = ChunkEncoder(model, base, how)
+    """The calls that encode every chunk, in order; None: what follows waits until everything before it is used."""
+    encoder = ChunkEncoder(model, base, quantization)
     for task in tasks:
         if task.plan.axis == "element":
-            yield None  # its masks are as large as itself: those of one tensor at a time
+            yield None  # element masks are as large as their tensor: hold those of one tensor at a time
         hidden = task.hidden
-        runs = list(row_chunks(task.layout, how.block_size if how else 1, CHUNK_ELEMENTS))
-        for first, rows in runs:
-            yield partial(maker.make, task, hidden, first, rows, last=(first, rows) == runs[-1])
+        chunks = list(row_chunks(task.layout, quantization.block_size if quantization else 1, chunk_elements))
+        for first, rows in chunks:
+            yield partial(encoder.encode, task, hidden, first, rows, last=(first, rows) == chunks[-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,9 +186,9 @@ class ChunkEncoder:
 
     model: OpenModel
     base: PublicBase | None
-    how: Quantization | None
+    quantization: Quantization | None
 
-    def make(self, task: TensorTask, hidden: UnitMask | None, first: int, rows: int, *, last: bool) -> EncodedChunk:
+    def encode(self, task: TensorTask, hidden: UnitMask | None, first: int, rows: int, *, last: bool) -> EncodedChunk:
         x = self.model.read_rows(task.name, task.layout, first, rows)
         b = None
         if self.base is not None and task.plan.masked:
@@ -191,7 +197,7 @@ class ChunkEncoder:
         if self.model.is_quantized:
             values, scales = x, self._stored_scales(task, first, rows) if b is not None else None
         else:
-            values, scales = encode(task, self.how, self._hide(task, hidden, first, x, b))
+            values, scales = encode(task, self.quantization, self._hide(task, hidden, first, x, b))
         fill, fill_scales = (None, None) if b is None else self._fill(task, b, scales)
         return EncodedChunk(task, first, rows, last, x, values, scales, b, fill, fill_scales)
 
@@ -204,67 +210,71 @@ class ChunkEncoder:
                 if not self.model.has_trained_fill:
                     hidden.overwrite(filled, first, b)
             hidden.overwrite(x, first, None)
-        if task.layout.kind == "raw":  # whoever quantizes notices by himself
+        if task.layout.kind == "raw":  # quantizing checks by itself
             check_finite(task, x, "model")
         return filled
 
     def _stored_scales(self, task: TensorTask, first: int, rows: int) -> Array | None:
         """Block scales of rows of a model that is packed already; only a public base needs them."""
-        if not task.layout.packed or self.how is None:
+        if not task.layout.packed or self.quantization is None:
             return None
-        cols, block = task.layout.view[2], task.layout.scale_block(self.how.block_size)
+        cols, block = task.layout.view[2], task.layout.scale_block(self.quantization.block_size)
         absmax: Array = self.model.scales(task.name).absmax
         return absmax[first * cols // block : -(-(first + rows) * cols // block)]
 
-    def _fill(self, task: TensorTask, b: Array, scales: Array | None) -> tuple[Fill, Array | None]:
-        own, own_scales = encode(task, self.how, b, "public base")
-        if own_scales is None or self.how is None or scales is None:
-            return Fill(own, None), None
-        mixed = task.layout.mixes_units(self.how.block_size)
-        return Fill(own, encode_with(task, self.how, b, scales) if mixed else None), own_scales
+    def _fill(self, task: TensorTask, b: Array, scales: Array | None) -> tuple[EncodedBase, Array | None]:
+        own, own_scales = encode(task, self.quantization, b, "public base")
+        if own_scales is None or self.quantization is None or scales is None:
+            return EncodedBase(own, None), None
+        mixed = task.layout.mixes_units(self.quantization.block_size)
+        return EncodedBase(own, encode_with(task, self.quantization, b, scales) if mixed else None), own_scales
 
 
 class TensorAssembler:
-    """Puts chunks together again, in their order: hashes them, and keeps the scales of the tensor that is going by."""
+    """Takes encoded chunks in their order: hashes them, and collects the scales of the current tensor."""
 
     def __init__(
-        self, model: OpenModel, how: Quantization | None, hasher: ModelHash | None, base_hasher: ModelHash | None
+        self,
+        model: OpenModel,
+        quantization: Quantization | None,
+        hasher: ModelHash | None,
+        base_hasher: ModelHash | None,
     ) -> None:
         self._model = model
-        self._how = how
+        self._quantization = quantization
         self._hasher = hasher
         self._base_hasher = base_hasher
         self._scales: list[Array] = []
         self._base_scales: list[Array] = []
 
-    def chunk(self, made: EncodedChunk) -> Chunk:
+    def chunk(self, encoded: EncodedChunk) -> Chunk:
         """What outputs see of it."""
-        if made.base is not None and self._base_hasher is not None:
-            self._base_hasher.update(made.task.name, made.base)
+        if encoded.base is not None and self._base_hasher is not None:
+            self._base_hasher.update(encoded.task.name, encoded.base)
         if self._hasher is not None:
-            self._hasher.update(made.task.name, made.visible)
-            if made.scales is not None:
-                self._scales.append(made.scales)
-        if made.fill_scales is not None:
-            self._base_scales.append(made.fill_scales)
-        return Chunk(made.first, made.rows, made.values, made.fill)
+            self._hasher.update(encoded.task.name, encoded.visible)
+            if encoded.scales is not None:
+                self._scales.append(encoded.scales)
+        if encoded.fill_scales is not None:
+            self._base_scales.append(encoded.fill_scales)
+        return Chunk(encoded.first, encoded.rows, encoded.values, encoded.fill)
 
-    def scales(self, made: EncodedChunk) -> TensorScales | None:
-        """Block scales of the tensor that has gone by."""
-        task, how = made.task, self._how
-        if how is None or not task.layout.packed:
+    def scales(self, task: TensorTask) -> TensorScales | None:
+        """Block scales of the tensor whose last chunk was taken."""
+        quantization = self._quantization
+        if quantization is None or not task.layout.packed:
             return None
-        block = 0 if task.layout.kind == "pack8" else how.block_size
+        format_name, block = quantization.format, 0 if task.layout.kind == "pack8" else quantization.block_size
         if self._hasher is None:
             model = self._model.scales(task.name)
         else:
-            model = Scales.of(how.format, block, np.concatenate(self._scales), double=how.double_quant)
-        base = Scales(how.format, block, np.concatenate(self._base_scales)) if self._base_scales else None
+            model = Scales.of(format_name, block, np.concatenate(self._scales), double=quantization.double_quant)
+        base = Scales(format_name, block, np.concatenate(self._base_scales)) if self._base_scales else None
         self._scales, self._base_scales = [], []
         return TensorScales(model, base)
 
     def digests(self, tasks: Sequence[TensorTask]) -> Digests:
-        """Digests of everything that went by."""
+        """Digests of all that was taken."""
         manifest = self._model.manifest
         model = self._hasher.hexdigest(tasks) if self._hasher else manifest.model_digest if manifest else None
         if model is None:

@@ -8,48 +8,30 @@ nothing but key, model and options, so a repeated export is the same release and
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from fedqsn_cli import strictjson
+import numpy as np
+
 from fedqsn_cli.artifacts import ledger as ledgers
 from fedqsn_cli.artifacts.ledger import Release
-from fedqsn_cli.artifacts.manifests import (
-    PROXY_MANIFEST,
-    GroupUnits,
-    ProxyManifest,
-    PublicBaseRecord,
-    Quantization,
-    TrainsFill,
-    manifest_bytes,
-)
-from fedqsn_cli.artifacts.sanitize import public_companion, public_config
+from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, Quantization, TrainsFill, manifest_bytes
 from fedqsn_cli.checkpoint import ArtifactWriter, TensorSpec, WriterThreads, allow_open_files
 from fedqsn_cli.checkpoint import push as push_to_hub
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.export.outputs import ClientOutput, tensor_specs
-from fedqsn_cli.export.pipeline import Digests, run
-from fedqsn_cli.export.session import (
-    METADATA,
-    MaskingSession,
-    keep_outside,
-    open_session,
-    public_base,
-    unit_table,
-    visible_bits,
-)
+from fedqsn_cli.export.companions import write_public_companions
+from fedqsn_cli.export.outputs import METADATA, client_output, tensor_specs
+from fedqsn_cli.export.pipeline import run
+from fedqsn_cli.export.records import ProxyRecord
+from fedqsn_cli.export.session import MaskingSession, keep_outside, open_session
 from fedqsn_cli.exposure.budget import Budget, Planned
-from fedqsn_cli.masks.draw import LABEL, derive
 from fedqsn_cli.masks.job_masks import ClientMasks
 from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
-from fedqsn_cli.options import ExportOptions, QuantizationOptions, Train
+from fedqsn_cli.options import ExportOptions, QuantizationOptions
 from fedqsn_cli.progress import SILENT, Progress
-from fedqsn_cli.quantization.bnb_format import quantization_config
-from fedqsn_cli.quantization.layout import clear_shares, quantization
+from fedqsn_cli.quantization import layout
 
 CLIENTS_A_PASS = 128
 """So many proxies are written from one read of the model. More are written in turns: memory stays the same."""
@@ -57,7 +39,7 @@ CLIENTS_A_PASS = 128
 
 @dataclass(frozen=True, slots=True)
 class ExportedProxy:
-    """One proxy that is out.
+    """One proxy that was released.
 
     Args:
         bytes: size of all its files together.
@@ -80,7 +62,8 @@ class ExportResult:
         hidden_from_client: share of all parameters that a proxy does not show, server and client mask together.
         shares: share of all parameters shipped masked and quantized, masked only, quantized only, in the clear.
         key_created: a new job key was written.
-        public_base: how many masked tensors of it are exact, resized and so on (see `bases`); None for zero fill.
+        public_base: how many masked tensors of it are exact, resized and so on (see `models.public_base`); None for
+            zero fill.
     """
 
     proxies: tuple[ExportedProxy, ...]
@@ -109,214 +92,163 @@ def export_proxy(source: str | Path, options: ExportOptions, *, progress: Progre
     Example:
         >>> export_proxy("global/", "proxy/", client="alice", round=1, key="job.key", ledger="ledger.jsonl", p2=0.1)
     """
-    clients, targets, ledger = options.client, options.targets, Path(options.ledger)
-    round, p2, schedule, push = options.round, options.p2, options.schedule or "fresh", options.push
-    for target in targets:
+    ledger = Path(options.ledger)
+    for target in options.targets:
         keep_outside(target, key=options.key, ledger=ledger)
     ledgers.check(ledger)
     session = open_session(source, options)
-    train = options.train or "visible"
-    _check_train(train, session)
-    planned = tuple(Planned(name, round, schedule, p2) for name in clients)
-    allowance = Budget(session.job, planned, options.budget, options.coalition)
-    allowance.check_ledger(ledger)
-    how = chosen_quantization(session, options)
-    tasks = tensor_tasks(session.model, how, session.masks.hidden)
-    masks = [ClientMasks(session.masks, name, round, p2, schedule, session.rescale) for name in clients]
-    with ExitStack() as stack:
-        together = min(len(clients), CLIENTS_A_PASS)
-        allow_open_files(len(clients) + 2 * together)
-        pipeline = WriterThreads(together)
-        stack.callback(pipeline.stop)
-        writers = [
-            stack.enter_context(ArtifactWriter(target, force=options.force, pipeline=pipeline)) for target in targets
-        ]
-        specs, limit = tensor_specs(tasks, how), options.max_shard_bytes
-        releases = []
-        for first in range(0, len(clients), together):
-            some = list(zip(writers, masks, strict=True))[first : first + together]
-            sinks = [writer.tensors("model", specs, max_shard_bytes=limit, metadata=METADATA) for writer, _ in some]
-            outputs = [
-                ClientOutput(sink, how, mask.hidden, mask.factor) for sink, (_, mask) in zip(sinks, some, strict=True)
-            ]
-            digests = run(session.model, tasks, how, outputs, base=session.base, progress=progress)
-            for sink, (writer, mask) in zip(sinks, some, strict=True):
-                sink.close()
-                releases.append(_complete(writer, session, mask, how, digests, _written(train)))
+    train = _trained_fill(session, options)
+    masks = [session.client_masks(client, options) for client in options.client]
+    budget = _budget(session, masks, options)
+    budget.check_ledger(ledger)
+    quantization = choose_quantization(session, options)
+    export = _Export(session, quantization, tensor_tasks(session.model, quantization, session.masks.hidden), train)
+    with _writers(options) as writers:
+        releases = export.write(writers, masks, options.max_shard_bytes, progress)
         session.save_key()
-        ledgers.record(ledger, releases, check=allowance.check)  # again: others may have released meanwhile
-        published = [writer.publish() for writer in writers]
-    pushed = [
-        push_to_hub(path, push.replace("{client}", name)) if push else None
-        for path, name in zip(published, clients, strict=True)
-    ]
-    return _result(session, masks[0], tasks, how, digests, releases, published, pushed)
+        ledgers.record(ledger, releases, check=budget.check)  # again: others may have released meanwhile
+        folders = [writer.publish() for writer in writers]
+    commits = [_push(folder, client, options.push) for folder, client in zip(folders, options.client, strict=True)]
+    proxies = map(_exported, releases, folders, commits)
+    return _result(export, masks[0], releases[0].model_digest, tuple(proxies))
 
 
-def chosen_quantization(session: MaskingSession, options: QuantizationOptions) -> Quantization | None:
+def _trained_fill(session: MaskingSession, options: ExportOptions) -> TrainsFill:
+    """What clients train besides visible units, as manifests and ledger hold it. Raises InputError."""
+    if options.train != "all":
+        return None
+    if session.fill != "base":
+        raise InputError(
+            "without a public base there is nothing in the holes to train", where="--train all", hint="use --fill base"
+        )
+    return "all"
+
+
+def _budget(session: MaskingSession, masks: Sequence[ClientMasks], options: ExportOptions) -> Budget:
+    """What clients may have seen once these releases are made."""
+    planned = tuple(Planned(mask.client, mask.round, mask.schedule, mask.p2) for mask in masks)
+    return Budget(session.job, planned, options.budget, options.coalition)
+
+
+def choose_quantization(session: MaskingSession, options: QuantizationOptions) -> Quantization | None:
     """The quantization of the output: the source's if it is quantized, else what was asked, else nf4 in blocks of 64.
 
     Raises:
         InputError: the source is quantized in another way than asked.
     """
-    old = session.model.manifest.quantization if session.model.manifest else None
-    if old is None:
-        how = quantization(
+    stored = session.stored_quantization
+    if stored is None:
+        chosen = layout.quantization(
             options.format or "nf4",
             block_size=options.block_size or 64,
             double_quant=bool(options.double_quant),
             layout=options.layout,
         )
     else:
-        for option in ("format", "block_size", "double_quant", "layout"):
-            value = getattr(options, option)
-            if value is not None and value != getattr(old, option):
-                raise InputError(
-                    f"the model is quantized with {option.replace('_', ' ')} {getattr(old, option)}, asked was {value}",
-                    where=f"--{option.replace('_', '-')}",
-                )
-        how = old
-    if session.fill == "base" and how is not None and how.double_quant:
+        chosen = stored
+        for name in ("format", "block_size", "double_quant", "layout"):
+            asked, held = getattr(options, name), getattr(stored, name)
+            if asked is not None and asked != held:
+                what = f"the model is quantized with {name.replace('_', ' ')} {held}, but {asked} was asked for"
+                raise InputError(what, where=f"--{name.replace('_', '-')}")
+    if session.fill == "base" and chosen is not None and chosen.double_quant:
         raise InputError("double quantization cannot be used with --fill base", where="--double-quant")
-    return how
+    return chosen
 
 
-def _check_train(train: str, session: MaskingSession) -> None:
-    """Refuse a way to train that is none, or that does not go with the work. Raises InputError."""
-    if train == "all" and session.fill != "base":
-        raise InputError(
-            "without a public base there is nothing in the holes to train", where="--train all", hint="use --fill base"
-        )
+@contextmanager
+def _writers(options: ExportOptions) -> Iterator[list[ArtifactWriter]]:
+    """A writer for each client; what is not published when this ends is removed."""
+    together = min(len(options.client), CLIENTS_A_PASS)
+    allow_open_files(len(options.client) + 2 * together)
+    with ExitStack() as stack:
+        threads = WriterThreads(together)
+        stack.callback(threads.stop)
+        yield [
+            stack.enter_context(ArtifactWriter(target, force=options.force, pipeline=threads))
+            for target in options.targets
+        ]
 
 
-def _written(train: Train) -> TrainsFill:
-    """The way to train as manifests and ledger hold it."""
-    return "all" if train == "all" else None
+@dataclass(frozen=True, slots=True)
+class _Export:
+    """What the proxies of all clients have in common."""
+
+    session: MaskingSession
+    quantization: Quantization | None
+    tasks: Sequence[TensorTask]
+    train: TrainsFill
+
+    def write(
+        self,
+        writers: Sequence[ArtifactWriter],
+        masks: Sequence[ClientMasks],
+        max_shard_bytes: int,
+        progress: Progress,
+    ) -> list[Release]:
+        """Write all proxies, as many in one pass over the model as `CLIENTS_A_PASS`. Returns their ledger lines."""
+        specs = tensor_specs(self.tasks, self.quantization)
+        releases = []
+        for first in range(0, len(masks), CLIENTS_A_PASS):
+            part = slice(first, first + CLIENTS_A_PASS)
+            sinks = [
+                writer.tensors("model", specs, max_shard_bytes=max_shard_bytes, metadata=METADATA)
+                for writer in writers[part]
+            ]
+            outputs = [
+                client_output(sink, self.quantization, mask) for sink, mask in zip(sinks, masks[part], strict=True)
+            ]
+            digests = run(
+                self.session.model, self.tasks, self.quantization, outputs, base=self.session.base, progress=progress
+            )
+            record = ProxyRecord(self.session, self.quantization, self.train, digests)
+            for writer, sink, mask in zip(writers[part], sinks, masks[part], strict=True):
+                sink.close()
+                releases.append(self._finish(writer, mask, record))
+        return releases
+
+    def _finish(self, writer: ArtifactWriter, masks: ClientMasks, record: ProxyRecord) -> Release:
+        """Write everything but the model's tensors, proxy.json last."""
+        write_public_companions(self.session.model, writer, self.quantization)
+        _write_visible(writer, self.session, masks)
+        manifest = record.manifest(masks, writer.digests)
+        writer.add_bytes(PROXY_MANIFEST, manifest_bytes(manifest))
+        return record.release(masks, manifest.proxy_id, writer.digests[PROXY_MANIFEST])
 
 
-def _complete(
-    writer: ArtifactWriter,
-    session: MaskingSession,
-    mask: ClientMasks,
-    how: Quantization | None,
-    digests: Digests,
-    train: TrainsFill,
-) -> Release:
-    """Write everything but the model's tensors, proxy.json last; returns the ledger line."""
-    write_companions(writer, session, how)
-    _write_visible(writer, session, mask)
-    base = public_base(session, digests.base)
-    manifest = ProxyManifest(
-        proxy_id=_proxy_id(session, mask, how, digests, base, train),
-        job=session.job.commitment,
-        round=mask.round,
-        quantization=how,
-        fill=session.fill,
-        public_base=base,
-        rescale=session.rescale,
-        groups={name: GroupUnits(units=n) for name, n in session.model.plan.groups().items()},
-        tensors=unit_table(session.model.plan.tensors),
-        train=train,
-        files=writer.digests,
-    )
-    data = manifest_bytes(manifest)
-    writer.add_bytes(PROXY_MANIFEST, data)
-    return Release(
-        client=mask.client,
-        round=mask.round,
-        schedule=mask.schedule,
-        proxy_id=manifest.proxy_id,
-        proxy_sha256=hashlib.sha256(data).hexdigest(),
-        p1=session.job.p1,
-        p1_least=session.job.least_ratio,
-        p2=mask.p2,
-        rescale=session.rescale,
-        fill=session.fill,
-        train=train,
-        quantization=how,
-        plan=session.model.plan.digest,
-        model_digest=digests.model,
-        job=session.job.commitment,
-    )
-
-
-def write_companions(writer: ArtifactWriter, session: MaskingSession, how: Quantization | None) -> None:
-    """config.json, tokenizer and generation files, without anything private."""
-    model = session.model
-    packed = None
-    if how is not None and how.layout == "bnb":
-        skip = model.plan.skip_modules(model.checkpoint.config)
-        packed = quantization_config(how.format, how.block_size, how.double_quant, skip, model.config_dtype)
-    if model.checkpoint.config is not None:
-        writer.add_bytes("config.json", public_config(model.checkpoint.config, packed))
-    for companion in model.checkpoint.companions:
-        writer.add_bytes(companion.name, public_companion(companion))
-
-
-def _write_visible(writer: ArtifactWriter, session: MaskingSession, mask: ClientMasks) -> None:
+def _write_visible(writer: ArtifactWriter, session: MaskingSession, masks: ClientMasks) -> None:
+    """visible.safetensors: for each group one bit a unit, the first unit in the highest bit of the first byte."""
     groups = sorted(session.model.plan.groups().items())
     specs = [TensorSpec(name, "U8", ((units + 7) // 8,)) for name, units in groups]
     sink = writer.tensors("visible", specs, max_shard_bytes=None, metadata={})
     for name, units in groups:
-        sink.write(name, 0, visible_bits(mask.visible_group(name, units)))
+        sink.write(name, 0, np.packbits(masks.visible_group(name, units)))
     sink.close()
 
 
-def _proxy_id(
-    session: MaskingSession,
-    mask: ClientMasks,
-    how: Quantization | None,
-    digests: Digests,
-    base: PublicBaseRecord | None,
-    train: TrainsFill,
-) -> str:
-    """HMAC(key, scope, model digest, options): unpredictable outside, equal when the same export is run again."""
-    options: dict[str, Any] = {
-        "p2": mask.p2,
-        "schedule": mask.schedule,
-        "rescale": session.rescale,
-        "fill": session.fill,
-        "public_base": base.sha256 if base else None,
-        "quantization": how.model_dump() if how else None,
-        "plan": session.model.plan.digest,
-    }
-    if train is not None:
-        options["train"] = train
-    fields = (LABEL, "proxy", mask.client, str(mask.round), digests.model, strictjson.dumps(options))
-    return derive(session.job.key, fields).hex()
+def _push(folder: Path, client: str, repository: str | None) -> str | None:
+    """Upload a proxy, if it is to be. Returns the commit."""
+    return push_to_hub(folder, repository.replace("{client}", client)) if repository else None
 
 
-def _result(
-    session: MaskingSession,
-    mask: ClientMasks,
-    tasks: Sequence[TensorTask],
-    how: Quantization | None,
-    digests: Digests,
-    releases: Sequence[Release],
-    published: Sequence[Path],
-    pushed: Sequence[str | None],
-) -> ExportResult:
-    tensors = [task.plan for task in tasks]
-    total = sum(task.size for task in tasks)
+def _exported(release: Release, folder: Path, commit: str | None) -> ExportedProxy:
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    return ExportedProxy(release.client, str(folder), release.proxy_id, size, commit)
+
+
+def _result(export: _Export, masks: ClientMasks, digest: str, proxies: tuple[ExportedProxy, ...]) -> ExportResult:
+    session, tensors = export.session, [task.plan for task in export.tasks]
+    total = sum(task.size for task in export.tasks)
     by_server = sum(map(session.masks.hidden_elements, tensors))
-    by_client = sum(map(mask.hidden_elements, tensors))
-    proxies = tuple(
-        ExportedProxy(release.client, str(path), release.proxy_id, folder_bytes(path), commit)
-        for release, path, commit in zip(releases, published, pushed, strict=True)
-    )
+    by_client = sum(map(masks.hidden_elements, tensors))
     return ExportResult(
         proxies=proxies,
-        round=mask.round,
-        model_digest=digests.model,
-        quantization=how,
+        round=masks.round,
+        model_digest=digest,
+        quantization=export.quantization,
         hidden_by_server=by_server / total,
         hidden_from_client=(by_server + by_client) / total,
-        shares=clear_shares(tensors, how),
+        shares=layout.clear_shares(tensors, export.quantization),
         key_created=session.new_key,
         public_base=session.base.counts() if session.base is not None else None,
     )
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files right in a folder."""
-    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())

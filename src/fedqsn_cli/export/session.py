@@ -1,37 +1,25 @@
-"""What the owner's commands share: a model opened with its job, its base and its options, which must agree."""
+"""What the owner's commands share: a model opened with its job, its public base and its options, which must agree."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
-
-from fedqsn_cli.artifacts.manifests import (
-    Fill,
-    GroupCount,
-    ModelManifest,
-    PublicBaseRecord,
-    Quantization,
-    SourceRecord,
-    Units,
-)
+from fedqsn_cli.artifacts.manifests import Fill, Quantization
 from fedqsn_cli.errors import InputError, KeyFileError
 from fedqsn_cli.masks import job_key
 from fedqsn_cli.masks.job_key import JobKey
-from fedqsn_cli.masks.job_masks import ServerMasks
+from fedqsn_cli.masks.job_masks import ClientMasks, ServerMasks
 from fedqsn_cli.models.duplicates import refuse_duplicate_tensors
 from fedqsn_cli.models.model import OpenModel, open_model
 from fedqsn_cli.models.public_base import PublicBase, open_base
-from fedqsn_cli.options import MaskingOptions
+from fedqsn_cli.options import ExportOptions, MaskingOptions, MaskOptions
 from fedqsn_cli.planning.overrides import canonical, load_overrides
 from fedqsn_cli.planning.placement import FIELDS, OPTIONS, describe, parse_placement
-from fedqsn_cli.planning.tensor_plan import TensorPlan
 
-METADATA = {"format": "pt"}
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -40,8 +28,8 @@ class MaskingSession:
 
     Args:
         model: the global, server or quantized server model.
-        job: key, p1 and plan; new_key says that it is not on disk yet.
-        fill: what stands in a hole. base: the public base for fill "base".
+        job: key, p1 and plan. new_key: it is not on disk yet.
+        fill: what hidden units are replaced by. base: the public base of fill "base".
         rescale: whether the visible part is scaled by n / |V|; never with a public base.
     """
 
@@ -54,8 +42,18 @@ class MaskingSession:
     base: PublicBase | None
     rescale: bool
 
+    @property
+    def stored_quantization(self) -> Quantization | None:
+        """How the model is quantized already; None if it is not."""
+        return self.model.manifest.quantization if self.model.manifest else None
+
+    def client_masks(self, client: str, options: MaskOptions | ExportOptions) -> ClientMasks:
+        """The masks of one client, on top of the server's."""
+        round, p2, schedule = options.round or 0, options.p2 or 0.0, options.schedule or "fresh"
+        return ClientMasks(self.masks, client, round, p2, schedule, self.rescale)
+
     def save_key(self) -> None:
-        """Put a new key on disk; an old one stays as it is."""
+        """Write a new key to disk; an old one stays as it is."""
         if self.new_key:
             job_key.save(self.key, self.job)
 
@@ -63,83 +61,73 @@ class MaskingSession:
 def open_session(source: str | Path, options: MaskingOptions) -> MaskingSession:
     """Open a model for masking, with the job that its key belongs to.
 
-    An option that is None was not given: then the key or the model's manifest decides, and where there is neither, the
-    defaults (axis neuron, rescale, zero fill).
+    An option that is None was not given: the key or the model's manifest decides then, and where there is neither, the
+    defaults do (axis neuron, rescale, zero fill).
 
     Raises:
-        InputError: options, key, manifest and model do not go together.
+        InputError: options, key, manifest and model do not agree.
     """
-    key, plan, axis = Path(options.key), options.plan_file, options.axis
-    placement = parse_placement(options.where, options.layers, options.p1_schedule)
+    key = Path(options.key)
     known = job_key.load(key) if os.path.lexists(key) else None
-    overrides = _overrides(known, key, plan, placement)
-    model = open_model(str(source), axis=axis or (known.axis if known else "neuron"), overrides=overrides)
-    model.plan.require_known()
-    if not any(tensor.masked for tensor in model.plan.tensors):
-        raise InputError("the plan masks no tensor", where=source, hint="see 'fedqsn inspect --show-plan'")
+    overrides = _overrides(options, known)
+    model = open_model(str(source), axis=options.axis or (known.axis if known else "neuron"), overrides=overrides)
+    _check_maskable(model, source)
     server = model.manifest if model.kind == "server-model" else None
-    if model.kind == "masked-model":
-        raise InputError("this model carries a client mask already", where=source, hint="give the server model")
-    if model.is_quantized and server is None:
-        raise InputError("this model was quantized before it was masked", where=source, hint="mask it first")
     if server is None:
         refuse_duplicate_tensors(model.checkpoint, model.plan)
     elif known is None:
         raise KeyFileError("there is no key", where=key, hint="a server model needs the key it was masked with")
-    if server is not None:
-        _agreed("--axis", axis, server.axis, None)
-        _agreed("--plan-file", overrides if plan is not None else None, server.overrides, None)
-    job, new = job_key.open_or_draw(key, p1=options.p1, axis=model.plan.axis, plan=model.plan)
-    chosen = _agreed("--fill", options.fill, server.fill if server else None, "zero")
-    scaled = _agreed("--rescale", options.rescale, server.rescale if server and server.fill == "zero" else None, True)
+    else:
+        _reconcile("--axis", options.axis, server.axis)
+        _reconcile("--plan-file", overrides if options.plan_file is not None else None, server.overrides)
+    job, new_key = job_key.open_or_draw(key, p1=options.p1, axis=model.plan.axis, plan=model.plan)
+    fill: Fill = _reconcile("--fill", options.fill, server.fill if server else None) or "zero"
+    recorded = server.rescale if server is not None and server.fill == "zero" else None
+    rescale = _reconcile("--rescale", options.rescale, recorded) is not False
     if server is not None and server.job != job.commitment:
         raise KeyFileError("the key belongs to another job than this server model", where=key)
-    base = _open_base(model, chosen, options.public_base)
-    return MaskingSession(model, job, key, new, ServerMasks(job), chosen, base, scaled and chosen == "zero")
+    base = _open_base(model, fill, options.public_base)
+    return MaskingSession(model, job, key, new_key, ServerMasks(job), fill, base, rescale and fill == "zero")
 
 
-def _overrides(
-    known: JobKey | None, key: Path, plan: str | Path | None, asked: dict[str, Any]
-) -> dict[str, Any] | None:
-    """The plan's rules, and where and how much to hide: as asked, as the plan file says, and as the job has it.
+def _check_maskable(model: OpenModel, source: str | Path) -> None:
+    """Refuse models that are further than a server model, or that have nothing to mask. Raises InputError."""
+    model.plan.require_known()
+    if not any(tensor.masked for tensor in model.plan.tensors):
+        raise InputError("the plan masks no tensor", where=source, hint="see 'fedqsn inspect --show-plan'")
+    if model.kind == "masked-model":
+        raise InputError("this model carries a client mask already", where=source, hint="give the server model")
+    if model.is_quantized and model.kind != "server-model":
+        raise InputError("this model was quantized before it was masked", where=source, hint="mask it first")
+
+
+def _overrides(options: MaskingOptions, known: JobKey | None) -> dict[str, Any] | None:
+    """The plan's rules, and where and how much to hide: from the options, the plan file and the job.
 
     Raises:
-        InputError: the three contradict each other. KeyFileError: the job has it otherwise.
+        InputError: options and plan file contradict each other. KeyFileError: the job has it otherwise.
     """
-    written = load_overrides(plan) if plan is not None else {}
+    asked = parse_placement(options.where, options.layers, options.p1_schedule)
+    written = load_overrides(options.plan_file) if options.plan_file is not None else {}
     for name, value in asked.items():
         if name in written and value != written[name]:
             raise InputError(
-                f"the plan file says {describe(name, written[name])}, asked was {value}", where=OPTIONS[name]
+                f"the plan file says {describe(name, written[name])}, but {value} was asked for", where=OPTIONS[name]
             )
     wanted = {name: written[name] for name in FIELDS if name in written} | asked
     if known is not None:
-        job_key.check_placement(known, wanted, key)
-    if known is None and plan is None and not asked:
+        job_key.check_placement(known, wanted, options.key)
+    elif not written and not asked:
         return None
     held = known.overrides if known is not None else {"rule": []}
     return canonical({**held, **wanted, "rule": written.get("rule", held["rule"])})
 
 
-def keep_outside(out: Path, **files: str | Path | None) -> None:
-    """Refuse a key or ledger inside of an output: it would leave with it, or be lost when --force replaces it.
-
-    Args:
-        out: the directory to make. files: paths by the option that gives them.
-
-    Raises:
-        InputError: one of them lies in there.
-    """
-    for option, file in files.items():
-        if file is not None and Path(os.path.realpath(file)).is_relative_to(os.path.realpath(out)):
-            raise InputError("lies inside of the output", where=f"--{option}", hint="keep it beside the outputs")
-
-
-def _agreed(option: str, asked: Any, recorded: Any, default: Any) -> Any:
-    """The value of an option: what was asked, which must be what the manifest says, which stands before the default."""
+def _reconcile(option: str, asked: Value | None, recorded: Value | None) -> Value | None:
+    """The value of an option that the model's manifest may hold, too. Raises InputError if the two differ."""
     if asked is not None and recorded is not None and asked != recorded:
-        raise InputError(f"the model was made with {recorded}, asked was {asked}", where=option)
-    return next((value for value in (asked, recorded) if value is not None), default)
+        raise InputError(f"the model was made with {recorded}, but {asked} was asked for", where=option)
+    return recorded if asked is None else asked
 
 
 def _open_base(model: OpenModel, fill: Fill, reference: str | Path | None) -> PublicBase | None:
@@ -152,64 +140,15 @@ def _open_base(model: OpenModel, fill: Fill, reference: str | Path | None) -> Pu
     return open_base(str(reference), model)
 
 
-def model_manifest(
-    session: MaskingSession, kind: str, digest: str, base_digest: str | None, how: Quantization | None
-) -> ModelManifest:
-    """`fedqsn.json` of a model that was masked."""
-    model, plan = session.model, session.model.plan
-    base = public_base(session, base_digest)
-    return ModelManifest.model_validate(
-        {
-            "kind": kind,
-            "job": session.job.commitment,
-            "p1": session.job.p1,
-            "axis": plan.axis,
-            "rescale": session.rescale,
-            "fill": session.fill,
-            "public_base": base,
-            "plan": plan.digest,
-            "overrides": plan.overrides,
-            "model_digest": digest,
-            "quantization": how,
-            "groups": group_counts(plan.groups(), session.job),
-            "tensors": unit_table(plan.tensors),
-            "source": source_record(model),
-            "trained_fill": True if model.has_trained_fill else None,
-        }
-    )
+def keep_outside(out: Path, **files: str | Path | None) -> None:
+    """Refuse a key or ledger inside of an output: it would be sent with it, or be lost when --force replaces it.
 
-
-def public_base(session: MaskingSession, digest: str | None) -> PublicBaseRecord | None:
-    """The record of the public base: a hub reference with its commit, never a local path.
+    Args:
+        out: the directory to make. files: paths by the option that gives them.
 
     Raises:
-        InputError: it is not the one that the server model was filled with.
+        InputError: one of them is inside.
     """
-    if session.base is None or digest is None:
-        return None
-    recorded = session.model.manifest.public_base if session.model.manifest else None
-    if recorded is not None and recorded.sha256 != digest:
-        raise InputError("not the public base that the server model was filled with", where="--public-base")
-    source = session.base.source
-    reference = f"{source.reference.split('@')[0]}@{source.revision}" if source.revision is not None else None
-    return recorded or PublicBaseRecord(reference=reference, sha256=digest)
-
-
-def group_counts(groups: Mapping[str, int], job: JobKey) -> dict[str, GroupCount]:
-    """How many units each group has and how many the server mask hides."""
-    return {name: GroupCount(units=n, hidden=job.hides(name, n)) for name, n in groups.items()}
-
-
-def unit_table(tensors: tuple[TensorPlan, ...]) -> dict[str, Units]:
-    """Where the units of each masked tensor lie."""
-    return {t.name: Units(groups=t.groups, axis=t.axis, view=t.view) for t in tensors if t.axis is not None}
-
-
-def source_record(model: OpenModel) -> SourceRecord:
-    """Where the model came from, for the private manifest."""
-    return SourceRecord(reference=model.source.reference, revision=model.source.revision)
-
-
-def visible_bits(flags: np.ndarray[Any, np.dtype[np.bool_]]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """One bit a unit, the first unit in the highest bit of the first byte: [ceil(n / 8)]."""
-    return np.packbits(flags)
+    for option, file in files.items():
+        if file is not None and Path(os.path.realpath(file)).is_relative_to(os.path.realpath(out)):
+            raise InputError("is inside of the output", where=f"--{option}", hint="keep it beside the outputs")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedqsn_cli.artifacts.manifests import ModelManifest
+from fedqsn_cli.artifacts.manifests import ModelManifest, SourceRecord
 from fedqsn_cli.errors import InputError, KeyFileError
-from fedqsn_cli.export.session import source_record
 from fedqsn_cli.masks import job_key
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.models.model import OpenModel, open_model
@@ -32,22 +31,5 @@ def open_job_model(source: str, key: str | Path) -> tuple[JobKey, OpenModel]:
 def merged_manifest(model: OpenModel, job: JobKey, digest: str | None, kind: str | None = None) -> ModelManifest:
     """`fedqsn.json` of a merged or restored model."""
     if model.manifest is not None and model.kind == "server-model" and kind is None:
-        return model.manifest.model_copy(update={"model_digest": digest, "source": source_record(model)})
-    return ModelManifest.model_validate(
-        {
-            "kind": "global-model",
-            "job": job.commitment,
-            "p1": job.p1,
-            "axis": job.axis,
-            "rescale": False,
-            "fill": "zero",
-            "public_base": None,
-            "plan": job.plan_digest,
-            "overrides": job.overrides,
-            "model_digest": None,
-            "quantization": None,
-            "groups": {},
-            "tensors": {},
-            "source": source_record(model),
-        }
-    )
+        return model.manifest.model_copy(update={"model_digest": digest, "source": SourceRecord.of(model.source)})
+    return ModelManifest.of(model.plan, model.source, job=job.commitment, p1=job.p1)

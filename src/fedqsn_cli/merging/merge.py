@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING
 from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, ModelManifest, manifest_bytes
 from fedqsn_cli.checkpoint import ArtifactWriter, write_file_atomically
 from fedqsn_cli.errors import InputError, RefusedUpdate
+from fedqsn_cli.export.companions import copy_companions
 from fedqsn_cli.export.outputs import tensor_specs
-from fedqsn_cli.export.server_model import copy_companions
 from fedqsn_cli.export.session import keep_outside
 from fedqsn_cli.kernels.hash_threads import HashThreads
 from fedqsn_cli.masks.job_key import JobKey

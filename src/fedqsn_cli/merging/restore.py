@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, manifest_bytes
 from fedqsn_cli.checkpoint import ArtifactWriter
 from fedqsn_cli.errors import InputError
+from fedqsn_cli.export.companions import copy_companions
 from fedqsn_cli.export.outputs import tensor_specs
 from fedqsn_cli.export.pipeline import CHUNK_ELEMENTS
-from fedqsn_cli.export.server_model import copy_companions
 from fedqsn_cli.kernels.hash_threads import HashThreads
 from fedqsn_cli.masks.draw import rescale_factor
 from fedqsn_cli.masks.job_masks import ServerMasks

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedqsn_cli.artifacts.manifests import ModelManifest, read_manifest
+from fedqsn_cli.artifacts.manifests import ModelManifest, Quantization, read_manifest
 from fedqsn_cli.checkpoint import DTYPE_BYTES, Checkpoint, Source, resolve
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.planning.plan import Plan, make_plan
 from fedqsn_cli.planning.roles import rules
-from fedqsn_cli.quantization.bnb_format import Packing
+from fedqsn_cli.quantization.bnb_format import Packing, quantization_config
 from fedqsn_cli.quantization.bnb_reader import find_packings, read_scales
 from fedqsn_cli.quantization.layout import TensorLayout
 from fedqsn_cli.quantization.scales import Scales
@@ -76,6 +76,15 @@ class OpenModel:
         """The dtype that config.json names, as safetensors spells it; F32 when it names none."""
         text = self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
         return _CONFIG_DTYPES.get(str(text).removeprefix("torch."), "F32")
+
+    def quantization_config(self, quantization: Quantization | None) -> dict[str, Any] | None:
+        """`quantization_config` of config.json for weights packed as bitsandbytes does; None for all others."""
+        if quantization is None or quantization.layout != "bnb":
+            return None
+        skip = self.plan.skip_modules(self.checkpoint.config)
+        return quantization_config(
+            quantization.format, quantization.block_size, quantization.double_quant, skip, self.config_dtype
+        )
 
     def stored_bytes(self, name: str) -> int:
         """Bytes of the tensor's values or codes in the file."""

@@ -83,10 +83,10 @@ class MaskOptions(MaskingOptions, ModelOutputOptions):
         super().__post_init__()
         for flag, value in (("--round", self.round), ("--p2", self.p2)):
             if self.client is None and value is not None:
-                raise InputError("only a client mask has one", where=flag, hint="name the --client")
+                raise InputError("is only used for a client mask", where=flag, hint="name the --client")
             needed = flag == "--p2" or self.schedule != "sticky"
             if self.client is not None and value is None and needed:
-                raise InputError("a client mask needs it", where=flag)
+                raise InputError("is needed for a client mask", where=flag)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ class ExportOptions(QuantizationOptions, MaskingOptions, ModelOutputOptions):
         Option("Name of a client; give it again for more clients.", JOB, metavar="NAME", check=_clients),
     ]
     round: Annotated[int, Option("Number of the round.", JOB, check=_round)]
-    key: Annotated[str | Path, Option("The job's secret; made if there is none.", JOB, env=KEY)]
+    key: Annotated[str | Path, Option("The job's secret; created if missing.", JOB, env=KEY)]
     ledger: Annotated[str | Path, Option("Record of all releases, added to.", JOB, env=LEDGER)]
     p2: Annotated[
         float,
@@ -160,7 +160,7 @@ class ExportOptions(QuantizationOptions, MaskingOptions, ModelOutputOptions):
             raise InputError("limits nothing without --budget", where="--coalition")
         for flag, text in (("--out", str(self.out)), ("--push", self.push)):
             if len(self.client) > 1 and text is not None and "{client}" not in text:
-                raise InputError("several clients need a place each", where=flag, hint='put "{client}" into it')
+                raise InputError("is the same for several clients", where=flag, hint='put "{client}" into it')
 
     @property
     def targets(self) -> list[Path]:

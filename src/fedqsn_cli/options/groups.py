@@ -81,7 +81,7 @@ DOUBLE_QUANT = Option("Quantize the scales too (nf4 and fp4 in layout bnb).", QU
 
 
 OUT = Option("Folder to write.", OUTPUT, metavar="DIR")
-FORCE = Option("Replace what stands at --out, if fedqsn wrote it.", OUTPUT)
+FORCE = Option("Replace what is at --out, if fedqsn wrote it.", OUTPUT)
 PLAN_FILE = Option("TOML rules for tensors that need other treatment.", MASKING, aliases=("--plan",))
 AXIS = Option(
     "What to hide in linear layers: output neurons, input features, or single weights.",
@@ -111,7 +111,7 @@ class ModelOutputOptions(Options):
 class KeyOptions(Options):
     """The job that a model is masked for."""
 
-    key: Annotated[str | Path, Option("The job's secret; made if there is none.", MASKING, env=KEY)]
+    key: Annotated[str | Path, Option("The job's secret; created if missing.", MASKING, env=KEY)]
 
 
 @dataclass(frozen=True, kw_only=True)

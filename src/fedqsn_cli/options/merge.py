@@ -164,6 +164,6 @@ class MergeOptions(ModelOutputOptions):
             raise InputError(f"{option} needs development data", where="--eval-data", hint="give a file of your own")
         for flag, given in (("--eval-data", self.eval_data), ("--report", self.report)):
             if given is not None and not self.searches:
-                raise InputError("nothing is looked for", where=flag, hint=f"give it with {option}")
+                raise InputError("there is nothing to search for", where=flag, hint=f"give it with {option}")
         if self.allow_worse and self.server_lr != "auto":
             raise InputError("a given step is taken anyway", where="--allow-worse", hint="use it with --server-lr auto")
