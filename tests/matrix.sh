@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# The tests as on other machines, as far as this one can stand for them. `make matrix` runs it, and so does `make soak`.
+#
+#   tests/matrix.sh PYTHON [NAME...]     only these of: no-avx2 avx2 one-core four-workers c-locale umask-nohup memory new-examples
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=$1
+shift
+
+# Whose numbers come from torch, bitsandbytes or compiled kernels.
+numbers=(tests/quantization tests/training tests/test_invariants_i9.py tests/test_modeling.py tests/test_evaluate.py
+    tests/test_merge_auto.py tests/audit/test_function.py tests/audit/test_attacks.py)
+# Which look at processes, files, terminals and text.
+system=(tests/cli tests/checkpoint tests/audit/test_ci_examples.py tests/audit/test_cli_audit.py tests/test_examples.py
+    tests/test_invariants_i4.py tests/test_invariants_i5.py tests/test_invariants_i6.py tests/test_bounded.py
+    tests/test_keyfile.py tests/test_ledger.py tests/test_mask_quantize.py)
+wanted=" $* "
+failed=()
+
+# on NAME COMMAND...: run it, unless others were asked for.
+on() {
+    local name=$1
+    shift
+    [[ -z ${wanted// /} || $wanted == *" $name "* ]] || return 0
+    printf '\n== %s\n' "$name"
+    "$@" || failed+=("$name")
+}
+
+try() { "$python" -m pytest -q --dist loadfile "$@"; }
+one_core() { taskset --cpu-list "$("$python" -c 'import os; print(min(os.sched_getaffinity(0)))')" "$python" -m pytest -q "$@"; }
+shut() { (umask 077 && trap '' HUP INT && try "$@" </dev/null); }
+in_memory() {
+    [[ -w /dev/shm ]] || { echo "there is no /dev/shm here"; return 0; }
+    local folder
+    folder=$(mktemp -d /dev/shm/fedqsn-matrix.XXXXXX) || return 1
+    TMPDIR=$folder try "$@"
+    local code=$?
+    rm -rf "$folder"
+    return "$code"
+}
+
+on no-avx2 env ATEN_CPU_CAPABILITY=default "$python" -m pytest -q -n auto --dist loadfile "${numbers[@]}"
+on avx2 env ATEN_CPU_CAPABILITY=avx2 "$python" -m pytest -q -n auto --dist loadfile "${numbers[@]}"
+on one-core one_core "${system[@]}" "${numbers[@]}"
+on four-workers try -n 4 tests
+on c-locale env LC_ALL=C PYTHONUTF8=0 "$python" -m pytest -q -n auto --dist loadfile "${system[@]}" tests/training
+on umask-nohup shut -n auto "${system[@]}"
+on memory in_memory -n auto tests/checkpoint tests/cli tests/test_mask_quantize.py tests/test_proxy.py
+on new-examples try -n auto --hypothesis-profile explore tests -k "not examples and not study and not benchmarks"
+
+((${#failed[@]} == 0)) || { echo "== failed: ${failed[*]}" >&2; exit 1; }
+echo "== all passed"
