@@ -8,12 +8,12 @@ python=$1
 shift
 
 # Whose numbers come from torch, bitsandbytes or compiled kernels.
-numbers=(tests/quantization tests/training tests/test_invariants_i9.py tests/test_modeling.py tests/test_evaluate.py
-    tests/test_merge_auto.py tests/audit/test_function.py tests/audit/test_attacks.py)
+numbers=(tests/quantization tests/training tests/invariants/test_i9_bitsandbytes.py tests/models
+    tests/merging/test_merge_auto.py tests/auditing/test_function.py tests/auditing/test_attacks.py)
 # Which look at processes, files, terminals and text.
-system=(tests/cli tests/checkpoint tests/audit/test_ci_examples.py tests/audit/test_cli_audit.py tests/test_examples.py
-    tests/test_invariants_i4.py tests/test_invariants_i5.py tests/test_invariants_i6.py tests/test_bounded.py
-    tests/test_keyfile.py tests/test_ledger.py tests/test_mask_quantize.py)
+system=(tests/cli tests/checkpoint tests/auditing/test_ci_examples.py tests/auditing/test_cli_audit.py tests/documentation
+    tests/invariants/test_i4_determinism.py tests/invariants/test_i5_no_secrets_out.py tests/invariants/test_i6_all_or_nothing.py
+    tests/invariants/test_i10_bounded_memory.py tests/masks/test_job_key.py tests/artifacts/test_ledger.py tests/export/test_server_model.py)
 wanted=" $* "
 failed=()
 
@@ -26,7 +26,7 @@ on() {
     "$@" || failed+=("$name")
 }
 
-try() { "$python" -m pytest -q --dist loadfile "$@"; }
+try() { "$python" -m pytest -q --dist worksteal "$@"; }
 one_core() { taskset --cpu-list "$("$python" -c 'import os; print(min(os.sched_getaffinity(0)))')" "$python" -m pytest -q "$@"; }
 shut() { (umask 077 && trap '' HUP INT && try "$@" </dev/null); }
 in_memory() {
@@ -39,11 +39,11 @@ in_memory() {
     return "$code"
 }
 
-on no-avx2 env ATEN_CPU_CAPABILITY=default "$python" -m pytest -q -n auto --dist loadfile "${numbers[@]}"
-on avx2 env ATEN_CPU_CAPABILITY=avx2 "$python" -m pytest -q -n auto --dist loadfile "${numbers[@]}"
+on no-avx2 env ATEN_CPU_CAPABILITY=default "$python" -m pytest -q -n auto --dist worksteal "${numbers[@]}"
+on avx2 env ATEN_CPU_CAPABILITY=avx2 "$python" -m pytest -q -n auto --dist worksteal "${numbers[@]}"
 on one-core one_core "${system[@]}" "${numbers[@]}"
 on four-workers try -n 4 tests
-on c-locale env LC_ALL=C PYTHONUTF8=0 "$python" -m pytest -q -n auto --dist loadfile "${system[@]}" tests/training
+on c-locale env LC_ALL=C PYTHONUTF8=0 "$python" -m pytest -q -n auto --dist worksteal "${system[@]}" tests/training
 on umask-nohup shut -n auto "${system[@]}"
 on memory in_memory -n auto tests/checkpoint tests/cli tests/test_mask_quantize.py tests/test_proxy.py
 on new-examples try -n auto --hypothesis-profile explore tests -k "not examples and not study and not benchmarks"
