@@ -7,7 +7,7 @@ BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo audit test soak matrix lint format types docs bench study clean
+.PHONY: help setup demo audit test golden soak matrix lint format types docs bench study clean
 
 help: ## list the chores
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -30,17 +30,11 @@ audit: $(READY) ## hold what `make demo` left behind against its policy
 test: $(READY) ## run the tests; choose with ARGS="-k merge"
 	@$(BIN)/python -m pytest -q -n auto --dist worksteal $(ARGS)
 
-<<<<<<< HEAD
 soak: matrix ## run all that is run before a release: the matrix, and tests that take minutes or much disk
 	@$(BIN)/python -m pytest -q -m soak $(ARGS) || test $$? = 5 # 5: there are none
-=======
-.PHONY: golden
+
 golden: $(READY) ## compare all outputs with the golden corpus; ARGS="--write" records them anew
 	@cd tests && PYTHONPATH=../src $(BIN)/python -m golden.corpus $(ARGS)
-
-soak: $(READY) ## run the tests that take minutes or much disk
-	@$(BIN)/python -m pytest -q -m soak $(ARGS)
->>>>>>> golden
 
 matrix: $(READY) ## run the tests as on other machines: instruction sets, cores, locale, umask (40 minutes)
 	@tests/matrix.sh $(BIN)/python
