@@ -30,6 +30,10 @@ audit: $(READY) ## hold what `make demo` left behind against its policy
 test: $(READY) ## run the tests; choose with ARGS="-k merge"
 	@$(BIN)/python -m pytest -q -n auto --dist loadfile $(ARGS)
 
+.PHONY: golden
+golden: $(READY) ## compare all outputs with the golden corpus; ARGS="--write" records them anew
+	@cd tests && PYTHONPATH=../src $(BIN)/python -m golden.corpus $(ARGS)
+
 soak: $(READY) ## run the tests that take minutes or much disk
 	@$(BIN)/python -m pytest -q -m soak $(ARGS)
 
