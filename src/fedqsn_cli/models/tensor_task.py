@@ -51,6 +51,7 @@ class TensorTask:
 
     @property
     def name(self) -> str:
+        """Name of the tensor."""
         return self.plan.name
 
     @property
