@@ -16,10 +16,11 @@ from fedqsn_cli import strictjson
 from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, ProxyManifest, parse_manifest
 from fedqsn_cli.artifacts.proxy_folder import VisibleUnits, open_visible
 from fedqsn_cli.checkpoint import Checkpoint
+from fedqsn_cli.dtypes import DTYPES, WEIGHT_DTYPES
 from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.masks.draw import rescale_factor
 from fedqsn_cli.masks.unit_mask import UnitMask
-from fedqsn_cli.models.model import BITS, ModelTensor, model_tensors
+from fedqsn_cli.models.model import ModelTensor, model_tensors
 from fedqsn_cli.planning.roles import rules
 from fedqsn_cli.quantization import kernels
 from fedqsn_cli.quantization.bnb_format import scb_name, state_name
@@ -153,9 +154,9 @@ class OpenedProxy:
     def _plain(self, name: str, storage: TensorLayout, first: int, rows: int) -> Floats:
         """Dense values; those of a transposed tensor lie as in the truth."""
         entry, cols = self.checkpoint.entries[name], storage.view[2]
-        if entry.dtype not in BITS:
+        if entry.dtype not in WEIGHT_DTYPES:
             raise FormatError(f"{entry.dtype} values where floats belong", where=f"{self.scope}: {name}")
-        kind = BITS[entry.dtype]
+        kind = DTYPES[entry.dtype].bits
         if storage.transposed:
             whole = np.empty((cols, storage.view[1]), kind)
             self.checkpoint.read_into(name, 0, whole)
