@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
-from fedqsn_cli.checkpoint import DTYPE_BYTES, TensorSpec, plan_file, read_header
+from fedqsn_cli.checkpoint import TensorSpec, plan_file, read_header
 from fedqsn_cli.checkpoint.header import MAX_HEADER_BYTES, file_order
+from fedqsn_cli.dtypes import DTYPES
 from fedqsn_cli.errors import FormatError, InputError
 
 GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -200,7 +201,7 @@ NAMES = st.text(st.characters(categories=["L", "N", "P", "S"]), min_size=1, max_
 )
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 SPECS = st.lists(
-    st.builds(TensorSpec, NAMES, st.sampled_from(sorted(DTYPE_BYTES)), SHAPES),
+    st.builds(TensorSpec, NAMES, st.sampled_from(sorted(DTYPES)), SHAPES),
     min_size=1,
     max_size=12,
     unique_by=lambda spec: spec.name,
@@ -223,7 +224,7 @@ def test_a_planned_file_reads_back_as_planned(specs: list[TensorSpec], metadata:
         entry = header.entries[spec.name]
         assert (entry.dtype, entry.shape, entry.nbytes) == (spec.dtype, spec.shape, spec.nbytes)
         assert entry.start == starts[spec.name]
-        assert entry.start % DTYPE_BYTES[spec.dtype] == 0
+        assert entry.start % DTYPES[spec.dtype].nbytes == 0
 
 
 @given(SPECS)

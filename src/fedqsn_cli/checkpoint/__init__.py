@@ -12,14 +12,13 @@ source.py   a path or hf://owner/name[@revision] -> a local path, and back
 from __future__ import annotations
 
 from fedqsn_cli.checkpoint.files import create_secret, write_file_atomically
-from fedqsn_cli.checkpoint.header import DTYPE_BYTES, Header, TensorEntry, TensorSpec, plan_file, read_header
+from fedqsn_cli.checkpoint.header import Header, TensorEntry, TensorSpec, plan_file, read_header
 from fedqsn_cli.checkpoint.reader import Checkpoint
 from fedqsn_cli.checkpoint.source import Source, push, resolve
 from fedqsn_cli.checkpoint.stream import WriterThreads, allow_open_files
 from fedqsn_cli.checkpoint.writer import ArtifactWriter, TensorSink
 
 __all__ = [
-    "DTYPE_BYTES",
     "ArtifactWriter",
     "Checkpoint",
     "Header",

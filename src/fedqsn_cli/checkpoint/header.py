@@ -19,33 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from fedqsn_cli import strictjson
+from fedqsn_cli.dtypes import DTYPES
 from fedqsn_cli.errors import FormatError, InputError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_DIMENSIONS = 32
 MAX_COUNT = 2**63 - 1  # largest count of bytes that numpy and pread can address
-
-DTYPE_BYTES: dict[str, int] = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "F8_E8M0": 1,
-    "F8_E4M3FNUZ": 1,
-    "F8_E5M2FNUZ": 1,
-    "I16": 2,
-    "U16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "I32": 4,
-    "U32": 4,
-    "F32": 4,
-    "C64": 8,
-    "F64": 8,
-    "I64": 8,
-    "U64": 8,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +50,7 @@ class FileIdentity:
 
     @classmethod
     def of(cls, descriptor: int) -> FileIdentity:
+        """Of an open file."""
         status = os.fstat(descriptor)
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
@@ -94,7 +74,8 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+        """Size of the data in bytes."""
+        return math.prod(self.shape) * DTYPES[self.dtype].nbytes
 
 
 def open_regular_file(path: Path) -> int:
@@ -174,13 +155,13 @@ def _entry(name: str, fields: Any, data_start: int, path: Path) -> TensorEntry:
     if type(fields) is not dict or fields.keys() != {"dtype", "shape", "data_offsets"}:
         raise FormatError("entry is not an object of exactly dtype, shape and data_offsets", where=where)
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if type(dtype) is not str or dtype not in DTYPE_BYTES:
+    if type(dtype) is not str or dtype not in DTYPES:
         raise FormatError(f"unknown dtype {dtype!r}", where=where)
     if not _is_counts(shape) or len(shape) > MAX_DIMENSIONS:
         raise FormatError("shape is not a list of at most 32 counts", where=where)
     if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise FormatError("data_offsets are not [begin, end]", where=where)
-    itemsize = DTYPE_BYTES[dtype]
+    itemsize = DTYPES[dtype].nbytes
     if math.prod(count for count in shape if count) * itemsize > MAX_COUNT:
         raise FormatError(f"shape {shape} is too large to address", where=where)
     begin, end = offsets
@@ -235,13 +216,13 @@ def file_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
     ordered = list(specs)
     position = 0
     for spec in ordered:
-        if position % DTYPE_BYTES[spec.dtype]:
+        if position % DTYPES[spec.dtype].nbytes:
             break
         position += spec.nbytes
     else:
         return ordered
     ragged = [spec for spec in ordered if spec.nbytes % 8]
-    ragged.sort(key=lambda spec: -DTYPE_BYTES[spec.dtype])
+    ragged.sort(key=lambda spec: -DTYPES[spec.dtype].nbytes)
     return [spec for spec in ordered if spec.nbytes % 8 == 0] + ragged
 
 

@@ -22,33 +22,12 @@ from numpy.typing import NDArray
 from fedqsn_cli import strictjson
 from fedqsn_cli.checkpoint.cold import is_cold, read_direct, set_direct
 from fedqsn_cli.checkpoint.header import FileIdentity, Header, TensorEntry, name_problem, open_regular_file, read_header
+from fedqsn_cli.dtypes import DTYPES
 from fedqsn_cli.errors import FormatError, InputError
 
 MAX_OPEN_FILES = 64
 MAX_JSON_BYTES = 100_000_000
 READ_AHEAD = 1 << 20  # bytes before a chunk that are dropped with it: large pages may lie on both sides
-
-STORAGE_DTYPES: dict[str, str] = {
-    "BOOL": "?",
-    "U8": "u1",
-    "I8": "i1",
-    "F8_E4M3": "u1",  # raw bits, like every float that numpy does not know
-    "F8_E5M2": "u1",
-    "F8_E8M0": "u1",
-    "F8_E4M3FNUZ": "u1",
-    "F8_E5M2FNUZ": "u1",
-    "I16": "<i2",
-    "U16": "<u2",
-    "F16": "<f2",
-    "BF16": "<u2",
-    "I32": "<i4",
-    "U32": "<u4",
-    "F32": "<f4",
-    "C64": "<c8",
-    "F64": "<f8",
-    "I64": "<i8",
-    "U64": "<u8",
-}
 
 COMPANIONS = (
     "tokenizer.json",
@@ -150,7 +129,7 @@ class Checkpoint:
         self.read_into(name, 0, raw)
         if entry.dtype == "BOOL" and raw.size and raw.max() > 1:
             raise FormatError("a BOOL is neither 0 nor 1", where=f"{entry.file}: {name}")
-        return raw.view(STORAGE_DTYPES[entry.dtype]).reshape(entry.shape)
+        return raw.view(DTYPES[entry.dtype].numpy).reshape(entry.shape)
 
     def read_into(self, name: str, start: int, out: memoryview | NDArray[Any]) -> None:
         """Fill `out` with the bytes [start, start + size of out) of a tensor.

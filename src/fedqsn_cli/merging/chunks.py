@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.checkpoint import TensorSpec
+from fedqsn_cli.dtypes import SHORT_DTYPES
 from fedqsn_cli.errors import RefusedUpdate
 from fedqsn_cli.kernels.hash_threads import HashThreads
 from fedqsn_cli.kernels.read_ahead import read_ahead
@@ -181,7 +182,7 @@ class MergePass:
     def _read_model(self, task: TensorTask, first: int, rows: int) -> ModelChunk:
         values = self._model.read_rows(task.name, task.layout, first, rows)
         residual = None
-        if task.tensor.dtype in {"F16", "BF16"}:
+        if task.tensor.dtype in SHORT_DTYPES:
             residual = self._residual.rows(task.name, first, rows, task.layout.view[2])
         return ModelChunk(task, first, rows, values, residual)
 

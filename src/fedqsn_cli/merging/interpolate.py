@@ -19,17 +19,16 @@ import torch
 from torch import Tensor
 
 from fedqsn_cli.checkpoint import Checkpoint
+from fedqsn_cli.dtypes import SHORT_DTYPES, WEIGHT_DTYPES
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.merging.chunks import Weights
 from fedqsn_cli.merging.line_search import Point
-from fedqsn_cli.models.dense import from_bytes, rescale_factors
+from fedqsn_cli.models.dense import TORCH_DTYPES, from_bytes, rescale_factors
 from fedqsn_cli.models.torch_model import build_model, choose_device, load_model, memory_errors, quiet
 from fedqsn_cli.progress import Progress, Silent
 from fedqsn_cli.training.data import Encoder
 from fedqsn_cli.training.scoring import score
 from fedqsn_cli.training.tables import Table, read_table
-
-SHORT = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +68,9 @@ class Interpolation:
     def __init__(
         self, checkpoint: Checkpoint, start: Weights, end: Weights, development: DevelopmentSet, progress: Progress
     ) -> None:
-        kinds = {spec.dtype for spec in start.stored.specs.values() if spec.dtype in {"F32", *SHORT}}
-        self._stored = SHORT.get(kinds.pop()) if len(kinds) == 1 else None
+        kinds = {spec.dtype for spec in start.stored.specs.values() if spec.dtype in WEIGHT_DTYPES}
+        short = kinds.pop() if len(kinds) == 1 and kinds <= SHORT_DTYPES else None
+        self._stored = None if short is None else TORCH_DTYPES[short]
         self._development = development
         with quiet(), memory_errors():
             factors = rescale_factors(checkpoint)

@@ -25,6 +25,7 @@ from fedqsn_cli.artifacts.update_folder import UPDATE_DTYPES, update_shape
 from fedqsn_cli.checkpoint import read_header
 from fedqsn_cli.checkpoint.header import FileIdentity, TensorEntry
 from fedqsn_cli.checkpoint.reader import DESCRIPTORS, ColdFile
+from fedqsn_cli.dtypes import DTYPES, WEIGHT_DTYPES
 from fedqsn_cli.errors import RefusedUpdate
 from fedqsn_cli.kernels.hash_threads import HashQueue
 from fedqsn_cli.masks.job_key import JobKey
@@ -32,10 +33,9 @@ from fedqsn_cli.masks.job_masks import ClientMasks, ServerMasks
 from fedqsn_cli.masks.unit_mask import Axis, UnitMask
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.tensor_task import TensorTask
-from fedqsn_cli.planning.tensor_plan import FLOAT_DTYPES, TensorPlan
+from fedqsn_cli.planning.tensor_plan import TensorPlan
 
 Array = NDArray[Any]
-BITS: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.uint16, "BF16": np.uint16}
 HASH_PIECE = 1 << 22
 
 
@@ -113,7 +113,7 @@ class UpdateReader:
         Raises:
             FormatError: the file got shorter or changed.
         """
-        dtype = np.dtype(BITS[self.update.dtype])
+        dtype = np.dtype(DTYPES[self.update.dtype].bits)
         start = self.update.starts[name] + rows.first * dtype.itemsize
         return self._hash.read(start, rows.count * dtype.itemsize).view(dtype)
 
@@ -273,7 +273,7 @@ class UpdateVerifier:
         dtype = UPDATE_DTYPES[manifest.precision]
         starts = {}
         for tensor in self._model.plan.tensors:
-            if tensor.dtype in FLOAT_DTYPES:
+            if tensor.dtype in WEIGHT_DTYPES:
                 shape = _expected_shape(tensor, client, release)
                 starts[tensor.name] = _checked(header.entries.pop(tensor.name, None), tensor, shape, dtype, folder)
         if header.entries:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, manifest_bytes
 from fedqsn_cli.checkpoint import ArtifactWriter
+from fedqsn_cli.dtypes import SHORT_DTYPES
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.export.companions import copy_companions
 from fedqsn_cli.export.outputs import tensor_specs
@@ -170,7 +171,7 @@ def _restore_into(
             values = _rows(task, first, rows, inputs, blend)
             offset = first * task.layout.view[2]
             sink.write(task.name, offset * values.itemsize, values)
-            if residual is not None and task.tensor.dtype in {"F16", "BF16"}:
+            if residual is not None and task.tensor.dtype in SHORT_DTYPES:
                 residual.write(task.name, offset * 2, _residual_rows(task, first, rows, *residuals))
             progress.advance(values.nbytes)
     progress.finish()

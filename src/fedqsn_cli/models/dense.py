@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedqsn_cli.artifacts.manifests import ModelManifest, read_manifest
 from fedqsn_cli.checkpoint import Checkpoint
+from fedqsn_cli.dtypes import DTYPES
 from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.masks.draw import rescale_factor
 from fedqsn_cli.models.model import ModelTensor, model_tensors
@@ -18,19 +19,9 @@ from fedqsn_cli.planning.roles import rules
 from fedqsn_cli.quantization import kernels
 from fedqsn_cli.quantization.bnb_reader import read_scales
 
-_DTYPES: dict[str, torch.dtype] = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F64": torch.float64,
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    dtype.name: getattr(torch, dtype.torch) for dtype in DTYPES.values() if dtype.torch
 }
-_BITS = {"F32": np.float32, "F16": np.uint16, "BF16": np.uint16}
 
 
 def load_dense(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -81,7 +72,7 @@ def _scaled(tensor: Tensor, factor: np.float32) -> Tensor:
 
 def _plain(checkpoint: Checkpoint, name: str) -> Tensor:
     entry = checkpoint.entries[name]
-    if entry.dtype not in _DTYPES:
+    if entry.dtype not in TORCH_DTYPES:
         raise InputError(f"tensors of dtype {entry.dtype} cannot be computed with", where=f"{entry.file}: {name}")
     return _tensor(checkpoint.read(name), entry.dtype)
 
@@ -90,7 +81,7 @@ def _unpacked(checkpoint: Checkpoint, name: str, logical: ModelTensor, kind: str
     """A packed weight in its own shape and dtype."""
     assert logical.packing is not None
     rescale_factors = read_scales(checkpoint, name)
-    out = np.empty(logical.packing.shape, _BITS[logical.dtype])
+    out = np.empty(logical.packing.shape, DTYPES[logical.dtype].bits)
     try:
         if logical.packing.kind == "pack8":
             kernels.dequantize_int8(checkpoint.read(name), rescale_factors.absmax, logical.dtype, out)
@@ -112,13 +103,13 @@ def _unpacked(checkpoint: Checkpoint, name: str, logical: ModelTensor, kind: str
 
 def from_bytes(data: NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> Tensor:
     """Bytes of a stored tensor as a torch tensor of the same memory. Raises InputError for a dtype that torch lacks."""
-    if dtype not in _DTYPES:
+    if dtype not in TORCH_DTYPES:
         raise InputError(f"tensors of dtype {dtype} cannot be computed with")
-    return torch.from_numpy(data).view(_DTYPES[dtype]).reshape(shape)
+    return torch.from_numpy(data).view(TORCH_DTYPES[dtype]).reshape(shape)
 
 
 def _tensor(array: NDArray[Any], dtype: str) -> Tensor:
     """A numpy array of stored values or bits as a torch tensor of the same memory."""
     if array.dtype == np.uint16:
         array = array.view(np.int16)
-    return torch.from_numpy(array).view(_DTYPES[dtype])
+    return torch.from_numpy(array).view(TORCH_DTYPES[dtype])

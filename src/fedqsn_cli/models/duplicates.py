@@ -11,6 +11,7 @@ import hashlib
 import numpy as np
 
 from fedqsn_cli.checkpoint import Checkpoint
+from fedqsn_cli.dtypes import WEIGHT_DTYPES
 from fedqsn_cli.errors import PlanError
 from fedqsn_cli.planning.plan import Plan
 from fedqsn_cli.planning.tensor_plan import TensorPlan
@@ -54,7 +55,7 @@ def _shape(tensor: TensorPlan) -> tuple[int, ...]:
 def _sample(checkpoint: Checkpoint, tensor: TensorPlan) -> bytes | None:
     """A few bytes of a tensor; None for one that is small, or constant there (initial zeros are no copies)."""
     size = checkpoint.entries[tensor.name].nbytes
-    if size < 256 or not (tensor.masked or tensor.dtype in {"F32", "F16", "BF16"}):
+    if size < 256 or not (tensor.masked or tensor.dtype in WEIGHT_DTYPES):
         return None
     count = min(_SAMPLE, size)
     out = np.empty(2 * count, np.uint8)

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.artifacts.manifests import ModelManifest, Quantization, read_manifest
-from fedqsn_cli.checkpoint import DTYPE_BYTES, Checkpoint, Source, resolve
+from fedqsn_cli.checkpoint import Checkpoint, Source, resolve
+from fedqsn_cli.dtypes import DTYPES, FROM_TORCH, WEIGHT_DTYPES
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.planning.plan import Plan, make_plan
 from fedqsn_cli.planning.roles import rules
@@ -21,8 +22,6 @@ from fedqsn_cli.quantization.scales import Scales
 
 Array = NDArray[Any]
 
-BITS: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.uint16, "BF16": np.uint16}
-_CONFIG_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 RESIDUAL_STEM = "fedqsn-residual"
 
 
@@ -37,7 +36,7 @@ class ModelTensor:
     @property
     def is_float(self) -> bool:
         """Does it hold weights, not positions or flags?"""
-        return self.dtype in BITS
+        return self.dtype in WEIGHT_DTYPES
 
 
 @dataclass
@@ -75,7 +74,7 @@ class OpenModel:
     def config_dtype(self) -> str:
         """The dtype that config.json names, as safetensors spells it; F32 when it names none."""
         text = self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
-        return _CONFIG_DTYPES.get(str(text).removeprefix("torch."), "F32")
+        return FROM_TORCH.get(str(text).removeprefix("torch."), "F32")
 
     def quantization_config(self, quantization: Quantization | None) -> dict[str, Any] | None:
         """`quantization_config` of config.json for weights packed as bitsandbytes does; None for all others."""
@@ -119,9 +118,9 @@ class OpenModel:
 
 def _array_dtype(dtype: str) -> np.dtype[Any]:
     """numpy's type for stored values: floats as raw bits, int8 codes, anything else as opaque bytes."""
-    if dtype in BITS:
-        return np.dtype(BITS[dtype])
-    return np.dtype(np.int8) if dtype == "I8" else np.dtype(f"V{DTYPE_BYTES[dtype]}")
+    if dtype in WEIGHT_DTYPES:
+        return np.dtype(DTYPES[dtype].bits)
+    return np.dtype(np.int8) if dtype == "I8" else np.dtype(f"V{DTYPES[dtype].nbytes}")
 
 
 def open_model(reference: str, *, axis: str = "neuron", overrides: dict[str, Any] | None = None) -> OpenModel:

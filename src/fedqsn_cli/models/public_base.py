@@ -22,9 +22,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from fedqsn_cli.checkpoint import DTYPE_BYTES, Checkpoint, Source
+from fedqsn_cli.checkpoint import Checkpoint, Source
+from fedqsn_cli.dtypes import DTYPES, WEIGHT_DTYPES
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.models.model import BITS, ModelTensor, OpenModel, model_tensors, open_source
+from fedqsn_cli.models.model import ModelTensor, OpenModel, model_tensors, open_source
 from fedqsn_cli.planning.roles import rules
 from fedqsn_cli.planning.tensor_plan import TensorPlan
 from fedqsn_cli.planning.tied import model_type, tie_word_embeddings, tied_groups
@@ -97,13 +98,14 @@ class PublicBase:
         if match.kind != "zeros" and match.shape is not None:
             known = max(0, min(count, math.prod(match.shape) - start))
         if not known:
-            return np.zeros(count, BITS[dtype])
+            return np.zeros(count, DTYPES[dtype].bits)
         assert match.source is not None and match.dtype is not None
-        size = DTYPE_BYTES[match.dtype]
-        found: Array = self._checkpoint.read_fresh(match.source, start * size, known * size).view(BITS[match.dtype])
+        stored = DTYPES[match.dtype]
+        data = self._checkpoint.read_fresh(match.source, start * stored.nbytes, known * stored.nbytes)
+        found: Array = data.view(stored.bits)
         if match.dtype != dtype:
             found = _converted(found, match.dtype, dtype, f"{self.source.reference}: {match.source}")
-        return found if known == count else np.concatenate([found, np.zeros(count - known, BITS[dtype])])
+        return found if known == count else np.concatenate([found, np.zeros(count - known, DTYPES[dtype].bits)])
 
 
 def open_base(reference: str, model: OpenModel, *, partial: bool = False) -> PublicBase:
@@ -142,7 +144,7 @@ class _Matcher:
     def __init__(
         self, model: OpenModel, base: Mapping[str, ModelTensor], config: Mapping[str, Any], reference: str
     ) -> None:
-        self.tensors = [tensor for tensor in model.plan.tensors if tensor.dtype in BITS]
+        self.tensors = [tensor for tensor in model.plan.tensors if tensor.dtype in WEIGHT_DTYPES]
         self.base, self.reference = base, reference
         self.model_type = model_type(model.config)
         self.strip, self.add = _prefixes([tensor.name for tensor in self.tensors], base)

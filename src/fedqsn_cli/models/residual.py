@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, TensorSink, TensorSpec
+from fedqsn_cli.dtypes import SHORT_DTYPES
 from fedqsn_cli.errors import FormatError
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.models.model import OpenModel
@@ -29,7 +30,7 @@ Array = NDArray[Any]
 
 def residual_tensors(tensors: Sequence[TensorPlan]) -> list[TensorPlan]:
     """The tensors that have a residual: 16-bit floats."""
-    return [tensor for tensor in tensors if tensor.dtype in {"F16", "BF16"}]
+    return [tensor for tensor in tensors if tensor.dtype in SHORT_DTYPES]
 
 
 def residual_specs(tensors: Sequence[TensorPlan]) -> list[TensorSpec]:

@@ -7,32 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fedqsn_cli.artifacts.manifests import Quantization
+from fedqsn_cli.dtypes import DTYPES
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.models.model import ModelTensor, OpenModel
 from fedqsn_cli.planning.tensor_plan import TensorPlan
 from fedqsn_cli.quantization.layout import TensorLayout, layout_of
 
-_DTYPE_ORDER = (
-    "U64",
-    "I64",
-    "F64",
-    "C64",
-    "F32",
-    "U32",
-    "I32",
-    "BF16",
-    "F16",
-    "U16",
-    "I16",
-    "F8_E5M2FNUZ",
-    "F8_E4M3FNUZ",
-    "F8_E8M0",
-    "F8_E4M3",
-    "F8_E5M2",
-    "I8",
-    "U8",
-    "BOOL",
-)
+_ORDER = {name: position for position, name in enumerate(DTYPES)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +32,7 @@ class TensorTask:
 
     @property
     def name(self) -> str:
+        """Name of the tensor."""
         return self.plan.name
 
     @property
@@ -70,7 +52,7 @@ def tensor_tasks(
 
     def place(tensor: TensorPlan) -> tuple[int, str]:
         packed = layout_of(tensor, how).kind == "pack8"  # int8 codes do not tell what dtype they were made of
-        return _DTYPE_ORDER.index("I8" if packed else tensor.dtype), tensor.name
+        return _ORDER["I8" if packed else tensor.dtype], tensor.name
 
     return [
         TensorTask(tensor, model.tensors[tensor.name], layout_of(tensor, how), hidden)

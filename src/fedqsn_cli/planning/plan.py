@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedqsn_cli import strictjson
+from fedqsn_cli.dtypes import WEIGHT_DTYPES
 from fedqsn_cli.errors import PlanError
 from fedqsn_cli.planning.overrides import Override, apply_overrides, canonical
 from fedqsn_cli.planning.placement import Location, Placement, location_of
 from fedqsn_cli.planning.roles import DIMENSIONS, LINEAR_ROLES, UNIT_AXIS, Role, rules
 from fedqsn_cli.planning.skip_modules import skip_modules
-from fedqsn_cli.planning.tensor_plan import _TURNED, AXES, FLOAT_DTYPES, TensorPlan, UnitAxis
+from fedqsn_cli.planning.tensor_plan import _TURNED, AXES, TensorPlan, UnitAxis
 from fedqsn_cli.planning.tied import model_type, tied_groups
 
 
@@ -73,7 +74,7 @@ class Plan:
         for tensor in self.tensors:
             parameters = math.prod(tensor.shape)
             if not tensor.groups:
-                clear += parameters if tensor.dtype in FLOAT_DTYPES else 0
+                clear += parameters if tensor.dtype in WEIGHT_DTYPES else 0
             for group in tensor.groups:
                 sizes[group] = tensor.units, sizes.get(group, (0, 0))[1] + parameters // len(tensor.groups)
         return sizes, clear
@@ -329,9 +330,9 @@ def _is_float(name: str, dtype: str) -> bool:
     Raises:
         PlanError: a float format that fedqsn does not compute with.
     """
-    if dtype.startswith("F") and dtype not in FLOAT_DTYPES:
+    if dtype.startswith("F") and dtype not in WEIGHT_DTYPES:
         raise PlanError(f"dtype {dtype} is not supported", where=name, hint="convert it to F32, BF16 or F16")
-    return dtype in FLOAT_DTYPES
+    return dtype in WEIGHT_DTYPES
 
 
 def _check_shape(name: str, role: str, shape: tuple[int, ...]) -> None:

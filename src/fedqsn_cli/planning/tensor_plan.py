@@ -12,8 +12,6 @@ UnitAxis = Literal["row", "column", "element"]
 
 AXES: tuple[str, ...] = get_args(Axis)
 
-FLOAT_DTYPES = frozenset({"F32", "F16", "BF16"})
-
 _TURNED: dict[str, UnitAxis] = {"row": "column", "column": "row"}
 
 

@@ -24,13 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.checkpoint.header import TensorSpec
+from fedqsn_cli.dtypes import DTYPES
 from fedqsn_cli.quantization.codebooks import FORMATS
 from fedqsn_cli.quantization.nested import NESTED_BLOCK
 from fedqsn_cli.quantization.scales import Scales
 
 Array = NDArray[Any]
 
-TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 LONGEST_FLOAT = 24  # characters of Python's longest repr of a finite float
 
 
@@ -111,7 +111,7 @@ def _state_text(shape: tuple[int, ...], dtype: str, format: str, block: int, off
     state: dict[str, Any] = {
         "quant_type": format,
         "blocksize": block,
-        "dtype": TORCH_NAMES[dtype],
+        "dtype": DTYPES[dtype].torch,
         "shape": list(shape),
     }
     if offset is None:
@@ -151,7 +151,7 @@ def quantization_config(
     return {
         "_load_in_4bit": four,
         "_load_in_8bit": not four,
-        "bnb_4bit_compute_dtype": TORCH_NAMES[dtype] if four else "float32",
+        "bnb_4bit_compute_dtype": DTYPES[dtype].torch if four else "float32",
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_quant_type": format if four else "fp4",
         "bnb_4bit_use_double_quant": four and double,

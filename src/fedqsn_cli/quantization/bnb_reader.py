@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from fedqsn_cli import strictjson
 from fedqsn_cli.checkpoint.header import TensorEntry, TensorSpec
 from fedqsn_cli.checkpoint.reader import Checkpoint
+from fedqsn_cli.dtypes import FROM_TORCH
 from fedqsn_cli.errors import FormatError
 from fedqsn_cli.quantization.bnb_format import (
-    TORCH_NAMES,
     Packing,
     companion_specs,
     scb_name,
@@ -27,7 +27,6 @@ from fedqsn_cli.quantization.scales import Scales
 
 Array = NDArray[Any]
 
-_DTYPES = {name: dtype for dtype, name in TORCH_NAMES.items()}
 _FIELDS = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
 _NESTED_FIELDS = {"nested_blocksize": int, "nested_dtype": str, "nested_offset": float}
 _LONGEST_STATE = 1024
@@ -114,7 +113,7 @@ def _packing4(checkpoint: Checkpoint, name: str, format: str) -> Packing:
     if not 0 < entries[full_name].nbytes <= _LONGEST_STATE:
         raise FormatError("not the JSON of a packed tensor", where=where)
     state = _state(bytes(checkpoint.read(full_name)), format, where)
-    shape, dtype, block = tuple(state["shape"]), _DTYPES[state["dtype"]], state["blocksize"]
+    shape, dtype, block = tuple(state["shape"]), FROM_TORCH[state["dtype"]], state["blocksize"]
     double = "nested_offset" in state
     specs = companion_specs(name, shape, dtype, format, block, double)
     _check_shapes(entries, specs[:-1], where)
@@ -128,7 +127,7 @@ def _packing8(checkpoint: Checkpoint, name: str) -> Packing:
     if len(shape) != 2:
         raise FormatError(f"{name} is not a matrix of int8 codes", where=where)
     named = (checkpoint.config or {}).get("dtype") or (checkpoint.config or {}).get("torch_dtype")
-    dtype = _DTYPES.get(named, "F32") if isinstance(named, str) else "F32"
+    dtype = FROM_TORCH.get(named, "F32") if isinstance(named, str) else "F32"
     specs = companion_specs(name, shape, dtype, "int8", 0, False)
     _check_shapes(entries, specs, where)
     return Packing("pack8", "int8", dtype, shape, 0, False, tuple(spec.name for spec in specs[1:]))
@@ -158,7 +157,7 @@ def _state(text: bytes, format: str, where: str) -> dict[str, Any]:
         if type(state[key]) is not kind:
             raise FormatError(f"{key} is not of type {kind.__name__}", where=where)
     shape = state["shape"]
-    if state["quant_type"] != format or state["blocksize"] not in BLOCK_SIZES or state["dtype"] not in _DTYPES:
+    if state["quant_type"] != format or state["blocksize"] not in BLOCK_SIZES or state["dtype"] not in FROM_TORCH:
         raise FormatError("names an unknown format, block size or dtype", where=where)
     if not shape or not all(type(size) is int and 0 < size < 2**40 for size in shape) or math.prod(shape) >= 2**60:
         raise FormatError(f"{shape} is not the shape of a weight", where=where)

@@ -20,11 +20,11 @@ from fedqsn_cli.artifacts.update_folder import UPDATE_DTYPES, update_shape
 from fedqsn_cli.checkpoint import ArtifactWriter, TensorSpec
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.masks.unit_mask import UnitMask
+from fedqsn_cli.models.dense import TORCH_DTYPES
 from fedqsn_cli.models.torch_model import stored_tensors
 
 UpdateFormat = Literal["fp32", "bf16", "fp16"]
 
-_TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _STEM = UPDATE_TENSORS.removesuffix(".safetensors")
 
 
@@ -47,7 +47,7 @@ def write_tensors(
         InputError: a value is not finite in that precision.
     """
     stored_dtype = UPDATE_DTYPES[update_format]
-    dtype = _TORCH_DTYPES[stored_dtype]
+    dtype = TORCH_DTYPES[stored_dtype]
     specs = [TensorSpec(name, stored_dtype, _shape(dense[name], visible.get(name))) for name in _floats(dense)]
     sink = writer.tensors(_STEM, specs, max_shard_bytes=None, metadata={"format": "pt"})
     trained = stored_tensors(model, _floats(dense))
