@@ -21,6 +21,9 @@ class Progress(Protocol):
 class Silent:
     """A receiver that shows nothing."""
 
+    def __repr__(self) -> str:
+        return "SILENT"
+
     def start(self, label: str, total: int | None, unit: str) -> None:
         """Ignore it."""
 

@@ -90,6 +90,11 @@ def test_python_takes_an_option_once_and_by_a_name_that_it_has() -> None:
         fedqsn_cli.mask("model", "out")
 
 
+def test_python_takes_none_for_a_progress_that_is_not_shown() -> None:
+    with pytest.raises(InputError, match="nowhere"):
+        fedqsn_cli.evaluate("nowhere", data="nowhere.jsonl", progress=None)
+
+
 def test_python_reads_no_option_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDQSN_KEY", "job.key")
     monkeypatch.setenv("FEDQSN_LEDGER", "ledger.jsonl")

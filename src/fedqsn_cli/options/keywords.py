@@ -85,6 +85,8 @@ def with_keywords(function: Callable[..., Any], options: Any) -> Any:
             given = signature.bind(*values, **current).arguments
         except TypeError as error:
             raise TypeError(f"{function.__name__}() {error}") from None
+        if given.get("progress", ...) is None:  # as good as not given
+            del given["progress"]
         chosen = options(**{declared.name: given.pop(declared.name) for declared in known if declared.name in given})
         return function(**given, options=chosen)
 
@@ -97,7 +99,7 @@ def with_keywords(function: Callable[..., Any], options: Any) -> Any:
 
 def _signature(function: Callable[..., Any], known: tuple[Declared, ...]) -> inspect.Signature:
     """What comes before `options`, the options themselves, and what comes after."""
-    whole = inspect.signature(function)
+    whole = inspect.signature(function, eval_str=True)
     parameters = list(whole.parameters.values())
     at = list(whole.parameters).index("options")
     fields = [_parameter(declared) for declared in known]
