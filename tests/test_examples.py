@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from fedqsn_cli.cli.app import COMMANDS, build
-from helpers import programs
+from helpers import programs, with_sources
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "examples" / "quickstart"
@@ -84,7 +84,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """An environment in which `fedqsn` and `python` are those under test."""
     return os.environ | {
         "PATH": programs(tmp_path_factory.mktemp("bin")),
-        "PYTHONPATH": str(ROOT / "src"),
+        "PYTHONPATH": with_sources(ROOT / "src"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
