@@ -9,12 +9,12 @@ import typer
 
 from fedqsn_cli import console
 from fedqsn_cli.cli.command import argument
-from fedqsn_cli.cli.views import POLICY_FILE, AuditView
 from fedqsn_cli.errors import OutputExists
-from fedqsn_cli.options import AuditOptions
 
 if TYPE_CHECKING:
     from fedqsn_cli.auditing.findings import Audit
+    from fedqsn_cli.cli.views import AuditView
+    from fedqsn_cli.options import AuditOptions
 
 
 def audit(
@@ -40,7 +40,7 @@ def audit(
       fedqsn audit --init-policy
     """
     if view.init_policy:
-        _write_policy(options.policy or POLICY_FILE, view)
+        _write_policy(options.policy, view)
         return
     from fedqsn_cli.auditing.run import audit as run
 
@@ -69,10 +69,12 @@ def _print(result: Audit, view: AuditView) -> None:
         console.text(render(result, view.format_name).rstrip("\n"))
 
 
-def _write_policy(path: str | Path, view: AuditView) -> None:
+def _write_policy(path: str | Path | None, view: AuditView) -> None:
     from fedqsn_cli.auditing.policy import template
     from fedqsn_cli.checkpoint import write_file_atomically
+    from fedqsn_cli.cli.views import POLICY_FILE
 
+    path = path or POLICY_FILE
     if Path(path).exists():
         raise OutputExists("a file is already there", where=path, hint="choose another name with --policy")
     write_file_atomically(Path(path), template().encode())

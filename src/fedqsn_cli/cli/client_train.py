@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from fedqsn_cli import console, text
 from fedqsn_cli.cli.command import argument
-from fedqsn_cli.cli.views import ViewOptions
-from fedqsn_cli.options import TrainOptions
 
 if TYPE_CHECKING:
+    from fedqsn_cli.cli.views import ViewOptions
+    from fedqsn_cli.options import TrainOptions
     from fedqsn_cli.training import TrainResult
 
 

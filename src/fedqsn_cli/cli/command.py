@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand
@@ -18,7 +18,9 @@ from typer.core import TyperCommand
 from fedqsn_cli import console, validate
 from fedqsn_cli.cli import help_text
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.options import REQUIRED, Declared, Options, options_of
+
+if TYPE_CHECKING:
+    from fedqsn_cli.options import Declared, Options
 
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
@@ -63,18 +65,25 @@ def function_of(command: str) -> Callable[..., None]:
     return function
 
 
+def parameters_of(function: Callable[..., None]) -> list[inspect.Parameter]:
+    """The parameters of a command's function; its file need not have imported the options that they stand for."""
+    from fedqsn_cli import options
+    from fedqsn_cli.cli import views
+
+    names = {**vars(options), **vars(views)}
+    return list(inspect.signature(function, locals=names, eval_str=True).parameters.values())
+
+
 def options_classes(function: Callable[..., None]) -> dict[str, type[Options]]:
     """The parameters of a command's function that stand for many options."""
-    parameters = inspect.signature(function, eval_str=True).parameters.values()
-    return {
-        parameter.name: parameter.annotation
-        for parameter in parameters
-        if isinstance(parameter.annotation, type) and issubclass(parameter.annotation, Options)
-    }
+    annotations = {parameter.name: parameter.annotation for parameter in parameters_of(function)}
+    return {name: cls for name, cls in annotations.items() if hasattr(cls, "__dataclass_fields__")}
 
 
 def build(command: str) -> Any:
     """The typer command."""
+    from fedqsn_cli.options import options_of
+
     function = function_of(command)
     classes = options_classes(function)
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -99,6 +108,7 @@ def argument(metavar: str, help: str) -> Any:
 
 def _flat(function: Callable[..., None], classes: dict[str, type[Options]]) -> Callable[..., None]:
     """The function with a parameter for every option."""
+    from fedqsn_cli.options import options_of
 
     def call(**values: Any) -> None:
         objects = {
@@ -115,7 +125,9 @@ def _flat(function: Callable[..., None], classes: dict[str, type[Options]]) -> C
 
 
 def _parameters(function: Callable[..., None], classes: dict[str, type[Options]]) -> Iterator[inspect.Parameter]:
-    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+    from fedqsn_cli.options import options_of
+
+    for parameter in parameters_of(function):
         if parameter.name in classes:
             for declared in options_of(classes[parameter.name]):
                 yield _option(declared)
@@ -125,6 +137,8 @@ def _parameters(function: Callable[..., None], classes: dict[str, type[Options]]
 
 def _option(declared: Declared) -> inspect.Parameter:
     """An option as typer declares it."""
+    from fedqsn_cli.options import REQUIRED
+
     option = declared.option
     names = [declared.flags, *([option.short] if option.short else []), *option.aliases]
     declaration = typer.Option(

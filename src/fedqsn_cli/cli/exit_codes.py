@@ -15,10 +15,9 @@ from typing import Any, NoReturn
 
 import typer
 
-from fedqsn_cli import COMMANDS, options, validate
+from fedqsn_cli import COMMANDS, validate
 from fedqsn_cli.cli.interrupts import EXIT_INTERRUPTED
 from fedqsn_cli.errors import FedqsnError, InputError
-from fedqsn_cli.options import options_of
 
 EXIT_USAGE = 2
 EXIT_BUG = 70
@@ -72,9 +71,11 @@ def _from_system(error: OSError, command: str) -> str:
 
 def _hint(number: int, command: str) -> str:
     """What to do about an error of the system; names no option that the command does not have."""
+    from fedqsn_cli import options
+
     first, rest = _HINTS.get(number, ("", ""))
     _, options_class = COMMANDS.get(command.removeprefix("fedqsn ").strip(), ("", "Options"))
-    known = {declared.flag for declared in options_of(getattr(options, options_class))}
+    known = {declared.flag for declared in options.options_of(getattr(options, options_class))}
     return first + rest if set(rest.split()) & known else first
 
 

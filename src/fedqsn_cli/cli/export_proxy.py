@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fedqsn_cli import console, text
 from fedqsn_cli.cli.command import argument
-from fedqsn_cli.cli.views import ViewOptions
-from fedqsn_cli.options import ExportOptions
+
+if TYPE_CHECKING:
+    from fedqsn_cli.cli.views import ViewOptions
+    from fedqsn_cli.options import ExportOptions
 
 
 def export_proxy(

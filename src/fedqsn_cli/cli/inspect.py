@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fedqsn_cli import console, text
 from fedqsn_cli.cli.command import argument
-from fedqsn_cli.cli.views import InspectView
-from fedqsn_cli.options import InspectOptions
 
 if TYPE_CHECKING:
     from fedqsn_cli.artifacts.ledger import Release
+    from fedqsn_cli.cli.views import InspectView
     from fedqsn_cli.inspection import Inspection
     from fedqsn_cli.models.public_base import Match
+    from fedqsn_cli.options import InspectOptions
     from fedqsn_cli.planning.tensor_plan import TensorPlan
 
 

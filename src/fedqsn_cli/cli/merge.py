@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from fedqsn_cli import console, text
 from fedqsn_cli.cli.command import argument
-from fedqsn_cli.cli.views import ViewOptions
-from fedqsn_cli.options import MergeOptions
 
 if TYPE_CHECKING:
+    from fedqsn_cli.cli.views import ViewOptions
     from fedqsn_cli.merging.line_search import Search
     from fedqsn_cli.merging.results import MergedClient, MergeResult
+    from fedqsn_cli.options import MergeOptions
 
 
 def merge(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fedqsn_cli import console
 from fedqsn_cli.cli.command import MODEL, argument
-from fedqsn_cli.cli.views import ViewOptions
-from fedqsn_cli.options import QuantizeOptions
+
+if TYPE_CHECKING:
+    from fedqsn_cli.cli.views import ViewOptions
+    from fedqsn_cli.options import QuantizeOptions
 
 
 def quantize(
