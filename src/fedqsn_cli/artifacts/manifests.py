@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from fedqsn_cli import strictjson
 from fedqsn_cli.checkpoint.header import open_regular_file
 from fedqsn_cli.errors import FormatError, InputError
+from fedqsn_cli.planning.tensor_plan import MaskAxis, UnitAxis
 
 if TYPE_CHECKING:
     from fedqsn_cli.checkpoint import Source
@@ -68,7 +69,7 @@ class Units(Strict):
     """Where the units of one tensor lie: groups (one, or one a lead slice), axis and the view they are seen in."""
 
     groups: tuple[str, ...] = Field(strict=False)
-    axis: Literal["row", "column", "element"]
+    axis: UnitAxis
     view: tuple[Count, Count, Count] = Field(strict=False)
 
 
@@ -98,7 +99,7 @@ class ModelManifest(Strict):
     kind: Literal["global-model", "server-model", "masked-model"]
     job: Sha256 | None
     p1: Ratio
-    axis: Literal["neuron", "input", "element"]
+    axis: MaskAxis
     rescale: bool
     fill: Fill
     public_base: PublicBaseRecord | None

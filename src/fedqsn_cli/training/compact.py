@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Axis = Literal["row", "column", "element"]
+from fedqsn_cli.planning.tensor_plan import UnitAxis
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +31,12 @@ class Piece:
 
     parameter: Tensor
     part: tuple[int, ...]
-    axis: Axis
+    axis: UnitAxis
     index: Tensor
     leaf: Tensor
 
     @classmethod
-    def of(cls, parameter: Tensor, part: tuple[int, ...], axis: Axis, index: Tensor) -> Piece:
+    def of(cls, parameter: Tensor, part: tuple[int, ...], axis: UnitAxis, index: Tensor) -> Piece:
         """A piece with its leaf, gathered from the parameter."""
         index = index.to(parameter.device)
         return cls(parameter, part, axis, index, _gather(parameter.detach(), part, axis, index))
@@ -52,21 +52,21 @@ class Piece:
         view.index_copy_(_dimension(self.axis), self.index, self.leaf.detach())
 
 
-def _matrix(whole: Tensor, part: tuple[int, ...], axis: Axis) -> Tensor:
+def _matrix(whole: Tensor, part: tuple[int, ...], axis: UnitAxis) -> Tensor:
     """A slice as (rows, cols), or as (elements,)."""
     piece = whole[part]
     return piece.view(-1) if axis == "element" else piece.view(-1, piece.shape[-1])
 
 
-def _gather(whole: Tensor, part: tuple[int, ...], axis: Axis, index: Tensor) -> Tensor:
+def _gather(whole: Tensor, part: tuple[int, ...], axis: UnitAxis, index: Tensor) -> Tensor:
     return _matrix(whole.contiguous(), part, axis).index_select(_dimension(axis), index)
 
 
-def _dimension(axis: Axis) -> int:
+def _dimension(axis: UnitAxis) -> int:
     return 1 if axis == "column" else 0
 
 
-def cut(mask: Tensor, part: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Axis, Tensor]]:
+def cut(mask: Tensor, part: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], UnitAxis, Tensor]]:
     """Cut a bool mask into pieces of whole rows or whole columns, slice by slice, else into single elements."""
     if mask.ndim < 2:
         yield part, "element", mask.reshape(-1).nonzero().flatten()

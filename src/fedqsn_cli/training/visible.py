@@ -75,15 +75,7 @@ def _tensor_mask(name: str, units: Units, flags: Mapping[str, Bools], folder: Pa
 
 def expanded(mask: UnitMask, shape: tuple[int, ...]) -> Tensor:
     """A mask in a tensor's own shape, bool; rows and columns take no memory of their own."""
-    lead, rows, cols = mask.view
-    marks = torch.from_numpy(mask.flags)
-    if mask.axis == "row":
-        marks = marks.view(lead, rows, 1)
-    elif mask.axis == "column":
-        marks = marks.view(lead, 1, cols)
-    else:
-        marks = marks.view(mask.view)
-    return marks.expand(mask.view).reshape(shape)
+    return torch.from_numpy(mask.broadcast).expand(mask.view).reshape(shape)
 
 
 def parameter_masks(
