@@ -125,6 +125,7 @@ class Bar:
         self._tasks: list[_Task] = []
 
     def start(self, label: str, total: int | None, unit: str) -> None:
+        """Show another bar."""
         if self._rich is None:
             self._rich = _rich_progress()
             self._rich.start()
@@ -132,6 +133,7 @@ class Bar:
         self._tasks.append(_Task(task, total, unit))
 
     def advance(self, amount: int, **figures: float) -> None:
+        """Move the latest bar."""
         if self._rich is None or not self._tasks:
             return
         current = self._tasks[-1]
@@ -142,6 +144,7 @@ class Bar:
             self._rich.update(current.task, figures="  ".join(f"{_words(k)} {v:.4g}" for k, v in figures.items()))
 
     def finish(self) -> None:
+        """Remove the latest bar."""
         if self._rich is not None and self._tasks:
             self._rich.remove_task(self._tasks.pop().task)
 

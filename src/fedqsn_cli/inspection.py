@@ -19,8 +19,9 @@ import numpy as np
 
 from fedqsn_cli.artifacts import ledger, manifests
 from fedqsn_cli.artifacts.manifests import ModelManifest, ProxyManifest, Quantization, UpdateManifest
+from fedqsn_cli.artifacts.proxy_folder import open_visible
 from fedqsn_cli.checkpoint import Checkpoint, Header, Source, read_header, resolve
-from fedqsn_cli.errors import FormatError, InputError, PlanError
+from fedqsn_cli.errors import InputError, PlanError
 from fedqsn_cli.masks import job_key
 from fedqsn_cli.models.model import ModelTensor, model_tensors, open_model
 from fedqsn_cli.models.public_base import Match, open_base
@@ -207,7 +208,10 @@ def _proxy(source: Source) -> Inspection:
         tensors = model_tensors(checkpoint)
         plan = make_plan({name: (t.dtype, t.shape) for name, t in tensors.items()}, checkpoint.config)
         contents = _contents(tensors, checkpoint.total_bytes)
-    shown = _visible_shares(source.path / manifests.VISIBLE_TENSORS, manifest)
+    visible = open_visible(source.path, manifest, {name: tensor.shape for name, tensor in tensors.items()})
+    with visible.stored:
+        visible.require_exact()
+        shown = {group: float(visible.flags(group).mean()) for group in manifest.groups}
     rows = [_as_shipped(tensor, tensors[tensor.name], manifest) for tensor in plan.tensors]
     hidden = sum(
         math.prod(row.shape) * (1 - float(np.mean([shown[group] for group in manifest.tensors[row.name].groups])))
@@ -229,19 +233,6 @@ def _as_shipped(tensor: TensorPlan, logical: ModelTensor, manifest: ProxyManifes
         return replace(tensor, masked=False, axis=None, groups=(), units=0, quantized=quantized)
     size = manifest.groups[units.groups[0]].units
     return replace(tensor, masked=True, axis=units.axis, groups=units.groups, units=size, quantized=quantized)
-
-
-def _visible_shares(path: Path, manifest: ProxyManifest) -> dict[str, float]:
-    """Share of units that each group shows. Raises FormatError when the bits do not fit the manifest."""
-    with Checkpoint.open(path) as bits:
-        for name, group in manifest.groups.items():
-            entry = bits.entries.get(name)
-            if entry is None or (entry.dtype, entry.shape) != ("U8", ((group.units + 7) // 8,)):
-                raise FormatError(f"group {name!r} is missing or has another size than proxy.json says", where=path)
-        return {
-            name: float(np.unpackbits(bits.read(name), count=group.units).mean())
-            for name, group in manifest.groups.items()
-        }
 
 
 def _model(source: Source, axis: str | None, overrides: str | Path | None) -> Inspection:

@@ -22,13 +22,13 @@ class Silent:
     """A receiver that shows nothing."""
 
     def start(self, label: str, total: int | None, unit: str) -> None:
-        return
+        """Ignore it."""
 
     def advance(self, amount: int, **figures: float) -> None:
-        return
+        """Ignore it."""
 
     def finish(self) -> None:
-        return
+        """Ignore it."""
 
 
 SILENT = Silent()

@@ -136,7 +136,7 @@ def test_owners_commands_load_no_training_library(played: Round, tmp_path: Path)
 
     script = (
         "import sys; from fedqsn_cli.cli.app import main; code = main(sys.argv[1:]); "
-        "print(code, sorted({'torch', 'transformers', 'bitsandbytes', 'datasets'} & set(sys.modules)))"
+        "print(code, sorted({'torch', 'transformers', 'bitsandbytes', 'pyarrow'} & set(sys.modules)))"
     )
     words = ["export-proxy", played.folder / "server", "--out", tmp_path / "p", "--client", "eve", "--round", "1", "-q"]
     words += ["--p2", "0.1", "--key", played.folder / "job.key", "--ledger", tmp_path / "ledger.jsonl"]

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from cli.conftest import Round
+from fedqsn_cli.artifacts import manifests
+from fedqsn_cli.artifacts.ledger import Release
+from fedqsn_cli.artifacts.manifests import Quantization, UpdateManifest
+from fedqsn_cli.auditing import report
 from fedqsn_cli.cli.app import COMMANDS, help_of
 from fedqsn_cli.cli.command import build, function_of, options_classes
-from fedqsn_cli.options import options_of
+from fedqsn_cli.cli.views import AuditView
+from fedqsn_cli.options import ExportOptions, Options, QuantizeOptions, TrainOptions, options_of
+from fedqsn_cli.options.groups import PRESETS
+from fedqsn_cli.planning.placement import WHERE
+from fedqsn_cli.planning.tensor_plan import AXES
+from fedqsn_cli.quantization.codebooks import FORMATS
 from support.processes import process, run
 
 FORMER = {
@@ -93,3 +103,20 @@ def test_an_option_that_is_empty_is_not_replaced_by_the_environment(
     monkeypatch.setenv("FEDQSN_KEY", str(tmp_path / "job.key"))
     outcome = run("mask", "model", "--out", tmp_path / "out", "--key", "", "--p1", "0.1")
     assert outcome.err.startswith("fedqsn: error: --key: is empty;")
+
+
+def test_the_words_that_options_take_are_those_that_the_code_knows() -> None:
+    def words(cls: type[Options], name: str) -> set[str]:
+        return {word for declared in options_of(cls) if declared.name == name for word in declared.choices}
+
+    quantization = Quantization.model_fields
+    assert words(QuantizeOptions, "format") == set(FORMATS)
+    assert words(QuantizeOptions, "format") - {"none"} == set(get_args(quantization["format"].annotation))
+    assert words(QuantizeOptions, "layout") == set(get_args(quantization["layout"].annotation))
+    assert words(ExportOptions, "axis") == set(AXES)
+    assert words(ExportOptions, "where") == set(WHERE)
+    assert words(ExportOptions, "fill") == set(get_args(manifests.Fill))
+    assert words(ExportOptions, "schedule") == set(get_args(Release.model_fields["schedule"].annotation))
+    assert words(ExportOptions, "preset") == set(PRESETS)
+    assert words(TrainOptions, "update_format") == set(get_args(UpdateManifest.model_fields["precision"].annotation))
+    assert words(AuditView, "format") == set(report.FORMATS)

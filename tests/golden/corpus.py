@@ -16,6 +16,7 @@ import argparse
 import difflib
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -32,7 +33,7 @@ from golden.running import Files, Job, settle
 SECTIONS = ("help", "errors", "transcripts", "reports", "merges", "outputs", "training")
 MEASURING = ("transcripts", "reports", "training")  # hold numbers whose last digits depend on the processor
 RECORDED = Path(__file__).parent / "recorded"
-MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where fsync costs nothing
+MEMORY, ROOM = Path("/dev/shm"), 2**30  # where fsync costs nothing, if there is room for two jobs
 LENGTH = 120  # of the paths of working directories: tables are as wide as the paths in them
 
 
@@ -52,12 +53,18 @@ def jobs(section: str) -> dict[str, Job]:
     return found
 
 
+def place() -> Path | None:
+    """Where jobs are done: in memory, or wherever temporary files are."""
+    roomy = os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM
+    return MEMORY if roomy else None
+
+
 def make(section: str, job: str) -> Made:
     """Do one job, in an empty directory."""
     begin, before = time.perf_counter(), Path.cwd()
     files: Files = {}
     failure = ""
-    with tempfile.TemporaryDirectory(dir=MEMORY, prefix="fedqsn-golden-") as folder:
+    with tempfile.TemporaryDirectory(dir=place(), prefix="fedqsn-golden-") as folder:
         here = os.path.realpath(folder)
         here = os.path.join(here, "x" * max(1, LENGTH - len(here) - 1))
         os.mkdir(here)

@@ -31,7 +31,7 @@ Job = Callable[[], Files]
 
 SECRET, OTHER_SECRET = (hashlib.sha256(words).hexdigest() for words in (b"golden", b"another job"))
 
-_UNWANTED = ("FEDQSN_", "HF_", "HUGGINGFACE_", "LANG", "LC_", "LINES", "NUMBA_", "PYTHONWARNINGS", "TRANSFORMERS_")
+_KEPT = ("HOME", "LD_LIBRARY_PATH", "PATH", "PYTHONPATH", "TMPDIR")  # of the environment
 _SURROUNDINGS = {
     "COLUMNS": "100",
     "CUDA_VISIBLE_DEVICES": "",
@@ -63,9 +63,9 @@ def settle(*, plainly: bool = False) -> None:
             that it is made with the best; sums that it only measures with are not.
     """
     os.umask(0o022)
-    for name in [name for name in os.environ if name.startswith(_UNWANTED) or name in _PLAIN_ARITHMETIC]:
-        del os.environ[name]
-    os.environ |= _SURROUNDINGS | (_PLAIN_ARITHMETIC if plainly else {})
+    kept = {name: value for name, value in os.environ.items() if name in _KEPT}
+    os.environ.clear()
+    os.environ |= kept | _SURROUNDINGS | (_PLAIN_ARITHMETIC if plainly else {})
 
 
 # ------------------------------------------------------------------------------------------------ running

@@ -18,7 +18,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads
 
 LIMIT = 600.0  # MiB
 SLACK = 48.0  # MiB between two peaks: buffers that a small model does not fill
-HEAVY = ("torch", "bitsandbytes", "transformers", "datasets", "accelerate", "pandas")
+HEAVY = ("torch", "bitsandbytes", "transformers", "pyarrow", "accelerate", "pandas")
 
 # Runs a command, then tells what it took. VmHWM, not ru_maxrss: that one counts the process which started it, too.
 RUN = """

@@ -16,7 +16,7 @@ from fedqsn_cli.kernels.jit import kernel
 def test_importing_kernels_imports_no_framework() -> None:
     code = (
         "import sys, fedqsn_cli.quantization.kernels, fedqsn_cli.quantization.bnb_reader\n"
-        "print([name for name in ('torch', 'bitsandbytes', 'transformers', 'datasets') if name in sys.modules])"
+        "print([name for name in ('torch', 'bitsandbytes', 'transformers', 'pyarrow') if name in sys.modules])"
     )
     environment = os.environ | {"PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)

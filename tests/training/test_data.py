@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
 
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.errors import DataError, InputError
@@ -16,6 +22,7 @@ from fedqsn_cli.progress import Silent
 from fedqsn_cli.training.batching import IGNORED, Examples
 from fedqsn_cli.training.data import Encoder
 from fedqsn_cli.training.tables import read_table
+from support.scenario import MEMORY, few
 from support.training_jobs import small_model, write_lines
 
 EOS = 2
@@ -46,6 +53,41 @@ def writer(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
 def encode(loaded: Loaded, folder: Path, *rows: dict[str, Any], max_length: int = 64) -> Examples:
     table = read_table(write_lines(folder / "data.jsonl", rows))
     return Encoder.of(loaded, max_length).encode(table, Silent())
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"])).map(lambda text: f"w5 {text} w6")  # Cs: no UTF-8 for them
+LABELLED = st.sampled_from([st.integers(0, 4), st.sampled_from(["bad", "good", "7", "odd"])]).flatmap(
+    lambda labels: st.lists(st.fixed_dictionaries({"text": TEXTS, "label": labels}), min_size=1)
+)
+PAIRS = st.lists(st.fixed_dictionaries({"text": TEXTS, "text_pair": TEXTS, "label": st.integers(0, 4)}), min_size=1)
+REPLIES = st.lists(st.fixed_dictionaries({"prompt": TEXTS, "completion": TEXTS}), min_size=1)
+PLAIN = st.lists(st.fixed_dictionaries({"text": TEXTS}), min_size=1)
+
+
+def in_every_format(place: Path, rows: list[dict[str, Any]]) -> list[Path]:
+    """The same rows as JSONL (escaped and not), a JSON array, CSV and Parquet."""
+    paths = [place / name for name in ("a.jsonl", "b.jsonl", "c.json", "d.csv", "e.parquet")]
+    write_lines(paths[0], rows)
+    paths[1].write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    paths[2].write_bytes(json.dumps(rows).encode())
+    with paths[3].open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), paths[4])
+    return paths
+
+
+@few(40)
+@given(rows=LABELLED | PAIRS | REPLIES | PLAIN)
+def test_the_format_of_a_file_does_not_change_the_examples(
+    classifier: Loaded, writer: Loaded, rows: list[dict[str, Any]]
+) -> None:
+    encoder = Encoder.of(classifier if "label" in rows[0] else writer, 64)
+    with tempfile.TemporaryDirectory(dir=MEMORY) as place:
+        first, *others = [encoder.encode(read_table(path), Silent()) for path in in_every_format(Path(place), rows)]
+    assert len(first) == len(rows)
+    assert all(examples == first for examples in others)
 
 
 def test_labels_are_taken_by_name_and_else_by_number(classifier: Loaded, tmp_path: Path) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from fedqsn_cli.errors import DataError
@@ -31,14 +29,6 @@ def test_every_kind_of_file_gives_the_same_columns(tmp_path: Path, name: str, co
     table = read_table(tmp_path / name)
     assert table.columns == {"text": ["a", "b"], "label": ["x", "y"]}
     assert table.rows == 2
-
-
-def test_parquet_is_read(tmp_path: Path) -> None:
-    columns = {"text": ["a", "b"], "label": pyarrow.array([1, 0], pyarrow.int8()), "other": [1.5, 2.5]}
-    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "data.parquet")
-    table = read_table(tmp_path / "data.parquet")
-    assert table.columns == {"text": ["a", "b"], "label": [1, 0]}
-    assert table.found == ("text", "label", "other")
 
 
 def test_cells_of_a_csv_file_stay_the_text_they_are(tmp_path: Path) -> None:
@@ -78,8 +68,7 @@ def test_one_relative_path_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("data.json", "[]", "no rows"),
         ("data.csv", 'text,label\na,"b\n', "not a readable csv file"),
         ("data.csv", "label,text\n1,a\n1,hello, world\n", "line 3: 3 fields, but the header has 2"),
-        ("data.csv", "text,text\na,b\n", "two columns have one name"),
-        ("data.parquet", "PAR1 or not", "not a readable parquet file"),
+        ("data.csv", "text,text\na,b\n", "two columns have the same name"),
         ("data.txt", "a\n", "files of kind '.txt' are not read"),
         ("data", "a\n", "files of kind '' are not read"),
     ],
@@ -106,14 +95,3 @@ def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
         read_table(tmp_path / "absent.jsonl")
     with pytest.raises(DataError, match="not a file"):
         read_table(tmp_path)
-
-
-def test_no_copy_of_the_data_stays_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "data.parquet")
-    for name in ("temporary", "home"):
-        (tmp_path / name).mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    read_table(tmp_path / "data.parquet")
-    assert not list((tmp_path / "temporary").iterdir())
-    assert not list((tmp_path / "home").iterdir())

@@ -1,6 +1,7 @@
 """Every file that fedqsn writes beside tensors.
 
 manifests.py      fedqsn.json, proxy.json, update.json
+proxy_folder.py   the units that a proxy shows; whether its files are the owner's
 ledger.py         the append-only record of releases
 update_folder.py  the shape of an update
 sanitize.py       config and companion files without anything private

@@ -191,8 +191,7 @@ def _belonging(
 def _matched(
     reference: str | Path | None, truth: OpenModel | None, folders: Sequence[ProxyFolder], report: Report
 ) -> PublicBase | None:
-    """The public base under the names of the truth. Whoever filled holes with it needed all of it; an attacker takes
-    what fits."""
+    """The public base under the names of the truth; for an attack a part of it is enough, for base fill it is not."""
     if reference is None:
         return None
     if truth is None:

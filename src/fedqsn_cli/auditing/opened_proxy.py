@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli import strictjson
-from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, VISIBLE_TENSORS, ProxyManifest, parse_manifest
+from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, ProxyManifest, parse_manifest
+from fedqsn_cli.artifacts.proxy_folder import VisibleUnits, open_visible
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.dtypes import DTYPES, WEIGHT_DTYPES
 from fedqsn_cli.errors import FormatError, InputError
@@ -31,8 +32,6 @@ Array = NDArray[Any]
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float32]
 
-_SMALL = 1 << 20  # units; larger groups (single weights) are kept one at a time
-
 
 @dataclass
 class OpenedProxy:
@@ -45,31 +44,20 @@ class OpenedProxy:
     scope: str
     folder: Path
     checkpoint: Checkpoint
-    stored_visible: Checkpoint
+    units: VisibleUnits
     manifest: ProxyManifest
     sha256: str
     tensors: dict[str, ModelTensor]
-    _groups: dict[str, Bools] = field(default_factory=dict)
     _nested: tuple[str, Floats, Floats, np.float32] | None = None
 
     def group(self, name: str) -> Bools:
         """The units of a group that the proxy says it shows, [units]."""
-        if name not in self._groups:
-            units = self.manifest.groups[name].units
-            bits = np.unpackbits(self.stored_visible.read(name))
-            if units > _SMALL:
-                self._groups = {}
-            self._groups[name] = bits[:units].astype(np.bool_)
-        return self._groups[name]
+        return self.units.flags(name)
 
     def visible(self, name: str) -> UnitMask | None:
         """The elements of a tensor that the proxy says it shows, in the stored view; None for one without units."""
         units = self.manifest.tensors.get(name)
-        if units is None:
-            return None
-        lead = units.view[0]
-        groups = [self.group(group) for group in units.groups] * (lead // len(units.groups))
-        return UnitMask.from_groups(units.axis, units.view, groups)
+        return UnitMask.from_groups(units.axis, units.view, self.units.slices(name)) if units is not None else None
 
     def factor(self, name: str) -> np.float32:
         """What the visible part of a tensor was multiplied by: n / |V|, or 1."""
@@ -200,27 +188,6 @@ def open_proxy(folder: Path, scope: str) -> OpenedProxy:
         raise InputError("no proxy.json here", where=folder) from None
     manifest = parse_manifest(data, ProxyManifest, folder / PROXY_MANIFEST)
     checkpoint = Checkpoint.open(folder)
-    visible = Checkpoint.open(folder / VISIBLE_TENSORS)
     tensors = model_tensors(checkpoint)
-    proxy = OpenedProxy(scope, folder, checkpoint, visible, manifest, hashlib.sha256(data).hexdigest(), tensors)
-    _check_groups(proxy)
-    return proxy
-
-
-def _check_groups(proxy: OpenedProxy) -> None:
-    """Do proxy.json, visible.safetensors and the tensors fit together? Raises FormatError."""
-    manifest = proxy.manifest
-    for name, group in manifest.groups.items():
-        entry = proxy.stored_visible.entries.get(name)
-        if entry is None or entry.dtype != "U8" or entry.shape != ((group.units + 7) // 8,):
-            raise FormatError(f"visible.safetensors does not hold group {name!r} as proxy.json has it")
-    for name, units in manifest.tensors.items():
-        lead, rows, cols = units.view
-        size = {"row": rows, "column": cols, "element": rows * cols}[units.axis]
-        sizes = {manifest.groups[group].units if group in manifest.groups else -1 for group in units.groups}
-        if sizes != {size} or len(units.groups) not in (1, lead):
-            raise FormatError(f"the groups of tensor {name!r} do not have its units")
-        if name not in proxy.tensors or math.prod(proxy.tensors[name].shape) != lead * rows * cols:
-            raise FormatError(f"tensor {name!r} does not have the shape that proxy.json gives it")
-    if {group for units in manifest.tensors.values() for group in units.groups} != set(manifest.groups):
-        raise FormatError("proxy.json lists a group that no tensor belongs to")
+    units = open_visible(folder, manifest, {name: tensor.shape for name, tensor in tensors.items()})
+    return OpenedProxy(scope, folder, checkpoint, units, manifest, hashlib.sha256(data).hexdigest(), tensors)

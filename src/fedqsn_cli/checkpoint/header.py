@@ -50,6 +50,7 @@ class FileIdentity:
 
     @classmethod
     def of(cls, descriptor: int) -> FileIdentity:
+        """Of an open file."""
         status = os.fstat(descriptor)
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
@@ -73,6 +74,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
+        """Size of the data in bytes."""
         return math.prod(self.shape) * DTYPES[self.dtype].nbytes
 
 

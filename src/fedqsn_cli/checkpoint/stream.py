@@ -192,6 +192,7 @@ class FileStream:
 
     @property
     def complete(self) -> bool:
+        """Whether every byte was written."""
         return self._frontier == self.size
 
     def write(self, offset: int, data: memoryview) -> None:

@@ -146,6 +146,7 @@ class ArtifactWriter:
 
     @property
     def pipeline(self) -> WriterThreads:
+        """The threads that write and hash."""
         return self._pipeline
 
     def publish(self) -> Path:

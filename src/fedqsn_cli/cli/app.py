@@ -35,12 +35,15 @@ class Group(TyperGroup):
     """All commands; the file of each is imported when it is asked for."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Build a command, or None for an unknown name."""
         return build(cmd_name) if cmd_name in COMMANDS else None
 
     def list_commands(self, ctx: Any) -> list[str]:
+        """All commands, in the order of use."""
         return list(COMMANDS)
 
     def format_help(self, ctx: Any, formatter: Any) -> NoReturn:
+        """Print the help of the whole program."""
         console.text(_help_of_all(self, ctx))
         raise typer.Exit
 

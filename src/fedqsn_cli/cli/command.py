@@ -32,10 +32,12 @@ class Command(TyperCommand):
     """Names that options had, which no help shows, and their names now."""
 
     def format_help(self, ctx: Any, formatter: Any) -> NoReturn:
+        """Print the help of the command."""
         console.text(help_text.of_command(self, ctx))
         raise typer.Exit
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse an option in the place of another option's value, then parse."""
         options = {name: param for param in self.get_params(ctx) for name in (*param.opts, *param.secondary_opts)}
         for word, following in zip(args, args[1:], strict=False):
             if word == "--":
@@ -46,6 +48,7 @@ class Command(TyperCommand):
         return super().parse_args(ctx, args)
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """Complete options, but not their former names."""
         return [item for item in super().shell_complete(ctx, incomplete) if item.value not in self.former]
 
 

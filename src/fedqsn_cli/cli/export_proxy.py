@@ -51,7 +51,7 @@ def export_proxy(
         result = run(checkpoint, options, progress=progress)
     proxies = console.Table(
         ("client", "proxy", "size", "id"),
-        [(each.client, each.path, text.size(each.bytes), each.proxy_id[:12]) for each in result.proxies],
+        [(proxy.client, proxy.path, text.size(proxy.bytes), proxy.proxy_id[:12]) for proxy in result.proxies],
         numbers=frozenset({"size"}),
     )
     facts: list[tuple[str, object]] = [
@@ -60,8 +60,8 @@ def export_proxy(
         ("hidden from a client", text.percent(result.hidden_from_client)),
         *tables.shares(result.shares),
         ("public base", tables.public_base(result.public_base)),
-        ("pushed", ", ".join(each.pushed for each in result.proxies if each.pushed) or None),
+        ("pushed", ", ".join(proxy.pushed for proxy in result.proxies if proxy.pushed) or None),
         ("new key", f"{options.key}: keep it secret, and keep it" if result.key_created else None),
     ]
-    essential = [each.path for each in result.proxies]
+    essential = [proxy.path for proxy in result.proxies]
     console.show(view.mode, result, essential=essential, parts=[proxies, console.Facts(facts)])

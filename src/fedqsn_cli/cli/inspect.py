@@ -39,33 +39,33 @@ def inspect(
     """
     from fedqsn_cli.inspection import inspect as run
 
-    found = run(path, options)
-    console.show(view.mode, found, essential=[found.kind], parts=_parts(found))
+    inspection = run(path, options)
+    console.show(view.mode, inspection, essential=[inspection.kind], parts=_parts(inspection))
 
 
-def _parts(found: Inspection) -> list[console.Part]:
+def _parts(inspection: Inspection) -> list[console.Part]:
     from fedqsn_cli.cli import tables
 
-    rows: list[tuple[str, object]] = [(found.kind, found.path), *_facts(found.facts)]
-    if found.contents is not None:
-        rows += tables.contents(found.contents)
+    rows: list[tuple[str, object]] = [(inspection.kind, inspection.path), *_facts(inspection.facts)]
+    if inspection.contents is not None:
+        rows += tables.contents(inspection.contents)
     parts: list[console.Part] = [console.Facts(rows)]
-    if found.shares is not None:
-        presumed = tables.quantization(found.presumed) if found.presumed else None
-        parts.append(console.Facts([("if exported as", presumed), *tables.shares(found.shares)]))
-    if found.clear:
-        parts.append(_clear_table(found))
-    if found.releases:
-        parts.append(_release_table(found.releases))
-    if found.plan is not None:
-        parts.append(_plan_table(found.plan))
-    if found.public_base is not None:
-        parts += _base_parts(found.public_base)
-    if found.unknown:
-        names = ", ".join(found.unknown)
+    if inspection.shares is not None:
+        presumed = tables.quantization(inspection.presumed) if inspection.presumed else None
+        parts.append(console.Facts([("if exported as", presumed), *tables.shares(inspection.shares)]))
+    if inspection.clear:
+        parts.append(_clear_table(inspection))
+    if inspection.releases:
+        parts.append(_release_table(inspection.releases))
+    if inspection.plan is not None:
+        parts.append(_plan_table(inspection.plan))
+    if inspection.public_base is not None:
+        parts += _base_parts(inspection.public_base)
+    if inspection.unknown:
+        names = ", ".join(inspection.unknown)
         parts.append(f"No rule knows: {names}. Nothing is exported before a plan file (--plan-file) names their role.")
-    if found.problem is not None:
-        parts.append(f"No plan: {found.problem}")
+    if inspection.problem is not None:
+        parts.append(f"No plan: {inspection.problem}")
     return parts
 
 
@@ -92,12 +92,18 @@ def _facts(facts: Mapping[str, Any]) -> list[tuple[str, object]]:
     return rows
 
 
-def _clear_table(found: Inspection) -> console.Table:
+def _clear_table(inspection: Inspection) -> console.Table:
     return console.Table(
         ("in the clear", "role", "tensors", "parameters", "share"),
         [
-            (each.name, each.role, each.tensors, text.number(each.parameters), text.percent(each.share))
-            for each in found.clear
+            (
+                tensors.name,
+                tensors.role,
+                tensors.tensors,
+                text.number(tensors.parameters),
+                text.percent(tensors.share),
+            )
+            for tensors in inspection.clear
         ],
         numbers=frozenset({"tensors", "parameters", "share"}),
     )
@@ -108,15 +114,15 @@ def _release_table(releases: Sequence[Release]) -> console.Table:
         ("round", "client", "p1", "p2", "schedule", "format", "proxy"),
         [
             (
-                r.round,
-                r.client,
-                r.p1,
-                r.p2,
-                r.schedule,
-                r.quantization.format if r.quantization else "none",
-                r.proxy_id[:12],
+                release.round,
+                release.client,
+                release.p1,
+                release.p2,
+                release.schedule,
+                release.quantization.format if release.quantization else "none",
+                release.proxy_id[:12],
             )
-            for r in releases
+            for release in releases
         ],
         numbers=frozenset({"round", "p1", "p2"}),
     )

@@ -62,20 +62,20 @@ def _parts(result: MergeResult) -> list[console.Part]:
 
 def _clients(result: MergeResult) -> console.Table:
     names = ("client", "round", "examples", "share", "update / model", "loss before", "loss after")
-    rows = [_client(each, text.percent(each.share)) for each in result.clients]
+    rows = [_client(client, text.percent(client.share)) for client in result.clients]
     rows += [_client(result.control, "control")] if result.control else []
     return console.Table(names, rows, numbers=frozenset(names[1:]))
 
 
-def _client(each: MergedClient, share: str) -> tuple[object, ...]:
+def _client(client: MergedClient, share: str) -> tuple[object, ...]:
     return (
-        each.client,
-        each.round,
-        text.number(each.num_examples),
+        client.client,
+        client.round,
+        text.number(client.num_examples),
         share,
-        f"{each.relative_norm:.2g}",
-        text.real(each.first_loss),
-        text.real(each.last_loss),
+        f"{client.relative_norm:.2g}",
+        text.real(client.first_loss),
+        text.real(client.last_loss),
     )
 
 

@@ -25,12 +25,12 @@ def shares(shares: Mapping[str, float]) -> list[tuple[str, object]]:
     return [(words, text.percent(shares[name])) for name, words in _SHIPS.items()]
 
 
-def quantization(how: Quantization | None) -> str:
+def quantization(quantization: Quantization | None) -> str:
     """A quantization in a few words: `nf4, blocks of 64, layout bnb`."""
-    if how is None:
+    if quantization is None:
         return "none"
-    double = ", scales quantized too" if how.double_quant else ""
-    return f"{how.format}, blocks of {how.block_size}, layout {how.layout}{double}"
+    double = ", scales quantized too" if quantization.double_quant else ""
+    return f"{quantization.format}, blocks of {quantization.block_size}, layout {quantization.layout}{double}"
 
 
 def public_base(counts: Mapping[str, int] | None) -> str | None:
@@ -40,13 +40,13 @@ def public_base(counts: Mapping[str, int] | None) -> str | None:
     return None if counts is None else summary(counts)
 
 
-def contents(found: Contents) -> list[tuple[str, object]]:
+def contents(contents: Contents) -> list[tuple[str, object]]:
     """What an artifact holds, in numbers."""
-    kinds = ", ".join(found.dtypes)
+    kinds = ", ".join(contents.dtypes)
     return [
-        ("tensors", f"{text.number(found.tensors)} ({kinds})"),
-        ("parameters", text.number(found.parameters)),
-        ("size", text.size(found.bytes)),
+        ("tensors", f"{text.number(contents.tensors)} ({kinds})"),
+        ("parameters", text.number(contents.parameters)),
+        ("size", text.size(contents.bytes)),
     ]
 
 
@@ -55,13 +55,13 @@ def evaluations(measured: Sequence[tuple[str, Evaluation]]) -> console.Table:
     task = measured[0][1].task
     columns: dict[str, list[str]] = {
         "model": [name for name, _ in measured],
-        "examples": [text.number(each.examples) for _, each in measured],
-        "loss": [text.real(each.loss) for _, each in measured],
+        "examples": [text.number(evaluation.examples) for _, evaluation in measured],
+        "loss": [text.real(evaluation.loss) for _, evaluation in measured],
     }
     if task == "classification":
-        columns["accuracy"] = [text.real(each.accuracy) for _, each in measured]
-        columns["macro F1"] = [text.real(each.macro_f1) for _, each in measured]
+        columns["accuracy"] = [text.real(evaluation.accuracy) for _, evaluation in measured]
+        columns["macro F1"] = [text.real(evaluation.macro_f1) for _, evaluation in measured]
     else:
-        columns["perplexity"] = [text.real(each.perplexity) for _, each in measured]
+        columns["perplexity"] = [text.real(evaluation.perplexity) for _, evaluation in measured]
     rows = list(zip(*columns.values(), strict=True))
     return console.Table(tuple(columns), rows, numbers=frozenset(columns) - {"model"})

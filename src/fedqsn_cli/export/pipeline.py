@@ -189,6 +189,7 @@ class ChunkEncoder:
     quantization: Quantization | None
 
     def encode(self, task: TensorTask, hidden: UnitMask | None, first: int, rows: int, *, last: bool) -> EncodedChunk:
+        """Read, hide and quantize rows `first` .. `first + rows`; `last` if they end the tensor."""
         x = self.model.read_rows(task.name, task.layout, first, rows)
         b = None
         if self.base is not None and task.plan.masked:

@@ -13,12 +13,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from fedqsn_cli.artifacts import ledger as ledgers
 from fedqsn_cli.artifacts.ledger import Release
 from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, Quantization, TrainsFill, manifest_bytes
-from fedqsn_cli.checkpoint import ArtifactWriter, TensorSpec, WriterThreads, allow_open_files
+from fedqsn_cli.artifacts.proxy_folder import write_visible
+from fedqsn_cli.checkpoint import ArtifactWriter, WriterThreads, allow_open_files
 from fedqsn_cli.checkpoint import push as push_to_hub
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.export.companions import write_public_companions
@@ -210,20 +209,10 @@ class _Export:
     def _finish(self, writer: ArtifactWriter, masks: ClientMasks, record: ProxyRecord) -> Release:
         """Write everything but the model's tensors, proxy.json last."""
         write_public_companions(self.session.model, writer, self.quantization)
-        _write_visible(writer, self.session, masks)
+        write_visible(writer, self.session.model.plan.groups(), masks.visible_group)
         manifest = record.manifest(masks, writer.digests)
         writer.add_bytes(PROXY_MANIFEST, manifest_bytes(manifest))
         return record.release(masks, manifest.proxy_id, writer.digests[PROXY_MANIFEST])
-
-
-def _write_visible(writer: ArtifactWriter, session: MaskingSession, masks: ClientMasks) -> None:
-    """visible.safetensors: for each group one bit a unit, the first unit in the highest bit of the first byte."""
-    groups = sorted(session.model.plan.groups().items())
-    specs = [TensorSpec(name, "U8", ((units + 7) // 8,)) for name, units in groups]
-    sink = writer.tensors("visible", specs, max_shard_bytes=None, metadata={})
-    for name, units in groups:
-        sink.write(name, 0, np.packbits(masks.visible_group(name, units)))
-    sink.close()
 
 
 def _push(folder: Path, client: str, repository: str | None) -> str | None:

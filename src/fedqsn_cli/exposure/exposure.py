@@ -39,13 +39,20 @@ class Shown(Protocol):
     """What decides a client's mask: a line of the ledger, or a release that is only planned."""
 
     @property
-    def client(self) -> str: ...
+    def client(self) -> str:
+        """Who got the proxy."""
+
     @property
-    def round(self) -> int: ...
+    def round(self) -> int:
+        """In which round."""
+
     @property
-    def schedule(self) -> Literal["fresh", "sticky"]: ...
+    def schedule(self) -> Literal["fresh", "sticky"]:
+        """How its mask was drawn."""
+
     @property
-    def p2(self) -> float: ...
+    def p2(self) -> float:
+        """Ratio hidden from this client."""
 
 
 def exposure(job: JobKey, releases: Sequence[Shown], *, sizes: Iterable[int] = SIZES) -> Exposure:

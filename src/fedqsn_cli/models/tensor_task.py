@@ -32,6 +32,7 @@ class TensorTask:
 
     @property
     def name(self) -> str:
+        """Name of the tensor."""
         return self.plan.name
 
     @property

@@ -80,6 +80,7 @@ class Declared:
 
     @property
     def kind(self) -> Any:
+        """Its type without None."""
         kinds = [kind for kind in get_args(self.hint) if kind is not NoneType]
         return kinds[0] if len(kinds) == 1 and NoneType in get_args(self.hint) else self.hint
 

@@ -71,8 +71,11 @@ def column_scales(reference: Floats, cols: int, absmax: Float32s | None) -> Floa
 
 @kernel
 def _factors(absmax: Any, table: Any) -> None:
-    """For each scale: the power of two that keeps its reciprocal and 127 times it in range, what a shifted value is
-    multiplied by, the shifted scale, and the shift back."""
+    """Fill the table of `column_scales`.
+
+    For each scale: the power of two that keeps its reciprocal and 127 times it in range, what a shifted value is
+    multiplied by, the shifted scale, and the shift back.
+    """
     for i in range(absmax.size):
         shift = np.float32(1)
         if absmax[i] < np.float32(2.0**-100):

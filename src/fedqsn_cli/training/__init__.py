@@ -1,7 +1,7 @@
 """What a client does with a proxy: read its data, train the visible units, write the update.
 
-proxies.py    check a proxy's files
 tables.py     a JSONL, CSV or Parquet file -> rows
+parquet.py    the columns of a Parquet file
 data.py       rows -> token ids and targets
 batching.py   examples -> batches; their loss
 visible.py    which units are visible, and where they lie in a model's parameters

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, Losses, ProxyManifest, file_digest
+from fedqsn_cli.artifacts.proxy_folder import verify_proxy
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, resolve
 from fedqsn_cli.models.dense import load_dense
 from fedqsn_cli.models.torch_model import Task, choose_device, load_model, memory_errors, quiet
@@ -15,7 +16,6 @@ from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.training import update
 from fedqsn_cli.training.data import Encoder
 from fedqsn_cli.training.loop import Trained, choose_precision, train
-from fedqsn_cli.training.proxies import verify_proxy
 from fedqsn_cli.training.scoring import Evaluation, score
 from fedqsn_cli.training.tables import Table, read_table
 from fedqsn_cli.training.visible import check_round_trip, parameter_masks, read_visible

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
-import logging
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,29 +143,16 @@ def _read_csv(path: Path) -> Table:
     finally:
         csv.field_size_limit(largest)
     if len(set(header)) != len(header):
-        raise DataError("two columns have one name", where=path)
+        raise DataError("two columns have the same name", where=path)
     columns = {name: [fields[header.index(name)] for fields in rows] for name in COLUMNS if name in header}
     return Table(path, columns, tuple(header), len(rows))
 
 
 def _read_parquet(path: Path) -> Table:
-    """A Parquet file, through a copy that `datasets` makes in a temporary folder and that is gone afterwards."""
-    import datasets
+    from fedqsn_cli.training import parquet  # pyarrow takes long to import
 
-    with tempfile.TemporaryDirectory(prefix="fedqsn-") as folder, _silence():
-        link = Path(folder) / "data.parquet"  # a name in which no character is a pattern
-        link.symlink_to(path.absolute())
-        try:
-            rows = datasets.Dataset.from_parquet(str(link), cache_dir=folder, keep_in_memory=True)
-            columns = {name: rows[name][:] for name in COLUMNS if name in rows.column_names}
-        except (KeyboardInterrupt, MemoryError):
-            raise
-        except Exception as error:  # every layer below has exceptions of its own
-            reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
-            if "corresponds to no data" in reason:
-                raise DataError("the file holds no rows", where=path) from None
-            raise DataError(f"not a readable parquet file ({reason[:200]})", where=path) from None
-    return Table(path, columns, tuple(rows.column_names), len(rows))
+    names, columns, rows = parquet.read_columns(path, COLUMNS)
+    return Table(path, columns, names, rows)
 
 
 READERS: dict[str, Callable[[Path], Table]] = {
@@ -178,24 +162,6 @@ READERS: dict[str, Callable[[Path], Table]] = {
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Keep the progress bars and the log of `datasets` off stderr."""
-    import datasets
-    from datasets.utils.logging import get_verbosity, set_verbosity
-
-    bars = not datasets.are_progress_bars_disabled()
-    verbosity = get_verbosity()
-    datasets.disable_progress_bars()
-    set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        set_verbosity(verbosity)
-        if bars:
-            datasets.enable_progress_bars()
 
 
 def _kind(value: object) -> str:

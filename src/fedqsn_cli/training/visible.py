@@ -2,75 +2,37 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from fedqsn_cli.artifacts.manifests import VISIBLE_TENSORS, ProxyManifest, Units
-from fedqsn_cli.checkpoint import Checkpoint
-from fedqsn_cli.errors import FormatError, InputError
+from fedqsn_cli.artifacts.manifests import ProxyManifest
+from fedqsn_cli.artifacts.proxy_folder import open_visible
+from fedqsn_cli.errors import InputError
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.models.torch_model import build_model, stored_tensors
 
-Bools = NDArray[np.bool_]
-
 
 def read_visible(folder: Path, manifest: ProxyManifest, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, UnitMask]:
-    """The visible units of every masked tensor of a proxy, from visible.safetensors.
+    """The visible units of every masked tensor of a proxy, by tensor name.
 
     Args:
-        folder: the proxy.
-        manifest: its proxy.json.
-        shapes: logical shapes of the proxy's tensors.
-
-    Returns:
-        Marks that are True where a unit is visible, by tensor name.
+        folder: the proxy. manifest: its proxy.json.
+        shapes: shapes of its tensors, before packing.
 
     Raises:
         FormatError: visible.safetensors, proxy.json and the tensors contradict each other.
     """
-    path = folder / VISIBLE_TENSORS
-    flags: dict[str, Bools] = {}
-    with Checkpoint.open(path) as stored:
-        if set(stored.entries) != set(manifest.groups):
-            raise FormatError("does not hold the groups that proxy.json names", where=path)
-        for name, group in manifest.groups.items():
-            entry = stored.entries[name]
-            if entry.dtype != "U8" or entry.shape != ((group.units + 7) // 8,):
-                raise FormatError(f"group {name!r} has another size in proxy.json", where=path)
-            flags[name] = _unpack(stored.read(name), group.units, f"{path}: {name}")
-    masks = {}
-    for name, units in manifest.tensors.items():
-        if name not in shapes or math.prod(shapes[name]) != math.prod(units.view):
-            raise FormatError(f"tensor {name!r} does not have the shape that proxy.json gives it", where=folder)
-        masks[name] = _tensor_mask(name, units, flags, folder)
-    return masks
-
-
-def _unpack(packed: NDArray[Any], units: int, where: str) -> Bools:
-    bits = np.unpackbits(packed)
-    if bits[units:].any() or not bits[:units].any():
-        raise FormatError("no unit is visible, or bits are set behind the last unit", where=where)
-    return bits[:units].astype(np.bool_)
-
-
-def _tensor_mask(name: str, units: Units, flags: Mapping[str, Bools], folder: Path) -> UnitMask:
-    lead, rows, cols = units.view
-    size = {"row": rows, "column": cols, "element": rows * cols}[units.axis]
-    if any(group not in flags for group in units.groups) or len(units.groups) not in (1, lead):
-        raise FormatError(f"groups of tensor {name!r} are not those of proxy.json", where=folder)
-    groups = [flags[group] for group in units.groups] * (lead // len(units.groups))
-    if any(len(group) != size for group in groups):
-        raise FormatError(f"groups of tensor {name!r} have another number of units", where=folder)
-    if len({int(group.sum()) for group in groups}) > 1:
-        raise FormatError(f"slices of tensor {name!r} show different numbers of units", where=folder)
-    return UnitMask.from_groups(units.axis, units.view, groups)
+    visible = open_visible(folder, manifest, shapes)
+    with visible.stored:
+        visible.require_exact()
+        return {
+            name: UnitMask.from_groups(units.axis, units.view, visible.slices(name))
+            for name, units in manifest.tensors.items()
+        }
 
 
 def expanded(mask: UnitMask, shape: tuple[int, ...]) -> Tensor:

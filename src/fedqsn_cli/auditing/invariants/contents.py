@@ -72,9 +72,8 @@ def _secrets(folder: ProxyFolder, needles: Needles, digests: dict[str, str]) -> 
             text = bytes(proxy.checkpoint.read(state_name(name, packing.format)))
             if state_complaint(text, packing, name):
                 yield finding("FQ006", proxy.scope, "the JSON of a packed tensor has bytes to spare", tensor=name)
-    for group, entry in proxy.manifest.groups.items():
-        last = int(proxy.stored_visible.read(group)[-1]) if entry.units % 8 else 0
-        if last & (0xFF >> entry.units % 8):
+    for group in proxy.manifest.groups:
+        if proxy.units.has_spare_bits(group):
             yield finding("FQ006", proxy.scope, "visible.safetensors sets bits behind the last unit of a group")
 
 
@@ -111,7 +110,7 @@ def _listing(folder: ProxyFolder, proxy: OpenedProxy, digests: Mapping[str, str]
     for path in folder.folder.iterdir():
         if path.is_dir() or not path.exists():
             yield finding("FQ010", scope, "holds a folder or a broken link")
-    if set(proxy.stored_visible.entries) != set(proxy.manifest.groups):
+    if proxy.units.unknown_tensors():
         yield finding("FQ010", scope, "visible.safetensors holds a tensor that is no group")
 
 

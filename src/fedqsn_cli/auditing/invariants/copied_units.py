@@ -301,12 +301,12 @@ def _unexpected(truth: Truth, proxy: OpenedProxy) -> Iterator[tuple[str, Reader,
     companions = {name for one in proxy.tensors.values() if one.packing for name in one.packing.companions}
     for checkpoint, known in (
         (proxy.checkpoint, expected | companions),
-        (proxy.stored_visible, set(proxy.manifest.groups)),
+        (proxy.units.stored, set(proxy.manifest.groups)),
     ):
         for name, entry in checkpoint.entries.items():
             if name not in known:
                 yield name, _entry_reader(checkpoint, name), entry.nbytes
-    own = {entry.file for entry in (*proxy.checkpoint.entries.values(), *proxy.stored_visible.entries.values())}
+    own = {entry.file for entry in (*proxy.checkpoint.entries.values(), *proxy.units.stored.entries.values())}
     for path in sorted(proxy.folder.rglob("*")):
         if path.is_file() and path not in own and path.name not in {PROXY_MANIFEST, VISIBLE_TENSORS, "config.json"}:
             yield path.name, _file_reader(path), path.stat().st_size
