@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from fedqsn_cli import strictjson
 from fedqsn_cli.checkpoint.header import open_regular_file
 from fedqsn_cli.errors import FormatError, InputError
+from fedqsn_cli.planning.tensor_plan import MaskAxis, UnitAxis
 
 if TYPE_CHECKING:
     from fedqsn_cli.checkpoint import Source
@@ -100,7 +101,7 @@ class Units(Strict):
     """The units of one tensor: their groups (one, or one for each lead slice), their axis, and (lead, rows, cols)."""
 
     groups: tuple[str, ...] = Field(strict=False)
-    axis: Literal["row", "column", "element"]
+    axis: UnitAxis
     view: tuple[Count, Count, Count] = Field(strict=False)
 
 
@@ -133,7 +134,7 @@ class ModelManifest(Manifest):
     kind: Literal["global-model", "server-model", "masked-model"]
     job: Sha256 | None
     p1: Ratio
-    axis: Literal["neuron", "input", "element"]
+    axis: MaskAxis
     rescale: bool
     fill: Fill
     public_base: PublicBaseRecord | None

@@ -36,10 +36,8 @@ def read_visible(folder: Path, manifest: ProxyManifest, shapes: Mapping[str, tup
 
 
 def expanded(mask: UnitMask, shape: tuple[int, ...]) -> Tensor:
-    """A mask in a tensor's own shape, bool."""
-    lead, rows, cols = mask.view
-    broadcastable = {"row": (lead, rows, 1), "column": (lead, 1, cols), "element": mask.view}[mask.axis]
-    return torch.from_numpy(mask.flags).view(broadcastable).expand(mask.view).reshape(shape)
+    """A mask in a tensor's own shape, bool; rows and columns take no memory of their own."""
+    return torch.from_numpy(mask.broadcast).expand(mask.view).reshape(shape)
 
 
 def parameter_masks(
