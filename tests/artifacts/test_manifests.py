@@ -21,7 +21,6 @@ from fedqsn_cli.artifacts.manifests import (
     UpdateManifest,
     file_digest,
     manifest_bytes,
-    manifest_name,
     parse_manifest,
     read_manifest,
 )
@@ -76,7 +75,7 @@ MANIFESTS: dict[str, Any] = {
 @pytest.mark.parametrize("kind", MANIFESTS)
 def test_a_manifest_is_read_back_as_it_was_written(kind: str, tmp_path: Path) -> None:
     manifest = MANIFESTS[kind]
-    (tmp_path / manifest_name(type(manifest))).write_bytes(manifest_bytes(manifest))
+    (tmp_path / manifest.FILE).write_bytes(manifest_bytes(manifest))
     read = read_manifest(tmp_path, type(manifest))
     assert read == manifest
     assert manifest_bytes(read) == manifest_bytes(manifest)

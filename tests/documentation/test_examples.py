@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from fedqsn_cli.cli.app import COMMANDS, build
-from support.helpers import programs
+from support.helpers import programs, with_sources
 from support.warm_processes import warm_fedqsn
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +91,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """An environment in which `fedqsn` and `python` are those under test."""
     return os.environ | {
         "PATH": programs(tmp_path_factory.mktemp("bin")),
-        "PYTHONPATH": str(ROOT / "src"),
+        "PYTHONPATH": with_sources(ROOT / "src"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }

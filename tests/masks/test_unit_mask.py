@@ -72,6 +72,24 @@ def test_an_inverted_mask_marks_the_others(mask: UnitMask) -> None:
     np.testing.assert_array_equal(flags(mask.inverted()), ~flags(mask))
 
 
+@few(100)
+@given(masks())
+def test_the_broadcast_flags_are_those_of_all_elements(mask: UnitMask) -> None:
+    np.testing.assert_array_equal(np.broadcast_to(mask.broadcast, mask.view).reshape(flags(mask).shape), flags(mask))
+
+
+@few(200)
+@given(runs())
+def test_flags_of_a_run_of_rows_broadcast_to_its_elements(run: tuple[UnitMask, int, int]) -> None:
+    mask, first, count = run
+    expected = flags(mask)[first : first + count]
+    np.testing.assert_array_equal(np.broadcast_to(mask.element_flags(first, count), expected.shape), expected)
+    of_rows, of_elements = mask.split_flags(first, count)
+    assert of_rows.shape == (count,)
+    assert of_elements.shape in {(1, mask.view[2]), expected.shape}
+    np.testing.assert_array_equal(of_rows[:, None] & of_elements, expected)
+
+
 @few(200)
 @given(runs())
 def test_overwrite_puts_zeros_on_marked_elements_of_a_run_of_rows(run: tuple[UnitMask, int, int]) -> None:

@@ -16,7 +16,7 @@ from fedqsn_cli.errors import InputError, PlanError
 from fedqsn_cli.planning.overrides import load_overrides
 from fedqsn_cli.planning.plan import Plan, make_plan
 from fedqsn_cli.planning.skip_modules import EXPERTS, fits, skip_modules
-from fedqsn_cli.planning.tensor_plan import AXES, TensorPlan
+from fedqsn_cli.planning.tensor_plan import MASK_AXES, TensorPlan
 from support.families import EVERY_HEAD, FAMILIES, build, make_config, read_config, read_shapes
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
@@ -77,7 +77,7 @@ def test_every_tensor_of_every_family_has_a_role(planned: Planned, name: str, he
     assert planned(name, head)[0].unknown == []
 
 
-@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("axis", MASK_AXES)
 @pytest.mark.parametrize(("name", "head"), EVERY_HEAD)
 def test_every_matrix_of_every_family_is_masked_and_quantized(
     planned: Planned, name: str, head: str, axis: str
@@ -87,7 +87,7 @@ def test_every_matrix_of_every_family_is_masked_and_quantized(
     assert matrices and all(tensor.masked and tensor.quantized for tensor in matrices)
 
 
-@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("axis", MASK_AXES)
 @pytest.mark.parametrize(("name", "head"), EVERY_HEAD)
 def test_units_fit_the_view_and_the_view_fits_the_shape(planned: Planned, name: str, head: str, axis: str) -> None:
     plan, _ = planned(name, head, axis=axis)
@@ -473,7 +473,7 @@ def test_the_axis_option_turns_conv1d_the_other_way(planned: Planned, axis: str,
     assert by_name(planned("gpt2", axis=axis)[0])["transformer.h.0.mlp.c_fc.weight"].axis == found
 
 
-@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("axis", MASK_AXES)
 def test_the_axis_option_leaves_embeddings_heads_and_routers_alone(planned: Planned, axis: str) -> None:
     for tensor in planned("qwen3_moe", axis=axis)[0].tensors:
         if tensor.role in ("embedding", "head", "router"):
@@ -642,7 +642,7 @@ def test_the_digest_is_fixed_for_all_time() -> None:
 
 def test_the_axis_counts_even_where_no_tensor_feels_it() -> None:
     shapes = floats(wte__weight=(97, 64))
-    assert len({make_plan(shapes, None, axis=axis).digest for axis in AXES}) == 3
+    assert len({make_plan(shapes, None, axis=axis).digest for axis in MASK_AXES}) == 3
 
 
 # ---------------------------------------------------------------- skip list

@@ -349,7 +349,13 @@ def environment(**more: str) -> dict[str, str]:
     """The environment of a child process that finds the same sources."""
     import fedqsn_cli
 
-    return os.environ | {"PYTHONPATH": str(Path(fedqsn_cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"} | more
+    path = with_sources(Path(fedqsn_cli.__file__).parents[1])
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
+
+
+def with_sources(*folders: Path) -> str:
+    """PYTHONPATH with these folders in front; packages may come from what it is."""
+    return os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH")]))
 
 
 HOST, USER = "Zq7-this-machine", "Zq7-this-user"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedqsn_cli.cli import app
+from support.helpers import with_sources
 
 SOURCES = Path(app.__file__).parents[2]
 
@@ -34,7 +35,7 @@ def run(*arguments: str | Path) -> Outcome:
 
 def environment(**more: str) -> dict[str, str]:
     """The environment of a child process that finds these sources."""
-    return os.environ | {"PYTHONPATH": str(SOURCES), "PYTHONWARNINGS": ""} | more
+    return os.environ | {"PYTHONPATH": with_sources(SOURCES), "PYTHONWARNINGS": ""} | more
 
 
 def command(*arguments: str | Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""The visible part of parameters: cut into rows, columns or elements, and back without touching anything else."""
+"""The visible part of parameters: split into rows, columns or elements, and back without touching anything else."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedqsn_cli.training.compact import Piece, VisibleParameters, cut
+from fedqsn_cli.training.compact import Piece, VisibleParameters, split
 
 
 def bools(*sizes: int) -> Tensor:
@@ -15,7 +15,7 @@ def bools(*sizes: int) -> Tensor:
 
 
 def axes(mask: Tensor) -> list[str]:
-    return [axis for _, axis, _ in cut(mask)]
+    return [axis for _, axis, _ in split(mask)]
 
 
 def test_rows_columns_and_elements_are_told_apart() -> None:
@@ -26,11 +26,11 @@ def test_rows_columns_and_elements_are_told_apart() -> None:
     assert axes(bools(7)) == ["element"]
 
 
-def test_stacks_of_rows_stay_whole_and_stacks_of_columns_are_cut_by_slice() -> None:
+def test_stacks_of_rows_stay_whole_and_stacks_of_columns_are_split_by_slice() -> None:
     torch.manual_seed(1)
     assert axes(bools(3, 7, 1).expand(3, 7, 5)) == ["row"]
     assert axes(bools(3, 1, 5).expand(3, 7, 5)) == ["column"] * 3
-    assert [part for part, _, _ in cut(bools(2, 7, 5))] == [(0,), (1,)]
+    assert [part for part, _, _ in split(bools(2, 7, 5))] == [(0,), (1,)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -47,11 +47,11 @@ def test_what_is_gathered_and_put_back_is_exactly_what_the_mask_shows(
     mask = bools(*sizes).expand(shape)
     before = torch.randn(shape)
     parameter = before.clone()
-    pieces = [Piece.of(parameter, *piece) for piece in cut(mask)]
+    pieces = [Piece.of(parameter, *piece) for piece in split(mask)]
     assert sum(piece.leaf.numel() for piece in pieces) == int(mask.sum())
     for piece in pieces:
         piece.leaf.add_(1)
-        piece.push()
+        piece.scatter()
     torch.testing.assert_close(parameter, torch.where(mask, before + 1, before), rtol=0, atol=0)
 
 
@@ -60,10 +60,10 @@ def test_gradients_move_to_the_leaves_and_nothing_stays_behind() -> None:
     mask = torch.tensor([True, False, True])
     visible = VisibleParameters(layer, {"weight": mask[:, None].expand(3, 4), "bias": mask})
     layer(torch.ones(2, 4)).sum().backward()
-    visible.pull_gradients()
+    visible.gather_gradients()
     assert [leaf.grad.shape for leaf in visible.leaves if leaf.grad is not None] == [(2, 4), (2,)]
     assert layer.weight.grad is None
-    visible.push_values()
+    visible.scatter_values()
     assert all(leaf.grad is None for leaf in visible.leaves)
 
 

@@ -105,7 +105,7 @@ def test_the_optimizer_holds_two_numbers_for_each_visible_weight_and_none_for_hi
     optimizer = make_optimizer(visible, RecipeOptions())
     batch = collate(some_examples(), [0, 1], PADDING)
     loss_sum("classification", model(**batch.inputs).logits, batch.targets).backward()
-    visible.pull_gradients()
+    visible.gather_gradients()
     optimizer.step()
     sizes = sum(state[key].numel() for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
     shown = sum(int(masks[name].sum()) if name in masks else p.numel() for name, p in model.named_parameters())

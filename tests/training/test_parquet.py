@@ -39,7 +39,7 @@ def json_documents(*texts: str | None) -> Any:
 def test_known_columns_are_read_and_all_names_are_kept(tmp_path: Path) -> None:
     table = read(tmp_path, {"text": ["a", "b"], "other": [1.5, 2.5], "label": [1, 0]})
     assert table.columns == {"text": ["a", "b"], "label": [1, 0]}
-    assert (table.found, table.rows) == (("text", "other", "label"), 2)
+    assert (table.names, table.rows) == (("text", "other", "label"), 2)
 
 
 @pytest.mark.parametrize(

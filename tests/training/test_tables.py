@@ -46,7 +46,7 @@ def test_a_field_that_a_row_lacks_is_nothing(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text('\ufeff{"text": "a"}\n\n{"label": 1, "other": 2}\n', "utf-8")
     table = read_table(tmp_path / "data.jsonl")
     assert table.columns == {"text": ["a", None], "label": [None, 1]}
-    assert table.found == ("text", "label", "other")
+    assert table.names == ("text", "label", "other")
 
 
 def test_one_relative_path_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

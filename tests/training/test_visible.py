@@ -44,7 +44,7 @@ def test_only_visible_units_change_when_all_leaves_do(tmp_path: Path, name: str,
     with torch.no_grad():
         for leaf in seen.leaves:
             leaf.add_(1.0)
-    seen.push_values()
+    seen.scatter_values()
     changed = 0
     for tensor_name, after in stored_tensors(model, dense).items():
         before = dense[tensor_name]

@@ -1,7 +1,7 @@
 """The server's append-only record of every proxy it released.
 
-One JSON line a release. Each line holds the SHA-256 of the line before it, so that a line that was changed,
-dropped or moved is found. A release is written here *before* its proxy appears: a proxy without a line cannot exist.
+One JSON line a release. Each line holds the SHA-256 of the line before it, so that a line that was changed, removed
+or moved is detected. A release is recorded *before* its proxy appears: there is no proxy without a line.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field
 
 from fedqsn_cli import strictjson, validate
 from fedqsn_cli.artifacts.manifests import (
@@ -25,8 +25,6 @@ from fedqsn_cli.artifacts.manifests import (
     Sha256,
     Strict,
     TrainsFill,
-    validated,
-    without_unset,
 )
 from fedqsn_cli.checkpoint.header import open_regular_file
 from fedqsn_cli.errors import FormatError, InputError
@@ -36,7 +34,7 @@ ClientId = Annotated[str, Field(pattern=f"^{validate.CLIENT_ID}$")]
 
 
 class Release(Strict):
-    """One proxy that left the owner."""
+    """One released proxy."""
 
     format: Literal["fedqsn-ledger/1"] = "fedqsn-ledger/1"
     client: ClientId
@@ -56,16 +54,12 @@ class Release(Strict):
     job: Sha256
     previous: Sha256 = _NO_LINE
 
-    @model_serializer(mode="wrap")
-    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_unset(handler(self), "p1_least", "train")
-
 
 def read(path: Path) -> list[Release]:
-    """All releases in order; checks that the chain of lines is whole.
+    """All releases in order; checks the chain of lines.
 
     Raises:
-        InputError: no such file. FormatError: a line is malformed, or the chain is broken.
+        InputError: there is no such file. FormatError: a line is malformed, or the chain is broken.
     """
     if not path.exists():
         raise InputError("no ledger here", where=path, hint="it is written by 'fedqsn export-proxy --ledger'")
@@ -75,10 +69,10 @@ def read(path: Path) -> list[Release]:
 
 
 def check(path: Path) -> None:
-    """Find a damaged ledger before any work is done for it; one that does not exist yet is fine.
+    """Refuse a damaged ledger before any work is done; one that does not exist yet is fine.
 
     Raises:
-        InputError: it is no file. FormatError: a line is malformed, or the chain is broken.
+        InputError: it is not a regular file. FormatError: a line is malformed, or the chain is broken.
     """
     if path.exists():
         read(path)
@@ -87,13 +81,13 @@ def check(path: Path) -> None:
 def record(
     path: Path, releases: Sequence[Release], *, check: Callable[[Sequence[Release]], None] | None = None
 ) -> None:
-    """Append releases, on disk when this returns; one that the ledger already holds is not written twice.
+    """Append releases and flush them to disk; a release that the ledger already has is not written again.
 
     Args:
-        check: called with all earlier releases while nobody else can add any; what it raises keeps the releases out.
+        check: called with all earlier releases, under the ledger's lock. If it raises, nothing is recorded.
 
     Raises:
-        FormatError: the ledger is damaged. InputError: a release has a proxy id that stands there with other content.
+        FormatError: the ledger is damaged. InputError: the ledger has other content for the proxy id of a release.
     """
     with _locked(path) as descriptor:
         data = _read_all(descriptor)
@@ -163,7 +157,7 @@ def _parse(data: bytes, path: Path) -> tuple[list[Release], str]:
     previous = _NO_LINE
     for number, line in enumerate(data.splitlines(), start=1):
         where = f"{path}:{number}"
-        release = validated(strictjson.loads(line, where), Release, where)
+        release = Release.from_document(strictjson.loads(line, where), where)
         if release.previous != previous:
             raise FormatError("the chain of the ledger is broken here", where=where, hint="restore it from a backup")
         releases.append(release)

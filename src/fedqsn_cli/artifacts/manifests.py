@@ -1,10 +1,10 @@
-"""The manifests that travel with models, proxies and updates, and how they are read without trust.
+"""The manifests of models, proxies and updates: as data, and read without trust.
 
-    fedqsn.json   next to a model that stays with the owner (server model, quantized model, merged model)
+    fedqsn.json   in a model that stays with the owner (server model, quantized model, merged model)
     proxy.json    in a proxy: holds nothing that its reader could not find in the weights
     update.json   in an update
 
-Every manifest is strict: an unknown or missing field, a wrong type or a doubled key is refused.
+An unknown or missing field, a wrong type or a duplicate key is refused.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from fedqsn_cli import strictjson
 from fedqsn_cli.checkpoint.header import open_regular_file
 from fedqsn_cli.errors import FormatError, InputError
+from fedqsn_cli.planning.tensor_plan import MaskAxis, UnitAxis
 
 if TYPE_CHECKING:
     from fedqsn_cli.checkpoint import Source
@@ -43,9 +44,41 @@ FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 
 
 class Strict(BaseModel):
-    """A manifest part: no unknown fields, no silent conversions, no infinities."""
+    """A JSON object of known fields: no unknown fields, no silent conversions, no infinities.
+
+    A field with the default None is written only where it has a value. Every other field must be written.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def from_document(cls, document: object, where: object) -> Self:
+        """Validate a parsed JSON document. Raises FormatError."""
+        try:
+            part = cls.model_validate(document)
+        except ValidationError as error:
+            raise FormatError(_first_problem(error), where=where) from None
+        for name, field in cls.model_fields.items():
+            if name not in part.model_fields_set and field.default is not None:
+                raise FormatError(f"field {name}: missing", where=where)
+        return part
+
+    @model_serializer(mode="wrap")
+    def _to_document(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        values: dict[str, Any] = handler(self)
+        return {name: x for name, x in values.items() if x is not None or fields[name].default is not None}
+
+
+class Manifest(Strict):
+    """The document in a file of its own.
+
+    Args:
+        FILE: the file's name. HINT: how it comes to be there.
+    """
+
+    FILE: ClassVar[str]
+    HINT: ClassVar[str]
 
 
 class Quantization(Strict):
@@ -58,17 +91,17 @@ class Quantization(Strict):
 
 
 class PublicBaseRecord(Strict):
-    """The public checkpoint whose units stand in the holes."""
+    """The public checkpoint whose units fill the holes."""
 
     reference: str | None  # hf://owner/name@commit; None when it was a local folder, whose path stays private
     sha256: Sha256  # content digest of the tensors used
 
 
 class Units(Strict):
-    """Where the units of one tensor lie: groups (one, or one a lead slice), axis and the view they are seen in."""
+    """The units of one tensor: their groups (one, or one for each lead slice), their axis, and (lead, rows, cols)."""
 
     groups: tuple[str, ...] = Field(strict=False)
-    axis: Literal["row", "column", "element"]
+    axis: UnitAxis
     view: tuple[Count, Count, Count] = Field(strict=False)
 
 
@@ -91,14 +124,17 @@ class SourceRecord(Strict):
         return cls(reference=source.reference, revision=source.revision)
 
 
-class ModelManifest(Strict):
+class ModelManifest(Manifest):
     """`fedqsn.json`: what a model that stays with the owner is. Private, but holds no secret."""
+
+    FILE = MODEL_MANIFEST
+    HINT = "make a server model with 'fedqsn mask'"
 
     format: Literal["fedqsn-model/1"] = "fedqsn-model/1"
     kind: Literal["global-model", "server-model", "masked-model"]
     job: Sha256 | None
     p1: Ratio
-    axis: Literal["neuron", "input", "element"]
+    axis: MaskAxis
     rescale: bool
     fill: Fill
     public_base: PublicBaseRecord | None
@@ -109,12 +145,12 @@ class ModelManifest(Strict):
     groups: dict[str, GroupCount]
     tensors: dict[str, Units]
     source: SourceRecord
-    trained_fill: Literal[True] | None = None  # clients moved what stands in the holes; not written otherwise
+    trained_fill: Literal[True] | None = None  # clients trained the public base's units in the holes
 
     @classmethod
     def of(cls, plan: Plan, source: Source, **differs: Any) -> ModelManifest:
-        """The manifest of a dense global model that belongs to no job, but for the fields that differ."""
-        usual = {
+        """The manifest of a dense global model without a job, except for the fields in `differs`."""
+        defaults = {
             "kind": "global-model",
             "job": None,
             "p1": 0.0,
@@ -130,11 +166,7 @@ class ModelManifest(Strict):
             "tensors": {},
             "source": SourceRecord.of(source),
         }
-        return cls.model_validate(usual | differs)
-
-    @model_serializer(mode="wrap")
-    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_unset(handler(self), "trained_fill")
+        return cls.model_validate(defaults | differs)
 
 
 class GroupUnits(Strict):
@@ -143,8 +175,11 @@ class GroupUnits(Strict):
     units: Count
 
 
-class ProxyManifest(Strict):
+class ProxyManifest(Manifest):
     """`proxy.json`: what a client needs to train and answer. Holds no key, client id, path, host name or time."""
+
+    FILE = PROXY_MANIFEST
+    HINT = "make a proxy with 'fedqsn export-proxy'"
 
     format: Literal["fedqsn-proxy/1"] = "fedqsn-proxy/1"
     proxy_id: Sha256
@@ -159,10 +194,6 @@ class ProxyManifest(Strict):
     train: TrainsFill = None
     files: dict[FileName, Sha256]
 
-    @model_serializer(mode="wrap")
-    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_unset(handler(self), "train")
-
 
 class Losses(Strict):
     """Training losses in nats, as the client reports them."""
@@ -173,8 +204,11 @@ class Losses(Strict):
     eval_after: float | None
 
 
-class UpdateManifest(Strict):
-    """`update.json`: what a client claims about its update. Self-declared: the server trusts none of it blindly."""
+class UpdateManifest(Manifest):
+    """`update.json`: what a client says about its update. The server checks what it can and believes none of it."""
+
+    FILE = UPDATE_MANIFEST
+    HINT = "make an update with 'fedqsn client-train'"
 
     format: Literal["fedqsn-update/1"] = "fedqsn-update/1"
     proxy_id: Sha256
@@ -188,27 +222,22 @@ class UpdateManifest(Strict):
 
 
 def unit_table(tensors: Iterable[TensorPlan]) -> dict[str, Units]:
-    """Where the units of each masked tensor are."""
+    """The units of each masked tensor, by its name."""
     return {t.name: Units(groups=t.groups, axis=t.axis, view=t.view) for t in tensors if t.axis is not None}
 
 
-def without_unset(document: dict[str, Any], *names: str) -> dict[str, Any]:
-    """A document without those of these fields that are None: they are written only where they say something."""
-    return {name: value for name, value in document.items() if value is not None or name not in names}
+Kind = TypeVar("Kind", bound=Manifest)
 
 
-Manifest = TypeVar("Manifest", ModelManifest, ProxyManifest, UpdateManifest)
-
-
-def read_manifest(folder: Path, kind: type[Manifest]) -> Manifest:
+def read_manifest(folder: Path, kind: type[Kind]) -> Kind:
     """Read and validate the manifest of class `kind` in `folder`.
 
     Raises:
         InputError: the folder or the manifest is missing. FormatError: the manifest is malformed.
     """
-    path = folder / manifest_name(kind)
+    path = folder / kind.FILE
     if not os.path.lexists(path):
-        raise InputError(f"no {path.name} here", where=folder, hint=_MADE_BY[kind])
+        raise InputError(f"no {path.name} here", where=folder, hint=kind.HINT)
     with open(open_regular_file(path), "rb") as file:
         if os.fstat(file.fileno()).st_size > _LARGEST_MANIFEST:
             raise FormatError(f"manifest is larger than {_LARGEST_MANIFEST} bytes", where=path)
@@ -216,45 +245,14 @@ def read_manifest(folder: Path, kind: type[Manifest]) -> Manifest:
     return parse_manifest(data, kind, path)
 
 
-def parse_manifest(data: bytes, kind: type[Manifest], where: object) -> Manifest:
+def parse_manifest(data: bytes, kind: type[Kind], where: object) -> Kind:
     """Validate the bytes of a manifest of class `kind`. Raises FormatError."""
-    return validated(strictjson.loads(data, where), kind, where)
+    return kind.from_document(strictjson.loads(data, where), where)
 
 
-Part = TypeVar("Part", bound=Strict)
-
-
-def validated(document: object, kind: type[Part], where: object) -> Part:
-    """A parsed JSON document as an object of class `kind`. Raises FormatError.
-
-    Every field must be written out, but those that are None where they do not apply.
-    """
-    try:
-        part = kind.model_validate(document)
-    except ValidationError as error:
-        raise FormatError(first_complaint(error), where=where) from None
-    for name in kind.model_fields.keys() - part.model_fields_set:
-        if kind.model_fields[name].default is None:
-            continue
-        raise FormatError(f"field {name}: missing", where=where)
-    return part
-
-
-def manifest_bytes(manifest: BaseModel) -> bytes:
+def manifest_bytes(manifest: Manifest) -> bytes:
     """The text of a manifest: indented JSON with sorted keys; equal manifests give equal bytes."""
     return strictjson.pretty(manifest.model_dump(mode="json")).encode()
-
-
-def manifest_name(kind: type[BaseModel]) -> str:
-    """File name of a manifest class."""
-    return _NAMES[kind]
-
-
-def first_complaint(error: ValidationError) -> str:
-    """The first thing that a validation found wrong, as one clause."""
-    first = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in first["loc"]) or "document"
-    return f"field {place}: {first['msg'].lower()}"
 
 
 def file_digest(path: Path) -> str:
@@ -263,13 +261,8 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-_NAMES: dict[type[BaseModel], str] = {
-    ModelManifest: MODEL_MANIFEST,
-    ProxyManifest: PROXY_MANIFEST,
-    UpdateManifest: UPDATE_MANIFEST,
-}
-_MADE_BY: dict[type[BaseModel], str] = {
-    ModelManifest: "make a server model with 'fedqsn mask'",
-    ProxyManifest: "make a proxy with 'fedqsn export-proxy'",
-    UpdateManifest: "make an update with 'fedqsn client-train'",
-}
+def _first_problem(error: ValidationError) -> str:
+    """The first problem that a validation found, as one clause."""
+    first = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"]) or "document"
+    return f"field {field}: {first['msg'].lower()}"

@@ -1,4 +1,4 @@
-"""The public side of an output: files that may leave the owner, cleaned of what must not."""
+"""Files that may leave the owner: config and companion files without anything private."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from fedqsn_cli import strictjson
 from fedqsn_cli.errors import FormatError
 
-# Fields in which libraries note where a file lay or who made it. None of them changes how a model computes.
+# Fields in which libraries record where a file was or who wrote it. None of them changes how a model computes.
 PRIVATE_FIELDS = frozenset(
     {
         "_name_or_path",
@@ -29,14 +29,14 @@ PRIVATE_FIELDS = frozenset(
 JSON_COMPANIONS_TO_CLEAN = frozenset(
     {"tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "added_tokens.json"}
 )
-# What a model needs and what clients see anyway: names of labels and tokens may look like paths.
+# Fields that a model needs and clients see anyway; names of labels and tokens may look like paths.
 PUBLIC_FIELDS = frozenset({"id2label", "label2id", "added_tokens_decoder", "chat_template"})
 _ABSOLUTE_PATH = re.compile(r"(?:/[^/\n]+){2,}/?|[A-Za-z]:\\.+|~/.+|\\\\[^\\]+\\.+|file://.*")
-_HOME = re.compile(r"/home/|/Users/|/root/|[A-Za-z]:\\Users\\")  # in the middle of a text, too
+_HOME = re.compile(r"/home/|/Users/|/root/|[A-Za-z]:\\Users\\")  # anywhere in a text
 
 
 def public_config(config: Mapping[str, Any], quantization: dict[str, Any] | None) -> bytes:
-    """config.json of a proxy: without private fields, with the quantization that its weights have.
+    """The config.json of a proxy: without private fields, with the quantization of its weights.
 
     Args:
         config: the owner's config.json.
@@ -53,7 +53,7 @@ def public_companion(path: Path) -> bytes:
     """A tokenizer or generation file as it may leave the owner.
 
     Raises:
-        FormatError: it is not the JSON that its name promises.
+        FormatError: it should be a JSON object, but is not.
     """
     data = path.read_bytes()
     if path.name not in JSON_COMPANIONS_TO_CLEAN:
@@ -65,7 +65,7 @@ def public_companion(path: Path) -> bytes:
 
 
 def clean(document: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object without private fields, and without fields whose text is an absolute path or names a home."""
+    """A JSON object without private fields, and without text that is an absolute path or names a home directory."""
     return {
         key: value if key in PUBLIC_FIELDS else _clean(value)
         for key, value in document.items()

@@ -24,7 +24,7 @@ from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.models.model import OpenModel, open_model, open_source
 from fedqsn_cli.models.public_base import IncompatibleBase, PublicBase, open_base
 from fedqsn_cli.options import AuditOptions
-from fedqsn_cli.planning.tensor_plan import AXES
+from fedqsn_cli.planning.tensor_plan import MASK_AXES
 
 __all__ = ["Inputs", "OpenedProxy", "ProxyFolder", "Report", "open_inputs", "open_proxy"]
 
@@ -155,7 +155,7 @@ def _axis_of(truth: str | Path | None, folders: Sequence[ProxyFolder]) -> str:
     """Without a key, the axis whose plan is the proxies' own."""
     opened = next((folder.opened for folder in folders if folder.opened is not None), None)
     if truth is not None and opened is not None:
-        for axis in AXES:
+        for axis in MASK_AXES:
             try:
                 if unit_table(open_model(str(truth), axis=axis).plan.tensors) == opened.manifest.tensors:
                     return axis

@@ -22,6 +22,7 @@ from fedqsn_cli.masks.draw import rescale_factor
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.models.model import ModelTensor, model_tensors
 from fedqsn_cli.planning.roles import rules
+from fedqsn_cli.planning.tensor_plan import TRANSPOSED
 from fedqsn_cli.quantization import kernels
 from fedqsn_cli.quantization.bnb_format import scb_name, state_name
 from fedqsn_cli.quantization.layout import TensorLayout
@@ -74,7 +75,7 @@ class OpenedProxy:
         turned = self.turned(name)
         if logical.packing is not None:
             rows, cols = logical.packing.shape
-            axis = _TURNED[axis] if turned and axis is not None else axis
+            axis = TRANSPOSED[axis] if turned and axis is not None else axis
             return TensorLayout(logical.packing.kind, "flat", turned, (1, rows, cols), axis)
         view = units.view if units is not None else natural_view(logical.shape)
         return TensorLayout("raw", "flat", False, view, axis)
@@ -166,9 +167,6 @@ class OpenedProxy:
         self.checkpoint.read_into(name, first * cols * out.itemsize, out)
         wide: Floats = kernels.widened(out, entry.dtype).reshape(rows, cols)
         return wide
-
-
-_TURNED: dict[str, Any] = {"row": "column", "column": "row", "element": "element"}
 
 
 def natural_view(shape: Sequence[int]) -> tuple[int, int, int]:

@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.auditing.inputs import OpenedProxy
-from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.public_base import PublicBase
 from fedqsn_cli.models.tensor_task import TensorTask
@@ -38,15 +37,8 @@ def shown_flags(proxy: OpenedProxy, task: TensorTask, first: int, rows: int) -> 
     cols = task.layout.view[2]
     if visible is None:
         return np.ones(rows, np.bool_), np.ones((1, cols), np.float32)
-    return split_flags(task.layout.working(visible), first, rows)
-
-
-def split_flags(mask: UnitMask, first: int, rows: int) -> tuple[Array, Floats]:
-    """Marks of rows, as row flags and flags of elements."""
-    flags = mask.flags_of_rows(first, rows)
-    if mask.axis == "row":
-        return np.ascontiguousarray(flags), np.ones((1, mask.view[2]), np.float32)
-    return np.ones(rows, np.bool_), np.ascontiguousarray(np.atleast_2d(flags), dtype=np.float32)
+    row_flags, flags = task.layout.working(visible).split_flags(first, rows)
+    return np.ascontiguousarray(row_flags), np.ascontiguousarray(flags, dtype=np.float32)
 
 
 def plain(task: TensorTask, x: Array) -> Array:

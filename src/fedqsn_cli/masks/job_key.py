@@ -23,7 +23,7 @@ from fedqsn_cli.masks.draw import KEY_BYTES, derive, hidden_count
 from fedqsn_cli.planning.overrides import canonical
 from fedqsn_cli.planning.placement import describe
 from fedqsn_cli.planning.plan import Plan
-from fedqsn_cli.planning.tensor_plan import AXES
+from fedqsn_cli.planning.tensor_plan import MASK_AXES
 
 FORMAT = "fedqsn-key/1"
 MAX_BYTES = 16 * 2**20
@@ -123,7 +123,7 @@ def load(path: str | Path) -> JobKey:
         return JobKey(
             _key(document["key"], path),
             _ratio(document["p1"], "p1", path),
-            _one_of(document["axis"], AXES, path),
+            _one_of(document["axis"], MASK_AXES, path),
             _hex(document["plan"], path),
             canonical(document["overrides"]),
             _groups(document["groups"], path),

@@ -49,7 +49,7 @@ class ServerMasks:
 
     def hidden_elements(self, tensor: TensorPlan) -> int:
         """How many elements of a tensor the server hides."""
-        return _elements(tensor, self.count(tensor))
+        return tensor.elements(self.count(tensor))
 
     def count(self, tensor: TensorPlan) -> int:
         """How many units of each of a tensor's groups the server hides; its groups have one ratio."""
@@ -107,7 +107,7 @@ class ClientMasks:
 
     def hidden_elements(self, tensor: TensorPlan) -> int:
         """How many elements of a tensor are hidden from this client only."""
-        return _elements(tensor, self._counts(tensor)[1])
+        return tensor.elements(self._counts(tensor)[1])
 
     def factor(self, tensor: TensorPlan) -> np.float32:
         """The scale s of a tensor in this client's proxy: n / |V|, or 1."""
@@ -118,11 +118,3 @@ class ClientMasks:
     def _counts(self, tensor: TensorPlan) -> tuple[int, int]:
         by_server = self.server.count(tensor)
         return by_server, hidden_count(tensor.units - by_server, self.p2)
-
-
-def _elements(tensor: TensorPlan, units: int) -> int:
-    """Elements in so many units of each group of a tensor."""
-    if not tensor.masked or tensor.axis is None:
-        return 0
-    _, rows, cols = tensor.view
-    return units * len(tensor.groups) * {"row": cols, "column": rows, "element": 1}[tensor.axis]

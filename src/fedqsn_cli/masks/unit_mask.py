@@ -11,12 +11,13 @@ Every masked tensor is seen as a matrix of `lead * rows` rows and `cols` columns
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Axis = Literal["row", "column", "element"]
+from fedqsn_cli.planning.tensor_plan import TRANSPOSED, UnitAxis, View, elements_per_unit
+
 Bools = NDArray[np.bool_]
 Array = NDArray[Any]
 
@@ -31,12 +32,12 @@ class UnitMask:
         flags: one flag a unit, shaped as the table above says.
     """
 
-    axis: Axis
-    view: tuple[int, int, int]
+    axis: UnitAxis
+    view: View
     flags: Bools
 
     @classmethod
-    def from_groups(cls, axis: Axis, view: tuple[int, int, int], groups: list[Bools]) -> UnitMask:
+    def from_groups(cls, axis: UnitAxis, view: View, groups: list[Bools]) -> UnitMask:
         """From the flags of the tensor's groups: one group, or one a lead slice."""
         lead, _, cols = view
         flat = np.concatenate(groups) if len(groups) > 1 else groups[0]
@@ -45,21 +46,24 @@ class UnitMask:
     @property
     def count(self) -> int:
         """Marked elements of the tensor (not units)."""
+        return int(np.count_nonzero(self.flags)) * elements_per_unit(self.axis, self.view)
+
+    @property
+    def broadcast(self) -> Bools:
+        """The flags in a shape that broadcasts to `view`."""
         lead, rows, cols = self.view
-        each = {"row": cols, "column": rows, "element": 1}[self.axis]
-        return int(np.count_nonzero(self.flags)) * each
+        flags: Bools = self.flags.reshape(
+            {"row": (lead, rows, 1), "column": (lead, 1, cols), "element": self.view}[self.axis]
+        )
+        return flags
 
     def transposed(self) -> UnitMask:
         """The same units of the transposed matrix; for tensors without lead slices."""
         lead, rows, cols = self.view
         if lead != 1:
             raise ValueError("only a plain matrix can be transposed")
-        view = (1, cols, rows)
-        if self.axis == "row":
-            return UnitMask("column", view, self.flags.reshape(1, rows))
-        if self.axis == "column":
-            return UnitMask("row", view, self.flags.reshape(cols))
-        return UnitMask("element", view, np.ascontiguousarray(self.flags.reshape(rows, cols).T).reshape(-1))
+        flags = np.ascontiguousarray(self.broadcast[0].T)
+        return UnitMask.from_groups(TRANSPOSED[self.axis], (1, cols, rows), [flags.reshape(-1)])
 
     def inverted(self) -> UnitMask:
         """The units that are not marked."""
@@ -79,6 +83,18 @@ class UnitMask:
             return columns
         flags: Bools = self.flags[first * cols : (first + count) * cols].reshape(count, cols)
         return flags
+
+    def element_flags(self, first: int, count: int) -> Bools:
+        """Flags for the elements of `count` rows from row `first`, in a shape that broadcasts to [count, cols]."""
+        flags = self.flags_of_rows(first, count)
+        return flags[:, None] if self.axis == "row" else np.atleast_2d(flags)
+
+    def split_flags(self, first: int, count: int) -> tuple[Bools, Bools]:
+        """Flags for rows, [count], and for elements, [1, cols] or [count, cols]: an element is marked if both are."""
+        flags = self.flags_of_rows(first, count)
+        if self.axis == "row":
+            return flags, np.ones((1, self.view[2]), np.bool_)
+        return np.ones(count, np.bool_), np.atleast_2d(flags)
 
     def overwrite(self, x: Array, first: int, source: Array | None) -> None:
         """Put zeros, or the same elements of `source`, on the marked elements of rows x ([count, cols], in place)."""

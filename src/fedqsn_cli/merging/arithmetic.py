@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.kernels.jit import INFINITY, MAGNITUDE, as_bits, kernel, narrow, narrow_brain, to_bits, to_float, widen
 from fedqsn_cli.kernels.threads import run_ranges
-from fedqsn_cli.masks.unit_mask import Axis
+from fedqsn_cli.planning.tensor_plan import UnitAxis
 from fedqsn_cli.quantization.kernels import narrowed, widened
 
 Array = NDArray[Any]
@@ -27,7 +27,9 @@ FLAT, ROWS, COLUMNS, ELEMENTS = 0, 1, 2, 3
 MODES = {None: FLAT, "row": ROWS, "column": COLUMNS, "element": ELEMENTS}
 
 
-def add(total: Array, u: Array, dtype: str, index: NDArray[np.int64], axis: Axis | None, coefficient: float) -> float:
+def add(
+    total: Array, u: Array, dtype: str, index: NDArray[np.int64], axis: UnitAxis | None, coefficient: float
+) -> float:
     """total += coefficient * U on the elements that U holds.
 
     Args:
@@ -114,7 +116,7 @@ def _folded(sums: Any) -> float:
     return float(sums[0])
 
 
-def subtract(total: Doubles, drift: Doubles, weights: Array, axis: Axis | None, coefficient: float) -> None:
+def subtract(total: Doubles, drift: Doubles, weights: Array, axis: UnitAxis | None, coefficient: float) -> None:
     """total -= coefficient * weights * drift, unit by unit; `drift` holds that product afterwards.
 
     Where a weight is 0, nobody saw the unit and its sum stays what it is.
@@ -123,7 +125,7 @@ def subtract(total: Doubles, drift: Doubles, weights: Array, axis: Axis | None, 
         total, drift: [rows, cols]. weights: as for `step`.
     """
     factors = coefficient * weights
-    shapes: dict[Axis | None, tuple[int, ...]] = {
+    shapes: dict[UnitAxis | None, tuple[int, ...]] = {
         None: (1, 1),
         "row": (-1, 1),
         "column": (1, -1),
@@ -134,7 +136,7 @@ def subtract(total: Doubles, drift: Doubles, weights: Array, axis: Axis | None, 
 
 
 def step(
-    w: Array, residual: Array | None, dtype: str, total: Array, weights: Array, axis: Axis | None, rate: float
+    w: Array, residual: Array | None, dtype: str, total: Array, weights: Array, axis: UnitAxis | None, rate: float
 ) -> int:
     """w + residual += rate * total / weights, in place; what rounding drops goes into the residual.
 

@@ -30,10 +30,10 @@ from fedqsn_cli.errors import RefusedUpdate
 from fedqsn_cli.kernels.hash_threads import HashQueue
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.masks.job_masks import ClientMasks, ServerMasks
-from fedqsn_cli.masks.unit_mask import Axis, UnitMask
+from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.tensor_task import TensorTask
-from fedqsn_cli.planning.tensor_plan import TensorPlan
+from fedqsn_cli.planning.tensor_plan import TensorPlan, UnitAxis
 
 Array = NDArray[Any]
 HASH_PIECE = 1 << 22
@@ -73,7 +73,7 @@ class ClientUpdate:
         """Whether the client trained the fill of hidden units, too."""
         return self.release.train == "all"
 
-    def axis(self, tensor: TensorPlan) -> Axis | None:
+    def axis(self, tensor: TensorPlan) -> UnitAxis | None:
         """The axis along which U has units; None where U holds all elements."""
         return None if self.moves_fill else tensor.axis
 

@@ -45,7 +45,7 @@ from fedqsn_cli.options.groups import (
     max_length_option,
     schedule_option,
 )
-from fedqsn_cli.planning.tensor_plan import Axis
+from fedqsn_cli.planning.tensor_plan import MaskAxis
 
 
 def _round(value: int, flag: str) -> int:
@@ -202,7 +202,7 @@ class InspectOptions(Options):
             metavar="BASE",
         ),
     ] = None
-    axis: Annotated[Axis | None, AXIS] = None
+    axis: Annotated[MaskAxis | None, AXIS] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from fedqsn_cli import validate
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.options.declare import Option, Options
-from fedqsn_cli.planning.tensor_plan import Axis, Where
+from fedqsn_cli.planning.tensor_plan import MaskAxis, Where
 
 CLIENT, COMPUTING, DATA, GATE, JOB, LIMITS = "Client mask", "Computing", "Data", "Gate", "Job", "Limits"
 MASKING, MERGING, OUTPUT, OWNER, PLAN = "Masking", "Merging", "Output", "What only the owner has", "Plan"
@@ -128,7 +128,7 @@ class HidingOptions(Options):
             check=validate.ratio,
         ),
     ] = None
-    axis: Annotated[Axis | None, AXIS] = None
+    axis: Annotated[MaskAxis | None, AXIS] = None
     where: Annotated[
         Where | None,
         Option(

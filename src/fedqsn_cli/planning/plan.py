@@ -19,7 +19,7 @@ from fedqsn_cli.planning.overrides import Override, apply_overrides, canonical
 from fedqsn_cli.planning.placement import Location, Placement, location_of
 from fedqsn_cli.planning.roles import DIMENSIONS, LINEAR_ROLES, UNIT_AXIS, Role, rules
 from fedqsn_cli.planning.skip_modules import skip_modules
-from fedqsn_cli.planning.tensor_plan import _TURNED, AXES, TensorPlan, UnitAxis
+from fedqsn_cli.planning.tensor_plan import MASK_AXES, TRANSPOSED, TensorPlan, UnitAxis, units_per_slice
 from fedqsn_cli.planning.tied import model_type, tied_groups
 
 
@@ -102,8 +102,8 @@ def make_plan(
     Raises:
         PlanError: unknown axis, an override that cannot be, a dtype that cannot be masked, foreign quantization.
     """
-    if axis not in AXES:
-        raise PlanError(f"unknown axis {axis!r}", hint=f"choose one of {', '.join(AXES)}")
+    if axis not in MASK_AXES:
+        raise PlanError(f"unknown axis {axis!r}", hint=f"choose one of {', '.join(MASK_AXES)}")
     _refuse_foreign_quantization(config)
     checked = canonical(overrides or {})
     planner = _Planner(tensors, config or {}, axis, apply_overrides(checked, tensors), Placement.of(checked))
@@ -169,7 +169,6 @@ class _Planner:
         axis = self.unit_axis(role)
         place, excluded = self.placed(name, role.name)
         masked = asked.masked if asked.masked is not None else excluded is None
-        units = {"row": view[1], "column": view[2], "element": view[1] * view[2]}[axis]
         quantized = asked.quantized is not False
         return TensorPlan(
             name,
@@ -179,7 +178,7 @@ class _Planner:
             axis if masked else None,
             view,
             groups=_slices(self.tied.get(name, name), view[0]) if masked else (),
-            units=units if masked else 0,
+            units=units_per_slice(axis, view) if masked else 0,
             masked=masked,
             quantized=quantized,
             packable=self.packable(name, role),
@@ -209,7 +208,7 @@ class _Planner:
         if self.axis == "element":
             return "element"
         output: UnitAxis = "column" if role.transposed else "row"
-        return _TURNED[output] if self.axis == "input" else output
+        return TRANSPOSED[output] if self.axis == "input" else output
 
     def bias(self, name: str, owner: str) -> TensorPlan:
         """A bias hides with the output neuron it belongs to."""

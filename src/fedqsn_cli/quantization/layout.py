@@ -19,15 +19,12 @@ from typing import Literal
 from fedqsn_cli import validate
 from fedqsn_cli.artifacts.manifests import Quantization
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.masks.unit_mask import Axis, UnitMask
-from fedqsn_cli.planning.tensor_plan import TensorPlan
+from fedqsn_cli.masks.unit_mask import UnitMask
+from fedqsn_cli.planning.tensor_plan import TRANSPOSED, TensorPlan, UnitAxis, View
 from fedqsn_cli.quantization.codebooks import FORMATS
 
 Kind = Literal["raw", "snap", "pack4", "pack8"]
 Geometry = Literal["flat", "row", "column"]
-View = tuple[int, int, int]
-
-_TURNED: dict[str, Axis] = {"row": "column", "column": "row", "element": "element"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +42,7 @@ class TensorLayout:
     geometry: Geometry
     transposed: bool
     view: View
-    axis: Axis | None
+    axis: UnitAxis | None
 
     @property
     def packed(self) -> bool:
@@ -99,7 +96,7 @@ def layout_of(tensor: TensorPlan, how: Quantization | None) -> TensorLayout:
         kind = "snap"
     if tensor.role == "conv1d":
         lead, rows, cols = tensor.view
-        return TensorLayout(kind, "flat", True, (lead, cols, rows), None if axis is None else _TURNED[axis])
+        return TensorLayout(kind, "flat", True, (lead, cols, rows), None if axis is None else TRANSPOSED[axis])
     if tensor.role == "linear":
         return TensorLayout(kind, "flat", False, tensor.view, axis)
     if tensor.role in {"embedding", "head", "router"} or axis == "column":

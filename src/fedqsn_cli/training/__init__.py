@@ -1,16 +1,16 @@
-"""What a client does with a proxy: read its data, train the visible units, write the update.
+"""The client's side: read data, train the visible units of a proxy, write the update; and evaluate a model.
 
 tables.py     a JSONL, CSV or Parquet file -> rows
 parquet.py    the columns of a Parquet file
 data.py       rows -> token ids and targets
 batching.py   examples -> batches; their loss
-visible.py    which units are visible, and where they lie in a model's parameters
+visible.py    which elements of a model's parameters are visible
 compact.py    the visible part of the parameters, for the optimizer
 loop.py       AdamW, step by step
 scoring.py    loss, accuracy, macro F1, perplexity
 update.py     U = T − P on disk
-client.py     all of it, as one command
-evaluate.py   the command evaluate
+client.py     client-train: all of it, in this order
+evaluate.py   evaluate: a model on data
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Encoded examples, and how they are put together to batches of nearly equal length."""
+"""Encoded examples, and batches of them: examples of similar length, padded on the right."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from fedqsn_cli.models.torch_model import Task
 
-IGNORED = -100  # a target that the loss leaves out
-_POOL = 50  # batches among which examples are sorted by length: little padding, still well mixed
+IGNORED = -100  # a target that the loss does not count
+_POOL = 50  # batches whose examples are sorted by length together: little padding, and still shuffled
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +22,10 @@ class Examples:
 
     Args:
         task: decides what targets are.
-        features: for each example, input name -> (tokens,) integers.
-        targets: for each example a class id (classification), or (tokens,) ids of which the loss counts those that are
-            not IGNORED (causal-lm; the id at position t is what the model predicts at t - 1).
-        skipped: rows left out because there was nothing to learn from in them.
+        features: for each example, integers [tokens] by input name.
+        targets: for each example a class id (classification), or ids [tokens] of which the loss counts those that are
+            not IGNORED (causal-lm; the model predicts the id at position t from position t - 1).
+        skipped: number of rows without a target that counts, which are not among the examples.
     """
 
     task: Task
@@ -44,7 +44,7 @@ class Examples:
 
 @dataclass(frozen=True, slots=True)
 class Padding:
-    """Ids that fill up shorter examples of a batch."""
+    """Ids appended to the shorter examples of a batch."""
 
     token: int
     token_type: int = 0
@@ -52,11 +52,11 @@ class Padding:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Examples side by side.
+    """Some examples, stacked.
 
     Args:
-        inputs: input name -> (batch, length) int64.
-        targets: (batch,) class ids or (batch, length) token ids, int64.
+        inputs: int64 [batch, tokens] by input name.
+        targets: int64, class ids [batch] or token ids [batch, tokens].
         count: how many targets the loss counts.
     """
 
@@ -70,46 +70,49 @@ class Batch:
 
 
 def collate(examples: Examples, rows: Sequence[int], padding: Padding) -> Batch:
-    """Put the examples of some rows side by side, padded on the right to the longest of them."""
-    chosen = [examples.features[row] for row in rows]
-    width = max(len(feature["input_ids"]) for feature in chosen)
+    """Stack the examples of some rows, padded on the right to the longest of them."""
+    features = [examples.features[row] for row in rows]
+    length = max(len(feature["input_ids"]) for feature in features)
     fills = {"input_ids": padding.token, "token_type_ids": padding.token_type}
-    inputs = {name: _padded([feature[name] for feature in chosen], width, fills.get(name, 0)) for name in chosen[0]}
+    inputs = {name: _pad([feature[name] for feature in features], length, fills.get(name, 0)) for name in features[0]}
     if examples.task == "classification":
         targets = torch.tensor([examples.targets[row] for row in rows], dtype=torch.int64)
         return Batch(inputs, targets, len(rows))
     texts: list[Any] = [examples.targets[row] for row in rows]
-    targets = _padded(texts, width, IGNORED)
+    targets = _pad(texts, length, IGNORED)
     return Batch(inputs, targets, int((targets != IGNORED).sum()))
 
 
-def _padded(values: Sequence[list[int]], width: int, fill: int) -> Tensor:
-    return torch.tensor([value + [fill] * (width - len(value)) for value in values], dtype=torch.int64)
+def _pad(rows: Sequence[list[int]], length: int, fill: int) -> Tensor:
+    return torch.tensor([row + [fill] * (length - len(row)) for row in rows], dtype=torch.int64)
 
 
 def loss_sum(task: Task, logits: Tensor, targets: Tensor) -> Tensor:
     """Sum of the negative log-likelihoods (nats) of all targets that count, in fp32.
 
     Args:
-        logits: (batch, classes), or (batch, length, vocabulary).
-        targets: (batch,), or (batch, length) with IGNORED where nothing counts.
+        logits: [batch, classes], or [batch, tokens, vocabulary].
+        targets: [batch], or [batch, tokens] with IGNORED where nothing counts.
     """
     if task == "classification":
         return functional.cross_entropy(logits.float(), targets, reduction="sum")
-    following = targets[:, 1:]
-    counted = following != IGNORED
-    return functional.cross_entropy(logits[:, :-1][counted].float(), following[counted], reduction="sum")
+    following = targets[:, 1:]  # position t - 1 predicts the token at t
+    counts = following != IGNORED
+    return functional.cross_entropy(logits[:, :-1][counts].float(), following[counts], reduction="sum")
 
 
 def in_order(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Batches of rows for evaluation: longest first, every row once."""
+    """Batches of row numbers for evaluation: every row once, the longest first."""
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     for first in range(0, len(order), size):
         yield order[first : first + size]
 
 
 def shuffled(lengths: Sequence[int], size: int, *, seed: int, epoch: int) -> list[list[int]]:
-    """Batches of rows for one epoch of training: random, but similar lengths together; equal for equal arguments."""
+    """Batches of row numbers for one epoch of training: random, with similar lengths together.
+
+    Equal arguments give equal batches.
+    """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     order = torch.randperm(len(lengths), generator=generator).tolist()
     pool = size * _POOL
@@ -117,4 +120,4 @@ def shuffled(lengths: Sequence[int], size: int, *, seed: int, epoch: int) -> lis
     for first in range(0, len(order), pool):
         similar = sorted(order[first : first + pool], key=lambda row: -lengths[row])
         batches += [similar[start : start + size] for start in range(0, len(similar), size)]
-    return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
+    return [batches[number] for number in torch.randperm(len(batches), generator=generator).tolist()]

@@ -1,4 +1,4 @@
-"""`fedqsn client-train`: what a client does in one round. Proxy and private data in, update out."""
+"""`fedqsn client-train`: one round of a client, from a proxy and private data to an update."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedqsn_cli.options import TrainOptions
 from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.training import update
 from fedqsn_cli.training.data import Encoder
-from fedqsn_cli.training.loop import Trained, choose_precision, train
+from fedqsn_cli.training.loop import TrainingSummary, choose_precision, train
 from fedqsn_cli.training.scoring import Evaluation, score
 from fedqsn_cli.training.tables import Table, read_table
 from fedqsn_cli.training.visible import check_round_trip, parameter_masks, read_visible
@@ -26,12 +26,12 @@ __all__ = ["TrainResult", "client_train"]
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What one round of training made.
+    """The result of `client_train`.
 
     Args:
         path: the update's folder, to send back. proxy_id: the proxy it belongs to.
         task: classification or causal-lm.
-        examples: different examples that took part. skipped: rows with nothing to learn from.
+        examples: different examples trained on. skipped: rows with nothing to learn from.
         steps: optimizer steps. parameters: numbers in the update.
         first_loss, last_loss: mean loss in nats over the first and the last tenth of the steps.
         before, after: the model on the evaluation data, None without it.
@@ -57,16 +57,16 @@ class TrainResult:
 def client_train(proxy: str | Path, options: TrainOptions, *, progress: Progress = SILENT) -> TrainResult:
     """Train a proxy on private data and write the update, U = T − P.
 
-    Only visible units move, unless the owner had the fill trained, too (`export_proxy`, train all).
+    Only visible units change, unless the owner asked for the fill to be trained, too (`export_proxy`, train all).
 
     Args:
         proxy: a path or hf:// reference; every file must be what its proxy.json lists.
-        options: see `TrainOptions`; the columns of data files are told in `training.data`.
-        progress: told of steps, with the loss and examples_per_s.
+        options: see `TrainOptions`; `training.data` lists the columns of data files.
+        progress: receives the number of steps done, with the loss and examples_per_s.
 
     Raises:
-        InputError: the proxy or an option cannot be used. DataError: the data cannot be used.
-        OutputExists: `out` is taken.
+        InputError: the proxy or an option cannot be used. FormatError: a file of the proxy is malformed or was changed.
+        DataError: the data cannot be used. OutputExists: `out` exists.
 
     Example:
         >>> client_train("proxy/", "update/", data="train.jsonl", epochs=3).last_loss
@@ -132,10 +132,10 @@ def _write_manifest(
     writer: ArtifactWriter,
     folder: Path,
     manifest: ProxyManifest,
-    trained: Trained,
+    trained: TrainingSummary,
     before: Evaluation | None,
     after: Evaluation | None,
-    form: update.UpdateFormat,
+    update_format: update.UpdateFormat,
 ) -> None:
     update.write_manifest(
         writer,
@@ -149,6 +149,6 @@ def _write_manifest(
             eval_before=before.loss if before else None,
             eval_after=after.loss if after else None,
         ),
-        precision=form,
+        precision=update_format,
         tool=f"fedqsn {VERSION}",
     )

@@ -1,20 +1,20 @@
-"""Train visible units only: small tensors that hold nothing else stand in for the parameters in the optimizer.
+"""The visible part of a model's parameters, as the small tensors (leaves) that the optimizer trains in their place.
 
     parameter.grad ──gather──▶ leaf.grad ──clip, AdamW──▶ leaf ──scatter──▶ parameter
 
-Hidden units have no gradient, no weight decay and no optimizer state, because they are not there.
+Hidden units have no gradient, no weight decay and no optimizer state: no leaf holds them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Axis = Literal["row", "column", "element"]
+from fedqsn_cli.planning.tensor_plan import UnitAxis
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,51 +23,55 @@ class Piece:
 
     Args:
         parameter: the whole parameter, contiguous.
-        part: indices of leading dimensions that lead to the slice; () for the whole.
-        axis: what is visible in the slice, seen as (rows, cols): rows, columns or single elements.
-        index: (visible,) int64 positions of them.
-        leaf: (visible, cols), (rows, visible) or (visible,): what the optimizer trains.
+        part: indices of the leading dimensions, which select the slice; () for the whole.
+        axis: what is visible of the slice, seen as [rows, cols]: rows, columns or single elements.
+        index: which of them are visible, int64 [visible].
+        leaf: their values, [visible, cols], [rows, visible] or [visible]; what the optimizer trains.
     """
 
     parameter: Tensor
     part: tuple[int, ...]
-    axis: Axis
+    axis: UnitAxis
     index: Tensor
     leaf: Tensor
 
     @classmethod
-    def of(cls, parameter: Tensor, part: tuple[int, ...], axis: Axis, index: Tensor) -> Piece:
-        """A piece with its leaf, gathered from the parameter."""
+    def of(cls, parameter: Tensor, part: tuple[int, ...], axis: UnitAxis, index: Tensor) -> Piece:
+        """A piece whose leaf has the parameter's values."""
         index = index.to(parameter.device)
-        return cls(parameter, part, axis, index, _gather(parameter.detach(), part, axis, index))
+        return cls(parameter, part, axis, index, _select(parameter.detach(), part, axis, index))
 
-    def pull(self) -> None:
-        """Take the gradient of the leaf from that of the parameter."""
-        whole = self.parameter.grad
-        self.leaf.grad = None if whole is None else _gather(whole, self.part, self.axis, self.index)
+    def gather(self) -> None:
+        """Set the leaf's gradient from the parameter's."""
+        gradient = self.parameter.grad
+        self.leaf.grad = None if gradient is None else _select(gradient, self.part, self.axis, self.index)
 
-    def push(self) -> None:
-        """Put the leaf's values into the parameter."""
+    def scatter(self) -> None:
+        """Write the leaf's values into the parameter."""
         view = _matrix(self.parameter.detach(), self.part, self.axis)
         view.index_copy_(_dimension(self.axis), self.index, self.leaf.detach())
 
 
-def _matrix(whole: Tensor, part: tuple[int, ...], axis: Axis) -> Tensor:
-    """A slice as (rows, cols), or as (elements,)."""
-    piece = whole[part]
+def _matrix(tensor: Tensor, part: tuple[int, ...], axis: UnitAxis) -> Tensor:
+    """A slice of a tensor as [rows, cols], or as [elements]."""
+    piece = tensor[part]
     return piece.view(-1) if axis == "element" else piece.view(-1, piece.shape[-1])
 
 
-def _gather(whole: Tensor, part: tuple[int, ...], axis: Axis, index: Tensor) -> Tensor:
-    return _matrix(whole.contiguous(), part, axis).index_select(_dimension(axis), index)
+def _select(tensor: Tensor, part: tuple[int, ...], axis: UnitAxis, index: Tensor) -> Tensor:
+    return _matrix(tensor.contiguous(), part, axis).index_select(_dimension(axis), index)
 
 
-def _dimension(axis: Axis) -> int:
+def _dimension(axis: UnitAxis) -> int:
     return 1 if axis == "column" else 0
 
 
-def cut(mask: Tensor, part: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Axis, Tensor]]:
-    """Cut a bool mask into pieces of whole rows or whole columns, slice by slice, else into single elements."""
+def split(mask: Tensor, part: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], UnitAxis, Tensor]]:
+    """Split a bool mask into whole rows or whole columns, slice by slice, and into single elements where it must be.
+
+    Yields:
+        For each piece, `part`, `axis` and `index` of a `Piece`.
+    """
     if mask.ndim < 2:
         yield part, "element", mask.reshape(-1).nonzero().flatten()
         return
@@ -80,13 +84,19 @@ def cut(mask: Tensor, part: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, .
         yield part, "element", mask.reshape(-1).nonzero().flatten()
     else:
         for number, piece in enumerate(mask):
-            yield from cut(piece, (*part, number))
+            yield from split(piece, (*part, number))
 
 
 class VisibleParameters:
-    """What the optimizer sees of a model: parameters without hidden units as they are, leaves for the others."""
+    """What the optimizer trains of a model: parameters without hidden units themselves, and leaves of the others."""
 
     def __init__(self, model: Any, masks: Mapping[str, Tensor]) -> None:
+        """Gather the leaves.
+
+        Args:
+            model: its parameters become contiguous tensors with memory of their own.
+            masks: bool, in the shape of the parameter, True where visible; for each parameter with hidden units.
+        """
         self.decayed: list[Tensor] = []  # matrices
         self.undecayed: list[Tensor] = []  # biases and norms, which weight decay leaves alone
         self._parameters: list[Tensor] = []
@@ -94,30 +104,30 @@ class VisibleParameters:
         for name, parameter in model.named_parameters():
             _own_memory(parameter)
             self._parameters.append(parameter)
-            home = self.undecayed if parameter.ndim < 2 or name.endswith("bias") else self.decayed
+            group = self.undecayed if parameter.ndim < 2 or name.endswith("bias") else self.decayed
             if name not in masks:
-                home.append(parameter)
+                group.append(parameter)
                 continue
-            pieces = [Piece.of(parameter, *piece) for piece in cut(masks[name])]
+            pieces = [Piece.of(parameter, *piece) for piece in split(masks[name])]
             self._pieces += pieces
-            home += [piece.leaf for piece in pieces]
+            group += [piece.leaf for piece in pieces]
 
     @property
     def leaves(self) -> list[Tensor]:
         """Everything that the optimizer trains."""
         return self.decayed + self.undecayed
 
-    def pull_gradients(self) -> None:
-        """Move gradients from parameters to leaves; parameters with leaves are left without one."""
+    def gather_gradients(self) -> None:
+        """Move gradients from parameters to their leaves; parameters with leaves keep none."""
         for piece in self._pieces:
-            piece.pull()
-        for piece in self._pieces:
+            piece.gather()
+        for piece in self._pieces:  # only now: several pieces may belong to one parameter
             piece.parameter.grad = None
 
-    def push_values(self) -> None:
-        """Put trained leaves into their parameters and forget all gradients."""
+    def scatter_values(self) -> None:
+        """Write trained leaves into their parameters and drop all gradients."""
         for piece in self._pieces:
-            piece.push()
+            piece.scatter()
             piece.leaf.grad = None
         for parameter in self._parameters:
             parameter.grad = None

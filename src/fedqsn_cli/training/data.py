@@ -1,13 +1,13 @@
-"""From rows of a data file to token ids and targets.
+"""Rows of a data file -> token ids and targets.
 
     task             columns                   what the loss counts
     classification   text, label               the label
                      text, text_pair, label    the label
     causal-lm        messages                  turns of the assistant, if the chat template marks them; else all tokens
-                     prompt, completion        the completion and the end-of-text token behind it
+                     prompt, completion        the completion and the end-of-text token after it
                      text                      all tokens
 
-Where a file has the columns of several lines, the first line that it has counts. Other columns are left out.
+A file with the columns of several lines is read as the first of these lines says. Other columns are ignored.
 """
 
 from __future__ import annotations
@@ -23,24 +23,23 @@ from fedqsn_cli.progress import Progress
 from fedqsn_cli.training.batching import IGNORED, Examples, Padding
 from fedqsn_cli.training.tables import Table
 
-_CHUNK = 1000  # rows that the tokenizer gets at once
+_CHUNK = 1000  # rows per call of the tokenizer
 _MARKED_TURNS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Ids = list[int]
-Encoded = tuple[dict[str, Ids], Ids]  # features and targets of one text
+EncodedText = tuple[dict[str, Ids], Ids]  # features and targets
 
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """What decides how text becomes token ids.
+    """Encodes rows of data for one model.
 
     Args:
         task: classification or causal-lm.
         tokenizer: the model's tokenizer.
-        inputs: names of inputs that the model takes. vocabulary: number of token ids that it knows.
-        label_ids: label -> class id, from the model's config. labels: number of classes.
-        max_length: most tokens of an example.
-        vocabulary: number of token ids that the model knows.
+        inputs: names of the inputs that the model takes. vocabulary: size of its vocabulary.
+        label_ids: class id by label, from the model's config. labels: number of classes.
+        max_length: longer examples are cut to this many tokens.
     """
 
     task: Task
@@ -53,10 +52,10 @@ class Encoder:
 
     @classmethod
     def of(cls, loaded: Loaded, max_length: int) -> Encoder:
-        """The encoder of a model, for texts of at most `max_length` tokens or what the model takes, if that is less.
+        """The encoder for a model; texts are cut to `max_length` tokens, or to what the model takes if that is less.
 
         Raises:
-            InputError: the model is for another task, or has no tokenizer.
+            InputError: the model is for a task that cannot be trained, or has no tokenizer.
         """
         if loaded.task not in ("classification", "causal-lm"):
             raise InputError(
@@ -77,10 +76,10 @@ class Encoder:
 
     @property
     def padding(self) -> Padding:
-        """Ids to fill up batches with."""
+        """Ids to pad batches with."""
         token = self.tokenizer.pad_token_id
         if token is None:
-            token = self.tokenizer.eos_token_id or 0  # hidden by the attention mask
+            token = self.tokenizer.eos_token_id or 0  # any id will do: the attention mask excludes it
         return Padding(int(token), int(getattr(self.tokenizer, "pad_token_type_id", 0)))
 
     def encode(self, table: Table, progress: Progress) -> Examples:
@@ -90,7 +89,7 @@ class Encoder:
             DataError: a column is missing, or a row cannot be used.
         """
         progress.start(f"reading {table.path.name}", table.rows, "examples")
-        encode = self._classification if self.task == "classification" else self._text
+        encode = self._classification if self.task == "classification" else self._language_model
         examples = encode(table, progress)
         progress.finish()
         if not len(examples):
@@ -130,7 +129,7 @@ class Encoder:
             raise table.error(f"label {number} is out of range", row=row, hint=hint)
         return number
 
-    def _text(self, table: Table, progress: Progress) -> Examples:
+    def _language_model(self, table: Table, progress: Progress) -> Examples:
         if "messages" in table.columns:
             encoded = self._each(table, progress, self._conversations(table))
         elif "prompt" in table.columns or "completion" in table.columns:
@@ -139,33 +138,36 @@ class Encoder:
         else:
             table.require("text", why="language models need text, prompt and completion, or messages")
             encoded = self._plain(table, progress)
-        return self._learnable(encoded)
+        return self._predictable(encoded)
 
-    def _learnable(self, encoded: Sequence[Encoded]) -> Examples:
-        """Leave out texts in which no token is predicted from another one."""
+    def _predictable(self, encoded: Sequence[EncodedText]) -> Examples:
+        """Examples of the texts in which at least one token is predicted from the tokens before it."""
         kept = [(features, targets) for features, targets in encoded if any(x != IGNORED for x in targets[1:])]
-        features = [_pick(item, self.inputs) for item, _ in kept]
+        features = [_select(item, self.inputs) for item, _ in kept]
         return Examples(self.task, features, [[IGNORED, *targets[1:]] for _, targets in kept], len(encoded) - len(kept))
 
-    def _plain(self, table: Table, progress: Progress) -> list[Encoded]:
+    def _plain(self, table: Table, progress: Progress) -> list[EncodedText]:
         texts = table.texts("text")
-        encoded: list[Encoded] = []
+        encoded: list[EncodedText] = []
         for rows in _chunks(table.rows, progress):
             encoded += [(feature, feature["input_ids"]) for feature in self._tokens(texts[rows], None)]
         return encoded
 
-    def _completions(self, table: Table, progress: Progress) -> list[Encoded]:
+    def _completions(self, table: Table, progress: Progress) -> list[EncodedText]:
         prompts, completions = table.texts("prompt"), table.texts("completion")
         end = self.tokenizer.eos_token_id
-        encoded: list[Encoded] = []
+        encoded: list[EncodedText] = []
         for rows in _chunks(table.rows, progress):
             before = self.tokenizer(prompts[rows], add_special_tokens=True)["input_ids"]
             after = self.tokenizer(completions[rows], add_special_tokens=False)["input_ids"]
-            encoded += [self._joined(prompt, reply, end) for prompt, reply in zip(before, after, strict=True)]
+            encoded += [self._concatenated(prompt, reply, end) for prompt, reply in zip(before, after, strict=True)]
         return encoded
 
-    def _joined(self, prompt: Ids, reply: Ids, end: int | None) -> Encoded:
-        """Prompt and reply as one text. What is too long loses the middle of the prompt first, then the reply's end."""
+    def _concatenated(self, prompt: Ids, reply: Ids, end: int | None) -> EncodedText:
+        """Prompt and reply as one text. If it is too long, the start of the prompt is cut first, then the reply's end.
+
+        A special token at the start of the prompt is kept.
+        """
         if end is not None:
             prompt = prompt[:-1] if prompt and prompt[-1] == end else prompt
             reply = reply if reply and reply[-1] == end else [*reply, end]
@@ -177,51 +179,51 @@ class Encoder:
         ids = prompt + reply
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}, [IGNORED] * len(prompt) + reply
 
-    def _conversations(self, table: Table) -> Callable[[int], Encoded]:
-        """How to encode the conversation of a row. Raises DataError when there is no chat template."""
+    def _conversations(self, table: Table) -> Callable[[int], EncodedText]:
+        """A function that encodes the conversation of a row. Raises DataError without a chat template."""
         template = self.tokenizer.chat_template
         if not template:
             raise table.error("the model's tokenizer has no chat template", hint="give prompt and completion, or text")
         marked = isinstance(template, str) and _MARKED_TURNS.search(template) is not None
 
-        def encode(row: int) -> Encoded:
+        def encode(row: int) -> EncodedText:
             messages = table.columns["messages"][row]
             if not _is_conversation(messages):
                 raise table.error("messages is not a list of objects with a role and a content", row=row)
             try:
                 tokens = self.tokenizer.apply_chat_template(
-                    _without_gaps(messages),
+                    _without_nulls(messages),
                     tokenize=True,
                     return_dict=True,
                     return_assistant_tokens_mask=marked,
                     truncation=True,
                     max_length=self.max_length,
                 )
-            except Exception as error:  # templates raise errors of their own about what they do not take
+            except Exception as error:  # a template may raise anything about a conversation that it does not allow
                 raise table.error(f"the chat template refuses it ({first_line(error)})", row=row) from None
             ids = list(tokens["input_ids"])
-            learnt = tokens["assistant_masks"] if marked else [1] * len(ids)
-            targets = [token if counts else IGNORED for token, counts in zip(ids, learnt, strict=True)]
+            counts = tokens["assistant_masks"] if marked else [1] * len(ids)
+            targets = [token if count else IGNORED for token, count in zip(ids, counts, strict=True)]
             return {"input_ids": ids, "attention_mask": [1] * len(ids)}, targets
 
         return encode
 
-    def _each(self, table: Table, progress: Progress, encode: Callable[[int], Encoded]) -> list[Encoded]:
+    def _each(self, table: Table, progress: Progress, encode: Callable[[int], EncodedText]) -> list[EncodedText]:
         return [encode(row) for rows in _chunks(table.rows, progress) for row in range(*rows.indices(table.rows))]
 
     def _tokens(self, texts: list[str], pairs: list[str] | None) -> list[dict[str, Ids]]:
-        """Inputs of some texts, cut to length."""
+        """Inputs of some texts, or pairs of texts, cut to `max_length` tokens."""
         encoded = self.tokenizer(texts, pairs, truncation=True, max_length=self.max_length)
-        columns = _pick(dict(encoded), self.inputs)
+        columns = _select(dict(encoded), self.inputs)
         return [{name: values[row] for name, values in columns.items()} for row in range(len(texts))]
 
 
-def _pick(features: Mapping[str, Any], inputs: frozenset[str]) -> dict[str, Any]:
+def _select(features: Mapping[str, Any], inputs: frozenset[str]) -> dict[str, Any]:
     return {name: value for name, value in features.items() if name in inputs}
 
 
 def _is_conversation(messages: object) -> bool:
-    """A list of turns, each an object with a role?"""
+    """Is it a list of turns, each an object with a role and a content?"""
     return (
         isinstance(messages, list)
         and bool(messages)
@@ -229,13 +231,13 @@ def _is_conversation(messages: object) -> bool:
     )
 
 
-def _without_gaps(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Turns without the fields that columnar files fill up with nulls where only other turns have them."""
+def _without_nulls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Turns without null fields: columnar files have them where only other turns have a value."""
     return [{key: value for key, value in turn.items() if value is not None or key == "content"} for turn in messages]
 
 
 def _chunks(rows: int, progress: Progress) -> Iterator[slice]:
-    """Runs of rows, told to `progress` when they are done."""
+    """Slices of the rows; each is reported to `progress` when the next is asked for."""
     for first in range(0, rows, _CHUNK):
         part = slice(first, min(first + _CHUNK, rows))
         yield part

@@ -20,10 +20,10 @@ def evaluate(source: str | Path, options: EvaluateOptions, *, progress: Progress
     """Measure a model in fp32: loss, and accuracy and macro F1 (classification) or perplexity (language models).
 
     Args:
-        source: a path or hf:// reference to a model or proxy. A server model's scale is applied, packed weights are
-            unpacked.
+        source: a path or hf:// reference to a model or proxy. A server model's rescale factor is applied, packed
+            weights are unpacked.
         options: see `EvaluateOptions`.
-        progress: told of examples.
+        progress: receives the number of examples done, with the loss.
 
     Raises:
         InputError: the model cannot be used. DataError: the data cannot be used.
@@ -31,14 +31,14 @@ def evaluate(source: str | Path, options: EvaluateOptions, *, progress: Progress
     Example:
         >>> evaluate("global/", data="dev.jsonl").loss
     """
-    place = choose_device(options.device)
+    device = choose_device(options.device)
     table = read_table(options.data)
-    found = resolve(str(source))
-    with Checkpoint.open(found.path) as checkpoint, quiet(), memory_errors():
+    folder = resolve(str(source)).path
+    with Checkpoint.open(folder) as checkpoint, quiet(), memory_errors():
         if checkpoint.proxy_manifest is not None:
-            verify_proxy(found.path)
+            verify_proxy(folder)
         loaded = load_model(checkpoint)
         encoder = Encoder.of(loaded, options.max_length)
         examples = encoder.encode(table, progress)
-        model = loaded.model.to(place)
+        model = loaded.model.to(device)
         return score(model, examples, batch_size=options.batch_size, padding=encoder.padding, progress=progress)

@@ -1,7 +1,7 @@
 """The training loop: AdamW with linear warm-up and decay on the visible units of a proxy.
 
-One step is `gradient_accumulation` batches; the loss of a step is the mean over everything that counts in them
-(examples, or tokens), so that how a step is cut into batches does not change what it means.
+A step takes `gradient_accumulation` batches. Its loss is the mean over everything that counts in them (examples, or
+tokens), so that a step of one large batch and one of several small batches are the same step.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def step_count(recipe: RecipeOptions, examples: int) -> int:
 
 
 def learning_rate(recipe: RecipeOptions, step: int, steps: int) -> float:
-    """Learning rate of a step (0 .. steps - 1): up linearly, then down linearly, never 0."""
+    """Learning rate of a step (0 .. steps - 1): linear warm-up, then linear decay; never 0."""
     warmup = math.ceil(recipe.warmup_ratio * steps)
     if step < warmup:
         return recipe.lr * (step + 1) / (warmup + 1)
@@ -41,8 +41,8 @@ def learning_rate(recipe: RecipeOptions, step: int, steps: int) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
-    """What training did.
+class TrainingSummary:
+    """The figures of a finished training.
 
     Args:
         steps: optimizer steps. examples: different examples that took part.
@@ -64,16 +64,16 @@ def train(
     recipe: RecipeOptions,
     padding: Padding,
     progress: Progress,
-) -> Trained:
+) -> TrainingSummary:
     """Train the visible units of a model in place.
 
     Args:
         model: fp32, on the device to train on.
         masks: bool masks of parameters with hidden units, True where visible.
-        recipe: how; precision "bf16" is mixed precision (weights stay fp32), everything else is fp32.
+        recipe: the options; precision "bf16" is mixed precision (weights stay fp32), everything else is fp32.
 
     Raises:
-        InputError: the loss is no longer a number.
+        InputError: the loss is not finite.
     """
     visible = VisibleParameters(model, masks)
     optimizer = make_optimizer(visible, recipe)
@@ -81,8 +81,8 @@ def train(
     losses: list[float] = []
     seen: set[int] = set()
     progress.start("training", steps, "steps")
-    began = time.monotonic()
-    done = 0
+    start = time.monotonic()
+    examples_done = 0
     with _repeatable(model.device, recipe.seed):
         model.train()
         for step, window in zip(range(steps), _windows(examples, recipe), strict=False):
@@ -93,22 +93,22 @@ def train(
             if not math.isfinite(losses[-1]):
                 hint = "lower --lr, or use --precision fp32"
                 raise InputError(f"the loss is {losses[-1]} at step {step + 1}", hint=hint)
-            visible.pull_gradients()
+            visible.gather_gradients()
             torch.nn.utils.clip_grad_norm_(visible.leaves, recipe.max_grad_norm)
             optimizer.step()
-            visible.push_values()
+            visible.scatter_values()
             seen.update(row for rows in window for row in rows)
-            done += sum(map(len, window))
-            progress.advance(1, loss=losses[-1], examples_per_s=done / (time.monotonic() - began))
+            examples_done += sum(map(len, window))
+            progress.advance(1, loss=losses[-1], examples_per_s=examples_done / (time.monotonic() - start))
         model.eval()
     progress.finish()
     tenth = max(1, steps // 10)
     first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
-    return Trained(steps, len(seen), first, last, time.monotonic() - began)
+    return TrainingSummary(steps, len(seen), first, last, time.monotonic() - start)
 
 
 def make_optimizer(visible: VisibleParameters, recipe: RecipeOptions) -> torch.optim.AdamW:
-    """AdamW over the leaves, biases and norms without decay, all tensors in one fused kernel."""
+    """AdamW over the leaves, in one fused kernel; biases and norms have no weight decay."""
     groups = [
         {"params": visible.decayed, "weight_decay": recipe.weight_decay},
         {"params": visible.undecayed, "weight_decay": 0.0},
@@ -117,7 +117,7 @@ def make_optimizer(visible: VisibleParameters, recipe: RecipeOptions) -> torch.o
 
 
 def _windows(examples: Examples, recipe: RecipeOptions) -> Iterator[list[list[int]]]:
-    """The batches of each step, epoch after epoch without end."""
+    """The batches (row numbers) of each step, epoch after epoch without end."""
     lengths, epoch = examples.lengths, 0
     while True:
         batches = shuffled(lengths, recipe.batch_size, seed=recipe.seed, epoch=epoch)
@@ -129,7 +129,7 @@ def _windows(examples: Examples, recipe: RecipeOptions) -> Iterator[list[list[in
 def _backward(
     model: Any, examples: Examples, window: list[list[int]], recipe: RecipeOptions, padding: Padding
 ) -> float:
-    """Add up the gradients of a step's batches; returns the step's mean loss."""
+    """Accumulate the gradients of a step's batches. Returns the step's mean loss."""
     batches = [collate(examples, rows, padding) for rows in window]
     count = sum(batch.count for batch in batches)
     total = 0.0
@@ -141,21 +141,20 @@ def _backward(
 
 
 def _loss(model: Any, examples: Examples, batch: Batch, precision: str) -> Tensor:
-    kind = model.device.type
-    with torch.autocast(kind, dtype=torch.bfloat16, enabled=precision == "bf16"):
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         logits = model(**batch.inputs, **extra_inputs(model)).logits
     return loss_sum(examples.task, logits, batch.targets)
 
 
 def extra_inputs(model: Any) -> dict[str, Any]:
-    """Arguments that keep a decoder from collecting keys and values nobody uses."""
+    """Arguments that keep a decoder from collecting the keys and values of past tokens, which nothing here uses."""
     return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 def choose_precision(name: str, device: torch.device) -> Literal["fp32", "bf16"]:
-    """Mixed precision where the hardware computes bf16 faster than fp32; `auto` is the only choice that looks.
+    """The precision to train in; for "auto" mixed precision, if the hardware computes bf16 faster than fp32.
 
-    On a CPU without bf16 instructions bf16 is emulated, and many times slower.
+    A CPU without bf16 instructions emulates them, which is many times slower.
     """
     if name != "auto":
         return "bf16" if name == "bf16" else "fp32"
@@ -165,7 +164,7 @@ def choose_precision(name: str, device: torch.device) -> Literal["fp32", "bf16"]
 
 
 def _cpu_has_bf16() -> bool:
-    """Does the CPU multiply bf16 matrices itself (AVX512-BF16, AMX; on ARM whatever oneDNN takes)?"""
+    """Does the CPU have instructions for bf16 matrices (AVX512-BF16, AMX; on ARM what oneDNN can use)?"""
     import platform
 
     if platform.machine() in ("x86_64", "AMD64"):
@@ -177,10 +176,10 @@ def _cpu_has_bf16() -> bool:
 
 @contextmanager
 def _repeatable(device: torch.device, seed: int) -> Iterator[None]:
-    """Make dropout, and on a GPU every kernel, give the same result for the same seed; put all back afterwards."""
+    """Make dropout, and on a GPU every kernel, repeatable for a seed; restores torch's settings afterwards."""
     cuda = device.type == "cuda"
     if cuda:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, when it is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, at its first use
     strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     with torch.random.fork_rng(devices=[device] if cuda else []):
         torch.manual_seed(seed % 2**63)

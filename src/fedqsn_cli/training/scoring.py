@@ -1,4 +1,4 @@
-"""How good a model is on examples: loss, accuracy, macro F1, perplexity."""
+"""Evaluation of a model on examples: loss, accuracy, macro F1, perplexity."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from fedqsn_cli.training.loop import extra_inputs
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """How good a model is.
+    """The result of an evaluation.
 
     Args:
-        task: what was measured.
-        examples: how many took part.
+        task: classification or causal-lm.
+        examples: number of examples.
         loss: mean negative log-likelihood in nats, over examples (classification) or over tokens (causal-lm).
-        accuracy, macro_f1: 0 to 1, for classification. The macro F1 averages over all classes that occur in the data or
-            in the answers.
+        accuracy, macro_f1: 0 to 1, for classification. Macro F1 averages over the classes that occur in the data or in
+            the predictions.
         perplexity: exp(loss), for causal-lm.
     """
 
@@ -42,12 +42,12 @@ def score(model: Any, examples: Examples, *, batch_size: int, padding: Padding, 
     """Measure a model, in its own precision and on its own device.
 
     Raises:
-        InputError: the loss is not a number.
+        InputError: the loss is not finite.
     """
     progress.start("evaluating", len(examples), "examples")
     total, count = 0.0, 0
-    answers: list[int] = []
-    truths: list[int] = []
+    predictions: list[int] = []
+    labels: list[int] = []
     model.eval()
     for rows in in_order(examples.lengths, batch_size):
         batch = collate(examples, rows, padding).to(model.device)
@@ -55,22 +55,22 @@ def score(model: Any, examples: Examples, *, batch_size: int, padding: Padding, 
         total += loss_sum(examples.task, logits, batch.targets).item()
         count += batch.count
         if examples.task == "classification":
-            answers += logits.argmax(dim=-1).tolist()
-            truths += batch.targets.tolist()
+            predictions += logits.argmax(dim=-1).tolist()
+            labels += batch.targets.tolist()
         progress.advance(len(rows), loss=total / count)
     progress.finish()
     loss = total / count
     if not math.isfinite(loss):
         raise InputError(f"the model's loss is {loss}, not a number", hint="its weights may be damaged")
     if examples.task == "classification":
-        right = sum(answer == truth for answer, truth in zip(answers, truths, strict=True))
-        return Evaluation(examples.task, len(examples), loss, right / count, macro_f1(truths, answers), None)
-    perplexity = math.exp(min(loss, 700.0))  # beyond, it is larger than any float
+        hits = sum(prediction == label for prediction, label in zip(predictions, labels, strict=True))
+        return Evaluation(examples.task, len(examples), loss, hits / count, macro_f1(labels, predictions), None)
+    perplexity = math.exp(min(loss, 700.0))  # exp of more is larger than any float
     return Evaluation(examples.task, len(examples), loss, None, None, perplexity)
 
 
-def macro_f1(truths: list[int], answers: list[int]) -> float:
-    """Mean over classes of 2 · hits / (times true + times answered), over classes that are true or answered at all."""
-    hits = Counter(truth for truth, answer in zip(truths, answers, strict=True) if truth == answer)
-    times = Counter(truths) + Counter(answers)
+def macro_f1(labels: list[int], predictions: list[int]) -> float:
+    """Mean of 2 · hits / (times true + times predicted) over the classes that are true or predicted at least once."""
+    hits = Counter(label for label, prediction in zip(labels, predictions, strict=True) if label == prediction)
+    times = Counter(labels) + Counter(predictions)
     return sum(2 * hits[label] / times[label] for label in times) / len(times)

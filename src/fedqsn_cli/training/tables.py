@@ -1,4 +1,4 @@
-"""Rows of a training or evaluation file, read once into memory: JSONL, CSV or Parquet, nothing fetched, nothing run."""
+"""Training and evaluation files, read whole into memory: JSONL, CSV or Parquet. Nothing is fetched, no code is run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedqsn_cli.errors import DataError, FormatError
 
 COLUMNS = ("text", "text_pair", "label", "prompt", "completion", "messages")
 
-_WORDS: dict[type, str] = {
+_TYPE_NAMES: dict[type, str] = {
     type(None): "nothing",
     bool: "a boolean",
     int: "a number",
@@ -26,51 +26,51 @@ _WORDS: dict[type, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The columns of a data file that fedqsn knows.
+    """The columns of a data file that fedqsn uses.
 
     Args:
         path: the file, for error messages.
         columns: values by column name, one list item a row.
-        found: all column names of the file, known or not.
+        names: all column names of the file.
         rows: number of rows, at least one.
     """
 
     path: Path
     columns: dict[str, list[Any]]
-    found: tuple[str, ...]
+    names: tuple[str, ...]
     rows: int
 
     def require(self, *names: str, why: str) -> None:
-        """Check that these columns are there. Raises DataError."""
+        """Check that the file has these columns. Raises DataError, with `why` as its hint."""
         missing = [name for name in names if name not in self.columns]
         if missing:
-            found = ", ".join(self.found) or "none"
+            found = ", ".join(self.names) or "none"
             raise self.error(f"column {missing[0]!r} is missing (found: {found})", hint=why)
 
     def texts(self, name: str) -> list[str]:
-        """A column that must hold a string in every row. Raises DataError naming the first row that does not."""
+        """A column that holds a string in every row. Raises DataError, naming the first row that does not."""
         values = self.columns[name]
         for row, value in enumerate(values):
             if type(value) is not str:
-                raise self.error(f"column {name!r} holds {_kind(value)}, not text", row=row)
+                raise self.error(f"column {name!r} holds {_type_name(value)}, not text", row=row)
         return values
 
     def error(self, what: str, *, row: int | None = None, hint: str | None = None) -> DataError:
-        """An error about this file, or about one of its rows (counted from 0 here, from 1 in the message)."""
-        place = f"{self.path}: row {row + 1}" if row is not None else str(self.path)
-        return DataError(what, where=place, hint=hint)
+        """An error about this file, or about one of its rows (numbered from 0 here, from 1 in the message)."""
+        where = f"{self.path}: row {row + 1}" if row is not None else str(self.path)
+        return DataError(what, where=where, hint=hint)
 
 
 def read_table(path: str | Path) -> Table:
-    """Read a data file whole.
+    """Read a data file.
 
-    JSON and CSV are read as they are written: other readers take "007" for a number and "2020-01-01" for a date.
+    The text of JSON and CSV is taken as it is; other readers guess that "007" is a number and "2020-01-01" a date.
 
     Args:
         path: a .jsonl, .json (one array), .csv (with a header line) or .parquet file.
 
     Raises:
-        DataError: it is missing, empty, of another kind, or malformed.
+        DataError: it is missing, empty, malformed, or of another format.
     """
     path = Path(path)
     if not path.is_file():
@@ -87,7 +87,7 @@ def read_table(path: str | Path) -> Table:
 
 
 def _read_lines(path: Path) -> Table:
-    """One JSON object a line; blank lines are left out."""
+    """One JSON object a line; blank lines are skipped."""
     rows = []
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -115,14 +115,14 @@ def _json(text: bytes, where: str) -> Any:
 
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f"{_kind(value)}, not a JSON object", where=where)
+        raise DataError(f"{_type_name(value)}, not a JSON object", where=where)
     return value
 
 
 def _from_objects(path: Path, rows: list[dict[str, Any]]) -> Table:
-    found = tuple(dict.fromkeys(name for row in rows for name in row))
-    columns = {name: [row.get(name) for row in rows] for name in COLUMNS if name in found}
-    return Table(path, columns, found, len(rows))
+    names = tuple(dict.fromkeys(name for row in rows for name in row))
+    columns = {name: [row.get(name) for row in rows] for name in COLUMNS if name in names}
+    return Table(path, columns, names, len(rows))
 
 
 def _read_csv(path: Path) -> Table:
@@ -164,6 +164,6 @@ READERS: dict[str, Callable[[Path], Table]] = {
 }
 
 
-def _kind(value: object) -> str:
+def _type_name(value: object) -> str:
     """A value's type in words."""
-    return _WORDS.get(type(value), type(value).__name__)
+    return _TYPE_NAMES.get(type(value), type(value).__name__)

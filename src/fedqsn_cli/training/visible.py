@@ -1,4 +1,4 @@
-"""Which units a proxy shows, and where they lie in a model's parameters."""
+"""Which units a proxy shows, and which elements of a model's parameters they are."""
 
 from __future__ import annotations
 
@@ -37,33 +37,26 @@ def read_visible(folder: Path, manifest: ProxyManifest, shapes: Mapping[str, tup
 
 def expanded(mask: UnitMask, shape: tuple[int, ...]) -> Tensor:
     """A mask in a tensor's own shape, bool; rows and columns take no memory of their own."""
-    lead, rows, cols = mask.view
-    marks = torch.from_numpy(mask.flags)
-    if mask.axis == "row":
-        marks = marks.view(lead, rows, 1)
-    elif mask.axis == "column":
-        marks = marks.view(lead, 1, cols)
-    else:
-        marks = marks.view(mask.view)
-    return marks.expand(mask.view).reshape(shape)
+    return torch.from_numpy(mask.broadcast).expand(mask.view).reshape(shape)
 
 
 def parameter_masks(
     model: Any, config: Mapping[str, Any], dense: Mapping[str, Tensor], visible: Mapping[str, UnitMask], where: object
 ) -> dict[str, Tensor]:
-    """Where visible units lie in the parameters of a model: masks go through transformers just as weights do.
+    """Which elements of a model's parameters are visible: transformers loads masks in the same way as weights.
 
     Args:
-        model: what `build_model` made of `dense`.
+        model: the result of `build_model` for `dense`.
         config: the proxy's config.json.
         dense: the proxy's tensors under their own names.
         visible: visible units of masked tensors.
+        where: the proxy, for error messages.
 
     Returns:
-        A bool mask in the shape of the parameter, for each parameter with hidden units.
+        For each parameter with hidden units a bool mask in its shape, True where visible.
 
     Raises:
-        InputError: transformers changes a tensor in a way that cannot be undone.
+        InputError: transformers mixes or ties tensors, so that a parameter is not made of whole elements of them.
     """
     one = torch.ones((), dtype=torch.bfloat16)
     state: dict[str, Tensor] = {}
@@ -72,8 +65,7 @@ def parameter_masks(
             state[name] = expanded(visible[name], tuple(tensor.shape)).to(torch.bfloat16)
         else:
             state[name] = one.expand(tensor.shape) if tensor.is_floating_point() else tensor
-    twin = build_model(config, state, where=where, dtype=torch.bfloat16)
-    parameters = dict(twin.named_parameters())
+    parameters = dict(build_model(config, state, where=where, dtype=torch.bfloat16).named_parameters())
     for name, _ in model.named_parameters():
         if name not in parameters:  # equal masks were tied, different weights were not
             raise InputError(f"{name} is tied to a tensor that differs from it, so it cannot be trained", where=where)
@@ -87,7 +79,7 @@ def parameter_masks(
 
 
 def check_round_trip(model: Any, dense: Mapping[str, Tensor], visible: Mapping[str, UnitMask], where: object) -> None:
-    """Check that a model gives every tensor back as it came in, bit for bit.
+    """Check that `stored_tensors` returns every tensor that a model was built from, bit for bit.
 
     Raises:
         InputError: it does not, so an update could not be expressed in the proxy's tensors.
@@ -95,6 +87,6 @@ def check_round_trip(model: Any, dense: Mapping[str, Tensor], visible: Mapping[s
     back = stored_tensors(model, dense)
     for name, tensor in dense.items():
         if name not in back and name not in visible:
-            continue  # an old buffer, which the architecture has no use for
+            continue  # a buffer of older checkpoints that the architecture does not use
         if name not in back or back[name].shape != tensor.shape or not torch.equal(back[name].to(tensor.dtype), tensor):
             raise InputError(f"the model does not use {name} as the proxy has it, so it cannot be trained", where=where)

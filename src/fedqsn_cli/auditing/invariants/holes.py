@@ -97,8 +97,8 @@ def _nonzero(proxy: OpenedProxy, name: str, storage: TensorLayout, mask: UnitMas
         if mask.axis == "element":
             flags = ~mask.flags_of_rows(first, rows).reshape(-1)
             return int(np.count_nonzero(unpacked(packed)[start % 2 :][: flags.size][flags] != zero))
-        row_flags, col_flags = outer_flags(mask, first, rows)
-        return int(nonzero_codes(packed, start % 2, cols, row_flags, col_flags, zero))
+        row_flags, col_flags = mask.split_flags(first, rows)
+        return int(nonzero_codes(packed, start % 2, cols, row_flags, col_flags[0], zero))
     entry = proxy.checkpoint.entries[name]
     kind = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[
         max(1, entry.nbytes // max(1, storage_size(storage)))
@@ -117,14 +117,6 @@ def storage_size(storage: TensorLayout) -> int:
 def unpacked(packed: Array) -> Array:
     """4-bit codes, one a byte."""
     return np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)
-
-
-def outer_flags(mask: UnitMask, first: int, rows: int) -> tuple[Array, Array]:
-    """Flags of rows and of columns, both of which an element needs; not for single weights as units."""
-    flags, cols = mask.flags_of_rows(first, rows), mask.view[2]
-    if mask.axis == "row":
-        return flags, np.ones(cols, np.bool_)
-    return np.ones(rows, np.bool_), flags
 
 
 def _scales(inputs: Inputs, proxy: OpenedProxy, name: str) -> Iterator[Finding]:

@@ -214,7 +214,7 @@ def _explanations(
     if visible is not None:
         visible.inverted().overwrite(masked, first, None)
         work = task.layout.working(visible)
-        shown = np.broadcast_to(_flags(work, first, rows), found.shape)
+        shown = np.broadcast_to(work.element_flags(first, rows), found.shape)
     factor = proxy.factor(task.name)
     guesses = {_RIGHT: decoded(task, how, right), "FQ003": decoded(task, how, x)}
     guesses |= {"FQ009": decoded(task, how, masked), "FQ007": plain(task, x)}
@@ -226,11 +226,6 @@ def _explanations(
         for rule, guess in guesses.items()
         if np.allclose(found[shown], guess[shown] * factor, rtol=tolerance, atol=1e-12)
     }
-
-
-def _flags(mask: UnitMask, first: int, rows: int) -> Array:
-    flags = mask.flags_of_rows(first, rows)
-    return flags[:, None] if mask.axis == "row" else flags
 
 
 def decoded(task: TensorTask, how: Quantization, x: Array) -> Array:

@@ -13,7 +13,6 @@ from fedqsn_cli.auditing.inputs import Inputs, OpenedProxy, Report
 from fedqsn_cli.auditing.rules import finding
 from fedqsn_cli.errors import FedqsnError
 from fedqsn_cli.export.pipeline import CHUNK_ELEMENTS
-from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.quantization.layout import TensorLayout, row_chunks
 
 RULE = "FQ009"
@@ -88,10 +87,4 @@ def shown_in(proxy: OpenedProxy, name: str, storage: TensorLayout, first: int, r
     visible = proxy.visible(name)
     if visible is None:
         return np.ones((1, 1), np.bool_)
-    return element_flags(storage.working(visible), first, rows)
-
-
-def element_flags(mask: UnitMask, first: int, rows: int) -> NDArray[Any]:
-    """Marks of the elements of rows, in a shape that broadcasts to [rows, cols]."""
-    flags = mask.flags_of_rows(first, rows)
-    return flags[:, None] if mask.axis == "row" else flags
+    return storage.working(visible).element_flags(first, rows)

@@ -74,8 +74,7 @@ def _parts(inputs: Inputs, task: TensorTask, first: int, rows: int) -> tuple[Arr
     """Hidden elements of rows: of the truth, of the server model, of the public base; zeros where units are visible."""
     assert task.hidden is not None and inputs.truth is not None and inputs.server is not None
     assert inputs.base is not None
-    flags = task.hidden.flags_of_rows(first, rows)
-    keep = flags[:, None] if task.plan.axis == "row" else flags
+    keep = task.hidden.element_flags(first, rows)
     made = []
     for model in (inputs.truth, inputs.server, inputs.base):
         x = plain(task, model.read_rows(task.name, task.layout, first, rows)).astype(np.float64)
