@@ -19,7 +19,7 @@ from fedqsn_cli.cli.views import AuditView
 from fedqsn_cli.options import ExportOptions, Options, QuantizeOptions, TrainOptions, options_of
 from fedqsn_cli.options.groups import PRESETS
 from fedqsn_cli.planning.placement import WHERE
-from fedqsn_cli.planning.tensor_plan import AXES
+from fedqsn_cli.planning.tensor_plan import MASK_AXES
 from fedqsn_cli.quantization.codebooks import FORMATS
 from support.processes import process, run
 
@@ -113,7 +113,7 @@ def test_the_words_that_options_take_are_those_that_the_code_knows() -> None:
     assert words(QuantizeOptions, "format") == set(FORMATS)
     assert words(QuantizeOptions, "format") - {"none"} == set(get_args(quantization["format"].annotation))
     assert words(QuantizeOptions, "layout") == set(get_args(quantization["layout"].annotation))
-    assert words(ExportOptions, "axis") == set(AXES)
+    assert words(ExportOptions, "axis") == set(MASK_AXES)
     assert words(ExportOptions, "where") == set(WHERE)
     assert words(ExportOptions, "fill") == set(get_args(manifests.Fill))
     assert words(ExportOptions, "schedule") == set(get_args(Release.model_fields["schedule"].annotation))
