@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from auditing.constructed import CASES, ENDINGS, NASTY, golden, rendered
 from fedqsn_cli.auditing.findings import Audit, Check, Finding
 from fedqsn_cli.auditing.gate import measures
 from fedqsn_cli.auditing.report import FORMATS, render, sarif
@@ -20,13 +21,22 @@ from support.audits import audit
 
 VERDICTS = ("passed", "over the limits", "incomplete", "broken")
 FORMAT = '{"format": "fedqsn-audit/1"}'
-NASTY = 'a"b<c>&d|`e`*f*%0A::error::g\n\r\x1b[31m]]>{h}@i#1\u202e'
 
 
 def nasty() -> Audit:
     """An audit whose names try to break every format."""
     found = tuple(Finding(rule, f"proxy {NASTY}", NASTY, NASTY, None, None, "gate") for rule in ("FQ201", "FQ202"))
     return replace(audit(), findings=found, checked=(Check("FQ201", f"proxy {NASTY}", "fail", NASTY),))
+
+
+@pytest.mark.parametrize(("name", "format_name"), CASES)
+def test_every_report_is_the_approved_one_byte_for_byte(name: str, format_name: str) -> None:
+    """`python tests/auditing/constructed.py` writes them anew."""
+    assert rendered(name, format_name) == golden(name, format_name).read_bytes()
+
+
+def test_there_is_no_format_without_an_approved_report() -> None:
+    assert set(ENDINGS) == {*FORMATS, "html"} == {format_name for _, format_name in CASES}
 
 
 @pytest.mark.parametrize("form", [*FORMATS, "html"])
