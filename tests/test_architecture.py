@@ -10,7 +10,7 @@ import fedqsn_cli
 ROOT = Path(fedqsn_cli.__file__).parent
 
 LEVELS = (  # from the ground up; what stands in one row does not import what stands beside it
-    ("dtypes", "errors", "progress", "text", "version"),
+    ("dtypes", "errors", "linux", "progress", "text", "version"),
     ("console", "html", "kernels", "strictjson", "validate"),
     ("checkpoint", "planning"),
     ("artifacts", "masks", "options"),

@@ -17,6 +17,7 @@ from typing import NoReturn
 import pytest
 from safetensors.numpy import load_file
 
+from fedqsn_cli import linux
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, TensorSink, TensorSpec, stream
 from support.checkpoints import BYTES, ENVIRONMENT, make
 
@@ -123,7 +124,7 @@ def test_a_file_system_without_direct_writes_is_written_through_its_cache(
     pwrite = os.pwrite
 
     def refuse_direct(descriptor: int, data: memoryview, offset: int) -> int:
-        if stream._flags(descriptor) & os.O_DIRECT:
+        if linux.is_direct(descriptor):
             raise OSError(errno.EINVAL, "Invalid argument")
         return pwrite(descriptor, data, offset)
 

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import pytest
 
+from fedqsn_cli import linux
 from fedqsn_cli.checkpoint import create_secret, files, write_file_atomically
 from fedqsn_cli.errors import InputError
 
@@ -157,7 +158,7 @@ def test_a_rename_never_takes_a_name_that_is_taken(tmp_path: Path, monkeypatch: 
     taken.mkdir()  # empty: a plain rename would silently replace it
     with pytest.raises(FileExistsError):
         files.rename_exclusive(source, taken)
-    monkeypatch.setattr(files, "_renameat2", not_supported)
+    monkeypatch.setattr(linux, "_renameat2", not_supported)
     with pytest.raises(FileExistsError):
         files.rename_exclusive(source, taken)
     files.rename_exclusive(source, tmp_path / "free")
@@ -179,7 +180,7 @@ def two_folders(tmp_path: Path) -> tuple[Path, Path]:
 def test_two_directories_swap_places(supported: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     new, old = two_folders(tmp_path)
     if not supported:
-        monkeypatch.setattr(files, "_renameat2", not_supported)
+        monkeypatch.setattr(linux, "_renameat2", not_supported)
     files.exchange(new, old)
     assert ((old / "content").read_text(), (new / "content").read_text()) == ("new", "old")
     assert sorted(os.listdir(tmp_path)) == ["new", "old"]
@@ -187,7 +188,7 @@ def test_two_directories_swap_places(supported: bool, tmp_path: Path, monkeypatc
 
 def test_a_swap_that_fails_halfway_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     new, old = two_folders(tmp_path)
-    monkeypatch.setattr(files, "_renameat2", not_supported)
+    monkeypatch.setattr(linux, "_renameat2", not_supported)
     rename = os.rename
 
     def fail(source: Path, target: Path) -> None:

@@ -103,14 +103,14 @@ def test_a_kill_at_any_instant_leaves_the_old_state_or_the_new(seed: int, tmp_pa
 # Makes the instant between the two renames long enough to be hit.
 SLOW_RENAMES = """
 import errno, os, time
-from fedqsn_cli.checkpoint import files
+from fedqsn_cli import linux
 def unsupported(*_):
     raise OSError(errno.ENOSYS, "")
 rename = os.rename
 def slow(source, target):
     rename(source, target)
     time.sleep(0.02)
-files._renameat2, os.rename = unsupported, slow
+linux._renameat2, os.rename = unsupported, slow
 """
 
 

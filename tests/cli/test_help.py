@@ -12,8 +12,14 @@ import pytest
 from fedqsn_cli.cli.app import COMMANDS, build, function_of, help_of
 from support.processes import environment, process, run
 
-LIGHT = {"fedqsn_cli", "typer", "shellingham", "annotated_doc", "typing_extensions"}  # and what starts the interpreter
-OWN = {"cli", "console", "errors", "options", "planning", "progress", "text", "validate", "version"}  # of fedqsn itself
+LIGHT = {
+    "fedqsn_cli",
+    "typer",
+    "shellingham",
+    "annotated_doc",
+    "typing_extensions",
+}  # and what starts the interpreter; OWN: of fedqsn
+OWN = {"cli", "console", "errors", "linux", "options", "planning", "progress", "text", "validate", "version"}
 ROOT = Path(__file__).parents[2]
 
 

@@ -1,12 +1,12 @@
 """Checkpoints on disk: strict reading, all-or-nothing writing, and where they come from.
 
-header.py   one safetensors header, read strictly or planned ahead
-cold.py     reading around the page cache
-reader.py   config, index and shards -> tensors, whole or in chunks
-stream.py   background threads that write and hash
-files.py    staging names, locks and renames
-writer.py   a directory of tensors and small files, published with one rename
-source.py   a path or hf://owner/name[@revision] -> a local path, and back
+header.py     one safetensors header, read strictly or planned ahead
+direct_io.py  reading around the page cache
+reader.py     config, index and shards -> tensors, whole or in chunks
+stream.py     background threads that write and hash
+files.py      staging names, locks and renames
+writer.py     a directory of tensors and small files, published with one rename
+source.py     a path or hf://owner/name[@revision] -> a local path, and back
 """
 
 from __future__ import annotations

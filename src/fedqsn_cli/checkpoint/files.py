@@ -8,7 +8,6 @@ NAME finds it unlocked and deletes it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
@@ -16,14 +15,10 @@ import re
 import secrets
 import shutil
 import stat
-import sys
 from pathlib import Path
 
+from fedqsn_cli import linux
 from fedqsn_cli.errors import InputError
-
-AT_FDCWD = -100
-RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2  # linux/fs.h
-NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
 
 
 def write_file_atomically(path: Path, data: bytes, mode: int | None = None) -> None:
@@ -60,7 +55,7 @@ def create_secret(path: Path, data: bytes) -> None:
         try:
             os.link(staging, path)
         except OSError as error:
-            if error.errno not in NOT_SUPPORTED:
+            if error.errno not in linux.NOT_SUPPORTED:
                 raise
             rename_exclusive(staging, path)  # a file system without hard links
         sync_directory(path.parent)
@@ -105,23 +100,6 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while len(view):
         view = view[os.write(descriptor, view) :]
-
-
-def reserve(descriptor: int, size: int) -> None:
-    """Reserve disk space for a file, where the file system can.
-
-    The C library's posix_fallocate is not used: where the file system cannot, it writes to every block instead.
-
-    Raises:
-        OSError: there is not enough space.
-    """
-    function = getattr(ctypes.CDLL(None, use_errno=True), "fallocate64", None)
-    if function is None or not size:
-        return
-    if function(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
-        code = ctypes.get_errno()
-        if code not in NOT_SUPPORTED:
-            raise OSError(code, os.strerror(code))
 
 
 def staging_path(path: Path) -> Path:
@@ -208,9 +186,9 @@ def rename_exclusive(source: Path, target: Path) -> None:
         FileExistsError: the target exists.
     """
     try:
-        _renameat2(source, target, RENAME_NOREPLACE)
+        linux.rename_noreplace(source, target)
     except OSError as error:
-        if error.errno not in NOT_SUPPORTED:
+        if error.errno not in linux.NOT_SUPPORTED:
             raise
         if os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
@@ -220,9 +198,9 @@ def rename_exclusive(source: Path, target: Path) -> None:
 def exchange(source: Path, target: Path) -> None:
     """Swap two directories: in one step where the system can, else by renames with the target absent in between."""
     try:
-        _renameat2(source, target, RENAME_EXCHANGE)
+        linux.rename_exchange(source, target)
     except OSError as error:
-        if error.errno not in NOT_SUPPORTED:
+        if error.errno not in linux.NOT_SUPPORTED:
             raise
         _exchange_by_renames(source, target)
 
@@ -249,12 +227,3 @@ def recover(target: Path) -> None:
         remove_tree(aside_path(target))
     else:
         os.rename(aside_path(target), target)
-
-
-def _renameat2(source: Path, target: Path, flags: int) -> None:
-    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
-    if function is None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    if function(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), ctypes.c_uint(flags)):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), str(target))

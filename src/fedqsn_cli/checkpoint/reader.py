@@ -20,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli import strictjson
-from fedqsn_cli.checkpoint.cold import is_cold, read_direct, set_direct
+from fedqsn_cli.checkpoint.direct_io import is_uncached, read_direct
 from fedqsn_cli.checkpoint.header import FileIdentity, Header, TensorEntry, name_problem, open_regular_file, read_header
 from fedqsn_cli.dtypes import DTYPES
 from fedqsn_cli.errors import FormatError, InputError
+from fedqsn_cli.linux import set_direct
 
 MAX_OPEN_FILES = 64
 MAX_JSON_BYTES = 100_000_000
@@ -70,7 +71,7 @@ class Checkpoint:
         self.entries: dict[str, TensorEntry] = {}
         self.metadata: dict[str, str] = {}
         self._identities: dict[Path, FileIdentity] = {}
-        self._cold: dict[Path, ColdFile] = {}
+        self._direct: dict[Path, DirectFile] = {}
         self._drop_behind = False
         for header in headers:
             self._add(header)
@@ -84,7 +85,7 @@ class Checkpoint:
                 raise FormatError(f"tensor {name!r} is in {other} too", where=entry.file)
             self.entries[name] = entry
             self._identities[entry.file] = header.identity
-            self._cold.setdefault(entry.file, ColdFile(entry.file, header.identity))
+            self._direct.setdefault(entry.file, DirectFile(entry.file, header.identity))
         self.metadata = header.metadata | self.metadata
 
     @classmethod
@@ -164,7 +165,7 @@ class Checkpoint:
         """
         entry = self.entries[name]
         if 0 <= start <= start + count <= entry.nbytes:
-            found = self._cold[entry.file].read(entry.start + start, count)
+            found = self._direct[entry.file].read(entry.start + start, count)
             if found is not None:
                 return found
         out = np.empty(count, np.uint8)
@@ -279,7 +280,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 class _Slot:
     descriptor: int
     users: int = 0
-    doomed: bool = False
+    close_pending: bool = False
 
 
 class DescriptorPool:
@@ -313,7 +314,7 @@ class DescriptorPool:
         finally:
             with self._lock:
                 slot.users -= 1
-                if slot.doomed and not slot.users:
+                if slot.close_pending and not slot.users:
                     os.close(slot.descriptor)
 
     def discard(self, file: Path, identity: FileIdentity) -> None:
@@ -339,7 +340,7 @@ class DescriptorPool:
 
     @staticmethod
     def _retire(slot: _Slot) -> None:
-        slot.doomed = True
+        slot.close_pending = True
         if not slot.users:
             os.close(slot.descriptor)
 
@@ -347,13 +348,13 @@ class DescriptorPool:
 DESCRIPTORS = DescriptorPool(MAX_OPEN_FILES)
 
 
-class ColdFile:
+class DirectFile:
     """One version of a file that may not be in the page cache; that is found out at the first read."""
 
     def __init__(self, file: Path, identity: FileIdentity) -> None:
         self._file = file
         self._identity = identity
-        self._cold: bool | None = None
+        self._uncached: bool | None = None
 
     def read(self, start: int, count: int) -> NDArray[np.uint8] | None:
         """`count` bytes from an absolute offset on, past the page cache; None where reading through it is better.
@@ -361,12 +362,12 @@ class ColdFile:
         Raises:
             FormatError: the file is another one now.
         """
-        if self._cold is None:
+        if self._uncached is None:
             with DESCRIPTORS.borrow(self._file, self._identity) as descriptor:
-                self._cold = is_cold(descriptor, self._identity.size)
-        if not self._cold:
+                self._uncached = is_uncached(descriptor, self._identity.size)
+        if not self._uncached:
             return None
         with DESCRIPTORS.borrow(self._file, self._identity, direct=True) as descriptor:
             found = read_direct(descriptor, start, count)
-        self._cold = found is not None
+        self._uncached = found is not None
         return found if found is not None and len(found) == count else None

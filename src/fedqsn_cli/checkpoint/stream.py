@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import bisect
 import errno
-import fcntl
 import hashlib
 import mmap
 import os
@@ -23,15 +22,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedqsn_cli.checkpoint.files import reserve
+from fedqsn_cli.linux import PAGE, reserve, set_direct
 
 BUFFER_BYTES = 4 << 20
 SMALLEST_BUFFER = 256 << 10  # below, the disk slows down
 HELD_BYTES = 64 << 20  # in buffers that are not full yet, as long as that leaves them SMALLEST_BUFFER
 IN_FLIGHT_BYTES = 32 << 20
 OPEN_FILES = 128  # of everything else, inputs included
-BLOCK = 4096  # what O_DIRECT asks of offsets, lengths and addresses
-O_DIRECT: int = getattr(os, "O_DIRECT", 0)
 
 
 @dataclass(slots=True)
@@ -157,19 +154,20 @@ def _hash(chunk: _Chunk) -> None:
 class FileStream:
     """One file of a known size, written in any order, every byte exactly once.
 
-    Bytes that come in file order go straight to the pipeline. Others are parked at their place in the file and
-    picked up from there when their turn comes.
+    Bytes that come in file order go straight to the writer threads. Others, which come where a writer sorts its
+    tensors otherwise than its caller passes them, go into the file through the page cache, and are read back from there
+    in file order.
     """
 
     path: Path
     size: int
-    pipeline: WriterThreads
+    threads: WriterThreads
     sha256: hashlib._Hash = field(default_factory=hashlib.sha256)
     _descriptor: int = -1
-    _parking: int = -1  # a second descriptor, through the page cache
+    _cached_descriptor: int = -1  # a second descriptor, through the page cache
     _direct: bool = False
-    _frontier: int = 0  # every byte before it was given to the pipeline
-    _parked: list[tuple[int, int]] = field(default_factory=list)  # [start, end) beyond the frontier, sorted
+    _written_up_to: int = 0  # every byte before it was given to the threads
+    _out_of_order: list[tuple[int, int]] = field(default_factory=list)  # [start, end) beyond that, sorted
     _buffer: mmap.mmap | None = None
     _stored: int = 0
 
@@ -187,13 +185,13 @@ class FileStream:
 
     def _open(self) -> None:
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
-        if self.size >= self.pipeline.buffer_bytes and O_DIRECT:
-            self._direct = _set_direct(self._descriptor, True)
+        if self.size >= self.threads.buffer_bytes:
+            self._direct = set_direct(self._descriptor, True)
 
     @property
     def complete(self) -> bool:
         """Whether every byte was written."""
-        return self._frontier == self.size
+        return self._written_up_to == self.size
 
     def write(self, offset: int, data: memoryview) -> None:
         """Take the bytes [offset, offset + len(data)) of the file; the data is copied.
@@ -205,52 +203,52 @@ class FileStream:
         if self._descriptor < 0:
             self._open()  # not before the first byte, so that few files are open at a time
         end = offset + len(data)
-        position = bisect.bisect_left(self._parked, (offset, offset))
-        before = self._parked[position - 1][1] if position else self._frontier
-        after = self._parked[position][0] if position < len(self._parked) else self.size
-        if offset < max(before, self._frontier) or end > after:
+        position = bisect.bisect_left(self._out_of_order, (offset, offset))
+        before = self._out_of_order[position - 1][1] if position else self._written_up_to
+        after = self._out_of_order[position][0] if position < len(self._out_of_order) else self.size
+        if offset < max(before, self._written_up_to) or end > after:
             raise RuntimeError(f"bytes [{offset}, {end}) of {self.path.name} are written twice or outside of it")
-        if offset == self._frontier:
+        if offset == self._written_up_to:
             self._append(data)
-            self._pick_up()
+            self._append_out_of_order()
         else:
-            self._park(offset, data)
-            self._parked.insert(position, (offset, end))
+            self._write_out_of_order(offset, data)
+            self._out_of_order.insert(position, (offset, end))
 
     def _append(self, data: memoryview) -> None:
         """Copy the next bytes in file order into buffers; hand over those that are full."""
-        size = self.pipeline.buffer_bytes
+        size = self.threads.buffer_bytes
         while len(data):
             if self._buffer is None:
-                self._buffer = self.pipeline.buffer()
-            filled = self._frontier % size
+                self._buffer = self.threads.buffer()
+            filled = self._written_up_to % size
             count = min(len(data), size - filled)
             self._buffer[filled : filled + count] = data[:count]
-            self._frontier += count
+            self._written_up_to += count
             data = data[count:]
-            if self._frontier % size == 0 or self.complete:
-                offset = (self._frontier - 1) // size * size
+            if self._written_up_to % size == 0 or self.complete:
+                offset = (self._written_up_to - 1) // size * size
                 buffer, self._buffer = self._buffer, None
-                self.pipeline.submit(self, offset, self._frontier - offset, buffer)
+                self.threads.submit(self, offset, self._written_up_to - offset, buffer)
 
-    def _park(self, offset: int, data: memoryview) -> None:
-        if self._parking < 0:
-            self._parking = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+    def _write_out_of_order(self, offset: int, data: memoryview) -> None:
+        if self._cached_descriptor < 0:
+            self._cached_descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
         while len(data):
-            count = os.pwrite(self._parking, data, offset)
+            count = os.pwrite(self._cached_descriptor, data, offset)
             offset, data = offset + count, data[count:]
 
-    def _pick_up(self) -> None:
-        """Append parked bytes whose turn has come."""
-        while self._parked and self._parked[0][0] == self._frontier:
-            start, end = self._parked.pop(0)
+    def _append_out_of_order(self) -> None:
+        """Append bytes that came early and are next now."""
+        while self._out_of_order and self._out_of_order[0][0] == self._written_up_to:
+            start, end = self._out_of_order.pop(0)
             for position in range(start, end, BUFFER_BYTES):
-                data = os.pread(self._parking, min(BUFFER_BYTES, end - position), position)
+                data = os.pread(self._cached_descriptor, min(BUFFER_BYTES, end - position), position)
                 self._append(memoryview(data))
 
     def store(self, buffer: mmap.mmap, offset: int, length: int) -> None:
         """Write one buffer; after the last one, sync and close. Runs in the writer thread."""
-        padded = -(-length // BLOCK) * BLOCK if self._direct else length
+        padded = -(-length // PAGE) * PAGE if self._direct else length
         view = memoryview(buffer)[:padded]
         while len(view):
             count = self._pwrite(view, offset)
@@ -268,28 +266,15 @@ class FileStream:
         except OSError as error:
             if error.errno != errno.EINVAL or not self._direct:
                 raise
-            self._direct = _set_direct(self._descriptor, False)  # this file system refuses after all
+            self._direct = set_direct(self._descriptor, False)  # this file system refuses after all
             return os.pwrite(self._descriptor, view, offset)
 
     def close(self) -> None:
         """Close the descriptors; writing is over."""
-        for descriptor in (self._descriptor, self._parking):
+        for descriptor in (self._descriptor, self._cached_descriptor):
             if descriptor >= 0:
                 os.close(descriptor)
-        self._descriptor = self._parking = -1
-
-
-def _flags(descriptor: int) -> int:
-    return fcntl.fcntl(descriptor, fcntl.F_GETFL)
-
-
-def _set_direct(descriptor: int, wanted: bool) -> bool:
-    """Switch O_DIRECT; returns whether it is on now."""
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, _flags(descriptor) & ~O_DIRECT | (O_DIRECT if wanted else 0))
-    except OSError:
-        return False
-    return wanted
+        self._descriptor = self._cached_descriptor = -1
 
 
 def allow_open_files(count: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import sys
@@ -18,6 +17,7 @@ from fedqsn_cli import COMMANDS, console
 from fedqsn_cli.cli import exit_codes, help_text
 from fedqsn_cli.cli.command import HELP_NAMES, build, function_of
 from fedqsn_cli.cli.interrupts import clean_shutdown
+from fedqsn_cli.linux import keep_freed_memory
 from fedqsn_cli.version import VERSION
 
 # Libraries that talk on stderr by themselves; who wants to hear them sets these before.
@@ -27,8 +27,6 @@ _QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-
-_MALLOC = {-3: 32 << 20, -1: 128 << 20, -8: 1}  # malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
 
 
 class Group(TyperGroup):
@@ -91,21 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     _quieten_libraries(arguments)
     gc.set_threshold(100_000, 20, 20)  # what imports make stays: looking at it again and again takes 0.2 seconds
-    _keep_memory()
+    keep_freed_memory()
     with clean_shutdown():
         return run(arguments)
-
-
-def _keep_memory() -> None:
-    """Let glibc hold on to freed memory, in one place for all threads.
-
-    Chunks of a model come and go. Given back to the kernel they return as pages that it has to clear first, and with a
-    place for each thread the peak depends on chance.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # other C libraries have none
-        for option, value in _MALLOC.items():
-            mallopt(option, value)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -24,7 +24,7 @@ from fedqsn_cli.artifacts.manifests import UPDATE_MANIFEST, UPDATE_TENSORS, Upda
 from fedqsn_cli.artifacts.update_folder import UPDATE_DTYPES, update_shape
 from fedqsn_cli.checkpoint import read_header
 from fedqsn_cli.checkpoint.header import FileIdentity, TensorEntry
-from fedqsn_cli.checkpoint.reader import DESCRIPTORS, ColdFile
+from fedqsn_cli.checkpoint.reader import DESCRIPTORS, DirectFile
 from fedqsn_cli.dtypes import DTYPES, WEIGHT_DTYPES
 from fedqsn_cli.errors import RefusedUpdate
 from fedqsn_cli.kernels.hash_threads import HashQueue
@@ -147,7 +147,7 @@ class FileHash:
     def __init__(self, path: Path, identity: FileIdentity, queue: HashQueue) -> None:
         self._path = path
         self._identity = identity
-        self._cold = ColdFile(path, identity)
+        self._direct = DirectFile(path, identity)
         self._queue = queue
         self._sha256 = hashlib.sha256()
         self._frontier = 0  # every byte before it was handed to the hash
@@ -180,7 +180,7 @@ class FileHash:
         Raises:
             RefusedUpdate: the file got shorter. FormatError: it is another one now.
         """
-        data = self._cold.read(start, count)
+        data = self._direct.read(start, count)
         if data is not None:
             return data
         out = np.empty(count, np.uint8)

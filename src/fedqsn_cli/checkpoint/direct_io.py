@@ -6,49 +6,30 @@ byte here, and evicts what others need. What is in the cache already is read fro
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
 import mmap
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-PAGE = 4096  # what O_DIRECT asks of offsets, lengths and addresses
-SAMPLES = 64  # places at which a file is looked for in the page cache
-O_DIRECT: int = getattr(os, "O_DIRECT", 0)
+from fedqsn_cli.linux import O_DIRECT, PAGE, resident_pages
+
+SAMPLES = 64  # pages at which a file is looked for in the page cache
 
 Bytes = NDArray[np.uint8]
 
 
-def is_cold(descriptor: int, size: int) -> bool:
+def is_uncached(descriptor: int, size: int) -> bool:
     """Whether less than half of a file is in the page cache; False where that cannot be told."""
     if not O_DIRECT or size < SAMPLES * PAGE:
         return False
     try:
         with mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY) as mapped:  # address space only: nothing is read
-            return 2 * _resident(mapped, [size // PAGE * place // SAMPLES for place in range(SAMPLES)]) < SAMPLES
+            return 2 * resident_pages(mapped, [size // PAGE * place // SAMPLES for place in range(SAMPLES)]) < SAMPLES
     except (OSError, ValueError):
         return False
-
-
-def _resident(mapped: mmap.mmap, pages: Sequence[int]) -> int:
-    """How many of these pages are in memory."""
-    anchor = ctypes.c_char.from_buffer(mapped)
-    try:
-        return sum(_is_resident(ctypes.addressof(anchor) + page * PAGE) for page in pages)
-    finally:
-        del anchor  # else the mapping could not be closed
-
-
-def _is_resident(address: int) -> bool:
-    flags = (ctypes.c_ubyte * 1)()
-    if ctypes.CDLL(None, use_errno=True).mincore(ctypes.c_void_p(address), ctypes.c_size_t(PAGE), flags):
-        raise OSError(ctypes.get_errno(), "mincore")
-    return bool(flags[0] & 1)
 
 
 def read_direct(descriptor: int, start: int, count: int) -> Bytes | None:
@@ -75,12 +56,3 @@ def read_direct(descriptor: int, start: int, count: int) -> Bytes | None:
         return None
     found = memory[shift + start - begin : shift + max(start - begin, min(done, start - begin + count))]
     return found if start % 8 == 0 else found.copy()  # kernels want numbers aligned in memory
-
-
-def set_direct(descriptor: int) -> bool:
-    """Let a descriptor go past the page cache; returns whether it does."""
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | O_DIRECT)
-    except OSError:
-        return False
-    return bool(O_DIRECT)
