@@ -1,12 +1,12 @@
-"""Client masks drawn again by the hundred thousand: what `masking.client_units` gives, eight clients at a time.
+"""Client masks drawn again by the hundred thousand: what `masks.draw.client_units` gives, eight clients at a time.
 
-Seeds come from hashlib, which is fast for one short message after another; SHAKE-256 (FIPS 202) is compiled. Eight
+Seeds come from hmac, which is fast for one short message after another; SHAKE-256 (FIPS 202) is compiled. Eight
 sponges lie interleaved, lane i of sponge c at 8i + c, which lets the compiler work on several with one instruction.
 """
 
 from __future__ import annotations
 
-import hashlib
+import hmac
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,50 +14,42 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.kernels.jit import kernel
-from fedqsn_cli.masks.draw import LABEL
-from fedqsn_cli.masks.shake256 import _ROUND_CONSTANTS, RATE_LANES, _round
+from fedqsn_cli.masks.draw import LABEL, field_bytes
+from fedqsn_cli.masks.shake256 import RATE_LANES, ROUND_CONSTANTS, permutation_round
 
 
 class Seeds:
-    """HMAC-SHA256 (RFC 2104) of many messages under one key, as `masking.seed` computes it.
+    """HMAC-SHA256 of many messages under one key, as `masks.draw.seed` computes it.
 
     The message is "fedqsn/v1" ‖ scope ‖ group; all but the group is absorbed once per scope.
     """
 
     def __init__(self, key: bytes, scopes: Sequence[tuple[str, ...]]) -> None:
-        inner, outer = (hashlib.sha256(bytes(byte ^ pad for byte in key.ljust(64, b"\0"))) for pad in (0x36, 0x5C))
-        inner.update(_field(LABEL))
-        self._start, self._outer, self._scopes = inner, outer, scopes
-        self._states: list[Any] = [None] * len(scopes)
+        self._start, self._scopes = hmac.new(key, field_bytes(LABEL), "sha256"), scopes
+        self._states: list[hmac.HMAC | None] = [None] * len(scopes)
 
     def of(self, scopes: Iterable[int], group: str) -> NDArray[np.uint64]:
         """Seeds of a group for the scopes of these numbers: [m, 4], 32 bytes each."""
-        tail = _field(group)
+        tail = field_bytes(group)
         digests = []
         for number in scopes:
-            inner, outer = self._state(number).copy(), self._outer.copy()
-            inner.update(tail)
-            outer.update(inner.digest())
-            digests.append(outer.digest())
+            message = self._state(number).copy()
+            message.update(tail)
+            digests.append(message.digest())
         return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64, copy=False).reshape(-1, 4)
 
-    def _state(self, number: int) -> Any:
-        if self._states[number] is None:
-            state = self._start.copy()
-            state.update(b"".join(map(_field, self._scopes[number])))
-            self._states[number] = state
-        return self._states[number]
-
-
-def _field(text: str) -> bytes:
-    data = text.encode()
-    return len(data).to_bytes(8, "big") + data
+    def _state(self, number: int) -> hmac.HMAC:
+        state = self._states[number]
+        if state is None:
+            state = self._states[number] = self._start.copy()
+            state.update(b"".join(map(field_bytes, self._scopes[number])))
+        return state
 
 
 @kernel
 def _permute(a: Any) -> None:
     """Keccak-f[1600] on eight interleaved sponges, uint64 [200], in place."""
-    for constant in _ROUND_CONSTANTS:
+    for constant in ROUND_CONSTANTS:
         for i in range(8):
             s = (
                 a[i],
@@ -86,7 +78,7 @@ def _permute(a: Any) -> None:
                 a[184 + i],
                 a[192 + i],
             )
-            t = _round(s, constant)
+            t = permutation_round(s, constant)
             a[i], a[8 + i], a[16 + i], a[24 + i], a[32 + i] = t[0], t[1], t[2], t[3], t[4]
             a[40 + i], a[48 + i], a[56 + i], a[64 + i], a[72 + i] = t[5], t[6], t[7], t[8], t[9]
             a[80 + i], a[88 + i], a[96 + i], a[104 + i], a[112 + i] = t[10], t[11], t[12], t[13], t[14]

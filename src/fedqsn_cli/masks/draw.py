@@ -45,9 +45,14 @@ def derive(key: bytes, fields: Iterable[str]) -> bytes:
         raise ValueError(f"a key has {KEY_BYTES} bytes")
     message = hmac.new(key, digestmod=hashlib.sha256)
     for field in fields:
-        data = field.encode("utf-8")
-        message.update(len(data).to_bytes(8, "big") + data)
+        message.update(field_bytes(field))
     return message.digest()
+
+
+def field_bytes(field: str) -> bytes:
+    """A field of a message as HMAC reads it: its length in bytes (8 bytes, big-endian), then its UTF-8 text."""
+    data = field.encode("utf-8")
+    return len(data).to_bytes(8, "big") + data
 
 
 def seed(key: bytes, scope: tuple[str, ...], group: str) -> bytes:

@@ -16,7 +16,7 @@ from fedqsn_cli.kernels.jit import kernel
 RATE_LANES = 17
 _WINDOW, _SLACK = 10, 64  # half the width of the window in standard deviations, and in units beyond that
 
-_ROUND_CONSTANTS = np.array(
+ROUND_CONSTANTS = np.array(
     [
         0x0000000000000001,
         0x0000000000008082,
@@ -59,7 +59,7 @@ def initial_state(seed: bytes) -> NDArray[np.uint64]:
 
 
 @kernel
-def _turn(lane: Any, bits: Any) -> Any:
+def _rotate_left(lane: Any, bits: Any) -> Any:
     return (lane << np.uint64(bits)) | (lane >> np.uint64(64 - bits))
 
 
@@ -69,7 +69,7 @@ def _chi(a: Any, b: Any, c: Any, d: Any, e: Any) -> Any:
 
 
 @kernel
-def _round(s: Any, constant: Any) -> Any:
+def permutation_round(s: Any, constant: Any) -> Any:
     """One round of Keccak-f[1600] on 25 lanes, lane (x, y) at 5y + x."""
     c0, c1, c2 = (
         s[0] ^ s[5] ^ s[10] ^ s[15] ^ s[20],
@@ -77,34 +77,44 @@ def _round(s: Any, constant: Any) -> Any:
         s[2] ^ s[7] ^ s[12] ^ s[17] ^ s[22],
     )
     c3, c4 = s[3] ^ s[8] ^ s[13] ^ s[18] ^ s[23], s[4] ^ s[9] ^ s[14] ^ s[19] ^ s[24]
-    d0, d1, d2 = c4 ^ _turn(c1, 1), c0 ^ _turn(c2, 1), c1 ^ _turn(c3, 1)
-    d3, d4 = c2 ^ _turn(c4, 1), c3 ^ _turn(c0, 1)
-    first = _chi(s[0] ^ d0, _turn(s[6] ^ d1, 44), _turn(s[12] ^ d2, 43), _turn(s[18] ^ d3, 21), _turn(s[24] ^ d4, 14))
+    d0, d1, d2 = c4 ^ _rotate_left(c1, 1), c0 ^ _rotate_left(c2, 1), c1 ^ _rotate_left(c3, 1)
+    d3, d4 = c2 ^ _rotate_left(c4, 1), c3 ^ _rotate_left(c0, 1)
+    first = _chi(
+        s[0] ^ d0,
+        _rotate_left(s[6] ^ d1, 44),
+        _rotate_left(s[12] ^ d2, 43),
+        _rotate_left(s[18] ^ d3, 21),
+        _rotate_left(s[24] ^ d4, 14),
+    )
     return (
         (first[0] ^ constant, first[1], first[2], first[3], first[4])
         + _chi(
-            _turn(s[3] ^ d3, 28),
-            _turn(s[9] ^ d4, 20),
-            _turn(s[10] ^ d0, 3),
-            _turn(s[16] ^ d1, 45),
-            _turn(s[22] ^ d2, 61),
+            _rotate_left(s[3] ^ d3, 28),
+            _rotate_left(s[9] ^ d4, 20),
+            _rotate_left(s[10] ^ d0, 3),
+            _rotate_left(s[16] ^ d1, 45),
+            _rotate_left(s[22] ^ d2, 61),
         )
         + _chi(
-            _turn(s[1] ^ d1, 1), _turn(s[7] ^ d2, 6), _turn(s[13] ^ d3, 25), _turn(s[19] ^ d4, 8), _turn(s[20] ^ d0, 18)
+            _rotate_left(s[1] ^ d1, 1),
+            _rotate_left(s[7] ^ d2, 6),
+            _rotate_left(s[13] ^ d3, 25),
+            _rotate_left(s[19] ^ d4, 8),
+            _rotate_left(s[20] ^ d0, 18),
         )
         + _chi(
-            _turn(s[4] ^ d4, 27),
-            _turn(s[5] ^ d0, 36),
-            _turn(s[11] ^ d1, 10),
-            _turn(s[17] ^ d2, 15),
-            _turn(s[23] ^ d3, 56),
+            _rotate_left(s[4] ^ d4, 27),
+            _rotate_left(s[5] ^ d0, 36),
+            _rotate_left(s[11] ^ d1, 10),
+            _rotate_left(s[17] ^ d2, 15),
+            _rotate_left(s[23] ^ d3, 56),
         )
         + _chi(
-            _turn(s[2] ^ d2, 62),
-            _turn(s[8] ^ d3, 55),
-            _turn(s[14] ^ d4, 39),
-            _turn(s[15] ^ d0, 41),
-            _turn(s[21] ^ d1, 2),
+            _rotate_left(s[2] ^ d2, 62),
+            _rotate_left(s[8] ^ d3, 55),
+            _rotate_left(s[14] ^ d4, 39),
+            _rotate_left(s[15] ^ d0, 41),
+            _rotate_left(s[21] ^ d1, 2),
         )
     )
 
@@ -142,8 +152,8 @@ def _select(state: Any, allowed: Any, low: Any, high: Any, mask: Any, where: Any
     block = np.empty(RATE_LANES, np.uint64)
     below, found, n = 0, 0, mask.size
     for start in range(0, n, RATE_LANES):
-        for constant in _ROUND_CONSTANTS:
-            s = _round(s, constant)
+        for constant in ROUND_CONSTANTS:
+            s = permutation_round(s, constant)
         block[0], block[1], block[2], block[3], block[4], block[5] = s[0], s[1], s[2], s[3], s[4], s[5]
         block[6], block[7], block[8], block[9], block[10], block[11] = s[6], s[7], s[8], s[9], s[10], s[11]
         block[12], block[13], block[14], block[15], block[16] = s[12], s[13], s[14], s[15], s[16]
