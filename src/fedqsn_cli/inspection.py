@@ -1,9 +1,10 @@
-"""`inspect`: what an artifact is, what is masked in it and how, and what ships in the clear. Never a secret.
+"""`fedqsn inspect`: what an artifact is, what is masked in it and how, and what ships in the clear. Never a secret.
 
-model folder, single .safetensors      global model, server model, masked model, quantized or not
-folder with proxy.json, update.json    proxy, update
-visible.safetensors, update.safetensors   parts of those
-file that names its format             job key, ledger, manifest
+path                                      is
+model folder, single .safetensors file    global model, server model, masked model, quantized or not
+folder with proxy.json, update.json       proxy, update
+visible.safetensors, update.safetensors   a part of those
+JSON file that names its format           job key, ledger, manifest
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -32,14 +33,15 @@ from fedqsn_cli.planning.plan import Plan, make_plan
 from fedqsn_cli.planning.tensor_plan import TensorPlan
 from fedqsn_cli.quantization.layout import clear_shares
 
-_NUMBERED = re.compile(r"(?<![^.])\d+(?![^.])")  # a component that is a number, as in layers.11.mlp
+_LAYER_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a component that is a number, as in layers.11.mlp
 _FORMAT = re.compile(rb'"format"\s*:\s*"fedqsn-(key|ledger|model|proxy|update)/\d+"')
-_SNIFFED = 1 << 16  # bytes
-_USUAL = Quantization(format="nf4", block_size=64, double_quant=False, layout="bnb")
+_FORMAT_WITHIN = 1 << 16  # first bytes of a file, which must name its format
+_DEFAULT_QUANTIZATION = Quantization(format="nf4", block_size=64, double_quant=False, layout="bnb")
+_DEFAULTS = InspectOptions()
 
 
 @dataclass(frozen=True, slots=True)
-class Contents:
+class TensorTotals:
     """The tensors of an artifact: how many, their parameters (elements before packing), bytes and stored dtypes."""
 
     tensors: int
@@ -47,10 +49,21 @@ class Contents:
     bytes: int
     dtypes: tuple[str, ...]
 
+    @classmethod
+    def of_model(cls, tensors: Mapping[str, ModelTensor], stored_bytes: int) -> TensorTotals:
+        """The totals of a model or proxy."""
+        return cls(len(tensors), _parameters(tensors.values()), stored_bytes, _dtypes(tensors.values()))
+
+    @classmethod
+    def of_file(cls, header: Header) -> TensorTotals:
+        """The totals of a .safetensors file, whatever is in it."""
+        entries = header.entries.values()
+        return cls(len(entries), _parameters(entries), sum(entry.nbytes for entry in entries), _dtypes(entries))
+
 
 @dataclass(frozen=True, slots=True)
 class ClearTensors:
-    """Tensors that ship neither masked nor quantized; `name` holds `*` for every layer number."""
+    """Tensors that ship neither masked nor quantized; in `name`, `*` stands for every layer number."""
 
     name: str
     role: str
@@ -61,25 +74,25 @@ class ClearTensors:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What `inspect` found.
+    """The result of `inspect`.
 
     Args:
         kind: "global model", "proxy", "job key" and so on.
         facts: what its manifest, or the file itself, says; plain values.
         shares: share of all parameters that ship masked and quantized, masked only, quantized only, in the clear.
-        presumed: the quantization that `shares` presumes, for a model that was not quantized yet.
+        presumed: the quantization that `shares` presumes, for a model that is not quantized.
         clear: what is in the clear, the largest first.
         unknown: tensors that no rule knows; they are never shipped before a rule is given.
         releases: the lines of a ledger.
-        plan: one row a tensor, when asked for.
-        public_base: what of a public base would stand in the holes of each masked tensor, when asked for.
+        plan: one row for each tensor, if asked for.
+        public_base: what of a public base would fill the holes of each masked tensor, if asked for.
         problem: why there is no plan.
     """
 
     kind: str
     path: str
     facts: dict[str, Any] = field(default_factory=dict)
-    contents: Contents | None = None
+    contents: TensorTotals | None = None
     shares: dict[str, float] | None = None
     presumed: Quantization | None = None
     clear: tuple[ClearTensors, ...] = ()
@@ -90,70 +103,63 @@ class Inspection:
     problem: str | None = None
 
 
-_NO_OPTIONS = InspectOptions()
-
-
-def inspect(path: str | Path, options: InspectOptions = _NO_OPTIONS) -> Inspection:
-    """Tell what is at a path or hub reference; reads headers and manifests, no weights.
+def inspect(path: str | Path, options: InspectOptions = _DEFAULTS) -> Inspection:
+    """Describe an artifact. Reads headers and manifests, no weights.
 
     Args:
         path: a model, proxy, update, key, ledger or .safetensors file; or an hf:// reference.
         options: see `InspectOptions`.
 
     Raises:
-        InputError: nothing there that fedqsn knows, or the public base does not fit. FormatError: it is malformed.
-        PlanError: the plan was asked for and cannot be made.
-        KeyFileError: a key that others can read.
+        InputError: fedqsn does not know what is there, or the public base does not fit it. FormatError: it is
+            malformed. PlanError: the plan was asked for and cannot be made. KeyFileError: others can read a key.
 
     Example:
         >>> inspect("global/", show_plan=True).plan
     """
-    axis, overrides, public_base = options.axis, options.plan_file, options.public_base
     source = resolve(str(path))
-    if source.path.is_dir():
-        found = _folder(source, axis, overrides)
-    elif source.path.suffix == ".safetensors":
-        found = _tensors_file(source, axis, overrides)
-    else:
-        found = _named_format(source.path)
-    if public_base is not None:
-        found = replace(found, public_base=_matched(str(path), public_base, axis, overrides))
+    inspection = _inspect(source, options)
+    if options.public_base is not None:
+        inspection = replace(inspection, public_base=_matches(str(path), str(options.public_base), options))
     if not options.show_plan:
-        return replace(found, plan=None)
-    if found.plan is None:
-        raise PlanError(found.problem or f"a {found.kind} has no plan", where=path, hint="leave out --show-plan")
-    return found
+        return replace(inspection, plan=None)
+    if inspection.plan is None:
+        problem = inspection.problem or f"a {inspection.kind} has no plan"
+        raise PlanError(problem, where=path, hint="leave out --show-plan")
+    return inspection
 
 
-def _matched(path: str, base: str | Path, axis: str | None, overrides: str | Path | None) -> tuple[Match, ...]:
-    """What of a public base fills the masked tensors of a model. Raises InputError."""
-    rules = load_overrides(overrides) if overrides is not None else None
-    return open_base(str(base), open_model(path, axis=axis or "neuron", overrides=rules)).matches
-
-
-def _folder(source: Source, axis: str | None, overrides: str | Path | None) -> Inspection:
-    if (source.path / manifests.PROXY_MANIFEST).is_file():
-        return _proxy(source)
-    if (source.path / manifests.UPDATE_MANIFEST).is_file():
-        return _update(source)
-    return _model(source, axis, overrides)
-
-
-def _tensors_file(source: Source, axis: str | None, overrides: str | Path | None) -> Inspection:
+def _inspect(source: Source, options: InspectOptions) -> Inspection:
     path = source.path
-    if path.name == manifests.VISIBLE_TENSORS:
+    if (path / manifests.PROXY_MANIFEST).is_file():
+        return _proxy(source)
+    if (path / manifests.UPDATE_MANIFEST).is_file():
+        return _update(source)
+    if path.name == manifests.VISIBLE_TENSORS and path.is_file():
         header = read_header(path)
         facts = {"groups": len(header.entries), "meaning": "one bit a unit, set when the proxy shows it"}
-        return Inspection("visible units of a proxy", str(path), facts, _stored(header))
-    if path.name == manifests.UPDATE_TENSORS:
-        return Inspection("tensors of an update", str(path), {}, _stored(read_header(path)))
-    return _model(source, axis, overrides)
+        return Inspection("visible units of a proxy", str(path), facts, TensorTotals.of_file(header))
+    if path.name == manifests.UPDATE_TENSORS and path.is_file():
+        return Inspection("tensors of an update", str(path), contents=TensorTotals.of_file(read_header(path)))
+    if path.is_dir() or path.suffix == ".safetensors":
+        return _model(source, options)
+    return _json_file(path)
 
 
-def _named_format(path: Path) -> Inspection:
-    """A JSON file that says what it is, near its beginning."""
+def _matches(path: str, base: str, options: InspectOptions) -> tuple[Match, ...]:
+    """What of a public base would fill the masked tensors of a model. Raises InputError."""
+    model = open_model(path, axis=options.axis or "neuron", overrides=_plan_rules(options))
+    return open_base(base, model).matches
+
+
+def _plan_rules(options: InspectOptions) -> dict[str, Any] | None:
+    return load_overrides(options.plan_file) if options.plan_file is not None else None
+
+
+def _json_file(path: Path) -> Inspection:
+    """A key or a ledger, which names its format near its start."""
     with path.open("rb") as file:
-        match = _FORMAT.search(file.read(_SNIFFED))
+        match = _FORMAT.search(file.read(_FORMAT_WITHIN))
     kind = match[1].decode() if match else None
     if kind == "key":
         return _key(path)
@@ -172,14 +178,14 @@ def _key(path: Path) -> Inspection:
         "axis": job.axis,
         "plan": job.plan_digest,
         "rules": len(job.overrides.get("rule", [])),
-        **_hiding(job.overrides),
+        **_placement(job.overrides),
         "commitment": job.commitment,
     }
     return Inspection("job key", str(path), facts)
 
 
-def _hiding(overrides: Mapping[str, Any]) -> dict[str, str]:
-    """What a job says about where it hides, and how much; nothing for one that hides everywhere alike."""
+def _placement(overrides: Mapping[str, Any]) -> dict[str, str]:
+    """Where a job hides units, and how many, as far as it does not hide alike everywhere."""
     facts = {name: str(overrides[name]) for name in ("where", "layers") if name in overrides}
     return facts | ({"p1_schedule": schedule_text(overrides["p1"])} if "p1" in overrides else {})
 
@@ -199,7 +205,8 @@ def _update(source: Source) -> Inspection:
     manifest = manifests.read_manifest(source.path, UpdateManifest)
     facts = manifest.model_dump(mode="json", exclude={"format", "files", "losses"})
     facts["losses"] = manifest.losses.model_dump(mode="json")
-    return Inspection("update", source.reference, facts, _stored(read_header(source.path / manifests.UPDATE_TENSORS)))
+    totals = TensorTotals.of_file(read_header(source.path / manifests.UPDATE_TENSORS))
+    return Inspection("update", source.reference, facts, totals)
 
 
 def _proxy(source: Source) -> Inspection:
@@ -207,27 +214,20 @@ def _proxy(source: Source) -> Inspection:
     with Checkpoint.open(source.path) as checkpoint:
         tensors = model_tensors(checkpoint)
         plan = make_plan({name: (t.dtype, t.shape) for name, t in tensors.items()}, checkpoint.config)
-        contents = _contents(tensors, checkpoint.total_bytes)
-    visible = open_visible(source.path, manifest, {name: tensor.shape for name, tensor in tensors.items()})
-    with visible.stored:
-        visible.require_exact()
-        shown = {group: float(visible.flags(group).mean()) for group in manifest.groups}
+        totals = TensorTotals.of_model(tensors, checkpoint.total_bytes)
+    shown = _shown(source.path, manifest, tensors)  # first: it checks the manifest
     rows = [_as_shipped(tensor, tensors[tensor.name], manifest) for tensor in plan.tensors]
-    hidden = sum(
-        math.prod(row.shape) * (1 - float(np.mean([shown[group] for group in manifest.tensors[row.name].groups])))
-        for row in rows
-        if row.masked
-    )
+    hidden = sum(math.prod(row.shape) * (1 - shown[row.name]) for row in rows if row.masked)
     facts = manifest.model_dump(mode="json", exclude={"format", "groups", "tensors", "files"})
     facts |= {"quantization": manifest.quantization, "groups": len(manifest.groups)}
-    facts |= {"hidden": hidden / max(1, contents.parameters)}
-    found = Inspection("proxy", source.reference, facts, contents, plan=tuple(rows))
-    return _with_shares(found, rows, manifest.quantization)
+    facts |= {"hidden": hidden / max(1, totals.parameters)}
+    inspection = Inspection("proxy", source.reference, facts, totals, plan=tuple(rows))
+    return _with_shares(inspection, rows, manifest.quantization)
 
 
-def _as_shipped(tensor: TensorPlan, logical: ModelTensor, manifest: ProxyManifest) -> TensorPlan:
-    """The tensor's row, with what the proxy itself says in place of what the rules would."""
-    quantized = logical.packing is not None or (tensor.quantized and manifest.quantization is not None)
+def _as_shipped(tensor: TensorPlan, stored: ModelTensor, manifest: ProxyManifest) -> TensorPlan:
+    """The row of a tensor, with what the proxy itself says in place of what the rules would."""
+    quantized = stored.packing is not None or (tensor.quantized and manifest.quantization is not None)
     units = manifest.tensors.get(tensor.name)
     if units is None:
         return replace(tensor, masked=False, axis=None, groups=(), units=0, quantized=quantized)
@@ -235,54 +235,65 @@ def _as_shipped(tensor: TensorPlan, logical: ModelTensor, manifest: ProxyManifes
     return replace(tensor, masked=True, axis=units.axis, groups=units.groups, units=size, quantized=quantized)
 
 
-def _model(source: Source, axis: str | None, overrides: str | Path | None) -> Inspection:
+def _shown(folder: Path, manifest: ProxyManifest, tensors: Mapping[str, ModelTensor]) -> dict[str, float]:
+    """The share of its units that a proxy shows, for each masked tensor. Raises FormatError."""
+    visible = open_visible(folder, manifest, {name: tensor.shape for name, tensor in tensors.items()})
+    with visible.stored:
+        visible.require_exact()
+        shares = {group: float(visible.flags(group).mean()) for group in manifest.groups}
+    return {name: float(np.mean([shares[group] for group in units.groups])) for name, units in manifest.tensors.items()}
+
+
+def _model(source: Source, options: InspectOptions) -> Inspection:
     with Checkpoint.open(source.path) as checkpoint:
         has_manifest = checkpoint.manifest is not None
         manifest = manifests.read_manifest(source.path, ModelManifest) if has_manifest else None
         tensors = model_tensors(checkpoint)
-        contents = _contents(tensors, checkpoint.total_bytes)
+        totals = TensorTotals.of_model(tensors, checkpoint.total_bytes)
         config = checkpoint.config
     quantization = manifest.quantization if manifest else None
     kind = ("quantized " if quantization else "") + (manifest.kind.replace("-", " ") if manifest else "global model")
     facts: dict[str, Any] = {"architecture": (config or {}).get("architectures"), "revision": source.revision}
     if manifest is not None:
-        facts |= _from_manifest(manifest, tensors)
-    found = Inspection(kind, source.reference, {k: v for k, v in facts.items() if v is not None}, contents)
+        facts |= _manifest_facts(manifest, tensors)
+    facts = {name: value for name, value in facts.items() if value is not None}
+    inspection = Inspection(kind, source.reference, facts, totals)
     try:
-        plan = _plan(tensors, config, manifest, axis, overrides)
+        plan = _plan(tensors, config, manifest, options)
     except PlanError as error:
-        return replace(found, problem=str(error))
-    found = replace(found, plan=plan.tensors, unknown=tuple(tensor.name for tensor in plan.unknown))
-    if quantization is None:
-        found = replace(found, presumed=_USUAL)
-    return _with_shares(found, plan.tensors, quantization or _USUAL)
+        return replace(inspection, problem=str(error))
+    inspection = replace(
+        inspection,
+        plan=plan.tensors,
+        unknown=tuple(tensor.name for tensor in plan.unknown),
+        presumed=_DEFAULT_QUANTIZATION if quantization is None else None,
+    )
+    return _with_shares(inspection, plan.tensors, quantization or _DEFAULT_QUANTIZATION)
 
 
 def _plan(
-    tensors: dict[str, ModelTensor],
+    tensors: Mapping[str, ModelTensor],
     config: dict[str, Any] | None,
     manifest: ModelManifest | None,
-    axis: str | None,
-    overrides: str | Path | None,
+    options: InspectOptions,
 ) -> Plan:
-    """The plan of the manifest for a model that was masked, else that of the rules and the user's wishes."""
+    """The plan by which a model was masked, or the one by which it would be."""
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-    if manifest is not None and manifest.kind != "global-model":
-        plan = make_plan(shapes, config, axis=manifest.axis, overrides=manifest.overrides)
-        return replace(plan, tensors=tuple(_with_ratio(tensor, manifest.p1) for tensor in plan.tensors))
-    rules = load_overrides(overrides) if overrides is not None else None
-    return make_plan(shapes, config, axis=axis or "neuron", overrides=rules)
+    if manifest is None or manifest.kind == "global-model":
+        return make_plan(shapes, config, axis=options.axis or "neuron", overrides=_plan_rules(options))
+    plan = make_plan(shapes, config, axis=manifest.axis, overrides=manifest.overrides)
+    return replace(plan, tensors=tuple(_with_ratio(tensor, manifest.p1) for tensor in plan.tensors))
 
 
 def _with_ratio(tensor: TensorPlan, p1: float) -> TensorPlan:
     return replace(tensor, p1=p1) if tensor.masked and tensor.p1 is None else tensor
 
 
-def _from_manifest(manifest: ModelManifest, tensors: dict[str, ModelTensor]) -> dict[str, Any]:
+def _manifest_facts(manifest: ModelManifest, tensors: Mapping[str, ModelTensor]) -> dict[str, Any]:
     facts = manifest.model_dump(
         mode="json", exclude={"format", "kind", "groups", "tensors", "overrides", "quantization"}
     )
-    facts |= _hiding(manifest.overrides)
+    facts |= _placement(manifest.overrides)
     facts["quantization"] = manifest.quantization
     if manifest.groups:
         hidden = sum(
@@ -291,34 +302,39 @@ def _from_manifest(manifest: ModelManifest, tensors: dict[str, ModelTensor]) -> 
             if (units := manifest.tensors.get(name)) is not None
         )
         facts["groups"] = len(manifest.groups)
-        word = "hidden" if manifest.kind == "server-model" else "hidden_by_server"
-        facts[word] = hidden / max(1, sum(math.prod(tensor.shape) for tensor in tensors.values()))
+        name = "hidden" if manifest.kind == "server-model" else "hidden_by_server"
+        facts[name] = hidden / max(1, _parameters(tensors.values()))
     return facts
 
 
-def _with_shares(found: Inspection, rows: Sequence[TensorPlan], how: Quantization | None) -> Inspection:
-    clear = [row for row in rows if not row.masked and not (row.quantized and how is not None)]
-    total = max(1, sum(math.prod(row.shape) for row in rows))
-    return replace(found, shares=clear_shares(rows, how), clear=_collapsed(clear, total))
+def _with_shares(inspection: Inspection, rows: Sequence[TensorPlan], quantization: Quantization | None) -> Inspection:
+    clear = [row for row in rows if not row.masked and not (row.quantized and quantization is not None)]
+    return replace(
+        inspection, shares=clear_shares(rows, quantization), clear=_by_layer(clear, max(1, _parameters(rows)))
+    )
 
 
-def _collapsed(rows: Iterable[TensorPlan], total: int) -> tuple[ClearTensors, ...]:
-    """Tensors that differ only in layer numbers, counted together; the largest first."""
-    alike: dict[tuple[str, str], list[int]] = {}
+def _by_layer(rows: Iterable[TensorPlan], total: int) -> tuple[ClearTensors, ...]:
+    """Tensors, those that differ only in layer numbers counted together; the largest first."""
+    sizes: dict[tuple[str, str], list[int]] = {}
     for row in rows:
-        alike.setdefault((_NUMBERED.sub("*", row.name), row.role), []).append(math.prod(row.shape))
-    listed = [
-        ClearTensors(name, role, len(sizes), sum(sizes), sum(sizes) / total) for (name, role), sizes in alike.items()
-    ]
-    return tuple(sorted(listed, key=lambda each: (-each.parameters, each.name)))
+        sizes.setdefault((_LAYER_NUMBER.sub("*", row.name), row.role), []).append(math.prod(row.shape))
+    listed = [ClearTensors(*key, len(alike), sum(alike), sum(alike) / total) for key, alike in sizes.items()]
+    return tuple(sorted(listed, key=lambda tensors: (-tensors.parameters, tensors.name)))
 
 
-def _contents(tensors: dict[str, ModelTensor], stored: int) -> Contents:
-    parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
-    return Contents(len(tensors), parameters, stored, tuple(sorted({tensor.dtype for tensor in tensors.values()})))
+class _Tensor(Protocol):
+    """What tensors of headers, models and plans have in common."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
-def _stored(header: Header) -> Contents:
-    entries = header.entries.values()
-    elements = sum(math.prod(entry.shape) for entry in entries)
-    return Contents(len(entries), elements, sum(e.nbytes for e in entries), tuple(sorted({e.dtype for e in entries})))
+def _parameters(tensors: Iterable[_Tensor]) -> int:
+    return sum(math.prod(tensor.shape) for tensor in tensors)
+
+
+def _dtypes(tensors: Iterable[_Tensor]) -> tuple[str, ...]:
+    return tuple(sorted({tensor.dtype for tensor in tensors}))

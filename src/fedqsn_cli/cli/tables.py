@@ -9,7 +9,7 @@ from fedqsn_cli import console, text
 from fedqsn_cli.artifacts.manifests import Quantization
 
 if TYPE_CHECKING:
-    from fedqsn_cli.inspection import Contents
+    from fedqsn_cli.inspection import TensorTotals
     from fedqsn_cli.training.scoring import Evaluation
 
 _SHIPS = {
@@ -40,13 +40,13 @@ def public_base(counts: Mapping[str, int] | None) -> str | None:
     return None if counts is None else summary(counts)
 
 
-def contents(contents: Contents) -> list[tuple[str, object]]:
+def contents(totals: TensorTotals) -> list[tuple[str, object]]:
     """What an artifact holds, in numbers."""
-    kinds = ", ".join(contents.dtypes)
+    kinds = ", ".join(totals.dtypes)
     return [
-        ("tensors", f"{text.number(contents.tensors)} ({kinds})"),
-        ("parameters", text.number(contents.parameters)),
-        ("size", text.size(contents.bytes)),
+        ("tensors", f"{text.number(totals.tensors)} ({kinds})"),
+        ("parameters", text.number(totals.parameters)),
+        ("size", text.size(totals.bytes)),
     ]
 
 
