@@ -25,7 +25,7 @@ from fedqsn_cli.kernels.hash_threads import HashThreads
 from fedqsn_cli.kernels.read_ahead import read_ahead
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.merging import arithmetic
-from fedqsn_cli.merging.read_update import ClientUpdate, Rows, UpdateReader
+from fedqsn_cli.merging.read_update import ClientUpdate, UpdateReader, UpdateSlice
 from fedqsn_cli.models.digest import ModelHash
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.residual import Residual
@@ -101,9 +101,9 @@ def write_chunks(chunks: Iterable[ModelChunk], sink: Sink, residual_sink: Sink |
 
 @dataclass(frozen=True, slots=True)
 class UpdateChunk:
-    """The elements of one update that belong to a chunk of the model, as stored bits [rows.count]."""
+    """The elements of one update that belong to a chunk of the model, as stored bits [part.count]."""
 
-    rows: Rows
+    part: UpdateSlice
     values: Array
 
 
@@ -209,8 +209,8 @@ class MergePass:
         chunk_sum.move(self._rate, float(self.examples) if self._options.normalize == "clients" else None)
 
 
-def _read_update(reader: UpdateReader, name: str, rows: Rows) -> UpdateChunk:
-    return UpdateChunk(rows, reader.read(name, rows))
+def _read_update(reader: UpdateReader, name: str, part: UpdateSlice) -> UpdateChunk:
+    return UpdateChunk(part, reader.read(name, part))
 
 
 def _visible(chunk: ModelChunk, *, copy: bool) -> Array:
@@ -254,7 +254,7 @@ class ChunkSum:
         update, tensor = reader.update, self._chunk.task.plan
         weight = update.examples / update.scale(tensor)
         self._accumulate(self._total, reader, piece, weight)
-        self._examples[piece.rows.index if update.axis(tensor) else slice(None)] += update.examples
+        self._examples[piece.part.index if update.axis(tensor) else slice(None)] += update.examples
 
     def subtract(self, reader: UpdateReader, piece: UpdateChunk, weight: float) -> None:
         """Take `weight` times the control's Δ off every client's: times the examples of those who saw the unit."""
@@ -264,8 +264,8 @@ class ChunkSum:
 
     def _accumulate(self, total: Doubles, reader: UpdateReader, piece: UpdateChunk, weight: float) -> None:
         update, tensor = reader.update, self._chunk.task.plan
-        reader.hash(tensor.name, piece.rows, piece.values)
-        squares = arithmetic.add(total, piece.values, update.dtype, piece.rows.index, update.axis(tensor), weight)
+        reader.hash(tensor.name, piece.part, piece.values)
+        squares = arithmetic.add(total, piece.values, update.dtype, piece.part.index, update.axis(tensor), weight)
         reader.measure(tensor, squares)
 
     @property

@@ -79,6 +79,27 @@ def merge(
     return result
 
 
+def _check_updates(updates: Sequence[str | Path], options: MergeOptions) -> None:
+    """Refuse missing or superfluous updates, and a report path that cannot be written. Raises InputError."""
+    if options.restore is not None and updates:
+        raise InputError("a restore takes no updates", where="--restore", hint="merge them first")
+    if options.restore is None and not updates:
+        raise InputError("no update was given", hint="name the update directories, or end the job with --restore")
+    if options.report is not None and not Path(options.report).absolute().parent.is_dir():
+        raise InputError("there is no such folder", where=Path(options.report).parent, hint="make it first")
+    if options.report is not None and Path(options.report).is_dir():
+        raise InputError("is a directory", where=options.report, hint="name a file")
+
+
+def _development(options: MergeOptions) -> DevelopmentSet | None:
+    """The owner's data, read before anything else is; None where nothing is searched for."""
+    if options.eval_data is None:
+        return None
+    from fedqsn_cli.merging.interpolate import DevelopmentSet
+
+    return DevelopmentSet.of(options.eval_data, options.batch_size, options.max_length, options.device)
+
+
 def merge_updates(
     source: str | Path,
     updates: Sequence[str | Path],
@@ -122,30 +143,9 @@ def merge_updates(
     )
 
 
-def _check_updates(updates: Sequence[str | Path], options: MergeOptions) -> None:
-    """Refuse missing or superfluous updates, and a report path that cannot be written. Raises InputError."""
-    if options.restore is not None and updates:
-        raise InputError("a restore takes no updates", where="--restore", hint="merge them first")
-    if options.restore is None and not updates:
-        raise InputError("no update was given", hint="name the update directories, or end the job with --restore")
-    if options.report is not None and not Path(options.report).absolute().parent.is_dir():
-        raise InputError("there is no such folder", where=Path(options.report).parent, hint="make it first")
-    if options.report is not None and Path(options.report).is_dir():
-        raise InputError("is a directory", where=options.report, hint="name a file")
-
-
-def _development(options: MergeOptions) -> DevelopmentSet | None:
-    """The owner's data, read before anything else is; None where nothing is searched for."""
-    if options.eval_data is None:
-        return None
-    from fedqsn_cli.merging.interpolate import DevelopmentSet
-
-    return DevelopmentSet.of(options.eval_data, options.batch_size, options.max_length, options.device)
-
-
 @dataclass(frozen=True, slots=True)
 class MergeRun:
-    """A model and what is merged into it. A search for η goes through all of it once more than writing alone."""
+    """A model and what is merged into it. A search for η needs one more pass over all of it."""
 
     model: OpenModel
     tasks: Sequence[TensorTask]
