@@ -23,6 +23,7 @@ from fedqsn_cli.export import pipeline, proxy, server_model
 from fedqsn_cli.kernels import threads
 from fedqsn_cli.merging import chunks, restore
 from fedqsn_cli.models import residual
+from fedqsn_cli.quantization.layout import TensorLayout, row_chunks
 from support.helpers import (
     contents,
     environment,
@@ -67,12 +68,25 @@ def forget_threads() -> None:
     threads._pool.cache_clear()
 
 
-def test_i4_the_patches_of_this_file_reach_what_they_patch() -> None:
+def test_i4_the_patches_of_this_file_reach_what_they_patch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached: dict[str, set[int]] = {}
+
+    def spy(name: str, layout: TensorLayout, block: int, elements: int) -> Iterator[tuple[int, int]]:
+        reached.setdefault(name, set()).add(elements)
+        return row_chunks(layout, block, elements)
+
+    for module in (pipeline, chunks, restore, residual):
+        monkeypatch.setattr(module, "row_chunks", partial(spy, module.__name__.rpartition(".")[2]))
+    place = Place(World("llama", "BF16", 32, 48, 1, "neuron", "nf4", "bnb", 64, False, "zero", 0.3, 0.2), folder)
+    make_model(place.model, "llama", dtype="BF16")
     with chunks_of(7), threads_of(5):
-        assert chunks.MergePass.chunks.__globals__["CHUNK_ELEMENTS"] == 7
-        for command in (proxy.export_proxy, server_model.mask, server_model.quantize):
-            assert command.__globals__["run"].keywords == {"chunk_elements": 7}
         assert threads.thread_count() == 5
+        place.quantized(place.server(place.model, "server"), "packed")
+        update = send(place.export(place.model, "proxies") / "ann", folder / "update", noise(1))
+        merge(str(place.model), [update], folder / "next", key=place.key, ledger=folder / "ledger.jsonl")
+        trained = place.server(folder / "next", "trained")
+        merge(str(place.model), [], folder / "whole", key=place.key, restore=str(trained))
+    assert reached == {"pipeline": {7}, "chunks": {7}, "restore": {7}, "residual": {7}}
 
 
 @few(40)

@@ -19,9 +19,9 @@ from fedqsn_cli.quantization.kernels import narrowed, widened
 Array = NDArray[Any]
 Doubles = NDArray[np.float64]
 
-PIECE = 1024  # values that go through each step together: they stay in the first cache
-RUN = 16384  # values of a tensor without rows of its own that are summed together
-GRAIN = 1 << 16  # values that are worth a thread
+PIECE = 1024  # values that go through each step together: all arrays of a piece fit in L1
+RUN = 16384  # values of a part, where the parts are not rows
+GRAIN = 1 << 16  # minimum number of values for a thread
 
 FLAT, ROWS, COLUMNS, ELEMENTS = 0, 1, 2, 3
 MODES = {None: FLAT, "row": ROWS, "column": COLUMNS, "element": ELEMENTS}
@@ -80,17 +80,17 @@ def _add(
             inside = at - first
             if mode == COLUMNS:
                 line = total[part * cols : (part + 1) * cols]
-                _scatter(values[:count], line, index[inside : inside + count], coefficient, sums)
+                _add_scattered(values[:count], line, index[inside : inside + count], coefficient, sums)
             elif mode == ELEMENTS:
-                _scatter(values[:count], total, index[at : at + count], coefficient, sums)
+                _add_scattered(values[:count], total, index[at : at + count], coefficient, sums)
             else:
                 begin = (index[part] * cols if mode == ROWS else first) + inside
-                _run(values[:count], total[begin : begin + count], coefficient, sums)
-        squares[part] = _folded(sums)
+                _add_run(values[:count], total[begin : begin + count], coefficient, sums)
+        squares[part] = _fold(sums)
 
 
 @kernel
-def _run(values: Any, total: Any, coefficient: float, sums: Any) -> None:
+def _add_run(values: Any, total: Any, coefficient: float, sums: Any) -> None:
     for i in range(values.size):
         x = np.float64(values[i])
         total[i] += coefficient * x
@@ -98,7 +98,7 @@ def _run(values: Any, total: Any, coefficient: float, sums: Any) -> None:
 
 
 @kernel
-def _scatter(values: Any, total: Any, index: Any, coefficient: float, sums: Any) -> None:
+def _add_scattered(values: Any, total: Any, index: Any, coefficient: float, sums: Any) -> None:
     for i in range(values.size):
         x = np.float64(values[i])
         total[index[i]] += coefficient * x
@@ -106,7 +106,7 @@ def _scatter(values: Any, total: Any, index: Any, coefficient: float, sums: Any)
 
 
 @kernel
-def _folded(sums: Any) -> float:
+def _fold(sums: Any) -> float:
     """Sum of PIECE numbers, in an order that vectorises."""
     half = PIECE // 2
     while half:
@@ -119,7 +119,7 @@ def _folded(sums: Any) -> float:
 def subtract(total: Doubles, drift: Doubles, weights: Array, axis: UnitAxis | None, coefficient: float) -> None:
     """total -= coefficient * weights * drift, unit by unit; `drift` holds that product afterwards.
 
-    Where a weight is 0, nobody saw the unit and its sum stays what it is.
+    Where a weight is 0, no client saw the unit, and its sum stays as it is.
 
     Args:
         total, drift: [rows, cols]. weights: as for `step`.
@@ -151,14 +151,14 @@ def step(
     """
     rows, cols = total.shape
     bits, kind = as_bits(w, dtype)
-    rest = np.zeros(0, np.uint16) if residual is None else residual.reshape(-1)
+    kept = np.zeros(0, np.uint16) if residual is None else residual.reshape(-1)
     mode = ELEMENTS if axis == "row" and cols == 1 else MODES[axis]
     width = cols if mode in {ROWS, COLUMNS} else RUN
     parts = -(-total.size // max(width, 1))
     bad = np.zeros(parts, np.int64)
 
     def work(start: int, stop: int) -> None:
-        _step(bits, rest, kind, total.reshape(-1), weights, mode, width, start, stop, rate, bad)
+        _step(bits, kept, kind, total.reshape(-1), weights, mode, width, start, stop, rate, bad)
 
     run_ranges(parts, max(1, GRAIN // max(width, 1)), work)
     return int(bad.sum())
@@ -178,7 +178,7 @@ def _step(
     rate: float,
     bad: Any,
 ) -> None:
-    """Parts start .. stop of the tensor, `width` values each; how many of each part went wrong."""
+    """Parts start .. stop of the tensor, `width` values each; `bad` counts those of each part that are not finite."""
     old, wide = np.empty(PIECE, np.uint32), np.empty(PIECE, np.uint32)
     new, rounded = np.empty(PIECE, np.uint32), np.empty(PIECE, w.dtype)
     old_values, new_values = old.view(np.float32), new.view(np.float32)
@@ -196,31 +196,31 @@ def _step(
                 _divisors(weights[at - first : at - first + count], divisors)
             elif mode == ELEMENTS:
                 _divisors(weights[at : at + count], divisors)
-            target, rest = w[at : at + count], residual[at : at + count]
+            target, kept = w[at : at + count], residual[at : at + count]
             widen(target, kind, old)
-            _move(old_values, rest, total[at : at + count], divisors, rate, moves, new_values, moved)
+            _move(old_values, kept, total[at : at + count], divisors, rate, moves, new_values, moved)
             narrow(new, kind, rounded[:count])
             widen(rounded[:count], kind, wide)
-            bad[part] += _keep(target, rest, rounded, new_values, wide, wide.view(np.float32), moved)
+            bad[part] += _store(target, kept, rounded, new_values, wide, wide.view(np.float32), moved)
 
 
 @kernel
 def _divisors(weights: Any, divisors: Any) -> None:
-    """The weights, and infinity for 0: what nobody saw does not move."""
+    """The weights, and infinity for 0: units that no client saw do not move."""
     for i in range(weights.size):
         divisors[i] = weights[i] if weights[i] != 0.0 else np.inf
 
 
 @kernel
-def _move(old: Any, rest: Any, total: Any, divisors: Any, rate: float, moves: Any, new: Any, moved: Any) -> None:
-    """new = old + rest + rate * total / divisor; `moved` is all ones, but the sign, where the sum is not just zero."""
+def _move(old: Any, residual: Any, total: Any, divisors: Any, rate: float, moves: Any, new: Any, moved: Any) -> None:
+    """new = old + residual + rate * total / divisor; `moved` is all ones, but the sign, where the step is not zero."""
     for i in range(total.size):
         moves[i] = rate * total[i] / divisors[i]
     for i in range(total.size):
         moved[i] = MAGNITUDE if moves[i] != 0.0 else np.uint32(0)
-    if rest.size:
+    if residual.size:
         for i in range(total.size):
-            kept = to_float(np.uint32(rest[i]) << np.uint32(16))
+            kept = to_float(np.uint32(residual[i]) << np.uint32(16))
             new[i] = np.float32(np.float64(old[i]) + np.float64(kept) + moves[i])
     else:
         for i in range(total.size):
@@ -228,16 +228,20 @@ def _move(old: Any, rest: Any, total: Any, divisors: Any, rate: float, moves: An
 
 
 @kernel
-def _keep(w: Any, rest: Any, rounded: Any, new: Any, wide: Any, stored: Any, moved: Any) -> int:
-    """Store what moved, and what rounding dropped; how many are not finite? `stored` are the values of bits `wide`."""
+def _store(w: Any, residual: Any, rounded: Any, new: Any, wide: Any, stored: Any, moved: Any) -> int:
+    """Store what moved, and what rounding dropped, in place; `stored` are the values of bits `wide`.
+
+    Returns:
+        How many moved values are not finite.
+    """
     bad = 0
     for i in range(w.size):
         w[i] = rounded[i] if moved[i] else w[i]
     for i in range(w.size):
         bad += int((wide[i] & moved[i]) >= INFINITY)
-    for i in range(rest.size):
+    for i in range(residual.size):
         dropped = narrow_brain(to_bits(new[i] - stored[i]))
-        rest[i] = dropped if moved[i] else rest[i]
+        residual[i] = dropped if moved[i] else residual[i]
     return bad
 
 
@@ -264,7 +268,7 @@ def _squares(x: Any, kind: int, start: int, stop: int, squares: Any) -> None:
             widen(x[at : at + count], kind, bits)
             for i in range(count):
                 sums[i] += np.float64(values[i]) * np.float64(values[i])
-        squares[part] = _folded(sums)
+        squares[part] = _fold(sums)
 
 
 def mix(a: Array, x: float, b: Array, y: float, dtype: str) -> Array:
@@ -275,7 +279,7 @@ def mix(a: Array, x: float, b: Array, y: float, dtype: str) -> Array:
     return narrowed(result, dtype).reshape(a.shape)
 
 
-def moved(fill: Array, blend: float, full: Array, base: Array, dtype: str) -> Array:
+def add_difference(fill: Array, blend: float, full: Array, base: Array, dtype: str) -> Array:
     """fill + blend * (full - base) of stored floats, in double precision, rounded to fp32 and then to the dtype.
 
     With blend 1, `full` itself where the fill is still the base, to the sign of a zero.
@@ -283,7 +287,7 @@ def moved(fill: Array, blend: float, full: Array, base: Array, dtype: str) -> Ar
     now, end, start = (widened(part, dtype).astype(np.float64) for part in (fill, full, base))
     with np.errstate(invalid="ignore", over="ignore"):
         result = (now + blend * (end - start)).astype(np.float32)
-    made = narrowed(result, dtype).reshape(fill.shape)
+    bits = narrowed(result, dtype).reshape(fill.shape)
     if blend < 1:
-        return made
-    return np.where(fill.view(made.dtype) == base.view(made.dtype), full.view(made.dtype), made)
+        return bits
+    return np.where(fill.view(bits.dtype) == base.view(bits.dtype), full.view(bits.dtype), bits)

@@ -1,7 +1,7 @@
 """The pass of a merge: one chunk of the model, then the same rows of every update, then those of a control update.
 
     for chunk in merge_pass.chunks():      read ahead in threads; summed, moved and hashed here, in order
-        sink.write(...)                    stored bits: to files on their way to the disk, or to tensors in memory
+        chunk.write_to(sink, residual)     stored bits: to files that writer threads store, or to tensors in memory
 
 Memory holds one chunk, its sum and a few chunks read ahead, however many clients there are.
 """
@@ -9,7 +9,7 @@ Memory holds one chunk, its sum and a few chunks read ahead, however many client
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -25,12 +25,13 @@ from fedqsn_cli.kernels.hash_threads import HashThreads
 from fedqsn_cli.kernels.read_ahead import read_ahead
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.merging import arithmetic
-from fedqsn_cli.merging.read_update import ClientUpdate, Rows, UpdateReader
+from fedqsn_cli.merging.read_update import ClientUpdate, UpdateReader, UpdateSlice
 from fedqsn_cli.models.digest import ModelHash
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.residual import Residual
 from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.options import MergeOptions
+from fedqsn_cli.progress import Progress
 from fedqsn_cli.quantization.layout import row_chunks
 
 CHUNK_ELEMENTS = 1 << 20  # its double-precision sum takes 8 MiB
@@ -83,18 +84,26 @@ class ModelChunk:
     residual: Array | None
 
     def write_to(self, sink: Sink, residual_sink: Sink | None) -> None:
-        """Write the rows where they belong."""
+        """Write the rows, and their residual if there is a sink for it."""
         offset = self.first * self.task.layout.view[2]
         sink.write(self.task.name, offset * self.values.itemsize, self.values)
         if residual_sink is not None and self.residual is not None:
             residual_sink.write(self.task.name, offset * self.residual.itemsize, self.residual)
 
 
+def write_chunks(chunks: Iterable[ModelChunk], sink: Sink, residual_sink: Sink | None, progress: Progress) -> None:
+    """Write all chunks of a model where they belong, and tell of the bytes."""
+    for chunk in chunks:
+        chunk.write_to(sink, residual_sink)
+        progress.advance(chunk.values.nbytes)
+    progress.finish()
+
+
 @dataclass(frozen=True, slots=True)
 class UpdateChunk:
-    """The elements of one update that belong to a chunk of the model, as stored bits [rows.count]."""
+    """The elements of one update that belong to a chunk of the model, as stored bits [part.count]."""
 
-    rows: Rows
+    part: UpdateSlice
     values: Array
 
 
@@ -138,7 +147,7 @@ class MergePass:
         """Of all updates, the control last."""
         return [*self.clients, *([self.control] if self.control else [])]
 
-    def chunks(self) -> Iterator[ModelChunk]:
+    def chunks(self) -> Generator[ModelChunk, None, None]:
         """The chunks of the merged model, in order.
 
         Raises:
@@ -147,17 +156,9 @@ class MergePass:
         """
         with ThreadPoolExecutor(READERS) as threads:
             pieces: Iterator[Any] = read_ahead(threads, self._reads(), depth=2 * READERS)
-            for task in self._tasks:
-                for _ in row_chunks(task.layout, 1, CHUNK_ELEMENTS):
-                    chunk: ModelChunk = next(pieces)
-                    visible = _visible(chunk, copy=True)  # the rows themselves will move while these are hashed
-                    self._before.update(task.name, visible)
-                    if task.tensor.is_float:
-                        self.squares += arithmetic.sum_of_squares(visible, task.tensor.dtype)
-                        self._merge(chunk, pieces)
-                    if self._after is not None:
-                        self._after.update(task.name, _visible(chunk, copy=False))
-                    yield chunk
+            for chunk in pieces:  # the model's rows; those of every update follow, and `_merge` takes them
+                self._merge(chunk, pieces)
+                yield chunk
 
     def digest_before(self) -> str:
         """Content digest of the model that was read."""
@@ -187,7 +188,18 @@ class MergePass:
         return ModelChunk(task, first, rows, values, residual)
 
     def _merge(self, chunk: ModelChunk, pieces: Iterator[UpdateChunk]) -> None:
-        """Move the rows of a chunk in place: the next pieces are those of every update."""
+        """Move a chunk in place, and hash it before and after; the next pieces are the same rows of every update."""
+        task = chunk.task
+        visible = _visible(chunk, copy=True)  # the rows themselves will move while these are hashed
+        self._before.update(task.name, visible)
+        if task.tensor.is_float:
+            self.squares += arithmetic.sum_of_squares(visible, task.tensor.dtype)
+            self._step(chunk, pieces)
+        if self._after is not None:
+            self._after.update(task.name, _visible(chunk, copy=False))
+
+    def _step(self, chunk: ModelChunk, pieces: Iterator[UpdateChunk]) -> None:
+        """W' = W + η Δ: begin a sum, add every update, take the control off, move the rows."""
         chunk_sum = ChunkSum(chunk, self._scratch)
         for reader in self.clients:
             chunk_sum.add(reader, next(pieces))
@@ -197,8 +209,8 @@ class MergePass:
         chunk_sum.move(self._rate, float(self.examples) if self._options.normalize == "clients" else None)
 
 
-def _read_update(reader: UpdateReader, name: str, rows: Rows) -> UpdateChunk:
-    return UpdateChunk(rows, reader.read(name, rows))
+def _read_update(reader: UpdateReader, name: str, part: UpdateSlice) -> UpdateChunk:
+    return UpdateChunk(part, reader.read(name, part))
 
 
 def _visible(chunk: ModelChunk, *, copy: bool) -> Array:
@@ -242,7 +254,7 @@ class ChunkSum:
         update, tensor = reader.update, self._chunk.task.plan
         weight = update.examples / update.scale(tensor)
         self._accumulate(self._total, reader, piece, weight)
-        self._examples[piece.rows.index if update.axis(tensor) else slice(None)] += update.examples
+        self._examples[piece.part.index if update.axis(tensor) else slice(None)] += update.examples
 
     def subtract(self, reader: UpdateReader, piece: UpdateChunk, weight: float) -> None:
         """Take `weight` times the control's Δ off every client's: times the examples of those who saw the unit."""
@@ -252,8 +264,8 @@ class ChunkSum:
 
     def _accumulate(self, total: Doubles, reader: UpdateReader, piece: UpdateChunk, weight: float) -> None:
         update, tensor = reader.update, self._chunk.task.plan
-        reader.hash(tensor.name, piece.rows, piece.values)
-        squares = arithmetic.add(total, piece.values, update.dtype, piece.rows.index, update.axis(tensor), weight)
+        reader.hash(tensor.name, piece.part, piece.values)
+        squares = arithmetic.add(total, piece.values, update.dtype, piece.part.index, update.axis(tensor), weight)
         reader.measure(tensor, squares)
 
     @property

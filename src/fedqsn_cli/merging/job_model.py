@@ -1,24 +1,31 @@
-"""A model that belongs to the job of a key, and its manifest."""
+"""What merge and restore share: a model that belongs to the job of a key, and the files of the model that they make."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from fedqsn_cli.artifacts.manifests import ModelManifest, SourceRecord
+from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, ModelManifest, SourceRecord, manifest_bytes
+from fedqsn_cli.checkpoint import ArtifactWriter, TensorSink
 from fedqsn_cli.errors import InputError, KeyFileError
+from fedqsn_cli.export.companions import copy_companions
+from fedqsn_cli.export.outputs import tensor_specs
 from fedqsn_cli.masks import job_key
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.models.model import OpenModel, open_model
+from fedqsn_cli.models.residual import residual_sink
+from fedqsn_cli.models.tensor_task import TensorTask
 
 
-def open_job_model(source: str, key: str | Path) -> tuple[JobKey, OpenModel]:
+def open_job_model(source: str | Path, key: str | Path) -> tuple[JobKey, OpenModel]:
     """Open a dense model that belongs to the job of a key.
 
     Raises:
         InputError: it is quantized, carries a client mask, or belongs to another job.
     """
     job = job_key.load(key)
-    model = open_model(source, axis=job.axis, overrides=job.overrides)
+    model = open_model(str(source), axis=job.axis, overrides=job.overrides)
     if model.is_quantized or model.kind == "masked-model":
         raise InputError("this model is on its way to a proxy", where=source, hint="give the global or server model")
     if model.plan.digest != job.plan_digest:
@@ -28,8 +35,42 @@ def open_job_model(source: str, key: str | Path) -> tuple[JobKey, OpenModel]:
     return job, model
 
 
-def merged_manifest(model: OpenModel, job: JobKey, digest: str | None, kind: str | None = None) -> ModelManifest:
-    """`fedqsn.json` of a merged or restored model."""
-    if model.manifest is not None and model.kind == "server-model" and kind is None:
-        return model.manifest.model_copy(update={"model_digest": digest, "source": SourceRecord.of(model.source)})
-    return ModelManifest.of(model.plan, model.source, job=job.commitment, p1=job.p1)
+@contextmanager
+def model_sinks(
+    writer: ArtifactWriter, model: OpenModel, tasks: Sequence[TensorTask], max_shard_bytes: int, *, with_residual: bool
+) -> Iterator[tuple[TensorSink, TensorSink | None]]:
+    """The sink for the weights of a merged or restored model, and that for its residual; both end with the block.
+
+    Args:
+        model: whose tensors, and metadata of files, the new one has. tasks: its tensors, in the order of writing.
+        with_residual: whether a residual is written at all; a model without 16-bit floats has none.
+    """
+    weights = writer.tensors(
+        "model", tensor_specs(tasks, None), max_shard_bytes=max_shard_bytes, metadata=model.checkpoint.metadata
+    )
+    residual = residual_sink(writer, model.plan.tensors, None) if with_residual else None
+    yield weights, residual
+    weights.close()
+    if residual is not None:
+        residual.close()
+
+
+def publish(writer: ArtifactWriter, model: OpenModel, manifest: ModelManifest) -> str:
+    """Add the companions of `model` and `fedqsn.json`, and give the new model its path, which is returned."""
+    copy_companions(model, writer)
+    writer.add_bytes(MODEL_MANIFEST, manifest_bytes(manifest))
+    return str(writer.publish())
+
+
+def merged_manifest(
+    model: OpenModel, job: JobKey, digest: str | None = None, *, trained_fill: bool = False
+) -> ModelManifest:
+    """`fedqsn.json` of what a model is merged or restored to; a server model stays one.
+
+    Args:
+        digest: of the new server model. trained_fill: whether clients trained the fill of its hidden units.
+    """
+    if model.manifest is None or model.kind != "server-model":
+        return ModelManifest.of(model.plan, model.source, job=job.commitment, p1=job.p1)
+    facts = {"model_digest": digest, "source": SourceRecord.of(model.source)}
+    return model.manifest.model_copy(update=facts | ({"trained_fill": True} if trained_fill else {}))

@@ -1,7 +1,7 @@
-"""Looking for the best number on a line: a coarse grid, then halves of the gaps around the best.
+"""Search for the best number on a line: a coarse grid, then halves of the gaps around the best.
 
-Nothing is drawn and nothing is fitted: equal losses give equal values, and every value is a short binary fraction that
-can be typed again.
+Nothing is random and nothing is fitted: equal losses give equal values, and every value is a short binary fraction, so
+that it can be given as a number in the next run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Option = Literal["--blend", "--server-lr"]
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """The model at one value, on the owner's development data; infinite loss where its answers are not numbers."""
+    """The model at one value, on the owner's development data; infinite loss where its outputs are not numbers."""
 
     value: float
     loss: float
@@ -32,12 +32,12 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """What was tried and what was chosen.
+    """The values that were tried and the one that was chosen.
 
     Args:
-        option: whose value was looked for.
-        examples: how many the losses were measured on.
-        chosen: the value that was taken. curve: everything that was tried, by value.
+        option: the option that was auto.
+        examples: number of examples that the losses were measured on.
+        chosen: the value with the lowest loss. curve: all values that were tried, in ascending order.
     """
 
     option: Option
@@ -61,14 +61,14 @@ def explore(measure: Measure, grid: Sequence[float], progress: Progress, extra: 
         points.append(measure(value))
         progress.advance(1, best=best(points).loss)
     for _ in range(extra):
-        points.append(measure(_between(sorted(points, key=_value))))
+        points.append(measure(_next_value(sorted(points, key=_value))))
         progress.advance(1, best=best(points).loss)
     progress.finish()
     return tuple(sorted(points, key=_value))
 
 
 def best(points: Sequence[Point]) -> Point:
-    """The lowest loss; of equal ones the value nearest to 1, which is what nobody asks for by name."""
+    """The lowest loss; of equal ones the value nearest to 1, the default."""
     return min(points, key=lambda point: (point.loss, abs(point.value - 1.0), point.value))
 
 
@@ -76,10 +76,10 @@ def _value(point: Point) -> float:
     return point.value
 
 
-def _between(ordered: Sequence[Point]) -> float:
+def _next_value(ordered: Sequence[Point]) -> float:
     """The middle of the wider gap beside the best point; of equal gaps the one on the better neighbour's side."""
-    place = ordered.index(best(ordered))
-    gaps = [(ordered[i], ordered[i + 1]) for i in (place - 1, place) if 0 <= i < len(ordered) - 1]
+    lowest = ordered.index(best(ordered))
+    gaps = [(ordered[i], ordered[i + 1]) for i in (lowest - 1, lowest) if 0 <= i < len(ordered) - 1]
     low, high = min(gaps, key=lambda gap: (gap[0].value - gap[1].value, max(gap[0].loss, gap[1].loss)))
     return (low.value + high.value) / 2
 
@@ -88,10 +88,10 @@ def best_blend(measure: Measure, examples: int, progress: Progress) -> Search:
     """λ of a restore with the lowest loss.
 
     Raises:
-        InputError: the model's loss is not a number anywhere.
+        InputError: the model's loss is not a number at any λ.
     """
     curve = explore(measure, BLENDS, progress)
-    return Search("--blend", examples, _numeric(best(curve)).value, curve)
+    return Search("--blend", examples, _with_number(best(curve)).value, curve)
 
 
 def best_step(measure: Measure, examples: int, progress: Progress, *, allow_worse: bool) -> Search:
@@ -105,11 +105,11 @@ def best_step(measure: Measure, examples: int, progress: Progress, *, allow_wors
         InputError: the model's loss is not a number after any step.
     """
     curve = explore(measure, STEPS, progress)
-    now = next(point for point in curve if point.value == 0)
-    chosen = _numeric(best([point for point in curve if point.value > 0]))
-    if chosen.loss > now.loss and not allow_worse:
+    current = next(point for point in curve if point.value == 0)
+    chosen = _with_number(best([point for point in curve if point.value > 0]))
+    if chosen.loss > current.loss and not allow_worse:
         raise GateFailed(
-            f"the updates make the model worse on the development data: its loss is {now.loss:.6g} now, and "
+            f"the updates make the model worse on the development data: its loss is {current.loss:.6g} now, and "
             f"{chosen.loss:.6g} at the best step, {chosen.value:g}",
             where="--server-lr auto",
             hint="--allow-worse takes that step; else give --server-lr a number, or more --eval-data",
@@ -117,7 +117,7 @@ def best_step(measure: Measure, examples: int, progress: Progress, *, allow_wors
     return Search("--server-lr", examples, chosen.value, curve)
 
 
-def _numeric(point: Point) -> Point:
+def _with_number(point: Point) -> Point:
     if point.loss == float("inf"):
         raise InputError("the model's loss is not a number, whatever is chosen", hint="its weights may be damaged")
     return point

@@ -18,26 +18,24 @@ the fill; hidden weights are not in it, and get the difference when the job is r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, ModelManifest, manifest_bytes
 from fedqsn_cli.checkpoint import ArtifactWriter, write_file_atomically
 from fedqsn_cli.errors import InputError, RefusedUpdate
-from fedqsn_cli.export.companions import copy_companions
 from fedqsn_cli.export.outputs import tensor_specs
 from fedqsn_cli.export.session import keep_outside
 from fedqsn_cli.kernels.hash_threads import HashThreads
-from fedqsn_cli.masks.job_key import JobKey
-from fedqsn_cli.merging.chunks import InMemorySink, MergePass, Sink, Weights
-from fedqsn_cli.merging.job_model import merged_manifest, open_job_model
+from fedqsn_cli.merging.chunks import InMemorySink, MergePass, Sink, Weights, write_chunks
+from fedqsn_cli.merging.job_model import merged_manifest, model_sinks, open_job_model, publish
 from fedqsn_cli.merging.line_search import Search, best_step
 from fedqsn_cli.merging.read_update import ClientUpdate, UpdateReader, UpdateVerifier
 from fedqsn_cli.merging.restore import restore_model
 from fedqsn_cli.merging.results import MergedClient, MergeResult
 from fedqsn_cli.models.model import OpenModel
-from fedqsn_cli.models.residual import Residual, residual_sink, residual_specs
+from fedqsn_cli.models.residual import Residual, residual_specs
 from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
 from fedqsn_cli.options import MergeOptions
 from fedqsn_cli.progress import SILENT, Progress
@@ -81,50 +79,6 @@ def merge(
     return result
 
 
-def merge_updates(
-    source: str | Path,
-    updates: Sequence[str | Path],
-    options: MergeOptions,
-    development: DevelopmentSet | None,
-    *,
-    progress: Progress,
-) -> MergeResult:
-    """Verify updates, merge them into a model, and write the result.
-
-    Args:
-        source: the model that the proxies were made of. updates: update directories.
-        development: where `server_lr` auto looks for the lowest loss.
-
-    Raises:
-        RefusedUpdate, GateFailed, InputError: as `merge`.
-    """
-    job, model = open_job_model(str(source), options.key)
-    with ArtifactWriter(Path(options.out), force=options.force, hashed=False) as writer:
-        verifier = UpdateVerifier(job, model, options.required_ledger())
-        clients = verifier.updates(updates, options.max_examples)
-        control = verifier.control(options.control, clients) if options.control is not None else None
-        tasks = tensor_tasks(model, None, verifier.masks.hidden)
-        run = MergeRun(model, tasks, clients, control, options, progress)
-        search = run.search(development) if development is not None else None
-        rate = search.chosen if search else float(options.server_lr)
-        merged = run.write(writer, rate)
-        copy_companions(model, writer)
-        writer.add_bytes(MODEL_MANIFEST, manifest_bytes(_manifest(run, job, merged.digest_after())))
-        path = writer.publish()
-    return MergeResult(
-        str(path),
-        model.kind,
-        tuple(_client(reader, merged) for reader in merged.clients),
-        merged.examples,
-        merged.covered / sum(task.size for task in tasks),
-        merged.digest_after(),
-        _client(merged.control, merged) if merged.control else None,
-        rate,
-        None,
-        search,
-    )
-
-
 def _check_updates(updates: Sequence[str | Path], options: MergeOptions) -> None:
     """Refuse missing or superfluous updates, and a report path that cannot be written. Raises InputError."""
     if options.restore is not None and updates:
@@ -146,9 +100,52 @@ def _development(options: MergeOptions) -> DevelopmentSet | None:
     return DevelopmentSet.of(options.eval_data, options.batch_size, options.max_length, options.device)
 
 
+def merge_updates(
+    source: str | Path,
+    updates: Sequence[str | Path],
+    options: MergeOptions,
+    development: DevelopmentSet | None,
+    *,
+    progress: Progress,
+) -> MergeResult:
+    """Verify updates, merge them into a model, and write the result.
+
+    Args:
+        source: the model that the proxies were made of. updates: update directories.
+        development: where `server_lr` auto looks for the lowest loss.
+
+    Raises:
+        RefusedUpdate, GateFailed, InputError: as `merge`.
+    """
+    job, model = open_job_model(source, options.key)
+    with ArtifactWriter(Path(options.out), force=options.force, hashed=False) as writer:
+        verifier = UpdateVerifier(job, model, options.required_ledger())
+        clients = verifier.updates(updates, options.max_examples)
+        control = verifier.control(options.control, clients) if options.control is not None else None
+        tasks = tensor_tasks(model, None, verifier.masks.hidden)
+        run = MergeRun(model, tasks, clients, control, options, progress)
+        search = run.search(development) if development is not None else None
+        rate = search.chosen if search else float(options.server_lr)
+        merged = run.write(writer, rate)
+        digest = merged.digest_after()
+        trained_fill = any(update.moves_fill for update in clients)
+        path = publish(writer, model, merged_manifest(model, job, digest, trained_fill=trained_fill))
+    return MergeResult(
+        path=path,
+        kind=model.kind,
+        clients=tuple(_client(reader, merged) for reader in merged.clients),
+        num_examples=merged.examples,
+        covered=merged.covered / sum(task.size for task in tasks),
+        model_digest=digest,
+        control=_client(merged.control, merged) if merged.control else None,
+        server_lr=rate,
+        search=search,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class MergeRun:
-    """A model and what is merged into it. A search for η goes through all of it once more than writing alone."""
+    """A model and what is merged into it. A search for η needs one more pass over all of it."""
 
     model: OpenModel
     tasks: Sequence[TensorTask]
@@ -159,14 +156,9 @@ class MergeRun:
 
     def write(self, writer: ArtifactWriter, rate: float) -> MergePass:
         """Write the merged tensors and their residual; returns what the pass counted. Raises RefusedUpdate."""
-        specs, metadata = tensor_specs(self.tasks, None), self.model.checkpoint.metadata
-        sink = writer.tensors("model", specs, max_shard_bytes=self.options.max_shard_bytes, metadata=metadata)
-        residual = residual_sink(writer, self.model.plan.tensors, None)
-        merged = self._merge_into(sink, residual, rate)
-        sink.close()
-        if residual is not None:
-            residual.close()
-        return merged
+        limit = self.options.max_shard_bytes
+        with model_sinks(writer, self.model, self.tasks, limit, with_residual=True) as (sink, residual):
+            return self._merge_into(sink, residual, rate)
 
     def search(self, development: DevelopmentSet) -> Search:
         """Find η with the lowest loss. All checks of the updates are done before the model is evaluated."""
@@ -201,10 +193,8 @@ class MergeRun:
         self.progress.start("merging", self.model.checkpoint.total_bytes, "bytes")
         with HashThreads() as hashing:
             merged = MergePass(self.model, self.tasks, self.updates, self.control, self.options, rate, hashing)
-            for chunk in merged.chunks():
-                chunk.write_to(sink, residual)
-                self.progress.advance(chunk.values.nbytes)
-            self.progress.finish()
+            with closing(merged.chunks()) as chunks:  # its threads end here, whatever ends the loop
+                write_chunks(chunks, sink, residual, self.progress)
             self._check(merged)
         return merged
 
@@ -223,14 +213,6 @@ class MergeRun:
             if norm > limit:
                 what = f"its norm is {norm:.3g} times the model's, over --max-update-norm {limit:g}"
                 raise RefusedUpdate(what, where=reader.update.folder)
-
-
-def _manifest(run: MergeRun, job: JobKey, digest: str | None) -> ModelManifest:
-    """`fedqsn.json`, which says whether the fill is still the public base."""
-    manifest = merged_manifest(run.model, job, digest)
-    if any(update.moves_fill for update in run.updates):
-        manifest = manifest.model_copy(update={"trained_fill": True})
-    return manifest
 
 
 def _client(reader: UpdateReader, merged: MergePass) -> MergedClient:

@@ -1,6 +1,6 @@
-"""The page of `merge --report`: the losses that auto measured, and what it took. Self-contained, no script.
+"""The page of `merge --report`: the losses that auto measured, and the value it chose. Self-contained, no script.
 
-Losses on the owner's data are all it tells: no weight, hidden position, key, name of a client or path is in it.
+It shows nothing but losses on the owner's data: no weight, hidden position, key, client id or path.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ def render(search: Search) -> str:
         f"{name} {search.chosen:g} was taken."
     )
     facts = [(f"{search.chosen:g}", f"was taken for {search.option}"), (real(chosen.loss), "loss there")]
-    facts += [(real(point.loss), words) for point, words in _others(search)]
+    facts += [(real(point.loss), caption) for point, caption in _references(search)]
     footer = f"<footer>fedqsn {VERSION}. This page holds no weight, no hidden position and no key.</footer>"
-    plot = section(title, lead, _plot(search, axis) + _key(search))
+    plot = section(title, lead, _plot(search, axis) + _legend(search))
     listed = section("All that was tried", "Every loss is of the whole model.", _table(search, name))
     heading = f"fedqsn merge: {search.option} {search.chosen:g}"
     return document("fedqsn merge", heading, [figures(facts), f'<div class="pair">{plot}{listed}</div>', footer])
 
 
-def _others(search: Search) -> list[tuple[Point, str]]:
-    """What the choice is to be compared with."""
+def _references(search: Search) -> list[tuple[Point, str]]:
+    """The losses to compare the choice with."""
     if search.option == "--server-lr":
         return [(search.at(0.0), "loss of the model before"), (search.at(1.0), "loss at step 1, the plain average")]
     return [(search.at(1.0), "loss with hidden neurons in full"), (search.at(0.0), "loss without them")]
@@ -51,8 +51,8 @@ def _finite(search: Search) -> list[tuple[float, float]]:
 def _plot(search: Search, axis: str) -> str:
     points = _finite(search)
     losses = [loss for _, loss in points]
-    room = 0.08 * (max(losses) - min(losses)) or 0.05 * max(losses) or 1.0
-    digits = max(0, 1 - math.floor(math.log10(10 * room)))
+    margin = 0.08 * (max(losses) - min(losses)) or 0.05 * max(losses) or 1.0
+    digits = max(0, 1 - math.floor(math.log10(10 * margin)))
     parts = 4 if search.option == "--blend" else 2
     whole = sorted(point.value for point in search.curve if point.value * parts % 1 == 0)
     ticks = [(value, f"{value:g}") for value in whole if points[0][0] <= value <= points[-1][0]]
@@ -64,8 +64,8 @@ def _plot(search: Search, axis: str) -> str:
             lines,
             _levels(search),
             ticks=ticks,
-            low=max(0.0, min(losses) - room),
-            high=max(losses) + room,
+            low=max(0.0, min(losses) - margin),
+            high=max(losses) + margin,
             number=lambda loss: f"{loss:.{digits}f}",
         )
     )
@@ -76,7 +76,7 @@ def _levels(search: Search) -> list[Level]:
     return [Level("ceiling", start)] if search.option == "--server-lr" and math.isfinite(start) else []
 
 
-def _key(search: Search) -> str:
+def _legend(search: Search) -> str:
     dashed = [("#17693f", "the model before")] if _levels(search) else []
     return legend([("#8aa5dd", "tried"), ("#2456c8", "taken")], dashed)
 

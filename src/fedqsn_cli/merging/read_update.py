@@ -97,29 +97,29 @@ class UpdateReader:
         self.squares = 0.0
         """Sum of squares of Δ_k over everything that was measured so far."""
 
-    def locate(self, task: TensorTask, first: int, rows: int) -> Rows:
-        """Which elements of U belong to rows `first` .. `first + rows` of a tensor."""
+    def locate(self, task: TensorTask, first: int, rows: int) -> UpdateSlice:
+        """The elements of U that belong to rows `first` .. `first + rows` of a tensor."""
         if self._visible[0] != task.name:  # one mask at a time: it may be as large as the tensor
             mask = None if self.update.moves_fill else self.update.masks.visible(task.plan)
             self._visible = (task.name, mask)
         visible, cols = self._visible[1], task.layout.view[2]
         if visible is None:
-            return Rows(first * cols, rows * cols, np.empty(0, np.int64))
-        return rows_of(visible, first, rows)
+            return UpdateSlice(first * cols, rows * cols, np.empty(0, np.int64))
+        return slice_rows(visible, first, rows)
 
-    def read(self, name: str, rows: Rows) -> Array:
-        """Elements of U as stored bits [rows.count]; from any thread.
+    def read(self, name: str, part: UpdateSlice) -> Array:
+        """Elements of U as stored bits [part.count]; from any thread.
 
         Raises:
             FormatError: the file got shorter or changed.
         """
         dtype = np.dtype(DTYPES[self.update.dtype].bits)
-        start = self.update.starts[name] + rows.first * dtype.itemsize
-        return self._hash.read(start, rows.count * dtype.itemsize).view(dtype)
+        start = self.update.starts[name] + part.first * dtype.itemsize
+        return self._hash.read(start, part.count * dtype.itemsize).view(dtype)
 
-    def hash(self, name: str, rows: Rows, values: Array) -> None:
+    def hash(self, name: str, part: UpdateSlice, values: Array) -> None:
         """Hash what `read` returned; call it in the order of the pass."""
-        self._hash.take(self.update.starts[name] + rows.first * values.itemsize, values.view(np.uint8))
+        self._hash.take(self.update.starts[name] + part.first * values.itemsize, values.view(np.uint8))
 
     def measure(self, tensor: TensorPlan, squares: float) -> None:
         """Add the sum of squares of a piece of U. Raises RefusedUpdate for NaN and infinity."""
@@ -150,28 +150,28 @@ class FileHash:
         self._direct = DirectFile(path, identity)
         self._queue = queue
         self._sha256 = hashlib.sha256()
-        self._frontier = 0  # every byte before it was handed to the hash
+        self._submitted = 0  # bytes handed to the hash: all before this offset
         self._last: Future[None] | None = None
 
     def take(self, start: int, data: NDArray[np.uint8]) -> None:
         """Hash what was read from absolute offset `start` on, and all before it."""
         self._catch_up(start)
-        if start == self._frontier and data.size:
+        if start == self._submitted and data.size:
             self._submit(data)
 
     def hexdigest(self) -> str:
-        """SHA-256 of the whole file; reads what was never asked for."""
+        """SHA-256 of the whole file; reads what was not read yet."""
         self._catch_up(self._identity.size)
         if self._last is not None:
             self._last.result()
         return self._sha256.hexdigest()
 
     def _catch_up(self, stop: int) -> None:
-        while self._frontier < stop:
-            self._submit(self.read(self._frontier, min(HASH_PIECE, stop - self._frontier)))
+        while self._submitted < stop:
+            self._submit(self.read(self._submitted, min(HASH_PIECE, stop - self._submitted)))
 
     def _submit(self, data: NDArray[np.uint8]) -> None:
-        self._frontier += data.size
+        self._submitted += data.size
         self._last = self._queue.submit(self._sha256.update, data.data)
 
     def read(self, start: int, count: int) -> NDArray[np.uint8]:
@@ -275,7 +275,7 @@ class UpdateVerifier:
         for tensor in self._model.plan.tensors:
             if tensor.dtype in WEIGHT_DTYPES:
                 shape = _expected_shape(tensor, client, release)
-                starts[tensor.name] = _checked(header.entries.pop(tensor.name, None), tensor, shape, dtype, folder)
+                starts[tensor.name] = _check_entry(header.entries.pop(tensor.name, None), tensor, shape, dtype, folder)
         if header.entries:
             raise RefusedUpdate("the model has no such tensor", where=f"{folder}: {next(iter(header.entries))}")
         return ClientUpdate(folder, manifest, release, client, header.identity, starts, dtype)
@@ -288,8 +288,10 @@ def _expected_shape(tensor: TensorPlan, client: ClientMasks, release: Release) -
     return update_shape(tensor.shape, tensor.axis, tensor.view, tensor.view[0] * client.visible_count(tensor))
 
 
-def _checked(entry: TensorEntry | None, tensor: TensorPlan, shape: tuple[int, ...], dtype: str, folder: Path) -> int:
-    """The start of a tensor whose dtype and shape are what the release makes them."""
+def _check_entry(
+    entry: TensorEntry | None, tensor: TensorPlan, shape: tuple[int, ...], dtype: str, folder: Path
+) -> int:
+    """Check dtype and shape of a tensor against the release; returns where it starts. Raises RefusedUpdate."""
     where = f"{folder}: {tensor.name}"
     if entry is None:
         raise RefusedUpdate("the tensor is missing", where=where)
@@ -299,8 +301,8 @@ def _checked(entry: TensorEntry | None, tensor: TensorPlan, shape: tuple[int, ..
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """Which elements of U belong to a run of rows, and where they go.
+class UpdateSlice:
+    """The elements of U that belong to a run of rows, and their positions in it.
 
     Args:
         first, count: the elements of U.
@@ -313,9 +315,9 @@ class Rows:
     index: NDArray[np.int64]
 
 
-def rows_of(visible: UnitMask, first: int, rows: int) -> Rows:
-    """Which elements of U belong to rows `first` .. `first + rows` of a tensor."""
+def slice_rows(visible: UnitMask, first: int, rows: int) -> UpdateSlice:
+    """The elements of U that belong to rows `first` .. `first + rows` of a tensor."""
     cols = visible.view[2]
     begin, end = visible.count_before(np.array([first * cols, (first + rows) * cols], dtype=np.int64))
     index = np.flatnonzero(visible.flags_of_rows(first, rows).reshape(-1))
-    return Rows(int(begin), int(end - begin), index.astype(np.int64))
+    return UpdateSlice(int(begin), int(end - begin), index.astype(np.int64))

@@ -1,4 +1,4 @@
-"""What a merge tells about itself."""
+"""The result of a merge."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedqsn_cli.merging.line_search import Search
 
 @dataclass(frozen=True, slots=True)
 class MergedClient:
-    """What one client brought.
+    """The contribution of one client.
 
     Args:
         share: its share of all examples. relative_norm: norm of its Δ over the norm of the visible model.
@@ -27,14 +27,14 @@ class MergedClient:
 
 @dataclass(frozen=True, slots=True)
 class MergeResult:
-    """What `merge` made.
+    """The result of `merge`.
 
     Args:
         covered: share of all parameters that at least one client trained.
         model_digest: that of the new model, for a server model.
-        control: the update that was taken off the others; its share is 0.
+        control: the update that was taken off those of the clients; its share is 0.
         server_lr: η of a merge. blend: λ of a restore.
-        search: how that number was found, where it was to be looked for.
+        search: how that number was found, where it was auto.
     """
 
     path: str
