@@ -11,7 +11,8 @@ from pathlib import Path
 
 os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}  # the same text on every terminal
 
-from fedqsn_cli.auditing.rules import RULES, Rule
+from fedqsn_cli.auditing.registry import Rule
+from fedqsn_cli.auditing.rules import RULES
 from fedqsn_cli.cli.app import COMMANDS, function_of, help_of
 
 DOCS = Path(__file__).parent
@@ -51,7 +52,7 @@ def rules() -> str:
 
 def _rule(rule: Rule) -> str:
     head = f"## {rule.id} {rule.name}\n\n*{KINDS[rule.severity]}*"
-    return f"{head}\n\n{rule.what}\n\n**Why.** {rule.why}\n\n**How to mend it.** {rule.mend}"
+    return f"{head}\n\n{rule.what}\n\n**Why.** {rule.why}\n\n**How to mend it.** {rule.fix}"
 
 
 def main() -> int:

@@ -29,31 +29,30 @@ def audited(
     Raises:
         RuntimeError: the audit could not measure it.
     """
-    from fedqsn_cli.auditing.inputs import Report, open_inputs
-    from fedqsn_cli.auditing.recovery.function import recover_function
+    from fedqsn_cli.auditing.completeness import Collector
+    from fedqsn_cli.auditing.inputs import open_inputs
+    from fedqsn_cli.auditing.recovery.function import FunctionOptions, recover_function
     from fedqsn_cli.auditing.recovery.weights import recover_weights
     from fedqsn_cli.options import AuditOptions
 
-    report = Report()
+    collector = Collector()
     inputs = open_inputs(
-        proxies, report, AuditOptions(truth=place.owner, key=key, ledger=ledger, public_base=place.base)
+        proxies, collector, AuditOptions(truth=place.owner, key=key, ledger=ledger, public_base=place.base)
     )
-    found = recover_function(
-        inputs,
-        report,
-        place.data("test_a"),
-        place.data("public"),
-        tuple(sizes),
+    options = FunctionOptions(
+        public_data=place.data("public"),
+        public_examples=tuple(sizes),
         max_length=place.task.max_length,
         device="cpu",
         base_losses=floor,
     )
+    found = recover_function(inputs, collector, place.data("test_a"), options)
     if found is None:
-        raise RuntimeError("; ".join(one.message for one in report.findings) or "the audit found no function")
+        raise RuntimeError("; ".join(one.message for one in collector.findings) or "the audit found no function")
     start = next(score for score in found.scores if score.model == "attacked")
     curve = [{"n": 0, "loss": start.loss, "accuracy": start.accuracy}]
     curve += [{"n": one.public_examples, "loss": one.loss, "accuracy": one.accuracy} for one in found.curve]
-    weights = recover_weights(inputs, report)
+    weights = recover_weights(inputs, collector)
     return {"attack": found.attack, "curve": curve, "weights": weights[-1].peak.delta_recovered if weights else None}
 
 

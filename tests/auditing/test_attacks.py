@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedqsn_cli import export_proxy
+from fedqsn_cli.auditing.completeness import Collector
 from fedqsn_cli.auditing.findings import LEAST_LOG10, AttackScore, Recovery
-from fedqsn_cli.auditing.inputs import Report, open_inputs
+from fedqsn_cli.auditing.inputs import open_inputs
 from fedqsn_cli.auditing.recovery import attacks
 from fedqsn_cli.auditing.recovery.intervals import cells
-from fedqsn_cli.auditing.recovery.metrics import Sums
+from fedqsn_cli.auditing.recovery.metrics import ErrorSums
 from fedqsn_cli.auditing.recovery.weights import recover_weights
 from fedqsn_cli.export.outputs import METADATA
 from fedqsn_cli.options import AuditOptions
@@ -41,13 +42,13 @@ def gaussian(home: Path, *, clients: int = 1, dtype: str = "float32", **options:
     return make_world(home, "llama", clients=names, edit=edit, **options)
 
 
-def attack(world: World, *, base: Path | None = None, clients: Any = None) -> tuple[tuple[Recovery, ...], Report]:
-    report = Report()
+def attack(world: World, *, base: Path | None = None, clients: Any = None) -> tuple[tuple[Recovery, ...], Collector]:
+    collector = Collector()
     folders = [world.proxy(client) for client in clients or world.clients]
     inputs = open_inputs(
-        folders, report, AuditOptions(truth=world.truth, key=world.key, ledger=world.ledger, public_base=base)
+        folders, collector, AuditOptions(truth=world.truth, key=world.key, ledger=world.ledger, public_base=base)
     )
-    return recover_weights(inputs, report), report
+    return recover_weights(inputs, collector), collector
 
 
 def score(recovery: Recovery, name: str) -> AttackScore:
@@ -59,8 +60,8 @@ def score(recovery: Recovery, name: str) -> AttackScore:
 def test_one_proxy_gives_one_weight_in_64_exactly_and_an_error_of_eight_thousandths(
     dtype: str, double: bool, tmp_path: Path
 ) -> None:
-    (found,), report = attack(gaussian(tmp_path / "world", dtype=dtype, p1=0.0, p2=0.0, double_quant=double))
-    assert not report.findings
+    (found,), collector = attack(gaussian(tmp_path / "world", dtype=dtype, p1=0.0, p2=0.0, double_quant=double))
+    assert not collector.findings
     best = score(found, "descale")
     assert best.exact_share == pytest.approx(1 / 64, abs=6e-4) if not double else best.exact_share < 1e-3
     assert 10**best.log10_nmse_visible == pytest.approx(8.4e-3, rel=0.04)
@@ -163,14 +164,14 @@ def test_weights_that_are_no_numbers_make_the_audit_incomplete(tmp_path: Path) -
         tensors[UP.format(0)][tensors[UP.format(0)] > 2] = math.nan
 
     spoil(world, change, "c0")
-    _, report = attack(world)
-    assert {finding.rule for finding in report.findings} == {"FQ902"}
+    _, collector = attack(world)
+    assert {finding.rule for finding in collector.findings} == {"FQ902"}
     weights = load_file(world.truth / "model.safetensors")
     hidden = int(world.hidden(UP.format(1)).nonzero()[0][0])
     weights[UP.format(1)][hidden, 0] = math.inf
     save_file(weights, world.truth / "model.safetensors", METADATA)
-    _, report = attack(world)
-    assert {finding.tensor for finding in report.findings} >= {UP.format(1)}
+    _, collector = attack(world)
+    assert {finding.tensor for finding in collector.findings} >= {UP.format(1)}
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "mixtral", "gpt_oss"])
@@ -179,12 +180,12 @@ def test_weights_that_are_no_numbers_make_the_audit_incomplete(tmp_path: Path) -
 )
 def test_sums_by_attack_are_those_of_dense_weights(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     world = make_world(tmp_path / "world", family, clients=["alice"], **options)
-    (found,), report = attack(world)
-    assert not report.findings
+    (found,), collector = attack(world)
+    assert not collector.findings
     from fedqsn_cli.checkpoint import Checkpoint
     from fedqsn_cli.models.dense import load_dense
 
-    proxy = open_inputs([world.proxy()], Report()).proxies[0]
+    proxy = open_inputs([world.proxy()], Collector()).proxies[0]
     truth, sent = load_dense(Checkpoint.open(world.truth)), load_dense(Checkpoint.open(world.proxy()))
     error = energy = 0.0
     for name, w in truth.items():
@@ -209,7 +210,7 @@ def test_sums_of_a_part_and_the_rest_make_the_whole() -> None:
     noise = np.random.default_rng(0)
     w, guess = noise.standard_normal((2, 8, 50)).astype(np.float32)
     rows, flags = noise.random(8) < 0.5, (noise.random((1, 50)) < 0.5).astype(np.float32)
-    part, whole = Sums(), Sums()
+    part, whole = ErrorSums(), ErrorSums()
     part.add(w, guess, rows, flags)
     whole.add(w, guess, np.ones(8, np.bool_), np.ones((1, 50), np.float32))
     rest = whole.minus(part)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fedqsn_cli import evaluate
+from fedqsn_cli.auditing.completeness import Collector
 from fedqsn_cli.auditing.findings import FunctionRecovery
-from fedqsn_cli.auditing.inputs import Report, open_inputs
-from fedqsn_cli.auditing.recovery.function import _Bench, recover_function, rho
+from fedqsn_cli.auditing.inputs import Inputs, open_inputs
+from fedqsn_cli.auditing.recovery.function import FunctionAttack, FunctionOptions, recover_function, rho
 from fedqsn_cli.options import AuditOptions
 from support.leaks import World, make_world
 from support.training_jobs import labelled, plain_texts
@@ -25,19 +26,22 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("function") / "world", edit=decide, fill="base", p2=0.3)
 
 
-def measure(world: World, data: Path, **options: object) -> tuple[FunctionRecovery | None, Report]:
-    report = Report()
+def opened(world: World) -> tuple[Inputs, Collector]:
+    collector = Collector()
     folders = [world.proxy(client) for client in world.clients]
-    inputs = open_inputs(
-        folders, report, AuditOptions(truth=world.truth, key=world.key, ledger=world.ledger, public_base=world.base)
-    )
-    return recover_function(inputs, report, data, device="cpu", **options), report  # type: ignore[arg-type]
+    given = AuditOptions(truth=world.truth, key=world.key, ledger=world.ledger, public_base=world.base)
+    return open_inputs(folders, collector, given), collector
+
+
+def measure(world: World, data: Path, **options: Any) -> tuple[FunctionRecovery | None, Collector]:
+    inputs, collector = opened(world)
+    return recover_function(inputs, collector, data, FunctionOptions(device="cpu", **options)), collector
 
 
 def test_every_model_is_measured_as_evaluate_measures_it(world: World, tmp_path: Path) -> None:
     data = labelled(tmp_path / "dev.jsonl")
-    found, report = measure(world, data)
-    assert found is not None and not report.findings
+    found, collector = measure(world, data)
+    assert found is not None and not collector.findings
     assert {score.model for score in found.scores} == {"global", "server", "proxy", "attacked", "base"}
     losses = {score.model: score.loss for score in found.scores}
     for model, place in (("global", world.truth), ("proxy", world.proxy()), ("base", world.base)):
@@ -57,30 +61,19 @@ def test_the_curve_has_a_point_for_every_number_of_public_examples(world: World,
 
 
 def test_an_attack_that_starts_best_and_learns_nothing_does_not_hide_the_base_fill(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, tmp_path: Path
 ) -> None:
     """Weights that are all zero may have a lower loss than a model that is wrong and sure of it."""
-    attacks, curve = _Bench._attacks, _Bench._curve
-
-    def dull(bench: _Bench) -> Iterator[tuple[str, Callable[[], dict[str, torch.Tensor]]]]:
-        for name, build in attacks(bench):
-            zero = name == "union"
-            yield (
-                name,
-                lambda build=build, zero=zero: {
-                    key: value * 0 if zero and value.is_floating_point() else value for key, value in build().items()
-                },
-            )
-
-    def loss_from(best: str) -> float:
-        monkeypatch.setattr(_Bench, "_curve", lambda bench, attack, *rest: curve(bench, best, *rest))
-        found, _ = measure(world, data, public_data=public, public_examples=(16,))
-        assert found is not None
-        return found.curve[0].loss
-
     data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
-    monkeypatch.setattr(_Bench, "_attacks", dull)
-    assert loss_from("union") <= loss_from("union, base fill") + 1e-6
+    inputs, _ = opened(world)
+    assert inputs.truth is not None
+    attack = FunctionAttack.on(inputs, inputs.truth, data, FunctionOptions(device="cpu"))
+    build = attack.attacks["union"]
+    attack.attacks["union"] = lambda: {
+        name: tensor * 0 if tensor.is_floating_point() else tensor for name, tensor in build().items()
+    }
+    dull, filled = (next(attack.curve(best, public, (16,), 1.0)) for best in ("union", "union, base fill"))
+    assert dull.loss <= filled.loss + 1e-6
 
 
 def test_whoever_is_better_off_without_the_proxies_leaves_them_alone(world: World, tmp_path: Path) -> None:
@@ -105,14 +98,14 @@ def test_the_public_base_is_fine_tuned_with_the_same_examples(world: World, tmp_
 
 def test_without_a_base_the_floor_knows_the_averages_only(tmp_path: Path) -> None:
     world = make_world(tmp_path / "world", "llama", clients=["alice"])
-    found, report = measure(world, plain_texts(tmp_path / "dev.jsonl"))
-    assert found is not None and not report.findings
+    found, collector = measure(world, plain_texts(tmp_path / "dev.jsonl"))
+    assert found is not None and not collector.findings
     assert found.floor == "averages" and 0 < found.floor_loss < 4.6
 
 
 def test_data_that_cannot_be_used_makes_the_audit_incomplete(world: World, tmp_path: Path) -> None:
-    found, report = measure(world, tmp_path / "nothing.jsonl")
-    assert found is None and [finding.rule for finding in report.findings] == ["FQ903"]
+    found, collector = measure(world, tmp_path / "nothing.jsonl")
+    assert found is None and [finding.rule for finding in collector.findings] == ["FQ903"]
 
 
 def test_rho_is_none_where_the_model_is_no_better_than_the_floor() -> None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import datetime
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from fedqsn_cli.auditing import gate
+from fedqsn_cli.auditing.completeness import Collector
 from fedqsn_cli.auditing.findings import Audit, Check, CurvePoint, Finding, FunctionRecovery, Recovery
-from fedqsn_cli.auditing.gate import Measured, apply, measures
-from fedqsn_cli.auditing.policy import Limits, Policy, Waiver
-from fedqsn_cli.auditing.rules import finding
+from fedqsn_cli.auditing.gate import evaluate_policy
+from fedqsn_cli.auditing.limits.measured import Measured
+from fedqsn_cli.auditing.limits.regression import measures
+from fedqsn_cli.auditing.policy import AllLimits, Budget, Clear, Limits, Policy, Regression, Scope, Threat, Waiver
 from fedqsn_cli.exposure.exposure import exposure
 from fedqsn_cli.exposure.results import Coalition, Exposure
-from support.audits import job, recovery, score
+from support.audits import finding, job, recovery, score
 from support.ledgers import Line
 
 TODAY = datetime.date(2026, 11, 23)
@@ -28,9 +31,13 @@ ALONE, TOGETHER = recovery("proxy a", MODEL), recovery("coalition of 2", MODEL, 
 NOTHING = Measured()
 
 
-def judged(policy: Policy, measured: Measured = NOTHING, *before: Finding, **options: Any) -> Audit:
-    findings, checked = apply(policy, measured, before, (), today=TODAY, **options)
-    return Audit(findings, checked)
+def judged(policy: Policy, measured: Measured = NOTHING, *before: Finding, checks: Sequence[Check] = ()) -> Audit:
+    return Audit(*evaluate_policy(policy, measured, Collector(list(before), list(checks)), today=TODAY))
+
+
+def limits(**tables: Any) -> Policy:
+    """A policy of these [limits]."""
+    return Policy(limits=AllLimits(**tables))
 
 
 def rules(audit: Audit) -> list[tuple[str, str]]:
@@ -61,7 +68,7 @@ def replace_score(old: Any, measure: str, value: float) -> Any:
 def test_a_limit_is_still_allowed_and_anything_beyond_is_not(
     measure: str, rule: str, limit: float, within: float, beyond: float
 ) -> None:
-    policy = Policy(proxy=Limits(**{measure: limit}))
+    policy = limits(proxy=Limits(**{measure: limit}))
     assert judged(policy, Measured((with_peak(measure, within),))).exit_code == 0
     failed = judged(policy, Measured((with_peak(measure, beyond),)))
     assert (failed.exit_code, rules(failed)) == (1, [(rule, "gate")])
@@ -76,7 +83,7 @@ def test_a_measure_that_is_no_number_is_never_within_a_limit(measure: str, value
 
 
 def test_proxies_and_coalitions_have_limits_of_their_own() -> None:
-    policy = Policy(coalition=Limits(cosine=0.955))
+    policy = limits(coalition=Limits(cosine=0.955))
     audit = judged(policy, Measured((ALONE, TOGETHER)))
     assert [(one.rule, one.scope) for one in audit.findings] == [("FQ203", "coalition of 2")]
 
@@ -84,17 +91,17 @@ def test_proxies_and_coalitions_have_limits_of_their_own() -> None:
 def test_the_worst_attack_counts_measure_by_measure() -> None:
     table = (score("one", 0.5, -0.5, 0.1, None), score("two", 0.0, -3.0, 0.2, None))
     found = replace(ALONE, attack_table=table, best=table[1])
-    audit = judged(Policy(proxy=Limits(exact_share=0.4, log10_nmse=-2.0)), Measured((found,)))
+    audit = judged(limits(proxy=Limits(exact_share=0.4, log10_nmse=-2.0)), Measured((found,)))
     assert {one.rule for one in audit.findings} == {"FQ201", "FQ202"}
 
 
 def test_a_limit_for_tensors_names_the_tensor_and_leaves_norms_alone() -> None:
-    audit = judged(Policy(tensor=Limits(exact_share=0.01)), Measured((ALONE,)))
+    audit = judged(limits(tensor=Limits(exact_share=0.01)), Measured((ALONE,)))
     assert {one.tensor for one in audit.findings} == set(MODEL.groups)
 
 
 def test_a_limit_on_the_difference_without_a_base_is_not_complete() -> None:
-    audit = judged(Policy(proxy=Limits(delta_recovered=0.5)), Measured((recovery("proxy a", MODEL, delta=False),)))
+    audit = judged(limits(proxy=Limits(delta_recovered=0.5)), Measured((recovery("proxy a", MODEL, delta=False),)))
     assert (audit.exit_code, rules(audit)) == (3, [("FQ901", "incomplete")])
     assert "--public-base" in audit.findings[0].message
 
@@ -103,44 +110,56 @@ def test_a_limit_on_the_difference_without_a_base_is_not_complete() -> None:
 def test_the_gain_over_the_base_is_held_against_its_limit_and_must_be_measured(gain: float | None, code: int) -> None:
     curve = (CurvePoint(8, 0.4, None, 0.95, 0.5, -0.1), CurvePoint(64, 0.4, None, 0.95, 0.5, gain))
     function = FunctionRecovery("proxy a", (), "base", 1.0, 0.9, "as sent", curve if gain is not None else ())
-    assert judged(Policy(proxy=Limits(gain=0.5)), Measured(function=function)).exit_code == code
+    assert judged(limits(proxy=Limits(gain=0.5)), Measured(function=function)).exit_code == code
 
 
 @pytest.mark.parametrize(("rho", "code"), [(0.9, 0), (0.91, 1), (None, 3)])
 def test_rho_is_held_against_its_limit_and_must_be_defined(rho: float | None, code: int) -> None:
     function = FunctionRecovery("proxy a", (), "base", 1.0, rho, "as sent")
-    assert judged(Policy(proxy=Limits(rho=0.9)), Measured(function=function)).exit_code == code
+    assert judged(limits(proxy=Limits(rho=0.9)), Measured(function=function)).exit_code == code
 
 
 # ------------------------------------------------------------------------------------------------ exposure
 
 
 def test_clients_coalitions_and_clear_parameters_have_budgets() -> None:
-    assert judged(Policy(client_budget=0.95, coalition_budget=0.95, clear=0.02), Measured(exposure=SEEN)).exit_code == 0
-    audit = judged(Policy(client_budget=0.5, coalition_budget=0.6, clear=0.0001), Measured(exposure=SEEN))
+    assert (
+        judged(
+            Policy(limits=AllLimits(clear=Clear(share=0.02)), budget=Budget(client=0.95, coalition=0.95)),
+            Measured(exposure=SEEN),
+        ).exit_code
+        == 0
+    )
+    audit = judged(
+        Policy(limits=AllLimits(clear=Clear(share=0.0001)), budget=Budget(client=0.5, coalition=0.6)),
+        Measured(exposure=SEEN),
+    )
     assert [one.rule for one in audit.findings] == ["FQ101", "FQ102", "FQ103"]
 
 
 def test_a_coalition_that_cannot_be_ruled_out_counts() -> None:
     unsure = Coalition(3, ("a", "b", "c"), 0.7, "greedy", 100, 0.8)
     seen = replace(SEEN, coalitions=(unsure,))
-    assert judged(Policy(coalition_budget=0.85), Measured(exposure=seen)).exit_code == 0
-    audit = judged(Policy(coalition_budget=0.75), Measured(exposure=seen))
+    assert judged(Policy(budget=Budget(coalition=0.85)), Measured(exposure=seen)).exit_code == 0
+    audit = judged(Policy(budget=Budget(coalition=0.75)), Measured(exposure=seen))
     assert (audit.exit_code, audit.findings[0].value) == (1, 0.8)
 
 
 def test_more_colluders_than_clients_are_all_clients() -> None:
-    audit = judged(Policy(coalition_budget=0.1, colluders=50), Measured(exposure=SEEN))
+    audit = judged(Policy(budget=Budget(coalition=0.1), threat=Threat(colluders=50)), Measured(exposure=SEEN))
     assert [one.rule for one in audit.findings] == ["FQ102"]
 
 
 def test_planned_rounds_are_judged_before_they_happen() -> None:
     measured = Measured(exposure=SEEN, expected=0.97)
-    assert judged(Policy(client_budget=0.96, rounds=10), measured).findings[0].scope == "planned rounds"
+    assert (
+        judged(Policy(budget=Budget(client=0.96), threat=Threat(rounds=10)), measured).findings[0].scope
+        == "planned rounds"
+    )
 
 
 def test_an_empty_ledger_has_passed_nothing() -> None:
-    audit = judged(Policy(client_budget=1.0), Measured(exposure=exposure(MODEL, [])))
+    audit = judged(Policy(budget=Budget(client=1.0)), Measured(exposure=exposure(MODEL, [])))
     assert (audit.exit_code, rules(audit)) == (3, [("FQ901", "incomplete")])
 
 
@@ -148,32 +167,32 @@ def test_an_empty_ledger_has_passed_nothing() -> None:
 
 
 def test_what_is_required_and_could_not_run_is_not_complete() -> None:
-    policy = Policy(require=frozenset({"FQ001"}))
+    policy = Policy(scope=Scope(require=("FQ001",)))
     assert judged(policy).exit_code == 3
-    skipped = apply(policy, Measured(), (), (Check("FQ001", "proxy a", "not-run", "needs --truth"),), today=TODAY)
-    assert skipped[0][0].message.endswith("could not be checked: needs --truth")
-    passed = apply(policy, Measured(), (), (Check("FQ001", "proxy a", "pass", ""),), today=TODAY)
-    assert passed[0] == ()
-    both = (Check("FQ001", "proxy a", "pass", ""), Check("FQ001", "proxy b", "not-run", "why"))
-    assert Audit(*apply(policy, Measured(), (), both, today=TODAY)).exit_code == 3
+    skipped = judged(policy, checks=[Check("FQ001", "proxy a", "not-run", "needs --truth")])
+    assert skipped.findings[0].message.endswith("could not be checked: needs --truth")
+    passed = judged(policy, checks=[Check("FQ001", "proxy a", "pass", "")])
+    assert passed.findings == ()
+    both = [Check("FQ001", "proxy a", "pass", ""), Check("FQ001", "proxy b", "not-run", "why")]
+    assert judged(policy, checks=both).exit_code == 3
 
 
 def test_no_measure_may_be_worse_than_before_by_more_than_is_allowed() -> None:
     before = measures((ALONE,), None, SEEN)
-    assert judged(Policy(), Measured((ALONE,), exposure=SEEN), baseline=before).exit_code == 0
+    assert judged(Policy(), Measured((ALONE,), exposure=SEEN, baseline=before)).exit_code == 0
     for name, step in (("proxy exact_share", -0.01), ("proxy log10_nmse", 0.1), ("client exposure", -0.1)):
-        audit = judged(Policy(), Measured((ALONE,), exposure=SEEN), baseline={**before, name: before[name] + step})
+        audit = judged(Policy(), Measured((ALONE,), exposure=SEEN, baseline={**before, name: before[name] + step}))
         assert [(one.rule, one.scope) for one in audit.findings] == [("FQ205", name)]
-    lenient = Policy(regression={"exact_share": 0.02})
+    lenient = Policy(regression=Regression(exact_share=0.02))
     worse = {**before, "proxy exact_share": before["proxy exact_share"] - 0.01}
-    assert judged(lenient, Measured((ALONE,), exposure=SEEN), baseline=worse).exit_code == 0
+    assert judged(lenient, Measured((ALONE,), exposure=SEEN, baseline=worse)).exit_code == 0
     better = {**before, "proxy exact_share": before["proxy exact_share"] + 0.01}
-    assert judged(Policy(), Measured((ALONE,), exposure=SEEN), baseline=better).exit_code == 0
+    assert judged(Policy(), Measured((ALONE,), exposure=SEEN, baseline=better)).exit_code == 0
 
 
 def test_a_baseline_that_shares_no_measure_proves_nothing() -> None:
-    required = Policy(require=frozenset({"FQ205"}))
-    assert judged(required, Measured((ALONE,)), baseline={"rho": 0.5}).exit_code == 3
+    required = Policy(scope=Scope(require=("FQ205",)))
+    assert judged(required, Measured((ALONE,), baseline={"rho": 0.5})).exit_code == 3
     assert judged(required, Measured((ALONE,))).exit_code == 3
 
 
@@ -181,11 +200,11 @@ def test_a_baseline_that_shares_no_measure_proves_nothing() -> None:
 
 
 def waiver(**other: Any) -> Waiver:
-    return replace(Waiver("FQ203", "*", "*", "why", "me", TODAY), **other)
+    return Waiver(**{"rule": "FQ203", "reason": "why", "owner": "me", "expires": TODAY} | other)
 
 
 OVER = Measured((ALONE,))
-STRICT = Policy(proxy=Limits(cosine=0.5))
+STRICT = limits(proxy=Limits(cosine=0.5))
 
 
 @pytest.mark.parametrize(
@@ -200,28 +219,28 @@ STRICT = Policy(proxy=Limits(cosine=0.5))
     ],
 )
 def test_a_waiver_covers_its_rule_tensor_and_scope_until_its_last_day(change: dict[str, Any], code: int) -> None:
-    assert judged(replace(STRICT, waivers=(waiver(**change),)), OVER).exit_code == code
+    assert judged(STRICT.model_copy(update={"waiver": (waiver(**change),)}), OVER).exit_code == code
 
 
 def test_what_is_waived_stays_in_sight() -> None:
-    (one,) = judged(replace(STRICT, waivers=(waiver(),)), OVER).findings
+    (one,) = judged(STRICT.model_copy(update={"waiver": (waiver(),)}), OVER).findings
     assert one.severity == "info"
     assert one.message.endswith("(waived until 2026-11-23 by me: why)")
 
 
 def test_hard_and_incomplete_findings_cannot_be_waived() -> None:
     for rule, code in (("FQ001", 4), ("FQ901", 3)):
-        policy = Policy(waivers=(waiver(rule=rule),))
+        policy = Policy(waiver=(waiver(rule=rule),))
         assert judged(policy, Measured(), finding(rule, "proxy a", "broken")).exit_code == code
 
 
 def test_an_expired_waiver_is_not_complete_even_if_nothing_needs_it() -> None:
     old = waiver(expires=TODAY - datetime.timedelta(days=1))
-    assert judged(Policy(waivers=(old,))).exit_code == 3
+    assert judged(Policy(waiver=(old,))).exit_code == 3
 
 
 def test_a_waiver_that_covers_nothing_is_only_told() -> None:
-    audit = judged(Policy(waivers=(waiver(),)))
+    audit = judged(Policy(waiver=(waiver(),)))
     assert (audit.exit_code, rules(audit)) == (0, [("FQ905", "info")])
 
 

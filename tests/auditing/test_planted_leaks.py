@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedqsn_cli.auditing import secrets
+from fedqsn_cli.auditing.invariants import secrets
 from fedqsn_cli.export.outputs import METADATA
 from fedqsn_cli.masks import draw, job_key
 from support.leaks import World, audit, make_world, requantize, rules_of, shake, sign, spoil, spoil_file

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from fedqsn_cli.auditing.policy import SCOPES, Limits, Policy, load, parse, template, without_file
+from fedqsn_cli.auditing.policy import Limits, Policy
+from fedqsn_cli.auditing.policy_file import load, parse, summary, template, without_file
+from fedqsn_cli.auditing.rules import SCOPES, required
 from fedqsn_cli.errors import FormatError, InputError
 
 WAIVER = {
@@ -24,8 +26,9 @@ WAIVER = {
 def test_the_template_is_a_policy_that_limits_something(tmp_path: Path) -> None:
     (tmp_path / "policy.toml").write_text(template())
     policy = load(tmp_path / "policy.toml")
-    assert policy.proxy.cosine is not None and policy.client_budget is not None and policy.clear is not None
-    assert policy.required >= {"FQ001", "FQ101", "FQ201"}
+    limits = policy.limits
+    assert limits.proxy.cosine is not None and policy.budget.client is not None and limits.clear.share is not None
+    assert required(policy) >= {"FQ001", "FQ101", "FQ201"}
     assert len(str(policy.digest)) == 64
 
 
@@ -34,23 +37,23 @@ def test_every_commented_line_of_the_template_is_valid_too() -> None:
     wanted = [line for line in lines if not line.startswith("# ") or line.startswith("# [") or " = " in line]
     code = [line.removeprefix("# ") for line in wanted]
     policy = parse(tomllib.loads("\n".join(code)), "here")
-    assert (policy.rounds, policy.public_examples) == (10, (100, 1000))
-    assert policy.proxy.rho is not None and policy.tensor.cosine is not None and policy.waivers
+    assert (policy.threat.rounds, policy.threat.public_examples) == (10, (100, 1000))
+    assert policy.limits.proxy.rho is not None and policy.limits.tensor.cosine is not None and policy.waiver
 
 
 def test_an_empty_policy_limits_and_requires_nothing() -> None:
     assert parse({}, "here") == Policy()
-    assert Policy().required == frozenset()
+    assert required(Policy()) == frozenset()
 
 
 def test_a_limit_makes_its_rule_required() -> None:
     policy = parse({"limits": {"proxy": {"rho": 0.9}, "coalition": {"delta_recovered": 0.5}}}, "here")
-    assert policy.required == {"FQ301", "FQ204"}
+    assert required(policy) == {"FQ301", "FQ204"}
 
 
 def test_scopes_and_single_rules_can_be_required() -> None:
     policy = parse({"scope": {"require": ["invariants", "FQ204"]}}, "here")
-    assert policy.require == {*SCOPES["invariants"], "FQ204"}
+    assert required(policy) == {*SCOPES["invariants"], "FQ204"}
 
 
 @pytest.mark.parametrize(
@@ -110,13 +113,13 @@ def test_a_missing_or_broken_file_is_told_as_such(tmp_path: Path) -> None:
 
 
 def test_without_a_policy_invariants_and_recovery_must_still_have_been_checked() -> None:
-    assert without_file(proxies=True, ledger=False).required >= {"FQ001", "FQ005", "FQ201"}
-    assert without_file(proxies=False, ledger=True).required == {"FQ101", "FQ102", "FQ103"}
+    assert required(without_file(proxies=True, ledger=False)) >= {"FQ001", "FQ005", "FQ201"}
+    assert required(without_file(proxies=False, ledger=True)) == {"FQ101", "FQ102", "FQ103"}
 
 
 def test_a_summary_holds_everything_that_decided() -> None:
     policy = parse({"limits": {"proxy": {"cosine": 0.9}}, "waiver": [WAIVER]}, "here")
-    summary = policy.summary()
-    assert summary["limits"]["proxy"] == {"cosine": 0.9}
-    assert summary["waivers"][0]["expires"] == "2027-01-31"
-    assert policy.proxy == Limits(cosine=0.9)
+    document = summary(policy)
+    assert document["limits"]["proxy"] == {"cosine": 0.9}
+    assert document["waivers"][0]["expires"] == "2027-01-31"
+    assert policy.limits.proxy == Limits(cosine=0.9)

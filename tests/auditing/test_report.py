@@ -12,12 +12,12 @@ import pytest
 
 from auditing.constructed import CASES, ENDINGS, NASTY, golden, rendered
 from fedqsn_cli.auditing.findings import Audit, Check, Finding
-from fedqsn_cli.auditing.gate import measures
+from fedqsn_cli.auditing.limits.regression import measures
 from fedqsn_cli.auditing.report import FORMATS, render, sarif
 from fedqsn_cli.auditing.report.json import read_measures
-from fedqsn_cli.auditing.rules import RULES, finding
+from fedqsn_cli.auditing.rules import RULES
 from fedqsn_cli.errors import FormatError, InputError
-from support.audits import audit
+from support.audits import audit, finding
 
 VERDICTS = ("passed", "over the limits", "incomplete", "broken")
 FORMAT = '{"format": "fedqsn-audit/1"}'

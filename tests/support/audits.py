@@ -12,13 +12,15 @@ from fedqsn_cli.auditing.findings import (
     Audit,
     Check,
     CurvePoint,
+    Finding,
     FunctionRecovery,
     ModelScore,
     Recovery,
     TensorRecovery,
 )
-from fedqsn_cli.auditing.policy import Limits, Policy
-from fedqsn_cli.auditing.rules import finding
+from fedqsn_cli.auditing.policy import AllLimits, Budget, Clear, Limits, Policy
+from fedqsn_cli.auditing.policy_file import summary
+from fedqsn_cli.auditing.rules import RULES
 from fedqsn_cli.exposure.exposure import exposure
 from fedqsn_cli.masks.job_key import JobKey
 from support.ledgers import Line
@@ -77,6 +79,11 @@ def recovery(scope: str, model: JobKey, worse: float = 0.0, *, delta: bool = Tru
     return Recovery(scope, table, table[-1], tuple(tensors))
 
 
+def finding(rule: str, scope: str, message: str, **more: Any) -> Finding:
+    """A finding of the rule with this id."""
+    return RULES[rule].finding(scope, message, **more)
+
+
 _FOUND: dict[str, list[tuple[str, str, str, dict[str, Any]]]] = {
     "passed": [],
     "over the limits": [
@@ -113,13 +120,10 @@ def audit(*, verdict: str = "passed", clients: int = 4, rounds: int = 3) -> Audi
         ),
         Check("FQ008", "after", "not-run", "needs --truth, --after and --key"),
     )
-    policy = Policy(
-        proxy=Limits(exact_share=0.05, cosine=0.985, rho=0.9),
-        coalition=Limits(cosine=0.985),
-        client_budget=0.95,
-        clear=0.02,
-        digest="d" * 64,
+    limits = AllLimits(
+        proxy=Limits(exact_share=0.05, cosine=0.985, rho=0.9), coalition=Limits(cosine=0.985), clear=Clear(share=0.02)
     )
+    policy = Policy(limits=limits, budget=Budget(client=0.95)).with_digest("d" * 64)
     function = FunctionRecovery(
         "coalition of 4",
         (
@@ -142,7 +146,7 @@ def audit(*, verdict: str = "passed", clients: int = 4, rounds: int = 3) -> Audi
         recoveries,
         function,
         exposure(model, lines),
-        policy.summary(),
+        summary(policy),
         {"proxy alice": "a" * 64, "job": "b" * 64, "ledger": "c" * 64},
         "0.1.0",
     )

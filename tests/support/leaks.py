@@ -17,9 +17,10 @@ from torch import Tensor
 
 from fedqsn_cli import export_proxy, strictjson
 from fedqsn_cli.artifacts.manifests import ProxyManifest, file_digest, read_manifest
+from fedqsn_cli.auditing.completeness import Collector
 from fedqsn_cli.auditing.findings import Audit
-from fedqsn_cli.auditing.inputs import Report, open_inputs
-from fedqsn_cli.auditing.invariants.check import check_invariants
+from fedqsn_cli.auditing.inputs import open_inputs
+from fedqsn_cli.auditing.rules import CHECKS
 from fedqsn_cli.checkpoint import ArtifactWriter
 from fedqsn_cli.export.outputs import METADATA, ClientOutput, tensor_specs
 from fedqsn_cli.export.pipeline import run
@@ -122,13 +123,15 @@ def audit(
     world: World, *, clients: Sequence[str] | None = None, after: Path | None = None, blind: bool = False
 ) -> Audit:
     """Apply all hard invariants; blind: with nothing but the proxies."""
-    report = Report()
+    collector = Collector()
     known: dict[str, Any] = {} if blind else {"truth": world.truth, "key": world.key, "ledger": world.ledger}
     if not blind:
         known |= {"public_base": world.base, "after": after}
     folders = [world.proxy(client) for client in clients or world.clients]
-    check_invariants(open_inputs(folders, report, AuditOptions(**known)), report)
-    return Audit(tuple(report.findings), tuple(report.checked))
+    inputs = open_inputs(folders, collector, AuditOptions(**known))
+    for check in CHECKS:
+        check.run(inputs, collector)
+    return Audit(tuple(collector.findings), tuple(collector.checks))
 
 
 def rules_of(found: Audit) -> set[str]:
@@ -183,8 +186,7 @@ def requantize(world: World, client: str, *, masked_before: bool) -> None:
     """Write the proxy's weights again, with block scales of the unmasked weights, or of the client-masked ones."""
     folder = world.proxy(client)
     manifest = read_manifest(folder, ProxyManifest)
-    report = Report()
-    proxy = open_inputs([folder], report).proxies[0]
+    proxy = open_inputs([folder], Collector()).proxies[0]
     job = job_key.load(world.key)
     model = open_model(str(world.truth), axis=job.axis, overrides=job.overrides)
 

@@ -1,16 +1,20 @@
 """What proxies give away, held against a policy.
 
-inputs.py        everything an audit opens: proxies, and the owner's side as far as it is given
-opened_proxy.py  one proxy, opened for inspection
 findings.py      findings, checks and measures as values
-rules.py         every rule: id, severity, what, why and how to fix it
+policy.py        what a policy may limit and require
+registry.py      what a rule is: id, severity, needs, what, why and how to fix it
+completeness.py  FQ901 to FQ905, and where findings and checks are collected
+opened_proxy.py  one proxy, opened for inspection
+inputs.py        everything an audit opens: proxies, and the owner's side as far as it is given
+checks.py        how a check is run over proxies, with the inputs that it needs
 rows.py          rows of models and proxies side by side
 kernels.py       compiled comparisons
-secrets.py       secrets, paths and host names in files
 invariants/      the hard rules
 recovery/        attacks on weights and function
-policy.py        limits, and what must have been checked (policy.toml)
-gate.py          findings and measures held against the policy: verdict and exit code
+limits/          measurements held against the policy
+rules.py         all rules and checks, in their order
+policy_file.py   policy.toml, read and written
+gate.py          limits, what is required, and waivers: verdict and exit code
 report/          the seven formats
 run.py           the command audit
 """

@@ -52,6 +52,10 @@ class Check(NamedTuple):
     why: str
 
 
+Entry = Finding | Check
+"""What a check gives: what is wrong, and what was looked at."""
+
+
 class AttackScore(NamedTuple):
     """What one attack recovers of all weights together.
 

@@ -6,17 +6,17 @@ cannot be read, or does not belong together, becomes a finding and is left out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fedqsn_cli.artifacts import ledger as ledgers
 from fedqsn_cli.artifacts.ledger import Release
 from fedqsn_cli.artifacts.manifests import unit_table
-from fedqsn_cli.auditing.findings import Check, Finding
+from fedqsn_cli.auditing.completeness import DOES_NOT_BELONG, Collector
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy, open_proxy
-from fedqsn_cli.auditing.rules import finding
+from fedqsn_cli.auditing.registry import Need
 from fedqsn_cli.checkpoint import resolve
 from fedqsn_cli.errors import FedqsnError
 from fedqsn_cli.masks import job_key
@@ -25,36 +25,68 @@ from fedqsn_cli.models.model import OpenModel, open_model, open_source
 from fedqsn_cli.models.public_base import IncompatibleBase, PublicBase, open_base
 from fedqsn_cli.options import AuditOptions
 from fedqsn_cli.planning.tensor_plan import MASK_AXES
+from fedqsn_cli.progress import SILENT, Progress
 
-__all__ = ["Inputs", "OpenedProxy", "ProxyFolder", "Report", "open_inputs", "open_proxy"]
+T = TypeVar("T")
+U = TypeVar("U")
+
+NO_OPTIONS = AuditOptions()
 
 
 @dataclass(frozen=True, slots=True)
 class ProxyFolder:
-    """A proxy as it was named: its folder and, if its files can be read, what is in it."""
+    """A proxy as it was named: its folder and, if it can be compared, what is in it.
+
+    Args:
+        opened: None where its files cannot be read, or where it lists other units than the plan of the truth.
+    """
 
     scope: str
     folder: Path
     opened: OpenedProxy | None
+    lists_other_units: bool = False
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        """As checks take it."""
+        return (self.scope,)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class OwnerInputs:
+    """What only the owner has and most checks need: the truth, and the key that tells what is hidden of it."""
+
+    truth: OpenModel
+    job: JobKey
+
+
+@dataclass(frozen=True, eq=False)
 class Inputs:
     """Everything that an audit was given.
 
     Args:
+        folders: the proxies. base: a public base checkpoint, under the truth's names; without a truth it has no use.
         truth: the global model that the proxies were exported from. after: the global model of the next round.
         server: the server model that they were exported from, in jobs whose clients train the public base in its holes.
-        releases: the ledger. base: a public base checkpoint, under the truth's names; without a truth it has no use.
+        releases: the ledger.
+        options: as they were given. progress: told of tensors and steps.
     """
 
     folders: tuple[ProxyFolder, ...] = ()
+    base: PublicBase | None = None
     truth: OpenModel | None = None
     after: OpenModel | None = None
+    server: OpenModel | None = None
     job: JobKey | None = None
     releases: tuple[Release, ...] | None = None
-    base: PublicBase | None = None
-    server: OpenModel | None = None
+    options: AuditOptions = NO_OPTIONS
+    progress: Progress = SILENT
+    _shared: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def owner(self) -> OwnerInputs | None:
+        """Truth and key, where both were given."""
+        return None if self.truth is None or self.job is None else OwnerInputs(self.truth, self.job)
 
     @property
     def origin(self) -> OpenModel | None:
@@ -68,87 +100,89 @@ class Inputs:
 
     def release(self, proxy: OpenedProxy) -> Release | None:
         """The ledger line of a proxy, by its id."""
-        return next((one for one in self.releases or () if one.proxy_id == proxy.manifest.proxy_id), None)
+        return next((line for line in self.releases or () if line.proxy_id == proxy.manifest.proxy_id), None)
+
+    def shared(self, name: str, build: Callable[[], T]) -> T:
+        """What several checks use, built by the first of them."""
+        if name not in self._shared:
+            self._shared[name] = build()
+        value: T = self._shared[name]
+        return value
 
 
-@dataclass
-class Report:
-    """Findings and checks as they come in."""
-
-    findings: list[Finding] = field(default_factory=list)
-    checked: list[Check] = field(default_factory=list)
-
-    def add(self, rule: str, scope: str, why: str, found: Sequence[Finding]) -> None:
-        """A check that ran: it passed if it found nothing."""
-        self.findings += found
-        self.checked.append(Check(rule, scope, "fail" if found else "pass", why))
-
-    def skip(self, rule: str, scope: str, why: str) -> None:
-        """A check that could not run."""
-        self.checked.append(Check(rule, scope, "not-run", why))
+def pair(one: T | None, other: U | None) -> tuple[T, U] | None:
+    """Both, where both were given."""
+    return None if one is None or other is None else (one, other)
 
 
-NO_OPTIONS = AuditOptions()
+PROXY: Need[tuple[OpenedProxy, ...]] = Need(("a readable proxy",), lambda inputs: inputs.proxies or None)
+PROXIES: Need[tuple[OpenedProxy, ...]] = Need(
+    ("two proxies of one round",), lambda inputs: inputs.proxies if len(inputs.proxies) > 1 else None
+)
+TRUTH: Need[OpenModel] = Need(("--truth",), lambda inputs: inputs.truth)
+KEY: Need[JobKey] = Need(("--key",), lambda inputs: inputs.job)
+OWNER: Need[OwnerInputs] = Need(("--truth", "--key"), lambda inputs: inputs.owner)
+AFTER: Need[OpenModel] = Need(("--after",), lambda inputs: inputs.after)
+BASE: Need[PublicBase] = Need(("--public-base",), lambda inputs: inputs.base)
+LEDGER: Need[tuple[Release, ...]] = Need(("--ledger",), lambda inputs: inputs.releases)
+RELEASES: Need[tuple[Release, ...]] = Need(("--ledger with releases",), lambda inputs: inputs.releases or None)
+EVAL_DATA: Need[str | Path] = Need(("--eval-data",), lambda inputs: inputs.options.eval_data)
+PUBLIC_DATA: Need[str | Path] = Need(("--public-data",), lambda inputs: inputs.options.public_data)
+BASELINE: Need[str | Path] = Need(("--baseline",), lambda inputs: inputs.options.baseline)
 
 
-def open_inputs(proxies: Sequence[str | Path], report: Report, options: AuditOptions = NO_OPTIONS) -> Inputs:
+def open_inputs(
+    proxies: Sequence[str | Path],
+    collector: Collector,
+    options: AuditOptions = NO_OPTIONS,
+    progress: Progress = SILENT,
+) -> Inputs:
     """Open everything; what cannot be read or does not belong becomes an FQ903 or FQ904 finding, and is left out."""
-    key, ledger, truth = options.key, options.ledger, options.truth
-    job = _tried("key", report, lambda: job_key.load(key) if key is not None else None)
-    releases = _tried("ledger", report, lambda: tuple(ledgers.read(Path(ledger))) if ledger is not None else None)
-    folders = tuple(_open_folder(scope, place, report) for scope, place in _named(proxies))
-    axis = job.axis if job is not None else _axis_of(truth, folders)
+    key, ledger = options.key, options.ledger
+    job = collector.attempt(lambda: job_key.load(key) if key is not None else None, "key")
+    releases = collector.attempt(lambda: tuple(ledgers.read(Path(ledger))) if ledger is not None else None, "ledger")
+    folders = tuple(_open_folder(scope, reference, collector) for scope, reference in _named(proxies))
+    axis = job.axis if job is not None else _axis_of(options.truth, folders)
     overrides = job.overrides if job is not None else None
 
     def model(reference: str | Path | None, wanted: str) -> OpenModel | None:
-        opened = open_model(str(reference), axis=axis, overrides=overrides) if reference is not None else None
-        return None if opened is None else _belonging(opened, wanted, job, folders, report)
+        def opened() -> OpenModel | None:
+            if reference is None:
+                return None
+            found = open_model(str(reference), axis=axis, overrides=overrides)
+            problem = _incompatible_model(found, wanted, job, folders)
+            if problem is None:
+                return found
+            collector.add([DOES_NOT_BELONG.finding(wanted, f"the {wanted} {problem}")])
+            return None
 
-    whole = _tried("truth", report, lambda: model(truth, "truth"))
-    return Inputs(
-        tuple(_fitting(folder, whole, report) for folder in folders),
-        whole,
-        _tried("after", report, lambda: model(options.after, "after")),
-        job,
-        releases,
-        _tried("base", report, lambda: _matched(options.public_base, whole, folders, report)),
-        _tried("server", report, lambda: model(options.server, "server")),
-    )
+        return collector.attempt(opened, wanted)
+
+    truth = model(options.truth, "truth")
+    after = model(options.after, "after")
+    base = collector.attempt(lambda: _matched_base(options.public_base, truth, folders, collector), "base")
+    server = model(options.server, "server")
+    folders = tuple(_compatible_proxy(folder, truth) for folder in folders)
+    return Inputs(folders, base, truth, after, server, job, releases, options, progress)
 
 
 def _named(proxies: Sequence[str | Path]) -> list[tuple[str, str]]:
     """(scope, reference) of each proxy; scopes are the directories' names, told apart by a number where equal."""
     seen: dict[str, int] = {}
     named = []
-    for place in map(str, proxies):
-        name = place.rstrip("/").rsplit("/", 1)[-1] or place
+    for reference in map(str, proxies):
+        name = reference.rstrip("/").rsplit("/", 1)[-1] or reference
         seen[name] = seen.get(name, 0) + 1
-        named.append((f"proxy {name}" + (f" #{seen[name]}" if seen[name] > 1 else ""), place))
+        named.append((f"proxy {name}" + (f" #{seen[name]}" if seen[name] > 1 else ""), reference))
     return named
 
 
-def _tried(scope: str, report: Report, call: Any) -> Any:
-    """The result of a call, or None with a finding."""
-    try:
-        return call()
-    except (FedqsnError, OSError) as error:
-        report.findings.append(finding("FQ903", scope, _said(error)))
-        return None
-
-
-def _said(error: Exception) -> str:
-    """What went wrong, without the path where."""
-    return error.what if isinstance(error, FedqsnError) else f"cannot be read ({type(error).__name__})"
-
-
-def _open_folder(scope: str, place: str, report: Report) -> ProxyFolder:
-    folder = Path(place)
-    try:
-        folder = resolve(place).path
-        return ProxyFolder(scope, folder, open_proxy(folder, scope))
-    except (FedqsnError, OSError) as error:
-        report.findings.append(finding("FQ903", scope, f"the proxy cannot be read: {_said(error)}"))
-        return ProxyFolder(scope, folder, None)
+def _open_folder(scope: str, reference: str, collector: Collector) -> ProxyFolder:
+    problem = "the proxy cannot be read"
+    folder = collector.attempt(lambda: resolve(reference).path, scope, problem=problem)
+    if folder is None:
+        return ProxyFolder(scope, Path(reference), None)
+    return ProxyFolder(scope, folder, collector.attempt(lambda: open_proxy(folder, scope), scope, problem=problem))
 
 
 def _axis_of(truth: str | Path | None, folders: Sequence[ProxyFolder]) -> str:
@@ -164,52 +198,49 @@ def _axis_of(truth: str | Path | None, folders: Sequence[ProxyFolder]) -> str:
     return "neuron"
 
 
-def _belonging(
-    model: OpenModel, wanted: str, job: JobKey | None, folders: Sequence[ProxyFolder], report: Report
-) -> OpenModel | None:
-    """The model, if it can be compared with; else None with a finding."""
-    problem = None
+def _incompatible_model(
+    model: OpenModel, wanted: str, job: JobKey | None, folders: Sequence[ProxyFolder]
+) -> str | None:
+    """Why a model cannot be compared with the proxies, if it cannot."""
     if model.kind == "masked-model" or model.is_quantized:
-        problem = "is on its way to a proxy; give the dense global model"
-    elif model.kind == "server-model" and wanted == "truth":
-        problem = "is a server model, in which hidden weights are missing; give the global model"
-    elif model.kind != "server-model" and wanted == "server":
-        problem = "is no server model"
-    elif job is not None and model.plan.digest != job.plan_digest:
-        problem = "has another plan than the key"
-    elif job is None and wanted == "truth":
-        table = unit_table(model.plan.tensors)
-        odd = [one.scope for one in folders if one.opened is not None and one.opened.manifest.tensors != table]
-        if odd:
-            problem = f"has other units than {odd[0]} lists; give the key, which knows the plan"
-    if problem is None:
-        return model
-    report.findings.append(finding("FQ904", wanted, f"the {wanted} {problem}"))
+        return "is on its way to a proxy; give the dense global model"
+    if model.kind == "server-model" and wanted == "truth":
+        return "is a server model, in which hidden weights are missing; give the global model"
+    if model.kind != "server-model" and wanted == "server":
+        return "is no server model"
+    if job is not None:
+        return None if model.plan.digest == job.plan_digest else "has another plan than the key"
+    if wanted == "truth":
+        other = next((folder.scope for folder in folders if _lists_other_units(folder, model)), None)
+        return None if other is None else f"has other units than {other} lists; give the key, which knows the plan"
     return None
 
 
-def _matched(
-    reference: str | Path | None, truth: OpenModel | None, folders: Sequence[ProxyFolder], report: Report
+def _lists_other_units(folder: ProxyFolder, model: OpenModel) -> bool:
+    """Are the units that a proxy lists not those of the model's plan?"""
+    return folder.opened is not None and folder.opened.manifest.tensors != unit_table(model.plan.tensors)
+
+
+def _compatible_proxy(folder: ProxyFolder, truth: OpenModel | None) -> ProxyFolder:
+    """A proxy that lists other units than the plan cannot be compared: its list is a lie, or its key another one."""
+    if truth is None or not _lists_other_units(folder, truth):
+        return folder
+    return ProxyFolder(folder.scope, folder.folder, None, lists_other_units=True)
+
+
+def _matched_base(
+    reference: str | Path | None, truth: OpenModel | None, folders: Sequence[ProxyFolder], collector: Collector
 ) -> PublicBase | None:
-    """The public base under the names of the truth; for an attack a part of it is enough, for base fill it is not."""
+    """The public base under the names of the truth: all of it where holes were filled with it, else what fits."""
     if reference is None:
         return None
     if truth is None:
-        open_source(str(reference))  # of no use, but what cannot be read is to be told
+        open_source(str(reference))  # of no use, but what cannot be read is reported
         return None
-    filled = any(one.opened is not None and one.opened.manifest.fill == "base" for one in folders)
+    filled = any(folder.opened is not None and folder.opened.manifest.fill == "base" for folder in folders)
     try:
         return open_base(str(reference), truth, partial=not filled)
     except IncompatibleBase as error:
         message = f"the base does not go with the truth: {error.what}"
-        report.findings.append(finding("FQ904", "base", message, tensor=error.tensor))
+        collector.add([DOES_NOT_BELONG.finding("base", message, tensor=error.tensor)])
         return None
-
-
-def _fitting(folder: ProxyFolder, truth: OpenModel | None, report: Report) -> ProxyFolder:
-    """A proxy whose list of units is not the plan's cannot be compared; its list is a lie, or its key another one."""
-    if truth is None or folder.opened is None or folder.opened.manifest.tensors == unit_table(truth.plan.tensors):
-        return folder
-    message = "proxy.json lists other units than the plan of the truth, so its weights were not compared"
-    report.findings.append(finding("FQ005", folder.scope, message))
-    return ProxyFolder(folder.scope, folder.folder, None)

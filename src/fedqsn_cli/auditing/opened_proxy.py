@@ -24,7 +24,7 @@ from fedqsn_cli.models.model import ModelTensor, model_tensors
 from fedqsn_cli.planning.roles import rules
 from fedqsn_cli.planning.tensor_plan import TRANSPOSED
 from fedqsn_cli.quantization import kernels
-from fedqsn_cli.quantization.bnb_format import scb_name, state_name
+from fedqsn_cli.quantization.bnb_format import Packing, scb_name, state_name
 from fedqsn_cli.quantization.layout import TensorLayout
 from fedqsn_cli.quantization.nested import NESTED_BLOCK
 
@@ -38,7 +38,9 @@ class OpenedProxy:
     """One proxy whose files could be read. Nothing in it is believed.
 
     Args:
-        scope: how findings name it. sha256: of proxy.json. tensors: logical tensors by name.
+        scope: how findings name it. sha256: of proxy.json. tensors: model tensors by name.
+        mismatched: tensors that are not as an export makes them, once that was checked.
+        masks_proven: whether its masks were found to be those of the key.
     """
 
     scope: str
@@ -48,7 +50,20 @@ class OpenedProxy:
     manifest: ProxyManifest
     sha256: str
     tensors: dict[str, ModelTensor]
+    mismatched: set[str] | None = None
+    masks_proven: bool = False
     _nested: tuple[str, Floats, Floats, np.float32] | None = None
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        """As checks take it."""
+        return (self.scope,)
+
+    @property
+    def suspects(self) -> list[str]:
+        """The tensors that nothing has proven right, by name."""
+        names = set(self.tensors)
+        return sorted(names if self.mismatched is None else names & self.mismatched)
 
     def group(self, name: str) -> Bools:
         """The units of a group that the proxy says it shows, [units]."""
@@ -69,18 +84,18 @@ class OpenedProxy:
 
     def layout(self, name: str) -> TensorLayout:
         """How the tensor is really stored, whatever the plan says; snapped values count as raw ones."""
-        logical = self.tensors[name]
+        tensor = self.tensors[name]
         units = self.manifest.tensors.get(name)
         axis = units.axis if units is not None else None
-        turned = self.turned(name)
-        if logical.packing is not None:
-            rows, cols = logical.packing.shape
-            axis = TRANSPOSED[axis] if turned and axis is not None else axis
-            return TensorLayout(logical.packing.kind, "flat", turned, (1, rows, cols), axis)
-        view = units.view if units is not None else natural_view(logical.shape)
+        if tensor.packing is not None:
+            rows, cols = tensor.packing.shape
+            transposed = self.is_transposed(name)
+            axis = TRANSPOSED[axis] if transposed and axis is not None else axis
+            return TensorLayout(tensor.packing.kind, "flat", transposed, (1, rows, cols), axis)
+        view = units.view if units is not None else natural_view(tensor.shape)
         return TensorLayout("raw", "flat", False, view, axis)
 
-    def turned(self, name: str) -> bool:
+    def is_transposed(self, name: str) -> bool:
         """Is it a packed Conv1D weight, which bitsandbytes stores as [out, in]?"""
         role = rules().role(name, 2, (self.checkpoint.config or {}).get("model_type"))
         return self.tensors[name].packing is not None and role is not None and role.name == "conv1d"
@@ -91,10 +106,8 @@ class OpenedProxy:
         self.checkpoint.read_into(name, first // 2, out)
         return out
 
-    def scales(self, name: str, first: int, count: int) -> Floats:
+    def scales(self, name: str, packing: Packing, first: int, count: int) -> Floats:
         """Scales of `count` blocks (4-bit) or rows (int8) from `first`: fp32 [count]. Raises FormatError."""
-        packing = self.tensors[name].packing
-        assert packing is not None
         stored = scb_name(name) if packing.kind == "pack8" else f"{name}.absmax"
         out: Array = np.empty(count, np.uint8 if packing.double else np.float32)
         self.checkpoint.read_into(stored, first * out.itemsize, out)
@@ -114,37 +127,37 @@ class OpenedProxy:
             self._nested = name, nested, levels, offset
         return self._nested[1:]
 
-    def values(self, name: str, storage: TensorLayout, first: int, rows: int) -> Floats:
-        """Rows of a tensor as a client computes with them, in fp32: [rows, cols] of the working view of `storage`.
+    def values(self, name: str, layout: TensorLayout, first: int, rows: int) -> Floats:
+        """Rows of a tensor as a client computes with them, in fp32: [rows, cols] of the working view of `layout`.
 
         Args:
-            storage: the planned storage; where the tensor is stored otherwise, its values are still found.
+            layout: the planned one; where the tensor is stored otherwise, its values are still found.
 
         Raises:
             FormatError: the tensor has another number of elements, or its scales are not finite.
         """
-        lead, height, cols = storage.view
+        lead, height, cols = layout.view
         if name not in self.tensors:
             raise FormatError("a tensor of the model is missing", where=f"{self.scope}: {name}")
         packing = self.tensors[name].packing
         if math.prod(self.tensors[name].shape) != lead * height * cols:
             raise FormatError("has another shape than the truth", where=f"{self.scope}: {name}")
         if packing is None:
-            return self._plain(name, storage, first, rows)
+            return self._plain(name, layout, first, rows)
         out = np.empty((rows, cols), np.float32)
         if packing.shape != (lead * height, cols):
             raise FormatError("has another shape than the truth", where=f"{self.scope}: {name}")
         if packing.kind == "pack8":
             codes = np.empty((rows, cols), np.int8)
             self.checkpoint.read_into(name, first * cols, codes)
-            kernels.dequantize_int8(codes, self.scales(name, first, rows), "F32", out)
+            kernels.dequantize_int8(codes, self.scales(name, packing, first, rows), "F32", out)
             return out
         start, block = first * cols, packing.block
         lower = start // block * block  # of the block that the rows begin in
         flat = out if lower == start else np.empty(start - lower + out.size, np.float32)
         kernels.dequantize_4bit(
             self.codes(name, lower, flat.size),
-            self.scales(name, lower // block, -(-flat.size // block)),
+            self.scales(name, packing, lower // block, -(-flat.size // block)),
             format=packing.format,
             block=block,
             dtype="F32",
@@ -152,17 +165,17 @@ class OpenedProxy:
         )
         return flat.reshape(-1)[start - lower :].reshape(rows, cols)
 
-    def _plain(self, name: str, storage: TensorLayout, first: int, rows: int) -> Floats:
-        """Dense values; those of a transposed tensor lie as in the truth."""
-        entry, cols = self.checkpoint.entries[name], storage.view[2]
+    def _plain(self, name: str, layout: TensorLayout, first: int, rows: int) -> Floats:
+        """Dense values; those of a transposed tensor are stored as in the truth."""
+        entry, cols = self.checkpoint.entries[name], layout.view[2]
         if entry.dtype not in WEIGHT_DTYPES:
             raise FormatError(f"{entry.dtype} values where floats belong", where=f"{self.scope}: {name}")
         kind = DTYPES[entry.dtype].bits
-        if storage.transposed:
-            whole = np.empty((cols, storage.view[1]), kind)
+        if layout.transposed:
+            whole = np.empty((cols, layout.view[1]), kind)
             self.checkpoint.read_into(name, 0, whole)
-            turned: Floats = kernels.widened(whole, entry.dtype).reshape(whole.shape).T[first : first + rows]
-            return np.ascontiguousarray(turned)
+            transposed: Floats = kernels.widened(whole, entry.dtype).reshape(whole.shape).T[first : first + rows]
+            return np.ascontiguousarray(transposed)
         out = np.empty((rows, cols), kind)
         self.checkpoint.read_into(name, first * cols * out.itemsize, out)
         wide: Floats = kernels.widened(out, entry.dtype).reshape(rows, cols)

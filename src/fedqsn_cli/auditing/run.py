@@ -8,13 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedqsn_cli.artifacts.manifests import file_digest
-from fedqsn_cli.auditing import gate
-from fedqsn_cli.auditing.findings import Audit, FunctionRecovery, Recovery
-from fedqsn_cli.auditing.inputs import NO_OPTIONS, Inputs, Report, open_inputs
-from fedqsn_cli.auditing.invariants.check import check_invariants
-from fedqsn_cli.auditing.policy import Policy, load, without_file
+from fedqsn_cli.auditing.completeness import DOES_NOT_BELONG, Collector
+from fedqsn_cli.auditing.findings import Audit, FunctionRecovery
+from fedqsn_cli.auditing.gate import evaluate_policy
+from fedqsn_cli.auditing.inputs import EVAL_DATA, NO_OPTIONS, Inputs, open_inputs
+from fedqsn_cli.auditing.limits.function import FUNCTION_RECOVERY
+from fedqsn_cli.auditing.limits.measured import Measured
+from fedqsn_cli.auditing.policy import Policy
+from fedqsn_cli.auditing.policy_file import load, summary, without_file
+from fedqsn_cli.auditing.recovery.weights import recover_weights
 from fedqsn_cli.auditing.report.json import read_measures
-from fedqsn_cli.auditing.rules import finding
+from fedqsn_cli.auditing.rules import CHECKS
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.exposure.exposure import SIZES, expected, exposure
 from fedqsn_cli.exposure.results import Exposure
@@ -48,28 +52,30 @@ def audit(
         >>> audit(["proxies/alice"], truth="global/", key="job.key", ledger="ledger.jsonl").verdict
     """
     proxies = [proxies] if isinstance(proxies, (str, Path)) else list(proxies or ())
-    rules = _policy(proxies, options)
-    before = read_measures(options.baseline) if options.baseline is not None else None
-    report = Report()
-    inputs = open_inputs(proxies, report, options)
+    policy = _policy(proxies, options)
+    baseline = read_measures(options.baseline) if options.baseline is not None else None
+    collector = Collector()
+    inputs = open_inputs(proxies, collector, options, progress)
     if proxies or options.after is not None:
-        check_invariants(inputs, report, progress)
-    measured = gate.Measured(
-        recovery=_recovery(inputs, report, progress) if proxies else (),
-        function=_function(inputs, report, rules, options, progress) if proxies else None,
-        exposure=_exposure(inputs, report, rules),
-        expected=_expected(inputs, rules),
+        for check in CHECKS:
+            check.run(inputs, collector)
+    measured = Measured(
+        recover_weights(inputs, collector) if proxies else (),
+        _function(inputs, collector, policy) if proxies else None,
+        _exposure(inputs, collector, policy),
+        _expected(inputs, policy),
+        baseline,
     )
     today = datetime.datetime.now(datetime.UTC).date()
-    findings, checked = gate.apply(rules, measured, report.findings, report.checked, baseline=before, today=today)
+    findings, checks = evaluate_policy(policy, measured, collector, today=today)
     return Audit(
         findings,
-        checked,
+        checks,
         measured.recovery,
         measured.function,
         measured.exposure,
-        rules.summary(),
-        _digests(inputs, options),
+        summary(policy),
+        _digests(inputs),
         VERSION,
     )
 
@@ -83,48 +89,45 @@ def _policy(proxies: Sequence[str | Path], options: AuditOptions) -> Policy:
     return without_file(proxies=bool(proxies), ledger=options.ledger is not None)
 
 
-def _recovery(inputs: Inputs, report: Report, progress: Progress) -> tuple[Recovery, ...]:
-    from fedqsn_cli.auditing.recovery.weights import recover_weights
-
-    return recover_weights(inputs, report, progress)
-
-
-def _function(
-    inputs: Inputs, report: Report, rules: Policy, options: AuditOptions, progress: Progress
-) -> FunctionRecovery | None:
-    if options.eval_data is None:
-        report.skip("FQ301", "function", "needs --eval-data")
+def _function(inputs: Inputs, collector: Collector, policy: Policy) -> FunctionRecovery | None:
+    eval_data, public_data = inputs.options.eval_data, inputs.options.public_data
+    if eval_data is None:
+        collector.add([FUNCTION_RECOVERY.lacks("function", EVAL_DATA)])
         return None
-    from fedqsn_cli.auditing.recovery.function import recover_function
+    from fedqsn_cli.auditing.recovery.function import FunctionOptions, recover_function  # needs torch
 
-    return recover_function(inputs, report, options.eval_data, options.public_data, rules.public_examples, progress)
+    options = FunctionOptions(public_data=public_data, public_examples=policy.threat.public_examples)
+    return recover_function(inputs, collector, eval_data, options)
 
 
-def _exposure(inputs: Inputs, report: Report, rules: Policy) -> Exposure | None:
+def _exposure(inputs: Inputs, collector: Collector, policy: Policy) -> Exposure | None:
     """From ledger and key; releases of other jobs count for nothing here, and must not be of the same model."""
-    if inputs.job is None or inputs.releases is None:
+    job, releases = inputs.job, inputs.releases
+    if job is None or releases is None:
         return None
-    job = inputs.job.commitment
-    mine = [release for release in inputs.releases if release.job == job]
-    models = {release.model_digest for release in mine}
-    foreign = [release for release in inputs.releases if release.job != job]
+    own = [release for release in releases if release.job == job.commitment]
+    models = {release.model_digest for release in own}
+    foreign = [release for release in releases if release.job != job.commitment]
     if any(release.model_digest in models for release in foreign):
         message = "the same model was also released under another key; what those proxies show cannot be counted"
-        report.findings.append(finding("FQ904", "ledger", message))
-    if foreign and not mine:
-        report.findings.append(finding("FQ904", "ledger", "the ledger lists no release of this key's job"))
-    return exposure(inputs.job, mine, sizes={*SIZES, rules.colluders})
+        collector.add([DOES_NOT_BELONG.finding("ledger", message)])
+    if foreign and not own:
+        collector.add([DOES_NOT_BELONG.finding("ledger", "the ledger lists no release of this key's job")])
+    return exposure(job, own, sizes={*SIZES, policy.threat.colluders})
 
 
-def _expected(inputs: Inputs, rules: Policy) -> float | None:
-    if inputs.job is None or not inputs.releases or rules.rounds is None:
+def _expected(inputs: Inputs, policy: Policy) -> float | None:
+    job, rounds = inputs.job, policy.threat.rounds
+    if job is None or rounds is None:
         return None
-    fresh = [one for one in inputs.releases if one.job == inputs.job.commitment and one.schedule == "fresh"]
-    return expected(inputs.job, min(one.p2 for one in fresh), rules.rounds) if fresh else None
+    releases = [release for release in inputs.releases or () if release.job == job.commitment]
+    ratios = [release.p2 for release in releases if release.schedule == "fresh"]
+    return expected(job, min(ratios), rounds) if ratios else None
 
 
-def _digests(inputs: Inputs, options: AuditOptions) -> dict[str, str]:
+def _digests(inputs: Inputs) -> dict[str, str]:
     """What was audited, by content; never by path."""
+    options = inputs.options
     digests = {proxy.scope: proxy.sha256 for proxy in inputs.proxies}
     if inputs.job is not None:
         digests["job"] = inputs.job.commitment
@@ -135,6 +138,6 @@ def _digests(inputs: Inputs, options: AuditOptions) -> dict[str, str]:
         if file is not None and Path(file).is_file():
             digests[name] = file_digest(Path(file))
     if inputs.truth is not None:
-        entries = sorted((name, one.dtype, one.shape) for name, one in inputs.truth.tensors.items())
+        entries = sorted((name, tensor.dtype, tensor.shape) for name, tensor in inputs.truth.tensors.items())
         digests["truth (names and shapes)"] = hashlib.sha256(repr(entries).encode()).hexdigest()
     return digests

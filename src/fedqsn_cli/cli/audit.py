@@ -70,7 +70,7 @@ def _print(result: Audit, view: AuditView) -> None:
 
 
 def _write_policy(path: str | Path | None, view: AuditView) -> None:
-    from fedqsn_cli.auditing.policy import template
+    from fedqsn_cli.auditing.policy_file import template
     from fedqsn_cli.checkpoint import write_file_atomically
     from fedqsn_cli.cli.views import POLICY_FILE
 

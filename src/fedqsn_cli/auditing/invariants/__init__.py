@@ -1,14 +1,14 @@
 """The hard rules FQ001 to FQ011: a proxy that breaks one must not be sent.
 
-check.py            all of them, in the order in which a failed one explains the next
-contents.py         files, manifests and secrets
-masks.py            the masks are those of the key, the ratios those of the job
+contents.py         FQ006, FQ010: files, manifests and secrets
+secrets.py          what must not be in any byte, and how it is recognised
+masks.py            FQ004, FQ005, FQ011: the masks are those of the key, the ratios those of the job
 weak_seeds.py       masks that a seeded generator could have drawn
-rebuild.py          every byte of the tensors, made again from the truth
-holes.py            what is stored where units are hidden
-same_codes.py       two proxies of one round agree wherever both show a unit
+rebuild.py          FQ001: every byte of the tensors, made again from the truth
+holes.py            FQ002, FQ003, FQ007: what is stored where units are hidden
+same_codes.py       FQ009: two proxies of one round agree wherever both show a unit
 sketches.py         sketches of units, to find near copies among millions
+truth_index.py      the truth as sketches, and which of them are hidden
 copied_units.py     hidden units that appear elsewhere in a proxy
-merge_integrity.py  hidden units of a merged model are unchanged
-server_holes.py     what is stored in the holes of a server model
+other_models.py     FQ008: hidden units of the truth, held against those of a merged model and of a server model
 """

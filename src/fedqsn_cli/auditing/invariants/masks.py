@@ -8,90 +8,128 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fedqsn_cli.auditing.findings import Finding
-from fedqsn_cli.auditing.inputs import Inputs, OpenedProxy, Report
+from fedqsn_cli.artifacts.ledger import Release
+from fedqsn_cli.auditing.checks import Together, check, each_folder, each_proxy, once
+from fedqsn_cli.auditing.findings import Entry, Finding
+from fedqsn_cli.auditing.inputs import KEY, PROXY, Inputs, ProxyFolder
 from fedqsn_cli.auditing.invariants.weak_seeds import SEEDS, longest_runs
-from fedqsn_cli.auditing.rules import finding
+from fedqsn_cli.auditing.opened_proxy import OpenedProxy
+from fedqsn_cli.auditing.registry import Rule
 from fedqsn_cli.masks.draw import hidden_count
+from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.masks.job_masks import ClientMasks, ServerMasks
 
 Bools = NDArray[np.bool_]
 
 _LARGEST = 1024  # units of a group that is tried
-_RARE = -20.0  # log2 of the chance below which a match is none
+_RARE = -20.0  # log2 of the probability below which a match cannot be chance
 
 
-def check_masks(inputs: Inputs, report: Report) -> None:
-    """All three rules, for every proxy and for every job."""
-    clean = set()
-    for proxy in inputs.proxies:
-        if inputs.job is None:
-            report.skip("FQ005", proxy.scope, "needs --key, which alone tells what must be hidden")
-            continue
-        found = list(_against_key(inputs, proxy))
-        known = inputs.release(proxy) is not None
-        why = "the server mask was drawn again from the key" + (", and the client mask" if known else "")
-        report.add("FQ005", proxy.scope, why + ("" if known else "; the client mask needs --ledger"), found)
-        if not found:
-            clean.add(proxy.scope)
-    _check_jobs(inputs, report)
-    for scope in sorted(clean):
-        report.add("FQ011", scope, "the masks follow from the key, so no seed drew them", [])
-    _check_seeds([proxy for proxy in inputs.proxies if proxy.scope not in clean], report)
+SECOND_HIDDEN_SET = Rule(
+    "FQ004",
+    "second-hidden-set",
+    "hard",
+    what="Proxies of one job together show more units than one server mask leaves visible, or releases of one job name "
+    "another p1 or plan.",
+    why="Each of two server masks hides what the other one shows; together they hide next to nothing.",
+    fix="Keep one key for the whole job. What was released counts as shown: start a new job only for a new model.",
+    scope="invariants",
+    needs=(PROXY,),
+)
+MASK_NOT_FROM_KEY = Rule(
+    "FQ005",
+    "mask-not-from-key",
+    "hard",
+    what="The visible units are not those that the key gives for this job, client and round.",
+    why="Only masks derived from the key are unpredictable, and the same in every round.",
+    fix="Export with the job's own key. A mask drawn by anything else cannot be trusted.",
+    scope="invariants",
+    needs=(PROXY, KEY),
+)
+WEAK_GENERATOR = Rule(
+    "FQ011",
+    "mask-from-weak-generator",
+    "hard",
+    what="The hidden units are those that a seeded generator (seeds 0 to 65535 of torch) draws.",
+    why="An attacker tries all seeds in seconds and knows every mask of the job.",
+    fix="Derive masks from a 256-bit key, as `fedqsn mask` does. Start a new job.",
+    needs=(PROXY,),
+)
 
 
-def _against_key(inputs: Inputs, proxy: OpenedProxy) -> Iterator[Finding]:
-    """FQ005: one finding a kind of fault, with the number of groups it is in."""
-    assert inputs.job is not None
-    job, release = inputs.job, inputs.release(proxy)
+@check(MASK_NOT_FROM_KEY, each_folder)
+def listed_units(inputs: Inputs, folder: ProxyFolder) -> Iterator[Entry]:
+    """Does a proxy list the units of the plan?"""
+    if folder.lists_other_units:
+        message = "proxy.json lists other units than the plan of the truth, so its weights were not compared"
+        yield MASK_NOT_FROM_KEY.finding(folder.scope, message)
+
+
+@check(MASK_NOT_FROM_KEY, each_proxy, KEY, more=", which alone tells what must be hidden")
+def masks_of_the_key(inputs: Inputs, proxy: OpenedProxy, job: JobKey) -> Iterator[Entry]:
+    """Draw the masks again."""
+    release = inputs.release(proxy)
+    found = list(_against_key(job, release, proxy))
+    known = release is not None
+    why = "the server mask was drawn again from the key" + (", and the client mask" if known else "")
+    yield from MASK_NOT_FROM_KEY.checked(
+        proxy.scope, why + ("" if known else "; the client mask needs --ledger"), found
+    )
+    proxy.masks_proven = not found
+
+
+def _against_key(job: JobKey, release: Release | None, proxy: OpenedProxy) -> Iterator[Finding]:
+    """One finding a kind of fault, with the number of groups it is in."""
+    scope = proxy.scope
     if proxy.manifest.job != job.commitment:
-        yield finding("FQ005", proxy.scope, "proxy.json names another key")
+        yield MASK_NOT_FROM_KEY.finding(scope, "proxy.json names another key")
     sizes = {name: units for name, (units, _) in job.groups.items()}
     if sizes != {name: group.units for name, group in proxy.manifest.groups.items()}:
-        yield finding("FQ005", proxy.scope, "proxy.json lists other groups of units than the key file")
+        yield MASK_NOT_FROM_KEY.finding(scope, "proxy.json lists other groups of units than the key file")
         return
     server = ServerMasks(job)
     client = None
     if release is not None:
         client = ClientMasks(server, release.client, release.round, release.p2, release.schedule, release.rescale)
-    shown = wrong = odd = 0
+    shown = wrong = empty = 0
     for name, units in sizes.items():
         visible = proxy.group(name)
         shown += bool((visible & server.hidden_units(name, units)).any())
         wrong += client is not None and not np.array_equal(visible, client.visible_group(name, units))
-        odd += not visible.any()
-    total = len(sizes)
+        empty += not visible.any()
     if shown:
         message = "units that the key hides for the whole job are shown (groups concerned)"
-        yield finding("FQ005", proxy.scope, message, value=float(shown), limit=0.0)
+        yield MASK_NOT_FROM_KEY.finding(scope, message, value=float(shown), limit=0.0)
     elif wrong:
         message = "the client mask is not the one of this key, client and round (groups concerned)"
-        yield finding("FQ005", proxy.scope, message, value=float(wrong), limit=0.0)
-    if odd:
-        yield finding("FQ005", proxy.scope, f"some of {total} groups show no unit at all", value=float(odd), limit=0.0)
+        yield MASK_NOT_FROM_KEY.finding(scope, message, value=float(wrong), limit=0.0)
+    if empty:
+        message = f"some of {len(sizes)} groups show no unit at all"
+        yield MASK_NOT_FROM_KEY.finding(scope, message, value=float(empty), limit=0.0)
 
 
-def _check_jobs(inputs: Inputs, report: Report) -> None:
-    """FQ004, over all proxies and ledger lines together."""
-    proxies, releases = inputs.proxies, inputs.releases or ()
+@check(SECOND_HIDDEN_SET, once("job"))
+def one_hidden_set(inputs: Inputs, job: Together) -> Iterator[Entry]:
+    """All proxies and ledger lines together."""
+    proxies, releases = job.proxies, inputs.releases or ()
     if not proxies and not releases:
-        report.skip("FQ004", "job", "needs proxies or --ledger")
+        yield SECOND_HIDDEN_SET.not_run("job", "needs proxies or --ledger")
         return
     found = list(_ledger_contradictions(inputs))
     if len({proxy.manifest.job for proxy in proxies}) > 1 and _one_model(proxies):
         message = "proxies of one model belong to different jobs: each shows what the other one hides"
-        found.append(finding("FQ004", "job", message))
+        found.append(SECOND_HIDDEN_SET.finding("job", message))
     ratios = _ratios(inputs)
     why = "visible units of all proxies were put together"
     if ratios is None:
         why = "only the ledger's lines were compared: how much the server hides needs --key or --ledger"
     else:
-        for job in sorted({proxy.manifest.job for proxy in proxies}):
-            found += _union([proxy for proxy in proxies if proxy.manifest.job == job], ratios)
+        for name in sorted({proxy.manifest.job for proxy in proxies}):
+            found += _union([proxy for proxy in proxies if proxy.manifest.job == name], ratios)
     if ratios is None and not releases and len(proxies) < 2:
-        report.skip("FQ004", "job", why)
-        return
-    report.add("FQ004", "job", why, found)
+        yield SECOND_HIDDEN_SET.not_run("job", why)
+    else:
+        yield from SECOND_HIDDEN_SET.checked("job", why, found)
 
 
 def _one_model(proxies: Sequence[OpenedProxy]) -> bool:
@@ -106,10 +144,10 @@ def _ledger_contradictions(inputs: Inputs) -> Iterator[Finding]:
     for release in inputs.releases or ():
         jobs.setdefault(release.job, set()).add((release.p1, release.plan))
     if any(len(kinds) > 1 for kinds in jobs.values()):
-        yield finding("FQ004", "ledger", "releases of one job name different p1 or plans")
+        yield SECOND_HIDDEN_SET.finding("ledger", "releases of one job name different p1 or plans")
     job = inputs.job
     if job is not None and any((p1, plan) != (job.p1, job.plan_digest) for p1, plan in jobs.get(job.commitment, ())):
-        yield finding("FQ004", "ledger", "releases of the job name another p1 or plan than its key")
+        yield SECOND_HIDDEN_SET.finding("ledger", "releases of the job name another p1 or plan than its key")
 
 
 def _ratios(inputs: Inputs) -> Callable[[str], float] | None:
@@ -136,12 +174,15 @@ def _union(proxies: Sequence[OpenedProxy], ratios: Callable[[str], float]) -> It
     if over:
         scope = proxies[0].scope if len(proxies) == 1 else f"coalition of {len(proxies)}"
         message = "more units are shown than one server mask leaves visible (groups concerned)"
-        yield finding("FQ004", scope, message, value=float(over), limit=0.0)
+        yield SECOND_HIDDEN_SET.finding(scope, message, value=float(over), limit=0.0)
 
 
-def _check_seeds(proxies: Sequence[OpenedProxy], report: Report) -> None:
-    """FQ011: try the seeds on the smallest groups of each proxy in which a match cannot be chance."""
-    targets = {proxy.scope: _targets(proxy) for proxy in proxies}
+@check(WEAK_GENERATOR, once("job"))
+def weak_generator(inputs: Inputs, job: Together) -> Iterator[Entry]:
+    """Try the seeds on the smallest groups of each proxy in which a match cannot be chance."""
+    for scope in sorted(proxy.scope for proxy in job.proxies if proxy.masks_proven):
+        yield from WEAK_GENERATOR.checked(scope, "the masks follow from the key, so no seed drew them")
+    targets = {proxy.scope: _targets(proxy) for proxy in job.proxies if not proxy.masks_proven}
     hits = dict.fromkeys(targets, 0)
     for n in sorted({n for groups in targets.values() for n in groups}):
         owners = [(scope, flags) for scope, groups in targets.items() for flags in groups.get(n, ())]
@@ -150,12 +191,12 @@ def _check_seeds(proxies: Sequence[OpenedProxy], report: Report) -> None:
             hits[scope] += _chance(n, int(flags.sum()), int(run)) < _RARE
     for scope, groups in targets.items():
         if not groups:
-            report.skip("FQ011", scope, "no group hides enough units to tell a seed from chance")
+            yield WEAK_GENERATOR.not_run(scope, "no group hides enough units to tell a seed from chance")
             continue
         message = "the hidden units are those that a seeded generator draws (groups that match)"
-        found = [finding("FQ011", scope, message, value=float(hits[scope]), limit=0.0)] if hits[scope] else []
+        found = [WEAK_GENERATOR.finding(scope, message, value=float(hits[scope]), limit=0.0)] if hits[scope] else []
         why = f"seeds 0 to {SEEDS - 1} were tried on groups of {' and '.join(map(str, sorted(groups)))} units"
-        report.add("FQ011", scope, why, found)
+        yield from WEAK_GENERATOR.checked(scope, why, found)
 
 
 def _targets(proxy: OpenedProxy) -> dict[int, list[Bools]]:
@@ -176,7 +217,10 @@ def _targets(proxy: OpenedProxy) -> dict[int, list[Bools]]:
 
 
 def _chance(n: int, count: int, run: int) -> float:
-    """log2 of the chance that `run` units drawn at random are among `count` given ones of n, for any seed and way."""
+    """log2 of the probability that `run` units drawn at random are among `count` given ones of n.
+
+    For any of the seeds, and any of four ways to draw: from either end, by randperm or by rand.
+    """
     if run <= 0 or run > count:
         return 0.0
     logs = math.lgamma(count + 1) - math.lgamma(count - run + 1) - math.lgamma(n + 1) + math.lgamma(n - run + 1)

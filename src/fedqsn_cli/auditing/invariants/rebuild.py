@@ -10,7 +10,7 @@ quantized in the ways that are known to leak, to say which one it was:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -18,25 +18,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.artifacts.manifests import Quantization
-from fedqsn_cli.auditing.findings import Finding
-from fedqsn_cli.auditing.inputs import Inputs, OpenedProxy, Report
-from fedqsn_cli.auditing.rows import plain
-from fedqsn_cli.auditing.rules import finding
+from fedqsn_cli.auditing.checks import Together, check
+from fedqsn_cli.auditing.completeness import DOES_NOT_BELONG
+from fedqsn_cli.auditing.findings import Entry, Finding
+from fedqsn_cli.auditing.inputs import BASE, OWNER, PROXY, Inputs, pair
+from fedqsn_cli.auditing.invariants.holes import CLEAR_COPY, SCALE_FROM_HIDDEN
+from fedqsn_cli.auditing.invariants.same_codes import CODES_DIFFER
+from fedqsn_cli.auditing.opened_proxy import OpenedProxy
+from fedqsn_cli.auditing.registry import EXPORT_AGAIN, Need, Rule
+from fedqsn_cli.auditing.rows import as_float32, shown_elements
 from fedqsn_cli.checkpoint import TensorSink
 from fedqsn_cli.errors import FedqsnError
 from fedqsn_cli.export.encode import encode
 from fedqsn_cli.export.outputs import ClientOutput, stored_specs
-from fedqsn_cli.export.pipeline import CHUNK_ELEMENTS, Digests, run
+from fedqsn_cli.export.pipeline import CHUNK_ELEMENTS, run
+from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.masks.job_masks import ServerMasks
 from fedqsn_cli.masks.unit_mask import UnitMask
+from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
 from fedqsn_cli.planning.tensor_plan import TensorPlan
-from fedqsn_cli.progress import Progress, Silent
 from fedqsn_cli.quantization import kernels
 from fedqsn_cli.quantization.layout import row_chunks
 
 Array = NDArray[Any]
-RULE = "FQ001"
 
 
 @dataclass
@@ -50,11 +55,11 @@ class ComparingSink:
     proxy: OpenedProxy
     differing: dict[str, int] = field(default_factory=dict)
 
-    def expect(self, tasks: Sequence[TensorTask], how: Quantization | None) -> None:
+    def expect(self, tasks: Sequence[TensorTask], quantization: Quantization | None) -> None:
         """Compare names, dtypes and shapes."""
         entries = self.proxy.checkpoint.entries
         for task in tasks:
-            for spec in stored_specs(task, how):
+            for spec in stored_specs(task, quantization):
                 entry = entries.get(spec.name)
                 same = entry is not None and (entry.dtype, entry.shape) == (spec.dtype, spec.shape)
                 self.differing[spec.name] = 0 if same else -1
@@ -70,66 +75,74 @@ class ComparingSink:
             self.differing[name] += int(np.count_nonzero(wanted != found))
 
 
-def check_rebuild(inputs: Inputs, report: Report, progress: Progress | None = None) -> dict[str, set[str]]:
-    """Rebuild all proxies; one pass over the truth for all that have the same format.
+HIDDEN_INFLUENCE = Rule(
+    "FQ001",
+    "hidden-influence",
+    "hard",
+    what="The proxy is built again from server-visible weights of the truth; every byte of every tensor must be equal.",
+    why="A byte that server-visible weights do not explain may carry hidden ones.",
+    fix=EXPORT_AGAIN + " If it happens again, the exporting tool computes with hidden weights.",
+    scope="invariants",
+    needs=(PROXY, OWNER),
+)
 
-    Returns:
-        For each scope whose proxy was rebuilt, the logical tensors that are not as they should be.
-    """
-    odd: dict[str, set[str]] = {}
-    tasks: dict[str, list[OpenedProxy]] = {}
+ORIGIN: Need[tuple[OpenModel, JobKey]] = Need(OWNER.options, lambda inputs: pair(inputs.origin, inputs.job))
+
+
+def each_format(inputs: Inputs) -> list[Together]:
+    """The proxies of each format, which one pass over the truth builds again."""
+    formats: dict[str, list[OpenedProxy]] = {}
     for proxy in inputs.proxies:
-        reason = _missing(inputs, proxy)
-        if reason is None:
-            tasks.setdefault(f"{proxy.manifest.quantization} {proxy.manifest.fill}", []).append(proxy)
-        else:
-            report.skip(RULE, proxy.scope, reason)
-    for proxies in tasks.values():
-        try:
-            odd |= _rebuild(inputs, proxies, report, progress or Silent())
-        except FedqsnError as error:
-            for proxy in proxies:
-                report.findings.append(finding("FQ903", proxy.scope, f"cannot be built again: {error.what}"))
-                report.skip(RULE, proxy.scope, "the truth cannot be quantized as the proxy says")
-    return odd
+        formats.setdefault(f"{proxy.manifest.quantization} {proxy.manifest.fill}", []).append(proxy)
+    return [Together(tuple(proxy.scope for proxy in proxies), tuple(proxies)) for proxies in formats.values()]
 
 
-def _missing(inputs: Inputs, proxy: OpenedProxy) -> str | None:
-    if inputs.origin is None or inputs.job is None:
-        return "needs --truth and --key; without them weights, norms, biases and their scale are taken on trust"
-    if proxy.manifest.fill == "base" and inputs.base is None:
-        return "needs --public-base: its holes are filled with the public base"
-    return None
-
-
-def _rebuild(inputs: Inputs, proxies: Sequence[OpenedProxy], report: Report, progress: Progress) -> dict[str, set[str]]:
-    assert inputs.origin is not None and inputs.job is not None
-    how, filled = proxies[0].manifest.quantization, proxies[0].manifest.fill == "base"
-    server = ServerMasks(inputs.job)
-    tasks = tensor_tasks(inputs.origin, how, server.hidden)
-    sinks = [ComparingSink(proxy) for proxy in proxies]
+@check(
+    HIDDEN_INFLUENCE,
+    each_format,
+    ORIGIN,
+    more="; without them weights, norms, biases and their scale are taken on trust",
+    problem="cannot be built again",
+    failed="the truth cannot be quantized as the proxy says",
+)
+def rebuild(inputs: Inputs, group: Together, given: tuple[OpenModel, JobKey]) -> Iterator[Entry]:
+    """Build proxies again, and note which of their tensors are not as they should be."""
+    (origin, job), manifest = given, group.proxies[0].manifest
+    quantization, filled = manifest.quantization, manifest.fill == "base"
+    if filled and inputs.base is None:
+        for scope in group.scopes:
+            yield HIDDEN_INFLUENCE.lacks(scope, BASE, more=": its holes are filled with the public base")
+        return
+    server = ServerMasks(job)
+    tasks = tensor_tasks(origin, quantization, server.hidden)
+    sinks = [ComparingSink(proxy) for proxy in group.proxies]
     for sink in sinks:
-        sink.expect(tasks, how)
+        sink.expect(tasks, quantization)
     outputs = [
-        ClientOutput(cast(TensorSink, sink), how, _client_mask(sink.proxy, server), _factor(sink.proxy))
+        ClientOutput(
+            cast(TensorSink, sink), quantization, _client_mask(sink.proxy, server), _rescale_factor(sink.proxy)
+        )
         for sink in sinks
     ]
     base = inputs.base if filled else None
-    digests = run(inputs.origin, tasks, how, outputs, base=base, progress=progress)
-    odd = {}
+    mismatched: dict[str, set[str]] = {}
+    digests = run(origin, tasks, quantization, outputs, base=base, progress=inputs.progress)
     for sink in sinks:
-        if _is_other_model(inputs, sink.proxy, digests):
+        scope, release = sink.proxy.scope, inputs.release(sink.proxy)
+        if release is not None and release.model_digest != digests.model:
             message = "the ledger says that this proxy was exported from another model than the truth"
-            report.findings.append(finding("FQ904", sink.proxy.scope, message))
-            report.skip(RULE, sink.proxy.scope, "the truth is not the model of this release")
+            yield DOES_NOT_BELONG.finding(scope, message)
+            yield HIDDEN_INFLUENCE.not_run(scope, "the truth is not the model of this release")
             continue
-        found, names = _judge(inputs, sink, tasks, how)
-        report.add(RULE, sink.proxy.scope, "every tensor was built again from server-visible weights", found)
-        odd[sink.proxy.scope] = names
-    return odd
+        found = list(_mismatches(origin, sink, tasks, quantization))
+        why = "every tensor was built again from server-visible weights"
+        yield from HIDDEN_INFLUENCE.checked(scope, why, found)
+        mismatched[scope] = {name for finding in found if (name := finding.tensor) is not None}
+    for proxy in group.proxies:
+        proxy.mismatched = mismatched.get(proxy.scope)
 
 
-def _client_mask(proxy: OpenedProxy, server: ServerMasks) -> Any:
+def _client_mask(proxy: OpenedProxy, server: ServerMasks) -> Callable[[TensorPlan], UnitMask | None]:
     """What the proxy hides beyond the server mask, by its own account."""
 
     def hidden(tensor: TensorPlan) -> UnitMask | None:
@@ -143,100 +156,93 @@ def _client_mask(proxy: OpenedProxy, server: ServerMasks) -> Any:
     return hidden
 
 
-def _factor(proxy: OpenedProxy) -> Any:
+def _rescale_factor(proxy: OpenedProxy) -> Callable[[TensorPlan], np.float32]:
     return lambda tensor: proxy.factor(tensor.name)
 
 
-def _is_other_model(inputs: Inputs, proxy: OpenedProxy, digests: Digests) -> bool:
-    release = inputs.release(proxy)
-    return release is not None and release.model_digest != digests.model
-
-
-def _judge(
-    inputs: Inputs, sink: ComparingSink, tasks: Sequence[TensorTask], how: Quantization | None
-) -> tuple[list[Finding], set[str]]:
+def _mismatches(
+    origin: OpenModel, sink: ComparingSink, tasks: Sequence[TensorTask], quantization: Quantization | None
+) -> Iterator[Finding]:
     """Findings for the tensors that differ, each with the way in which it leaks if that is known."""
-    found, names = [], set()
+    scope = sink.proxy.scope
     for task in tasks:
-        counts = [sink.differing[spec.name] for spec in stored_specs(task, how)]
-        if not any(counts):
-            continue
-        names.add(task.name)
-        scope, name = sink.proxy.scope, task.name
+        counts = [sink.differing[spec.name] for spec in stored_specs(task, quantization)]
         if min(counts) < 0:
             message = "is not stored in the dtype and shape in which an export stores it"
-            found.append(finding("FQ007", scope, message, tensor=name))
+            yield CLEAR_COPY.finding(scope, message, tensor=task.name)
         share = sum(count for count in counts if count > 0)
         if share:
             message = "bytes that server-visible weights do not explain"
-            found.append(finding(RULE, scope, message, tensor=name, value=float(share), limit=0.0))
-        leak = _explain(inputs, sink.proxy, task, how)
+            yield HIDDEN_INFLUENCE.finding(scope, message, tensor=task.name, value=float(share), limit=0.0)
+        leak = _explain(origin, sink.proxy, task, quantization) if any(counts) else None
         if leak is not None:
-            found.append(finding(leak, scope, _LEAKS[leak], tensor=name))
-    return found, names
+            yield leak.finding(scope, _LEAKS[leak], tensor=task.name)
 
 
-_RIGHT = "as it should be"  # where units are visible; then something else in the tensor differs
-_LEAKS = {
-    "FQ003": "its scales are those of the weights before the server mask",
-    "FQ007": "its weights are not quantized, though proxy.json says that they are",
-    "FQ009": "its scales were taken after the client mask, so they differ from client to client",
+_LEAKS = {  # in the order in which they are named where several explain the same values
+    SCALE_FROM_HIDDEN: "its scales are those of the weights before the server mask",
+    CLEAR_COPY: "its weights are not quantized, though proxy.json says that they are",
+    CODES_DIFFER: "its scales were taken after the client mask, so they differ from client to client",
 }
+RIGHT = None  # as it should be where units are visible; then something else in the tensor differs
 
 
-def _explain(inputs: Inputs, proxy: OpenedProxy, task: TensorTask, how: Quantization | None) -> str | None:
+def _explain(origin: OpenModel, proxy: OpenedProxy, task: TensorTask, quantization: Quantization | None) -> Rule | None:
     """The rule that tells how a tensor was quantized, if it was in one of the known wrong ways."""
-    if how is None or task.layout.kind == "raw" or proxy.manifest.fill != "zero":
+    if quantization is None or task.layout.kind == "raw" or proxy.manifest.fill != "zero":
         return None
-    candidates = {_RIGHT, *_LEAKS}
+    candidates: set[Rule | None] = {RIGHT, *_LEAKS}
     try:
-        for first, rows in row_chunks(task.layout, how.block_size, CHUNK_ELEMENTS):
-            candidates &= _explanations(inputs, proxy, task, how, first, rows)
+        for first, rows in row_chunks(task.layout, quantization.block_size, CHUNK_ELEMENTS):
+            candidates &= _explanations(origin, proxy, task, quantization, first, rows)
             if not candidates:
                 return None
     except (FedqsnError, kernels.NonFinite):
         return None
-    return None if _RIGHT in candidates else min(candidates)
+    return RIGHT if RIGHT in candidates else next(rule for rule in _LEAKS if rule in candidates)
 
 
 def _explanations(
-    inputs: Inputs, proxy: OpenedProxy, task: TensorTask, how: Quantization, first: int, rows: int
-) -> set[str]:
-    """Which wrong ways give what the proxy shows in these rows."""
-    assert inputs.origin is not None
-    found = proxy.values(task.name, task.layout, first, rows)
+    origin: OpenModel, proxy: OpenedProxy, task: TensorTask, quantization: Quantization, first: int, rows: int
+) -> set[Rule | None]:
+    """Which ways of quantizing give what the proxy shows in these rows."""
+    values = proxy.values(task.name, task.layout, first, rows)
     visible = proxy.visible(task.name)
-    shown = np.ones(found.shape, np.bool_)
-    x = inputs.origin.read_rows(task.name, task.layout, first, rows)
+    x = origin.read_rows(task.name, task.layout, first, rows)
     masked, right = x.copy(), x.copy()
     if task.hidden is not None:
         task.hidden.overwrite(right, first, None)
     if visible is not None:
         visible.inverted().overwrite(masked, first, None)
-        work = task.layout.working(visible)
-        shown = np.broadcast_to(work.element_flags(first, rows), found.shape)
+    shown = np.broadcast_to(shown_elements(proxy, task.name, task.layout, first, rows), values.shape)
+    guesses: dict[Rule | None, Array] = {
+        RIGHT: decoded(task, quantization, right),
+        SCALE_FROM_HIDDEN: decoded(task, quantization, x),
+        CODES_DIFFER: decoded(task, quantization, masked),
+        CLEAR_COPY: as_float32(task, x),
+    }
     factor = proxy.factor(task.name)
-    guesses = {_RIGHT: decoded(task, how, right), "FQ003": decoded(task, how, x)}
-    guesses |= {"FQ009": decoded(task, how, masked), "FQ007": plain(task, x)}
-    tolerance = 0.02 if how.double_quant else {"F32": 1e-5, "F16": 2e-3, "BF16": 1e-2}[task.tensor.dtype]
-    if task.layout.packed and not how.double_quant:
+    tolerance = 0.02 if quantization.double_quant else {"F32": 1e-5, "F16": 2e-3, "BF16": 1e-2}[task.tensor.dtype]
+    if task.layout.packed and not quantization.double_quant:
         tolerance = 1e-5
     return {
-        rule
-        for rule, guess in guesses.items()
-        if np.allclose(found[shown], guess[shown] * factor, rtol=tolerance, atol=1e-12)
+        explanation
+        for explanation, guess in guesses.items()
+        if np.allclose(values[shown], guess[shown] * factor, rtol=tolerance, atol=1e-12)
     }
 
 
-def decoded(task: TensorTask, how: Quantization, x: Array) -> Array:
+def decoded(task: TensorTask, quantization: Quantization, x: Array) -> Array:
     """Q(x) as fp32 values of the working view; x are rows as they are stored."""
-    values, scales = encode(task, how, x)
+    values, scales = encode(task, quantization, x)
     if scales is None:
-        return plain(task, values)
+        return as_float32(task, values)
     rows, cols = x.shape[::-1] if task.layout.transposed else x.shape
     out = np.empty((rows, cols), np.float32)
     if task.layout.kind == "pack8":
         kernels.dequantize_int8(values, scales, "F32", out)
     else:
-        kernels.dequantize_4bit(values, scales, format=how.format, block=how.block_size, dtype="F32", out=out)
+        kernels.dequantize_4bit(
+            values, scales, format=quantization.format, block=quantization.block_size, dtype="F32", out=out
+        )
     return out

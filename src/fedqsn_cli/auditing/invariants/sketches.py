@@ -6,7 +6,7 @@ have nearly the same sketch; candidates come from hash tables over the sketch, s
 and each is then compared number by number.
 
     where                                     found if
-    tensors of the truth itself (twins)       |cosine| > 0.9999 with a hidden unit, when any part of the twin is shown
+    tensors of the truth itself (copies)       |cosine| > 0.9999 with a hidden unit, when any part of the copy is shown
     tensors of a proxy that are not as an     |cosine| > 0.98 with a hidden unit: copies in fp32, fp16, bf16, int8, nf4,
     export makes them, and tensors and files  fp4; for units of fewer than 16 numbers > 1 - 1e-6
     that a proxy does not consist of
@@ -66,7 +66,7 @@ class Sketches:
         self.vectors.append((centred[sound] / norm[sound, None]).astype(np.float32))
         self.where.append(where[sound])
 
-    def joined(self) -> tuple[Floats, Ints]:
+    def stacked(self) -> tuple[Floats, Ints]:
         """All vectors and where they come from."""
         if not self.vectors:
             return np.empty((0, SIZE), np.float32), np.empty((0, 3), np.int64)
@@ -79,14 +79,14 @@ def window(length: int) -> tuple[int, int]:
     return (length - width) // 2, (length - width) // 2 + width
 
 
-def add_vectors(book: dict[int, Sketches], length: int, x: Floats, where: Ints) -> None:
+def add_vectors(by_length: dict[int, Sketches], length: int, x: Floats, where: Ints) -> None:
     """Sketch vectors of `length` numbers, of which x [n, window] holds those in the window."""
     if length < SHORTEST or not len(x):
         return
     projection = np.concatenate([signs(x.shape[1]), np.ones((x.shape[1], 1), np.float32)], axis=1)
     projected = x @ projection
     squares = np.einsum("ij,ij->i", x, x)
-    sketches = book.setdefault(length, Sketches())
+    sketches = by_length.setdefault(length, Sketches())
     sketches.add(projected[:, :SIZE], projected[:, SIZE], squares, x.shape[1], projection[:, :SIZE].sum(axis=0), where)
 
 

@@ -1,9 +1,10 @@
 """How much of the model an attacker gets back: weights and function.
 
-attacks.py    estimates of a tensor from what an attacker holds
+intervals.py  the range of a weight that a quantized value stands for
+evidence.py   what proxies say about rows of a tensor: one by one, and put together
 metrics.py    how close an estimate is to the truth
-intervals.py  the range of a quantized weight over several readings
-weights.py    all attacks on all tensors
+attacks.py    estimates of a tensor from what an attacker holds
 low_rank.py   attacks that use the low rank of a fine-tune
+weights.py    all attacks on all tensors
 function.py   what the recovered model can do: loss, accuracy, learning from few examples
 """

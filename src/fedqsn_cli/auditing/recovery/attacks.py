@@ -1,4 +1,4 @@
-"""Attacks on weights, as tables: what an attacker makes of the elements he was shown, and of those he was not.
+"""Attacks on weights, as tables: what an attacker makes of the elements they were shown, and of those they were not.
 
     shown       as sent      the proxy's values as they are
                 descale      divided by n / |V|, which the shape of the mask gives away
@@ -17,70 +17,17 @@ The element that attains a block's scale is known exactly ("scale reading"): its
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.auditing.kernels import share_edges
-from fedqsn_cli.auditing.recovery.metrics import COUNT, G, Sums, constant_guess
+from fedqsn_cli.auditing.recovery.evidence import Evidence
+from fedqsn_cli.auditing.recovery.metrics import COUNT, ErrorSums, G, constant_guess
 
 Floats = NDArray[np.float32]
 
 AS_SENT, LOW_RANK, SCALE_READING = "as sent", "low-rank", "scale reading"
-
-
-@dataclass(slots=True)
-class Evidence:
-    """What several proxies say about the same rows, [rows, cols] each; NaN and infinity where they say nothing.
-
-    Args:
-        first: the first value that was shown. total, count: sum and number of shown values.
-        low, high: ends of the interval that all rounded values leave.
-        edge: the least scale that an element seemed to attain, with its sign; NaN where it never did.
-        block: elements that share a scale, in C order; 1 where units share none.
-    """
-
-    first: Floats
-    total: Floats
-    count: Floats
-    low: Floats
-    high: Floats
-    edge: Floats
-    block: int
-
-    @classmethod
-    def none(cls, shape: tuple[int, int], block: int = 1) -> Evidence:
-        """Nothing was shown yet."""
-        zeros = np.zeros(shape, np.float32)
-        infinite = np.full(shape, np.inf, np.float32)
-        return cls(
-            zeros, zeros.copy(), zeros.copy(), np.negative(infinite), infinite, infinite * np.float32("nan"), block
-        )
-
-    def add(self, values: Floats, low: Floats, high: Floats, shown: NDArray[np.bool_], certain: Floats) -> None:
-        """One more proxy: descaled values, the intervals they stand for, where it shows anything, what is certain."""
-        new = shown & (self.count == 0)
-        np.copyto(self.first, values, where=new)
-        np.add(self.total, values, out=self.total, where=shown)
-        self.count += shown
-        np.maximum(self.low, low, out=self.low, where=np.broadcast_to(shown, low.shape))
-        np.minimum(self.high, high, out=self.high, where=np.broadcast_to(shown, high.shape))
-        with np.errstate(invalid="ignore"):
-            at_end = shown & ((values >= high) | (values <= low)) & ~np.isnan(certain)
-            nearer = at_end & ~(np.abs(self.edge) <= np.abs(certain))
-        np.copyto(self.edge, certain, where=nearer)
-
-    @property
-    def mean(self) -> Floats:
-        """Mean of what was shown."""
-        return np.asarray(self.total / np.maximum(self.count, np.float32(1)), np.float32)
-
-    def clamped(self, guess: Floats) -> Floats:
-        """A guess moved into the intervals; where intervals exclude each other, the mean of what was shown."""
-        inside = np.minimum(np.maximum(guess, self.low), self.high)
-        return np.where(self.low <= self.high, inside, self.mean)
 
 
 def first(evidence: Evidence, base: Floats | None) -> Floats:
@@ -118,9 +65,8 @@ def known_edges(evidence: Evidence) -> Floats:
 
 
 def clamp(evidence: Evidence, base: Floats | None) -> Floats:
-    """The public base, moved into the intervals."""
-    assert base is not None
-    return evidence.clamped(base)
+    """The public base, moved into the intervals; what was shown where the base has no such tensor."""
+    return evidence.first if base is None else evidence.clamped(base)
 
 
 Estimate = Callable[[Evidence, Floats | None], Floats]
@@ -145,8 +91,8 @@ def fills(base: bool) -> tuple[str, ...]:
     return ("zero", "mean", "base") if base else ("zero", "mean")
 
 
-def filled(fill: str, shown: Sums, hidden_truth: Sums, hidden_base: Sums | None) -> Sums:
-    """Sums over hidden elements for one fill.
+def filled(fill: str, shown: ErrorSums, hidden_truth: ErrorSums, hidden_base: ErrorSums | None) -> ErrorSums:
+    """ErrorSums over hidden elements for one fill.
 
     Args:
         shown: of the attack on shown elements. hidden_truth: of hidden elements, count, w and w².
@@ -161,22 +107,3 @@ def filled(fill: str, shown: Sums, hidden_truth: Sums, hidden_base: Sums | None)
 def name_of(estimate: str, fill: str) -> str:
     """An attack's name in tables."""
     return estimate if fill == "zero" else f"{estimate}, {fill} fill"
-
-
-def block_peaks(x: Floats, geometry: str, block: int) -> Floats:
-    """For each value, the largest magnitude in its block: [rows, cols] of whole blocks, or their end."""
-    rows, cols = x.shape
-    size = np.abs(x)
-    if geometry == "column":
-        return _along_rows(np.ascontiguousarray(size.T), block).T
-    if geometry == "row":
-        return _along_rows(size, block)
-    return _along_rows(size.reshape(1, -1), block).reshape(rows, cols)
-
-
-def _along_rows(size: Floats, block: int) -> Floats:
-    rows, cols = size.shape
-    pad = -cols % block
-    blocks: Any = np.pad(size, ((0, 0), (0, pad))).reshape(rows, -1, block)
-    peaks: Floats = np.broadcast_to(blocks.max(axis=2, keepdims=True), blocks.shape).reshape(rows, cols + pad)[:, :cols]
-    return peaks

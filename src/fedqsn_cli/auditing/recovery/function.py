@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,145 +22,168 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedqsn_cli.auditing.completeness import Collector
 from fedqsn_cli.auditing.findings import CurvePoint, FunctionRecovery, ModelScore
-from fedqsn_cli.auditing.inputs import Inputs, OpenedProxy, Report
-from fedqsn_cli.auditing.recovery.attacks import Evidence
-from fedqsn_cli.auditing.recovery.intervals import read_values
-from fedqsn_cli.auditing.rows import CHUNK, has_tensor, model_rows, shown_flags
-from fedqsn_cli.auditing.rules import finding
-from fedqsn_cli.errors import FedqsnError
+from fedqsn_cli.auditing.inputs import Inputs, OwnerInputs
+from fedqsn_cli.auditing.recovery.evidence import collect
+from fedqsn_cli.auditing.rows import CHUNK, has_tensor, model_rows
 from fedqsn_cli.masks.draw import rescale_factor
 from fedqsn_cli.masks.job_masks import ServerMasks
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.models.dense import load_dense
+from fedqsn_cli.models.model import OpenModel
+from fedqsn_cli.models.public_base import PublicBase
 from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
 from fedqsn_cli.models.torch_model import Loaded, choose_device, load_model, memory_errors, quiet
 from fedqsn_cli.options import RecipeOptions
-from fedqsn_cli.progress import Progress, Silent
+from fedqsn_cli.progress import Progress
 from fedqsn_cli.quantization.layout import row_chunks
 from fedqsn_cli.training.batching import Examples
 from fedqsn_cli.training.data import Encoder
 from fedqsn_cli.training.loop import train
-from fedqsn_cli.training.scoring import score
+from fedqsn_cli.training.scoring import score as score_model
 from fedqsn_cli.training.tables import read_table
 
 State = dict[str, Tensor]
+Build = Callable[[], State]
 
 STEPS = (8, 32, 128, 512, 2048, 8192)
 """Numbers of public examples on the curve, as far as there are so many."""
 
 _RATES = (1e-4, 3e-4, 1e-3)
-"""Learning rates that the attacker tries; the one that serves him best counts."""
+"""Learning rates that the attacker tries; the one that serves them best counts."""
 
 _BATCH, _LEAST_STEPS, _MOST_STEPS = 16, 40, 600
 
 
+@dataclass(frozen=True, kw_only=True)
+class FunctionOptions:
+    """How function recovery is measured.
+
+    Args:
+        public_data: what an attacker may fine-tune with.
+        public_examples: how many of them they have, one point of the curve each; None for steps up to all.
+        base_losses: of the fine-tuned base, by number of examples, where they are known from an earlier audit.
+    """
+
+    public_data: str | Path | None = None
+    public_examples: Sequence[int] | None = None
+    max_length: int = 256
+    device: str = "auto"
+    base_losses: Mapping[int, float] = field(default_factory=dict)
+
+
+BY_DEFAULT = FunctionOptions()
+
+
 def recover_function(
-    inputs: Inputs,
-    report: Report,
-    eval_data: str | Path,
-    public_data: str | Path | None = None,
-    public_examples: Sequence[int] | None = None,
-    progress: Progress | None = None,
-    *,
-    max_length: int = 256,
-    device: str = "auto",
-    base_losses: Mapping[int, float] | None = None,
+    inputs: Inputs, collector: Collector, eval_data: str | Path, options: FunctionOptions = BY_DEFAULT
 ) -> FunctionRecovery | None:
     """Measure global model, server model, proxy, attacked proxy and base, and fine-tune the attacked one.
 
     Args:
-        eval_data: the owner's labelled data. public_data: what an attacker may fine-tune with.
-        public_examples: how many of them he has, one point of the curve each; None for steps up to all.
-        base_losses: of the fine-tuned base, by number of examples, where they are known from an earlier audit.
+        eval_data: the owner's labelled data.
 
     Returns:
         None, with an FQ903 finding, where a model cannot be built or measured.
     """
-    if inputs.truth is None or not inputs.proxies:
+    truth = inputs.truth
+    if truth is None or not inputs.proxies:
         return None
     scope = inputs.proxies[0].scope if len(inputs.proxies) == 1 else f"coalition of {len(inputs.proxies)}"
-    try:
+
+    def measure() -> FunctionRecovery:
         with quiet(), memory_errors():
-            bench = _Bench(inputs, eval_data, max_length, device, progress or Silent(), dict(base_losses or {}))
-            return bench.measure(scope, public_data, public_examples)
-    except FedqsnError as error:
-        report.findings.append(finding("FQ903", scope, f"its function cannot be measured: {error.what}"))
-        return None
+            return FunctionAttack.on(inputs, truth, eval_data, options).measure(scope, options)
+
+    return collector.attempt(measure, scope, problem="its function cannot be measured")
 
 
-class _Bench:
-    """Builds models of one architecture and measures them on the same examples."""
+@dataclass(frozen=True)
+class Evaluation:
+    """The owner's examples, and where models are measured on them."""
 
-    def __init__(
-        self,
-        inputs: Inputs,
-        data: str | Path,
-        max_length: int,
-        device: str,
-        progress: Progress,
-        base_losses: dict[int, float],
-    ) -> None:
-        assert inputs.truth is not None
-        self._base_losses = base_losses
-        self.inputs, self.truth, self.progress = inputs, inputs.truth, progress
-        self.device, self.max_length = choose_device(device), max_length
-        self._table = read_table(data)
-        self._encoder: Encoder | None = None
-        self._examples: Examples | None = None
+    encoder: Encoder
+    examples: Examples
+    device: torch.device
+    progress: Progress
 
-    def measure(self, scope: str, public_data: str | Path | None, sizes: Sequence[int] | None) -> FunctionRecovery:
-        """Everything, in the order of what it means."""
-        scores = [self.named("global", load_dense(self.truth.checkpoint))]
-        if self.inputs.job is not None:
-            scores.append(self.named("server", self._server()))
-        scores.append(self.named("proxy", load_dense(self.inputs.proxies[0].checkpoint)))
-        base = self._base()
-        if base is not None:
-            scores.append(self.named("base", base))
-        best, attacked = min(
-            ((name, self.named("attacked", build())) for name, build in self._attacks()), key=lambda pair: pair[1].loss
-        )
-        scores.append(attacked)
-        floor, floor_loss = ("base", scores[-2].loss) if base is not None else ("averages", self._averages())
-        whole = scores[0].loss
-        curve: tuple[CurvePoint, ...] = ()
-        if public_data is not None:
-            curve = tuple(self._curve(best, public_data, sizes, floor_loss, whole))
-        ratio = rho(floor_loss, attacked.loss, whole)
-        return FunctionRecovery(scope, tuple(scores), floor, floor_loss, ratio, best, curve)
-
-    def named(self, name: str, state: State) -> ModelScore:
-        """Build a model and measure it."""
-        return self._score(name, self._load(state))
-
-    def _load(self, state: State) -> Loaded:
-        return load_model(self.truth.checkpoint, dense=state)
-
-    def _score(self, name: str, loaded: Loaded) -> ModelScore:
-        if self._encoder is None or self._examples is None:
-            self._encoder = Encoder.of(loaded, self.max_length)
-            self._examples = self._encoder.encode(self._table, self.progress)
-        model = loaded.model.to(self.device)
-        padding = self._encoder.padding
-        result = score(model, self._examples, batch_size=32, padding=padding, progress=self.progress)
+    def score(self, name: str, loaded: Loaded) -> ModelScore:
+        """Loss and accuracy of a model."""
+        model, padding = loaded.model.to(self.device), self.encoder.padding
+        result = score_model(model, self.examples, batch_size=32, padding=padding, progress=self.progress)
         return ModelScore(name, result.loss, result.accuracy)
 
-    def _server(self) -> State:
+
+@dataclass
+class FunctionAttack:
+    """Builds models of one architecture and measures them on the same examples.
+
+    Args:
+        whole: the global model as it was measured. base_losses: of the fine-tuned base, by number of examples.
+        attacks: models that an attacker can put together, by name; the best of them counts.
+    """
+
+    inputs: Inputs
+    truth: OpenModel
+    evaluation: Evaluation
+    whole: ModelScore
+    base_losses: dict[int, float]
+    attacks: dict[str, Build] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.attacks = dict(self._attacks())
+
+    @classmethod
+    def on(cls, inputs: Inputs, truth: OpenModel, eval_data: str | Path, options: FunctionOptions) -> FunctionAttack:
+        """Open the data, and measure the global model."""
+        device, table = choose_device(options.device), read_table(eval_data)
+        loaded = load_model(truth.checkpoint, dense=load_dense(truth.checkpoint))
+        encoder = Encoder.of(loaded, options.max_length)
+        examples = encoder.encode(table, inputs.progress)
+        evaluation = Evaluation(encoder, examples, device, inputs.progress)
+        return cls(inputs, truth, evaluation, evaluation.score("global", loaded), dict(options.base_losses))
+
+    def measure(self, scope: str, options: FunctionOptions = BY_DEFAULT) -> FunctionRecovery:
+        """Everything, in the order of what it means."""
+        base, owner = self._working_base(), self.inputs.owner
+        scores = [self.whole]
+        if owner is not None:
+            scores.append(self._built("server", self._server(owner)))
+        scores.append(self._built("proxy", load_dense(self.inputs.proxies[0].checkpoint)))
+        floor, floor_loss = "averages", math.nan
+        if base is not None:
+            scores.append(self._built("base", self._base(base)))
+            floor, floor_loss = "base", scores[-1].loss
+        results = {name: self._built("attacked", build()) for name, build in self.attacks.items()}
+        best = min(results, key=lambda name: results[name].loss)
+        scores.append(results[best])
+        if base is None:
+            floor_loss = self._averages()
+        curve: tuple[CurvePoint, ...] = ()
+        if options.public_data is not None:
+            sizes = STEPS if options.public_examples is None else options.public_examples
+            curve = tuple(self.curve(best, options.public_data, sizes, floor_loss))
+        ratio = rho(floor_loss, results[best].loss, self.whole.loss)
+        return FunctionRecovery(scope, tuple(scores), floor, floor_loss, ratio, best, curve)
+
+    def _built(self, name: str, state: State) -> ModelScore:
+        """Build a model and measure it."""
+        return self.evaluation.score(name, load_model(self.truth.checkpoint, dense=state))
+
+    def _server(self, owner: OwnerInputs) -> State:
         """The server model: zero in its holes and the rest scaled by n / (n - hidden), or the public base in them."""
-        assert self.inputs.job is not None
-        masks, filled = ServerMasks(self.inputs.job), self.inputs.proxies[0].manifest.fill == "base"
-        state = load_dense(self.truth.checkpoint)
+        masks, filled = ServerMasks(owner.job), self.inputs.proxies[0].manifest.fill == "base"
+        base, state = self.inputs.base, load_dense(self.truth.checkpoint)
         for task in self._floats():
-            tensor = task.plan
-            hidden = masks.hidden(tensor)
+            tensor, hidden = task.plan, masks.hidden(task.plan)
             if hidden is None:
                 continue
             values = state[tensor.name].float().numpy().copy()
             lead, rows, cols = tensor.view
             source = None
-            if filled and self.inputs.base is not None and has_tensor(self.inputs.base, task):
-                source = self._base_tensor(task).numpy().reshape(lead * rows, cols)
+            if filled and base is not None and has_tensor(base, task):
+                source = self._base_tensor(base, task).numpy().reshape(lead * rows, cols)
             _overwrite(hidden, values.reshape(lead * rows, cols), source, rows)
             factor = rescale_factor(tensor.units, masks.count(tensor), 0)
             if any(proxy.manifest.rescale for proxy in self.inputs.proxies):
@@ -167,41 +191,35 @@ class _Bench:
             state[tensor.name] = torch.from_numpy(values)
         return state
 
-    def _base(self) -> State | None:
+    def _working_base(self) -> PublicBase | None:
         """The public base, if it has all of the model: without a head it does not work."""
-        if not self._base_works():
-            return None
-        state = load_dense(self.truth.checkpoint)
-        for task in self._floats():
-            state[task.name] = self._base_tensor(task)
-        return state
+        base = self.inputs.base
+        return base if base is not None and all(has_tensor(base, task) for task in self._floats()) else None
 
-    def _base_tensor(self, task: TensorTask) -> Tensor:
+    def _base(self, base: PublicBase) -> State:
+        """The public base, built anew each time: training moves the tensors themselves."""
+        tensors = {task.name: self._base_tensor(base, task) for task in self._floats()}
+        return load_dense(self.truth.checkpoint) | tensors
+
+    def _base_tensor(self, base: PublicBase, task: TensorTask) -> Tensor:
         """A tensor of the public base."""
-        assert self.inputs.base is not None
         lead, rows, cols = task.layout.view
         values = np.empty((lead * rows, cols), np.float32)
         for first, count in self._runs(task):
-            values[first : first + count] = model_rows(self.inputs.base, task, first, count)
-        return _stored(task, values)
-
-    def _base_works(self) -> bool:
-        """Is there a public base that has all of the model?"""
-        base = self.inputs.base
-        return base is not None and all(has_tensor(base, task) for task in self._floats())
-
-    def _todo(self) -> list[TensorTask]:
-        return tensor_tasks(self.truth, self.inputs.proxies[0].manifest.quantization, lambda tensor: None)
+            values[first : first + count] = model_rows(base, task, first, count)
+        return _as_stored(task, values)
 
     def _floats(self) -> list[TensorTask]:
-        return [task for task in self._todo() if task.tensor.is_float]
+        quantization = self.inputs.proxies[0].manifest.quantization
+        tasks = tensor_tasks(self.truth, quantization, lambda tensor: None)
+        return [task for task in tasks if task.tensor.is_float]
 
     def _runs(self, task: TensorTask) -> Iterator[tuple[int, int]]:
-        how = self.inputs.proxies[0].manifest.quantization
-        return row_chunks(task.layout, how.block_size if how else 1, CHUNK)
+        quantization = self.inputs.proxies[0].manifest.quantization
+        return row_chunks(task.layout, quantization.block_size if quantization else 1, CHUNK)
 
-    def _attacks(self) -> Iterator[tuple[str, Callable[[], State]]]:
-        """Models that an attacker can put together; the best of them counts."""
+    def _attacks(self) -> Iterator[tuple[str, Build]]:
+        """What an attacker can put together, and how."""
         alone = len(self.inputs.proxies) == 1
         yield "as sent", lambda: load_dense(self.inputs.proxies[0].checkpoint)
         yield "descale" if alone else "union", lambda: self._put_together("zero")
@@ -218,76 +236,68 @@ class _Bench:
             values = np.empty((lead * rows, cols), np.float32)
             shown = 0
             for first, count in self._runs(task):
-                part, seen = self._rows(task, first, count, fill)
+                evidence, base = collect(self.inputs.proxies, task, first, count), self.inputs.base
+                seen, part = evidence.count > 0, evidence.first
+                if fill == "base" and base is not None and has_tensor(base, task):
+                    part = np.where(seen, part, model_rows(base, task, first, count))
                 values[first : first + count] = part
-                shown += seen
+                shown += int(seen.sum())
             if fill == "scaled" and task.plan.masked:
                 values *= np.float32(values.size / max(1, shown))
-            state[task.name] = _stored(task, values)
+            state[task.name] = _as_stored(task, values)
         return state
-
-    def _rows(self, task: TensorTask, first: int, count: int, fill: str) -> tuple[Any, int]:
-        evidence = Evidence.none((count, task.layout.view[2]))
-        for proxy in self.inputs.proxies:
-            _add(evidence, proxy, task, first, count)
-        seen = evidence.count > 0
-        if fill == "base" and has_tensor(self.inputs.base, task):
-            assert self.inputs.base is not None
-            return np.where(seen, evidence.first, model_rows(self.inputs.base, task, first, count)), int(seen.sum())
-        return evidence.first, int(seen.sum())
 
     def _averages(self) -> float:
         """Loss of a model that answers with how often each label, or each token, is right."""
-        assert self._examples is not None
         targets: list[int] = []
-        for target in self._examples.targets:
+        for target in self.evaluation.examples.targets:
             targets += [target] if isinstance(target, int) else [token for token in target[1:] if token >= 0]
         counts = Counter(targets)
         return -sum(count * math.log(count / len(targets)) for count in counts.values()) / len(targets)
 
-    def _curve(
-        self, attack: str, public_data: str | Path, sizes: Sequence[int] | None, floor: float, whole: float
+    def curve(
+        self, attack: str, public_data: str | Path, sizes: Sequence[int], floor_loss: float
     ) -> Iterator[CurvePoint]:
-        builds = dict(self._attacks())
-        # Not only the one that starts best: a model that gives nearly the same answer to everything may have the least
-        # loss, and learn nothing.
-        starts = [attack, *(name for name in builds if name.endswith("base fill") and name != attack)]
-        assert self._encoder is not None
-        public = self._encoder.encode(read_table(public_data), self.progress)
-        for count in _counts(len(public), STEPS if sizes is None else sizes):
-            part = Examples(public.task, public.features[:count], public.targets[:count])
-            tuned = min((self._tuned(builds[name], part) for name in starts), key=lambda result: result.loss)
-            start = self._base_loss(part)
-            gain = rho(start, tuned.loss, whole) if start is not None else None
-            least = tuned.loss if start is None else min(tuned.loss, start)  # he may leave the proxies alone
-            yield CurvePoint(count, tuned.loss, tuned.accuracy, rho(floor, least, whole), start, gain)
+        """An attacked model after fine-tuning with so many public examples, a point each.
 
-    def _tuned(self, build: Callable[[], State], examples: Examples) -> ModelScore:
+        Args:
+            attack: which one. Those that fill holes with the base are tried too: a model that gives nearly the same
+                answer to everything may have the least loss, and learn nothing.
+        """
+        starts = [attack, *(name for name in self.attacks if name.endswith("base fill") and name != attack)]
+        public = self.evaluation.encoder.encode(read_table(public_data), self.inputs.progress)
+        for count in _counts(len(public), sizes):
+            part = Examples(public.task, public.features[:count], public.targets[:count])
+            tuned = min((self._tuned(self.attacks[name], part) for name in starts), key=lambda result: result.loss)
+            start = self._base_loss(part)
+            gain = rho(start, tuned.loss, self.whole.loss) if start is not None else None
+            least = tuned.loss if start is None else min(tuned.loss, start)  # they may leave the proxies alone
+            yield CurvePoint(count, tuned.loss, tuned.accuracy, rho(floor_loss, least, self.whole.loss), start, gain)
+
+    def _tuned(self, build: Build, examples: Examples) -> ModelScore:
         """A model after fine-tuning with examples, at the rate that serves it best."""
-        assert self._encoder is not None
         steps = math.ceil(len(examples) / _BATCH)
         epochs = max(3, math.ceil(_LEAST_STEPS / steps))
         results = []
         for rate in _RATES:
-            loaded = self._load(build())
-            loaded.model.to(self.device)
+            loaded = load_model(self.truth.checkpoint, dense=build())
+            loaded.model.to(self.evaluation.device)
             recipe = RecipeOptions(epochs=epochs, max_steps=_MOST_STEPS, lr=rate, batch_size=_BATCH, precision="fp32")
-            train(loaded.model, examples, {}, recipe, self._encoder.padding, self.progress)
-            results.append(self._score("attacked", loaded))
+            train(loaded.model, examples, {}, recipe, self.evaluation.encoder.padding, self.inputs.progress)
+            results.append(self.evaluation.score("attacked", loaded))
         return min(results, key=lambda result: result.loss)
 
     def _base_loss(self, examples: Examples) -> float | None:
         """Loss of the public base after the same fine-tuning."""
-        count = len(examples)
-        if count not in self._base_losses:
-            if not self._base_works():
+        count, base = len(examples), self._working_base()
+        if count not in self.base_losses:
+            if base is None:
                 return None
-            # made anew each time: training moves the tensors themselves
-            self._base_losses[count] = self._tuned(lambda: self._base() or {}, examples).loss
-        return self._base_losses[count]
+            self.base_losses[count] = self._tuned(lambda: self._base(base), examples).loss
+        return self.base_losses[count]
 
 
-def _stored(task: TensorTask, values: Any) -> Tensor:
+def _as_stored(task: TensorTask, values: Any) -> Tensor:
     """fp32 values of the working view [lead * rows, cols], as the tensor's own shape."""
     whole = values.T if task.layout.transposed else values
     return torch.from_numpy(np.ascontiguousarray(whole).reshape(task.tensor.shape))
@@ -299,14 +309,6 @@ def _overwrite(hidden: UnitMask, values: Any, source: Any, rows: int) -> None:
     for first in range(0, len(values), max(1, step)):
         part = slice(first, first + step)
         hidden.overwrite(values[part], first, None if source is None else source[part])
-
-
-def _add(evidence: Evidence, proxy: OpenedProxy, task: TensorTask, first: int, count: int) -> None:
-    """One proxy's rows."""
-    sent = read_values(proxy, task, first, count)
-    row_flags, flags = shown_flags(proxy, task, first, count)
-    values = sent / proxy.factor(task.name)
-    evidence.add(values, values, values, row_flags[:, None] & (flags > 0), values)
 
 
 def _counts(available: int, sizes: Sequence[int]) -> Sequence[int]:

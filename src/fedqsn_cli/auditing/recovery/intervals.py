@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedqsn_cli.auditing.inputs import OpenedProxy
 from fedqsn_cli.auditing.kernels import decode_levels, drop_below_peak
-from fedqsn_cli.auditing.recovery.attacks import block_peaks
+from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.quantization import kernels
+from fedqsn_cli.quantization.bnb_format import Packing
 from fedqsn_cli.quantization.codebooks import FORMATS, codebook
 
 Floats = NDArray[np.float32]
@@ -33,73 +33,66 @@ def cells(format: str) -> tuple[Floats, Floats]:
     return np.where(low > -1, low - _SLACK, low), np.where(high < 1, high + _SLACK, high)
 
 
-def read_values(proxy: OpenedProxy, task: TensorTask, first: int, rows: int) -> Floats:
-    """Rows as they were sent, of the flow's working view (raw tensors: their stored view)."""
-    return proxy.values(task.name, task.layout, first, rows)
-
-
-def exact_guess(proxy: OpenedProxy, task: TensorTask, sent: Floats) -> tuple[Floats, Floats]:
-    """Descaled values, and the same with NaN where rounding makes them uncertain.
+def certain_values(proxy: OpenedProxy, task: TensorTask, sent: Floats, values: Floats) -> Floats:
+    """Descaled values, NaN where rounding makes them uncertain.
 
     In 16-bit dense tensors a value was rounded twice: the attacker rounds it once more, and is certain only of values
     that were not quantized, or that attain the scale of their block.
+
+    Args:
+        sent: rows as they were sent, [rows, cols]. values: the same, descaled.
     """
-    values = sent / proxy.factor(task.name)
-    logical = proxy.tensors[task.name]
-    if logical.packing is not None or logical.dtype == "F32":
-        return values, values
-    rounded = kernels.widened(kernels.narrowed(values, logical.dtype), logical.dtype).reshape(values.shape)
-    how = proxy.manifest.quantization
-    if how is None or task.layout.kind != "snap":
-        return values, rounded
-    block = row_block(task, how.format, how.block_size)
+    tensor = proxy.tensors[task.name]
+    if tensor.packing is not None or tensor.dtype == "F32":
+        return values
+    rounded = kernels.widened(kernels.narrowed(values, tensor.dtype), tensor.dtype).reshape(values.shape)
+    quantization = proxy.manifest.quantization
+    if quantization is None or task.layout.kind != "snap":
+        return rounded
+    block = _row_block(task, quantization.format, quantization.block_size)
     if task.layout.geometry == "flat":
         drop_below_peak(sent.reshape(1, -1), block, False, rounded.reshape(1, -1))
     else:
         drop_below_peak(sent, block, task.layout.geometry == "column", rounded)
-    return values, rounded
+    return rounded
 
 
-def row_block(task: TensorTask, format: str, block: int) -> int:
+def _row_block(task: TensorTask, format: str, block: int) -> int:
     """Values a scale of a snapped tensor; int8 along rows takes one a row."""
     if format == "int8" and task.layout.geometry != "column":
         return task.layout.view[2]
     return block
 
 
-def intervals(proxy: OpenedProxy, task: TensorTask, first: int, rows: int, sent: Floats) -> tuple[Floats, Floats]:
-    """Where each weight lies, by its rounded value: (low, high), [rows, cols], descaled."""
-    packing, how = proxy.tensors[task.name].packing, proxy.manifest.quantization
+def intervals(proxy: OpenedProxy, task: TensorTask, first: int, sent: Floats) -> tuple[Floats, Floats]:
+    """Where each weight is, by its rounded value: (low, high), [rows, cols], descaled."""
+    packing, quantization = proxy.tensors[task.name].packing, proxy.manifest.quantization
     factor = proxy.factor(task.name)
     if packing is not None and packing.kind == "pack4":
-        ends = _packed(proxy, task, first, rows, cells(packing.format))
-        return ends[0] / factor, ends[1] / factor
+        low, high = (_packed(proxy, task.name, packing, first, sent.shape, ends) for ends in cells(packing.format))
+        return low / factor, high / factor
     if packing is not None:
-        half: Any = proxy.scales(task.name, first, rows)[:, None] / np.float32(254) * np.float32(1.001)
+        scales = proxy.scales(task.name, packing, first, len(sent))
+        half: Any = scales[:, None] / np.float32(254) * np.float32(1.001)
         return np.asarray((sent - half) / factor, np.float32), np.asarray((sent + half) / factor, np.float32)
-    if how is None or task.layout.kind == "raw":
+    if quantization is None or task.layout.kind == "raw":
         return sent / factor, sent / factor
-    peaks = block_peaks(sent, task.layout.geometry, row_block(task, how.format, how.block_size))
-    low, high = _snapped(sent, peaks, how.format)
+    block = _row_block(task, quantization.format, quantization.block_size)
+    low, high = _snapped(sent, _block_peaks(sent, task.layout.geometry, block), quantization.format)
     return low / factor, high / factor
 
 
 def _packed(
-    proxy: OpenedProxy, task: TensorTask, first: int, rows: int, ends: tuple[Floats, Floats]
-) -> tuple[Floats, Floats]:
-    packing = proxy.tensors[task.name].packing
-    assert packing is not None
-    cols, block = task.layout.view[2], packing.block
+    proxy: OpenedProxy, name: str, packing: Packing, first: int, shape: tuple[int, ...], ends: Floats
+) -> Floats:
+    """One end of the cells of packed codes: [rows, cols]."""
+    (rows, cols), block = shape, packing.block
     start = first * cols
-    lower = start // block * block
-    size = start - lower + rows * cols
-    codes, scales = proxy.codes(task.name, lower, size), proxy.scales(task.name, lower // block, -(-size // block))
-    out = []
-    for table in ends:
-        flat = np.empty(size, np.float32)
-        decode_levels(codes, scales, block, table, flat)
-        out.append(flat[start - lower :].reshape(rows, cols))
-    return out[0], out[1]
+    lower = start // block * block  # of the block that the rows begin in
+    flat = np.empty(start - lower + rows * cols, np.float32)
+    codes = proxy.codes(name, lower, flat.size)
+    decode_levels(codes, proxy.scales(name, packing, lower // block, -(-flat.size // block)), block, ends, flat)
+    return flat[start - lower :].reshape(rows, cols)
 
 
 def _snapped(sent: Floats, peaks: Floats, format: str) -> tuple[Floats, Floats]:
@@ -117,3 +110,22 @@ def _snapped(sent: Floats, peaks: Floats, format: str) -> tuple[Floats, Floats]:
     low = np.where(off, -np.inf, (bounds[rank] - np.float32(0.01)) * peaks)
     high = np.where(off, np.inf, (bounds[rank + 1] + np.float32(0.01)) * peaks)
     return low.astype(np.float32), high.astype(np.float32)
+
+
+def _block_peaks(x: Floats, geometry: str, block: int) -> Floats:
+    """For each value, the largest magnitude in its block: [rows, cols] of whole blocks, or their end."""
+    rows, cols = x.shape
+    size = np.abs(x)
+    if geometry == "column":
+        return _along_rows(np.ascontiguousarray(size.T), block).T
+    if geometry == "row":
+        return _along_rows(size, block)
+    return _along_rows(size.reshape(1, -1), block).reshape(rows, cols)
+
+
+def _along_rows(size: Floats, block: int) -> Floats:
+    rows, cols = size.shape
+    pad = -cols % block
+    blocks: Any = np.pad(size, ((0, 0), (0, pad))).reshape(rows, -1, block)
+    peaks: Floats = np.broadcast_to(blocks.max(axis=2, keepdims=True), blocks.shape).reshape(rows, cols + pad)[:, :cols]
+    return peaks

@@ -1,4 +1,4 @@
-"""How near a reconstruction W' is to the weights W, from sums that are added up while both go by.
+"""How near a reconstruction W' is to the weights W, from sums that are added up while both are read.
 
 exact share   elements that are right to the last bit that the attacker has      / all elements
 NMSE          ||W - W'||² / ||W||²
@@ -28,8 +28,8 @@ COUNT, W, WW, G, GG, DD, HITS = range(7)
 
 
 @dataclass(slots=True)
-class Sums:
-    """Sums over some elements: count, w, w², w', w'², (w - w')², exact ones."""
+class ErrorSums:
+    """ErrorSums over some elements: count, w, w², w', w'², (w - w')², exact ones."""
 
     values: NDArray[np.float64] = field(default_factory=lambda: np.zeros(7))
 
@@ -42,39 +42,39 @@ class Sums:
     def __getitem__(self, index: int) -> float:
         return float(self.values[index])
 
-    def plus(self, other: Sums) -> Sums:
+    def plus(self, other: ErrorSums) -> ErrorSums:
         """Both together."""
-        return Sums(self.values + other.values)
+        return ErrorSums(self.values + other.values)
 
-    def minus(self, part: Sums) -> Sums:
+    def minus(self, part: ErrorSums) -> ErrorSums:
         """Without a part."""
-        return Sums(np.maximum(self.values - part.values, np.where([0, 1, 0, 1, 0, 0, 0], -np.inf, 0)))
+        return ErrorSums(np.maximum(self.values - part.values, np.where([0, 1, 0, 1, 0, 0, 0], -np.inf, 0)))
 
-    def scaled(self, factor: float) -> Sums:
+    def scaled(self, factor: float) -> ErrorSums:
         """As if the guess had been `factor` times as large; what was exact is not any more."""
         n, w, ww, g, gg, dd, _ = self.values
         cross = (ww + gg - dd) / 2
         new = max(0.0, ww - 2 * factor * cross + factor * factor * gg)
-        return Sums(np.array([n, w, ww, factor * g, factor * factor * gg, new, 0.0]))
+        return ErrorSums(np.array([n, w, ww, factor * g, factor * factor * gg, new, 0.0]))
 
 
-def constant_guess(truth: Sums, value: float) -> Sums:
-    """Sums for elements that are all guessed to be `value`; of `truth`, only count, w and w² are used."""
+def constant_guess(truth: ErrorSums, value: float) -> ErrorSums:
+    """ErrorSums for elements that are all guessed to be `value`; of `truth`, only count, w and w² are used."""
     n, w, ww = truth[COUNT], truth[W], truth[WW]
     error = max(0.0, ww - 2 * value * w + n * value * value)
-    return Sums(np.array([n, w, ww, n * value, n * value * value, error, 0.0]))
+    return ErrorSums(np.array([n, w, ww, n * value, n * value * value, error, 0.0]))
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class AttackResult:
     """What one attack makes of some elements: those it was shown, and those it had to guess."""
 
-    shown: Sums
-    guessed: Sums
+    shown: ErrorSums
+    guessed: ErrorSums
 
-    def plus(self, other: Outcome) -> Outcome:
+    def plus(self, other: AttackResult) -> AttackResult:
         """Both together."""
-        return Outcome(self.shown.plus(other.shown), self.guessed.plus(other.guessed))
+        return AttackResult(self.shown.plus(other.shown), self.guessed.plus(other.guessed))
 
     @property
     def error(self) -> float:
@@ -107,7 +107,7 @@ def log10_ratio(error: float, energy: float) -> float:
     return max(LEAST_LOG10, math.log10(error / energy)) if energy > 0 else 0.0
 
 
-def cosine(sums: Sums) -> float:
+def cosine(sums: ErrorSums) -> float:
     """Cosine between W and W'; 1 between zeros, 0 between zeros and anything else."""
     ww, gg = sums[WW], sums[GG]
     if ww <= 0 or gg <= 0:

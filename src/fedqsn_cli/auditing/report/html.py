@@ -106,7 +106,7 @@ def _findings(audit: Audit) -> str:
 
 def _finding(one: Finding) -> str:
     about = one.scope if one.tensor is None else f"{one.scope}, {one.tensor}"
-    mend = "" if one.severity == "info" else f"<br>How to mend it: {safe(RULES[one.rule].mend)}"
+    mend = "" if one.severity == "info" else f"<br>How to mend it: {safe(RULES[one.rule].fix)}"
     return (
         f'<div class="finding {one.severity}"><b>{safe(about)}: {safe(one.message)}</b>'
         f"<small>{rule_name(one.rule)} ({WORDS[one.severity]}). {safe(RULES[one.rule].why)}{mend}</small></div>"

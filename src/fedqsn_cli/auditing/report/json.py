@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedqsn_cli import strictjson
 from fedqsn_cli.auditing.findings import Audit
-from fedqsn_cli.auditing.gate import measures
+from fedqsn_cli.auditing.limits.regression import measures
 from fedqsn_cli.auditing.report.common import unchecked
 from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.text import plain

@@ -12,8 +12,9 @@ from typing import Any
 from urllib.parse import quote
 
 from fedqsn_cli.auditing.findings import Audit, Finding
+from fedqsn_cli.auditing.registry import Rule
 from fedqsn_cli.auditing.report.common import meaning, ordered
-from fedqsn_cli.auditing.rules import RULES, Rule
+from fedqsn_cli.auditing.rules import RULES
 from fedqsn_cli.text import clean
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
@@ -56,13 +57,13 @@ def render(audit: Audit) -> str:
 
 
 def _rule(rule: Rule) -> dict[str, Any]:
-    help_text = f"{rule.why}\n\nHow to mend it: {rule.mend}"
+    help_text = f"{rule.why}\n\nHow to mend it: {rule.fix}"
     return {
         "id": rule.id,
         "name": "".join(word.capitalize() for word in rule.name.split("-")),
         "shortDescription": {"text": rule.name.replace("-", " ")},
         "fullDescription": {"text": rule.what},
-        "help": {"text": help_text, "markdown": f"{rule.why}\n\n**How to mend it:** {rule.mend}"},
+        "help": {"text": help_text, "markdown": f"{rule.why}\n\n**How to mend it:** {rule.fix}"},
         "defaultConfiguration": {"level": LEVELS[rule.severity]},
         "properties": {"security-severity": SECURITY[rule.severity], "tags": ["security", "model-privacy"]},
     }

@@ -1,4 +1,4 @@
-"""FQ006: what must not stand in any byte of a proxy, and how it is recognised.
+"""FQ006: what must not be in any byte of a proxy, and how it is recognised.
 
     key         the job's key, or the seed of one of its groups: raw, hexadecimal, base64 (raw only for the key itself)
     seed        a field that is called seed, or like one
@@ -8,7 +8,7 @@
     spare       bytes that a format has no use for: padding, other metadata, another spelling of the same JSON
 
 Vocabularies and label names are public text and are searched for the key only. Messages name the file and the field,
-never what stands there.
+never what is in it.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from fedqsn_cli.artifacts.manifests import (
     parse_manifest,
 )
 from fedqsn_cli.artifacts.sanitize import PRIVATE_FIELDS
+from fedqsn_cli.auditing.inputs import PROXY
+from fedqsn_cli.auditing.registry import Rule
 from fedqsn_cli.errors import FormatError
 from fedqsn_cli.masks.draw import SERVER, seed
 from fedqsn_cli.masks.job_key import JobKey
@@ -55,64 +57,12 @@ _WHOLE_PATH = re.compile(r"(?:/[^/\s<>{}]+){2,}/?|[A-Za-z]:\\[^<>{}|*?]+")
 _TIME = re.compile(r"(?<!\d)(?:19|20)\d\d-[01]\d-[0-3]\d[T _]?[0-2]\d[:.h-]?[0-5]\d|\b[0-2]\d:[0-5]\d:[0-5]\d\b")
 _EPOCHS = ((1_400_000_000, 2_100_000_000), (1_400_000_000_000, 2_100_000_000_000))
 _PUBLIC_TEXT = frozenset({"vocab", "merges", "label2id", "id2label", "added_tokens_decoder", "chat_template"})
-_GENERIC = frozenset(
-    {
-        "root",
-        "user",
-        "users",
-        "admin",
-        "ubuntu",
-        "debian",
-        "runner",
-        "localhost",
-        "jovyan",
-        "test",
-        "model",
-        "fedqsn",
-        "proxy",
-        "update",
-        "bert",
-        "roberta",
-        "distilbert",
-        "electra",
-        "albert",
-        "deberta",
-        "modernbert",
-        "mpnet",
-        "gpt2",
-        "gptj",
-        "bloom",
-        "falcon",
-        "llama",
-        "llama3",
-        "qwen2",
-        "qwen3",
-        "mistral",
-        "mixtral",
-        "gemma",
-        "gemma2",
-        "gemma3",
-        "phi3",
-        "bart",
-        "float32",
-        "float16",
-        "bfloat16",
-        "dtype",
-        "shape",
-        "quant",
-        "type",
-        "blocksize",
-        "nested",
-        "offset",
-        "bitsandbytes",
-        "hidden",
-        "layer",
-        "layers",
-        "size",
-        "vocab",
-        "token",
-        "tokenizer",
-    }
+_GENERIC = re.compile(
+    r"root|user|users|admin|ubuntu|debian|runner|localhost|jovyan|test|model|fedqsn|proxy|update|bert|"
+    r"roberta|distilbert|electra|albert|deberta|modernbert|mpnet|gpt2|gptj|bloom|falcon|llama|llama3|"
+    r"qwen2|qwen3|mistral|mixtral|gemma|gemma2|gemma3|phi3|bart|float32|float16|bfloat16|dtype|shape|"
+    r"quant|type|blocksize|nested|offset|bitsandbytes|hidden|layer|layers|size|vocab|token|tokenizer",
+    re.IGNORECASE,
 )
 _SAFE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")
 _VOCABULARIES = frozenset(
@@ -132,7 +82,19 @@ _LONGEST_STATE = 1 << 16  # bytes
 _LARGEST_TEXT = 1 << 26  # bytes of a file that is read as text
 
 
-class Needles:
+SECRET_IN_BYTES = Rule(
+    "FQ006",
+    "secret-in-bytes",
+    "hard",
+    what="Key material, seeds, absolute paths, host or user names, clock times, or bytes that no format has a use for.",
+    why="Metadata travels with the proxy; a seed or a key in it gives every mask away.",
+    fix="Export with fedqsn, which writes none of these; clean the tokenizer and configuration files of the source.",
+    scope="invariants",
+    needs=(PROXY,),
+)
+
+
+class SecretPatterns:
     """The spellings of a job's secrets. None of them is ever printed.
 
     Args:
@@ -153,14 +115,14 @@ class Needles:
         return max(map(len, self.raw), default=1)
 
     def in_bytes(self, data: bytes) -> bool:
-        """Does the key stand in these bytes?"""
-        return any(needle in data for needle in self.raw)
+        """Is the key in these bytes?"""
+        return any(pattern in data for pattern in self.raw)
 
     def in_text(self, data: bytes) -> bool:
-        """Does the key or the seed of a group stand in this text?"""
+        """Is the key or the seed of a group in this text?"""
         lower = data.lower()
         return self.in_bytes(data) or any(
-            needle in data or needle in lower for needle in (*self.raw[1:], *self.spelled)
+            pattern in data or pattern in lower for pattern in (*self.raw[1:], *self.spelled)
         )
 
 
@@ -171,29 +133,29 @@ def _spellings(secret: bytes) -> list[bytes]:
     return [text.encode(), text.upper().encode(), plain, base64.urlsafe_b64encode(secret).rstrip(b"=")]
 
 
-def complaints(path: Path, needles: Needles) -> Iterator[str]:
+def find_problems(path: Path, patterns: SecretPatterns) -> Iterator[str]:
     """What is wrong with a file that is text, or with the header of a safetensors file."""
     if path.suffix == ".safetensors":
-        yield from _header_complaints(path, needles)
+        yield from _header_problems(path, patterns)
         return
     data = path.read_bytes()[:_LARGEST_TEXT]
-    if needles.in_text(data):
+    if patterns.in_text(data):
         yield "holds the job's key or the seed of a mask"
     if path.name in _VOCABULARIES:
         return
     if path.suffix == ".json":
-        yield from _json_complaints(path, data)
+        yield from _json_problems(path, data)
     else:
-        yield from _text_complaints("", data.decode("utf-8", "replace"))
+        yield from _text_problems("", data.decode("utf-8", "replace"))
 
 
-def _json_complaints(path: Path, data: bytes) -> Iterator[str]:
+def _json_problems(path: Path, data: bytes) -> Iterator[str]:
     try:
         document = strictjson.loads(data, path.name)
     except FormatError:
-        yield from _text_complaints("", data.decode("utf-8", "replace"))
+        yield from _text_problems("", data.decode("utf-8", "replace"))
         return
-    yield from _document_complaints(document, "", _uncommon(document) if path.name == PROXY_MANIFEST else None)
+    yield from _document_problems(document, "", _uncommon(document) if path.name == PROXY_MANIFEST else None)
     if path.name == PROXY_MANIFEST:
         try:
             same = manifest_bytes(parse_manifest(data, ProxyManifest, path.name)) == data
@@ -211,7 +173,7 @@ def _json_complaints(path: Path, data: bytes) -> Iterator[str]:
 def _uncommon(manifest: Any) -> tuple[str, ...]:
     """This machine's names that are no words of a manifest's fields, nor of the tensors and files that it lists."""
     fields = " ".join(_keys(manifest))
-    return tuple(name for name in machine_names() if not _stands_in(name, fields))
+    return tuple(name for name in machine_names() if not _is_word_of(name, fields))
 
 
 def _keys(value: Any) -> Iterator[str]:
@@ -221,12 +183,12 @@ def _keys(value: Any) -> Iterator[str]:
             yield from _keys(item)
 
 
-def _stands_in(name: str, text: str) -> bool:
+def _is_word_of(name: str, text: str) -> bool:
     """Is it a word of this text?"""
     return re.search(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", text) is not None
 
 
-def _document_complaints(value: Any, field: str, names: tuple[str, ...] | None = None) -> Iterator[str]:
+def _document_problems(value: Any, field: str, names: tuple[str, ...] | None = None) -> Iterator[str]:
     """Walk through a JSON document; `names` of this machine instead of all."""
     if isinstance(value, dict):
         for key, item in value.items():
@@ -238,23 +200,23 @@ def _document_complaints(value: Any, field: str, names: tuple[str, ...] | None =
             elif key in _PUBLIC_TEXT:
                 continue
             else:
-                yield from _text_complaints(field, key, names)
-                yield from _document_complaints(item, name, names)
+                yield from _text_problems(field, key, names)
+                yield from _document_problems(item, name, names)
     elif isinstance(value, list):
         for item in value:
-            yield from _document_complaints(item, field, names)
+            yield from _document_problems(item, field, names)
     elif isinstance(value, str):
-        yield from _text_complaints(field, value, names)
+        yield from _text_problems(field, value, names)
     elif isinstance(value, int | float) and any(low <= value <= high for low, high in _EPOCHS):
         yield f"{_at(field)} looks like a clock time"
 
 
-def _text_complaints(field: str, text: str, names: tuple[str, ...] | None = None) -> Iterator[str]:
+def _text_problems(field: str, text: str, names: tuple[str, ...] | None = None) -> Iterator[str]:
     if _PATH.search(text) or _WHOLE_PATH.fullmatch(text.strip()):
         yield f"{_at(field)} holds an absolute path"
     if _TIME.search(text):
         yield f"{_at(field)} holds a clock time"
-    if any(_stands_in(name, text) for name in (machine_names() if names is None else names)):
+    if any(_is_word_of(name, text) for name in (machine_names() if names is None else names)):
         yield f"{_at(field)} holds the name of this machine or of its user"
 
 
@@ -269,15 +231,15 @@ def machine_names() -> tuple[str, ...]:
     names = {socket.gethostname(), socket.gethostname().split(".")[0]}
     with contextlib.suppress(OSError, KeyError):
         names.add(getpass.getuser())
-    return tuple(sorted(name for name in names if len(name) >= 4 and name.lower() not in _GENERIC))
+    return tuple(sorted(name for name in names if len(name) >= 4 and not _GENERIC.fullmatch(name)))
 
 
-def _header_complaints(path: Path, needles: Needles) -> Iterator[str]:
+def _header_problems(path: Path, patterns: SecretPatterns) -> Iterator[str]:
     """The header of a safetensors file: nothing but {"format": "pt"}, and in the one spelling that exports write."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         data = file.read(min(length, 1 << 27))
-    if needles.in_text(data):
+    if patterns.in_text(data):
         yield "holds the job's key or the seed of a mask in its header"
     try:
         document = json.loads(data)
@@ -288,14 +250,14 @@ def _header_complaints(path: Path, needles: Needles) -> Iterator[str]:
     allowed: dict[str, str] = {} if path.name == VISIBLE_TENSORS else {"format": "pt"}
     if metadata != allowed:
         yield "carries metadata that exports do not write"
-        yield from _document_complaints(metadata, "")
-    yield from _state_complaints(path, document, 8 + length)
+        yield from _document_problems(metadata, "")
+    yield from _state_problems(path, document, 8 + length)
     text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
     if data != text + b" " * (-len(text) % 8):
         yield "spells its header in another way than exports do"
 
 
-def _state_complaints(path: Path, document: dict[str, Any], start: int) -> Iterator[str]:
+def _state_problems(path: Path, document: dict[str, Any], start: int) -> Iterator[str]:
     """Texts inside of a safetensors file: the JSON of packed tensors, also where the file is otherwise unusable."""
     with path.open("rb") as file:
         for name, entry in document.items():
@@ -307,12 +269,12 @@ def _state_complaints(path: Path, document: dict[str, Any], start: int) -> Itera
                 continue
             file.seek(start + begin)
             try:
-                yield from _document_complaints(strictjson.loads(file.read(end - begin), name), "")
+                yield from _document_problems(strictjson.loads(file.read(end - begin), name), "")
             except FormatError:
                 continue
 
 
-def state_complaint(text: bytes, packing: Any, name: str) -> bool:
+def is_spelled_otherwise(text: bytes, packing: Any, name: str) -> bool:
     """Is the JSON of a packed tensor spelled in another way than exports spell it?"""
     spec = companion_specs(name, packing.shape, packing.dtype, packing.format, packing.block, packing.double)[-1]
     state = strictjson.loads(text, name)

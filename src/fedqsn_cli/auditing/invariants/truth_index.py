@@ -1,0 +1,162 @@
+"""The truth as sketches of all its rows and columns, by length, and which of them are hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedqsn_cli.auditing.inputs import Inputs
+from fedqsn_cli.auditing.invariants.sketches import SHORTEST, Sketches, add_vectors, window
+from fedqsn_cli.auditing.rows import as_float32
+from fedqsn_cli.export.pipeline import CHUNK_ELEMENTS
+from fedqsn_cli.masks.job_masks import ServerMasks
+from fedqsn_cli.masks.unit_mask import UnitMask
+from fedqsn_cli.models.model import OpenModel
+from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
+from fedqsn_cli.planning.tensor_plan import TensorPlan
+from fedqsn_cli.quantization.layout import TensorLayout
+
+Array = NDArray[Any]
+Floats = NDArray[np.float32]
+Read = Callable[[int, int, slice], Floats]
+"""(first row, rows, columns) -> fp32 [rows, columns]."""
+
+
+@dataclass
+class TruthIndex:
+    """All rows and columns of the truth, sketched.
+
+    Args:
+        tasks: its tensors, whose number is part of where a vector comes from.
+        sketches: by the length of the vectors.
+    """
+
+    model: OpenModel
+    tasks: list[TensorTask]
+    sketches: dict[int, Sketches] = field(default_factory=dict)
+    _stacked: dict[int, tuple[Floats, Array, Array]] = field(default_factory=dict)
+
+    @classmethod
+    def build(cls, inputs: Inputs, truth: OpenModel) -> TruthIndex:
+        """Read the truth once and sketch it."""
+        index = cls(truth, tensor_tasks(truth, None, lambda tensor: _hidden_units(inputs, tensor)))
+        for number, task in enumerate(index.tasks):
+            if task.tensor.is_float:
+                sketch(index.sketches, number, matrix_view(task.layout.view), index.reader(number))
+        return index
+
+    def find(self, names: Iterable[str]) -> Iterator[tuple[int, str]]:
+        """Number and name of those of these tensors that the truth has."""
+        numbers = {task.name: number for number, task in enumerate(self.tasks)}
+        return ((numbers[name], name) for name in names if name in numbers)
+
+    def lengths(self) -> list[int]:
+        """Lengths of which there is a hidden vector."""
+        return [length for length in sorted(self.sketches) if self.stacked(length)[2].any()]
+
+    def stacked(self, length: int) -> tuple[Floats, Array, Array]:
+        """Sketches of one length, where they come from [n, 3], and whether each is (in part) hidden [n]."""
+        if length not in self._stacked:
+            vectors, where = self.sketches.get(length, Sketches()).stacked()
+            self._stacked[length] = vectors, where, self._hidden(where)
+        return self._stacked[length]
+
+    def _hidden(self, where: Array) -> Array:
+        hidden = np.zeros(len(where), np.bool_)
+        for number in np.unique(where[:, 0]):
+            task = self.tasks[number]
+            if task.hidden is None:
+                continue
+            own = where[:, 0] == number
+            kinds, index = where[own, 1], where[own, 2]
+            rows, columns = hidden_vectors(task.hidden)
+            hidden[own] = np.where(kinds == 0, rows[index % max(1, len(rows))], columns[index % max(1, len(columns))])
+        return hidden
+
+    def is_partially_hidden(self, number: int) -> bool:
+        """Is a vector of this tensor hidden in part only (single weights as units, biases)?"""
+        hidden = self.tasks[number].hidden
+        return hidden is not None and (hidden.axis == "element" or hidden.view[2] == 1)
+
+    def reader(self, number: int) -> Read:
+        """Reads rows of a tensor of the truth."""
+        task = self.tasks[number]
+        raw = TensorLayout("raw", "flat", False, matrix_view(task.layout.view), None)
+        as_stored = TensorTask(task.plan, task.tensor, raw, None)
+
+        def read(first: int, rows: int, columns: slice) -> Floats:
+            x = self.model.read_rows(task.name, raw, first, rows)[:, columns]
+            return np.asarray(as_float32(as_stored, np.ascontiguousarray(x)))
+
+        return read
+
+    def vector(self, number: int, kind: int, index: int) -> Floats:
+        """A row or a column of a tensor of the truth."""
+        return fetch(self.reader(number), matrix_view(self.tasks[number].layout.view), kind, index)
+
+
+def matrix_view(view: tuple[int, int, int]) -> tuple[int, int, int]:
+    """A bias, [n, 1] as units see it, is one row."""
+    lead, rows, cols = view
+    return (1, lead, rows) if cols == 1 else view
+
+
+def hidden_vectors(mask: UnitMask) -> tuple[Array, Array]:
+    """Flags of rows [lead * rows] and of columns [lead * cols] of the matrix view: hidden, or hidden in part."""
+    lead, rows, cols = mask.view
+    if cols == 1:
+        return np.asarray(mask.flags.reshape(lead, rows).any(axis=1)), np.zeros(rows * lead, np.bool_)
+    if mask.axis == "row":
+        return mask.flags, np.zeros(lead * cols, np.bool_)
+    if mask.axis == "column":
+        return np.zeros(lead * rows, np.bool_), mask.flags.reshape(-1)
+    return np.asarray(mask.flags.reshape(lead * rows, cols).any(axis=1)), np.zeros(lead * cols, np.bool_)
+
+
+def fetch(read: Read, view: tuple[int, int, int], kind: int, index: int) -> Floats:
+    """A row or a column, read by runs of rows."""
+    _, rows, cols = view
+    if kind == 0:
+        return read(index, 1, slice(None)).reshape(-1)
+    begin, column = index // cols * rows, index % cols
+    step = max(1, CHUNK_ELEMENTS // cols)
+    one = slice(column, column + 1)
+    parts = [read(first, min(step, begin + rows - first), one) for first in range(begin, begin + rows, step)]
+    return np.concatenate(parts).reshape(-1)
+
+
+def sketch(by_length: dict[int, Sketches], number: int, view: tuple[int, int, int], read: Read) -> None:
+    """Sketch all rows and columns of one tensor, slice by slice."""
+    lead, rows, cols = view
+    if rows * cols == 0:
+        return
+    step = max(1, CHUNK_ELEMENTS // 2 // cols)
+    for part in range(lead):
+        for first in range(part * rows, (part + 1) * rows, step):
+            count = min(step, (part + 1) * rows - first)
+            add_vectors(by_length, cols, read(first, count, slice(*window(cols))), origins(number, 0, first, count))
+        if rows >= SHORTEST:
+            low, high = window(rows)
+            across = np.ascontiguousarray(read(part * rows + low, high - low, slice(None)).T)
+            add_vectors(by_length, rows, across, origins(number, 1, part * cols, cols))
+
+
+def origins(number: int, kind: int, first: int, count: int) -> Array:
+    """Where vectors come from, as `Sketches` takes it: [count, 3]."""
+    return np.stack([np.full(count, number), np.full(count, kind), np.arange(first, first + count)], axis=1)
+
+
+def _hidden_units(inputs: Inputs, tensor: TensorPlan) -> UnitMask | None:
+    """What the server hides of a tensor; without the key, what none of the proxies shows."""
+    if inputs.job is not None:
+        return ServerMasks(inputs.job).hidden(tensor)
+    masks = [proxy.visible(tensor.name) for proxy in inputs.proxies]
+    known = [mask for mask in masks if mask is not None]
+    if not known:
+        return None
+    marks = ~np.logical_or.reduce([mask.flags for mask in known])
+    return UnitMask(known[0].axis, known[0].view, marks) if marks.any() else None
