@@ -23,12 +23,12 @@ def render(audit: Audit) -> str:
     found = ordered(audit)
     if found:
         rows = [
-            (f"{one.rule} {RULES[one.rule].name}", WORDS[one.severity], one.scope, one.tensor or "", one.message)
+            (f"{one.rule} {RULES[one.rule].name}", WORDS[one.severity], one.scope, one.tensor or "-", one.message)
             for one in found[:MOST_FINDINGS]
         ]
         lines += [*table(("rule", "kind", "scope", "tensor", "what is wrong"), rows), ""]
         if len(found) > len(rows):
-            lines += [f"... and {len(found) - len(rows)} more", ""]
+            lines += [escape(f"... and {len(found) - len(rows)} findings more (--format json lists all)"), ""]
     parts = text_parts(audit)[1:]
     for part in parts:
         if isinstance(part, Table) and part.columns[0] == NOT_CHECKED:
