@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import fedqsn_cli
 from fedqsn_cli import export_proxy, merge, strictjson
 from fedqsn_cli.artifacts.manifests import file_digest
 from fedqsn_cli.auditing.report import FORMATS
+from fedqsn_cli.cli.views import AuditView
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.masks import job_key
 from fedqsn_cli.masks.draw import hidden_units
@@ -70,6 +72,10 @@ def test_clean_proxies_pass_and_the_report_says_what_was_measured(world: Path) -
 def test_a_limit_that_is_exceeded_is_exit_code_1(world: Path, tmp_path: Path) -> None:
     (tmp_path / "p.toml").write_text("[limits.coalition]\ncosine = 0.1\n")
     assert audit(world, "--policy", tmp_path / "p.toml").code == 1
+
+
+def test_the_command_offers_every_format() -> None:
+    assert get_args(get_type_hints(AuditView)["format"]) == FORMATS
 
 
 @pytest.mark.parametrize("form", FORMATS)

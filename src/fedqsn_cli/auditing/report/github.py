@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedqsn_cli.auditing.findings import Audit, Finding
-from fedqsn_cli.auditing.report.common import meaning, ordered, rule_name, verdict
+from fedqsn_cli.auditing.report.wording import about, meaning, ordered, rule_name, verdict
 from fedqsn_cli.text import clean
 
 COMMANDS = {"hard": "error", "gate": "error", "incomplete": "error", "info": "notice"}
@@ -11,14 +11,14 @@ COMMANDS = {"hard": "error", "gate": "error", "incomplete": "error", "info": "no
 
 def render(audit: Audit) -> str:
     """All findings, the worst first: a site that shows only some shows those."""
-    lines = [_annotation(one) for one in ordered(audit)]
+    lines = [_annotation(finding) for finding in ordered(audit)]
     last = f"::{'notice' if audit.exit_code == 0 else 'error'} title=fedqsn audit::"
     return "\n".join([*lines, last + _data(f"{verdict(audit)}: {meaning(audit)}"), ""])
 
 
-def _annotation(one: Finding) -> str:
-    about = one.scope if one.tensor is None else f"{one.scope}, {one.tensor}"
-    return f"::{COMMANDS[one.severity]} title={_property(rule_name(one.rule))}::{_data(f'{about}: {one.message}')}"
+def _annotation(finding: Finding) -> str:
+    head = f"::{COMMANDS[finding.severity]} title={_property(rule_name(finding.rule))}"
+    return f"{head}::{_data(f'{about(finding)}: {finding.message}')}"
 
 
 def _data(text: str) -> str:

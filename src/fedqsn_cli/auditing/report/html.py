@@ -9,9 +9,9 @@ from html import escape
 
 from fedqsn_cli.auditing.findings import Audit, Finding, Recovery
 from fedqsn_cli.auditing.report import html_plots as plots
-from fedqsn_cli.auditing.report.common import (
+from fedqsn_cli.auditing.report.wording import (
     LOWER_BOUND,
-    WORDS,
+    SEVERITIES,
     delta,
     meaning,
     ordered,
@@ -109,7 +109,7 @@ def _finding(one: Finding) -> str:
     mend = "" if one.severity == "info" else f"<br>How to mend it: {safe(RULES[one.rule].fix)}"
     return (
         f'<div class="finding {one.severity}"><b>{safe(about)}: {safe(one.message)}</b>'
-        f"<small>{rule_name(one.rule)} ({WORDS[one.severity]}). {safe(RULES[one.rule].why)}{mend}</small></div>"
+        f"<small>{rule_name(one.rule)} ({SEVERITIES[one.severity]}). {safe(RULES[one.rule].why)}{mend}</small></div>"
     )
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from fedqsn_cli.auditing.findings import Audit, FunctionRecovery, Recovery, TensorRecovery
-from fedqsn_cli.auditing.report.common import proxies_to_99
+from fedqsn_cli.auditing.report.wording import proxies_to_99
 from fedqsn_cli.exposure.results import ClientExposure, Exposure
 from fedqsn_cli.html import charts
 from fedqsn_cli.html.charts import Bar, Level, Line, Plot

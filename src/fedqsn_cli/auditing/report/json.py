@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 
 from fedqsn_cli import strictjson
-from fedqsn_cli.auditing.findings import Audit
+from fedqsn_cli.auditing.findings import Audit, FunctionRecovery, Recovery
 from fedqsn_cli.auditing.limits.regression import measures
-from fedqsn_cli.auditing.report.common import unchecked
+from fedqsn_cli.auditing.report.wording import unchecked
 from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.text import plain
 
@@ -27,28 +27,24 @@ def document(audit: Audit) -> dict[str, object]:
         "policy": plain(dict(audit.policy)),
         "findings": plain(audit.findings),
         "checked": [check._asdict() for check in audit.checked],
-        "unchecked": [{"rule": one.rule, "scope": one.scope, "why": one.why} for one in unchecked(audit)],
+        "unchecked": [{"rule": check.rule, "scope": check.scope, "why": check.why} for check in unchecked(audit)],
         "measures": plain(measures(audit.recovery, audit.function, audit.exposure)),
-        "recovery": [_recovery(one) for one in audit.recovery],
-        "function": _function(audit),
+        "recovery": [_recovery(recovery) for recovery in audit.recovery],
+        "function": _function(audit.function),
         "exposure": plain(audit.exposure),
     }
 
 
-def _recovery(recovery: object) -> object:
-    made = plain(recovery)
-    made["attack_table"] = [plain(one._asdict()) for one in recovery.attack_table]  # type: ignore[attr-defined]
-    made["best"] = plain(recovery.best._asdict())  # type: ignore[attr-defined]
-    return made
+def _recovery(recovery: Recovery) -> dict[str, object]:
+    table = [plain(score._asdict()) for score in recovery.attack_table]
+    return {**plain(recovery), "attack_table": table, "best": plain(recovery.best._asdict())}
 
 
-def _function(audit: Audit) -> object:
-    if audit.function is None:
+def _function(function: FunctionRecovery | None) -> dict[str, object] | None:
+    if function is None:
         return None
-    made = plain(audit.function)
-    made["scores"] = [plain(one._asdict()) for one in audit.function.scores]
-    made["curve"] = [plain(one._asdict()) for one in audit.function.curve]
-    return made
+    scores, curve = ([plain(value._asdict()) for value in values] for values in (function.scores, function.curve))
+    return {**plain(function), "scores": scores, "curve": curve}
 
 
 def render(audit: Audit) -> str:
@@ -68,11 +64,11 @@ def read_measures(path: str | Path) -> dict[str, float]:
         raise InputError(
             "there is no baseline", where=path, hint="save one with 'fedqsn audit --format json'"
         ) from None
-    found = strictjson.loads(data, path)
-    held = found.get("measures") if isinstance(found, dict) and found.get("format") == FORMAT else None
-    if not isinstance(held, dict):
+    document = strictjson.loads(data, path)
+    measured = document.get("measures") if isinstance(document, dict) and document.get("format") == FORMAT else None
+    if not isinstance(measured, dict):
         raise FormatError(f"not an audit of format {FORMAT}", where=path, hint="save one with --format json")
-    for name, value in held.items():
+    for name, value in measured.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise FormatError(f"measure {name!r} is not a number", where=path)
-    return {name: float(value) for name, value in held.items()}
+    return {name: float(value) for name, value in measured.items()}

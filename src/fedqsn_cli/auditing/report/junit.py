@@ -5,7 +5,7 @@ from __future__ import annotations
 from xml.sax.saxutils import escape, quoteattr
 
 from fedqsn_cli.auditing.findings import Audit, Check, Finding
-from fedqsn_cli.auditing.report.common import rule_name
+from fedqsn_cli.auditing.report.wording import rule_name
 from fedqsn_cli.auditing.rules import RULES
 from fedqsn_cli.text import clean
 
@@ -44,15 +44,15 @@ def _case(case: Case, checks: list[Check], findings: list[Finding]) -> str:
     head = f"    <testcase classname={_attribute(rule_name(rule))} name={_attribute(scope)}"
     if findings:
         kind = "error" if RULES[rule].severity == "incomplete" else "failure"
-        lines = [f"{one.tensor}: {one.message}" if one.tensor else one.message for one in findings]
+        lines = [f"{found.tensor}: {found.message}" if found.tensor else found.message for found in findings]
         text = escape("\n".join(clean(line) for line in [*lines, f"How to mend it: {RULES[rule].fix}"]))
         more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
         start = f"<{kind} type={_attribute(rule)} message={_attribute(lines[0] + more)}>"
         return f"{head}>\n      {start}{text}</{kind}>\n    </testcase>"
     if checks and all(check.status == "not-run" for check in checks):
         return f"{head}>\n      <skipped message={_attribute(checks[0].why)}/>\n    </testcase>"
-    said = "\n".join(clean(check.why) for check in checks)
-    return f"{head}>\n      <system-out>{escape(said)}</system-out>\n    </testcase>"
+    reasons = "\n".join(clean(check.why) for check in checks)
+    return f"{head}>\n      <system-out>{escape(reasons)}</system-out>\n    </testcase>"
 
 
 def _attribute(text: str) -> str:

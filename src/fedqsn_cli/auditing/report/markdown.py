@@ -6,44 +6,33 @@ import re
 from collections.abc import Sequence
 
 from fedqsn_cli.auditing.findings import Audit
-from fedqsn_cli.auditing.report.common import LOWER_BOUND, meaning, ordered, verdict
-from fedqsn_cli.auditing.report.text import MOST_FINDINGS, NOT_CHECKED
-from fedqsn_cli.auditing.report.text import parts as text_parts
-from fedqsn_cli.auditing.rules import RULES
-from fedqsn_cli.console import Facts, Part, Table
+from fedqsn_cli.auditing.report.sections import Section, sections
+from fedqsn_cli.auditing.report.wording import meaning, verdict
+from fedqsn_cli.console import Facts, Part
 from fedqsn_cli.text import clean
 
 SIGNS = {"passed": "✅", "over the limits": "❌", "incomplete": "⚠️", "broken": "⛔"}
-WORDS = {"hard": "hard", "gate": "limit", "incomplete": "incomplete", "info": "note"}
+IN_SIGHT = ("findings", "not checked")
 
 
 def render(audit: Audit) -> str:
     """Verdict and findings in sight, the rest under a fold."""
+    report = [section for section in sections(audit) if section.kind != "verdict"]
     lines = [f"## {SIGNS[audit.verdict]} fedqsn audit: {verdict(audit)}", "", meaning(audit), ""]
-    found = ordered(audit)
-    if found:
-        rows = [
-            (f"{one.rule} {RULES[one.rule].name}", WORDS[one.severity], one.scope, one.tensor or "-", one.message)
-            for one in found[:MOST_FINDINGS]
-        ]
-        lines += [*table(("rule", "kind", "scope", "tensor", "what is wrong"), rows), ""]
-        if len(found) > len(rows):
-            lines += [escape(f"... and {len(found) - len(rows)} findings more (--format json lists all)"), ""]
-    parts = text_parts(audit)[1:]
-    for part in parts:
-        if isinstance(part, Table) and part.columns[0] == NOT_CHECKED:
-            lines += [*_part(part), ""]
-    shown = {"rule", NOT_CHECKED}
-    rest = [part for part in parts if not (isinstance(part, Table) and part.columns[0] in shown)]
+    lines += [line for section in report if section.kind in IN_SIGHT for line in _section(section)]
     lines += ["<details><summary>What was measured</summary>", ""]
-    for part in rest:
-        lines += [*_part(part), ""]
+    lines += [line for section in report if section.kind not in IN_SIGHT for line in _section(section)]
     return "\n".join([*lines, "</details>", ""])
+
+
+def _section(section: Section) -> list[str]:
+    lines = [line for part in section.parts for line in (*_part(part), "")]
+    return lines if section.note is None else [*lines, f"*{escape(section.note)}*", ""]
 
 
 def _part(part: Part) -> list[str]:
     if isinstance(part, str):
-        return [f"*{escape(part)}*" if part == LOWER_BOUND else escape(part)]
+        return [escape(part)]
     if isinstance(part, Facts):
         return table(("", ""), [(name, value) for name, value in part.rows if value is not None])
     return table(part.columns, part.rows, part.numbers)

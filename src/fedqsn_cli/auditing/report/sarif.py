@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from fedqsn_cli.auditing.findings import Audit, Finding
 from fedqsn_cli.auditing.registry import Rule
-from fedqsn_cli.auditing.report.common import meaning, ordered
+from fedqsn_cli.auditing.report.wording import meaning, ordered
 from fedqsn_cli.auditing.rules import RULES
 from fedqsn_cli.text import clean
 
@@ -45,7 +45,7 @@ def document(audit: Audit) -> dict[str, Any]:
                 "toolExecutionNotifications": _notifications(len(found)),
             }
         ],
-        "results": [_result(one, rules.index(one.rule)) for one in found[:MOST_RESULTS]],
+        "results": [_result(finding, rules.index(finding.rule)) for finding in found[:MOST_RESULTS]],
         "properties": {"verdict": audit.verdict, "inputs": dict(audit.inputs)},
     }
     return {"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}
@@ -69,25 +69,25 @@ def _rule(rule: Rule) -> dict[str, Any]:
     }
 
 
-def _result(one: Finding, index: int) -> dict[str, Any]:
-    where = clean(one.scope if one.tensor is None else f"{one.scope}/{one.tensor}")
+def _result(finding: Finding, index: int) -> dict[str, Any]:
+    where = clean(finding.scope if finding.tensor is None else f"{finding.scope}/{finding.tensor}")
     result: dict[str, Any] = {
-        "ruleId": one.rule,
+        "ruleId": finding.rule,
         "ruleIndex": index,
-        "level": LEVELS[one.severity],
-        "kind": "informational" if one.severity == "info" else "fail",
-        "message": {"text": clean(f"{where}: {one.message}")},
+        "level": LEVELS[finding.severity],
+        "kind": "informational" if finding.severity == "info" else "fail",
+        "message": {"text": clean(f"{where}: {finding.message}")},
         "locations": [
             {
-                "physicalLocation": {"artifactLocation": {"uri": _uri(one.scope)}, "region": {"startLine": 1}},
+                "physicalLocation": {"artifactLocation": {"uri": _uri(finding.scope)}, "region": {"startLine": 1}},
                 "logicalLocations": [{"fullyQualifiedName": where, "kind": "object"}],
             }
         ],
-        "partialFingerprints": {"finding/v1": _fingerprint(one)},
+        "partialFingerprints": {"finding/v1": _fingerprint(finding)},
     }
-    if one.severity == "info":
+    if finding.severity == "info":
         result["level"] = "none"
-    figures = {name: value for name, value in (("value", one.value), ("limit", one.limit)) if _finite(value)}
+    figures = {name: value for name, value in (("value", finding.value), ("limit", finding.limit)) if _finite(value)}
     if figures:
         result["properties"] = figures
     return result
@@ -103,9 +103,9 @@ def _finite(value: float | None) -> bool:
     return value is not None and abs(value) < float("inf")
 
 
-def _fingerprint(one: Finding) -> str:
+def _fingerprint(finding: Finding) -> str:
     """Equal for the same rule, scope and tensor, whatever was measured: so that a site follows it from run to run."""
-    return hashlib.sha256("\0".join((one.rule, one.scope, one.tensor or "")).encode()).hexdigest()
+    return hashlib.sha256("\0".join((finding.rule, finding.scope, finding.tensor or "")).encode()).hexdigest()
 
 
 def _notifications(found: int) -> list[dict[str, Any]]:

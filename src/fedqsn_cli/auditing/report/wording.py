@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedqsn_cli.auditing.findings import Audit, Check, Finding, Severity
+from fedqsn_cli.auditing.findings import Audit, Check, Finding, Recovery, Severity
 from fedqsn_cli.auditing.rules import RULES
 from fedqsn_cli.text import percent
 
@@ -15,7 +15,7 @@ WHAT_IT_MEANS = {
     "passed": "Everything that was checked is within the limits.",
 }
 LOWER_BOUND = "What the attacks recover is a lower bound on the leakage: better attacks may exist."
-WORDS: dict[Severity, str] = {"hard": "hard", "gate": "limit", "incomplete": "incomplete", "info": "note"}
+SEVERITIES: dict[Severity, str] = {"hard": "hard", "gate": "limit", "incomplete": "incomplete", "info": "note"}
 ORDER: dict[Severity, int] = {"hard": 0, "incomplete": 1, "gate": 2, "info": 3}
 
 
@@ -25,7 +25,7 @@ def verdict(audit: Audit) -> str:
 
 
 def meaning(audit: Audit) -> str:
-    """The verdict in a sentence; one that no limit was set for is no praise."""
+    """The verdict in a sentence; a pass without a policy is not praised."""
     if audit.verdict == "passed" and audit.policy.get("sha256") is None:
         return "Nothing forbidden was found. No policy was given, so nothing was held against a limit."
     return WHAT_IT_MEANS[audit.verdict]
@@ -33,17 +33,27 @@ def meaning(audit: Audit) -> str:
 
 def ordered(audit: Audit) -> list[Finding]:
     """Findings, the worst kind first."""
-    return sorted(audit.findings, key=lambda one: ORDER[one.severity])
+    return sorted(audit.findings, key=lambda finding: ORDER[finding.severity])
 
 
 def unchecked(audit: Audit) -> list[Check]:
     """Rules that could not be applied, most often because an input was not given; in the order of their ids."""
-    return sorted((one for one in audit.checked if one.status == "not-run"), key=lambda one: one.rule)
+    return sorted((check for check in audit.checked if check.status == "not-run"), key=lambda check: check.rule)
+
+
+def worst_recovery(audit: Audit) -> Recovery | None:
+    """The recovery with the least error: what all proxies together give away, most often."""
+    return min(audit.recovery, key=lambda recovery: recovery.peak.log10_nmse, default=None)
 
 
 def rule_name(rule: str) -> str:
     """`FQ101 client-exposure`."""
     return f"{rule} {RULES[rule].name}"
+
+
+def about(finding: Finding) -> str:
+    """`proxy alice, encoder.weight`."""
+    return finding.scope if finding.tensor is None else f"{finding.scope}, {finding.tensor}"
 
 
 def proxies_to_99(count: int | None) -> str:
