@@ -46,7 +46,14 @@ def test_no_index_is_named_anywhere() -> None:
 
 def test_the_rules_and_the_type_marker_are_part_of_the_package() -> None:
     package = resources.files("fedqsn_cli")
-    for name in ("py.typed", "planning/rules.toml", "auditing/policy.toml", "html/page.css"):
+    for name in (
+        "py.typed",
+        "planning/rules.toml",
+        "auditing/policy.toml",
+        "html/page.css",
+        "html/frame.html.j2",
+        "auditing/report/report.html.j2",
+    ):
         assert package.joinpath(name).is_file(), name
 
 

@@ -1,6 +1,8 @@
 """Pages for a browser: one file each, nothing fetched, no script; sharp on paper too.
 
-parts.py    the frame, sections, tables, keys of plots
-charts.py   plots as inline SVG
-page.css    how all of it looks
+pages.py          pages from templates
+frame.html.j2     what every page has
+parts.html.j2     sections, figures, tables, keys of plots
+charts.py         plots as inline SVG
+page.css          how all of it looks
 """

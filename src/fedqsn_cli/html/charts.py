@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
+from markupsafe import Markup
+
 WIDTH, HEIGHT = 440, 264
 LEFT, RIGHT, TOP, BOTTOM = 44, 24, 10, 40
 
@@ -49,7 +51,25 @@ class Plot:
     number: Callable[[float], str] | None = None
 
 
-def draw(plot: Plot) -> str:
+@dataclass(frozen=True)
+class Picture:
+    """A chart as pages show it.
+
+    Args:
+        title, lead: of its section; one sentence that says what to see.
+        key, dashed: (colour, name) of areas and lines, and of dashed lines.
+        scrolls: is it as wide as it is, whatever the page?
+    """
+
+    title: str
+    lead: str
+    svg: Markup
+    key: Sequence[tuple[str, str]] = ()
+    dashed: Sequence[tuple[str, str]] = ()
+    scrolls: bool = False
+
+
+def draw(plot: Plot) -> Markup:
     """The plot as one <svg> element."""
     xs = [x for line in plot.lines for x, _ in line.points] or [0.0, 1.0]
     frame = _Frame(min(xs), max(xs), plot.low, plot.high)
@@ -137,28 +157,28 @@ class Bar:
     note: str
 
 
-def bars(title: str, rows: Sequence[Bar], name_width: int = 130) -> str:
+def bars(title: str, rows: Sequence[Bar], name_width: int = 130) -> Markup:
     """Horizontal bars under each other; shares from 0 to 1."""
     step, note = 24, max(50, 8 + 7 * max((len(row.note) for row in rows), default=0))
-    room = WIDTH - name_width - note
+    length = WIDTH - name_width - note
     parts = []
     for i, row in enumerate(rows):
         y = 6 + step * i
         parts.append(
             f'<text class="name end" x="{name_width - 8}" y="{y + 13}">{escape(shortened(row.name, 20))}</text>'
         )
-        parts.append(f'<rect class="track" x="{name_width}" y="{y}" width="{room}" height="17" rx="3"/>')
+        parts.append(f'<rect class="track" x="{name_width}" y="{y}" width="{length}" height="17" rx="3"/>')
         parts += [
             f'<rect class="bar {kind}" x="{name_width}" y="{y}" height="17" rx="3" '
-            f'width="{room * min(max(share, 0), 1):.1f}">'
+            f'width="{length * min(max(share, 0), 1):.1f}">'
             f"<title>{escape(row.name)}: {100 * share:.1f}%</title></rect>"
             for kind, share in row.segments
         ]
-        parts.append(f'<text class="note" x="{name_width + room + 6}" y="{y + 13}">{escape(row.note)}</text>')
+        parts.append(f'<text class="note" x="{name_width + length + 6}" y="{y + 13}">{escape(row.note)}</text>')
     return _svg(WIDTH, 12 + step * len(rows), title, parts)
 
 
-def heat(title: str, rows: Sequence[str], columns: Sequence[str], shares: Sequence[Sequence[float | None]]) -> str:
+def heat(title: str, rows: Sequence[str], columns: Sequence[str], shares: Sequence[Sequence[float | None]]) -> Markup:
     """A map of shares, 0 white to 1 dark; its size is fixed: a narrow screen scrolls, it does not shrink it."""
     cell = 26 if len(columns) <= 24 else 22 if len(columns) <= 40 else 17
     left = 12 + 7 * max((len(shortened(name, 16)) for name in rows), default=0)
@@ -207,7 +227,7 @@ def shortened(name: str, most: int) -> str:
     return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most - most // 2) :]}"
 
 
-def _svg(width: float, height: float, title: str, parts: Sequence[str], fixed: bool = False) -> str:
+def _svg(width: float, height: float, title: str, parts: Sequence[str], fixed: bool = False) -> Markup:
     size = f' width="{width:.0f}" height="{height:.0f}"' if fixed else ""
     head = f'<svg viewBox="0 0 {width:.0f} {height:.0f}"{size} role="img" aria-label="{escape(title)}">'
-    return f"{head}{''.join(parts)}</svg>"
+    return Markup(f"{head}{''.join(parts)}</svg>")  # every name in it was escaped above

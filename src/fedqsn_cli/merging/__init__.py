@@ -8,6 +8,6 @@ chunks.py       the pass: one chunk of the model, then the same rows of every up
 line_search.py  the step or blend with the lowest loss
 interpolate.py  a loaded model moved along a line (imports torch)
 restore.py      trained visible part + hidden part -> the whole model
-page.py         the page about what a search tried
+page.py         the page about what a search tried (page.html.j2)
 merge.py        the command merge
 """

@@ -6,13 +6,17 @@ It shows nothing but losses on the owner's data: no weight, hidden position, key
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
-from fedqsn_cli.html import charts
-from fedqsn_cli.html.charts import Level, Line, Plot
-from fedqsn_cli.html.parts import document, figures, legend, section, table
+from markupsafe import Markup
+
+from fedqsn_cli.html import charts, pages
+from fedqsn_cli.html.charts import Level, Line, Picture, Plot
 from fedqsn_cli.merging.line_search import Point, Search
 from fedqsn_cli.text import number, real
 from fedqsn_cli.version import VERSION
+
+TEMPLATE = Path(__file__).parent / "page.html.j2"
 
 _WORDS = {
     "--blend": ("blend", "How much of the hidden neurons comes back", "λ: 0 leaves hidden neurons out, 1 puts them in"),
@@ -28,13 +32,19 @@ def render(search: Search) -> str:
         f"Loss on {number(search.examples)} examples of the owner's development data for each {name} that was tried; "
         f"{name} {search.chosen:g} was taken."
     )
-    facts = [(f"{search.chosen:g}", f"was taken for {search.option}"), (real(chosen.loss), "loss there")]
-    facts += [(real(point.loss), caption) for point, caption in _references(search)]
-    footer = f"<footer>fedqsn {VERSION}. This page holds no weight, no hidden position and no key.</footer>"
-    plot = section(title, lead, _plot(search, axis) + _legend(search))
-    listed = section("All that was tried", "Every loss is of the whole model.", _table(search, name))
-    heading = f"fedqsn merge: {search.option} {search.chosen:g}"
-    return document("fedqsn merge", heading, [figures(facts), f'<div class="pair">{plot}{listed}</div>', footer])
+    figures = [(f"{search.chosen:g}", f"was taken for {search.option}"), (real(chosen.loss), "loss there")]
+    figures += [(real(point.loss), caption) for point, caption in _references(search)]
+    dashed = [("#17693f", "the model before")] if _levels(search) else []
+    return pages.render(
+        TEMPLATE,
+        option=search.option,
+        chosen=f"{search.chosen:g}",
+        figures=figures,
+        plot=Picture(title, lead, _plot(search, axis), [("#8aa5dd", "tried"), ("#2456c8", "taken")], dashed),
+        columns=(name, "loss", _score(search), ""),
+        rows=_rows(search),
+        version=VERSION,
+    )
 
 
 def _references(search: Search) -> list[tuple[Point, str]]:
@@ -48,7 +58,7 @@ def _finite(search: Search) -> list[tuple[float, float]]:
     return [(point.value, point.loss) for point in search.curve if math.isfinite(point.loss)]
 
 
-def _plot(search: Search, axis: str) -> str:
+def _plot(search: Search, axis: str) -> Markup:
     points = _finite(search)
     losses = [loss for _, loss in points]
     margin = 0.08 * (max(losses) - min(losses)) or 0.05 * max(losses) or 1.0
@@ -76,20 +86,19 @@ def _levels(search: Search) -> list[Level]:
     return [Level("ceiling", start)] if search.option == "--server-lr" and math.isfinite(start) else []
 
 
-def _legend(search: Search) -> str:
-    dashed = [("#17693f", "the model before")] if _levels(search) else []
-    return legend([("#8aa5dd", "tried"), ("#2456c8", "taken")], dashed)
+def _score(search: Search) -> str:
+    """What is listed beside the loss."""
+    return "accuracy" if search.at(search.chosen).accuracy is not None else "perplexity"
 
 
-def _table(search: Search, name: str) -> str:
-    score = "accuracy" if search.at(search.chosen).accuracy is not None else "perplexity"
-    rows = [
+def _rows(search: Search) -> list[tuple[str, ...]]:
+    """All that was tried."""
+    return [
         (
             f"{point.value:g}",
             real(point.loss),
-            real(getattr(point, score)),
+            real(getattr(point, _score(search))),
             "taken" if point.value == search.chosen else "",
         )
         for point in search.curve
     ]
-    return f'<div class="scroll">{table((name, "loss", score, ""), rows, (name, "loss", score))}</div>'

@@ -8,7 +8,7 @@ json.py         everything; what --baseline reads
 sarif.py        code scanning (SARIF 2.1.0)
 junit.py        test reports, one case a rule and scope
 github.py       annotations of a workflow
-html.py         a page for people who decide (--report)
+html.py         a page for people who decide (--report; report.html.j2)
 html_plots.py   its plots
 """
 

@@ -1,4 +1,4 @@
-"""The page's plots, each in its section with one sentence that says what to see."""
+"""The page's plots, each with one sentence that says what to see."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
-from fedqsn_cli.auditing.findings import Audit, FunctionRecovery, Recovery, TensorRecovery
-from fedqsn_cli.auditing.report.wording import proxies_to_99
+from fedqsn_cli.auditing.findings import Audit, FunctionRecovery, TensorRecovery
+from fedqsn_cli.auditing.report.wording import proxies_to_99, worst_recovery
 from fedqsn_cli.exposure.results import ClientExposure, Exposure
 from fedqsn_cli.html import charts
-from fedqsn_cli.html.charts import Bar, Level, Line, Plot
-from fedqsn_cli.html.parts import legend, section
+from fedqsn_cli.html.charts import Bar, Level, Line, Picture, Plot
 from fedqsn_cli.text import clean, percent
 
 MOST_LINES = 12  # clients; more become a band
@@ -21,16 +20,17 @@ _FILLERS = frozenset({"self", "dense", "linear", "mlp", "self_attn"})
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|block|blocks|transformer)\.(\d+)(?:\.|$)")
 
 
-def worst_recovery(audit: Audit) -> Recovery | None:
-    """The recovery with the least error: what all proxies together give away, most often."""
-    return min(audit.recovery, key=lambda one: one.peak.log10_nmse, default=None)
+def plots(audit: Audit) -> list[list[Picture]]:
+    """All that can be drawn, from top to bottom; two in one list go beside each other."""
+    groups = (_seen(audit), _heat_map(audit), [*_recovery(audit), *_function(audit)])
+    return [group for group in groups if group]
 
 
-def exposure(audit: Audit) -> str:
+def _seen(audit: Audit) -> list[Picture]:
     """Exposure over the proxies that a client got, and the worst coalitions."""
     seen = audit.exposure
     if seen is None or not seen.clients:
-        return ""
+        return []
     limit = audit.policy.get("budget", {}).get("client")
     levels = [Level("ceiling", 1 - seen.hidden_share), *([] if limit is None else [Level("limit", limit)])]
     worst = max(seen.clients, key=lambda client: client.shares[-1])
@@ -41,8 +41,18 @@ def exposure(audit: Audit) -> str:
         f"{'proxy' if len(worst.rounds) == 1 else 'proxies'}; with fresh masks 99 % of what is sent at all is seen "
         f"after {proxies_to_99(seen.proxies_to_99)}.{estimate}"
     )
-    left = section("What clients have seen", lead, charts.draw(plot) + _key(seen, limit))
-    return f'<div class="pair">{left}{_coalitions(audit, seen)}</div>' if seen.coalitions else left
+    many = len(seen.clients) > MOST_LINES
+    key = [("#2456c8", "most exposed client")]
+    if len(seen.clients) > 1:
+        key.append(("#dbe5f9", "all clients") if many else ("#8aa5dd", "other clients"))
+    ceiling = f"all that is ever sent ({percent(1 - seen.hidden_share)})"
+    dashed = [("#5a6678", "expected with fresh masks"), ("#17693f", ceiling), *_limit_key(limit)]
+    picture = Picture("What clients have seen", lead, charts.draw(plot), key, dashed)
+    return [picture, _coalitions(seen)] if seen.coalitions else [picture]
+
+
+def _limit_key(limit: float | None) -> list[tuple[str, str]]:
+    return [] if limit is None else [("#b3261e", f"limit ({percent(limit)})")]
 
 
 def _lines(seen: Exposure, worst: ClientExposure) -> list[Line]:
@@ -66,44 +76,29 @@ def _band(clients: Sequence[ClientExposure]) -> tuple[charts.Points, charts.Poin
     return _from_nothing(map(min, steps)), _from_nothing(map(max, steps))
 
 
-def _key(seen: Exposure, limit: float | None) -> str:
-    many = len(seen.clients) > MOST_LINES
-    entries = [("#2456c8", "most exposed client")]
-    if len(seen.clients) > 1:
-        entries.append(("#dbe5f9", "all clients") if many else ("#8aa5dd", "other clients"))
-    dashed = [
-        ("#5a6678", "expected with fresh masks"),
-        ("#17693f", f"all that is ever sent ({percent(1 - seen.hidden_share)})"),
-    ]
-    dashed += [] if limit is None else [("#b3261e", f"limit ({percent(limit)})")]
-    return legend(entries, dashed)
-
-
-def _coalitions(audit: Audit, seen: Exposure) -> str:
+def _coalitions(seen: Exposure) -> Picture:
     single = max(client.shares[-1] for client in seen.clients)
     rows = [Bar("1 client", (("rest", 1 - seen.hidden_share), ("main", single)), percent(single))]
-    for one in seen.coalitions:
-        everyone = " (all)" if one.size == len(seen.clients) else ""
-        segments = (("rest", 1 - seen.hidden_share), ("main", one.share))
-        rows.append(Bar(f"{one.size} clients{everyone}", segments, percent(one.share)))
-    sure = all(one.method == "exact" for one in seen.coalitions)
+    for coalition in seen.coalitions:
+        everyone = " (all)" if coalition.size == len(seen.clients) else ""
+        segments = (("rest", 1 - seen.hidden_share), ("main", coalition.share))
+        rows.append(Bar(f"{coalition.size} clients{everyone}", segments, percent(coalition.share)))
+    sure = all(coalition.method == "exact" for coalition in seen.coalitions)
     how = (
         "Exact: no coalition has seen more."
         if sure
         else "Where not all coalitions could be tried, the best found is shown."
     )
     lead = f"What the worst coalition of each size has seen, if its members put together all they got. {how}"
-    key = legend(
-        [("#6f93e0", "seen together"), ("#c9d8f6", "sent to somebody, not to them"), ("#edf1f7", "never sent")]
-    )
-    return section("What clients could see together", lead, charts.bars("Coalitions", rows, 110) + key)
+    key = [("#6f93e0", "seen together"), ("#c9d8f6", "sent to somebody, not to them"), ("#edf1f7", "never sent")]
+    return Picture("What clients could see together", lead, charts.bars("Coalitions", rows, 110), key)
 
 
-def heat_map(audit: Audit) -> str:
+def _heat_map(audit: Audit) -> list[Picture]:
     """Client by module."""
     seen = audit.exposure
     if seen is None or not seen.heat_map:
-        return ""
+        return []
     shares: dict[str, dict[str, list[float]]] = {}
     modules = list(dict.fromkeys(module for _, module, _ in seen.heat_map))
     by_layer = len(modules) > MOST_COLUMNS
@@ -114,15 +109,13 @@ def heat_map(audit: Audit) -> str:
     columns = columns[:120]
     cells = [[_mean(shares[client].get(column)) for column in columns] for client in clients]
     names = columns if by_layer else [label(column) for column in columns]
-    more = (
-        f" The {len(clients)} most exposed of {len(seen.clients)} clients." if len(seen.clients) > len(clients) else ""
-    )
+    count = len(seen.clients)
+    more = f" The {len(clients)} most exposed of {count} clients." if count > len(clients) else ""
     lead = f"Share of each module's parameters that a client has seen, in per cent; the darker, the more.{more}"
-    picture = charts.heat(
-        "Who has seen what", [clean(name) for name in clients], [clean(name) for name in names], cells
-    )
+    title = "Who has seen what"
+    svg = charts.heat(title, [clean(name) for name in clients], [clean(name) for name in names], cells)
     steps = [(charts.shade(share), f"{round(100 * share)} %") for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    return section("Who has seen what", lead, f'<div class="scroll">{picture}</div>{legend(steps)}')
+    return [Picture(title, lead, svg, steps, scrolls=True)]
 
 
 def _mean(values: list[float] | None) -> float | None:
@@ -130,7 +123,7 @@ def _mean(values: list[float] | None) -> float | None:
 
 
 def layer_of(name: str) -> str:
-    """`layer 3` for whatever lies in layer 3, else the first telling part of the name."""
+    """`layer 3` for whatever is in layer 3, else the first telling part of the name."""
     found = _LAYER.search(name)
     if found:
         return f"layer {found[1]}"
@@ -150,16 +143,11 @@ def label(module: str) -> str:
     return f"{found[1]} {'.'.join(words)}" if found else ".".join(words)
 
 
-def recovery_and_function(audit: Audit) -> str:
-    """Recovery by layer, beside the recovered function if that was measured."""
-    made = [part for part in (_recovery(audit), _function(audit.function, audit) if audit.function else "") if part]
-    return f'<div class="pair">{made[0]}{made[1]}</div>' if len(made) == 2 else "".join(made)
-
-
-def _recovery(audit: Audit) -> str:
+def _recovery(audit: Audit) -> list[Picture]:
+    """Recovery by layer."""
     worst = worst_recovery(audit)
     if worst is None:
-        return ""
+        return []
     layers: dict[str, list[TensorRecovery]] = {}
     for tensor in worst.tensors:
         layers.setdefault(layer_of(tensor.tensor), []).append(tensor)
@@ -171,8 +159,8 @@ def _recovery(audit: Audit) -> str:
         f"How much of {what} the best attack gets back from {worst.scope}, layer by layer; the dark part is known "
         "exactly. A lower bound: better attacks may exist."
     )
-    key = legend([("#6f93e0", "recovered"), ("#2456c8", "known exactly"), ("#edf1f7", "not recovered")])
-    return section("What can be recovered", lead, charts.bars("Recovery per layer", rows, 100) + key)
+    key = [("#6f93e0", "recovered"), ("#2456c8", "known exactly"), ("#edf1f7", "not recovered")]
+    return [Picture("What can be recovered", lead, charts.bars("Recovery per layer", rows, 100), key)]
 
 
 def _number(name: str) -> tuple[int, int]:
@@ -199,48 +187,42 @@ def _base_alone(function: FunctionRecovery) -> list[tuple[float, float]]:
     whole = next(score.loss for score in function.scores if score.model == "global")
     span = function.floor_loss - whole
     return [
-        (math.log10(one.public_examples + 1), (function.floor_loss - one.base_loss) / span)
-        for one in function.curve
-        if one.base_loss is not None and span > 0
+        (math.log10(point.public_examples + 1), (function.floor_loss - point.base_loss) / span)
+        for point in function.curve
+        if point.base_loss is not None and span > 0
     ]
 
 
-def _function(function: FunctionRecovery, audit: Audit) -> str:
+def _function(audit: Audit) -> list[Picture]:
     """rho over public examples, or the losses as bars where nobody fine-tuned."""
-    rho = function.rho
-    said = (
-        "cannot be told: the model is no better than nothing" if rho is None else f"{percent(max(rho, 0))} of the way"
-    )
-    lead = f"From nothing ({function.floor}) to the owner's model, the best attacked proxy gets {said} in loss."
+    function = audit.function
+    if function is None:
+        return []
+    title, rho = "What the recovered model can do", function.rho
+    way = "cannot be told: the model is no better than nothing" if rho is None else f"{percent(max(rho, 0))} of the way"
+    lead = f"From nothing ({function.floor}) to the owner's model, the best attacked proxy gets {way} in loss."
+    if rho is None or not any(point.rho is not None for point in function.curve):
+        most = max((score.loss for score in function.scores), default=1.0) or 1.0
+        rows = [Bar(score.model, (("main", score.loss / most),), f"{score.loss:.3g}") for score in function.scores]
+        return [Picture(title, f"{lead} Bars show losses.", charts.bars("Losses", rows, 100))]
     limit = audit.policy.get("limits", {}).get("proxy", {}).get("rho")
-    points = [
-        (math.log10(one.public_examples + 1), one.rho, one.public_examples)
-        for one in function.curve
-        if one.rho is not None
-    ]
-    if rho is not None and points:
-        start = [(0.0, rho, 0)] if all(count for _, _, count in points) else []
-        line = [(x, y) for x, y, _ in [*start, *points]]
-        ticks = [(x, f"{count:,}") for x, _, count in [*start, *points]]
-        highest = max(1.0, *(y for _, y in line))
-        lowest = min(0.0, *(y for _, y in line))
-        levels = [Level("ceiling", 1.0), *([] if limit is None else [Level("limit", limit)])]
-        alone = _base_alone(function)
-        dashed = [
-            ("#17693f", "the owner's model"),
-            *([] if limit is None else [("#b3261e", f"limit ({percent(limit)})")]),
-        ]
-        lines = [*([Line("expected", alone, "base alone")] if alone else []), Line("worst", line, "rho")]
-        plot = Plot(
-            "Recovered function",
-            "public examples that the attacker fine-tunes with",
-            lines,
-            levels,
-            ticks=ticks,
-            low=math.floor(lowest * 10) / 10,
-            high=math.ceil(highest * 10) / 10,
-        )
-        return section("What the recovered model can do", lead, charts.draw(plot) + legend([], dashed))
-    most = max((score.loss for score in function.scores), default=1.0) or 1.0
-    rows = [Bar(score.model, (("main", score.loss / most),), f"{score.loss:.3g}") for score in function.scores]
-    return section("What the recovered model can do", f"{lead} Bars show losses.", charts.bars("Losses", rows, 100))
+    dashed = [("#17693f", "the owner's model"), *_limit_key(limit)]
+    return [Picture(title, lead, charts.draw(_curve(function, rho, limit)), (), dashed)]
+
+
+def _curve(function: FunctionRecovery, rho: float, limit: float | None) -> Plot:
+    """rho after fine-tuning, from what it is without it."""
+    points = [(point.public_examples, point.rho) for point in function.curve if point.rho is not None]
+    if all(count for count, _ in points):
+        points.insert(0, (0, rho))
+    line = [(math.log10(count + 1), value) for count, value in points]
+    alone = _base_alone(function)
+    return Plot(
+        "Recovered function",
+        "public examples that the attacker fine-tunes with",
+        [*([Line("expected", alone, "base alone")] if alone else []), Line("worst", line, "rho")],
+        [Level("ceiling", 1.0), *([] if limit is None else [Level("limit", limit)])],
+        ticks=[(math.log10(count + 1), f"{count:,}") for count, _ in points],
+        low=math.floor(min(0.0, *(value for _, value in points)) * 10) / 10,
+        high=math.ceil(max(1.0, *(value for _, value in points)) * 10) / 10,
+    )
