@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedqsn_cli.exposure import coalitions
-from fedqsn_cli.exposure import exposure as rooms
-from fedqsn_cli.exposure.exposure import coverage, exposure
+from fedqsn_cli.exposure.coalitions import worst_coalitions
+from fedqsn_cli.exposure.expected import coverage
+from fedqsn_cli.exposure.exposure import MOST_BYTES, MOST_RANKS, exposure
+from fedqsn_cli.exposure.history import History, sampled
+from fedqsn_cli.exposure.replay import replay
 from fedqsn_cli.masks.draw import client_scope, client_units, hidden_units
 from fedqsn_cli.masks.job_key import JobKey
 from support.audits import KEY, job
@@ -119,25 +120,23 @@ def test_shares_of_hidden_and_clear_parameters_are_exact() -> None:
     assert (found.clients, found.coalitions, found.proxies_to_99) == ((), (), None)
 
 
-def test_too_many_units_are_estimated_from_some_and_the_share_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_units_are_estimated_from_some_and_the_share_is_told() -> None:
     model = job(layers=4)
     lines = [Line(f"c{c}", r, "fresh", 0.5) for c in range(20) for r in range(3)]
     whole = exposure(model, lines)
     for most in (300_000, 20_000):
-        monkeypatch.setattr(rooms, "MOST_RANKS", most)
-        some = exposure(model, lines)
+        some = exposure(model, lines, most_ranks=most)
         assert 0 < some.looked_at < 1
-        assert some == exposure(model, lines)
+        assert some == exposure(model, lines, most_ranks=most)
         mean = np.mean([c.shares[-1] for c in some.clients])
         assert mean == pytest.approx(np.mean([c.shares[-1] for c in whole.clients]), abs=0.03)
 
 
-def test_a_group_with_more_units_than_fit_is_looked_at_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_with_more_units_than_fit_is_looked_at_in_part() -> None:
     model = JobKey(KEY, 0.2, "element", "0" * 64, {}, {"w": (300_000, 300_000)}, 0)
     lines = [Line(f"c{c}", r, "fresh", 0.4) for c in range(5) for r in range(2)]
     whole = exposure(model, lines)
-    monkeypatch.setattr(rooms, "MOST_BYTES", 100_000)
-    some = exposure(model, lines)
+    some = exposure(model, lines, most_bytes=100_000)
     assert some.looked_at == pytest.approx(20_000 / 300_000)
     assert some.clients[0].shares == pytest.approx(whole.clients[0].shares, abs=0.02)
 
@@ -153,23 +152,15 @@ def test_the_number_of_threads_changes_nothing(monkeypatch: pytest.MonkeyPatch) 
     assert found[0] == found[1]
 
 
-def test_of_a_thousand_clients_and_a_hundred_rounds_few_masks_are_drawn_and_none_is_left_out(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_of_a_thousand_clients_and_a_hundred_rounds_few_masks_are_drawn_and_none_is_left_out() -> None:
     """Whoever has seen everything needs no more draws. Seconds are measured by `make bench ARGS="--only exposure"`."""
-    drawn: list[int] = []
-    show = rooms.show
-
-    def counting(seeds: Any, who: Any, first: int, last: int, allowed: Any, units: int, *rest: Any) -> None:
-        drawn.append((last - first) * units)
-        show(seeds, who, first, last, allowed, units, *rest)
-
-    monkeypatch.setattr(rooms, "show", counting)
     lines = [Line(f"c{c}", r, "fresh", 0.1) for r in range(100) for c in range(1000)]
     found = exposure(job(), lines)
     assert (found.looked_at, len(found.clients), len(found.clients[0].shares)) == (1.0, 1000, 100)
+    history = History.of(lines)
     units = sum(count for count, _ in job().groups.values())
-    assert 2 * 1000 * units < sum(drawn) < 4 * 1000 * units  # of 100 rounds
+    drawn = replay(job(), history, sampled(job(), history, MOST_RANKS, MOST_BYTES)).ranks
+    assert 2 * 1000 * units < drawn < 4 * 1000 * units  # of 100 rounds
 
 
 # ------------------------------------------------------------------------------------------------ coalitions
@@ -186,28 +177,24 @@ def covers(clients: int, words: int, seed: int, share: float = 0.1) -> tuple[np.
 def test_the_bound_holds_and_what_is_called_exact_is(clients: int, words: int, seed: int, share: float) -> None:
     bits, weights = covers(clients, words, seed, share)
     ones = np.array([[weights[w] * bin(int(bits[c, w])).count("1") for w in range(words)] for c in range(clients)])
-    assert coalitions.worst(["x"] * clients, bits, weights, 0.0, [clients])[0].share <= ones.sum() + 1e-9
+    assert worst_coalitions(["x"] * clients, bits, weights, 0.0, [clients])[0].share <= ones.sum() + 1e-9
     for size in range(2, clients + 1):
         best = max(
             sum(weights[w] * bin(int(np.bitwise_or.reduce(bits[list(rows), w]))).count("1") for w in range(words))
             for rows in itertools.combinations(range(clients), size)
         )
-        (found,) = coalitions.worst([str(c) for c in range(clients)], bits, weights, 0.0, [size])
+        (found,) = worst_coalitions([str(c) for c in range(clients)], bits, weights, 0.0, [size])
         assert found.share == pytest.approx(best)
         assert found.at_most >= best - 1e-9
 
 
-def test_many_coalitions_are_searched_greedily_with_a_bound_and_the_number_tried(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(coalitions, "MOST_TRIED", 10)
+def test_many_coalitions_are_searched_greedily_with_a_bound_and_the_number_tried() -> None:
     bits, weights = covers(30, 4, 3)
-    (found,) = coalitions.worst([str(c) for c in range(30)], bits, weights, 0.0, [4])
+    (found,) = worst_coalitions([str(c) for c in range(30)], bits, weights, 0.0, [4], most_tried=10)
     assert found.method in {"greedy", "sampled"}
     assert found.tried > 100
     assert found.share < found.at_most < 1.6 * found.share
-    monkeypatch.undo()
-    (exact,) = coalitions.worst([str(c) for c in range(30)], bits, weights, 0.0, [4])
+    (exact,) = worst_coalitions([str(c) for c in range(30)], bits, weights, 0.0, [4])
     assert exact.method == "exact"
     assert found.share <= exact.share <= found.at_most
 

@@ -20,7 +20,8 @@ from fedqsn_cli.auditing.recovery.weights import recover_weights
 from fedqsn_cli.auditing.report.json import read_measures
 from fedqsn_cli.auditing.rules import CHECKS
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.exposure.exposure import SIZES, expected, exposure
+from fedqsn_cli.exposure.expected import ExpectedExposure
+from fedqsn_cli.exposure.exposure import SIZES, exposure
 from fedqsn_cli.exposure.results import Exposure
 from fedqsn_cli.options import AuditOptions
 from fedqsn_cli.progress import SILENT, Progress
@@ -122,7 +123,7 @@ def _expected(inputs: Inputs, policy: Policy) -> float | None:
         return None
     releases = [release for release in inputs.releases or () if release.job == job.commitment]
     ratios = [release.p2 for release in releases if release.schedule == "fresh"]
-    return expected(job, min(ratios), rounds) if ratios else None
+    return ExpectedExposure.of(job, min(ratios)).share(rounds) if ratios else None
 
 
 def _digests(inputs: Inputs) -> dict[str, str]:

@@ -13,11 +13,12 @@ from typing import Literal
 from fedqsn_cli.artifacts import ledger as ledgers
 from fedqsn_cli.artifacts.ledger import Release
 from fedqsn_cli.errors import GateFailed
-from fedqsn_cli.exposure.exposure import Shown, exposure
+from fedqsn_cli.exposure.exposure import exposure
+from fedqsn_cli.exposure.history import AnyRelease
 from fedqsn_cli.exposure.results import Exposure
 from fedqsn_cli.masks.job_key import JobKey
 
-_CLOSE = 1e-9
+_TOLERANCE = 1e-9
 _HINT = "nothing was written; use --schedule sticky, a larger --p1 in a new job, or a larger --budget"
 
 
@@ -58,17 +59,17 @@ class Budget:
         """
         if self.share is None:
             return
-        releases: list[Shown] = [release for release in past if release.job == self.job.commitment]
+        releases: list[AnyRelease] = [release for release in past if release.job == self.job.commitment]
         sizes = {self.coalition} if self.coalition else ()
         after = exposure(self.job, [*releases, *self.planned], sizes=sizes)
-        _judge_clients(after, {one.client for one in self.planned}, self.share)
+        _judge_clients(after, {release.client for release in self.planned}, self.share)
         if self.coalition is not None:
             _judge_coalition(after, self.coalition, self.share)
 
 
 def _judge_clients(after: Exposure, planned: set[str], budget: float) -> None:
-    worst = max((one for one in after.clients if one.client in planned), key=lambda one: one.shares[-1])
-    if worst.shares[-1] > budget + _CLOSE:
+    worst = max((client for client in after.clients if client.client in planned), key=lambda client: client.shares[-1])
+    if worst.shares[-1] > budget + _TOLERANCE:
         raise GateFailed(
             f"client {worst.client} would have seen {_percent(worst.shares[-1])} of all parameters, "
             f"over the budget of {_percent(budget)}",
@@ -79,11 +80,11 @@ def _judge_clients(after: Exposure, planned: set[str], budget: float) -> None:
 
 def _judge_coalition(after: Exposure, size: int, budget: float) -> None:
     size = min(size, len(after.clients))
-    found = next((one for one in after.coalitions if one.size == size), None)
-    if found is None or found.at_most <= budget + _CLOSE:
+    found = next((coalition for coalition in after.coalitions if coalition.size == size), None)
+    if found is None or found.at_most <= budget + _TOLERANCE:
         return
     names = ", ".join(found.members[:5]) + (" and others" if size > 5 else "")
-    if found.share > budget + _CLOSE:
+    if found.share > budget + _TOLERANCE:
         what = f"{size} clients together ({names}) would have seen {_percent(found.share)} of all parameters"
     else:
         what = f"{size} clients together could have seen up to {_percent(found.at_most)} of all parameters"

@@ -29,20 +29,26 @@ SAMPLED = 1_000
 CLOSE = 1e-9  # shares nearer than this are equal
 
 
-def worst(
-    names: Sequence[str], bits: Words, weights: Floats, clear: float, sizes: Sequence[int]
+def worst_coalitions(
+    names: Sequence[str],
+    bits: Words,
+    weights: Floats,
+    clear: float,
+    sizes: Sequence[int],
+    most_tried: int = MOST_TRIED,
 ) -> tuple[Coalition, ...]:
-    """The worst coalition of each size.
+    """The coalition that has seen most, for each size.
 
     Args:
         bits: what each client has seen, a bit a unit.
         weights: share of all parameters that a bit of each word stands for.
-        clear: share of all parameters that everybody sees.
+        clear: share of all parameters that everyone sees.
         sizes: from 2 to the number of clients, rising.
+        most_tried: all coalitions of a size are tried if there are not more.
     """
     if not sizes:
         return ()
-    search = _Search(bits, weights)
+    search = _Search(bits, weights, most_tried)
     return tuple(_named(names, clear, size, *search.best(size)) for size in sizes)
 
 
@@ -62,8 +68,8 @@ def _named(
 class _Search:
     """The greedy order of all clients, as far as it is needed, and what is known from it."""
 
-    def __init__(self, bits: Words, weights: Floats) -> None:
-        self.bits, self.weights = bits, weights
+    def __init__(self, bits: Words, weights: Floats, most_tried: int) -> None:
+        self.bits, self.weights, self.most_tried = bits, weights, most_tried
         self.order: list[int] = []
         self.shares = [0.0]  # of the first 0, 1, ... clients of the order
         self._covered = np.zeros(bits.shape[1], np.uint64)
@@ -82,7 +88,7 @@ class _Search:
         if bound - share < CLOSE:
             return members, share, share, "exact", 1
         count = math.comb(clients, size)
-        if count <= MOST_TRIED and count * size * words <= MOST_WORDS:
+        if count <= self.most_tried and count * size * words <= MOST_WORDS:
             rows = np.fromiter(itertools.chain.from_iterable(itertools.combinations(range(clients), size)), np.int64)
             found, value = self._try(rows.reshape(count, size))
             return found, value, value, "exact", count

@@ -1,21 +1,139 @@
 """Client masks drawn again by the hundred thousand: what `masks.draw.client_units` gives, eight clients at a time.
 
-Seeds come from hmac, which is fast for one short message after another; SHAKE-256 (FIPS 202) is compiled. Eight
-sponges lie interleaved, lane i of sponge c at 8i + c, which lets the compiler work on several with one instruction.
+A client that has seen all that the server mask leaves of a group needs no further draws of it. Of a group of which only
+some units are looked at, a rank is held against a threshold instead of being counted: of many ranks a share of p lies
+below p. Seeds come from hmac, which is fast for one short message after another; SHAKE-256 (FIPS 202) is compiled.
+Eight sponges are interleaved, lane i of sponge c at 8i + c, which lets the compiler work on several with one
+instruction.
 """
 
 from __future__ import annotations
 
 import hmac
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedqsn_cli.exposure.history import History, Sample, Steps
 from fedqsn_cli.kernels.jit import kernel
-from fedqsn_cli.masks.draw import LABEL, field_bytes
+from fedqsn_cli.kernels.threads import run_ranges
+from fedqsn_cli.masks.draw import LABEL, SERVER, field_bytes, hidden_count, hidden_units, ranks
+from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.masks.shake256 import RATE_LANES, ROUND_CONSTANTS, permutation_round
+
+Ints = NDArray[np.int64]
+
+
+@dataclass
+class Replayed:
+    """What came out of drawing all masks again.
+
+    Args:
+        seen: parameters that a client has seen after each release, clear ones aside: [releases].
+        units: group -> share of its units that each client has seen, [clients], server-hidden ones counted as unseen.
+        bits: a bit for each server-visible unit that a client has seen, [clients, words]; weights: of the words' bits,
+            in parameters.
+        ranks: how many were drawn.
+    """
+
+    seen: NDArray[np.float64]
+    units: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    bits: NDArray[np.uint64] = field(default_factory=lambda: np.zeros((0, 0), np.uint64))
+    weights: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    ranks: int = 0
+
+
+def replay(job: JobKey, history: History, sample: Sample) -> Replayed:
+    """Draw the masks of all releases again, as far as they are looked at."""
+    replayed = Replayed(np.zeros(len(history.scopes)))
+    seeds, steps = Seeds(job.key, history.scopes), history.steps()
+    visible = {name: size * (1.0 - job.hides(name, n) / n) for name, (n, size) in job.groups.items() if n}
+    looked_at = sum(visible[name] for name in sample.units)
+    grown = sum(visible.values()) / looked_at if looked_at else 0.0  # each group stands for others too, when sampled
+    bits, weights = [], []
+    for name, units in sample.units.items():
+        group = _Group.of(job, name, units)
+        totals, flags = _replay_group(group, steps, seeds, replayed, grown * visible[name])
+        replayed.units[name] = totals / group.allowed.size * visible[name] / max(job.groups[name][1], 1)
+        bits.append(_words(flags))
+        weights.append(np.full(bits[-1].shape[1], grown * visible[name] / group.allowed.size))
+    if bits:
+        replayed.bits, replayed.weights = np.hstack(bits), np.concatenate(weights)
+    return replayed
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The units of one group that are looked at: the first `units` of `of_all`; allowed are the server-visible ones."""
+
+    name: str
+    units: int
+    of_all: int
+    allowed: Ints
+
+    @classmethod
+    def of(cls, job: JobKey, name: str, units: int) -> _Group:
+        of_all = job.groups[name][0]
+        if units == of_all:
+            hidden = hidden_units(job.key, name, units, job.ratio(name))
+        else:  # the threshold stands for the count: of many ranks a share of p1 lies below p1
+            hidden = ranks(job.key, SERVER, name, units) < np.uint64(int(job.ratio(name) * 2.0**64))
+        allowed = np.flatnonzero(~hidden)
+        return cls(name, units, of_all, allowed if allowed.size else np.zeros(1, np.int64))
+
+    def hidden(self, ratio: float) -> int:
+        """Units that a release hides; -1 where only some are looked at, and ranks are held against a threshold."""
+        return hidden_count(self.allowed.size, ratio) if self.units == self.of_all else -1
+
+
+def _replay_group(
+    group: _Group, steps: Steps, seeds: Seeds, replayed: Replayed, size: float
+) -> tuple[Ints, NDArray[np.uint8]]:
+    """Add a group to what was seen after each release.
+
+    Args:
+        size: of its server-visible units, in parameters.
+
+    Returns:
+        How many of its units each client has seen, [clients], and which, [clients, v].
+    """
+    many, seen = group.allowed.size, replayed.seen
+    flags = np.zeros((steps.clients.max(initial=-1) + 1, many), np.uint8)
+    totals = np.zeros(len(flags), np.int64)
+    hidden = np.array([group.hidden(ratio) for ratio in steps.kinds.tolist()], np.int64)[steps.kind]
+    least = (steps.kinds * 2.0**64).astype(np.uint64)[steps.kind]
+    shift = np.uint64(64 - min(max(many.bit_length() - 1, 4), 16))
+    for first, last in zip(steps.edges, steps.edges[1:], strict=False):
+        if (totals == many).all():
+            seen[steps.lines[first:]] += size
+            break
+        unsated = (totals[steps.clients[first:last]] < many) & ~steps.again[first:last]
+        chosen = np.flatnonzero(unsated) + first
+        if len(chosen):
+            clients, found = steps.clients[chosen], np.zeros(len(chosen), np.int64)
+            rows = seeds.of(steps.lines[chosen].tolist(), group.name), clients, hidden[chosen], least[chosen], found
+
+            def part(first: int, stop: int, rows: Any = rows) -> None:
+                drawn, clients, hides, below, found = rows
+                allowed, units = group.allowed, group.units
+                mark_visible(drawn, clients, first, stop, allowed, units, hides, below, shift, flags, found)
+
+            run_ranges(len(chosen), 8, part)
+            replayed.ranks += len(chosen) * group.units
+            totals[clients] = found
+        seen[steps.lines[first:last]] += size * totals[steps.clients[first:last]] / many
+    return totals, flags
+
+
+def _words(flags: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """One bit a unit, in words of 64: [clients, words]."""
+    packed = np.packbits(flags, axis=1)
+    padded = np.zeros((len(flags), -(-packed.shape[1] // 8) * 8), np.uint8)
+    padded[:, : packed.shape[1]] = packed
+    return padded.view(np.uint64)
 
 
 class Seeds:
@@ -98,7 +216,7 @@ def _squeeze(sponges: Any, out: Any) -> None:
 
 
 @kernel
-def _show(ranks: Any, allowed: Any, hidden: int, shift: Any, bins: Any, near: Any, seen: Any) -> Any:
+def _mark(ranks: Any, allowed: Any, hidden: int, shift: Any, bins: Any, near: Any, seen: Any) -> Any:
     """Mark in seen (uint8 [v]) the allowed units but the `hidden` ones of lowest rank; returns how many are marked.
 
     Ranks are counted by their highest bits; only those in the bin where the count is reached have to be sorted.
@@ -131,7 +249,7 @@ def _show(ranks: Any, allowed: Any, hidden: int, shift: Any, bins: Any, near: An
 
 
 @kernel
-def _show_above(ranks: Any, allowed: Any, least: Any, seen: Any) -> Any:
+def _mark_above(ranks: Any, allowed: Any, least: Any, seen: Any) -> Any:
     """Mark in seen the allowed units of rank `least` or more; returns how many are marked."""
     total = 0
     for j in range(allowed.size):
@@ -142,7 +260,7 @@ def _show_above(ranks: Any, allowed: Any, least: Any, seen: Any) -> Any:
 
 
 @kernel
-def show(
+def mark_visible(
     seeds: Any,
     clients: Any,
     first: int,
@@ -179,6 +297,6 @@ def show(
             release = batch + lane
             mine = seen[clients[release]]
             if hidden[release] < 0:
-                totals[release] = _show_above(ranks[lane], allowed, least[release], mine)
+                totals[release] = _mark_above(ranks[lane], allowed, least[release], mine)
             else:
-                totals[release] = _show(ranks[lane], allowed, hidden[release], shift, bins, near, mine)
+                totals[release] = _mark(ranks[lane], allowed, hidden[release], shift, bins, near, mine)
