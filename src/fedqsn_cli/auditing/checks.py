@@ -62,7 +62,7 @@ class AuditCheck:
 
     Args:
         rule: whose check is "not-run" where an input is missing.
-        function: yields what it finds in one item, given the inputs, the item, and what it needs if it needs something.
+        function: yields what it finds in one item, given the inputs, the item, and its need if it has one.
         over: the items that it looks at, one after the other.
         more: ends the reason why it did not run without its input.
         problem: what could not be done where something cannot be read.

@@ -160,7 +160,7 @@ class FunctionRecovery:
 
     Args:
         scores: of the global model, server model, proxy, best attacked proxy and public base, those that were measured.
-        floor: what stands for "nothing leaked": the public base, or a model that knows the data's averages only.
+        floor: what counts as "nothing leaked": the public base, or a model that knows the data's averages only.
         rho: (L_floor - L_attack) / (L_floor - L_global); 1 is all of it, None when the global model is no better than
             the floor.
         attack: which weights the attacker starts from.
@@ -197,13 +197,13 @@ class Audit:
 
     @property
     def verdict(self) -> Verdict:
-        """The worst that was found; a waiver must have removed its finding before."""
-        found = {finding.severity for finding in self.findings}
-        if "hard" in found:
+        """The worst severity among the findings; those that a waiver covers must be removed before."""
+        severities = {finding.severity for finding in self.findings}
+        if "hard" in severities:
             return "broken"
-        if "incomplete" in found:
+        if "incomplete" in severities:
             return "incomplete"
-        return "over the limits" if "gate" in found else "passed"
+        return "over the limits" if "gate" in severities else "passed"
 
     @property
     def exit_code(self) -> int:

@@ -222,7 +222,7 @@ def _lists_other_units(folder: ProxyFolder, model: OpenModel) -> bool:
 
 
 def _compatible_proxy(folder: ProxyFolder, truth: OpenModel | None) -> ProxyFolder:
-    """A proxy that lists other units than the plan cannot be compared: its list is a lie, or its key another one."""
+    """A proxy that lists other units than the plan cannot be compared: its list is false, or its key is another one."""
     if truth is None or not _lists_other_units(folder, truth):
         return folder
     return ProxyFolder(folder.scope, folder.folder, None, lists_other_units=True)

@@ -1,7 +1,6 @@
 """All rules and checks of the audit, read from the modules that declare them.
 
-A new rule is one new file and its name in MODULES, which stands in the order in which checks run: a failed one often
-explains the next.
+A new rule is one new file, and its name in MODULES. Checks run in that order: a failed one often explains the next.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Who has seen which share of the model, computed from ledger and key alone.
 
 Built for a thousand clients in a hundred rounds of a model with some 20,000 units, in seconds: whether a release is
-within its budget is asked before every export. Of 100,000 masks few have to be drawn, because nobody draws for a client
-that has seen everything; eight are drawn with one instruction; of coalitions too many to try, the worst found is
+within its budget is asked before every export. Of 100,000 masks few have to be drawn, because a client that has seen
+everything needs no more; eight are drawn with one instruction; of coalitions too many to try, the worst found is
 reported with a bound that no other exceeds. A job of ten clients needs none of this, and loses nothing by it.
 
 results.py     exposure of clients and coalitions as values

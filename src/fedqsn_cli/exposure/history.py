@@ -126,7 +126,7 @@ def sampled(job: JobKey, history: History, most_ranks: int, most_bytes: int) -> 
 
 
 def _expected_draws(job: JobKey, history: History) -> dict[str, float]:
-    """Draws that each group needs, all clients together, on average: nobody draws on who has seen everything."""
+    """Draws that each group needs, all clients together, on average: a client that has seen everything needs none."""
     fresh = [sum(not history.again[i] for i in rows) for rows in history.lines.values()]
     steps = np.arange(max(fresh, default=0))
     waiting = np.array([sum(count > step for count in fresh) for step in steps], np.float64)  # clients still drawing

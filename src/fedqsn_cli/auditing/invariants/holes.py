@@ -74,7 +74,9 @@ def holes(inputs: Inputs, proxy: OpenedProxy) -> Iterator[Entry]:
         return
     found = [finding for name in proxy.suspects for finding in _holes(proxy, name)]
     scales = [finding for name in proxy.suspects for finding in _scales(inputs, proxy, name)]
-    units, biases = ([one for one in found if one.rule == rule.id] for rule in (HIDDEN_UNIT_PRESENT, CLEAR_COPY))
+    units, biases = (
+        [finding for finding in found if finding.rule == rule.id] for rule in (HIDDEN_UNIT_PRESENT, CLEAR_COPY)
+    )
     if proxy.manifest.fill == "zero":
         yield from HIDDEN_UNIT_PRESENT.checked(f"{proxy.scope} holes", "holes were looked into", units)
         yield from CLEAR_COPY.checked(proxy.scope, "hidden biases were looked at", biases)

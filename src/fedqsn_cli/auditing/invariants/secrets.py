@@ -171,7 +171,7 @@ def _json_problems(path: Path, data: bytes) -> Iterator[str]:
 
 
 def _uncommon(manifest: Any) -> tuple[str, ...]:
-    """This machine's names that are no words of a manifest's fields, nor of the tensors and files that it lists."""
+    """This machine's names that are not words of a manifest's fields, nor of the tensors and files that it lists."""
     fields = " ".join(_keys(manifest))
     return tuple(name for name in machine_names() if not _is_word_of(name, fields))
 

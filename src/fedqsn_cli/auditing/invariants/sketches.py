@@ -109,7 +109,7 @@ def similar(one: Floats, other: Floats, least: float = _ALIKE, tables: int = TAB
 
 
 def _hash(vectors: Floats, plane: Floats) -> Ints:
-    """On which side of each plane a vector lies; the same for a vector and its negative."""
+    """On which side of each plane a vector is; the same for a vector and its negative."""
     sides = (vectors @ plane) > 0
     sides = sides[:, 1:] ^ sides[:, :1]
     return np.asarray(sides @ (1 << np.arange(sides.shape[1], dtype=np.int64)))

@@ -124,8 +124,8 @@ def fetch(read: Read, view: tuple[int, int, int], kind: int, index: int) -> Floa
         return read(index, 1, slice(None)).reshape(-1)
     begin, column = index // cols * rows, index % cols
     step = max(1, CHUNK_ELEMENTS // cols)
-    one = slice(column, column + 1)
-    parts = [read(first, min(step, begin + rows - first), one) for first in range(begin, begin + rows, step)]
+    only = slice(column, column + 1)
+    parts = [read(first, min(step, begin + rows - first), only) for first in range(begin, begin + rows, step)]
     return np.concatenate(parts).reshape(-1)
 
 

@@ -4,9 +4,9 @@
                 descale      divided by n / |V|, which the shape of the mask gives away
                 union        of several proxies the first that shows an element
                 average      the mean over all proxies that show it: undoes rounding that differs between them
-                intersect    every rounded value says in which interval the weight lies; the middle of what is left
+                intersect    every rounded value says in which interval the weight is; the middle of what is left
     scale reading  as intersect, but an element whose level is 1 attains the scale of its block: it is the scale. Where
-                 several share that level, one of them is, and the others lie in their intervals
+                 several share that level, one of them is, and the others are in their intervals
                 clamp        the public base, moved into that interval
                 low-rank     base + the leading singular directions of the visible difference, moved into the interval
     hidden      zero, mean (of the tensor's shown elements), base (the same element of the public base)

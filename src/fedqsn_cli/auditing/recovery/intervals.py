@@ -1,4 +1,4 @@
-"""What an attacker reads out of one proxy: values without their scale, and the intervals that they stand for."""
+"""What an attacker reads out of one proxy: values without their scale, and the intervals that their codes leave."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def cells(format: str) -> tuple[Floats, Floats]:
     bounds = np.concatenate([[-1], book.bounds[: count - 1], [1]]).astype(np.float32)
     low, high = np.zeros(16, np.float32), np.zeros(16, np.float32)
     low[book.order[:count]], high[book.order[:count]] = bounds[:-1], bounds[1:]
-    twins = [code for code in range(count) if FORMATS[format].values[code] == 0]  # fp4 has two codes of zero
-    low[twins], high[twins] = low[twins].min(), high[twins].max()
+    zeros = [code for code in range(count) if FORMATS[format].values[code] == 0]  # fp4 has two codes of zero
+    low[zeros], high[zeros] = low[zeros].min(), high[zeros].max()
     return np.where(low > -1, low - _SLACK, low), np.where(high < 1, high + _SLACK, high)
 
 

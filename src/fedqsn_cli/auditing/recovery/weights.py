@@ -4,7 +4,7 @@
     base ───────▶ B ─┤ rows ─▶ sums of each attack ─▶ per tensor, best attack ─▶ AttackScore
     proxy 1..K ─▶ P ─┘
 
-What comes out is a lower bound on what leaks: an attack that nobody has thought of may do better.
+What comes out is a lower bound on what leaks: better attacks may exist.
 """
 
 from __future__ import annotations

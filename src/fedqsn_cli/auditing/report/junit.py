@@ -13,7 +13,7 @@ Case = tuple[str, str]  # rule, scope
 
 
 def render(audit: Audit) -> str:
-    """One suite; findings that no check stands for (an unreadable proxy, say) are cases of their own."""
+    """One suite; findings without a check (an unreadable proxy, say) are cases of their own."""
     checks: dict[Case, list[Check]] = {}
     findings: dict[Case, list[Finding]] = {}
     for check in audit.checked:
