@@ -11,7 +11,7 @@ from pathlib import Path
 
 os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}  # the same text on every terminal
 
-from fedqsn_cli.auditing.registry import Rule
+from fedqsn_cli.auditing.registry import Rule, needed
 from fedqsn_cli.auditing.rules import RULES
 from fedqsn_cli.cli.app import COMMANDS, function_of, help_of
 
@@ -52,7 +52,11 @@ def rules() -> str:
 
 def _rule(rule: Rule) -> str:
     head = f"## {rule.id} {rule.name}\n\n*{KINDS[rule.severity]}*"
-    return f"{head}\n\n{rule.what}\n\n**Why.** {rule.why}\n\n**How to mend it.** {rule.fix}"
+    if rule.needs:
+        text = needed(*rule.needs).capitalize()
+        scope = f"Part of the scope `{rule.scope}`. " if rule.scope else ""
+        head += f"\n\n{scope}{text}."
+    return f"{head}\n\n{rule.what}\n\n**Why.** {rule.why}\n\n**How to fix.** {rule.fix}"
 
 
 def main() -> int:

@@ -197,4 +197,4 @@ def test_text_is_short_and_says_what_it_is_worth() -> None:
 
 def test_a_pass_without_limits_is_not_praised() -> None:
     given = replace(audit(), policy={"sha256": None})
-    assert "No policy was given, so nothing was held against a limit" in render(given, "text")
+    assert "No policy was given, so nothing was compared with a limit" in render(given, "text")

@@ -49,7 +49,7 @@ WAIVER_EXPIRED = Rule(
     "waiver-expired",
     "incomplete",
     what="A waiver of the policy has expired. One that covers nothing is only noted.",
-    why="A waiver is a decision with a date; after it somebody must decide again.",
+    why="A waiver is a decision with a date; after it the decision must be made again.",
     fix="Remove it, or renew it with a new date.",
 )
 

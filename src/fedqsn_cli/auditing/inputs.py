@@ -203,11 +203,11 @@ def _incompatible_model(
 ) -> str | None:
     """Why a model cannot be compared with the proxies, if it cannot."""
     if model.kind == "masked-model" or model.is_quantized:
-        return "is on its way to a proxy; give the dense global model"
+        return "is masked for a client or quantized; give the dense global model"
     if model.kind == "server-model" and wanted == "truth":
         return "is a server model, in which hidden weights are missing; give the global model"
     if model.kind != "server-model" and wanted == "server":
-        return "is no server model"
+        return "is not a server model"
     if job is not None:
         return None if model.plan.digest == job.plan_digest else "has another plan than the key"
     if wanted == "truth":
@@ -241,6 +241,6 @@ def _matched_base(
     try:
         return open_base(str(reference), truth, partial=not filled)
     except IncompatibleBase as error:
-        message = f"the base does not go with the truth: {error.what}"
+        message = f"the public base does not match the truth: {error.what}"
         collector.add([DOES_NOT_BELONG.finding("base", message, tensor=error.tensor)])
         return None

@@ -30,7 +30,7 @@ def load(path: str | Path) -> Policy:
         data = Path(path).read_bytes()
     except FileNotFoundError:
         hint = "write one with 'fedqsn audit --init-policy'"
-        raise InputError("there is no policy", where=path, hint=hint) from None
+        raise InputError("no such policy file", where=path, hint=hint) from None
     try:
         document = tomllib.loads(data.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -35,12 +35,12 @@ UNLISTED_CONTENT = Rule(
     "FQ010",
     "unlisted-content",
     "hard",
-    what="A file or tensor that a proxy does not consist of, a file that is not the one listed in proxy.json, or a "
-    "proxy that the ledger does not know.",
+    what="A file or tensor that is not part of a proxy, a file that is not the one listed in proxy.json, or a proxy "
+    "that the ledger does not list.",
     why="What is not in the ledger was not counted, and what is not in the format may be anything.",
     fix=EXPORT_AGAIN,
     scope="invariants",
-    needs=(PROXY,),
+    needs=(PROXY, TRUTH, LEDGER),
 )
 
 
@@ -89,12 +89,10 @@ def _secrets(folder: ProxyFolder, patterns: SecretPatterns, digests: dict[str, s
         if packing is not None and packing.kind == "pack4":
             text = bytes(proxy.checkpoint.read(state_name(name, packing.format)))
             if is_spelled_otherwise(text, packing, name):
-                yield SECRET_IN_BYTES.finding(
-                    proxy.scope, "the JSON of a packed tensor has bytes to spare", tensor=name
-                )
+                yield SECRET_IN_BYTES.finding(proxy.scope, "the JSON of a packed tensor has extra bytes", tensor=name)
     for group in proxy.manifest.groups:
         if proxy.units.has_spare_bits(group):
-            yield SECRET_IN_BYTES.finding(proxy.scope, "visible.safetensors sets bits behind the last unit of a group")
+            yield SECRET_IN_BYTES.finding(proxy.scope, "visible.safetensors sets bits after the last unit of a group")
 
 
 def _shown(name: str) -> str:
@@ -123,7 +121,7 @@ def _listing(folder: ProxyFolder, proxy: OpenedProxy, digests: Mapping[str, str]
         elif digests[name] != digest:
             yield UNLISTED_CONTENT.finding(scope, f"{_shown(name)} is not the file that proxy.json lists")
         if name not in (*COMPANIONS, "config.json", VISIBLE_TENSORS) and not _MODEL_FILE.fullmatch(name):
-            yield UNLISTED_CONTENT.finding(scope, f"{_shown(name)} is no file that a proxy consists of")
+            yield UNLISTED_CONTENT.finding(scope, f"{_shown(name)} is not part of a proxy")
     for name in digests:
         if name not in listed and name != PROXY_MANIFEST:
             yield UNLISTED_CONTENT.finding(scope, f"{_shown(name)} is not listed in proxy.json")
@@ -131,7 +129,7 @@ def _listing(folder: ProxyFolder, proxy: OpenedProxy, digests: Mapping[str, str]
         if path.is_dir() or not path.exists():
             yield UNLISTED_CONTENT.finding(scope, "holds a folder or a broken link")
     if proxy.units.unknown_tensors():
-        yield UNLISTED_CONTENT.finding(scope, "visible.safetensors holds a tensor that is no group")
+        yield UNLISTED_CONTENT.finding(scope, "visible.safetensors holds a tensor that is not a group")
 
 
 def _tensors(inputs: Inputs, proxy: OpenedProxy) -> Iterator[Finding]:
@@ -185,10 +183,10 @@ def _ledger_line(inputs: Inputs, proxy: OpenedProxy) -> Iterator[Entry]:
         return
     release, manifest, problem = inputs.release(proxy), proxy.manifest, None
     if release is None:
-        problem = "the ledger does not know this proxy"
+        problem = "the ledger does not list this proxy"
     elif release.proxy_sha256 != proxy.sha256:
         problem = "proxy.json is not the one that was released under its id"
     elif any(getattr(release, name) != getattr(manifest, name) for name in _TOLD_TWICE):
-        problem = "proxy.json and the ledger tell different things about this release"
+        problem = "proxy.json and the ledger disagree about this release"
     found = [] if problem is None else [UNLISTED_CONTENT.finding(scope, problem)]
     yield from UNLISTED_CONTENT.checked(scope, "proxy.json was compared with its ledger line", found)

@@ -35,11 +35,11 @@ HIDDEN_UNIT_PRESENT = Rule(
     "FQ002",
     "hidden-unit-present",
     "hard",
-    what="A hidden unit of the truth stands in the proxy: in its own place, or under any other name, transposed, in a "
-    "tied twin, negated, scaled, or in another precision.",
+    what="A hidden unit of the truth is in the proxy: in its own place, or under any other name, transposed, in a tied "
+    "tensor, negated, scaled, or in another precision.",
     why="A unit that is sent is not hidden, whatever it is called.",
-    fix="Remove the copy from the model, or give it the mask of its twin (tie_word_embeddings, or a plan file); then "
-    "export again in a new job.",
+    fix="Remove the copy from the model, or give it the mask of the tensor that it copies (tie_word_embeddings, or a "
+    "plan file); then export again in a new job.",
     scope="invariants",
     needs=(PROXY, OWNER),
 )
@@ -57,7 +57,7 @@ CLEAR_COPY = Rule(
     "FQ007",
     "clear-copy",
     "hard",
-    what="A hidden bias is not zero, or visible weights are there once more, or finer than the proxy says.",
+    what="A hidden bias is not zero, or visible weights appear a second time, or more precisely than proxy.json says.",
     why="A bias leaks its neuron; a second, finer copy makes the quantization of the first one pointless.",
     fix=EXPORT_AGAIN,
     scope="invariants",
@@ -78,13 +78,13 @@ def holes(inputs: Inputs, proxy: OpenedProxy) -> Iterator[Entry]:
         [finding for finding in found if finding.rule == rule.id] for rule in (HIDDEN_UNIT_PRESENT, CLEAR_COPY)
     )
     if proxy.manifest.fill == "zero":
-        yield from HIDDEN_UNIT_PRESENT.checked(f"{proxy.scope} holes", "holes were looked into", units)
-        yield from CLEAR_COPY.checked(proxy.scope, "hidden biases were looked at", biases)
+        yield from HIDDEN_UNIT_PRESENT.checked(f"{proxy.scope} holes", "holes were checked", units)
+        yield from CLEAR_COPY.checked(proxy.scope, "hidden biases were checked", biases)
     else:
         why = "holes hold the public base; whether it is that " + needed(OWNER, BASE)
         yield HIDDEN_UNIT_PRESENT.not_run(f"{proxy.scope} holes", why)
         yield CLEAR_COPY.not_run(proxy.scope, why)
-    why = "scales were held against the codes that are shipped with them"
+    why = "scales were compared with the codes that are shipped with them"
     yield from SCALE_FROM_HIDDEN.checked(proxy.scope, why, scales)
 
 

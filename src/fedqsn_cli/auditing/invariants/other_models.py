@@ -48,7 +48,7 @@ MERGE_CHANGED_HIDDEN = Rule(
     "merge-changed-hidden",
     "hard",
     what="Hidden units of the global model before and after a merge must be equal, bit for bit.",
-    why="No client saw them, so a change is a fault or somebody's doing.",
+    why="No client saw them, so a change is an error, or deliberate.",
     fix="Merge again with `fedqsn merge` from the model before.",
     scope="merge",
     needs=(OWNER_AND_AFTER,),
@@ -151,7 +151,7 @@ def _in_holes(models: Models, task: TensorTask, hidden: UnitMask, scope: str) ->
     # each moved a little from the same base often ends on the same one.
     allowed = _BY_CHANCE if task.tensor.dtype == "F32" else max(_BY_CHANCE, differing // 2)
     if copies > allowed or straight:
-        message = "holes hold what hidden units hold, though nobody was given it (elements that are equal)"
+        message = "holes hold the values of hidden units, which no client was given (elements that are equal)"
         yield HIDDEN_UNIT_PRESENT.finding(scope, message, tensor=task.name, value=float(copies), limit=0.0)
 
 

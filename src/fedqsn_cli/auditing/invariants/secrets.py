@@ -33,7 +33,7 @@ from fedqsn_cli.artifacts.manifests import (
     parse_manifest,
 )
 from fedqsn_cli.artifacts.sanitize import PRIVATE_FIELDS
-from fedqsn_cli.auditing.inputs import PROXY
+from fedqsn_cli.auditing.inputs import KEY, PROXY
 from fedqsn_cli.auditing.registry import Rule
 from fedqsn_cli.errors import FormatError
 from fedqsn_cli.masks.draw import SERVER, seed
@@ -90,7 +90,7 @@ SECRET_IN_BYTES = Rule(
     why="Metadata travels with the proxy; a seed or a key in it gives every mask away.",
     fix="Export with fedqsn, which writes none of these; clean the tokenizer and configuration files of the source.",
     scope="invariants",
-    needs=(PROXY,),
+    needs=(PROXY, KEY),
 )
 
 
@@ -163,7 +163,7 @@ def _json_problems(path: Path, data: bytes) -> Iterator[str]:
             yield "has fields or values that a proxy's manifest does not have"
             return
         if not same:
-            yield "spells its JSON in another way than exports do"
+            yield "is not formatted as exports write it"
     elif path.name.endswith(".index.json") or path.name == "config.json":
         tail = len(data) - len(data.rstrip())
         if tail > 2:
@@ -196,7 +196,7 @@ def _document_problems(value: Any, field: str, names: tuple[str, ...] | None = N
             if key in PRIVATE_FIELDS and item not in (None, ""):
                 yield f"{_at(name)} is one that exports remove"
             elif _FIELD.fullmatch(key) and not isinstance(item, dict):
-                yield f"{_at(name)} is called like a secret, a seed, a machine or a time"
+                yield f"{_at(name)} has a name like that of a secret, a seed, a machine or a time"
             elif key in _PUBLIC_TEXT:
                 continue
             else:
@@ -254,7 +254,7 @@ def _header_problems(path: Path, patterns: SecretPatterns) -> Iterator[str]:
     yield from _state_problems(path, document, 8 + length)
     text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
     if data != text + b" " * (-len(text) % 8):
-        yield "spells its header in another way than exports do"
+        yield "has a header that is not formatted as exports write it"
 
 
 def _state_problems(path: Path, document: dict[str, Any], start: int) -> Iterator[str]:

@@ -39,7 +39,7 @@ CLEAR_PARAMETERS = Rule(
     "clear-parameters",
     "gate",
     what="Share of all parameters that are sent neither masked nor quantized.",
-    why="They are the owner's weights, as they are.",
+    why="They are the owner's weights, unchanged.",
     fix="Mask or quantize them (plan file), or raise the limit: norms and biases are small.",
     scope="exposure",
     needs=(LEDGER, KEY),

@@ -199,7 +199,11 @@ def _function(audit: Audit) -> list[Picture]:
     if function is None:
         return []
     title, rho = "What the recovered model can do", function.rho
-    way = "cannot be told: the model is no better than nothing" if rho is None else f"{percent(max(rho, 0))} of the way"
+    way = (
+        "cannot be determined: the model is no better than nothing"
+        if rho is None
+        else f"{percent(max(rho, 0))} of the way"
+    )
     lead = f"From nothing ({function.floor}) to the owner's model, the best attacked proxy gets {way} in loss."
     if rho is None or not any(point.rho is not None for point in function.curve):
         most = max((score.loss for score in function.scores), default=1.0) or 1.0

@@ -61,9 +61,7 @@ def read_measures(path: str | Path) -> dict[str, float]:
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:
-        raise InputError(
-            "there is no baseline", where=path, hint="save one with 'fedqsn audit --format json'"
-        ) from None
+        raise InputError("no such baseline", where=path, hint="save one with 'fedqsn audit --format json'") from None
     document = strictjson.loads(data, path)
     measured = document.get("measures") if isinstance(document, dict) and document.get("format") == FORMAT else None
     if not isinstance(measured, dict):

@@ -45,7 +45,7 @@ def _case(case: Case, checks: list[Check], findings: list[Finding]) -> str:
     if findings:
         kind = "error" if RULES[rule].severity == "incomplete" else "failure"
         lines = [f"{found.tensor}: {found.message}" if found.tensor else found.message for found in findings]
-        text = escape("\n".join(clean(line) for line in [*lines, f"How to mend it: {RULES[rule].fix}"]))
+        text = escape("\n".join(clean(line) for line in [*lines, f"How to fix: {RULES[rule].fix}"]))
         more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
         start = f"<{kind} type={_attribute(rule)} message={_attribute(lines[0] + more)}>"
         return f"{head}>\n      {start}{text}</{kind}>\n    </testcase>"

@@ -57,13 +57,13 @@ def render(audit: Audit) -> str:
 
 
 def _rule(rule: Rule) -> dict[str, Any]:
-    help_text = f"{rule.why}\n\nHow to mend it: {rule.fix}"
+    help_text = f"{rule.why}\n\nHow to fix: {rule.fix}"
     return {
         "id": rule.id,
         "name": "".join(word.capitalize() for word in rule.name.split("-")),
         "shortDescription": {"text": rule.name.replace("-", " ")},
         "fullDescription": {"text": rule.what},
-        "help": {"text": help_text, "markdown": f"{rule.why}\n\n**How to mend it:** {rule.fix}"},
+        "help": {"text": help_text, "markdown": f"{rule.why}\n\n**How to fix:** {rule.fix}"},
         "defaultConfiguration": {"level": LEVELS[rule.severity]},
         "properties": {"security-severity": SECURITY[rule.severity], "tags": ["security", "model-privacy"]},
     }

@@ -27,7 +27,7 @@ def verdict(audit: Audit) -> str:
 def meaning(audit: Audit) -> str:
     """The verdict in a sentence; a pass without a policy is not praised."""
     if audit.verdict == "passed" and audit.policy.get("sha256") is None:
-        return "Nothing forbidden was found. No policy was given, so nothing was held against a limit."
+        return "Nothing forbidden was found. No policy was given, so nothing was compared with a limit."
     return WHAT_IT_MEANS[audit.verdict]
 
 
