@@ -25,6 +25,7 @@ from fedqsn_cli.errors import InputError
 from fedqsn_cli.masks import job_key
 from fedqsn_cli.masks.draw import hidden_units
 from support.helpers import make_model, read_file, read_model, send, to_floats, write_file
+from support.keys import known_key
 from support.processes import Outcome, environment, run
 
 CLIENTS = ("ann", "bob")
@@ -38,16 +39,17 @@ def world(module_folder: Path) -> Iterator[Path]:
     make_model(module_folder / "global", "bert", hidden=64, inner=128)
     make_model(module_folder / "base", "bert", hidden=64, inner=128, seed=1)
     for number in (1, 2):
-        export_proxy(
-            str(module_folder / "global"),
-            module_folder / f"r{number}" / "{client}",
-            client=CLIENTS,
-            round=number,
-            key=module_folder / "job.key",
-            ledger=module_folder / "ledger.jsonl",
-            p1=0.25,
-            p2=0.25,
-        )
+        with known_key():
+            export_proxy(
+                str(module_folder / "global"),
+                module_folder / f"r{number}" / "{client}",
+                client=CLIENTS,
+                round=number,
+                key=module_folder / "job.key",
+                ledger=module_folder / "ledger.jsonl",
+                p1=0.25,
+                p2=0.25,
+            )
     (module_folder / "policy.toml").write_text(LENIENT)
     yield module_folder
 

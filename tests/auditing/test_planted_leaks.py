@@ -138,7 +138,7 @@ def test_a_hidden_bias_is_found(world: World) -> None:
 
 
 def test_a_second_server_mask_is_found(clean: World, world: World, tmp_path: Path) -> None:
-    other = make_world(tmp_path / "other", clients=["bob"])
+    other = make_world(tmp_path / "other", clients=["bob"], key=1)
     shutil.rmtree(world.proxy("bob"))
     shutil.copytree(other.proxy("bob"), world.proxy("bob"))
     job = job_key.load(world.key).commitment

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,15 +15,17 @@ from fedqsn_cli.exposure.budget import Budget, Planned
 from fedqsn_cli.exposure.exposure import exposure
 from fedqsn_cli.masks import job_key
 from support.helpers import make_model
+from support.keys import known_key
 from support.ledgers import Line
 
 OPTIONS: dict[str, Any] = {"p1": 0.25, "p2": 0.25, "format": "nf3"}
 
 
 @pytest.fixture(autouse=True)
-def known_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same masks in every run: with some keys two clients have seen hardly more than one."""
-    monkeypatch.setattr(job_key, "secrets", SimpleNamespace(token_bytes=lambda size: bytes(range(size))))
+def the_same_masks_in_every_run() -> Iterator[None]:
+    """With some keys two clients have seen hardly more than one."""
+    with known_key():
+        yield
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ from fedqsn_cli.options import AuditOptions
 from fedqsn_cli.planning.tensor_plan import TensorPlan
 from fedqsn_cli.progress import Silent
 from support.families import build
+from support.keys import known_key
 
 Tensors = dict[str, Tensor]
 
@@ -91,9 +92,14 @@ def make_world(
     model: dict[str, Any] | None = None,
     edit: Callable[[Tensors], None] | None = None,
     prepare: Callable[[Path], None] | None = None,
+    key: int = 0,
     **options: Any,
 ) -> World:
-    """Build a model and export proxies of it; `edit` changes its tensors before, `prepare` its folder."""
+    """Build a model and export proxies of it.
+
+    Args:
+        edit: changes its tensors before. prepare: changes its folder before. key: number of the job's key.
+    """
     home.mkdir(parents=True, exist_ok=True)
     build(family, home / "truth", tokenizer=True, **(model or {}))
     if edit is not None:
@@ -105,17 +111,18 @@ def make_world(
     if options.get("fill") == "base":
         build(family, home / "base", tokenizer=True, seed=11, **(model or {}))
         options["public_base"] = str(home / "base")
-    export_proxy(
-        str(home / "truth"),
-        home / "{client}",
-        client=clients,
-        round=1,
-        key=home / "job.key",
-        ledger=home / "ledger.jsonl",
-        p1=p1,
-        p2=p2,
-        **options,
-    )
+    with known_key(key):
+        export_proxy(
+            str(home / "truth"),
+            home / "{client}",
+            client=clients,
+            round=1,
+            key=home / "job.key",
+            ledger=home / "ledger.jsonl",
+            p1=p1,
+            p2=p2,
+            **options,
+        )
     return World(home, tuple(clients))
 
 
