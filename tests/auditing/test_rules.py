@@ -83,14 +83,18 @@ def test_a_check_without_its_input_is_not_run_and_says_what_it_needs() -> None:
     assert not collector.findings
 
 
-def test_what_a_check_found_before_something_could_not_be_read_is_dropped() -> None:
+def test_what_a_check_found_before_something_could_not_be_read_is_kept() -> None:
     @check(RULE, once("job"), problem="cannot be compared", failed="the model cannot be read")
     def breaks(inputs: Inputs, group: Together) -> Iterator[Entry]:
-        yield from RULE.checked("job", "everything was compared")
+        yield from RULE.checked("job", "the first tensors were compared", [RULE.finding("job", "they leak")])
         raise FormatError("a tensor is cut off", where="/home/owner/model")
 
     collector = ran(breaks)
-    assert collector.checks == [Check("FQ000", "job", "not-run", "the model cannot be read")]
-    (finding,) = collector.findings
-    assert (finding.rule, finding.scope) == ("FQ903", "job")
-    assert finding.message == "cannot be compared: a tensor is cut off"  # and no path
+    assert [(done.status, done.why) for done in collector.checks] == [
+        ("fail", "the first tensors were compared"),
+        ("not-run", "the model cannot be read"),
+    ]
+    assert [(finding.rule, finding.scope, finding.message) for finding in collector.findings] == [
+        ("FQ000", "job", "they leak"),
+        ("FQ903", "job", "cannot be compared: a tensor is cut off"),  # and no path
+    ]

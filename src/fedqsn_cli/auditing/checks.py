@@ -4,7 +4,7 @@
     def masks_of_the_key(inputs: Inputs, proxy: OpenedProxy, job: JobKey) -> Iterator[Entry]: ...
 
 A check yields findings and checks. Where its inputs are missing it is "not-run", with the reason, and never passes;
-what cannot be read becomes an FQ903 finding, and what the check had found until then is dropped.
+what cannot be read becomes an FQ903 finding, and what the check had found until then is kept.
 """
 
 from __future__ import annotations
@@ -87,11 +87,8 @@ class AuditCheck:
                 self._apply(collector, item.scopes, inputs, item, *given)
 
     def _apply(self, collector: Collector, scopes: tuple[str, ...], *arguments: Any) -> None:
-        entries = collector.attempt(lambda: list(self.function(*arguments)), *scopes, problem=self.problem)
-        if entries is not None:
-            collector.add(entries)
-        elif self.failed:
-            collector.add(self.rule.not_run(scope, self.failed) for scope in scopes)
+        if not collector.attempt(lambda: collector.add(self.function(*arguments)), *scopes, problem=self.problem):
+            collector.add(self.rule.not_run(scope, self.failed) for scope in scopes if self.failed)
 
 
 @overload

@@ -61,13 +61,14 @@ class Collector:
     findings: list[Finding] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
 
-    def add(self, entries: Iterable[Entry]) -> None:
-        """Findings and checks, in any order."""
+    def add(self, entries: Iterable[Entry]) -> bool:
+        """Add findings and checks, in any order; True when there are no more."""
         for entry in entries:
             if isinstance(entry, Finding):
                 self.findings.append(entry)
             else:
                 self.checks.append(entry)
+        return True
 
     def attempt(self, call: Callable[[], T], *scopes: str, problem: str = "") -> T | None:
         """The result of a call; where something cannot be read, None, and a finding for each scope.
