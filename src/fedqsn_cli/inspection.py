@@ -168,7 +168,7 @@ def _json_file(path: Path) -> Inspection:
     if kind is not None:
         raise InputError(f"this is the manifest of a {kind}", where=path, hint=f"inspect its folder, {path.parent}")
     known = "a model, proxy or update folder, a .safetensors file, a job key or a ledger"
-    raise InputError("not something that fedqsn made or reads", where=path, hint=f"give {known}")
+    raise InputError("not an artifact that fedqsn knows", where=path, hint=f"give {known}")
 
 
 def _key(path: Path) -> Inspection:

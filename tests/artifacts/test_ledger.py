@@ -157,7 +157,7 @@ def test_a_missing_ledger_is_an_error_for_a_reader_and_fine_for_a_check(path: Pa
 
 
 @pytest.mark.timeout(300)
-def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
+def test_what_is_not_a_file_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     for name in ("pipe", "folder"):

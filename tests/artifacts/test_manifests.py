@@ -178,7 +178,7 @@ def test_a_missing_manifest_says_how_to_make_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
+def test_what_is_not_a_file_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
     for name, make in (("pipe", os.mkfifo), ("folder", os.mkdir)):
         (tmp_path / name).mkdir()
         make(tmp_path / name / "update.json")

@@ -110,7 +110,7 @@ def test_unknown_tensors_are_named(tmp_path: Path) -> None:
     assert "No rule knows: model.layers.0.mystery_blob." in run("inspect", folder).out
 
 
-def test_a_model_without_a_plan_is_still_told(tmp_path: Path) -> None:
+def test_a_model_without_a_plan_is_still_described(tmp_path: Path) -> None:
     save_file({"model.layers.0.mlp.up_proj.weight": np.ones((4, 4))}, tmp_path / "model.safetensors")
     found = inspect(tmp_path / "model.safetensors")
     assert found.contents is not None
@@ -123,15 +123,15 @@ def test_a_model_without_a_plan_is_still_told(tmp_path: Path) -> None:
 def test_visible_bits_must_fit_the_manifest(played: Round, tmp_path: Path) -> None:
     proxy = Path(shutil.copytree(played.folder / "alice", tmp_path / "alice"))
     save_file({"other": np.zeros(3, np.uint8)}, proxy / "visible.safetensors")
-    with pytest.raises(FormatError, match=r"alice: visible\.safetensors does not hold group"):
+    with pytest.raises(FormatError, match=r"alice: visible\.safetensors has no group"):
         inspect(proxy)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("notes.txt", b"hello", "not something that fedqsn made or reads"),
-        ("empty", b"", "not something that fedqsn made or reads"),
+        ("notes.txt", b"hello", "not an artifact that fedqsn knows"),
+        ("empty", b"", "not an artifact that fedqsn knows"),
         ("proxy.json", b'{"format": "fedqsn-proxy/1"}', "this is the manifest of a proxy; inspect its folder"),
         ("model.safetensors", b"\xff" * 64, "model.safetensors"),
     ],

@@ -206,7 +206,7 @@ def test_files_that_were_added_to_a_proxy_are_refused_where_they_would_be_used(b
         client_train(proxy, tmp_path / "other", data=bert / "data.jsonl", **FAST)
 
 
-def test_a_model_that_is_no_proxy_is_refused(bert: Path, tmp_path: Path) -> None:
+def test_a_model_that_is_not_a_proxy_is_refused(bert: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="export-proxy"):
         client_train(bert / "model", tmp_path / "update", data=bert / "data.jsonl")
 
@@ -299,7 +299,7 @@ def test_checkpoints_without_the_base_models_prefix_are_trained_under_their_own_
     assert stored["wte.weight"].any() and not stored["h.0.attn.bias"].any()
 
 
-def test_private_fields_of_update_json_are_none(bert: Path, tmp_path: Path) -> None:
+def test_update_json_has_no_field_beyond_these(bert: Path, tmp_path: Path) -> None:
     client_train(bert / "proxy", tmp_path / "update", data=bert / "data.jsonl", **FAST)
     document = json.loads((tmp_path / "update" / "update.json").read_text())
     assert sorted(document) == [

@@ -18,7 +18,7 @@ def axes(mask: Tensor) -> list[str]:
     return [axis for _, axis, _ in split(mask)]
 
 
-def test_rows_columns_and_elements_are_told_apart() -> None:
+def test_rows_columns_and_elements_are_distinguished() -> None:
     torch.manual_seed(1)
     assert axes(bools(7, 1).expand(7, 5)) == ["row"]
     assert axes(bools(1, 5).expand(7, 5)) == ["column"]

@@ -152,7 +152,7 @@ def test_rows_with_nothing_to_learn_from_are_skipped_and_counted(writer: Loaded,
     examples = encode(writer, tmp_path, {"text": ""}, {"text": "w5 w6"}, {"text": "w5"})
     assert len(examples) == 1
     assert examples.skipped == 2
-    with pytest.raises(DataError, match="no row holds a text"):
+    with pytest.raises(DataError, match="no row has a text"):
         encode(writer, tmp_path, {"text": ""}, {"text": "w5"})
 
 
@@ -202,7 +202,11 @@ def test_the_whole_conversation_counts_where_the_template_marks_nothing(writer: 
         (CHAT, [], "row 1: messages is not a list"),
         (CHAT, [{"role": "user"}], "row 1: messages is not a list"),
         (CHAT, [{"content": "w5"}], "row 1: messages is not a list"),
-        ("{{ raise_exception('roles must alternate') }}", TURNS, r"row 1: the chat template refuses it \(roles must"),
+        (
+            "{{ raise_exception('roles must alternate') }}",
+            TURNS,
+            r"row 1: the chat template does not accept the conversation \(roles must",
+        ),
     ],
 )
 def test_conversations_that_cannot_be_used_are_refused(
@@ -225,7 +229,7 @@ def test_a_tokenizer_with_more_words_than_the_model_is_refused(tmp_path: Path) -
 
 
 def test_a_model_without_a_tokenizer_is_refused(classifier: Loaded) -> None:
-    with pytest.raises(InputError, match="without a tokenizer"):
+    with pytest.raises(InputError, match="the model has no tokenizer"):
         Encoder.of(classifier._replace(tokenizer=None), 64)
 
 

@@ -112,7 +112,7 @@ def test_the_optimizer_holds_two_numbers_for_each_visible_weight_and_none_for_hi
     assert sizes == 2 * shown
 
 
-def test_one_step_means_the_same_however_it_is_cut_into_batches() -> None:
+def test_one_step_is_the_same_however_it_is_split_into_batches() -> None:
     examples = some_examples(8)
     whole, parts = new_model(), new_model()
     options = {"epochs": 1, "lr": 1e-2, "seed": 4}
@@ -189,7 +189,7 @@ def test_only_examples_that_took_part_are_counted() -> None:
     assert (done.steps, done.examples) == (9, 12)
 
 
-def test_a_loss_that_is_no_number_stops_the_training() -> None:
+def test_a_loss_that_is_not_finite_stops_the_training() -> None:
     model = new_model()
     with torch.no_grad():
         model.classifier.weight[0, 0] = torch.inf

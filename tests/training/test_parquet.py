@@ -125,8 +125,8 @@ def test_what_other_libraries_note_in_a_file_is_left_alone(tmp_path: Path, metad
             {"messages": pyarrow.array([[("a", 1), ("a", 2)]], pyarrow.map_(pyarrow.string(), pyarrow.int64()))},
             "row 1: column 'messages' .* cannot be read",
         ),
-        ({"text": pyarrow.array([], pyarrow.string())}, "data.parquet: the file holds no rows"),
-        ({}, "data.parquet: the file holds no rows"),
+        ({"text": pyarrow.array([], pyarrow.string())}, "data.parquet: the file has no rows"),
+        ({}, "data.parquet: the file has no rows"),
         (
             pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], ["other", "other"]),
             "two columns have the same name",
@@ -188,7 +188,7 @@ def test_a_damaged_file_is_refused_in_one_line(
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
     assert path.read_bytes() != whole
-    with pytest.raises(DataError, match="not a readable parquet file") as caught:
+    with pytest.raises(DataError, match="not a readable Parquet file") as caught:
         read_table(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -214,7 +214,7 @@ def test_an_encrypted_file_is_refused(tmp_path: Path, plaintext_footer: bool) ->
     keys = encryption.CryptoFactory(Keys)
     properties = keys.file_encryption_properties(encryption.KmsConnectionConfig(), settings)
     path = written(tmp_path, {"text": ["a"], "label": [1]}, encryption_properties=properties)
-    with pytest.raises(DataError, match="not a readable parquet file"):
+    with pytest.raises(DataError, match="not a readable Parquet file"):
         read_table(path)
 
 
@@ -222,7 +222,7 @@ def test_a_damaged_file_ends_the_command_with_2(tmp_path: Path) -> None:
     (tmp_path / "data.parquet").write_bytes(b"PAR1 or not")
     outcome = run("evaluate", str(tmp_path), "--data", str(tmp_path / "data.parquet"))
     assert outcome.code == 2
-    assert f"{tmp_path}/data.parquet: not a readable parquet file" in outcome.err.replace("\n", " ")
+    assert f"{tmp_path}/data.parquet: not a readable Parquet file" in outcome.err.replace("\n", " ")
 
 
 def test_no_copy_of_the_data_stays_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

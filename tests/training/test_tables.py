@@ -42,7 +42,7 @@ def test_strings_of_json_stay_strings(tmp_path: Path) -> None:
     assert read_table(tmp_path / "data.jsonl").columns == {"text": values}
 
 
-def test_a_field_that_a_row_lacks_is_nothing(tmp_path: Path) -> None:
+def test_a_field_that_a_row_lacks_is_none(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text('\ufeff{"text": "a"}\n\n{"label": 1, "other": 2}\n', "utf-8")
     table = read_table(tmp_path / "data.jsonl")
     assert table.columns == {"text": ["a", None], "label": [None, 1]}
@@ -66,11 +66,11 @@ def test_one_relative_path_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("data.jsonl", '{"text": "a", "text": "b"}\n', "line 1: JSON key 'text' is given twice"),
         ("data.json", '[{"text": "a"}, 3]', "row 2: a number, not a JSON object"),
         ("data.json", "[]", "no rows"),
-        ("data.csv", 'text,label\na,"b\n', "not a readable csv file"),
+        ("data.csv", 'text,label\na,"b\n', "not a readable CSV file"),
         ("data.csv", "label,text\n1,a\n1,hello, world\n", "line 3: 3 fields, but the header has 2"),
         ("data.csv", "text,text\na,b\n", "two columns have the same name"),
-        ("data.txt", "a\n", "files of kind '.txt' are not read"),
-        ("data", "a\n", "files of kind '' are not read"),
+        ("data.txt", "a\n", "unsupported file type '.txt'"),
+        ("data", "a\n", "unsupported file type ''"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_in_one_line(
@@ -86,7 +86,7 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_line(
 
 def test_a_csv_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_bytes("text,label\ncafé,1\n".encode("latin-1"))
-    with pytest.raises(DataError, match="not a readable csv file"):
+    with pytest.raises(DataError, match="not a readable CSV file"):
         read_table(tmp_path / "data.csv")
 
 

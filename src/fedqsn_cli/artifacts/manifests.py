@@ -20,12 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from fedqsn_cli import strictjson
 from fedqsn_cli.checkpoint.header import open_regular_file
 from fedqsn_cli.errors import FormatError, InputError
-from fedqsn_cli.planning.tensor_plan import MaskAxis, UnitAxis
+from fedqsn_cli.planning.tensor_plan import MaskAxis, TensorPlan, UnitAxis
 
 if TYPE_CHECKING:
     from fedqsn_cli.checkpoint import Source
     from fedqsn_cli.planning.plan import Plan
-    from fedqsn_cli.planning.tensor_plan import TensorPlan
 
 MODEL_MANIFEST = "fedqsn.json"
 PROXY_MANIFEST = "proxy.json"

@@ -26,6 +26,7 @@ from fedqsn_cli.artifacts.manifests import (
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, TensorSpec
 from fedqsn_cli.checkpoint.reader import COMPANIONS
 from fedqsn_cli.errors import FormatError
+from fedqsn_cli.planning.tensor_plan import units_per_slice
 
 Bools = NDArray[np.bool_]
 
@@ -119,10 +120,10 @@ def open_visible(folder: Path, manifest: ProxyManifest, shapes: Mapping[str, Seq
     for name, group in manifest.groups.items():
         entry = stored.entries.get(name)
         if entry is None or (entry.dtype, entry.shape) != ("U8", _packed_shape(group.units)):
-            raise FormatError(f"{VISIBLE_TENSORS} does not hold group {name!r} as proxy.json has it", where=folder)
+            raise FormatError(f"{VISIBLE_TENSORS} has no group {name!r} of the size in proxy.json", where=folder)
     for name, units in manifest.tensors.items():
         if not _has_groups(units, manifest):
-            raise FormatError(f"the groups of tensor {name!r} do not have its units", where=folder)
+            raise FormatError(f"the groups of tensor {name!r} do not match its units", where=folder)
         if name not in shapes or math.prod(shapes[name]) != math.prod(units.view):
             raise FormatError(f"tensor {name!r} does not have the shape that proxy.json gives it", where=folder)
     if {group for units in manifest.tensors.values() for group in units.groups} != set(manifest.groups):
@@ -136,8 +137,7 @@ def _packed_shape(units: int) -> tuple[int]:
 
 def _has_groups(units: Units, manifest: ProxyManifest) -> bool:
     """Does a tensor have one group, or one for each lead slice, of as many units as the slice has?"""
-    lead, rows, cols = units.view
-    size = {"row": rows, "column": cols, "element": rows * cols}[units.axis]
+    lead, size = units.view[0], units_per_slice(units.axis, units.view)
     known = [manifest.groups[group].units for group in units.groups if group in manifest.groups]
     return len(known) == len(units.groups) and len(known) in {1, lead} and lead > 0 and set(known) == {size}
 

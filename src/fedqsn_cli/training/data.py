@@ -60,16 +60,18 @@ class Encoder:
         if loaded.task not in ("classification", "causal-lm"):
             raise InputError(
                 f"{type(loaded.model).__name__} is a {loaded.task} model",
-                hint="models for sequence classification and causal language models can be trained and evaluated",
+                hint="only sequence classifiers and causal language models can be trained and evaluated",
             )
         if loaded.tokenizer is None:
-            raise InputError("the model comes without a tokenizer", hint="add the tokenizer's files")
+            raise InputError("the model has no tokenizer", hint="add the tokenizer's files to its folder")
         config = loaded.model.config
         labels = int(getattr(config, "num_labels", 0)) if loaded.task == "classification" else 0
         kind = getattr(config, "problem_type", None)
         if loaded.task == "classification" and (labels < 2 or kind not in (None, "single_label_classification")):
             kind = kind or "regression"
-            raise InputError(f"the model's problem type is {kind}", hint="one label out of several is needed")
+            raise InputError(
+                f"the model's problem type is {kind}", hint="only classifiers with one label per text are supported"
+            )
         limit = min(max_length, loaded.positions, int(loaded.tokenizer.model_max_length))
         label_ids = {str(name): int(number) for name, number in (getattr(config, "label2id", None) or {}).items()}
         return cls(loaded.task, loaded.tokenizer, loaded.inputs, loaded.vocabulary, label_ids, labels, limit)
@@ -93,7 +95,7 @@ class Encoder:
         examples = encode(table, progress)
         progress.finish()
         if not len(examples):
-            raise table.error("no row holds a text that something can be learnt from")
+            raise table.error("no row has a text to learn from")
         if max(max(feature["input_ids"]) for feature in examples.features) >= self.vocabulary:
             raise InputError(f"the tokenizer has ids beyond the model's vocabulary of {self.vocabulary}")
         return examples
@@ -133,7 +135,7 @@ class Encoder:
         if "messages" in table.columns:
             encoded = self._each(table, progress, self._conversations(table))
         elif "prompt" in table.columns or "completion" in table.columns:
-            table.require("prompt", "completion", why="a prompt goes with its completion")
+            table.require("prompt", "completion", why="a prompt needs a completion")
             encoded = self._completions(table, progress)
         else:
             table.require("text", why="language models need text, prompt and completion, or messages")
@@ -200,7 +202,9 @@ class Encoder:
                     max_length=self.max_length,
                 )
             except Exception as error:  # a template may raise anything about a conversation that it does not allow
-                raise table.error(f"the chat template refuses it ({first_line(error)})", row=row) from None
+                raise table.error(
+                    f"the chat template does not accept the conversation ({first_line(error)})", row=row
+                ) from None
             ids = list(tokens["input_ids"])
             counts = tokens["assistant_masks"] if marked else [1] * len(ids)
             targets = [token if count else IGNORED for token, count in zip(ids, counts, strict=True)]

@@ -31,7 +31,7 @@ def read_columns(path: Path, wanted: Sequence[str]) -> tuple[tuple[str, ...], di
         except MemoryError:
             raise
         except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise DataError(f"not a readable parquet file ({_reason(error)})", where=path) from None
+            raise DataError(f"not a readable Parquet file ({_reason(error)})", where=path) from None
     if len(set(names)) != len(names):
         raise DataError("two columns have the same name", where=path)
     return names, {name: _values(table.column(name), name, path) for name in found}, file.metadata.num_rows

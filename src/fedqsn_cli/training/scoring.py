@@ -61,7 +61,7 @@ def score(model: Any, examples: Examples, *, batch_size: int, padding: Padding, 
     progress.finish()
     loss = total / count
     if not math.isfinite(loss):
-        raise InputError(f"the model's loss is {loss}, not a number", hint="its weights may be damaged")
+        raise InputError(f"the model's loss is {loss}", hint="its weights may be damaged")
     if examples.task == "classification":
         hits = sum(prediction == label for prediction, label in zip(predictions, labels, strict=True))
         return Evaluation(examples.task, len(examples), loss, hits / count, macro_f1(labels, predictions), None)

@@ -77,12 +77,12 @@ def read_table(path: str | Path) -> Table:
         raise DataError("no such file" if not path.exists() else "not a file", where=path)
     read = READERS.get(path.suffix.lower())
     if read is None:
-        raise DataError(f"files of kind {path.suffix!r} are not read", where=path, hint="use .jsonl, .csv or .parquet")
+        raise DataError(f"unsupported file type {path.suffix!r}", where=path, hint="use .jsonl, .csv or .parquet")
     if path.stat().st_size == 0:
         raise DataError("the file is empty", where=path)
     table = read(path)
     if table.rows == 0:
-        raise DataError("the file holds no rows", where=path)
+        raise DataError("the file has no rows", where=path)
     return table
 
 
@@ -136,10 +136,12 @@ def _read_csv(path: Path) -> Table:
             for fields in lines:
                 if fields and len(fields) != len(header):
                     what = f"{len(fields)} fields, but the header has {len(header)}"
-                    raise DataError(what, where=f"{path}: line {lines.line_num}", hint="put texts into quotes")
+                    raise DataError(
+                        what, where=f"{path}: line {lines.line_num}", hint="quote fields that contain commas"
+                    )
                 rows += [fields] if fields else []
     except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"not a readable csv file ({error})", where=path) from None
+        raise DataError(f"not a readable CSV file ({error})", where=path) from None
     finally:
         csv.field_size_limit(largest)
     if len(set(header)) != len(header):

@@ -89,4 +89,6 @@ def check_round_trip(model: Any, dense: Mapping[str, Tensor], visible: Mapping[s
         if name not in back and name not in visible:
             continue  # a buffer of older checkpoints that the architecture does not use
         if name not in back or back[name].shape != tensor.shape or not torch.equal(back[name].to(tensor.dtype), tensor):
-            raise InputError(f"the model does not use {name} as the proxy has it, so it cannot be trained", where=where)
+            raise InputError(
+                f"transformers changes {name} when it loads the proxy, so it cannot be trained", where=where
+            )
