@@ -168,9 +168,7 @@ def test_an_update_of_visible_units_alone_is_refused() -> None:
             merge(str(server), [update], place.root / "out", key=place.key, ledger=place.root / "ledger.jsonl")
 
 
-@pytest.mark.parametrize(
-    ("base", "message"), [(None, "what it was before is needed"), ("other", "not the public base")]
-)
+@pytest.mark.parametrize(("base", "message"), [(None, "so the restore needs it"), ("other", "not the public base")])
 def test_a_restore_needs_the_public_base_of_the_job(base: str | None, message: str) -> None:
     with placed(USUAL) as place:
         server = play(place, 1)

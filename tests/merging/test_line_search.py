@@ -1,4 +1,4 @@
-"""Looking for the best number: the grid, the halves around the best, ties, and what is refused."""
+"""The search for the best number: the grid, the halves around the best, ties, and refusals."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_best_step_of_a_parabola_is_found(bottom: float) -> None:
 
 
 @given(st.lists(st.floats(0, 9), min_size=20, max_size=20))
-def test_whatever_the_losses_the_lowest_is_taken_and_nothing_is_measured_twice(losses: list[float]) -> None:
+def test_the_lowest_of_any_losses_is_chosen_and_no_value_is_measured_twice(losses: list[float]) -> None:
     asked: list[float] = []
 
     def measure(value: float) -> Point:
@@ -46,15 +46,15 @@ def test_whatever_the_losses_the_lowest_is_taken_and_nothing_is_measured_twice(l
     curve = explore(measure, STEPS, Silent())
     assert best(curve).loss == min(point.loss for point in curve)
     assert len(asked) == len(set(asked)) == len(STEPS) + 3
-    assert all(value * 64 % 1 == 0 for value in asked)  # numbers that can be typed again
+    assert all(value * 64 % 1 == 0 for value in asked)  # short binary fractions
 
 
-def test_between_equal_losses_the_usual_value_is_taken() -> None:
+def test_among_equal_losses_the_default_is_chosen() -> None:
     assert best_blend(along(lambda _: 1.0), 1, Silent()).chosen == 1
     assert best_step(along(lambda _: 1.0), 1, Silent(), allow_worse=False).chosen == 1
 
 
-def test_a_step_that_only_hurts_is_looked_for_close_to_nothing_and_refused() -> None:
+def test_a_step_that_only_hurts_is_searched_for_close_to_0_and_refused() -> None:
     with pytest.raises(GateFailed, match=r"loss is 2 now, and 2\.03125 at the best step, 0\.03125") as refused:
         best_step(along(lambda x: 2 + x), 1, Silent(), allow_worse=False)
     assert refused.value.exit_code == 1
@@ -62,7 +62,7 @@ def test_a_step_that_only_hurts_is_looked_for_close_to_nothing_and_refused() -> 
     assert best_step(along(lambda x: 2 + x), 1, Silent(), allow_worse=True).chosen == 0.03125
 
 
-def test_losses_that_are_no_numbers_are_the_worst_there_is() -> None:
+def test_losses_that_are_not_numbers_are_worse_than_any_loss() -> None:
     search = best_step(along(lambda x: math.inf if x > 0.7 else 2 - x), 1, Silent(), allow_worse=False)
     assert search.chosen == 0.625
     with pytest.raises(InputError, match="not a number"):

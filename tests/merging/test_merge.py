@@ -60,7 +60,7 @@ def whole_update(proxy: Path, update: Update) -> dict[str, tuple[Doubles, NDArra
 
 
 def fedavg(before: Doubles, parts: list[Any], examples: list[int], normalize: str, rate: float) -> Doubles:
-    """DESIGN, section 3: Merging."""
+    """The formula of a merge, Δ = Σ n_k Δ_k / Σ n_k, in double precision."""
     total, weight = np.zeros(before.size), np.zeros(before.size)
     for (u, seen, s), n in zip(parts, examples, strict=True):
         total += n * u.reshape(-1) / s * seen.reshape(-1)
@@ -210,7 +210,7 @@ def merged(place: Place, *updates: str, source: Path | None = None, **options: A
     return merge(str(source or place.model), folders, place.root / "next", **usual | options)
 
 
-def test_the_result_says_who_brought_how_much(place: Place) -> None:
+def test_the_result_has_the_share_and_the_norm_of_each_client(place: Place) -> None:
     result = merged(place, "u-bob", "u-ann")
     assert [client.client for client in result.clients] == ["ann", "bob"]
     assert [client.share for client in result.clients] == [0.75, 0.25]
@@ -225,7 +225,7 @@ def test_the_result_says_who_brought_how_much(place: Place) -> None:
     assert result.kind == "global-model"
 
 
-def test_updates_of_a_step_s_times_as_large_count_once(place: Place) -> None:
+def test_updates_are_divided_by_the_scale_of_the_proxy(place: Place) -> None:
     """The client computes with s · W, so its step is divided by s."""
     merged(place, "u-ann")
     proxy = place.root / "proxies/ann"
@@ -273,7 +273,7 @@ def test_i11_no_update_no_key_and_no_ledger_are_refused(place: Place) -> None:
             merged(place, "nowhere")
 
 
-def test_i11_models_on_their_way_to_a_proxy_are_no_source(place: Place) -> None:
+def test_i11_quantized_models_proxies_and_updates_are_not_a_source(place: Place) -> None:
     packed = place.quantized(place.server(place.model, "server"), "packed")
     for source in (packed, place.root / "proxies/ann", place.root / "u-ann"):
         with nothing_written(place.root), pytest.raises(InputError):

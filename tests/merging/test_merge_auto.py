@@ -1,4 +1,4 @@
-"""merge with --server-lr auto and --blend auto: what is measured is what plain commands write; the best is taken."""
+"""merge with --server-lr auto and --blend auto: the measured models are those of plain commands; the best is chosen."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_a_step_that_makes_the_model_worse_is_not_taken(bert: Job, tmp_path: Pat
     assert contents(tmp_path / "next") == contents(tmp_path / "plain")
 
 
-def test_i8_updates_of_zeros_and_nothing_hidden_take_what_is_usual(bert: Job, tmp_path: Path) -> None:
+def test_i8_updates_of_zeros_and_nothing_hidden_give_the_default(bert: Job, tmp_path: Path) -> None:
     zeros = send(bert.release(bert.root / "server", "zed"), tmp_path / "zeros")
     found = bert.step(tmp_path / "next", update=str(zeros), server_lr="auto", eval_data=bert.data)
     assert found.server_lr == 1
@@ -209,7 +209,7 @@ def test_hidden_weights_that_are_not_finite_make_a_blend_infinitely_bad_and_no_c
     assert [point.loss for point in found.search.curve[1:]] == [float("inf")] * (len(found.search.curve) - 1)
 
 
-def test_no_update_is_looked_at_before_it_passed_every_check(
+def test_no_model_is_evaluated_before_the_updates_passed_every_check(
     bert: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*_: object) -> None:
@@ -300,7 +300,7 @@ def command(job: Job, *more: str | Path) -> Any:
     return run("merge", job.root / "model", *words([*more, *options]))
 
 
-def test_the_command_prints_the_curve_and_marks_what_it_took(bert: Job, tmp_path: Path) -> None:
+def test_the_command_prints_the_curve_and_marks_the_chosen_value(bert: Job, tmp_path: Path) -> None:
     auto = ["--restore", bert.root / "trained", "--blend", "auto", "--eval-data", bert.data]
     told = command(bert, *auto, "--out", tmp_path / "a", "--json")
     document = json.loads(told.out)
@@ -328,7 +328,7 @@ def test_the_command_fails_with_1_when_the_updates_hurt_and_with_2_on_wrong_use(
 
 
 @pytest.mark.parametrize("what", ["step", "restore"])
-def test_the_report_is_one_page_that_tells_nothing_but_losses(what: str, bert: Job, tmp_path: Path) -> None:
+def test_the_report_is_one_page_with_nothing_but_losses(what: str, bert: Job, tmp_path: Path) -> None:
     option = "server_lr" if what == "step" else "blend"
     page = tmp_path / "report.html"
     found = getattr(bert, what)(tmp_path / "out", **{option: "auto"}, eval_data=bert.data, report=page)

@@ -34,7 +34,7 @@ EXAMPLES = [7, 30]
 
 
 def play(place: Place, source: Path | None = None, **options: Any) -> tuple[list[Path], list[Any], Path, Any]:
-    """Two clients' updates and the control of an owner who is shown all that leaves the house."""
+    """Two clients' updates, and a control that the owner trained on a proxy without a client mask."""
     source = source or place.model
     released = place.export(source, "proxies", clients=("c0", "c1"))
     proxies = [released / "c0", released / "c1"]
@@ -155,7 +155,7 @@ def merged(place: Place, *updates: str, **options: Any) -> Any:
     return merge(str(place.model), folders, place.root / "next", **job(place) | options)
 
 
-def test_the_result_tells_the_control_apart(place: Place) -> None:
+def test_the_result_has_the_control_apart_from_the_clients(place: Place) -> None:
     result = merged(place, "u0", "u1", control=place.root / "u2")
     assert [client.client for client in result.clients] == ["c0", "c1"]
     assert (result.control.client, result.control.share, result.control.num_examples) == ("own", 0.0, 999)

@@ -27,7 +27,8 @@ def open_job_model(source: str | Path, key: str | Path) -> tuple[JobKey, OpenMod
     job = job_key.load(key)
     model = open_model(str(source), axis=job.axis, overrides=job.overrides)
     if model.is_quantized or model.kind == "masked-model":
-        raise InputError("this model is on its way to a proxy", where=source, hint="give the global or server model")
+        problem = "this model is quantized or has a client mask"
+        raise InputError(problem, where=source, hint="give the global or server model")
     if model.plan.digest != job.plan_digest:
         raise KeyFileError("the key belongs to a job with another plan than this model's", where=key)
     if model.kind == "server-model" and model.manifest and model.manifest.job != job.commitment:

@@ -119,5 +119,6 @@ def best_step(measure: Measure, examples: int, progress: Progress, *, allow_wors
 
 def _with_number(point: Point) -> Point:
     if point.loss == float("inf"):
-        raise InputError("the model's loss is not a number, whatever is chosen", hint="its weights may be damaged")
+        problem = "the model's loss is not a number at any value that was tried"
+        raise InputError(problem, hint="its weights may be damaged")
     return point

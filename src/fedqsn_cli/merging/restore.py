@@ -147,7 +147,9 @@ def _open_base(
     """
     if reference is None:
         raise InputError(
-            "clients trained the public base in the holes, too; what it was before is needed", where="--public-base"
+            "clients trained the public base, so the restore needs it",
+            where="--public-base",
+            hint="give the one that the server model was filled with",
         )
     base = open_base(str(reference), whole)
     if manifest.public_base is None or _digest(tasks, base) != manifest.public_base.sha256:
