@@ -1,7 +1,7 @@
 """Client masks drawn again by the hundred thousand: what `masks.draw.client_units` gives, eight clients at a time.
 
 Seeds come from hmac, which is fast for one short message after another; SHAKE-256 (FIPS 202) is compiled. Eight
-sponges lie interleaved, lane i of sponge c at 8i + c, which lets the compiler work on several with one instruction.
+sponges are interleaved, lane i of sponge c at 8i + c, which lets the compiler work on several with one instruction.
 """
 
 from __future__ import annotations
