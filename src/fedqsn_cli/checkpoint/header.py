@@ -57,7 +57,7 @@ class FileIdentity:
 
 @dataclass(slots=True)
 class Header:
-    """A checked header. `entries` stand in the order of their bytes in the file."""
+    """A checked header. `entries` are in the order of their bytes in the file."""
 
     entries: dict[str, TensorEntry]
     metadata: dict[str, str]

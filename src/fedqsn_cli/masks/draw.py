@@ -24,7 +24,7 @@ KEY_BYTES = 32
 SERVER: tuple[str, ...] = ("server",)
 
 STREAM_FROM = 2**20
-"""Groups of at least so many units are drawn as a stream, so that their ranks never lie in memory together."""
+"""Groups of at least so many units are drawn as a stream, so that their ranks are never all in memory."""
 
 Mask = NDArray[np.bool_]  # (units,) True where hidden
 

@@ -1,4 +1,4 @@
-"""SHAKE-256 as a stream: ranks of very large groups, drawn and compared without ever lying in memory together.
+"""SHAKE-256 as a stream: ranks of very large groups, drawn and compared without ever being in memory together.
 
 hashlib squeezes all output at once, 8 bytes a unit. Here the sponge runs block by block, and one block of SHAKE-256 is
 17 lanes of 64 bits, that is 17 ranks. Source: FIPS 202, sections 3.2 (the steps of a round) and 6.2 (SHAKE256).
@@ -172,8 +172,8 @@ def _select(state: Any, allowed: Any, low: Any, high: Any, mask: Any, where: Any
 def lowest_ranks(seed: bytes, allowed: NDArray[np.bool_], count: int) -> NDArray[np.bool_] | None:
     """The `count` allowed units of lowest rank, ties by lowest index.
 
-    Ranks are uniform, so the highest rank that is still chosen lies within a narrow window around its expectation:
-    one pass marks all that lies below that window and keeps the few ranks inside.
+    Ranks are uniform, so the highest rank that is still chosen is within a narrow window around its expectation:
+    one pass marks everything below that window and keeps the few ranks inside.
 
     Args:
         seed: of SHAKE-256, 32 bytes.

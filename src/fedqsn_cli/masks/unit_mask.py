@@ -27,7 +27,7 @@ class UnitMask:
     """A set of marked units of one tensor.
 
     Args:
-        axis: along what the units lie.
+        axis: what a unit is.
         view: (lead, rows, cols) of the tensor.
         flags: one flag a unit, shaped as the table above says.
     """
@@ -72,7 +72,7 @@ class UnitMask:
     def flags_of_rows(self, first: int, count: int) -> Bools:
         """Flags for `count` rows from row `first`: [count] (row), [cols] (column), [count, cols] (element).
 
-        The rows of a column-wise tensor must lie in one lead slice.
+        The rows of a column-wise tensor must be in one lead slice.
         """
         lead_rows, cols = self.view[1], self.view[2]
         if self.axis == "row":

@@ -27,8 +27,8 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 def load_dense(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Read every tensor of a model into memory, under its own name, in its own shape and dtype.
 
-    Packed weights (bitsandbytes nf4, fp4, int8) are unpacked; GPT-2's, which lie turned, are turned back. The scale of
-    a server model, n / (n - hidden), is applied; a proxy has it in its weights already.
+    Packed weights (bitsandbytes nf4, fp4, int8) are unpacked; GPT-2's, which are packed transposed, are transposed
+    back. The scale of a server model, n / (n - hidden), is applied; a proxy has it in its weights already.
 
     Raises:
         FormatError: a packed tensor is malformed. InputError: a dtype that torch does not compute with.

@@ -67,7 +67,7 @@ class OpenModel:
 
     @property
     def has_trained_fill(self) -> bool:
-        """Did clients move what stands in its holes, so that it is no longer the public base?"""
+        """Did clients train what fills its holes, so that it is no longer the public base?"""
         return self.manifest is not None and self.manifest.kind == "server-model" and bool(self.manifest.trained_fill)
 
     @property
@@ -112,7 +112,7 @@ class OpenModel:
         found = self._scales.get(name)
         if found is None:
             found = read_scales(self.checkpoint, name)
-            self._scales = {name: found}  # one tensor at a time goes by; of several threads, each has what it found
+            self._scales = {name: found}  # passes read tensor by tensor; of several threads, each has what it found
         return found
 
 

@@ -39,7 +39,7 @@ _HINT = "give the checkpoint that the model was fine-tuned from"
 
 
 class IncompatibleBase(InputError):
-    """A public base that is none, or lacks what the model needs; `tensor` is the first that is wrong."""
+    """An invalid public base, or one that lacks what the model needs; `tensor` is the first that is wrong."""
 
     def __init__(self, what: str, *, where: str, hint: str = _HINT, tensor: str | None = None) -> None:
         super().__init__(what, where=where, hint=hint)
@@ -116,7 +116,7 @@ def open_base(reference: str, model: OpenModel, *, partial: bool = False) -> Pub
         partial: leave out what does not match, in place of refusing the base; for those who only compare with it.
 
     Raises:
-        IncompatibleBase: it is no dense checkpoint, or does not have what the model's masked tensors need.
+        IncompatibleBase: it is not a dense checkpoint, or does not have what the model's masked tensors need.
         InputError: there is no such checkpoint. FormatError: it is malformed.
     """
     source, checkpoint, manifest = open_source(reference)

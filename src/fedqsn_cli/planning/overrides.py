@@ -7,7 +7,7 @@
     quantized = false                                  # optional
     p1 = 0.9                                           # optional: another ratio than the job's
 
-Before the rules, `where`, `layers` and `p1` may say what is hidden as a whole: see `hiding.py`. Rules win over them.
+Before the rules, `where`, `layers` and `p1` may say what is hidden as a whole: see `placement.py`. Rules win over them.
 Every rule that matches a tensor applies, in order; of two that set the same field, the later wins.
 """
 

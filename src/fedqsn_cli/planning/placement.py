@@ -105,7 +105,7 @@ def parse_layers(text: str) -> frozenset[Location]:
     """The places that a list such as "embeddings,0-3,5" names.
 
     Raises:
-        InputError: it is no such list.
+        InputError: an item is not a layer, a range of layers, embeddings or head.
     """
     locations: set[Location] = set()
     for item in text.split(","):
@@ -136,7 +136,7 @@ def parse_schedule(text: str) -> dict[str, float]:
     """A schedule such as "0-2=0.9,head=0.5" in canonical form.
 
     Raises:
-        InputError: it is none, a place is in it twice, or a ratio is none.
+        InputError: it is not a valid schedule: an item or a ratio is invalid, or a layer is given two ratios.
     """
     pairs = []
     for item in text.split(","):
@@ -174,14 +174,14 @@ def canonical_placement(document: Mapping[str, Any], place: object) -> dict[str,
 
 
 def check_where(where: object) -> str:
-    """A value of `--where`. Raises InputError if it is none."""
+    """Check a value of `--where`. Raises InputError when it is invalid."""
     if not isinstance(where, str) or where not in WHERE:
         raise InputError(f"where = {where!r}: no such place", hint=f"choose one of {', '.join(WHERE)}")
     return where
 
 
 def parse_placement(where: str | None, layers: str | None, schedule: str | None) -> dict[str, Any]:
-    """What the three options say, in canonical form; "all" is said too.
+    """What the three options say, in canonical form, "all" included.
 
     Raises:
         InputError: one of them is malformed; `where` names the option.
@@ -208,7 +208,7 @@ def describe(name: str, value: Any) -> str:
 
 
 def _schedule(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Ratio -> places, turned round: the same schedule gives the same text, however it was written."""
+    """Layers -> ratio, layers of one ratio together: a schedule gives the same text, however it was written."""
     ratios: dict[Location, float] = {}
     for text, ratio in pairs:
         for place in parse_layers(text):

@@ -118,7 +118,12 @@ def make_plan(
 
 
 class _Planner:
-    """The tensors of one checkpoint, and what decides about each."""
+    """The tensors of one checkpoint, and what decides about each: overrides first, then rules and placement.
+
+    Attributes:
+        tied: the group name of each tensor that may share its numbers with another one.
+        locations: layers, embeddings and head that planned weights belong to; filled by `plan`.
+    """
 
     def __init__(
         self,
@@ -137,6 +142,11 @@ class _Planner:
         self.locations: set[Location] = set()
 
     def plan(self, name: str) -> TensorPlan:
+        """Plan one tensor, by what it is: a weight with units, the bias of one, or a public tensor.
+
+        Raises:
+            PlanError: its role does not fit its shape or dtype, or nothing says which part of a layer it is.
+        """
         role = self.role(name)
         if role is not None and role.name in UNIT_AXIS:
             return self.weight(name, role)
@@ -146,6 +156,7 @@ class _Planner:
         return self.public(name, role.name if role else "unknown")
 
     def override(self, name: str) -> Override:
+        """What the plan file says about a tensor; an override that sets nothing where it says nothing."""
         return self.overrides.get(name, Override())
 
     def role(self, name: str) -> Role | None:
@@ -163,6 +174,7 @@ class _Planner:
         return role if _is_float(name, dtype) else None
 
     def weight(self, name: str, role: Role) -> TensorPlan:
+        """A matrix, or a stack of them, with units; its tied tensors have the same groups, and so the same masks."""
         dtype, shape = self.tensors[name]
         asked = self.override(name)
         view = (shape[0] if len(shape) == 3 else 1, shape[-2], shape[-1])
@@ -203,6 +215,7 @@ class _Planner:
         return name.endswith(".weight") and rules().can_be_packed(name.removesuffix(".weight"), self.model_type)
 
     def unit_axis(self, role: Role) -> UnitAxis:
+        """The axis of units in the stored shape; `--axis` changes that of linear roles only."""
         if role.name not in LINEAR_ROLES:
             return "column"
         if self.axis == "element":

@@ -18,7 +18,7 @@ UNIT_AXIS = {
     "expert": "row",
     "expert_stack": "row",
 }
-"""The axis along which a role's units lie in its stored shape (a transposed stack: column)."""
+"""The axis of a role's units in its stored shape (a transposed stack: column)."""
 
 LINEAR_ROLES = frozenset({"linear", "conv1d", "expert", "expert_stack"})
 """Roles whose unit `--axis` changes."""

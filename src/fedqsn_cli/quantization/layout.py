@@ -6,7 +6,7 @@
     pack4   4-bit codes and block scales, as bitsandbytes stores a linear layer
     pack8   int8 codes and row scales, as bitsandbytes stores a linear layer
 
-Blocks lie `flat` (C order over the matrix), along each `row`, or down each `column`; the last two never leave a unit.
+Blocks are `flat` (C order over the matrix), along each `row`, or down each `column`; the last two never leave a unit.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class TensorLayout:
         kind, geometry: see the table above.
         transposed: the matrix is worked on as [out, in], while the checkpoint holds [in, out] (Conv1D).
         view: (lead, rows, cols) of the matrix as it is worked on.
-        axis: along what its units lie in that view; None when it has none.
+        axis: what a unit is in that view; None when the tensor has no units.
     """
 
     kind: Kind
@@ -110,7 +110,7 @@ def row_chunks(storage: TensorLayout, block: int, elements: int) -> Iterator[tup
     No run splits a block or a byte of codes, and none leaves a lead slice where blocks or units run down columns.
     """
     lead, rows, cols = storage.view
-    if storage.transposed:  # its input lies across, so it is read whole
+    if storage.transposed:  # its rows are the columns of the checkpoint, so it is read whole
         yield 0, rows
         return
     sliced = storage.axis == "column" or storage.geometry == "column"
