@@ -148,6 +148,19 @@ def test_a_number_of_examples_is_a_whole_number_above_zero(value: Any) -> None:
         parse_manifest(changed(UPDATE, ("num_examples",), value), UpdateManifest, "there")
 
 
+@pytest.mark.parametrize("value", [0, 8, 31, 33, 100, 8192, -64, 64.0, "64", True, None])
+def test_a_block_size_is_one_that_export_takes(value: Any) -> None:
+    with pytest.raises(FormatError, match="field block_size: "):
+        Quantization.from_document(PACKED.model_dump() | {"block_size": value}, "file")
+
+
+@pytest.mark.parametrize("value", [-0.1, 1, 1.0, 1.5, "0.5", True, None, 10**400])
+def test_a_ratio_is_one_that_an_option_takes(value: Any) -> None:
+    document = MANIFESTS["model"].model_dump() | {"p1": value}
+    with pytest.raises(FormatError, match="field p1: "):
+        ModelManifest.from_document(document, "file")
+
+
 @pytest.mark.parametrize("text", [b"NaN", b"Infinity", b"-Infinity", b"1e999"])
 def test_numbers_that_are_not_finite_are_refused(text: bytes) -> None:
     data = changed(UPDATE, ("losses", "first"), "HERE").replace(b'"HERE"', text)

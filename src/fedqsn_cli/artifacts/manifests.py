@@ -11,13 +11,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
+from pydantic_core import PydanticCustomError
 
-from fedqsn_cli import strictjson
+from fedqsn_cli import strictjson, validate
 from fedqsn_cli.checkpoint.header import open_regular_file
 from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.planning.tensor_plan import MaskAxis, TensorPlan, UnitAxis
@@ -35,11 +44,29 @@ VISIBLE_TENSORS = "visible.safetensors"
 _LARGEST_MANIFEST = 256 * 2**20  # bytes; a 70-billion-parameter model needs less than one MiB
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Ratio = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Fill = Literal["zero", "base"]
 TrainsFill = Literal["all"] | None  # None: clients train visible units only, and no field is written
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+
+
+Value = TypeVar("Value")
+
+
+def _checked_by(check: Callable[[Value, str], Value]) -> AfterValidator:
+    """Values of a field are checked as those of an option are."""
+
+    def validator(value: Value) -> Value:
+        try:
+            return check(value, "")
+        except InputError as error:
+            raise PydanticCustomError("fedqsn", "{what}", {"what": error.what}) from None
+
+    return AfterValidator(validator)
+
+
+Ratio = Annotated[float, _checked_by(validate.ratio)]
+BlockSize = Annotated[int, _checked_by(validate.block_size)]
 
 
 class Strict(BaseModel):
@@ -84,7 +111,7 @@ class Quantization(Strict):
     """How quantized tensors are stored: block-wise absmax codes (`bnb`) or values snapped to the grid (`dense`)."""
 
     format: Literal["nf4", "fp4", "int8", "nf3", "nf2"]
-    block_size: Annotated[int, Field(ge=32, le=4096)]
+    block_size: BlockSize
     double_quant: bool
     layout: Literal["bnb", "dense"]
 
