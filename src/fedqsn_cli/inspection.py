@@ -124,7 +124,7 @@ def inspect(path: str | Path, options: InspectOptions = _DEFAULTS) -> Inspection
     if not options.show_plan:
         return replace(inspection, plan=None)
     if inspection.plan is None:
-        problem = inspection.problem or f"a {inspection.kind} has no plan"
+        problem = inspection.problem or f"this {inspection.kind} has no plan"
         raise PlanError(problem, where=path, hint="leave out --show-plan")
     return inspection
 

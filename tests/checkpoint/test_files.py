@@ -91,7 +91,7 @@ def test_of_many_that_create_one_secret_one_wins_and_a_reader_sees_all_of_it(tmp
     assert path.read_bytes() in contents
     for thread in threads:
         thread.join()
-    assert len(winners) == 1 and len(losers) == 7  # nobody's own file was swept away before it was locked
+    assert len(winners) == 1 and len(losers) == 7  # no file was removed as a leftover before it was locked
     assert path.read_bytes() == contents[winners[0]]
     assert os.listdir(tmp_path) == ["job.key"]
 

@@ -143,5 +143,5 @@ def test_anything_else_is_refused(tmp_path: Path, name: str, content: bytes, wor
 
 
 def test_what_has_no_plan_says_so(played: Round) -> None:
-    with pytest.raises(PlanError, match="a ledger has no plan; leave out --show-plan"):
+    with pytest.raises(PlanError, match="this ledger has no plan; leave out --show-plan"):
         inspect(played.folder / "ledger.jsonl", show_plan=True)

@@ -136,7 +136,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(command: list[str], folder: Path, environment: dict[str, str], codes: tuple[int, ...] = (0,)) -> str:
-    """Run to the end; an exit code that is none of `codes` shows everything that was printed."""
+    """Run to the end; an exit code that is not in `codes` shows everything that was printed."""
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=800)
     assert done.returncode in codes, f"{command} exited {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout

@@ -18,8 +18,8 @@ import fedqsn_cli
 from golden.inputs import Update, make_config, make_model, make_tensors
 from golden.running import Files, Job, Records, fedqsn, refusal
 from golden.samples import send, whole_job
-from golden.stored import read_file, write_file, write_model
 from golden.wrong_lines import EVE, JOB, WRONG_OPTIONS, WRONG_PLACES
+from support.raw_safetensors import read_file, write_file, write_model
 
 SPOILT = Path("spoilt")
 UP, NORM = "bert.encoder.layer.0.intermediate.dense.weight", "bert.embeddings.LayerNorm.weight"
@@ -373,7 +373,7 @@ MODELS: dict[str, Damage] = {
     "an index with one more": reshard(lambda document: document["weight_map"].update(x=document["weight_map"][WORD])),
     "an index with one less": reshard(lambda document: document["weight_map"].pop(WORD)),
     "an index without map": reshard(lambda document: document.pop("weight_map")),
-    "a number that is none": other_tensors(nan),
+    "not a number": other_tensors(nan),
     "an unknown tensor": other_tensors(lambda tensors: tensors.update({"bert.mystery": tensors[UP]})),
     "a double": other_tensors(lambda tensors: tensors.update({UP: ("F64", np.ones((48, 32)))})),
     "whole numbers": other_tensors(lambda tensors: tensors.update({UP: ("I64", np.ones((48, 32), np.int64))})),
@@ -455,7 +455,7 @@ LEDGERS: dict[str, Damage] = FILE | {
     "no UTF-8": ledger(lambda lines: [b"\xff\n"]),
     "a doubled field": ledger(lambda lines: [lines[0].replace(b'"round":1', b'"round":1,"round":1'), *lines[1:]]),
     "an unknown field": ledger(lambda lines: [lines[0].replace(b'"round":1', b'"round":1,"more":1'), *lines[1:]]),
-    "a client that is none": ledger(lambda lines: [lines[0].replace(b'"ann"', b'"../ann"'), *lines[1:]]),
+    "an invalid client": ledger(lambda lines: [lines[0].replace(b'"ann"', b'"../ann"'), *lines[1:]]),
     "torn": ledger(lambda lines: [lines[0], lines[1][:-9]]),
     "another job's": lambda path: shutil.copy("filled.jsonl", path),
     "another release of the proxy": ledger(lambda lines: [resigned(lines[0])]),
@@ -474,7 +474,7 @@ PLANS: dict[str, str | bytes] = {
     "no UTF-8": b"\xff",
     "an unknown key": "rules = []",
     "a single rule": '[rule]\nmatch = "*"',
-    "a rule that is none": "rule = [1]",
+    "an invalid rule": "rule = [1]",
     "a rule without match": "[[rule]]\nmasked = false",
     "a rule that sets nothing": '[[rule]]\nmatch = "*"',
     "a rule with more": '[[rule]]\nmatch = "*"\nhidden = true',

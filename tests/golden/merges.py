@@ -10,7 +10,7 @@ from typing import Any
 from fedqsn_cli import export_proxy, mask, merge
 from golden.inputs import draft, make_model, noise
 from golden.running import SECRET, Files, Job, Records, digests, fixed_key
-from golden.stored import read_model
+from support.raw_safetensors import read_model
 
 KEY, LEDGER = Path("job.key"), Path("ledger.jsonl")
 JOB: dict[str, Any] = {"key": KEY, "ledger": LEDGER}

@@ -18,7 +18,7 @@ import numpy as np
 from fedqsn_cli import export_proxy, mask, quantize
 from golden.inputs import SHAPES, make_config, make_model, make_tensors
 from golden.running import SECRET, Files, Job, Records, attempt, digests, fixed_key, sha256
-from golden.stored import Tensors, to_bits, to_floats, write_model
+from support.raw_safetensors import Tensors, to_bits, to_floats, write_model
 
 FORMATS = ("nf4", "fp4", "int8", "nf3", "nf2", "none")
 AXES = ("neuron", "input", "element")

@@ -27,7 +27,7 @@ from golden.running import (
     steady,
     succeed,
 )
-from golden.stored import read_file, read_model, to_bits, to_floats, write_file, write_model
+from support.raw_safetensors import read_file, read_model, to_bits, to_floats, write_file, write_model
 
 KEY, LEDGER = Path("job.key"), Path("ledger.jsonl")
 JOB: dict[str, Any] = {"key": KEY, "ledger": LEDGER}

@@ -17,7 +17,7 @@ from typing import Any
 from fedqsn_cli import export_proxy, mask, merge, quantize
 from golden.inputs import Update, draft, make_model, noise
 from golden.running import OTHER_SECRET, SECRET, fixed_key
-from golden.stored import read_model
+from support.raw_safetensors import read_model
 
 KEY, LEDGER = Path("job.key"), Path("ledger.jsonl")
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 1}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from golden.inputs import noise
-from golden.stored import read_model, to_bits, write_file
+from support.raw_safetensors import read_model, to_bits, write_file
 
 VOCABULARY, POSITIONS, LABELS = 97, 64, 5
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -17,8 +17,8 @@ from typing import Any
 
 from fedqsn_cli import client_train, export_proxy, mask, merge
 from golden.running import SECRET, Files, Job, Records, fedqsn, fixed_key, sha256, succeed, transcript
-from golden.stored import read_file, to_bits, to_floats, write_file
 from golden.trainable import model
+from support.raw_safetensors import read_file, to_bits, to_floats, write_file
 
 KEY, LEDGER = Path("job.key"), Path("ledger.jsonl")
 JOB: dict[str, Any] = {"key": KEY, "ledger": LEDGER}
@@ -233,7 +233,7 @@ def function() -> Files:
 # ------------------------------------------------------------------------------------------------ errors
 
 TEXTS: dict[str, list[dict[str, Any]]] = {
-    "a label that is none": [{"text": "w3", "label": "x"}],
+    "an unknown label": [{"text": "w3", "label": "x"}],
     "a label out of range": [{"text": "w3", "label": 9}],
     "a label that is half": [{"text": "w3", "label": 0.5}],
     "no label": [{"text": "w3"}],

@@ -13,6 +13,7 @@ from torch.nn import functional
 from fedqsn_cli import evaluate, mask, quantize
 from fedqsn_cli.errors import DataError, FormatError, InputError
 from fedqsn_cli.training.scoring import macro_f1
+from support.keys import known_key
 from support.training_jobs import labelled, make_proxy, plain_texts, small_model, write_lines
 
 
@@ -89,15 +90,15 @@ def test_macro_f1_is_the_mean_over_classes_that_occur(truths: list[int], answers
 
 def test_a_server_model_a_quantized_one_and_a_proxy_that_hides_no_more_agree(bert: Path, tmp_path: Path) -> None:
     data, key = bert / "data.jsonl", tmp_path / "key"
-    mask(str(bert / "model"), tmp_path / "server", key=key, p1=0.3)
+    with known_key():  # with some masks the losses of model and server model agree in four digits
+        mask(str(bert / "model"), tmp_path / "server", key=key, p1=0.3)
     quantize(str(tmp_path / "server"), tmp_path / "packed", format="nf4")
     plain = make_proxy(tmp_path / "server", tmp_path / "plain", p1=0.3, p2=0.0, key=key)
     packed = make_proxy(tmp_path / "server", tmp_path / "proxy", p1=0.3, p2=0.0, key=key, format="nf4")
     server = evaluate(tmp_path / "server", data=data)
     assert evaluate(plain, data=data) == server
     assert evaluate(packed, data=data).loss == pytest.approx(evaluate(tmp_path / "packed", data=data).loss, rel=1e-4)
-    # the key is random: with some masks the two losses agree in four digits
-    assert evaluate(bert / "model", data=data).loss != pytest.approx(server.loss, rel=1e-6)
+    assert evaluate(bert / "model", data=data).loss != pytest.approx(server.loss, rel=1e-4)
 
 
 def test_a_proxy_whose_files_were_changed_is_refused(bert: Path, tmp_path: Path) -> None:

@@ -291,4 +291,5 @@ def _first_problem(error: ValidationError) -> str:
     """The first problem that a validation found, as one clause."""
     first = error.errors(include_url=False)[0]
     field = ".".join(str(part) for part in first["loc"]) or "document"
-    return f"field {field}: {first['msg'].lower()}"
+    message = "must be an object" if first["type"] == "model_type" else first["msg"]
+    return f"field {field}: {message[:1].lower()}{message[1:]}"  # a pattern in it keeps its case
