@@ -23,7 +23,6 @@ from fedqsn_cli.models.public_base import KINDS, open_base
 from fedqsn_cli.quantization.layout import layout_of
 from support.families import build
 from support.helpers import (
-    CONFIG_DTYPES,
     Tensors,
     contents,
     hidden_elements,
@@ -35,6 +34,7 @@ from support.helpers import (
     to_floats,
     write_model,
 )
+from support.models import CONFIG_DTYPES
 from support.processes import Outcome, run
 from support.scenario import replaced
 
