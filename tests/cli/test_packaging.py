@@ -25,8 +25,9 @@ def pins() -> dict[str, str]:
 def direct() -> dict[str, str]:
     """Name and lowest version of everything that pyproject.toml names."""
     found = project()
-    asked = [*found["dependencies"], *found["optional-dependencies"]["dev"]]  # type: ignore[misc,index]
-    return dict(requirement.split(">=") for requirement in asked)
+    extras: dict[str, list[str]] = found["optional-dependencies"]  # type: ignore[assignment]
+    asked = [*found["dependencies"], *(one for extra in extras.values() for one in extra)]  # type: ignore[misc]
+    return dict(requirement.split(">=") for requirement in asked if not requirement.startswith("fedqsn-cli["))
 
 
 def version(text: str) -> tuple[int, ...]:

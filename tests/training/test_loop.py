@@ -11,10 +11,18 @@ from torch import Tensor
 
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.options import RecipeOptions
-from fedqsn_cli.progress import Silent
+from fedqsn_cli.progress import SILENT, Silent
+from fedqsn_cli.training import loop
 from fedqsn_cli.training.batching import IGNORED, Examples, Padding, collate, loss_sum
 from fedqsn_cli.training.compact import VisibleParameters
-from fedqsn_cli.training.loop import choose_precision, learning_rate, make_optimizer, shuffled, step_count, train
+from fedqsn_cli.training.loop import (
+    TrainingSummary,
+    choose_precision,
+    learning_rate,
+    make_optimizer,
+    shuffled,
+    step_count,
+)
 from support.families import make_config
 
 PADDING = Padding(0)
@@ -44,6 +52,18 @@ def some_masks(model: Any) -> dict[str, Tensor]:
         sizes = sizes if "embeddings" in name or "pooler" in name else (parameter.shape[0], 1)
         masks[name] = (torch.rand(sizes, generator=generator) < 0.7).expand(parameter.shape)
     return masks
+
+
+def train(
+    model: Any,
+    examples: Examples,
+    masks: dict[str, Tensor],
+    recipe: RecipeOptions,
+    padding: Padding = PADDING,
+    progress: Any = SILENT,
+) -> TrainingSummary:
+    """Train the visible elements of a model's parameters."""
+    return loop.train(model, examples, VisibleParameters(model, masks), recipe, padding, progress)
 
 
 def train_plainly(model: Any, examples: Examples, masks: dict[str, Tensor], recipe: RecipeOptions) -> None:
@@ -81,7 +101,7 @@ def test_it_trains_as_a_plain_loop_would_that_undoes_what_happens_to_hidden_unit
     recipe = RecipeOptions(epochs=2, batch_size=4, lr=1e-2, weight_decay=0.1, max_grad_norm=0.5)
     compact, plain = new_model(), new_model()
     masks = some_masks(plain)
-    train(compact, some_examples(), masks, recipe, PADDING, Silent())
+    train(compact, some_examples(), masks, recipe)
     train_plainly(plain, some_examples(), masks, recipe)
     for a, b in zip(compact.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)  # steps are of size 1e-2
@@ -91,7 +111,7 @@ def test_hidden_units_stay_bit_equal_and_visible_ones_do_not() -> None:
     model = new_model()
     masks = some_masks(model)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    train(model, some_examples(), masks, RecipeOptions(epochs=3, batch_size=4, lr=1e-2), PADDING, Silent())
+    train(model, some_examples(), masks, RecipeOptions(epochs=3, batch_size=4, lr=1e-2))
     for name, parameter in model.named_parameters():
         mask = masks.get(name, torch.ones_like(parameter, dtype=torch.bool))
         assert torch.equal(parameter[~mask], before[name][~mask]), name
@@ -116,8 +136,8 @@ def test_one_step_is_the_same_however_it_is_split_into_batches() -> None:
     examples = some_examples(8)
     whole, parts = new_model(), new_model()
     options = {"epochs": 1, "lr": 1e-2, "seed": 4}
-    train(whole, examples, {}, RecipeOptions(batch_size=8, **options), PADDING, Silent())  # type: ignore[arg-type]
-    train(parts, examples, {}, RecipeOptions(batch_size=3, gradient_accumulation=3, **options), PADDING, Silent())  # type: ignore[arg-type]
+    train(whole, examples, {}, RecipeOptions(batch_size=8, **options))  # type: ignore[arg-type]
+    train(parts, examples, {}, RecipeOptions(batch_size=3, gradient_accumulation=3, **options))  # type: ignore[arg-type]
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
@@ -134,7 +154,7 @@ def test_tokens_count_alike_in_long_and_short_texts() -> None:
             loss_sum("causal-lm", model(**batch.inputs).logits, batch.targets).item()
             for batch in (collate(examples, [row], PADDING) for row in (0, 1))
         ]
-    done = train(model, examples, {}, RecipeOptions(batch_size=1, gradient_accumulation=2), PADDING, Silent())
+    done = train(model, examples, {}, RecipeOptions(batch_size=1, gradient_accumulation=2))
     assert math.isclose(done.first_loss, sum(losses) / 4, rel_tol=1e-5)
 
 
@@ -149,7 +169,7 @@ def test_the_same_seed_gives_the_same_bits_and_the_global_generator_is_left_alon
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.3
         torch.set_rng_state(state)
-        train(model, some_examples(), {}, RecipeOptions(epochs=2, batch_size=4, lr=1e-2, seed=seed), PADDING, Silent())
+        train(model, some_examples(), {}, RecipeOptions(epochs=2, batch_size=4, lr=1e-2, seed=seed))
         results.append(torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()]))
         assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(results[0], results[1])
@@ -183,9 +203,9 @@ def test_the_learning_rate_rises_then_falls_and_is_never_zero() -> None:
 
 
 def test_only_examples_that_took_part_are_counted() -> None:
-    done = train(new_model(), some_examples(12), {}, RecipeOptions(batch_size=4, max_steps=2), PADDING, Silent())
+    done = train(new_model(), some_examples(12), {}, RecipeOptions(batch_size=4, max_steps=2))
     assert (done.steps, done.examples) == (2, 8)
-    done = train(new_model(), some_examples(12), {}, RecipeOptions(batch_size=4, epochs=3), PADDING, Silent())
+    done = train(new_model(), some_examples(12), {}, RecipeOptions(batch_size=4, epochs=3))
     assert (done.steps, done.examples) == (9, 12)
 
 
@@ -194,12 +214,12 @@ def test_a_loss_that_is_not_finite_stops_the_training() -> None:
     with torch.no_grad():
         model.classifier.weight[0, 0] = torch.inf
     with pytest.raises(InputError, match="the loss is .* at step 1"):
-        train(model, some_examples(), {}, RecipeOptions(), PADDING, Silent())
+        train(model, some_examples(), {}, RecipeOptions())
 
 
 def test_mixed_precision_trains_too_and_weights_stay_fp32() -> None:
     model = new_model()
-    done = train(model, some_examples(), {}, RecipeOptions(batch_size=4, lr=1e-2, precision="bf16"), PADDING, Silent())
+    done = train(model, some_examples(), {}, RecipeOptions(batch_size=4, lr=1e-2, precision="bf16"))
     assert math.isfinite(done.last_loss)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 

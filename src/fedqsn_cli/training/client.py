@@ -14,6 +14,7 @@ from fedqsn_cli.models.torch_model import Task, choose_device, load_model, memor
 from fedqsn_cli.options import TrainOptions
 from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.training import update
+from fedqsn_cli.training.compact import VisibleParameters
 from fedqsn_cli.training.data import Encoder
 from fedqsn_cli.training.loop import TrainingSummary, choose_precision, train
 from fedqsn_cli.training.scoring import Evaluation, score
@@ -107,7 +108,7 @@ def _round(
         return score(model, held_out, batch_size=2 * options.batch_size, padding=encoder.padding, progress=progress)
 
     before = measure()
-    trained = train(model, examples, masks, options, encoder.padding, progress)
+    trained = train(model, examples, VisibleParameters(model, masks), options, encoder.padding, progress)
     after = measure()
     update.write_tensors(writer, model, dense, visible, options.update_format)
     _write_manifest(writer, folder, manifest, trained, before, after, options.update_format)

@@ -9,12 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fedqsn_cli.planning.tensor_plan import UnitAxis
+
+
+class Trainable(Protocol):
+    """What an optimizer trains of a model, and how its values get into the model."""
+
+    decayed: list[Tensor]
+    undecayed: list[Tensor]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """Everything that the optimizer trains: matrices, which weight decay applies to, then biases and norms."""
+
+    def gather_gradients(self) -> None:
+        """Set the gradients of the leaves from those of the model; called after the backward passes of a step."""
+
+    def scatter_values(self) -> None:
+        """Write the values of the leaves into the model and drop all gradients; called after the optimizer's step."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import inspect
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from fedqsn_cli.errors import InputError
 from fedqsn_cli.options import RecipeOptions
 from fedqsn_cli.progress import Progress
 from fedqsn_cli.training.batching import Batch, Examples, Padding, collate, loss_sum, shuffled
-from fedqsn_cli.training.compact import VisibleParameters
+from fedqsn_cli.training.compact import Trainable
 
 
 def step_count(recipe: RecipeOptions, examples: int) -> int:
@@ -60,23 +60,22 @@ class TrainingSummary:
 def train(
     model: Any,
     examples: Examples,
-    masks: Mapping[str, Tensor],
+    trainable: Trainable,
     recipe: RecipeOptions,
     padding: Padding,
     progress: Progress,
 ) -> TrainingSummary:
-    """Train the visible units of a model in place.
+    """Train a model in place.
 
     Args:
         model: fp32, on the device to train on.
-        masks: bool masks of parameters with hidden units, True where visible.
+        trainable: the part of it that is trained.
         recipe: the options; precision "bf16" is mixed precision (weights stay fp32), everything else is fp32.
 
     Raises:
         InputError: the loss is not finite.
     """
-    visible = VisibleParameters(model, masks)
-    optimizer = make_optimizer(visible, recipe)
+    optimizer = make_optimizer(trainable, recipe)
     steps = step_count(recipe, len(examples))
     losses: list[float] = []
     seen: set[int] = set()
@@ -93,10 +92,10 @@ def train(
             if not math.isfinite(losses[-1]):
                 hint = "lower --lr, or use --precision fp32"
                 raise InputError(f"the loss is {losses[-1]} at step {step + 1}", hint=hint)
-            visible.gather_gradients()
-            torch.nn.utils.clip_grad_norm_(visible.leaves, recipe.max_grad_norm)
+            trainable.gather_gradients()
+            torch.nn.utils.clip_grad_norm_(trainable.leaves, recipe.max_grad_norm)
             optimizer.step()
-            visible.scatter_values()
+            trainable.scatter_values()
             seen.update(row for rows in window for row in rows)
             examples_done += sum(map(len, window))
             progress.advance(1, loss=losses[-1], examples_per_s=examples_done / (time.monotonic() - start))
@@ -107,11 +106,11 @@ def train(
     return TrainingSummary(steps, len(seen), first, last, time.monotonic() - start)
 
 
-def make_optimizer(visible: VisibleParameters, recipe: RecipeOptions) -> torch.optim.AdamW:
+def make_optimizer(trainable: Trainable, recipe: RecipeOptions) -> torch.optim.AdamW:
     """AdamW over the leaves, in one fused kernel; biases and norms have no weight decay."""
     groups = [
-        {"params": visible.decayed, "weight_decay": recipe.weight_decay},
-        {"params": visible.undecayed, "weight_decay": 0.0},
+        {"params": trainable.decayed, "weight_decay": recipe.weight_decay},
+        {"params": trainable.undecayed, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=recipe.lr, fused=True)
 

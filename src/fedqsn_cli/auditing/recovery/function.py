@@ -39,6 +39,7 @@ from fedqsn_cli.options import RecipeOptions
 from fedqsn_cli.progress import Progress
 from fedqsn_cli.quantization.layout import row_chunks
 from fedqsn_cli.training.batching import Examples
+from fedqsn_cli.training.compact import VisibleParameters
 from fedqsn_cli.training.data import Encoder
 from fedqsn_cli.training.loop import train
 from fedqsn_cli.training.scoring import score as score_model
@@ -283,7 +284,14 @@ class FunctionAttack:
             loaded = load_model(self.truth.checkpoint, dense=build())
             loaded.model.to(self.evaluation.device)
             recipe = RecipeOptions(epochs=epochs, max_steps=_MOST_STEPS, lr=rate, batch_size=_BATCH, precision="fp32")
-            train(loaded.model, examples, {}, recipe, self.evaluation.encoder.padding, self.inputs.progress)
+            train(
+                loaded.model,
+                examples,
+                VisibleParameters(loaded.model, {}),
+                recipe,
+                self.evaluation.encoder.padding,
+                self.inputs.progress,
+            )
             results.append(self.evaluation.score("attacked", loaded))
         return min(results, key=lambda result: result.loss)
 
