@@ -115,12 +115,12 @@ def test_releases_made_meanwhile_are_seen_under_the_ledgers_lock(job: Path) -> N
     """Two exports at the same time: both fit alone, the second to be recorded does not."""
     mine = job_key.load(job / "job.key")
     limit = Budget(mine, (Planned("ann", 3, "fresh", 0.25),), after(job, Line("ann", 3, "fresh", 0.25)) + 1e-6, None)
-    limit.check_ledger(job / "ledger.jsonl")
+    limit.check(ledger.read(job / "ledger.jsonl"))
     export(job, "ann", 2)
     before = (job / "ledger.jsonl").read_bytes()
     (release,) = [one for one in ledger.read(job / "ledger.jsonl") if one.client == "bob"]
     with pytest.raises(GateFailed):
-        ledger.record(job / "ledger.jsonl", [release], check=limit.check)
+        ledger.record(job / "ledger.jsonl", mine, [release], check=limit.check)
     assert (job / "ledger.jsonl").read_bytes() == before
 
 

@@ -9,6 +9,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def test_the_file_is_what_the_format_says(path: Path) -> None:
         "overrides": {"rule": []},
         "groups": {name: list(size) for name, size in PLAN.sizes()[0].items()},
         "clear": PLAN.sizes()[1],
+        "seal": json.loads(path.read_text())["seal"],
     }
 
 
@@ -323,3 +325,55 @@ except OutputExists:
     said = [racer.communicate()[0].strip() for racer in racers]
     assert said.count("exists") == 3
     assert job_key.load(path).commitment in said
+
+
+# ---------------------------------------------------------------- everything in the file is bound to the key
+
+
+EDITS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "p1": lambda file: file.update(p1=0.1),
+    "axis": lambda file: file.update(axis="input"),
+    "plan": lambda file: file.update(plan="0" * 64),
+    "no groups": lambda file: file.update(groups={}),
+    "a count": lambda file: next(iter(file["groups"].values())).__setitem__(1, 7),
+    "a group more": lambda file: file["groups"].update(phantom=[64, 10**9]),
+    "clear": lambda file: file.update(clear=10**15),
+    "overrides": lambda file: file.update(overrides={"rule": [], "where": "outputs"}),
+    "ratios": lambda file: file.update(ratios=dict.fromkeys(file["groups"], 0.0)),
+    "key": lambda file: file.update(key=hashlib.sha256(b"another").hexdigest()),
+    "seal": lambda file: file.update(seal="0" * 64),
+}
+
+
+@pytest.mark.parametrize("unsealed", [False, True])
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_an_edited_key_file_is_refused(edit: Callable[[dict[str, Any]], None], unsealed: bool, path: Path) -> None:
+    start(path)
+    document = json.loads(path.read_text())
+    edit(document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(KeyFileError, match="was edited"):
+        job_key.load(path, unsealed=unsealed)
+
+
+def test_a_key_file_without_a_seal_is_taken_and_sealed_on_request_only(path: Path) -> None:
+    job = start(path)
+    sealed = path.read_bytes()
+    document = json.loads(sealed)
+    del document["seal"]
+    path.write_text(json.dumps(document))
+    with pytest.raises(KeyFileError, match=r"no seal.*") as raised:
+        job_key.load(path)
+    assert "--trust-records" in str(raised.value)
+    assert job_key.load(path, unsealed=True) == job
+    job_key.seal_file(path, job)
+    assert path.read_bytes() == sealed
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("key", ["0" * 64, "f" * 64, "0123456789abcdef" * 4])
+def test_a_key_that_was_not_drawn_is_refused(key: str, path: Path) -> None:
+    start(path)
+    change(path, key=key)
+    with pytest.raises(KeyFileError, match="not a key that was drawn"):
+        job_key.load(path)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedqsn_cli import export_proxy, strictjson
+from fedqsn_cli.artifacts.ledger_head import write_head
 from fedqsn_cli.artifacts.manifests import ProxyManifest, file_digest, read_manifest
 from fedqsn_cli.auditing.completeness import Collector
 from fedqsn_cli.auditing.findings import Audit
@@ -187,6 +188,8 @@ def sign(world: World, client: str = "alice", **fields: Any) -> None:
         lines.append(strictjson.dumps(line))
         previous = hashlib.sha256(lines[-1].encode()).hexdigest()
     world.ledger.write_text("".join(line + "\n" for line in lines))
+    digests = ["0" * 64, *(hashlib.sha256(line.encode()).hexdigest() for line in lines)]
+    write_head(world.ledger, None, job_key.load(world.key), digests)
 
 
 def requantize(world: World, client: str, *, masked_before: bool) -> None:

@@ -1,7 +1,8 @@
 """The server's append-only record of every proxy it released.
 
-One JSON line a release. Each line holds the SHA-256 of the line before it, so that a line that was changed, removed
-or moved is detected. A release is recorded *before* its proxy appears: there is no proxy without a line.
+One JSON line a release. Each line holds the SHA-256 of the line before it, and a head beside the ledger seals where it
+ends (`ledger_head`), so that a line that was changed, removed or moved is detected. A release is recorded *before* its
+proxy appears: there is no proxy without a line.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from fedqsn_cli import strictjson, validate
+from fedqsn_cli.artifacts.ledger_head import Sealer, check_end, head_path, read_head, write_head
 from fedqsn_cli.artifacts.manifests import (
     Count,
     Fill,
@@ -30,6 +33,7 @@ from fedqsn_cli.checkpoint.header import open_regular_file
 from fedqsn_cli.errors import FormatError, InputError
 
 _NO_LINE = "0" * 64
+_SAME_IN_A_JOB = ("p1", "p1_least", "plan")
 ClientId = Annotated[str, Field(pattern=f"^{validate.CLIENT_ID}$")]
 
 
@@ -55,58 +59,97 @@ class Release(Strict):
     previous: Sha256 = _NO_LINE
 
 
-def read(path: Path) -> list[Release]:
-    """All releases in order; checks the chain of lines.
+def read(path: Path, job: Sealer | None = None) -> list[Release]:
+    """All releases in order; checks the chain of lines, and that it ends where the head says.
+
+    Args:
+        job: verifies the seal of the head; see `ledger_head.check_end`.
 
     Raises:
-        InputError: there is no such file. FormatError: a line is malformed, or the chain is broken.
+        InputError: there is no such file. FormatError: a line is malformed, the chain is broken, or lines are missing.
     """
     if not path.exists():
+        if head_path(path).exists():
+            raise InputError("the ledger is gone, but its head is here", where=path, hint="restore it from a backup")
         raise InputError("no ledger here", where=path, hint="it is written by 'fedqsn export-proxy --ledger'")
     with open(open_regular_file(path), "rb") as file:
-        data = file.read()
-    return _parse(data[: _whole_lines(data)], path)[0]
+        fcntl.flock(file, fcntl.LOCK_SH)  # line and head are written under the lock of the ledger
+        lines = _Lines.parse(file.read(), path)
+        check_end(path, read_head(path), lines.jobs, lines.digests, job)
+    return lines.releases
 
 
-def check(path: Path) -> None:
+def check(path: Path, job: Sealer | None = None) -> None:
     """Refuse a damaged ledger before any work is done; one that does not exist yet is fine.
 
     Raises:
-        InputError: it is not a regular file. FormatError: a line is malformed, or the chain is broken.
+        InputError: it is not a regular file, or is gone. FormatError: see `read`.
     """
-    if path.exists():
-        read(path)
+    if path.exists() or head_path(path).exists():
+        read(path, job)
 
 
 def record(
-    path: Path, releases: Sequence[Release], *, check: Callable[[Sequence[Release]], None] | None = None
+    path: Path,
+    job: Sealer,
+    releases: Sequence[Release],
+    *,
+    check: Callable[[Sequence[Release]], None] | None = None,
+    trust: bool = False,
 ) -> None:
-    """Append releases and flush them to disk; a release that the ledger already has is not written again.
+    """Append releases, flush them to disk and seal the end; a release that the ledger has is not written again.
 
     Args:
+        job: the releases' job.
         check: called with all earlier releases, under the ledger's lock. If it raises, nothing is recorded.
+        trust: where the ledger has no head for the job, seal it as it is.
 
     Raises:
-        FormatError: the ledger is damaged. InputError: the ledger has other content for the proxy id of a release.
+        FormatError: the ledger is damaged. InputError: the ledger has other content for the proxy id of a release, or
+            another p1 or plan for its job.
     """
     with _locked(path) as descriptor:
-        data = _read_all(descriptor)
-        size = _whole_lines(data)  # a torn last line was never acknowledged: its proxy was never published
-        known, previous = _parse(data[:size], path)
+        known = _Lines.parse(_read_all(descriptor), path)
+        head = read_head(path)
+        if trust and (head is None or job.commitment not in head.jobs):
+            write_head(path, head, job, known.digests)
+            head = read_head(path)
+        check_end(path, head, known.jobs, known.digests, job)
         if check is not None:
-            check(known)
-        lines = b""
-        for release in _unknown(known, releases, path):
-            line = strictjson.dumps(release.model_copy(update={"previous": previous}).model_dump(mode="json")).encode()
-            previous = hashlib.sha256(line).hexdigest()
-            lines += line + b"\n"
+            check(known.releases)
+        new = list(_unknown(known.releases, releases, path))
+        if head is None or job.commitment not in head.jobs:
+            write_head(path, head, job, known.digests)  # before the first line: see `ledger_head`
+        lines, digests = _chained(new, known.digests)
         if lines:
-            _append(descriptor, size, lines)
+            _append(descriptor, known.size, b"\n" * known.open_end + lines)
+        if lines or head is None or head.ends_before(job, digests):
+            write_head(path, read_head(path), job, digests)
+
+
+def _chained(releases: Sequence[Release], digests: Sequence[str]) -> tuple[bytes, list[str]]:
+    """The lines of new releases, and the digests of the ledger with them."""
+    lines, digests = b"", list(digests)
+    for release in releases:
+        linked = release.model_copy(update={"previous": digests[-1]})
+        line = strictjson.dumps(linked.model_dump(mode="json")).encode()
+        digests.append(hashlib.sha256(line).hexdigest())
+        lines += line + b"\n"
+    return lines, digests
 
 
 def _unknown(known: Sequence[Release], releases: Sequence[Release], path: Path) -> Iterator[Release]:
     by_id = {release.proxy_id: release for release in known}
+    jobs = {release.job: release for release in known}
     for release in releases:
+        before = jobs.get(release.job, release)
+        if any(getattr(before, name) != getattr(release, name) for name in _SAME_IN_A_JOB):
+            raise InputError(
+                f"the ledger has releases of this job with p1 = {before.p1!r} and plan {before.plan[:12]}, not "
+                f"p1 = {release.p1!r} and plan {release.plan[:12]}",
+                where=path,
+                hint="together they would show what each of them hides; start a new job with a new key",
+            )
         old = by_id.get(release.proxy_id)
         if old is None:
             yield release
@@ -147,19 +190,50 @@ def _read_all(descriptor: int) -> bytes:
         return file.read()
 
 
-def _whole_lines(data: bytes) -> int:
-    """Length of the part that ends with a line feed."""
-    return data.rfind(b"\n") + 1
+@dataclass(frozen=True, slots=True)
+class _Lines:
+    """A ledger that was read.
+
+    Args:
+        digests: of its beginning, and SHA-256 of each line. size: bytes of its whole lines.
+        open_end: is the last of them without its line feed?
+    """
+
+    releases: list[Release]
+    digests: list[str]
+    size: int
+    open_end: bool
+
+    @property
+    def jobs(self) -> list[str]:
+        return [release.job for release in self.releases]
+
+    @classmethod
+    def parse(cls, data: bytes, path: Path) -> _Lines:
+        """Check every line and the chain. Raises FormatError."""
+        size = _whole(data)
+        releases: list[Release] = []
+        digests = [_NO_LINE]
+        for number, line in enumerate(data[:size].splitlines(), start=1):
+            where = f"{path}:{number}"
+            release = Release.from_document(strictjson.loads(line, where), where)
+            if release.previous != digests[-1]:
+                raise FormatError(
+                    "the chain of the ledger is broken here", where=where, hint="restore it from a backup"
+                )
+            releases.append(release)
+            digests.append(hashlib.sha256(line).hexdigest())
+        return cls(releases, digests, size, data[:size][-1:] not in (b"\n", b""))
 
 
-def _parse(data: bytes, path: Path) -> tuple[list[Release], str]:
-    releases: list[Release] = []
-    previous = _NO_LINE
-    for number, line in enumerate(data.splitlines(), start=1):
-        where = f"{path}:{number}"
-        release = Release.from_document(strictjson.loads(line, where), where)
-        if release.previous != previous:
-            raise FormatError("the chain of the ledger is broken here", where=where, hint="restore it from a backup")
-        releases.append(release)
-        previous = hashlib.sha256(line).hexdigest()
-    return releases, previous
+def _whole(data: bytes) -> int:
+    """Length of the part that is whole lines. A torn last line was never acknowledged: its proxy was never published.
+
+    A last line without a line feed (editors strip it) is whole if it is JSON: no part of an object is.
+    """
+    size = data.rfind(b"\n") + 1
+    try:
+        strictjson.loads(data[size:], "")
+    except FormatError:
+        return size
+    return len(data)

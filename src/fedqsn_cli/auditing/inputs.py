@@ -140,7 +140,9 @@ def open_inputs(
     """Open everything; what cannot be read or does not belong becomes an FQ903 or FQ904 finding, and is left out."""
     key, ledger = options.key, options.ledger
     job = collector.attempt(lambda: job_key.load(key) if key is not None else None, "key")
-    releases = collector.attempt(lambda: tuple(ledgers.read(Path(ledger))) if ledger is not None else None, "ledger")
+    releases = collector.attempt(
+        lambda: tuple(ledgers.read(Path(ledger), job)) if ledger is not None else None, "ledger"
+    )
     folders = tuple(_open_folder(scope, reference, collector) for scope, reference in _named(proxies))
     axis = job.axis if job is not None else _axis_of(options.truth, folders)
     overrides = job.overrides if job is not None else None

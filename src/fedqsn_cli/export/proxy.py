@@ -94,18 +94,19 @@ def export_proxy(source: str | Path, options: ExportOptions, *, progress: Progre
     ledger = Path(options.ledger)
     for target in options.targets:
         keep_outside(target, key=options.key, ledger=ledger)
-    ledgers.check(ledger)
     session = open_session(source, options)
+    ledgers.check(ledger, None if options.trust_records else session.job)
     train = _trained_fill(session, options)
     masks = [session.client_masks(client, options) for client in options.client]
     budget = _budget(session, masks, options)
-    budget.check_ledger(ledger)
+    budget.check(ledgers.read(ledger) if ledger.exists() else [])
     quantization = choose_quantization(session, options)
     export = _Export(session, quantization, tensor_tasks(session.model, quantization, session.masks.hidden), train)
     with _writers(options) as writers:
         releases = export.write(writers, masks, options.max_shard_bytes, progress)
         session.save_key()
-        ledgers.record(ledger, releases, check=budget.check)  # again: others may have released meanwhile
+        # the budget is checked again: others may have released meanwhile
+        ledgers.record(ledger, session.job, releases, check=budget.check, trust=options.trust_records)
         folders = [writer.publish() for writer in writers]
     commits = [_push(folder, client, options.push) for folder, client in zip(folders, options.client, strict=True)]
     proxies = map(_exported, releases, folders, commits)

@@ -31,6 +31,7 @@ class MaskingSession:
         job: key, p1 and plan. new_key: it is not on disk yet.
         fill: what hidden units are replaced by. base: the public base of fill "base".
         rescale: whether the visible part is scaled by n / |V|; never with a public base.
+        trust_records: whether a key file without a seal is taken, and sealed.
     """
 
     model: OpenModel
@@ -41,6 +42,7 @@ class MaskingSession:
     fill: Fill
     base: PublicBase | None
     rescale: bool
+    trust_records: bool = False
 
     @property
     def stored_quantization(self) -> Quantization | None:
@@ -53,9 +55,11 @@ class MaskingSession:
         return ClientMasks(self.masks, client, round, p2, schedule, self.rescale)
 
     def save_key(self) -> None:
-        """Write a new key to disk; an old one stays as it is."""
+        """Write a new key to disk. An old one stays as it is, or is sealed if records are to be trusted."""
         if self.new_key:
             job_key.save(self.key, self.job)
+        elif self.trust_records:
+            job_key.seal_file(self.key, self.job)
 
 
 def open_session(source: str | Path, options: MaskingOptions) -> MaskingSession:
@@ -68,7 +72,7 @@ def open_session(source: str | Path, options: MaskingOptions) -> MaskingSession:
         InputError: options, key, manifest and model do not agree.
     """
     key = Path(options.key)
-    known = job_key.load(key) if os.path.lexists(key) else None
+    known = job_key.load(key, unsealed=options.trust_records) if os.path.lexists(key) else None
     overrides = _overrides(options, known)
     model = open_model(str(source), axis=options.axis or (known.axis if known else "neuron"), overrides=overrides)
     _check_maskable(model, source)
@@ -80,14 +84,17 @@ def open_session(source: str | Path, options: MaskingOptions) -> MaskingSession:
     else:
         _reconcile("--axis", options.axis, server.axis)
         _reconcile("--plan-file", overrides if options.plan_file is not None else None, server.overrides)
-    job, new_key = job_key.open_or_draw(key, p1=options.p1, axis=model.plan.axis, plan=model.plan)
+    job, new_key = job_key.open_or_draw(
+        key, p1=options.p1, axis=model.plan.axis, plan=model.plan, unsealed=options.trust_records
+    )
     fill: Fill = _reconcile("--fill", options.fill, server.fill if server else None) or "zero"
     recorded = server.rescale if server is not None and server.fill == "zero" else None
     rescale = _reconcile("--rescale", options.rescale, recorded) is not False
     if server is not None and server.job != job.commitment:
         raise KeyFileError("the key belongs to another job than this server model", where=key)
     base = _open_base(model, fill, options.public_base)
-    return MaskingSession(model, job, key, new_key, ServerMasks(job), fill, base, rescale and fill == "zero")
+    masks, scaled = ServerMasks(job), rescale and fill == "zero"
+    return MaskingSession(model, job, key, new_key, masks, fill, base, scaled, options.trust_records)
 
 
 def _check_maskable(model: OpenModel, source: str | Path) -> None:

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from fedqsn_cli.artifacts import ledger as ledgers
 from fedqsn_cli.artifacts.ledger import Release
 from fedqsn_cli.errors import GateFailed
 from fedqsn_cli.exposure.exposure import exposure
@@ -45,11 +43,6 @@ class Budget:
     planned: tuple[Planned, ...]
     share: float | None
     coalition: int | None
-
-    def check_ledger(self, path: Path) -> None:
-        """As `check`, for the ledger at a path; it need not exist yet."""
-        if self.share is not None:
-            self.check(ledgers.read(path) if path.exists() else [])
 
     def check(self, past: Sequence[Release]) -> None:
         """Refuse the planned releases if they would show too much.

@@ -2,13 +2,16 @@
 
     {"format": "fedqsn-key/1", "key": 64 hex digits, "p1": ratio, "axis": axis, "plan": sha256, "overrides": {...},
      "groups": {group: [units, parameters]}, "clear": parameters that no mask covers,
-     "ratios": {group: p1}, only where some group has another p1}
+     "ratios": {group: p1}, only where some group has another p1, "seal": 64 hex digits}
 
 A key file belongs to one job: one p1, one plan, one axis. It must be a regular file that nobody but its owner can open.
+The seal is an HMAC under the key over all other fields: a file in which one of them was edited is refused, because
+another p1 in a running job would show what was hidden before.
 """
 
 from __future__ import annotations
 
+import hmac
 import os
 import secrets
 import stat
@@ -26,10 +29,15 @@ from fedqsn_cli.planning.plan import Plan
 from fedqsn_cli.planning.tensor_plan import MASK_AXES
 
 FORMAT = "fedqsn-key/1"
+SEAL_AGAIN = (
+    "if nobody but you could write it, run 'fedqsn mask' or 'fedqsn export-proxy' once with --trust-records: it is "
+    "then sealed as it is"
+)
 MAX_BYTES = 16 * 2**20
 
 _FIELDS = {"format", "key", "p1", "axis", "plan", "overrides", "groups", "clear"}
-_OPTIONAL = {"ratios"}
+_OPTIONAL = {"ratios", "seal"}
+_LEAST_DIFFERENT_BYTES = 9  # of 32: fewer happen to a drawn key with a probability below 2^-100
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +76,10 @@ class JobKey:
         """Names the key without revealing it: HMAC-SHA256(key, "fedqsn/v1/commitment"), hex."""
         return derive(self.key, ("fedqsn/v1/commitment",)).hex()
 
+    def seal(self, what: str, *fields: str) -> str:
+        """Proves that who wrote these fields has the key: HMAC-SHA256(key, "fedqsn/v1/seal", what, fields), hex."""
+        return derive(self.key, ("fedqsn/v1/seal", what, *fields)).hex()
+
 
 def draw(p1: float, axis: str, plan: Plan) -> JobKey:
     """A new job with a key drawn from the operating system's generator; nothing is written yet."""
@@ -92,7 +104,21 @@ def save(path: str | Path, job: JobKey) -> None:
     """
     from fedqsn_cli.checkpoint import create_secret
 
-    document = {
+    try:
+        create_secret(Path(path), _file_bytes(job))
+    except FileExistsError:
+        raise OutputExists("a file is already there", where=path) from None
+
+
+def seal_file(path: str | Path, job: JobKey) -> None:
+    """Write the file of a job again, sealed, in place of one that earlier versions wrote without a seal."""
+    from fedqsn_cli.checkpoint import write_file_atomically
+
+    write_file_atomically(Path(path), _file_bytes(job), 0o600)
+
+
+def _file_bytes(job: JobKey) -> bytes:
+    document: dict[str, Any] = {
         "format": FORMAT,
         "key": job.key.hex(),
         "p1": job.p1,
@@ -104,19 +130,35 @@ def save(path: str | Path, job: JobKey) -> None:
     }
     if job.ratios:
         document["ratios"] = job.ratios
-    try:
-        create_secret(Path(path), strictjson.pretty(document).encode())
-    except FileExistsError:
-        raise OutputExists("a file is already there", where=path) from None
+    return strictjson.pretty(document | {"seal": _seal_of(job, document)}).encode()
 
 
-def load(path: str | Path) -> JobKey:
+def _seal_of(job: JobKey, document: Mapping[str, Any]) -> str:
+    """The seal of a key file with these fields; its own does not count."""
+    return job.seal("key file", strictjson.dumps({name: x for name, x in document.items() if name != "seal"}))
+
+
+def load(path: str | Path, *, unsealed: bool = False) -> JobKey:
     """Read a key file.
 
+    Args:
+        unsealed: take a file without a seal, too. One whose seal is wrong is never taken.
+
     Raises:
-        KeyFileError: it is missing, no regular file, another user's, open to others, or malformed.
+        KeyFileError: it is missing, no regular file, another user's, open to others, malformed, or was edited.
     """
     document = _document(path)
+    job = _parse(document, path)
+    if "seal" not in document and not unsealed:
+        what = "the key file has no seal: an earlier version wrote it, or somebody removed the seal"
+        raise KeyFileError(what, where=path, hint=SEAL_AGAIN)
+    if "seal" in document and not hmac.compare_digest(_seal_of(job, document), _hex(document["seal"], path)):
+        what = "the key file was edited: its p1, plan, groups or counts are not those of the job"
+        raise KeyFileError(what, where=path, hint="restore it from a backup")
+    return job
+
+
+def _parse(document: Any, path: str | Path) -> JobKey:
     if not isinstance(document, dict) or set(document) - _OPTIONAL != _FIELDS or document["format"] != FORMAT:
         raise KeyFileError(f"not a key file of format {FORMAT}", where=path)
     try:
@@ -134,11 +176,13 @@ def load(path: str | Path) -> JobKey:
         raise KeyFileError(f"the key file's overrides are malformed: {error}", where=path) from None
 
 
-def open_or_draw(path: str | Path, *, p1: float | None, axis: str, plan: Plan) -> tuple[JobKey, bool]:
+def open_or_draw(
+    path: str | Path, *, p1: float | None, axis: str, plan: Plan, unsealed: bool = False
+) -> tuple[JobKey, bool]:
     """The job at a path, or a new one where there is none, which the caller saves once its work has succeeded.
 
     Args:
-        p1: server mask ratio; None takes the key's, and does not start a job.
+        p1: server mask ratio; None takes the key's, and does not start a job. unsealed: see `load`.
 
     Returns:
         The job, and whether it is new.
@@ -147,7 +191,7 @@ def open_or_draw(path: str | Path, *, p1: float | None, axis: str, plan: Plan) -
         KeyFileError: the key belongs to a job with another p1, axis or plan, or there is none and p1 is None.
     """
     if os.path.lexists(path):
-        job = load(path)
+        job = load(path, unsealed=unsealed)
         check_same(job, p1, axis, plan, path)
         return job, False
     if p1 is None:
@@ -225,7 +269,10 @@ def _check_private(found: os.stat_result, path: str | Path) -> None:
 
 
 def _key(value: object, path: str | Path) -> bytes:
-    return bytes.fromhex(_hex(value, path))
+    key = bytes.fromhex(_hex(value, path))
+    if len(set(key)) < _LEAST_DIFFERENT_BYTES:
+        raise KeyFileError("this is not a key that was drawn: its bytes repeat", where=path, hint="start a new job")
+    return key
 
 
 def _hex(value: object, path: str | Path) -> str:

@@ -205,7 +205,7 @@ class UpdateVerifier:
         self.masks = ServerMasks(job)
         self._model = model
         self._ledger = ledger
-        self._releases = {release.proxy_id: release for release in ledgers.read(ledger)}
+        self._releases = {release.proxy_id: release for release in ledgers.read(ledger, job)}
 
     def updates(self, folders: Sequence[str | Path], max_examples: int | None) -> list[ClientUpdate]:
         """Open all updates of a round, in the order of client ids: the order of arguments changes nothing.

@@ -112,6 +112,10 @@ class KeyOptions(Options):
     """The job that a model is masked for."""
 
     key: Annotated[str | Path, Option("The job's secret; created if missing.", MASKING, env=KEY)]
+    trust_records: Annotated[
+        bool,
+        Option("Seal a key file or ledger that has no seal as it is: only if nobody else could write it.", MASKING),
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
