@@ -348,6 +348,8 @@ def test_files_that_do_not_belong_are_found(world: World) -> None:
     config.write_bytes(config.read_bytes().replace(b'"vocab_size": 97', b'"vocab_size": 98'))
     assert rules_of(audit(world, clients=["bob"])) == {"FQ010"}
     world.ledger.write_text("")
+    assert "FQ903" in rules_of(audit(world, clients=["alice"])), "its head says that there were releases"
+    (world.home / "ledger.jsonl.head").unlink()
     assert rules_of(audit(world, clients=["alice"])) == {"FQ010"}
 
 

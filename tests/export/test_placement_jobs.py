@@ -47,7 +47,7 @@ def test_manifests_of_a_job_without_these_options_have_no_new_field(tmp_path: Pa
     job = {"key": tmp_path / "job.key", "ledger": tmp_path / "ledger.jsonl"}
     export_proxy(str(source), tmp_path / "proxy", client=["ann"], round=1, p1=0.3, p2=0.1, **job)
     key, line = json.loads(job["key"].read_text()), json.loads(job["ledger"].read_text())
-    assert set(key) == {"format", "key", "p1", "axis", "plan", "overrides", "groups", "clear"}
+    assert set(key) == {"format", "key", "p1", "axis", "plan", "overrides", "groups", "clear", "seal"}
     assert key["overrides"] == {"rule": []} and "p1_least" not in line
     assert job_key.load(job["key"]).ratios == {}
 
@@ -78,7 +78,7 @@ def test_a_key_whose_ratios_are_not_those_of_its_plan_is_refused(folder: Path) -
     mask(source, folder / "server", key=folder / "job.key", p1=0.3, p1_schedule="0=0.9")
     path = folder / "job.key"
     path.write_text(json.dumps({**json.loads(path.read_text()), "ratios": {}}))
-    with nothing_written(folder), pytest.raises(KeyFileError, match="not those of its plan"):
+    with nothing_written(folder), pytest.raises(KeyFileError, match="was edited"):
         mask(source, folder / "again", key=path)
 
 

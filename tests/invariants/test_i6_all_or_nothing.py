@@ -65,6 +65,7 @@ POINTS = {
     "in the first ledger line": lambda: torn(0.2),
     "in the second ledger line": lambda: torn(0.8),
     "between the lines and the disk": lambda: before(os, "ftruncate") if point else None,
+    "between the lines and the head": lambda: after(ledger, "_append"),
     "after the ledger": lambda: after(ledger, "record"),
     "before the first rename": lambda: before(files, "rename_exclusive"),
     "after the first rename": lambda: after(files, "rename_exclusive"),
@@ -87,6 +88,9 @@ fedqsn_cli.export_proxy(
 POINTS = [line.split('"')[1] for line in DYING.splitlines() if line.startswith('    "')]
 
 
+HEAD = "ledger.jsonl.head"
+
+
 def run_and_die(script: str, *arguments: str | Path) -> None:
     command = [sys.executable, "-c", script, *arguments]
     done = subprocess.run(command, env=environment(), capture_output=True, timeout=600)
@@ -97,7 +101,7 @@ def check_state(root: Path) -> dict[str, str]:
     """Every proxy that is there is whole and in the ledger, and has its key; returns ids by client."""
     releases = {}
     if (root / "ledger.jsonl").exists():
-        releases = {release.client: release for release in ledger.read(root / "ledger.jsonl")}
+        releases = {release.client: release for release in ledger.read(root / "ledger.jsonl", job_key.load(root / "key"))}
     ids = {}
     for client in CLIENTS:
         if not (root / client).exists():
@@ -137,7 +141,7 @@ def test_i6_an_export_killed_at_a_bad_moment_is_completed_by_running_it_again(po
     after = (folder / "ledger.jsonl").read_bytes()
     assert after.startswith(lines)
     assert len(after.splitlines()) == 2
-    assert sorted(path.name for path in folder.iterdir()) == ["ann", "bob", "key", "ledger.jsonl", "model"]
+    assert sorted(path.name for path in folder.iterdir()) == ["ann", "bob", "key", "ledger.jsonl", HEAD, "model"]
 
 
 def test_i6_the_points_of_death_are_really_met(folder: Path) -> None:
@@ -150,8 +154,8 @@ def test_i6_the_points_of_death_are_really_met(folder: Path) -> None:
         states.append((sorted(check_state(root)), sorted(p.name for p in root.iterdir() if not p.name.startswith("."))))
     assert states == [
         ([], ["model"]),
-        (["ann", "bob"], ["key", "ledger.jsonl", "model"]),
-        (["ann", "bob"], ["ann", "key", "ledger.jsonl", "model"]),
+        (["ann", "bob"], ["key", "ledger.jsonl", HEAD, "model"]),
+        (["ann", "bob"], ["ann", "key", "ledger.jsonl", HEAD, "model"]),
     ]
 
 
