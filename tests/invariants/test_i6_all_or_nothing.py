@@ -101,7 +101,8 @@ def check_state(root: Path) -> dict[str, str]:
     """Every proxy that is there is whole and in the ledger, and has its key; returns ids by client."""
     releases = {}
     if (root / "ledger.jsonl").exists():
-        releases = {release.client: release for release in ledger.read(root / "ledger.jsonl", job_key.load(root / "key"))}
+        job = job_key.load(root / "key")
+        releases = {release.client: release for release in ledger.read(root / "ledger.jsonl", job)}
     ids = {}
     for client in CLIENTS:
         if not (root / client).exists():
