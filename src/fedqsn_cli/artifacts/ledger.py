@@ -52,6 +52,7 @@ class Release(Strict):
     rescale: bool
     fill: Fill
     train: TrainsFill = None
+    max_shard_bytes: Count | None = None  # where it is not the usual one: an audit makes the same files again
     quantization: Quantization | None
     plan: Sha256
     model_digest: Sha256

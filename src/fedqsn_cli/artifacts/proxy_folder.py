@@ -23,7 +23,7 @@ from fedqsn_cli.artifacts.manifests import (
     file_digest,
     read_manifest,
 )
-from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, TensorSpec
+from fedqsn_cli.checkpoint import Checkpoint, FolderWriter, TensorSpec
 from fedqsn_cli.checkpoint.reader import COMPANIONS
 from fedqsn_cli.errors import FormatError
 from fedqsn_cli.planning.tensor_plan import units_per_slice
@@ -35,7 +35,7 @@ _LOADED = (*COMPANIONS, "config.json")
 _FETCH_AGAIN = "fetch the proxy again"
 
 
-def write_visible(writer: ArtifactWriter, groups: Mapping[str, int], flags: Callable[[str, int], Bools]) -> None:
+def write_visible(writer: FolderWriter, groups: Mapping[str, int], flags: Callable[[str, int], Bools]) -> None:
     """Write visible.safetensors.
 
     Args:

@@ -7,7 +7,7 @@ cannot be read, or does not belong together, becomes a finding and is left out.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from fedqsn_cli.auditing.completeness import DOES_NOT_BELONG, Collector
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy, open_proxy
 from fedqsn_cli.auditing.registry import Need
 from fedqsn_cli.checkpoint import resolve
+from fedqsn_cli.checkpoint.source import SCHEME
 from fedqsn_cli.errors import FedqsnError
 from fedqsn_cli.masks import job_key
 from fedqsn_cli.masks.job_key import JobKey
@@ -39,12 +40,14 @@ class ProxyFolder:
 
     Args:
         opened: None where its files cannot be read, or where it lists other units than the plan of the truth.
+        downloaded: from a hub, whose cache keeps bytes, but no modes and times.
     """
 
     scope: str
     folder: Path
     opened: OpenedProxy | None
     lists_other_units: bool = False
+    downloaded: bool = False
 
     @property
     def scopes(self) -> tuple[str, ...]:
@@ -101,6 +104,10 @@ class Inputs:
     def release(self, proxy: OpenedProxy) -> Release | None:
         """The ledger line of a proxy, by its id."""
         return next((line for line in self.releases or () if line.proxy_id == proxy.manifest.proxy_id), None)
+
+    def digests(self, scope: str) -> dict[str, str]:
+        """SHA-256 of the files of a proxy, by name, once they were read."""
+        return self.shared(f"digests of {scope}", dict[str, str])
 
     def shared(self, name: str, build: Callable[[], T]) -> T:
         """What several checks use, built by the first of them."""
@@ -184,7 +191,8 @@ def _open_folder(scope: str, reference: str, collector: Collector) -> ProxyFolde
     folder = collector.attempt(lambda: resolve(reference).path, scope, problem=problem)
     if folder is None:
         return ProxyFolder(scope, Path(reference), None)
-    return ProxyFolder(scope, folder, collector.attempt(lambda: open_proxy(folder, scope), scope, problem=problem))
+    opened = collector.attempt(lambda: open_proxy(folder, scope), scope, problem=problem)
+    return ProxyFolder(scope, folder, opened, downloaded=reference.startswith(SCHEME))
 
 
 def _axis_of(truth: str | Path | None, folders: Sequence[ProxyFolder]) -> str:
@@ -227,7 +235,7 @@ def _compatible_proxy(folder: ProxyFolder, truth: OpenModel | None) -> ProxyFold
     """A proxy that lists other units than the plan cannot be compared: its list is false, or its key is another one."""
     if truth is None or not _lists_other_units(folder, truth):
         return folder
-    return ProxyFolder(folder.scope, folder.folder, None, lists_other_units=True)
+    return replace(folder, opened=None, lists_other_units=True)
 
 
 def _matched_base(

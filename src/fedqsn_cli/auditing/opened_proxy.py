@@ -41,6 +41,7 @@ class OpenedProxy:
         scope: how findings name it. sha256: of proxy.json. tensors: model tensors by name.
         mismatched: tensors that are not as an export makes them, once that was checked.
         masks_proven: whether its masks were found to be those of the key.
+        reproduced: whether an export wrote the same bytes again.
     """
 
     scope: str
@@ -52,6 +53,7 @@ class OpenedProxy:
     tensors: dict[str, ModelTensor]
     mismatched: set[str] | None = None
     masks_proven: bool = False
+    reproduced: bool = False
     _nested: tuple[str, Floats, Floats, np.float32] | None = None
 
     @property

@@ -16,6 +16,7 @@ from fedqsn_cli.auditing.invariants import (
     masks,
     other_models,
     rebuild,
+    reproduce,
     same_codes,
 )
 from fedqsn_cli.auditing.limits import exposure, function, recovery, regression
@@ -28,6 +29,7 @@ T = TypeVar("T")
 MODULES = (
     contents,
     masks,
+    reproduce,
     rebuild,
     holes,
     same_codes,

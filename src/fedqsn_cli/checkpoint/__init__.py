@@ -16,11 +16,14 @@ from fedqsn_cli.checkpoint.header import Header, TensorEntry, TensorSpec, plan_f
 from fedqsn_cli.checkpoint.reader import Checkpoint
 from fedqsn_cli.checkpoint.source import Source, push, resolve
 from fedqsn_cli.checkpoint.stream import WriterThreads, allow_open_files
-from fedqsn_cli.checkpoint.writer import ArtifactWriter, TensorSink
+from fedqsn_cli.checkpoint.writer import FILE_MODE, FILE_TIME, ArtifactWriter, FolderWriter, TensorSink
 
 __all__ = [
+    "FILE_MODE",
+    "FILE_TIME",
     "ArtifactWriter",
     "Checkpoint",
+    "FolderWriter",
     "Header",
     "WriterThreads",
     "Source",

@@ -15,7 +15,7 @@ import os
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,58 @@ from fedqsn_cli.checkpoint.reader import byte_view, is_plain_file_name
 from fedqsn_cli.checkpoint.stream import BUFFER_BYTES, FileStream, WriterThreads
 from fedqsn_cli.errors import InputError, OutputExists
 
+FILE_MODE, FILE_TIME = 0o644, 315_532_800
+"""Mode, and seconds since 1970 of the last change, of every file of a proxy: 1980-01-01, as in reproducible archives.
+The owner's umask and clock are nobody's business, and what is the same in all proxies can carry nothing."""
+
 MANIFESTS = ("fedqsn.json", "proxy.json", "update.json")  # a directory that holds one is ours to replace
+
+
+class TensorFile(Protocol):
+    """One file of tensors that takes its bytes in any order: `FileStream`, or what compares them with a file."""
+
+    path: Path
+
+    def create(self) -> None:
+        """Prepare for the first byte."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every byte was written."""
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Take the bytes [offset, offset + len(data)) of the file."""
+
+    def close(self) -> None:
+        """Give the file up."""
+
+
+class FolderWriter(Protocol):
+    """Takes the files of a proxy: `ArtifactWriter`, or what compares them with those of a folder."""
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256, in hex, of each file that is finished."""
+
+    def tensors(
+        self, stem: str, specs: Sequence[TensorSpec], *, max_shard_bytes: int | None, metadata: dict[str, str]
+    ) -> TensorSink:
+        """Plan files of tensors, and return the sink for their bytes."""
+
+    def add_bytes(self, name: str, data: bytes) -> None:
+        """Add a small file."""
+
+    def place(self, name: str) -> Path:
+        """Where a file of that name is."""
+
+    def file(self, path: Path, size: int) -> TensorFile:
+        """A file of tensors there."""
+
+    def drain(self) -> None:
+        """Wait until every byte of all files is where it belongs."""
+
+    def finished(self, file: Any) -> None:
+        """A file of tensors is complete."""
 
 
 class ArtifactWriter:
@@ -41,15 +92,25 @@ class ArtifactWriter:
         pipeline: the background threads, for several writers that are filled at the same time and given up together;
             None for threads of its own.
         hashed: whether `digests` has to tell those of tensor files too; with a given pipeline, that one decides.
+        uniform: give every file `FILE_MODE` and `FILE_TIME`. The folder itself follows umask and clock.
 
     Raises:
         OutputExists: `out` is taken.
         InputError: the place cannot be written.
     """
 
-    def __init__(self, out: Path, *, force: bool, pipeline: WriterThreads | None = None, hashed: bool = True) -> None:
+    def __init__(
+        self,
+        out: Path,
+        *,
+        force: bool,
+        pipeline: WriterThreads | None = None,
+        hashed: bool = True,
+        uniform: bool = False,
+    ) -> None:
         self.out = Path(os.path.abspath(out))
         self._force = force
+        self._uniform = uniform
         if is_artifact(files.aside_path(self.out)):
             files.recover(self.out)
         self._check_out()
@@ -144,10 +205,13 @@ class ArtifactWriter:
         if self._pipeline.hashed:
             self._digests[stream.path.name] = stream.sha256.hexdigest()
 
-    @property
-    def pipeline(self) -> WriterThreads:
-        """The threads that write and hash."""
-        return self._pipeline
+    def file(self, path: Path, size: int) -> FileStream:
+        """A file of tensors, written in the background."""
+        return FileStream(path, size, self._pipeline)
+
+    def drain(self) -> None:
+        """Wait for the disk."""
+        self._pipeline.drain()
 
     def publish(self) -> Path:
         """Give the directory its name: from now on it survives everything, a power cut included.
@@ -159,6 +223,8 @@ class ArtifactWriter:
             raise RuntimeError("published twice, or before every sink is closed")
         if not self._shared:
             self._pipeline.stop()
+        if self._uniform:
+            _make_uniform(self._staging)
         files.sync_directory(self._staging)
         self._check_out()
         if os.path.lexists(self.out):
@@ -207,12 +273,12 @@ class TensorSink:
     """
 
     def __init__(
-        self, writer: ArtifactWriter, stem: str, shards: list[list[TensorSpec]], metadata: dict[str, str]
+        self, writer: FolderWriter, stem: str, shards: list[list[TensorSpec]], metadata: dict[str, str]
     ) -> None:
         self._writer = writer
         self._lock = threading.Lock()
-        self._streams: list[FileStream] = []
-        self._places: dict[str, tuple[FileStream, int, int]] = {}  # name -> file, absolute start, nbytes
+        self._streams: list[TensorFile] = []
+        self._places: dict[str, tuple[TensorFile, int, int]] = {}  # name -> file, absolute start, nbytes
         self._headers: dict[Path, bytes] = {}
         self._index: tuple[str, bytes] | None = None
         self.closed = False
@@ -233,7 +299,7 @@ class TensorSink:
 
     def _plan(self, path: Path, specs: list[TensorSpec], metadata: dict[str, str]) -> None:
         header, starts = plan_file(specs, metadata)
-        stream = FileStream(path, len(header) + sum(spec.nbytes for spec in specs), self._writer.pipeline)
+        stream = self._writer.file(path, len(header) + sum(spec.nbytes for spec in specs))
         self._streams.append(stream)
         self._headers[path] = header
         for spec in specs:
@@ -257,7 +323,7 @@ class TensorSink:
                 self._begin(stream)
                 stream.write(start + offset, view)
 
-    def _begin(self, stream: FileStream) -> None:
+    def _begin(self, stream: TensorFile) -> None:
         header = self._headers.pop(stream.path, None)
         if header is not None:
             stream.write(0, memoryview(header))
@@ -274,7 +340,7 @@ class TensorSink:
                 self._begin(stream)  # a file of nothing but empty tensors
                 if not stream.complete:
                     raise RuntimeError(f"{stream.path.name}: bytes are missing")
-            self._writer.pipeline.drain()
+            self._writer.drain()
             for stream in self._streams:
                 self._writer.finished(stream)
             self.closed = True
@@ -307,6 +373,17 @@ def split_into_shards(specs: Sequence[TensorSpec], max_shard_bytes: int | None) 
         current.append(spec)
         size += spec.nbytes
     return shards + [current] if current else shards
+
+
+def _make_uniform(folder: Path) -> None:
+    for path in folder.iterdir():
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            os.fchmod(descriptor, FILE_MODE)
+            os.utime(descriptor, (FILE_TIME, FILE_TIME))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def is_artifact(path: Path) -> bool:

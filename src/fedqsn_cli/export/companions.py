@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedqsn_cli import strictjson
 from fedqsn_cli.artifacts.manifests import Quantization
 from fedqsn_cli.artifacts.sanitize import public_companion, public_config
-from fedqsn_cli.checkpoint import ArtifactWriter
+from fedqsn_cli.checkpoint import ArtifactWriter, FolderWriter
 from fedqsn_cli.models.model import OpenModel
 
 
@@ -24,7 +24,7 @@ def copy_companions(model: OpenModel, writer: ArtifactWriter, quantization: Quan
         writer.add_file(companion.name, companion)
 
 
-def write_public_companions(model: OpenModel, writer: ArtifactWriter, quantization: Quantization | None) -> None:
+def write_public_companions(model: OpenModel, writer: FolderWriter, quantization: Quantization | None) -> None:
     """Write them for a proxy: without anything private."""
     if model.checkpoint.config is not None:
         public = public_config(model.checkpoint.config, model.quantization_config(quantization))

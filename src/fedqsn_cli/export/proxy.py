@@ -17,7 +17,7 @@ from fedqsn_cli.artifacts import ledger as ledgers
 from fedqsn_cli.artifacts.ledger import Release
 from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, Quantization, TrainsFill, manifest_bytes
 from fedqsn_cli.artifacts.proxy_folder import write_visible
-from fedqsn_cli.checkpoint import ArtifactWriter, WriterThreads, allow_open_files
+from fedqsn_cli.checkpoint import ArtifactWriter, FolderWriter, WriterThreads, allow_open_files
 from fedqsn_cli.checkpoint import push as push_to_hub
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.export.companions import write_public_companions
@@ -101,9 +101,9 @@ def export_proxy(source: str | Path, options: ExportOptions, *, progress: Progre
     budget = _budget(session, masks, options)
     budget.check(ledgers.read(ledger) if ledger.exists() else [])
     quantization = choose_quantization(session, options)
-    export = _Export(session, quantization, tensor_tasks(session.model, quantization, session.masks.hidden), train)
+    export = ProxyExport.of(session, quantization, train, options.max_shard_bytes)
     with _writers(options) as writers:
-        releases = export.write(writers, masks, options.max_shard_bytes, progress)
+        releases = export.write(writers, masks, progress)
         session.save_key()
         # the budget is checked again: others may have released meanwhile
         ledgers.record(ledger, session.job, releases, check=budget.check, trust=options.trust_records)
@@ -165,34 +165,41 @@ def _writers(options: ExportOptions) -> Iterator[list[ArtifactWriter]]:
         threads = WriterThreads(together)
         stack.callback(threads.stop)
         yield [
-            stack.enter_context(ArtifactWriter(target, force=options.force, pipeline=threads))
+            stack.enter_context(ArtifactWriter(target, force=options.force, pipeline=threads, uniform=True))
             for target in options.targets
         ]
 
 
 @dataclass(frozen=True, slots=True)
-class _Export:
-    """What the proxies of all clients have in common."""
+class ProxyExport:
+    """What the proxies of several clients have in common: all that decides their bytes, but the masks.
+
+    Args:
+        train: what clients train besides visible units. max_shard_bytes: largest sum of tensor bytes in one file.
+    """
 
     session: MaskingSession
     quantization: Quantization | None
     tasks: Sequence[TensorTask]
     train: TrainsFill
+    max_shard_bytes: int
 
-    def write(
-        self,
-        writers: Sequence[ArtifactWriter],
-        masks: Sequence[ClientMasks],
-        max_shard_bytes: int,
-        progress: Progress,
-    ) -> list[Release]:
+    @classmethod
+    def of(
+        cls, session: MaskingSession, quantization: Quantization | None, train: TrainsFill, max_shard_bytes: int
+    ) -> ProxyExport:
+        """The export of a session's model."""
+        tasks = tensor_tasks(session.model, quantization, session.masks.hidden)
+        return cls(session, quantization, tasks, train, max_shard_bytes)
+
+    def write(self, writers: Sequence[FolderWriter], masks: Sequence[ClientMasks], progress: Progress) -> list[Release]:
         """Write all proxies, as many in one pass over the model as `CLIENTS_A_PASS`. Returns their ledger lines."""
         specs = tensor_specs(self.tasks, self.quantization)
         releases = []
         for first in range(0, len(masks), CLIENTS_A_PASS):
             part = slice(first, first + CLIENTS_A_PASS)
             sinks = [
-                writer.tensors("model", specs, max_shard_bytes=max_shard_bytes, metadata=METADATA)
+                writer.tensors("model", specs, max_shard_bytes=self.max_shard_bytes, metadata=METADATA)
                 for writer in writers[part]
             ]
             outputs = [
@@ -201,13 +208,13 @@ class _Export:
             digests = run(
                 self.session.model, self.tasks, self.quantization, outputs, base=self.session.base, progress=progress
             )
-            record = ProxyRecord(self.session, self.quantization, self.train, digests)
+            record = ProxyRecord(self.session, self.quantization, self.train, self.max_shard_bytes, digests)
             for writer, sink, mask in zip(writers[part], sinks, masks[part], strict=True):
                 sink.close()
                 releases.append(self._finish(writer, mask, record))
         return releases
 
-    def _finish(self, writer: ArtifactWriter, masks: ClientMasks, record: ProxyRecord) -> Release:
+    def _finish(self, writer: FolderWriter, masks: ClientMasks, record: ProxyRecord) -> Release:
         """Write everything but the model's tensors, proxy.json last."""
         write_public_companions(self.session.model, writer, self.quantization)
         write_visible(writer, self.session.model.plan.groups(), masks.visible_group)
@@ -226,7 +233,7 @@ def _exported(release: Release, folder: Path, commit: str | None) -> ExportedPro
     return ExportedProxy(release.client, str(folder), release.proxy_id, size, commit)
 
 
-def _result(export: _Export, masks: ClientMasks, digest: str, proxies: tuple[ExportedProxy, ...]) -> ExportResult:
+def _result(export: ProxyExport, masks: ClientMasks, digest: str, proxies: tuple[ExportedProxy, ...]) -> ExportResult:
     session, tensors = export.session, [task.plan for task in export.tasks]
     total = sum(task.size for task in export.tasks)
     by_server = sum(map(session.masks.hidden_elements, tensors))

@@ -28,6 +28,7 @@ from fedqsn_cli.export.session import MaskingSession
 from fedqsn_cli.masks.draw import LABEL, derive
 from fedqsn_cli.masks.job_masks import ClientMasks
 from fedqsn_cli.models.model import OpenModel
+from fedqsn_cli.options.groups import USUAL_SHARD_BYTES
 
 
 def masked_manifest(
@@ -84,12 +85,13 @@ class ProxyRecord:
 
     Args:
         digests: of the model and the public base that went into it.
-        train: what clients train besides visible units.
+        train: what clients train besides visible units. max_shard_bytes: largest sum of tensor bytes in one file.
     """
 
     session: MaskingSession
     quantization: Quantization | None
     train: TrainsFill
+    max_shard_bytes: int
     digests: Digests
 
     def manifest(self, masks: ClientMasks, files: Mapping[str, str]) -> ProxyManifest:
@@ -129,6 +131,7 @@ class ProxyRecord:
             rescale=session.rescale,
             fill=session.fill,
             train=self.train,
+            max_shard_bytes=None if self.max_shard_bytes == USUAL_SHARD_BYTES else self.max_shard_bytes,
             quantization=self.quantization,
             plan=session.model.plan.digest,
             model_digest=self.digests.model,

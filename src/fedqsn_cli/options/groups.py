@@ -90,6 +90,10 @@ AXIS = Option(
 )
 
 
+USUAL_SHARD_SIZE = "5GB"
+USUAL_SHARD_BYTES = validate.size_in_bytes(USUAL_SHARD_SIZE, "--max-shard-size")
+
+
 @dataclass(frozen=True)
 class ModelOutputOptions(Options):
     """Where a model is written, and how."""
@@ -98,7 +102,7 @@ class ModelOutputOptions(Options):
     _: KW_ONLY
     max_shard_size: Annotated[
         str, Option("Start another file beyond this size.", OUTPUT, metavar="SIZE", check=validate.size)
-    ] = "5GB"
+    ] = USUAL_SHARD_SIZE
     force: Annotated[bool, FORCE] = False
 
     @property

@@ -48,7 +48,7 @@ UNLISTED_CONTENT = Rule(
 def contents(inputs: Inputs, folder: ProxyFolder) -> Iterator[Entry]:
     """Look at every byte of a folder; works, as far as it can, on proxies that cannot be opened too."""
     patterns = inputs.shared("secret patterns", lambda: SecretPatterns(inputs.job))
-    digests: dict[str, str] = {}
+    digests = inputs.digests(folder.scope)
     secrets = list(_secrets(folder, patterns, digests))
     texts = "metadata and texts were searched for paths, names, times and seeds"
     searched = f"every byte was searched for the key; {texts}" if inputs.job else texts

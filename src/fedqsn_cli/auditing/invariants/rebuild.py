@@ -93,6 +93,9 @@ def each_format(inputs: Inputs) -> list[Together]:
     """The proxies of each format, which one pass over the truth builds again."""
     formats: dict[str, list[OpenedProxy]] = {}
     for proxy in inputs.proxies:
+        if proxy.reproduced:
+            formats.setdefault("reproduced", []).append(proxy)
+            continue
         formats.setdefault(f"{proxy.manifest.quantization} {proxy.manifest.fill}", []).append(proxy)
     return [Together(tuple(proxy.scope for proxy in proxies), tuple(proxies)) for proxies in formats.values()]
 
@@ -107,6 +110,10 @@ def each_format(inputs: Inputs) -> list[Together]:
 )
 def rebuild(inputs: Inputs, group: Together, given: tuple[OpenModel, JobKey]) -> Iterator[Entry]:
     """Build proxies again, and note which of their tensors are not as they should be."""
+    if group.proxies[0].reproduced:
+        for scope in group.scopes:
+            yield from HIDDEN_INFLUENCE.checked(scope, "the release was made again from server-visible weights")
+        return
     (origin, job), manifest = given, group.proxies[0].manifest
     quantization, filled = manifest.quantization, manifest.fill == "base"
     if filled and inputs.base is None:

@@ -1,0 +1,240 @@
+"""A folder that takes what an export writes and compares it, byte by byte, with what is there: no second copy.
+
+Memory holds a few chunks, as in an export.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedqsn_cli.checkpoint import FILE_MODE, FILE_TIME, TensorSink, TensorSpec
+from fedqsn_cli.checkpoint.writer import split_into_shards
+
+_OF_THE_SYSTEM = frozenset({"security.selinux", "security.ima", "security.evm"})  # attributes that no user sets
+_MISSING = "0" * 64  # in place of a digest
+_JSON_KEY = re.compile(r'( *)"((?:[^"\\]|\\.)*)": ')
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Where a file is not what an export writes.
+
+    Args:
+        offset: of the first byte that differs. place: what is there. tensor: if it is in one.
+    """
+
+    file: str
+    offset: int
+    place: str
+    tensor: str | None = None
+
+
+@dataclass
+class ComparedFile:
+    """A file of tensors, compared with what an export writes in any order.
+
+    Args:
+        size: in bytes, as it should be. first: offset of the first byte that differs.
+    """
+
+    path: Path
+    size: int
+    first: int | None = None
+    _head: bytes = b""
+    _taken: int = 0
+    _descriptor: int = -1
+
+    def create(self) -> None:
+        """There is nothing to create."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every byte was compared."""
+        return self._taken == self.size
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Compare the bytes [offset, offset + len(data)) of the file."""
+        if self._taken == 0:
+            self._open()
+        if offset == 0:
+            self._head = bytes(data)  # a header is written at once
+        self._taken += len(data)
+        wanted = np.frombuffer(data, np.uint8)
+        found = np.frombuffer(os.pread(self._descriptor, len(data), offset) if self._descriptor >= 0 else b"", np.uint8)
+        if not np.array_equal(wanted, found):
+            unequal = np.flatnonzero(wanted[: found.size] != found)
+            self._differs(offset + int(unequal[0] if unequal.size else found.size))
+        if self.complete:
+            self.close()
+
+    def _open(self) -> None:
+        try:
+            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            return  # no byte is as it should be
+        found = os.fstat(self._descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            self.close()
+        elif found.st_size > self.size:
+            self._differs(self.size)
+
+    def _differs(self, offset: int) -> None:
+        self.first = offset if self.first is None else min(self.first, offset)
+
+    def close(self) -> None:
+        """Compare no more."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def difference(self) -> Difference | None:
+        """The first byte that differs."""
+        if self.first is None:
+            return None
+        place, tensor = _in_safetensors(self._head, self.first)
+        return Difference(self.path.name, self.first, place, tensor)
+
+
+@dataclass
+class ComparedFolder:
+    """Takes the files of a release as `ArtifactWriter` does, and compares each with that of the same name in a folder.
+
+    Args:
+        known: SHA-256 of the files that are there: what proxy.json must say of them. Where one is not as it should be,
+            that is found in the file itself.
+    """
+
+    folder: Path
+    known: Mapping[str, str]
+    _files: list[ComparedFile] = field(default_factory=list)
+    _texts: dict[str, Difference | None] = field(default_factory=dict)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the files that were compared."""
+        return {name: self.known.get(name, _MISSING) for name in self.names}
+
+    def tensors(
+        self, stem: str, specs: Sequence[TensorSpec], *, max_shard_bytes: int | None, metadata: dict[str, str]
+    ) -> TensorSink:
+        """The sink for the bytes of planned files."""
+        return TensorSink(self, stem, split_into_shards(specs, max_shard_bytes), metadata)
+
+    def place(self, name: str) -> Path:
+        """Where a file of that name is."""
+        return self.folder / name
+
+    def file(self, path: Path, size: int) -> ComparedFile:
+        """A file of tensors to compare."""
+        self._files.append(ComparedFile(path, size))
+        return self._files[-1]
+
+    def add_bytes(self, name: str, data: bytes) -> None:
+        """Compare a small file."""
+        file = ComparedFile(self.folder / name, len(data))
+        file.write(0, memoryview(data))
+        file.close()  # an empty one is never complete
+        at = file.first
+        self._texts[name] = None if at is None else Difference(name, at, _in_text(data, at))
+
+    def drain(self) -> None:
+        """Every byte was compared when it came."""
+
+    def finished(self, file: Any) -> None:
+        """Its digest is known already."""
+
+    @property
+    def names(self) -> set[str]:
+        """The files of the release."""
+        return {file.path.name for file in self._files} | self._texts.keys()
+
+    def differences(self) -> list[Difference]:
+        """The first difference of each file that has one: files of tensors, then the others in their order."""
+        found = [*(file.difference() for file in self._files), *self._texts.values()]
+        return [one for one in found if one is not None and os.path.lexists(self.folder / one.file)]
+
+
+def entry_problems(folder: Path, names: set[str], *, downloaded: bool) -> Iterator[tuple[str, str]]:
+    """What is wrong with the entries of a folder, whatever is in them: (name, problem).
+
+    Args:
+        names: of the files that an export writes.
+        downloaded: the folder is in a cache of the hub, which keeps links, and no modes and times.
+    """
+    found = {entry.name: entry for entry in os.scandir(folder)}
+    for name in sorted(found.keys() - names):
+        yield name, "is not a file of this release"
+    for name in sorted(names - found.keys()):
+        yield name, "is missing"
+    if downloaded:
+        return
+    if os.stat(folder).st_mode & 0o7000 or _attributes(folder):
+        yield ".", "has a special mode or extended attributes"
+    for name in sorted(found.keys() & names):
+        problem = _file_problem(folder / name, os.lstat(folder / name))
+        if problem is not None:
+            yield name, problem
+
+
+def _file_problem(path: Path, found: os.stat_result) -> str | None:
+    """Why an entry is not a plain file as exports write them."""
+    if not stat.S_ISREG(found.st_mode):
+        return "is not a regular file"
+    if found.st_nlink != 1:
+        return "has a second name (hard link)"
+    if _attributes(path):
+        return "has extended attributes"
+    if stat.S_IMODE(found.st_mode) != FILE_MODE:
+        return f"has mode {stat.S_IMODE(found.st_mode):04o}; exports write {FILE_MODE:04o}"
+    if found.st_mtime_ns != FILE_TIME * 10**9:
+        return "has another time of modification than exports write (copy proxies with cp --archive)"
+    return None
+
+
+def _attributes(path: Path) -> set[str]:
+    try:
+        return set(os.listxattr(path, follow_symlinks=False)) - _OF_THE_SYSTEM
+    except OSError:
+        return set()  # a file system without them
+
+
+def _in_safetensors(head: bytes, offset: int) -> tuple[str, str | None]:
+    """What a safetensors file with this header has at an offset; and the tensor, if it is in one."""
+    if offset < 8 or not head:
+        return "the length of the header", None
+    document: Mapping[str, Any] = json.loads(head[8:])
+    if offset < len(head):
+        before = head[8:offset].decode("utf-8", "ignore")
+        names = [name for name in document if f"{json.dumps(name, ensure_ascii=False)}:{{" in before]
+        return "the header" + (f", at or after {names[-1]}" if names else ""), None
+    for name, entry in document.items():
+        begin, end = entry.get("data_offsets", (0, 0)) if name != "__metadata__" else (0, 0)
+        if begin <= offset - len(head) < end:
+            rows = entry["shape"][0] if entry["shape"] else 1
+            row = (offset - len(head) - begin) // max(1, (end - begin) // rows)
+            return f"row {row} of {rows}", name
+    return "after the end", None
+
+
+def _in_text(data: bytes, offset: int) -> str:
+    """What a text has at an offset: the JSON pointer where it is written with one key a line, else the line."""
+    if offset >= len(data):
+        return "after the end"
+    lines = data[: offset + 1].decode("utf-8", "replace").splitlines()
+    keys: dict[int, str] = {}
+    full = data.decode("utf-8", "replace").splitlines()
+    for number, _ in enumerate(lines):
+        match = _JSON_KEY.match(full[number])
+        if match is not None:
+            depth = len(match[1])
+            keys = {other: key for other, key in keys.items() if other < depth} | {depth: match[2]}
+    return "/" + "/".join(keys.values()) if keys and data.startswith(b"{") else f"line {len(lines)}"
