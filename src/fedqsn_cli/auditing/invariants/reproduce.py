@@ -48,15 +48,8 @@ def each_release(inputs: Inputs) -> list[Together]:
     kinds: dict[str, list[OpenedProxy]] = {}
     for proxy in inputs.proxies:
         line = inputs.release(proxy)
-        common = line and (
-            _reference(proxy),
-            line.quantization,
-            line.fill,
-            line.train,
-            line.rescale,
-            line.max_shard_bytes,
-        )
-        kinds.setdefault(repr(common), []).append(proxy)
+        common = line and (line.quantization, line.fill, line.train, line.rescale, line.max_shard_bytes)
+        kinds.setdefault(f"{common} {_reference(proxy)}" if line else "", []).append(proxy)
     return [Together(tuple(proxy.scope for proxy in proxies), tuple(proxies)) for proxies in kinds.values()]
 
 
