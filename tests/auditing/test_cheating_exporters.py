@@ -1,0 +1,291 @@
+"""Exporters that cheat: everything is signed anew, as a tool with the key can, and still no release is reproduced."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import socket
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedqsn_cli import strictjson
+from fedqsn_cli.auditing.findings import Audit
+from fedqsn_cli.checkpoint import FILE_MODE, FILE_TIME
+from fedqsn_cli.masks import job_key
+from support.leaks import World, audit, make_world, sign
+
+KINDS: dict[str, dict[str, Any]] = {
+    "zero fill": {},
+    "zero fill, sharded": {"max_shard_size": "60KB"},
+    "base fill": {"fill": "base"},
+    "base fill, sharded": {"fill": "base", "max_shard_size": "60KB"},
+}
+Cheat = Callable[[World], None]
+
+
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
+def clean(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
+    world = make_world(tmp_path_factory.mktemp("clean") / "world", clients=["alice"], **request.param)
+    assert reproduced(audit(world)) == ["pass"]
+    return world
+
+
+@pytest.fixture
+def world(clean: World, tmp_path: Path) -> World:
+    return clean.copy(tmp_path / "world")
+
+
+def reproduced(found: Audit) -> list[str]:
+    return [check.status for check in found.checked if check.rule == "FQ012"]
+
+
+def message(world: World) -> str:
+    """What FQ012 says about the only proxy; it must fail."""
+    found = audit(world)
+    assert found.exit_code == 4 and reproduced(found) == ["fail"]
+    (finding,) = [finding for finding in found.findings if finding.rule == "FQ012"]
+    return finding.message
+
+
+def plain(folder: Path) -> None:
+    """Modes and times as an export writes them: they are not what gives a cheat away."""
+    for path in folder.iterdir():
+        path.chmod(FILE_MODE)
+        os.utime(path, (FILE_TIME, FILE_TIME))
+
+
+def shards(world: World) -> list[Path]:
+    return sorted(world.proxy().glob("model*.safetensors"))
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], spaces: int = 0) -> None:
+    """Change the header of a safetensors file; the data stay."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    text = json.dumps(change(json.loads(data[8 : 8 + size])), separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8 + spaces)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+
+
+def header(change: Callable[[dict[str, Any]], dict[str, Any]], spaces: int = 0) -> Cheat:
+    return lambda world: rewrite(shards(world)[0], change, spaces)
+
+
+def swapped(entries: dict[str, Any]) -> dict[str, Any]:
+    """Two entries of a header in the other order."""
+    names = list(entries)
+    names[1], names[2] = names[2], names[1]
+    return {name: entries[name] for name in names}
+
+
+def fields(entries: dict[str, Any]) -> dict[str, Any]:
+    """The fields of one entry in the other order."""
+    name = list(entries)[1]
+    return entries | {name: dict(reversed(entries[name].items()))}
+
+
+def moved(world: World) -> None:
+    """Two tensors of a file, and their entries, in the other order."""
+    path = shards(world)[0]
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8:start])
+    names = [name for name in entries if name != "__metadata__"]
+    names[0], names[1] = names[1], names[0]
+    made, body = {"__metadata__": entries["__metadata__"]}, b""
+    for name in names:
+        begin, end = entries[name]["data_offsets"]
+        made[name] = entries[name] | {"data_offsets": [len(body), len(body) + end - begin]}
+        body += data[start + begin : start + end]
+    text = json.dumps(made, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+
+
+def document(name: str, change: Callable[[dict[str, Any]], object], spell: Callable[[Any], str] | None = None) -> Cheat:
+    """Change a JSON file; it is spelled as exports do unless told otherwise."""
+
+    def cheat(world: World) -> None:
+        path = world.proxy() / name
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text((spell or strictjson.pretty)(content))
+
+    return cheat
+
+
+def compact(content: Any) -> str:
+    return json.dumps(content, sort_keys=True)
+
+
+def reordered(content: Any) -> str:
+    return json.dumps(dict(reversed(content.items())), indent=2) + "\n"
+
+
+CONTENTS: dict[str, Cheat] = {
+    "space in a header": header(dict, spaces=8),
+    "metadata in a header": header(lambda entries: entries | {"__metadata__": {"format": "pt", "a": "b"}}),
+    "order of header entries": header(swapped),
+    "order of fields in a header": header(fields),
+    "order of tensors": moved,
+    "a bit in a config": document("config.json", lambda content: content.update(vocab_size=98)),
+    "white space of a config": document("config.json", lambda content: None, compact),
+    "order of a config": document("config.json", lambda content: None, reordered),
+    "a byte after a tokenizer": lambda world: append(world.proxy() / "tokenizer.json", b"\n"),
+}
+
+
+def append(path: Path, data: bytes) -> None:
+    path.write_bytes(path.read_bytes() + data)
+
+
+@pytest.mark.parametrize("cheat", CONTENTS.values(), ids=CONTENTS)
+def test_bytes_that_an_export_does_not_write_are_found(cheat: Cheat, world: World) -> None:
+    cheat(world)
+    sign(world)
+    plain(world.proxy())
+    assert "differs from what an export writes at byte" in message(world)
+
+
+def test_a_file_of_tensors_that_goes_on_cannot_be_opened_and_does_not_pass(world: World) -> None:
+    append(shards(world)[-1], b"\0")
+    sign(world)
+    plain(world.proxy())
+    assert audit(world).exit_code == 3
+
+
+INDEX: dict[str, Cheat] = {
+    "index metadata": document("model.safetensors.index.json", lambda one: one["metadata"].update(note="AAAA")),
+    "total size": document("model.safetensors.index.json", lambda one: one["metadata"].update(total_size=7)),
+    "white space": document("model.safetensors.index.json", lambda one: None, compact),
+    "order": document("model.safetensors.index.json", lambda one: None, reordered),
+}
+
+
+@pytest.mark.parametrize("cheat", INDEX.values(), ids=INDEX)
+def test_an_index_carries_nothing(cheat: Cheat, world: World) -> None:
+    if len(shards(world)) == 1:
+        pytest.skip("there is no index")
+    cheat(world)
+    sign(world)
+    plain(world.proxy())
+    assert message(world).startswith("model.safetensors.index.json differs")
+
+
+def test_names_and_cuts_of_shards_carry_nothing(world: World) -> None:
+    count = len(shards(world))
+    if count == 1:
+        shards(world)[0].rename(world.proxy() / "model-00001-of-00001.safetensors")
+    else:  # numbered as if there were one more
+        index = world.proxy() / "model.safetensors.index.json"
+        text = index.read_text()
+        for path in shards(world):
+            name = path.name.replace(f"of-{count:05d}", f"of-{count + 1:05d}")
+            path.rename(world.proxy() / name)
+            text = text.replace(path.name, name)
+        index.write_text(text)
+    sign(world)
+    plain(world.proxy())
+    assert audit(world).exit_code in {3, 4}
+
+
+def manifest(world: World, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change proxy.json, and its ledger line with it."""
+    path = world.proxy() / "proxy.json"
+    content = json.loads(path.read_text())
+    old = content["proxy_id"]
+    change(content)
+    world.ledger.write_text(world.ledger.read_text().replace(old, content["proxy_id"]))
+    path.write_text(strictjson.pretty(content))
+    sign(world)
+    plain(world.proxy())
+
+
+def test_a_proxy_id_that_is_the_key_in_disguise_is_found(world: World) -> None:
+    disguised = bytes(byte ^ 0x5A for byte in job_key.load(world.key).key).hex()
+    manifest(world, lambda content: content.update(proxy_id=disguised))
+    assert "proxy.json differs" in message(world) and "(/proxy_id)" in message(world)
+
+
+def test_weights_in_the_reference_of_the_public_base_are_found(world: World) -> None:
+    if world.base is None:
+        pytest.skip("there is no public base")
+    weights = next(iter(world.weights().values())).numpy().tobytes()
+    manifest(world, lambda one: one["public_base"].update(reference=base64.b64encode(weights).decode()))
+    assert "(/public_base/reference)" in message(world)
+
+
+def test_a_commit_that_nobody_verified_does_not_pass(world: World) -> None:
+    if world.base is None:
+        pytest.skip("there is no public base")
+    key = job_key.load(world.key).key.hex()[:40]
+    manifest(world, lambda one: one["public_base"].update(reference=f"hf://owner/base@{key}"))
+    assert sorted(reproduced(audit(world))) == ["not-run", "pass"]
+
+
+def test_white_space_of_a_manifest_is_found(world: World) -> None:
+    manifest(world, lambda content: None)
+    path = world.proxy() / "proxy.json"
+    path.write_text(path.read_text() + " ")
+    plain(world.proxy())
+    assert audit(world).exit_code == 4
+
+
+# ---------------------------------------------------------------- what is not in any file
+
+
+def _attribute(world: World) -> None:
+    try:
+        os.setxattr(world.proxy() / "config.json", "user.note", b"secret")
+    except OSError:
+        pytest.skip("no extended attributes here")
+
+
+def _linked(world: World) -> None:
+    shutil.move(world.proxy() / "config.json", world.home / "config.json")
+    (world.proxy() / "config.json").symlink_to(world.home / "config.json")
+
+
+def _socket(world: World) -> None:
+    place = os.open(world.proxy(), os.O_RDONLY)
+    try:
+        with socket.socket(socket.AF_UNIX) as one:
+            one.bind(f"/proc/self/fd/{place}/s")
+    finally:
+        os.close(place)
+
+
+def _device(world: World) -> None:
+    try:
+        os.mknod(world.proxy() / "zero", stat.S_IFCHR | 0o644, os.makedev(1, 5))
+    except OSError:
+        pytest.skip("devices need root")
+
+
+ENTRIES: dict[str, tuple[Cheat, str]] = {
+    "time": (lambda w: os.utime(w.proxy() / "config.json", ns=(0, FILE_TIME * 10**9 + 7)), "time of modification"),
+    "mode": (lambda w: (w.proxy() / "config.json").chmod(0o640), "mode 0640"),
+    "attribute": (_attribute, "extended attributes"),
+    "hard link": (lambda w: os.link(w.proxy() / "config.json", w.home / "other"), "second name"),
+    "link": (_linked, "not a regular file"),
+    "fifo": (lambda w: os.mkfifo(w.proxy() / "pipe"), "pipe is not a file of this release"),
+    "socket": (_socket, "s is not a file of this release"),
+    "device": (_device, "zero is not a file of this release"),
+    "folder": (lambda w: (w.proxy() / "empty").mkdir(), "empty is not a file of this release"),
+    "dangling link": (lambda w: (w.proxy() / "gone").symlink_to("/nowhere"), "gone is not a file of this release"),
+    "hidden file": (lambda w: (w.proxy() / ".x").write_bytes(b""), ".x is not a file of this release"),
+    "special mode": (lambda w: w.proxy().chmod(0o1755), "special mode"),
+}
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("cheat", "expected"), ENTRIES.values(), ids=ENTRIES)
+def test_entries_that_are_no_plain_files_of_the_release_are_found(cheat: Cheat, expected: str, world: World) -> None:
+    cheat(world)
+    assert expected in message(world)
