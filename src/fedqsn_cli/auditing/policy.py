@@ -95,11 +95,13 @@ class Threat(Table):
     Args:
         colluders: clients that work together. rounds: how many proxies one client may get in the end.
         public_examples: how many public examples an attacker fine-tunes with; None for the audit's own choice.
+        public_base: is the model a fine-tune of a public one? None: as --public-base is given.
     """
 
     colluders: Annotated[int, BeforeValidator(_whole)] = 3
     rounds: Whole = None
     public_examples: Annotated[tuple[int, ...] | None, BeforeValidator(_counts)] = None
+    public_base: bool | None = None
 
 
 class WeightLimits(Table):
@@ -117,6 +119,13 @@ class Limits(WeightLimits):
     rho: Annotated[float | None, _between(-math.inf, math.inf)] = None
     gain: Annotated[float | None, _between(-math.inf, math.inf)] = None
 
+    def strictest(self, other: Limits) -> Limits:
+        """Of each limit the one that allows less."""
+        both = {name: [x for x in (value, getattr(other, name)) if x is not None] for name, value in self}
+        return Limits(
+            **{name: (max if name == "log10_nmse" else min)(values) for name, values in both.items() if values}
+        )
+
 
 class Clear(Table):
     """[limits.clear]: most of all parameters that may be sent neither masked nor quantized."""
@@ -133,8 +142,13 @@ class AllLimits(Table):
     clear: Clear = Clear()
 
     def of(self, scope: str) -> Limits:
-        """Those for "proxy alice" or "coalition of 3"."""
-        return self.coalition if scope.startswith("coalition") else self.proxy
+        """Those for "proxy alice" or "coalition of 3". A coalition's limits hold for every proxy in it."""
+        return self.coalition if scope.startswith("coalition") else self.proxy.strictest(self.coalition)
+
+    @property
+    def of_function(self) -> Limits:
+        """Those for the function, which is measured once, of all proxies together: they give what one of them gives."""
+        return self.proxy.strictest(self.coalition)
 
     def any_on(self, measure: str) -> bool:
         """Is there a limit on a measure of weights?"""

@@ -17,6 +17,11 @@ from fedqsn_cli.auditing.rules import RULES, SCOPES, required
 from fedqsn_cli.errors import FormatError, InputError
 
 _UNKNOWN = "is not part of a policy"
+_BASE_GIVES_IT = (
+    "limits nothing with threat.public_base = true: the base alone comes near it; limit delta_recovered and rho"
+)
+_OF_NO_BASE = {"cosine": _BASE_GIVES_IT, "log10_nmse": _BASE_GIVES_IT}
+_OF_A_BASE = dict.fromkeys(("delta_recovered", "gain"), "needs a public base, but threat.public_base is false")
 _NOT_TABLES = frozenset({"model_type", "model_attributes_type", "dict_type"})
 
 
@@ -47,6 +52,7 @@ def parse(document: dict[str, Any], where: object) -> Policy:
     for name in policy.scope.require:
         if name not in SCOPES and name not in RULES:
             raise _refused("scope.require", f"{name!r} is neither a scope nor a rule", where, name, [*SCOPES, *RULES])
+    _check_public_base(policy, where)
     for number, waiver in enumerate(policy.waiver, start=1):
         place, rule = f"waiver {number}.rule", RULES.get(waiver.rule)
         if rule is None:
@@ -55,6 +61,16 @@ def parse(document: dict[str, Any], where: object) -> Policy:
             why = "a hard invariant" if rule.severity == "hard" else "an audit that is not complete"
             raise _refused(place, f"{rule.id} cannot be waived: it is about {why}", where)
     return policy
+
+
+def _check_public_base(policy: Policy, where: object) -> None:
+    """Refuse limits that mean nothing for a model with, or without, a public base. Raises FormatError."""
+    if policy.threat.public_base is None:
+        return
+    meaningless = _OF_NO_BASE if policy.threat.public_base else _OF_A_BASE
+    for name in ("proxy", "coalition", "tensor"):
+        for measure in getattr(policy.limits, name).given().keys() & meaningless.keys():
+            raise _refused(f"limits.{name}.{measure}", meaningless[measure], where)
 
 
 def _explained(error: ValidationError, where: object) -> FormatError:

@@ -67,6 +67,7 @@ SCOPES: dict[str, tuple[str, ...]] = {
 
 
 def required(policy: Policy) -> frozenset[str]:
-    """Rules that must have been checked: those named, and those that a limit is set for."""
+    """Rules that must have been checked: those named, those that a limit is set for, and that of a public base."""
     named = {rule for name in policy.scope.require for rule in SCOPES.get(name, (name,))}
+    named |= {"FQ204"} if policy.threat.public_base else set()
     return frozenset(named | {rule.id for rule in RULES.values() if rule.limited(policy)})

@@ -28,6 +28,7 @@ FUNCTION_AFTER_TUNING = Rule(
     what="rho after the attacker has fine-tuned the proxy with public examples.",
     why="Masked models can be healed with data.",
     fix=LESS,
+    scope="function",
     needs=(PROXY, TRUTH, KEY, EVAL_DATA, PUBLIC_DATA),
     limited=lambda policy: any(limits.gain is not None for limits in (policy.limits.proxy, policy.limits.coalition)),
 )
@@ -39,7 +40,7 @@ def function(policy: Policy, measured: Measured) -> Iterator[Entry]:
     found = measured.function
     if found is None:
         return
-    limits = policy.limits.of(found.scope)
+    limits = policy.limits.of_function
     if found.rho is None:
         yield FUNCTION_RECOVERY.not_run(found.scope, "rho is not defined: the global model is no better than the floor")
     else:

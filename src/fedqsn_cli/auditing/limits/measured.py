@@ -19,7 +19,7 @@ PHRASES = {
     "exact_share": "share of all parameters recovered exactly",
     "log10_nmse": "log10 of the remaining normalised squared error",
     "cosine": "cosine between the weights and their reconstruction",
-    "delta_recovered": "share of the secret difference recovered",
+    "delta_recovered": "share of the weight difference to the public base recovered (not of skill)",
     "rho": "share of the model's function recovered",
     "gain": "share of the function that the proxies add to what public examples teach the base",
     "exposure": "share of all parameters seen",

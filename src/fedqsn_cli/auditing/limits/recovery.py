@@ -52,8 +52,9 @@ DIFFERENCE_RECOVERED = Rule(
     "FQ204",
     "difference-recovered",
     "gate",
-    what="Share of the secret difference to the public base that the best reconstruction recovers.",
-    why="Of a fine-tuned model the difference is the secret; everything else is public.",
+    what="Share of the squared weight difference to the public base that the best attack recovers; not of skill.",
+    why="Of a fine-tuned model the difference is the secret; everything else is public. A model that recovers little "
+    "of it can still have all of the skill: FQ301 and FQ302 measure that.",
     fix=LESS,
     needs=(PROXY, TRUTH, KEY, BASE),
     limited=_limited("delta_recovered"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedqsn_cli.auditing.findings import Audit, Finding
+from fedqsn_cli.auditing.report.headline import headline
 from fedqsn_cli.auditing.report.wording import about, meaning, ordered, rule_name, verdict
 from fedqsn_cli.text import clean
 
@@ -13,7 +14,8 @@ def render(audit: Audit) -> str:
     """All findings, the worst first: a site that shows only some shows those."""
     lines = [_annotation(finding) for finding in ordered(audit)]
     last = f"::{'notice' if audit.exit_code == 0 else 'error'} title=fedqsn audit::"
-    return "\n".join([*lines, last + _data(f"{verdict(audit)}: {meaning(audit)}"), ""])
+    skill = [f"::notice title=fedqsn audit::{_data(f'{name}: {value}')}" for name, value in headline(audit)]
+    return "\n".join([*skill, *lines, last + _data(f"{verdict(audit)}: {meaning(audit)}"), ""])
 
 
 def _annotation(finding: Finding) -> str:

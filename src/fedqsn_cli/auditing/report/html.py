@@ -9,10 +9,12 @@ from collections import Counter
 from pathlib import Path
 
 from fedqsn_cli.auditing.findings import AttackScore, Audit
+from fedqsn_cli.auditing.report.headline import headline, is_skill_known
 from fedqsn_cli.auditing.report.html_plots import plots
 from fedqsn_cli.auditing.report.sections import MEASURES
 from fedqsn_cli.auditing.report.wording import (
     LOWER_BOUND,
+    NOT_SKILL,
     SEVERITIES,
     about,
     delta,
@@ -37,6 +39,7 @@ VERDICTS = {
     "incomplete": {"title": "Not complete", "css": "incomplete"},
     "broken": {"title": "Do not send", "css": "broken"},
 }
+UNKNOWN_SKILL = {"title": "Passed, but function was not measured", "css": "unknown"}
 STATUSES = {"fail": "failed", "not-run": "not run", "pass": "passed"}  # in the order in which checks are listed
 
 
@@ -46,7 +49,8 @@ def render(audit: Audit) -> str:
     return pages.render(
         TEMPLATE,
         audit=audit,
-        verdict=VERDICTS[audit.verdict] | {"meaning": meaning(audit)},
+        verdict=_banner(audit),
+        headline=headline(audit),
         counts=dict.fromkeys(STATUSES, 0) | Counter(check.status for check in audit.checked),
         figures=_figures(audit),
         findings=ordered(audit),
@@ -61,7 +65,7 @@ def render(audit: Audit) -> str:
         limits=_limits(audit),
         waivers=_waivers(audit),
         rules=RULES,
-        lower_bound=LOWER_BOUND,
+        lower_bound=f"{LOWER_BOUND} {NOT_SKILL}",
         severities=SEVERITIES,
         statuses=STATUSES,
         about=about,
@@ -70,20 +74,39 @@ def render(audit: Audit) -> str:
     )
 
 
+def _banner(audit: Audit) -> dict[str, str]:
+    """Title, colour and meaning of the verdict: no green where nothing is known about skill."""
+    banner = VERDICTS[audit.verdict]
+    if audit.verdict == "passed" and not is_skill_known(audit):
+        banner = UNKNOWN_SKILL
+    return banner | {"meaning": meaning(audit)}
+
+
 def _figures(audit: Audit) -> list[tuple[str, str]]:
     """The large numbers at the top, each with a few words."""
-    figures = [] if audit.exposure is None else _seen(audit, audit.exposure)
+    figures = _skill(audit) + ([] if audit.exposure is None else _seen(audit, audit.exposure))
     worst = worst_recovery(audit)
     if worst is not None:
         peak = worst.peak
         if peak.delta_recovered is not None:
-            figures.append((delta(peak.delta_recovered), "of the secret difference to the public model recovered"))
+            figures.append((delta(peak.delta_recovered), "of the weight difference to the public model recovered"))
         else:
             energy = max(0.0, 1 - 10**peak.log10_nmse)
             figures.append((percent(energy), "of the weights' energy recovered by the best attack"))
         figures.append((percent(peak.exact_share), "of all parameters known exactly"))
-    if audit.function is not None and audit.function.rho is not None:
-        figures.append((percent(max(audit.function.rho, 0.0)), "of the model's function recovered (ρ)"))
+    return figures
+
+
+def _skill(audit: Audit) -> list[tuple[str, str]]:
+    """What an attacker can do comes first."""
+    found = audit.function
+    if found is None or found.rho is None:
+        return []
+    figures = [(percent(max(found.rho, 0.0)), "of the model's skill recovered without an example (ρ)")]
+    tuned = [point for point in found.curve if point.rho is not None]
+    if tuned:
+        best = max(tuned, key=lambda point: point.rho or 0.0)
+        figures.append((percent(max(best.rho or 0.0, 0.0)), f"of it with {best.public_examples} public examples (ρ)"))
     return figures
 
 

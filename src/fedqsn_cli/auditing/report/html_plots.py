@@ -154,7 +154,7 @@ def _recovery(audit: Audit) -> list[Picture]:
     order = sorted(layers, key=lambda name: (name != "embeddings", *_number(name)))
     with_base = worst.peak.delta_recovered is not None
     rows = [_layer_bar(name, layers[name], with_base) for name in order][:60]
-    what = "the secret difference to the public model" if with_base else "the weights' energy"
+    what = "the weight difference to the public model" if with_base else "the weights' energy"
     lead = (
         f"How much of {what} the best attack gets back from {worst.scope}, layer by layer; the dark part is known "
         "exactly. A lower bound: better attacks may exist."

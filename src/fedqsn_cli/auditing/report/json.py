@@ -9,7 +9,8 @@ from pathlib import Path
 from fedqsn_cli import strictjson
 from fedqsn_cli.auditing.findings import Audit, FunctionRecovery, Recovery
 from fedqsn_cli.auditing.limits.regression import measures
-from fedqsn_cli.auditing.report.wording import unchecked
+from fedqsn_cli.auditing.report.headline import headline
+from fedqsn_cli.auditing.report.wording import meaning, unchecked
 from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.text import plain
 
@@ -23,6 +24,8 @@ def document(audit: Audit) -> dict[str, object]:
         "version": audit.version,
         "verdict": audit.verdict,
         "exit_code": audit.exit_code,
+        "meaning": meaning(audit),
+        "headline": dict(headline(audit)),
         "inputs": dict(audit.inputs),
         "policy": plain(dict(audit.policy)),
         "findings": plain(audit.findings),

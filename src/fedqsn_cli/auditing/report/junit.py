@@ -5,7 +5,8 @@ from __future__ import annotations
 from xml.sax.saxutils import escape, quoteattr
 
 from fedqsn_cli.auditing.findings import Audit, Check, Finding
-from fedqsn_cli.auditing.report.wording import rule_name
+from fedqsn_cli.auditing.report.headline import headline
+from fedqsn_cli.auditing.report.wording import meaning, rule_name
 from fedqsn_cli.auditing.rules import RULES
 from fedqsn_cli.text import clean
 
@@ -31,12 +32,19 @@ def render(audit: Audit) -> str:
             '<?xml version="1.0" encoding="UTF-8"?>',
             f'<testsuites name="fedqsn audit" {totals}>',
             suite,
+            *_properties(audit),
             *bodies,
             "  </testsuite>",
             "</testsuites>",
             "",
         ]
     )
+
+
+def _properties(audit: Audit) -> list[str]:
+    lines = [("meaning", meaning(audit)), *headline(audit)]
+    shown = [f"      <property name={_attribute(name)} value={_attribute(value)}/>" for name, value in lines]
+    return ["    <properties>", *shown, "    </properties>"]
 
 
 def _case(case: Case, checks: list[Check], findings: list[Finding]) -> str:

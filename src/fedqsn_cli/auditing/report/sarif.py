@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from fedqsn_cli.auditing.findings import Audit, Finding
 from fedqsn_cli.auditing.registry import Rule
+from fedqsn_cli.auditing.report.headline import headline
 from fedqsn_cli.auditing.report.wording import meaning, ordered
 from fedqsn_cli.auditing.rules import RULES
 from fedqsn_cli.text import clean
@@ -46,7 +47,7 @@ def document(audit: Audit) -> dict[str, Any]:
             }
         ],
         "results": [_result(finding, rules.index(finding.rule)) for finding in found[:MOST_RESULTS]],
-        "properties": {"verdict": audit.verdict, "inputs": dict(audit.inputs)},
+        "properties": {"verdict": audit.verdict, "headline": dict(headline(audit)), "inputs": dict(audit.inputs)},
     }
     return {"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}
 

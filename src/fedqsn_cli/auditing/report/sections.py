@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedqsn_cli.auditing.findings import AttackScore, Audit, FunctionRecovery, Recovery
+from fedqsn_cli.auditing.report.headline import headline
 from fedqsn_cli.auditing.report.wording import (
     LOWER_BOUND,
+    NOT_SKILL,
     SEVERITIES,
     delta,
     meaning,
@@ -30,7 +32,7 @@ MOST_SCOPES = 12
 MOST_CLIENTS = 10
 MOST_FINDINGS = 100
 
-MEASURES = ("known exactly", "error", "error of what is shown", "cosine", "secret difference")
+MEASURES = ("known exactly", "error", "error of what is shown", "cosine", "weight difference")
 """The columns of an attack's score."""
 
 _NUMBERS = frozenset({*MEASURES, "shown", "proxies", "first", "now", "loss", "accuracy", "public examples", "rho"})
@@ -46,7 +48,7 @@ class Section:
         parts: tables and sentences, from top to bottom. note: a remark on all of them.
     """
 
-    kind: Literal["verdict", "findings", "not checked", "measured", "count"]
+    kind: Literal["verdict", "headline", "findings", "not checked", "measured", "count"]
     parts: Sequence[Part]
     note: str | None = None
 
@@ -54,18 +56,21 @@ class Section:
 def sections(audit: Audit) -> Iterator[Section]:
     """The report from top to bottom."""
     yield Section("verdict", [Facts([("verdict", verdict(audit)), ("meaning", meaning(audit))])])
+    lines = headline(audit)
+    if lines:
+        yield Section("headline", [Facts(lines)])
     if audit.findings:
         yield Section("findings", _findings(audit))
     rows = [(rule_name(check.rule), check.scope, check.why) for check in unchecked(audit)]
     if rows:
         yield Section("not checked", [Table(("not checked", "scope", "why"), rows)])
+    if audit.function is not None:
+        yield Section("measured", _function(audit.function))
     if audit.exposure is not None:
         yield Section("measured", _exposure(audit.exposure))
     worst = worst_recovery(audit)
     if worst is not None:
-        yield Section("measured", [*_recoveries(audit.recovery), *_recovery(worst)], LOWER_BOUND)
-    if audit.function is not None:
-        yield Section("measured", _function(audit.function))
+        yield Section("measured", [*_recoveries(audit.recovery), *_recovery(worst)], f"{LOWER_BOUND} {NOT_SKILL}")
     yield Section("count", [_count(audit)])
 
 
@@ -138,7 +143,7 @@ def _recovery(recovery: Recovery) -> list[Part]:
     attacks = Table(("attack", *MEASURES), rows, _NUMBERS)
     largest = sorted(recovery.tensors, key=lambda tensor: (-tensor.parameters, tensor.tensor))[:MOST_TENSORS]
     tensors = Table(
-        ("tensor", "role", "shown", "known exactly", "error", "cosine", "secret difference", "best attack"),
+        ("tensor", "role", "shown", "known exactly", "error", "cosine", "weight difference", "best attack"),
         [
             (
                 tensor.tensor,

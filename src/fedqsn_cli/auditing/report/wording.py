@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedqsn_cli.auditing.findings import Audit, Check, Finding, Recovery, Severity
+from fedqsn_cli.auditing.report.headline import NOT_MEASURED, is_skill_known, unlimited
 from fedqsn_cli.auditing.rules import RULES
 from fedqsn_cli.text import percent
 
@@ -15,6 +16,10 @@ WHAT_IT_MEANS = {
     "passed": "Everything that was checked is within the limits.",
 }
 LOWER_BOUND = "What the attacks recover is a lower bound on the leakage: better attacks may exist."
+NOT_SKILL = (
+    "The weight difference is the share of ||W - B||² to the public base B that is recovered, rounding included. It "
+    "says nothing about skill: a model that recovers little of it can do all that the owner's model does."
+)
 SEVERITIES: dict[Severity, str] = {"hard": "hard", "gate": "limit", "incomplete": "incomplete", "info": "note"}
 ORDER: dict[Severity, int] = {"hard": 0, "incomplete": 1, "gate": 2, "info": 3}
 
@@ -25,10 +30,14 @@ def verdict(audit: Audit) -> str:
 
 
 def meaning(audit: Audit) -> str:
-    """The verdict in a sentence; a pass without a policy is not praised."""
+    """The verdict in a sentence or two; a pass says what was not limited, and whether skill was measured at all."""
     if audit.verdict == "passed" and audit.policy.get("sha256") is None:
-        return "Nothing forbidden was found. No policy was given, so nothing was compared with a limit."
-    return WHAT_IT_MEANS[audit.verdict]
+        said = "Nothing forbidden was found. No policy was given, so nothing was compared with a limit."
+    else:
+        said = WHAT_IT_MEANS[audit.verdict]
+    free = unlimited(audit) if audit.verdict == "passed" and audit.policy.get("sha256") is not None else None
+    more = NOT_MEASURED if not is_skill_known(audit) else free
+    return said if more is None else f"{said} {more}"
 
 
 def ordered(audit: Audit) -> list[Finding]:

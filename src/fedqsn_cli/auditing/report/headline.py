@@ -1,0 +1,70 @@
+"""What an attacker can do with the proxies: the first thing that every format says. Weights come after it.
+
+A share of recovered weights says nothing about skill: most of a difference may be rounding that the model's function does
+not depend on. So where the function was not measured, every format says that first.
+"""
+
+from __future__ import annotations
+
+from fedqsn_cli.auditing.findings import Audit, CurvePoint, FunctionRecovery, ModelScore
+from fedqsn_cli.text import percent, real
+
+NOT_MEASURED = "Function was not measured: this verdict says nothing about the model's skill."
+
+Line = tuple[str, str]
+"""What it is, and how much."""
+
+
+def headline(audit: Audit) -> list[Line]:
+    """What an attacker can do, line by line; empty for an audit without proxies."""
+    if not _has_proxies(audit):
+        return []
+    found = audit.function
+    if found is None or found.rho is None:
+        return [("skill", NOT_MEASURED)]
+    scores = {score.model: score for score in found.scores}
+    lines = [("skill without examples", _without_examples(found, scores.get("attacked")))]
+    lines += [(f"skill with {point.public_examples} public examples", _with_examples(point)) for point in found.curve]
+    if not found.curve:
+        lines.append(("skill with public examples", "not measured (needs --public-data)"))
+    compared = [
+        (name, scores[model])
+        for name, model in (("the owner's model", "global"), ("the public base", "base"))
+        if model in scores
+    ]
+    return [*lines, *((f"beside it: {name}", _score(score)) for name, score in compared)]
+
+
+def is_skill_known(audit: Audit) -> bool:
+    """Was the function measured, where there are proxies? Else no format may look like a pass."""
+    return not _has_proxies(audit) or (audit.function is not None and audit.function.rho is not None)
+
+
+def unlimited(audit: Audit) -> str | None:
+    """What a policy let pass without a limit on it: skill above all."""
+    limits = audit.policy.get("limits", {})
+    limited = any(limits.get(scope, {}).get("rho") is not None for scope in ("proxy", "coalition"))
+    if not _has_proxies(audit) or limited or audit.function is None:
+        return None
+    return "The policy sets no limit for the skill that an attacker gets (rho)."
+
+
+def _has_proxies(audit: Audit) -> bool:
+    return any(check.rule.startswith("FQ3") or check.scope.startswith("proxy ") for check in audit.checked)
+
+
+def _without_examples(found: FunctionRecovery, score: ModelScore | None) -> str:
+    rho = found.rho or 0.0
+    attained = f"; {_score(score)}" if score is not None else ""
+    return f"{percent(max(rho, 0.0))} of the way from {found.floor} to the owner's model (rho {rho:.3f}){attained}"
+
+
+def _with_examples(point: CurvePoint) -> str:
+    rho = "rho not defined" if point.rho is None else f"rho {point.rho:.3f}"
+    gain = "" if point.gain is None else f", of which the proxies add {percent(max(point.gain, 0.0))} over the base"
+    accuracy = "" if point.accuracy is None else f", accuracy {real(point.accuracy)}"
+    return f"{rho}{gain}; loss {real(point.loss)}{accuracy}"
+
+
+def _score(score: ModelScore) -> str:
+    return f"loss {real(score.loss)}" + ("" if score.accuracy is None else f", accuracy {real(score.accuracy)}")
