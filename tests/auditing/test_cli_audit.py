@@ -248,7 +248,9 @@ def test_a_policy_is_written_once(tmp_path: Path) -> None:
 
 def test_the_written_policy_can_be_used_at_once(world: Path, tmp_path: Path) -> None:
     assert run("audit", "--init-policy", "--policy", tmp_path / "p.toml").code == 0
-    assert audit(world, "--policy", tmp_path / "p.toml").code in {0, 1}
+    outcome = audit(world, "--policy", tmp_path / "p.toml")
+    assert outcome.code == 3, "the function must have been measured"
+    assert "FQ301" in outcome.out and "FQ302" in outcome.out
 
 
 def test_a_process_ends_with_the_audits_exit_code_and_loads_no_training_library(world: Path) -> None:

@@ -113,6 +113,21 @@ def test_the_gain_over_the_base_is_held_against_its_limit_and_must_be_measured(g
     assert judged(limits(proxy=Limits(gain=0.5)), Measured(function=function)).exit_code == code
 
 
+@pytest.mark.parametrize("scope", ["proxy a", "coalition of 3"])
+@pytest.mark.parametrize("table", ["proxy", "coalition"])
+@pytest.mark.parametrize("measure", ["rho", "gain"])
+def test_a_limit_on_skill_holds_whatever_was_measured_together(scope: str, table: str, measure: str) -> None:
+    curve = (CurvePoint(8, 0.4, None, 0.984, 0.5, 0.984),)
+    function = FunctionRecovery(scope, (), "base", 1.0, 0.984, "as sent", curve)
+    policy = limits(**{table: Limits(**{measure: 0.5})})
+    assert judged(policy, Measured(function=function)).exit_code == 1
+
+
+def test_a_limit_of_coalitions_holds_for_a_single_proxy() -> None:
+    assert judged(limits(coalition=Limits(cosine=0.1)), Measured((ALONE,))).exit_code == 1
+    assert judged(limits(coalition=Limits(log10_nmse=2.0)), Measured((ALONE,))).exit_code == 1
+
+
 @pytest.mark.parametrize(("rho", "code"), [(0.9, 0), (0.91, 1), (None, 3)])
 def test_rho_is_held_against_its_limit_and_must_be_defined(rho: float | None, code: int) -> None:
     function = FunctionRecovery("proxy a", (), "base", 1.0, rho, "as sent")

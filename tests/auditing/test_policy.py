@@ -27,8 +27,8 @@ def test_the_template_is_a_policy_that_limits_something(tmp_path: Path) -> None:
     (tmp_path / "policy.toml").write_text(template())
     policy = load(tmp_path / "policy.toml")
     limits = policy.limits
-    assert limits.proxy.cosine is not None and policy.budget.client is not None and limits.clear.share is not None
-    assert required(policy) >= {"FQ001", "FQ101", "FQ201"}
+    assert limits.proxy.rho is not None and policy.budget.client is not None and limits.clear.share is not None
+    assert required(policy) >= {"FQ001", "FQ012", "FQ101", "FQ201", "FQ204", "FQ301", "FQ302"}
     assert len(str(policy.digest)) == 64
 
 
@@ -38,7 +38,7 @@ def test_every_commented_line_of_the_template_is_valid_too() -> None:
     code = [line.removeprefix("# ") for line in wanted]
     policy = parse(tomllib.loads("\n".join(code)), "here")
     assert (policy.threat.rounds, policy.threat.public_examples) == (10, (100, 1000))
-    assert policy.limits.proxy.rho is not None and policy.limits.tensor.cosine is not None and policy.waiver
+    assert policy.limits.proxy.rho is not None and policy.limits.tensor.delta_recovered is not None and policy.waiver
 
 
 def test_an_empty_policy_limits_and_requires_nothing() -> None:
@@ -69,6 +69,15 @@ def test_scopes_and_single_rules_can_be_required() -> None:
         ({"limits": {"proxy": {"cosine": True}}}, "limits.proxy.cosine must be a number from -1 to 1, not True"),
         ({"limits": {"proxy": {"rho": float("inf")}}}, "limits.proxy.rho must be a finite number"),
         ({"limits": {"tensor": {"rho": 0.5}}}, "limits.tensor.rho is not part of a policy"),
+        (
+            {"threat": {"public_base": True}, "limits": {"coalition": {"cosine": 0.9}}},
+            "limits.coalition.cosine limits nothing with threat.public_base = true",
+        ),
+        (
+            {"threat": {"public_base": False}, "limits": {"proxy": {"gain": 0.9}}},
+            "limits.proxy.gain needs a public base, but threat.public_base is false",
+        ),
+        ({"threat": {"public_base": 1}}, "threat.public_base "),
         ({"limits": 3}, "limits must be a table, written [limits]"),
         ({"budget": {"client": "0.9"}}, "budget.client must be a number from 0 to 1, not '0.9'"),
         ({"threat": {"colluders": 0}}, "threat.colluders must be a whole number, 1 or more, not 0"),
@@ -102,6 +111,11 @@ def test_what_cannot_be_is_refused_with_its_place(document: dict[str, Any], mess
 def test_a_waiver_needs_rule_reason_owner_and_date(field: str) -> None:
     with pytest.raises(FormatError, match=f"waiver 1.{field}"):
         parse({"waiver": [{key: value for key, value in WAIVER.items() if key != field}]}, "here")
+
+
+def test_a_public_base_that_the_policy_tells_of_must_be_given() -> None:
+    assert required(parse({"threat": {"public_base": True}}, "here")) == {"FQ204"}
+    assert required(parse({"threat": {"public_base": False}}, "here")) == frozenset()
 
 
 def test_a_missing_or_broken_file_is_told_as_such(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from auditing.constructed import CASES, ENDINGS, NASTY, golden, rendered
 from fedqsn_cli.auditing.findings import Audit, Check, Finding
 from fedqsn_cli.auditing.limits.regression import measures
 from fedqsn_cli.auditing.report import FORMATS, render, sarif
+from fedqsn_cli.auditing.report.headline import NOT_MEASURED
 from fedqsn_cli.auditing.report.json import read_measures
 from fedqsn_cli.auditing.rules import RULES
 from fedqsn_cli.errors import FormatError, InputError
@@ -192,7 +193,41 @@ def test_text_is_short_and_says_what_it_is_worth() -> None:
     text = render(audit(verdict="over the limits", clients=60, rounds=2), "text")
     assert text.startswith("verdict  over the limits (exit code 1)")
     assert "a lower bound on the leakage" in text
-    assert len(text.splitlines()) <= 80
+    assert len(text.splitlines()) <= 90
+
+
+ANSWERS = ("without examples", "1000 public examples", "the owner", "the public base")
+
+
+@pytest.mark.parametrize("form", [*FORMATS, "html"])
+def test_every_format_says_what_an_attacker_can_do_before_it_speaks_of_weights(form: str) -> None:
+    made = render(audit(verdict="over the limits"), form)
+    assert all(answer in made for answer in ANSWERS)
+    weights = made.find("weight difference")
+    if form in ("text", "markdown", "html"):
+        assert made.index("without examples") < weights
+
+
+@pytest.mark.parametrize("form", [*FORMATS, "html"])
+def test_every_format_says_that_the_function_was_not_measured(form: str) -> None:
+    given = replace(audit(), function=None)
+    assert NOT_MEASURED in render(given, form).replace("&#39;", "'").replace("&apos;", "'")
+    assert NOT_MEASURED not in render(audit(), form).replace("&#39;", "'")
+
+
+def test_nothing_is_green_where_nothing_is_known_about_skill() -> None:
+    given = replace(audit(), function=None)
+    page = render(given, "html")
+    assert 'class="verdict unknown"' in page and 'class="verdict passed"' not in page
+    assert "✅" not in render(given, "markdown")
+    assert 'class="verdict passed"' in render(audit(), "html") and "✅" in render(audit(), "markdown")
+
+
+def test_a_pass_says_that_skill_was_not_limited() -> None:
+    policy = dict(audit().policy)
+    policy["limits"] = {"proxy": {"cosine": 0.9}, "coalition": {}}
+    assert "sets no limit for the skill" in render(replace(audit(), policy=policy), "text")
+    assert "sets no limit for the skill" not in render(audit(), "text")
 
 
 def test_a_pass_without_limits_is_not_praised() -> None:

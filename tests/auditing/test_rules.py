@@ -37,14 +37,14 @@ def test_every_rule_is_declared_once() -> None:
         assert rule.what.endswith(".") and rule.why.endswith(".") and rule.fix.endswith("."), rule.id
 
 
-def test_scopes_are_what_policies_have_always_required() -> None:
+def test_scopes_are_what_policies_require() -> None:
     assert SCOPES == {
-        "invariants": ("FQ001", "FQ002", "FQ003", "FQ004", "FQ005", "FQ006", "FQ007", "FQ010"),
+        "invariants": ("FQ001", "FQ002", "FQ003", "FQ004", "FQ005", "FQ006", "FQ007", "FQ010", "FQ012"),
         "merge": ("FQ008",),
         "exposure": ("FQ101", "FQ102", "FQ103"),
         "recovery": ("FQ201", "FQ202", "FQ203"),
         "regression": ("FQ205",),
-        "function": ("FQ301",),
+        "function": ("FQ301", "FQ302"),
     }
 
 

@@ -118,10 +118,11 @@ def _refused(place: str, what: str, where: object, given: str = "", choices: Ite
 def without_file(*, proxies: bool, ledger: bool) -> Policy:
     """The policy of an audit that was given none: nothing is limited, but what the inputs are for must be checked."""
     require: list[str] = []
-    if proxies:  # FQ004 needs several of them or a ledger, FQ010 a ledger
-        require += [rule for rule in SCOPES["invariants"] if rule not in ("FQ004", "FQ010")] + ["recovery"]
+    of_ledger = ["FQ010", "FQ012"]
+    if proxies:  # FQ004 needs several of them or a ledger
+        require += [rule for rule in SCOPES["invariants"] if rule not in ("FQ004", *of_ledger)] + ["recovery"]
     if ledger:
-        require += ["exposure", *(["FQ010"] if proxies else [])]
+        require += ["exposure", *(of_ledger if proxies else [])]
     return Policy(scope=Scope(require=tuple(require)))
 
 

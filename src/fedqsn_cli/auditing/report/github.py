@@ -14,8 +14,8 @@ def render(audit: Audit) -> str:
     """All findings, the worst first: a site that shows only some shows those."""
     lines = [_annotation(finding) for finding in ordered(audit)]
     last = f"::{'notice' if audit.exit_code == 0 else 'error'} title=fedqsn audit::"
-    skill = [f"::notice title=fedqsn audit::{_data(f'{name}: {value}')}" for name, value in headline(audit)]
-    return "\n".join([*skill, *lines, last + _data(f"{verdict(audit)}: {meaning(audit)}"), ""])
+    skill = "".join(f" {name}: {value}." for name, value in headline(audit))
+    return "\n".join([*lines, last + _data(f"{verdict(audit)}: {meaning(audit)}{skill}"), ""])
 
 
 def _annotation(finding: Finding) -> str:

@@ -1,7 +1,7 @@
 """What an attacker can do with the proxies: the first thing that every format says. Weights come after it.
 
-A share of recovered weights says nothing about skill: most of a difference may be rounding that the model's function does
-not depend on. So where the function was not measured, every format says that first.
+A share of recovered weights says nothing about skill: most of a difference may be rounding that the model's function
+does not depend on. So where the function was not measured, every format says that first.
 """
 
 from __future__ import annotations
