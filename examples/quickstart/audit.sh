@@ -22,4 +22,5 @@ after=()
 [[ ! -e $job/r$last/global/config.json ]] || after=(--after "$job/r$last/global")
 
 exec fedqsn audit "$job/r$last"/proxies/*/ --truth "$truth" "${after[@]}" --key "$job/job.key" \
-    --ledger "$job/ledger.jsonl" --public-base "$WORK/base" --policy "$POLICY" --report "$WORK/report.html" "$@"
+    --ledger "$job/ledger.jsonl" --public-base "$WORK/base" \
+    --eval-data "$WORK/data/test.jsonl" --public-data "$WORK/data/owner.jsonl" --policy "$POLICY" --report "$WORK/report.html" "$@"
