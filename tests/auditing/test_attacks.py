@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedqsn_cli import export_proxy
+from fedqsn_cli import audit, export_proxy
 from fedqsn_cli.auditing.completeness import Collector
 from fedqsn_cli.auditing.findings import LEAST_LOG10, AttackScore, Recovery
 from fedqsn_cli.auditing.inputs import open_inputs
@@ -21,6 +21,7 @@ from fedqsn_cli.auditing.recovery.metrics import ErrorSums
 from fedqsn_cli.auditing.recovery.weights import recover_weights
 from fedqsn_cli.export.outputs import METADATA
 from fedqsn_cli.options import AuditOptions
+from support.families import build
 from support.leaks import World, make_world, requantize, shake, spoil
 
 UP = "model.layers.{}.mlp.up_proj.weight"
@@ -234,3 +235,25 @@ def test_several_rounds_and_formats_are_put_together_by_format(tmp_path: Path) -
     )
     found, _ = attack(world, clients=["c0", "c1", "later"])
     assert [one.scope for one in found] == ["proxy c0", "proxy c1", "coalition of 2", "proxy later"]
+
+
+@pytest.mark.parametrize(("attack", "fill"), [("descale", None), ("descale, base fill", "base")])
+def test_the_direction_of_a_difference_is_its_squared_cosine(attack: str, fill: str | None, tmp_path: Path) -> None:
+    """An oracle in numpy, on a proxy that shows visible weights as they are."""
+    world = make_world(tmp_path / "world", clients=["alice"], p2=0.0, format="none", rescale=False)
+    build("bert", tmp_path / "base", seed=11)
+    found = audit(world.proxy(), truth=world.truth, key=world.key, public_base=tmp_path / "base")
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    shown = load_file(world.proxy() / "model.safetensors")
+    secret, learnt = [], []
+    for name, weights in world.weights().items():
+        if not weights.is_floating_point():
+            continue
+        guess = shown[name].where(shown[name] == weights, base[name]) if fill == "base" else shown[name]
+        secret.append((weights - base[name]).double().flatten())
+        learnt.append((guess - base[name]).double().flatten())
+    one, other = torch.cat(secret), torch.cat(learnt)
+    expected = float((one @ other) ** 2 / ((one @ one) * (other @ other)))
+    (recovery,) = found.recovery
+    score = next(score for score in recovery.attack_table if score.attack == attack)
+    assert score.delta_direction == pytest.approx(expected, rel=1e-3)

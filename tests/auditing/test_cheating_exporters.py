@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import shutil
@@ -289,3 +290,34 @@ ENTRIES: dict[str, tuple[Cheat, str]] = {
 def test_entries_that_are_no_plain_files_of_the_release_are_found(cheat: Cheat, expected: str, world: World) -> None:
     cheat(world)
     assert expected in message(world)
+
+
+# ---------------------------------------------------------------- what the owner's own folder smuggles
+
+
+def _template(text: str) -> Callable[[Path], None]:
+    return lambda home: (home / "truth" / "chat_template.jinja").write_text(text) and None
+
+
+@pytest.mark.parametrize("spell", [lambda data: base64.b64encode(data).decode(), bytes.hex], ids=["base64", "hex"])
+def test_weights_in_the_owners_own_template_are_found_and_can_be_waived(
+    spell: Callable[[bytes], str], tmp_path: Path
+) -> None:
+    text = spell(hashlib.shake_256(b"weights").digest(3000))
+    world = make_world(tmp_path / "world", clients=["alice"], prepare=_template("{# " + text + " #}"))
+    found = audit(world)
+    assert reproduced(found) == ["pass"], "it is the owner's own file"
+    (finding,) = found.findings
+    assert (finding.rule, finding.severity) == ("FQ104", "gate")
+    assert "chat_template.jinja" in finding.message and text[:20] not in finding.message
+
+
+def test_a_template_of_the_usual_kind_is_no_finding(tmp_path: Path) -> None:
+    loop = "{% for message in messages %}{{ message.role }}: {{ message.content }}{% endfor %}" + "-" * 500
+    world = make_world(tmp_path / "world", clients=["alice"], prepare=_template(loop))
+    assert audit(world).findings == ()
+
+
+def test_a_companion_of_unknown_size_is_found(tmp_path: Path) -> None:
+    world = make_world(tmp_path / "world", clients=["alice"], prepare=_template("word " * 60_000))
+    assert [finding.rule for finding in audit(world).findings] == ["FQ104"]

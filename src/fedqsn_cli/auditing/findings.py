@@ -65,6 +65,8 @@ class AttackScore(NamedTuple):
         cosine: between W and W', over all parameters.
         delta_recovered: 1 - ||W - W'||² / ||W - B||², None without a public base B; below 0 when B itself is nearer.
         log10_nmse_visible: as log10_nmse, over the parameters that the attacker was shown.
+        delta_direction: squared cosine between W' - B and W - B: the share of ||W - B||² that an attacker recovers who
+            scales W' - B as is best; None where it was not measured.
     """
 
     attack: str
@@ -73,6 +75,7 @@ class AttackScore(NamedTuple):
     cosine: float
     delta_recovered: float | None
     log10_nmse_visible: float
+    delta_direction: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,7 @@ class Recovery:
         """The worst case for the owner, measure by measure over all attacks: what limits are held against."""
         table = self.attack_table
         deltas = [score.delta_recovered for score in table if score.delta_recovered is not None]
+        directions = [score.delta_direction for score in table if score.delta_direction is not None]
         return AttackScore(
             "worst of all",
             _worst([score.exact_share for score in table], max),
@@ -121,6 +125,7 @@ class Recovery:
             _worst([score.cosine for score in table], max),
             _worst(deltas, max) if deltas else None,
             _worst([score.log10_nmse_visible for score in table], min),
+            _worst(directions, max) if directions else None,
         )
 
 

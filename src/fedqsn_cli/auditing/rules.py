@@ -19,7 +19,7 @@ from fedqsn_cli.auditing.invariants import (
     reproduce,
     same_codes,
 )
-from fedqsn_cli.auditing.limits import exposure, function, recovery, regression
+from fedqsn_cli.auditing.limits import companions, exposure, function, recovery, regression
 from fedqsn_cli.auditing.limits.measured import LimitCheck
 from fedqsn_cli.auditing.policy import Policy
 from fedqsn_cli.auditing.registry import Rule
@@ -35,6 +35,7 @@ MODULES = (
     same_codes,
     copied_units,
     other_models,
+    companions,
     exposure,
     recovery,
     function,

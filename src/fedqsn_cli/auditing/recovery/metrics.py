@@ -3,7 +3,8 @@
 exact share   elements that are right to the last bit that the attacker has      / all elements
 NMSE          ||W - W'||² / ||W||²
 cosine        <W, W'> / (||W|| ||W'||)
-delta         1 - ||W - W'||² / ||W - B||²        share of the secret difference to a public base B
+delta         1 - ||W - W'||² / ||W - B||²        share of the weight difference to a public base B
+direction     <W - B, W' - B>² / (||W - B||² ||W' - B||²)    what is left of it for who scales W' - B as is best
 """
 
 from __future__ import annotations
@@ -67,14 +68,20 @@ def constant_guess(truth: ErrorSums, value: float) -> ErrorSums:
 
 @dataclass(frozen=True, slots=True)
 class AttackResult:
-    """What one attack makes of some elements: those it was shown, and those it had to guess."""
+    """What one attack makes of some elements: those it was shown, and those it had to guess.
+
+    Args:
+        moved: ||W' - B||² of all of them; None where it was not added up.
+    """
 
     shown: ErrorSums
     guessed: ErrorSums
+    moved: float | None = None
 
     def plus(self, other: AttackResult) -> AttackResult:
         """Both together."""
-        return AttackResult(self.shown.plus(other.shown), self.guessed.plus(other.guessed))
+        moved = None if self.moved is None or other.moved is None else self.moved + other.moved
+        return AttackResult(self.shown.plus(other.shown), self.guessed.plus(other.guessed), moved)
 
     @property
     def error(self) -> float:
@@ -95,7 +102,15 @@ class AttackResult:
             cosine(whole),
             None if not difference else 1 - whole[DD] / difference,
             log10_ratio(self.shown[DD], self.shown[WW]),
+            self._direction(difference),
         )
+
+    def _direction(self, difference: float | None) -> float | None:
+        """Squared cosine between W - B and W' - B; 0 where they point away from each other."""
+        if not difference or self.moved is None:
+            return None
+        product = (difference + self.moved - self.error) / 2
+        return min(1.0, product * product / (difference * self.moved)) if product > 0 and self.moved > 0 else 0.0
 
 
 def log10_ratio(error: float, energy: float) -> float:

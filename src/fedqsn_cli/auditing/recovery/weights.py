@@ -27,7 +27,7 @@ from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.recovery import attacks
 from fedqsn_cli.auditing.recovery.evidence import Evidence, Reading
 from fedqsn_cli.auditing.recovery.low_rank import complete
-from fedqsn_cli.auditing.recovery.metrics import COUNT, DD, EXACT, HITS, WW, AttackResult, ErrorSums
+from fedqsn_cli.auditing.recovery.metrics import COUNT, DD, EXACT, GG, HITS, WW, AttackResult, ErrorSums, G
 from fedqsn_cli.auditing.rows import CHUNK, has_tensor, model_rows
 from fedqsn_cli.errors import FormatError
 from fedqsn_cli.kernels.read_ahead import read_ahead
@@ -50,6 +50,7 @@ class Target:
         results: of each attack on each tensor.
         shown: sums of each attack over shown elements of the current tensor.
         base_shown: sums over the same elements with the public base as the guess.
+        moved: ||W' - B||² of each attack over the same elements.
     """
 
     scope: str
@@ -57,6 +58,7 @@ class Target:
     results: dict[str, dict[str, AttackResult]] = field(default_factory=dict)
     shown: dict[str, ErrorSums] = field(default_factory=dict)
     base_shown: ErrorSums = field(default_factory=ErrorSums)
+    moved: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,7 @@ def _attack(truth: OpenModel, inputs: Inputs, targets: Sequence[Target], collect
         for target in targets:
             names = attacks.estimates(len(target.proxies), base is not None)
             target.shown, target.base_shown = {name: ErrorSums() for name in names}, ErrorSums()
+            target.moved = dict.fromkeys(names, 0.0)
         for rows in _rows(truth, base if with_base else None, task, quantization.block_size if quantization else 1):
             whole.add(rows.w, rows.w, *rows.everything)
             if base_whole is not None and rows.base is not None:
@@ -163,10 +166,14 @@ def _attack_alone(target: Target, rows: Rows, reading: Reading, with_base: bool)
     _add(target.shown["descale"], rows.w, reading.values, reading.certain, row_flags, flags)
     if rows.base is not None:
         target.base_shown.add(rows.w, rows.base, row_flags, flags, tolerance=0.0)
+        target.moved["descale"] += _squares(rows.base, reading.values, row_flags, flags)
     if with_base:
         alone = Evidence.none(rows.w.shape)
         alone.add(reading)
-        target.shown["clamp"].add(rows.w, attacks.clamp(alone, rows.base), row_flags, flags)
+        guess = attacks.clamp(alone, rows.base)
+        target.shown["clamp"].add(rows.w, guess, row_flags, flags)
+        if rows.base is not None:
+            target.moved["clamp"] += _squares(rows.base, guess, row_flags, flags)
 
 
 def _attack_together(target: Target, rows: Rows, evidence: Evidence) -> None:
@@ -177,8 +184,17 @@ def _attack_together(target: Target, rows: Rows, evidence: Evidence) -> None:
         guess = estimate(evidence, rows.base)
         certain = attacks.known_edges(evidence) if name == attacks.SCALE_READING else guess
         _add(target.shown[name], rows.w, guess, certain, row_flags, flags)
+        if rows.base is not None:
+            target.moved[name] += _squares(rows.base, guess, row_flags, flags)
     if rows.base is not None:
         target.base_shown.add(rows.w, rows.base, row_flags, flags, tolerance=0.0)
+
+
+def _squares(base: Floats, guess: Floats, row_flags: Array, flags: Floats) -> float:
+    """||W' - B||² of the elements that are shown."""
+    sums = ErrorSums()
+    sums.add(base, guess, row_flags, flags)
+    return sums[DD]
 
 
 def scale_block(proxy: OpenedProxy, task: TensorTask) -> int:
@@ -211,8 +227,23 @@ def _results(
         hidden_base = base_whole.minus(target.base_shown) if base_whole is not None else None
         for fill in attacks.fills(with_base):
             guessed = attacks.filled(fill, shown, hidden, hidden_base)
-            results[attacks.name_of(name, fill)] = AttackResult(shown, guessed)
+            moved = _moved(target.moved[name], shown, guessed, hidden_base, fill) if with_base else None
+            results[attacks.name_of(name, fill)] = AttackResult(shown, guessed, moved)
     return results
+
+
+def _moved(of_shown: float, shown: ErrorSums, guessed: ErrorSums, base: ErrorSums | None, fill: str) -> float:
+    """||W' - B||² of a whole tensor whose hidden elements were guessed in this way; B is 0 where it lacks the tensor.
+
+    Args:
+        base: sums over hidden elements with the public base as the guess.
+    """
+    if base is None:
+        return shown[GG] + guessed[GG]
+    if fill == "base":
+        return of_shown
+    mean = guessed[G] / guessed[COUNT] if guessed[COUNT] else 0.0
+    return of_shown + base[GG] - 2 * mean * base[G] + base[COUNT] * mean * mean
 
 
 def _try_low_rank(truth: OpenModel, base: PublicBase, target: Target, task: TensorTask, base_whole: ErrorSums) -> None:
@@ -256,7 +287,7 @@ def _total(target: Target, name: str) -> AttackResult:
 
 
 def _sum(results: Iterable[AttackResult]) -> AttackResult:
-    total = AttackResult(ErrorSums(), ErrorSums())
+    total = AttackResult(ErrorSums(), ErrorSums(), 0.0)
     for result in results:
         total = total.plus(result)
     return total

@@ -1,6 +1,7 @@
 """An audit in words, for people and for programs. What is printed never changes the exit code.
 
 wording.py      names and values that several formats share
+headline.py     what an attacker can do, or that nothing is known about it
 sections.py     the report as a list of sections
 text.py         the sections for the terminal
 markdown.py     the sections for a step's summary

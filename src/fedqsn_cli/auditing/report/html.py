@@ -131,6 +131,7 @@ def _cells(score: AttackScore) -> tuple[str, ...]:
         percent(10**score.log10_nmse_visible),
         f"{score.cosine:.4f}",
         delta(score.delta_recovered),
+        delta(score.delta_direction),
     )
 
 

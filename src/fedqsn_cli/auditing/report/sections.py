@@ -32,7 +32,7 @@ MOST_SCOPES = 12
 MOST_CLIENTS = 10
 MOST_FINDINGS = 100
 
-MEASURES = ("known exactly", "error", "error of what is shown", "cosine", "weight difference")
+MEASURES = ("known exactly", "error", "error of what is shown", "cosine", "weight difference", "its direction")
 """The columns of an attack's score."""
 
 _NUMBERS = frozenset({*MEASURES, "shown", "proxies", "first", "now", "loss", "accuracy", "public examples", "rho"})
@@ -126,6 +126,7 @@ def _cells(score: AttackScore) -> tuple[str, ...]:
         squared(score.log10_nmse_visible),
         f"{score.cosine:.4f}",
         delta(score.delta_recovered),
+        delta(score.delta_direction),
     )
 
 

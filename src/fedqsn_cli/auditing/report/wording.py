@@ -17,8 +17,9 @@ WHAT_IT_MEANS = {
 }
 LOWER_BOUND = "What the attacks recover is a lower bound on the leakage: better attacks may exist."
 NOT_SKILL = (
-    "The weight difference is the share of ||W - B||² to the public base B that is recovered, rounding included. It "
-    "says nothing about skill: a model that recovers little of it can do all that the owner's model does."
+    "The weight difference is the share of ||W - B||² to the public base B that is recovered, rounding included; its "
+    "direction is the squared cosine between W' - B and W - B, the share that is left after the best scaling. Neither "
+    "says anything about skill: a model that recovers little of them can do all that the owner's model does."
 )
 SEVERITIES: dict[Severity, str] = {"hard": "hard", "gate": "limit", "incomplete": "incomplete", "info": "note"}
 ORDER: dict[Severity, int] = {"hard": 0, "incomplete": 1, "gate": 2, "info": 3}
