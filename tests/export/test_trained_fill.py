@@ -242,7 +242,9 @@ def test_an_audit_of_a_later_round_builds_its_proxies_again_from_the_server_mode
     with placed(replace(USUAL, hidden=64, inner=128)) as place:
         play(place, 2)
         assert audited(place, None, 1).exit_code == 0
-        assert audited(place, place.root / "s1", 2).exit_code == 0
+        found = audited(place, place.root / "s1", 2)
+        assert found.exit_code == 0
+        assert any("cannot be known from these inputs" in one.message for one in found.findings)
         assert audited(place, None, 2).exit_code == 3  # the truth alone does not explain them: no pass
         assert audited(place, place.root / "server", 2).exit_code == 3  # nor does the server model of another round
 
@@ -286,6 +288,29 @@ def test_hidden_weights_in_the_holes_of_a_server_model_are_found(share: float, d
         found = audited(place, place.root / "s1", 2)
         assert found.exit_code == 4
         assert ("FQ002", "server", name) in {(one.rule, one.scope, one.tensor) for one in found.findings}
+
+
+def test_attacks_read_what_stands_in_trained_holes() -> None:
+    """Holes that hold the hidden weights under noise: no unit is a copy, but the difference is recovered."""
+    with placed(replace(USUAL, hidden=64, inner=128)) as place:
+        play(place, 1)
+        hidden = hidden_elements(place.model, place.key)
+        whole, base = read_model(place.model), read_model(place.root / "base")
+        tensors = read_model(place.root / "s1")
+        rng = np.random.default_rng(0)
+        for name, (dtype, bits) in tensors.items():
+            if hidden.get(name) is None or not hidden[name].any():
+                continue
+            secret, public, now = (to_floats(part, dtype) for part in (whole[name][1], base[name][1], bits))
+            noise = rng.standard_normal(secret.shape) * 0.5 * np.std(secret - public)
+            leak = np.where(hidden[name], secret + noise, now).astype(np.float32)
+            tensors[name] = (dtype, to_bits(leak, dtype))
+        write_file(place.root / "s1" / "model.safetensors", tensors, {"format": "pt"})
+        place.export(place.root / "s1", "p2", round=2, clients=CLIENTS, **ALL)
+        leaking = audited(place, place.root / "s1", 2)
+        (scores,) = [{one.attack: one for one in found.attack_table} for found in leaking.recovery[:1]]
+        read, unread = scores["descale, holes as sent"], scores["descale, base fill"]
+        assert (read.delta_recovered or 0) > (unread.delta_recovered or 0) + 0.1
 
 
 def test_an_audit_refuses_a_global_model_as_server_model() -> None:

@@ -39,6 +39,10 @@ NOT_REPRODUCED = Rule(
     needs=(PROXY, OWNER, LEDGER),
 )
 
+_TRAINED = (
+    "its holes are those of --server, which hold what earlier updates made of the public base; whether they hold "
+    "anything else cannot be known from these inputs, but attacks read them"
+)
 _COMMIT = re.compile(r"hf://[\w.-]+/[\w.-]+@[0-9a-f]{40}", re.ASCII)
 ORIGIN: Need[tuple[OpenModel, JobKey]] = Need(OWNER.options, lambda inputs: pair(inputs.origin, inputs.job))
 
@@ -128,6 +132,8 @@ def _judge(inputs: Inputs, proxy: OpenedProxy, folder: ComparedFolder, made: Rel
     if inputs.base is not None and inputs.base.source.revision is None and _reference(proxy) is not None:
         why = "the proxy names the commit that its public base is from; give that as --public-base to verify it"
         yield NOT_REPRODUCED.not_run(f"{scope} public base", why)
+    if inputs.server is not None and inputs.server.has_trained_fill:
+        yield replace(NOT_REPRODUCED.finding(scope, _TRAINED), severity="info")
     proxy.reproduced = not found
     proxy.mismatched = set() if not found else None
     yield from NOT_REPRODUCED.checked(scope, "the release was made again, and every byte and entry compared", found)

@@ -9,7 +9,8 @@
                  several share that level, one of them is, and the others are in their intervals
                 clamp        the public base, moved into that interval
                 low-rank     base + the leading singular directions of the visible difference, moved into the interval
-    hidden      zero, mean (of the tensor's shown elements), base (the same element of the public base)
+    hidden      zero, mean (of the tensor's shown elements), base (the same element of the public base), and, where
+                clients have trained the holes, what stands in them
 
 The element that attains a block's scale is known exactly ("scale reading"): its level is 1, so descaling shows it.
 """
@@ -27,7 +28,7 @@ from fedqsn_cli.auditing.recovery.metrics import COUNT, ErrorSums, G, constant_g
 
 Floats = NDArray[np.float32]
 
-AS_SENT, LOW_RANK, SCALE_READING = "as sent", "low-rank", "scale reading"
+AS_SENT, LOW_RANK, SCALE_READING, HOLES = "as sent", "low-rank", "scale reading", "descale, holes as sent"
 
 
 def first(evidence: Evidence, base: Floats | None) -> Floats:

@@ -51,6 +51,8 @@ class Target:
         shown: sums of each attack over shown elements of the current tensor.
         base_shown: sums over the same elements with the public base as the guess.
         moved: ||W' - B||² of each attack over the same elements.
+        as_filled, moved_as_filled: sums over all elements with what the proxy holds as the guess, holes included; and
+            ||W' - B||² of that. Only of a proxy whose holes clients have trained.
     """
 
     scope: str
@@ -59,6 +61,13 @@ class Target:
     shown: dict[str, ErrorSums] = field(default_factory=dict)
     base_shown: ErrorSums = field(default_factory=ErrorSums)
     moved: dict[str, float] = field(default_factory=dict)
+    as_filled: ErrorSums = field(default_factory=ErrorSums)
+    moved_as_filled: float = 0.0
+
+    @property
+    def reads_holes(self) -> bool:
+        """Is what stands in the holes more than the public base?"""
+        return len(self.proxies) == 1 and self.proxies[0].manifest.train == "all"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +121,7 @@ def _attack(truth: OpenModel, inputs: Inputs, targets: Sequence[Target], collect
             names = attacks.estimates(len(target.proxies), base is not None)
             target.shown, target.base_shown = {name: ErrorSums() for name in names}, ErrorSums()
             target.moved = dict.fromkeys(names, 0.0)
+            target.as_filled, target.moved_as_filled = ErrorSums(), 0.0
         for rows in _rows(truth, base if with_base else None, task, quantization.block_size if quantization else 1):
             whole.add(rows.w, rows.w, *rows.everything)
             if base_whole is not None and rows.base is not None:
@@ -167,6 +177,10 @@ def _attack_alone(target: Target, rows: Rows, reading: Reading, with_base: bool)
     if rows.base is not None:
         target.base_shown.add(rows.w, rows.base, row_flags, flags, tolerance=0.0)
         target.moved["descale"] += _squares(rows.base, reading.values, row_flags, flags)
+    if target.reads_holes:
+        target.as_filled.add(rows.w, reading.values, *rows.everything)
+        if rows.base is not None:
+            target.moved_as_filled += _squares(rows.base, reading.values, *rows.everything)
     if with_base:
         alone = Evidence.none(rows.w.shape)
         alone.add(reading)
@@ -229,6 +243,10 @@ def _results(
             guessed = attacks.filled(fill, shown, hidden, hidden_base)
             moved = _moved(target.moved[name], shown, guessed, hidden_base, fill) if with_base else None
             results[attacks.name_of(name, fill)] = AttackResult(shown, guessed, moved)
+    if target.reads_holes:
+        shown = target.shown["descale"]
+        moved = target.moved_as_filled if base_whole is not None else target.as_filled[GG]
+        results[attacks.HOLES] = AttackResult(shown, target.as_filled.minus(shown), moved if with_base else None)
     return results
 
 
