@@ -112,7 +112,11 @@ def fixed_key(key: Path, secret: str, start: Callable[[], Any]) -> Path:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     text, count = re.subn(r'("key": *)"[0-9a-f]{64}"', rf'\1"{secret}"', key.read_text())
     assert count == 1
-    key.write_text(text)  # the mode stays what it was
+    key.write_text(re.sub(r',\s*"seal": *"[0-9a-f]{64}"', "", text))  # the mode stays what it was
+    if '"seal"' in text:  # a file whose key was changed has another one
+        from fedqsn_cli.masks import job_key
+
+        job_key.seal_file(key, job_key.load(key, unsealed=True))
     return key
 
 
