@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import stat
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -416,3 +418,57 @@ def test_a_client_id_that_looks_like_a_placeholder_or_an_option_is_only_a_name(p
     place.export(place.model, "proxies", clients=("a.b-c_d", "0"))
     assert sorted(path.name for path in (place.root / "proxies").iterdir()) == ["0", "a.b-c_d"]
     assert not [name for name in listing(place.root) if ".fedqsn-" in name]
+
+
+# ---------------------------------------------------------------- records that were edited, or of an earlier version
+
+
+def _edited(key: Path, **fields: object) -> None:
+    document = json.loads(key.read_text())
+    key.write_text(json.dumps(document | fields))
+
+
+def test_a_running_job_whose_key_file_was_edited_is_refused(tmp_path: Path) -> None:
+    """With p1 changed from 0.5 to 0.1, the next proxy would show most of what the job hides."""
+    make_model(tmp_path / "model", "bert", hidden=64, inner=128)
+    job: dict[str, Any] = {"key": tmp_path / "job.key", "ledger": tmp_path / "ledger.jsonl", "p2": 0.1}
+    export_proxy(str(tmp_path / "model"), tmp_path / "p1", client="ann", round=1, p1=0.5, **job)
+    for fields in ({"p1": 0.1}, {"groups": {}}, {"clear": 10**15}):
+        before = job["key"].read_bytes()
+        _edited(job["key"], **fields)
+        for trust in (False, True):
+            with nothing_written(tmp_path), pytest.raises(KeyFileError, match="was edited"):
+                again = job | {"trust_records": trust}
+                export_proxy(str(tmp_path / "model"), tmp_path / "p2", client="ann", round=2, **again)
+        job["key"].write_bytes(before)
+
+
+def test_records_of_an_earlier_version_are_sealed_once_on_request(tmp_path: Path) -> None:
+    make_model(tmp_path / "model", "bert", hidden=64, inner=128)
+    job: dict[str, Any] = {"key": tmp_path / "job.key", "ledger": tmp_path / "ledger.jsonl", "p2": 0.1}
+    export_proxy(str(tmp_path / "model"), tmp_path / "p1", client="ann", round=1, p1=0.5, **job)
+    head = tmp_path / "ledger.jsonl.head"
+    sealed = job["key"].read_bytes(), head.read_bytes()
+    document = json.loads(sealed[0])
+    del document["seal"]
+    job["key"].write_text(json.dumps(document))
+    head.unlink()
+    export = partial(export_proxy, str(tmp_path / "model"), client="ann", round=1, force=True, **job)
+    with nothing_written(tmp_path), pytest.raises(KeyFileError, match="no seal"):
+        export(tmp_path / "p1")
+    export(tmp_path / "p1", trust_records=True)
+    assert (job["key"].read_bytes(), head.read_bytes()) == sealed
+    export(tmp_path / "p1")
+
+
+def test_files_of_a_proxy_have_one_mode_and_one_time_whatever_umask_and_clock(tmp_path: Path) -> None:
+    make_model(tmp_path / "model", "bert", hidden=64, inner=128)
+    before = os.umask(0o077)
+    try:
+        job: dict[str, Any] = {"key": tmp_path / "job.key", "ledger": tmp_path / "ledger.jsonl"}
+        export_proxy(str(tmp_path / "model"), tmp_path / "p1", client="ann", round=1, p1=0.5, p2=0.1, **job)
+    finally:
+        os.umask(before)
+    found = [path.stat() for path in (tmp_path / "p1").iterdir()]
+    assert {(stat.S_IMODE(one.st_mode), one.st_mtime_ns) for one in found} == {(0o644, 315_532_800 * 10**9)}
+    assert stat.S_IMODE((tmp_path / "p1").stat().st_mode) == 0o700

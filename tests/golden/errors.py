@@ -107,6 +107,9 @@ def copy(source: Path) -> None:
         shutil.copytree(source, SPOILT)
     elif source.exists():
         shutil.copy(source, SPOILT)
+        head = source.with_name(f"{source.name}.head")  # of a ledger
+        if head.exists():
+            shutil.copy(head, f"{SPOILT}.head")
 
 
 def remove(path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 
 from fedqsn_cli import merge
+from fedqsn_cli.artifacts.ledger_head import write_head
 from fedqsn_cli.errors import FedqsnError, FormatError, InputError, KeyFileError, RefusedUpdate
+from fedqsn_cli.masks import job_key
 from support.helpers import Update, draft, listing, make_model, noise, nothing_written, send
 from support.scenario import Place, World
 
@@ -328,8 +331,12 @@ def test_i11_a_broken_chain_in_the_ledger_is_refused(place: Place, lines: list[b
 
 
 def test_i11_a_torn_last_line_of_the_ledger_was_never_a_release(place: Place, lines: list[bytes]) -> None:
+    """The head is written after the lines, so that of an export that was killed names the line before."""
     first, second = lines
-    for length in (1, len(second) // 2, len(second) - 1):
+    for length in (1, len(second) // 2, len(second) - 2):
+        write_head(
+            place.root / "ledger.jsonl", None, job_key.load(place.key), ["0" * 64, sha256(first[:-1]).hexdigest()]
+        )
         (place.root / "ledger.jsonl").write_bytes(first + second[:length])
         refused(place, "not in the ledger", error=RefusedUpdate)
         merged(place, "u-ann")
@@ -341,6 +348,8 @@ def test_i11_a_torn_last_line_of_the_ledger_was_never_a_release(place: Place, li
 
 def test_i11_an_empty_ledger_has_no_release(place: Place) -> None:
     (place.root / "ledger.jsonl").write_bytes(b"")
+    refused(place, "releases were removed", error=FormatError)
+    (place.root / "ledger.jsonl.head").unlink()
     refused(place, "not in the ledger", error=RefusedUpdate)
 
 

@@ -42,7 +42,8 @@ def function(policy: Policy, measured: Measured) -> Iterator[Entry]:
         return
     limits = policy.limits.of_function
     if found.rho is None:
-        yield FUNCTION_RECOVERY.not_run(found.scope, "rho is not defined: the global model is no better than the floor")
+        why = "rho is not defined: the global model is no better than the floor"
+        yield from (rule.not_run(found.scope, why) for rule in (FUNCTION_RECOVERY, FUNCTION_AFTER_TUNING))
     else:
         yield from check_limit(FUNCTION_RECOVERY, found.scope, PHRASES["rho"], found.rho, limits.rho)
     yield from _after_tuning(limits, found)
