@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, VISIBLE_TENSORS
-from fedqsn_cli.artifacts.sanitize import public_companion, public_config
 from fedqsn_cli.auditing.checks import check, each_folder
 from fedqsn_cli.auditing.findings import Entry, Finding
 from fedqsn_cli.auditing.inputs import KEY, LEDGER, PROXY, TRUTH, Inputs, ProxyFolder
@@ -21,10 +20,9 @@ from fedqsn_cli.auditing.invariants.secrets import (
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.registry import EXPORT_AGAIN, Rule
 from fedqsn_cli.checkpoint.reader import COMPANIONS
-from fedqsn_cli.errors import FedqsnError
 from fedqsn_cli.export.outputs import tensor_specs
 from fedqsn_cli.models.tensor_task import tensor_tasks
-from fedqsn_cli.quantization.bnb_format import quantization_config, state_name
+from fedqsn_cli.quantization.bnb_format import state_name
 
 _MODEL_FILE = re.compile(r"model(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _PIECE = 1 << 22
@@ -60,11 +58,10 @@ def contents(inputs: Inputs, folder: ProxyFolder) -> Iterator[Entry]:
         yield UNLISTED_CONTENT.not_run(folder.scope, "the proxy cannot be opened")
         return
     found = [*_listing(folder, folder.opened, digests), *_tensors(inputs, folder.opened)]
-    found += _companions(inputs, folder.opened)
     why = "files, digests and tensors were compared with proxy.json"
     yield from UNLISTED_CONTENT.checked(folder.scope, why, found)
     if inputs.truth is None:
-        more = ", to compare names of tensors, config.json and tokenizer files with it"
+        more = ", to compare names of tensors with it"
         yield UNLISTED_CONTENT.lacks(f"{folder.scope} against the truth", TRUTH, more=more)
     yield from _ledger_line(inputs, folder.opened)
 
@@ -144,34 +141,6 @@ def _tensors(inputs: Inputs, proxy: OpenedProxy) -> Iterator[Finding]:
         yield UNLISTED_CONTENT.finding(proxy.scope, "a tensor that the model does not have", tensor=name)
     for name in sorted(specs - set(proxy.tensors)):
         yield UNLISTED_CONTENT.finding(proxy.scope, "a tensor of the model is missing", tensor=name)
-
-
-def _companions(inputs: Inputs, proxy: OpenedProxy) -> list[Finding]:
-    """config.json, tokenizer and generation files are what an export makes of those of the truth."""
-    truth = inputs.truth
-    if truth is None or truth.checkpoint.config is None:
-        return []
-    quantization, packed = proxy.manifest.quantization, None
-    if quantization is not None and quantization.layout == "bnb":
-        skip = truth.plan.skip_modules(truth.checkpoint.config)
-        packed = quantization_config(
-            quantization.format, quantization.block_size, quantization.double_quant, skip, truth.config_dtype
-        )
-    expected = {"config.json": public_config(truth.checkpoint.config, packed)}
-    for path in truth.checkpoint.companions:
-        try:
-            expected[path.name] = public_companion(path)
-        except FedqsnError:
-            continue
-    found = []
-    for name in ("config.json", *COMPANIONS):
-        path = proxy.folder / name
-        if path.is_file() and expected.get(name) != path.read_bytes():
-            message = (
-                f"{name} is not what an export makes of the truth's" if name in expected else f"the truth has no {name}"
-            )
-            found.append(UNLISTED_CONTENT.finding(proxy.scope, message))
-    return found
 
 
 def _ledger_line(inputs: Inputs, proxy: OpenedProxy) -> Iterator[Entry]:
