@@ -235,10 +235,10 @@ class TrainingPrivacy(Strict):
     """Differential privacy of single examples: DP-SGD with Poisson sampling, as the client reports it."""
 
     epsilon: PositiveNumber
-    delta: PositiveNumber
+    delta: Annotated[float, Field(gt=0, lt=1)]
     clip: PositiveNumber
     noise_multiplier: PositiveNumber
-    sampling_rate: PositiveNumber
+    sampling_rate: Annotated[float, Field(gt=0, le=1)]
     steps: Count
     accountant: Literal["rdp"]
 
