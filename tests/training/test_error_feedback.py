@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from fedqsn_cli import client_train, export_proxy, merge
 from fedqsn_cli.artifacts.manifests import ProxyManifest, UpdateManifest, read_manifest
-from fedqsn_cli.artifacts.update_folder import format_of
+from fedqsn_cli.artifacts.update_folder import UPDATE_FORMATS, format_of
 from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.quantization.runs import decode_run
+from fedqsn_cli.training.error_feedback import ErrorFeedback
+from fedqsn_cli.training.update import encode_update
 from fedqsn_cli.training.visible import expanded, put_visible, rescale_factors, visible_part
 from support.scenario import few
 from support.training_jobs import dense_tensors, labelled, make_proxy, small_model, visible_units
@@ -204,3 +206,24 @@ def test_visible_elements_are_put_where_they_were_taken(
     part, target = visible_part(whole, mask), torch.zeros_like(whole)
     put_visible(target, mask, part)
     assert torch.equal(target, whole * expanded(mask, tuple(whole.shape)))
+
+
+@few(25)
+@given(st.sampled_from(["int8", "nf4", "bf16"]), st.integers(1, 4), st.integers(0, 999))
+def test_nothing_is_lost_over_the_rounds_whatever_their_masks_and_scales(form: Any, rounds: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shape, sent, wanted = (12, 40), torch.zeros(12, 40), torch.zeros(12, 40)
+    errors = {"w": torch.zeros(shape)}
+    for _ in range(rounds):
+        flags = torch.rand(12, generator=generator) < 0.6
+        flags[0] = True
+        mask = UnitMask("row", (1, 12, 40), flags.numpy())
+        scale = 12 / int(flags.sum())
+        feedback = ErrorFeedback(Path("unused"), "job", "proxy", errors, {"w": mask}, {"w": scale})
+        update = torch.randn(int(flags.sum()), 40, generator=generator)
+        encoded = encode_update("w", feedback.added("w", update), UPDATE_FORMATS[form])
+        feedback.keep("w", feedback.added("w", update).reshape(-1) - encoded.decoded())
+        for total, part in ((sent, encoded.decoded()), (wanted, update)):
+            put_visible(whole := torch.zeros(shape), mask, part / scale)
+            total += whole
+    torch.testing.assert_close(sent + errors["w"], wanted, rtol=1e-5, atol=1e-5)

@@ -120,7 +120,7 @@ def write_tensors(
             update = noise.apply(name, update)
         if feedback is not None:
             update = feedback.added(name, update)
-        encoded = _encoded(name, update, stored)
+        encoded = encode_update(name, update, stored)
         for part, data in encoded.parts:
             sink.write(part, 0, data)
         if feedback is not None:
@@ -153,7 +153,7 @@ def _shape(tensor: Tensor, mask: UnitMask | None) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Encoded:
+class EncodedUpdate:
     """U of one tensor as it is stored: the data of each stored tensor, by its name."""
 
     parts: tuple[tuple[str, Array], ...]
@@ -170,7 +170,7 @@ class _Encoded:
         return bits.view(TORCH_DTYPES[self.stored.dtype]).float()
 
 
-def _encoded(name: str, update: Tensor, stored: StoredFormat) -> _Encoded:
+def encode_update(name: str, update: Tensor, stored: StoredFormat) -> EncodedUpdate:
     """An update as it is stored: rounded once to nearest even, or as codes. Raises InputError if it is not finite."""
     coding = stored.coding
     dtype = torch.float32 if coding is not None else TORCH_DTYPES[stored.dtype]
@@ -179,6 +179,6 @@ def _encoded(name: str, update: Tensor, stored: StoredFormat) -> _Encoded:
         raise InputError(f"the update of {name} is not finite", hint="lower --lr, or use --update-format fp32")
     if coding is not None:
         codes, scales = encode_run(rounded.numpy(), coding.format, coding.block)
-        return _Encoded(((name, codes), (name + SCALES, scales)), stored, rounded.numel())
+        return EncodedUpdate(((name, codes), (name + SCALES, scales)), stored, rounded.numel())
     bits: Array = rounded.numpy() if dtype == torch.float32 else rounded.view(torch.int16).numpy().view(np.uint16)
-    return _Encoded(((name, bits),), stored, rounded.numel())
+    return EncodedUpdate(((name, bits),), stored, rounded.numel())
