@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.uplink import CLIENTS, VARIANTS, play, table
+
 from support.training_jobs import labelled, small_model
 
 
