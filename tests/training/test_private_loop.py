@@ -237,25 +237,44 @@ def test_only_what_requires_gradients_is_trained() -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("classifier"))
 
-    class Head:
-        decayed = [model.classifier.weight]
-        undecayed = [model.classifier.bias]
-        leaves = [*decayed, *undecayed]
-
-        def gather_gradients(self) -> None:
-            pass
-
-        def scatter_values(self) -> None:
-            for leaf in self.leaves:
-                leaf.grad = None
-
+    head = Chosen(model.classifier.weight, model.classifier.bias)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     recipe = RecipeOptions(batch_size=4, max_steps=2)
     plan = plan_privacy(PrivacyOptions(**PRIVATE), recipe, len(examples))
     assert plan is not None
-    train_privately(model, examples, Head(), recipe, plan, PADDING, SILENT)
+    train_privately(model, examples, head, recipe, plan, PADDING, SILENT)
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed == {"classifier.weight", "classifier.bias"}
+
+
+class Chosen:
+    """Parameters that are trained as they are."""
+
+    def __init__(self, *leaves: Tensor) -> None:
+        self.decayed = self.leaves = list(leaves)
+        self.undecayed: list[Tensor] = []
+
+    def gather_gradients(self) -> None:
+        pass
+
+    def scatter_values(self) -> None:
+        for leaf in self.leaves:
+            leaf.grad = None
+
+
+def test_factors_of_lora_are_clipped_by_the_norm_of_each_example_alone() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    plain, examples = new_model(), classified(6)
+    config = LoraConfig(r=4, target_modules=["query", "value"], modules_to_save=["classifier"], init_lora_weights=False)
+    model = get_peft_model(plain, config).train()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert any("lora_A" in name for name in trained) and any("classifier" in name for name in trained)
+    norms = [norm(gradient) for gradient in single_gradients(model, examples, {})]
+    check_supported(model)
+    with PerExample(model, Chosen(*trained.values()), 1.0) as per_example:
+        per_example.add(private_loop._losses(model, examples, list(range(6)), PADDING))
+        assert per_example.norms == pytest.approx(norms, rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------ refusals
