@@ -213,3 +213,40 @@ def test_a_manifest_larger_than_any_is_refused_unread(tmp_path: Path) -> None:
 def test_a_digest_is_that_of_the_bytes(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     assert file_digest(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+PRIVACY = {
+    "training": {
+        "epsilon": 8.0,
+        "delta": 1e-5,
+        "clip": 1.0,
+        "noise_multiplier": 0.5,
+        "sampling_rate": 0.1,
+        "steps": 30,
+        "accountant": "rdp",
+    },
+    "update": {"clip_norm": 1.0, "noise_multiplier": 0.0},
+}
+
+
+def test_what_an_update_says_of_privacy_is_read_back_and_each_part_may_be_left_out() -> None:
+    for parts in (["training"], ["update"], ["training", "update"], []):
+        document = UPDATE | {"privacy": {part: PRIVACY[part] for part in parts}}
+        manifest = parse_manifest(json.dumps(document).encode(), UpdateManifest, "there")
+        assert json.loads(manifest_bytes(manifest)) == document
+
+
+@pytest.mark.parametrize("wrong", [..., -1, "1", None, [], True, 1e999])
+def test_a_wrong_field_about_privacy_is_refused(wrong: Any) -> None:
+    for part, fields in PRIVACY.items():
+        for name in fields:
+            with pytest.raises(FormatError):
+                parse_manifest(
+                    changed(UPDATE | {"privacy": PRIVACY}, ("privacy", part, name), wrong), UpdateManifest, "x"
+                )
+
+
+def test_an_unknown_field_about_privacy_is_refused() -> None:
+    for path in (("privacy", "more"), ("privacy", "training", "more"), ("privacy", "update", "more")):
+        with pytest.raises(FormatError):
+            parse_manifest(changed(UPDATE | {"privacy": PRIVACY}, path, 1), UpdateManifest, "there")

@@ -258,7 +258,7 @@ def test_an_interrupted_training_leaves_nothing(bert: Path, tmp_path: Path) -> N
         ("gradient_accumulation", 0),
         ("max_steps", 0),
         ("precision", "fp16"),
-        ("update_format", "int8"),
+        ("update_format", "int4"),
         ("device", "tpu"),
         ("device", "cuda:99"),
     ],

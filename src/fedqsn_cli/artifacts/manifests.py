@@ -47,6 +47,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Fill = Literal["zero", "base"]
 TrainsFill = Literal["all"] | None  # None: clients train visible units only, and no field is written
+PositiveNumber = Annotated[float, Field(gt=0)]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 
 
@@ -230,6 +231,32 @@ class Losses(Strict):
     eval_after: float | None
 
 
+class TrainingPrivacy(Strict):
+    """Differential privacy of single examples: DP-SGD with Poisson sampling, as the client reports it."""
+
+    epsilon: PositiveNumber
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    clip: PositiveNumber
+    noise_multiplier: PositiveNumber
+    sampling_rate: Annotated[float, Field(gt=0, le=1)]
+    steps: Count
+    accountant: Literal["rdp"]
+
+
+class UpdatePrivacy(Strict):
+    """Clipping of the update as a whole and noise on it, as the client reports it; 0 is no noise."""
+
+    clip_norm: PositiveNumber
+    noise_multiplier: Annotated[float, Field(ge=0)]
+
+
+class PrivacyRecord(Strict):
+    """How a client limited what its update tells about its data; a part that was not done is omitted."""
+
+    training: TrainingPrivacy | None = None
+    update: UpdatePrivacy | None = None
+
+
 class UpdateManifest(Manifest):
     """`update.json`: what a client says about its update. The server checks what it can and believes none of it."""
 
@@ -242,8 +269,9 @@ class UpdateManifest(Manifest):
     num_examples: Annotated[int, Field(ge=1, le=2**53)]
     steps: Count
     losses: Losses
-    precision: Literal["fp32", "bf16", "fp16"]
+    precision: Literal["fp32", "bf16", "fp16", "int8", "nf4"]
     tool: str
+    privacy: PrivacyRecord | None = None
     files: dict[FileName, Sha256]
 
 

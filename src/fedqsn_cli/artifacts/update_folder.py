@@ -3,17 +3,99 @@
 An update holds U = T − P (trained minus proxy) on the units that the client saw, one tensor for each float tensor of
 the model, under its own name:
 
-    axis      stored shape of U
+    axis      shape of U
     row       [lead, visible, ...rest], lead only for expert stacks
     column    [lead, rows, visible]
     element   [visible of all lead slices]
     None      the tensor's own shape; so it is for every tensor where clients train the fill, too
+
+The formats int8 and nf4 store the n elements of U as codes, in C order, and one scale for each block of them:
+
+    NAME          int8: I8 in the shape of U        nf4: U8 [ceil(n / 2)], the first element in the high nibble
+    NAME.absmax   F32 [ceil(n / block)]
+
+Norms and biases (tensors of one dimension) are F32 in these formats, too: they are few and decide much.
 """
 
 from __future__ import annotations
 
-UPDATE_DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
-"""The safetensors dtype of each `--update-format`."""
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from fedqsn_cli.checkpoint import TensorSpec
+from fedqsn_cli.errors import InputError
+
+SCALES = ".absmax"
+"""What the name of a tensor of block scales ends with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Coding:
+    """Codes of a number format and the scales that their levels are multiplied by.
+
+    Args:
+        format: whose levels. block: values that share a scale. per_byte: codes in a byte.
+    """
+
+    format: Literal["int8", "nf4"]
+    block: int
+    per_byte: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFormat:
+    """How an `--update-format` stores U.
+
+    Args:
+        dtype: the safetensors dtype of values, or of codes.
+        coding: what the codes mean; None where values are stored as they are.
+    """
+
+    dtype: str
+    coding: Coding | None = None
+
+
+PLAIN = StoredFormat("F32")
+
+UPDATE_FORMATS = {
+    "fp32": PLAIN,
+    "bf16": StoredFormat("BF16"),
+    "fp16": StoredFormat("F16"),
+    "int8": StoredFormat("I8", Coding("int8", 256, 1)),
+    "nf4": StoredFormat("U8", Coding("nf4", 64, 2)),
+}
+
+
+def format_of(update_format: str, shape: tuple[int, ...]) -> StoredFormat:
+    """How an update stores the U of a tensor; `shape` is that of the tensor in the model."""
+    chosen = UPDATE_FORMATS[update_format]
+    return PLAIN if chosen.coding is not None and len(shape) < 2 else chosen
+
+
+def stored_specs(name: str, stored: StoredFormat, shape: tuple[int, ...]) -> list[TensorSpec]:
+    """The tensors that hold the U of one tensor: its values, or its codes and then their scales.
+
+    Args:
+        name: of the tensor. shape: of its U.
+    """
+    if stored.coding is None:
+        return [TensorSpec(name, stored.dtype, shape)]
+    count, coding = math.prod(shape), stored.coding
+    codes = shape if coding.per_byte == 1 else (-(-count // coding.per_byte),)
+    return [
+        TensorSpec(name, stored.dtype, codes),
+        TensorSpec(name + SCALES, "F32", (-(-count // coding.block),)),
+    ]
+
+
+def require_distinct(specs: Iterable[TensorSpec]) -> None:
+    """Refuse a model in which a tensor has the name of another one's scales. Raises InputError."""
+    names = [spec.name for spec in specs]
+    if len(set(names)) < len(names):
+        doubled = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"the model has a tensor {doubled}", where="--update-format", hint="use fp32, bf16 or fp16")
 
 
 def update_shape(shape: tuple[int, ...], axis: str | None, view: tuple[int, int, int], visible: int) -> tuple[int, ...]:

@@ -8,9 +8,12 @@ from fedqsn_cli import console, text
 from fedqsn_cli.cli.command import argument
 
 if TYPE_CHECKING:
+    from fedqsn_cli.artifacts.manifests import UpdatePrivacy
     from fedqsn_cli.cli.views import ViewOptions
     from fedqsn_cli.options import TrainOptions
     from fedqsn_cli.training import TrainResult
+
+_DELTA = 1e-5  # for which ε of a noisy update is told
 
 
 def client_train(
@@ -30,6 +33,8 @@ def client_train(
       fedqsn client-train proxy/ --out update/ --data train.csv --eval-data dev.csv --epochs 3 --lr 2e-5
       fedqsn client-train proxy/ --out update/ --data train.jsonl --batch-size 4 --gradient-accumulation 8 \\
           --update-format bf16
+      fedqsn client-train proxy/ --out update/ --data train.jsonl --update-format nf4 --residual residual.safetensors
+      fedqsn client-train proxy/ --out update/ --data train.jsonl --dp-epsilon 8 --dp-delta 1e-5 --dp-clip 1
     """
     from fedqsn_cli.training.client import client_train as run
 
@@ -48,6 +53,29 @@ def _parts(result: TrainResult) -> list[console.Part]:
         ("steps", f"{text.number(result.steps)} in {result.seconds:.1f} s, {result.precision}"),
         ("training loss", f"{text.real(result.first_loss)} -> {text.real(result.last_loss)}"),
         ("numbers sent back", text.number(result.parameters)),
+        *_privacy(result),
     ]
     measured = [(when, e) for when, e in (("before", result.before), ("after", result.after)) if e is not None]
     return [console.Facts(facts), *([tables.evaluations(measured)] if measured else [])]
+
+
+def _privacy(result: TrainResult) -> list[tuple[str, object]]:
+    """What was done for the privacy of the data, and what it gives."""
+    record, facts = result.privacy, list[tuple[str, object]]()
+    if record is not None and record.training is not None:
+        p = record.training
+        facts.append(
+            ("examples", f"({text.real(p.epsilon)}, {p.delta:g})-private, noise {text.real(p.noise_multiplier)}")
+        )
+    if record is not None and record.update is not None:
+        facts.append(("whole update", _update_privacy(record.update)))
+    return facts
+
+
+def _update_privacy(update: UpdatePrivacy) -> str:
+    from fedqsn_cli.training.update_noise import gaussian_epsilon
+
+    if not update.noise_multiplier:
+        return f"norm at most {update.clip_norm:g}; without noise, that alone is no privacy"
+    epsilon = gaussian_epsilon(_DELTA, update.noise_multiplier)
+    return f"norm at most {update.clip_norm:g}, ({text.real(epsilon)}, {_DELTA:g})-private in this round"

@@ -26,6 +26,7 @@ from fedqsn_cli.kernels.read_ahead import read_ahead
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.merging import arithmetic
 from fedqsn_cli.merging.read_update import ClientUpdate, UpdateReader, UpdateSlice
+from fedqsn_cli.merging.stored_values import ReadValues
 from fedqsn_cli.models.digest import ModelHash
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.residual import Residual
@@ -101,10 +102,10 @@ def write_chunks(chunks: Iterable[ModelChunk], sink: Sink, residual_sink: Sink |
 
 @dataclass(frozen=True, slots=True)
 class UpdateChunk:
-    """The elements of one update that belong to a chunk of the model, as stored bits [part.count]."""
+    """The elements of one update that belong to a chunk of the model."""
 
     part: UpdateSlice
-    values: Array
+    read: ReadValues
 
 
 class MergePass:
@@ -263,9 +264,9 @@ class ChunkSum:
         arithmetic.subtract(self._total, drift, self._examples, self._chunk.task.plan.axis, weight)
 
     def _accumulate(self, total: Doubles, reader: UpdateReader, piece: UpdateChunk, weight: float) -> None:
-        update, tensor = reader.update, self._chunk.task.plan
-        reader.hash(tensor.name, piece.part, piece.values)
-        squares = arithmetic.add(total, piece.values, update.dtype, piece.part.index, update.axis(tensor), weight)
+        update, tensor, read = reader.update, self._chunk.task.plan, piece.read
+        reader.hash(read)
+        squares = arithmetic.add(total, read.values, read.dtype, piece.part.index, update.axis(tensor), weight)
         reader.measure(tensor, squares)
 
     @property

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,21 +20,21 @@ from numpy.typing import NDArray
 from fedqsn_cli.artifacts import ledger as ledgers
 from fedqsn_cli.artifacts.ledger import Release
 from fedqsn_cli.artifacts.manifests import UPDATE_MANIFEST, UPDATE_TENSORS, UpdateManifest, read_manifest
-from fedqsn_cli.artifacts.update_folder import UPDATE_DTYPES, update_shape
+from fedqsn_cli.artifacts.update_folder import format_of, update_shape
 from fedqsn_cli.checkpoint import read_header
-from fedqsn_cli.checkpoint.header import FileIdentity, TensorEntry
+from fedqsn_cli.checkpoint.header import FileIdentity
 from fedqsn_cli.checkpoint.reader import DESCRIPTORS, DirectFile
-from fedqsn_cli.dtypes import DTYPES, WEIGHT_DTYPES
+from fedqsn_cli.dtypes import WEIGHT_DTYPES
 from fedqsn_cli.errors import RefusedUpdate
 from fedqsn_cli.kernels.hash_threads import HashQueue
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.masks.job_masks import ClientMasks, ServerMasks
 from fedqsn_cli.masks.unit_mask import UnitMask
+from fedqsn_cli.merging.stored_values import ReadValues, StoredValues
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.planning.tensor_plan import TensorPlan, UnitAxis
 
-Array = NDArray[Any]
 HASH_PIECE = 1 << 22
 
 
@@ -46,8 +45,7 @@ class ClientUpdate:
     Args:
         masks: of its client in its round.
         identity: of update.safetensors, so that another file in its place is noticed.
-        starts: absolute offset of each float tensor in the file, in the order of their names.
-        dtype: in which U is stored, F32, F16 or BF16.
+        stored: where the U of each float tensor is in the file.
     """
 
     folder: Path
@@ -55,8 +53,7 @@ class ClientUpdate:
     release: Release
     masks: ClientMasks
     identity: FileIdentity
-    starts: Mapping[str, int]
-    dtype: str
+    stored: Mapping[str, StoredValues]
 
     @property
     def client(self) -> str:
@@ -107,19 +104,18 @@ class UpdateReader:
             return UpdateSlice(first * cols, rows * cols, np.empty(0, np.int64))
         return slice_rows(visible, first, rows)
 
-    def read(self, name: str, part: UpdateSlice) -> Array:
-        """Elements of U as stored bits [part.count]; from any thread.
+    def read(self, name: str, part: UpdateSlice) -> ReadValues:
+        """Elements of U, [part.count]; from any thread.
 
         Raises:
-            FormatError: the file got shorter or changed.
+            RefusedUpdate: a code or scale is malformed. FormatError: the file got shorter or changed.
         """
-        dtype = np.dtype(DTYPES[self.update.dtype].bits)
-        start = self.update.starts[name] + part.first * dtype.itemsize
-        return self._hash.read(start, part.count * dtype.itemsize).view(dtype)
+        return self.update.stored[name].read(part.first, part.count, self._hash.read)
 
-    def hash(self, name: str, part: UpdateSlice, values: Array) -> None:
-        """Hash what `read` returned; call it in the order of the pass."""
-        self._hash.take(self.update.starts[name] + part.first * values.itemsize, values.view(np.uint8))
+    def hash(self, read: ReadValues) -> None:
+        """Hash what `read` read; call it in the order of the pass."""
+        for piece in read.pieces:
+            self._hash.take(piece.start, piece.data)
 
     def measure(self, tensor: TensorPlan, squares: float) -> None:
         """Add the sum of squares of a piece of U. Raises RefusedUpdate for NaN and infinity."""
@@ -154,10 +150,11 @@ class FileHash:
         self._last: Future[None] | None = None
 
     def take(self, start: int, data: NDArray[np.uint8]) -> None:
-        """Hash what was read from absolute offset `start` on, and all before it."""
+        """Hash what was read from absolute offset `start` on, except for what was hashed before, and all before it."""
         self._catch_up(start)
-        if start == self._submitted and data.size:
-            self._submit(data)
+        known = self._submitted - start
+        if known < data.size:
+            self._submit(data[known:])
 
     def hexdigest(self) -> str:
         """SHA-256 of the whole file; reads what was not read yet."""
@@ -270,15 +267,14 @@ class UpdateVerifier:
             )
         client = ClientMasks(self.masks, release.client, release.round, release.p2, release.schedule, release.rescale)
         header = read_header(folder / UPDATE_TENSORS)
-        dtype = UPDATE_DTYPES[manifest.precision]
-        starts = {}
+        stored = {}
         for tensor in self._model.plan.tensors:
             if tensor.dtype in WEIGHT_DTYPES:
-                shape = _expected_shape(tensor, client, release)
-                starts[tensor.name] = _check_entry(header.entries.pop(tensor.name, None), tensor, shape, dtype, folder)
+                shape, kind = _expected_shape(tensor, client, release), format_of(manifest.precision, tensor.shape)
+                stored[tensor.name] = StoredValues.take(header.entries, tensor.name, kind, shape, folder)
         if header.entries:
             raise RefusedUpdate("the model has no such tensor", where=f"{folder}: {next(iter(header.entries))}")
-        return ClientUpdate(folder, manifest, release, client, header.identity, starts, dtype)
+        return ClientUpdate(folder, manifest, release, client, header.identity, stored)
 
 
 def _expected_shape(tensor: TensorPlan, client: ClientMasks, release: Release) -> tuple[int, ...]:
@@ -286,18 +282,6 @@ def _expected_shape(tensor: TensorPlan, client: ClientMasks, release: Release) -
     if release.train is not None:
         return tensor.shape
     return update_shape(tensor.shape, tensor.axis, tensor.view, tensor.view[0] * client.visible_count(tensor))
-
-
-def _check_entry(
-    entry: TensorEntry | None, tensor: TensorPlan, shape: tuple[int, ...], dtype: str, folder: Path
-) -> int:
-    """Check dtype and shape of a tensor against the release; returns where it starts. Raises RefusedUpdate."""
-    where = f"{folder}: {tensor.name}"
-    if entry is None:
-        raise RefusedUpdate("the tensor is missing", where=where)
-    if entry.dtype != dtype or entry.shape != shape:
-        raise RefusedUpdate(f"expected {dtype} {list(shape)}, found {entry.dtype} {list(entry.shape)}", where=where)
-    return entry.start
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,7 @@ from fedqsn_cli.options.groups import (
     max_length_option,
     schedule_option,
 )
+from fedqsn_cli.options.privacy import PrivacyOptions
 from fedqsn_cli.planning.tensor_plan import MaskAxis
 
 
@@ -169,7 +170,7 @@ class ExportOptions(QuantizationOptions, MaskingOptions, ModelOutputOptions):
 
 
 @dataclass(frozen=True)
-class TrainOptions(RecipeOptions):
+class TrainOptions(PrivacyOptions, RecipeOptions):
     """`client_train`."""
 
     FIRST = ("out", "data", "eval_data", "max_length")
@@ -180,7 +181,18 @@ class TrainOptions(RecipeOptions):
     eval_data: Annotated[str | Path | None, Option("Data to measure the loss on, before and after.", DATA)] = None
     max_length: Annotated[int, max_length_option(DATA)] = 256
     update_format: Annotated[UpdateFormat, Option("Number format of the update that is sent back.", OUTPUT)] = "fp32"
+    residual: Annotated[
+        str | Path | None,
+        Option("Keep what the format loses here, and add it in the next round: a private file.", OUTPUT),
+    ] = None
     force: Annotated[bool, FORCE] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.residual is not None and self.update_format == "fp32":
+            raise InputError("fp32 loses nothing", where="--residual", hint="give another --update-format")
+        if self.dp_epsilon is not None and self.precision == "bf16":
+            raise InputError("is computed in fp32 only", where="--dp-epsilon", hint="give --precision fp32")
 
 
 @dataclass(frozen=True, kw_only=True)

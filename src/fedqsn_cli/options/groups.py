@@ -22,7 +22,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 Preset = Literal["paper", "strong"]
 Schedule = Literal["fresh", "sticky"]
 Train = Literal["visible", "all"]
-UpdateFormat = Literal["fp32", "bf16", "fp16"]
+UpdateFormat = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
 
 KEY, LEDGER = "FEDQSN_KEY", "FEDQSN_LEDGER"
 

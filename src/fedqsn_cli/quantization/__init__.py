@@ -5,6 +5,8 @@ layout.py       how a tensor is stored: raw, snapped or packed, and in which vie
 blocks.py       one block against a codebook
 codes4.py       4-bit codes, two a byte
 codes8.py       int8 codes, one scale a row
+blocks8.py      int8 codes, one scale a block
+runs.py         a run of values as codes, decoded slice by slice
 nested.py       block scales that are quantized themselves
 snapping.py     values rounded to the grid of a format
 snapping8.py    the same for int8

@@ -1,16 +1,21 @@
 """The client's side: read data, train the visible units of a proxy, write the update; and evaluate a model.
 
-tables.py     a JSONL, CSV or Parquet file -> rows
-parquet.py    the columns of a Parquet file
-data.py       rows -> token ids and targets
-batching.py   examples -> batches; their loss
-visible.py    which elements of a model's parameters are visible
-compact.py    the visible part of the parameters, for the optimizer
-loop.py       AdamW, step by step
-scoring.py    loss, accuracy, macro F1, perplexity
-update.py     U = T − P on disk
-client.py     client-train: all of it, in this order
-evaluate.py   evaluate: a model on data
+tables.py          a JSONL, CSV or Parquet file -> rows
+parquet.py         the columns of a Parquet file
+data.py            rows -> token ids and targets
+batching.py        examples -> batches; their loss
+visible.py         which elements of a model's parameters are visible
+compact.py         the visible part of the parameters, for the optimizer
+loop.py            AdamW, step by step
+secure_random.py   random numbers that nobody can repeat
+private_loop.py    the same with differential privacy of the examples (DP-SGD, opacus)
+scoring.py         loss, accuracy, macro F1, perplexity
+update_noise.py    clipping of the whole update, and noise on it
+error_feedback.py  what encoding loses, kept for the next round
+update.py          U = T − P on disk
+privacy.py         what the options of privacy mean for an update
+client.py          client-train: all of it, in this order
+evaluate.py        evaluate: a model on data
 """
 
 from __future__ import annotations

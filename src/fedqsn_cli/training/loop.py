@@ -82,7 +82,7 @@ def train(
     progress.start("training", steps, "steps")
     start = time.monotonic()
     examples_done = 0
-    with _repeatable(model.device, recipe.seed):
+    with repeatable(model.device, recipe.seed):
         model.train()
         for step, window in zip(range(steps), _windows(examples, recipe), strict=False):
             rate = learning_rate(recipe, step, steps)
@@ -174,7 +174,7 @@ def _cpu_has_bf16() -> bool:
 
 
 @contextmanager
-def _repeatable(device: torch.device, seed: int) -> Iterator[None]:
+def repeatable(device: torch.device, seed: int) -> Iterator[None]:
     """Make dropout, and on a GPU every kernel, repeatable for a seed; restores torch's settings afterwards."""
     cuda = device.type == "cuda"
     if cuda:

@@ -2,13 +2,17 @@
 
 T   the trained proxy, P the proxy as it was received, both dense fp32 in the checkpoint's own names and shapes
 U   of the shape that `artifacts/update_folder.py` defines
+
+    U ──clip, add noise──▶ ──add what earlier rounds left over──▶ ──encode──▶ update.safetensors
+                                                                     └──▶ what it leaves over
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,43 +20,111 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedqsn_cli.artifacts.manifests import UPDATE_MANIFEST, UPDATE_TENSORS, UpdateManifest, manifest_bytes
-from fedqsn_cli.artifacts.update_folder import UPDATE_DTYPES, update_shape
-from fedqsn_cli.checkpoint import ArtifactWriter, TensorSpec
+from fedqsn_cli.artifacts.update_folder import (
+    SCALES,
+    StoredFormat,
+    format_of,
+    require_distinct,
+    stored_specs,
+    update_shape,
+)
+from fedqsn_cli.checkpoint import ArtifactWriter
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.models.dense import TORCH_DTYPES
 from fedqsn_cli.models.torch_model import stored_tensors
+from fedqsn_cli.options.groups import UpdateFormat
+from fedqsn_cli.quantization.runs import decode_run, encode_run
+from fedqsn_cli.training.error_feedback import ErrorFeedback
+from fedqsn_cli.training.update_noise import UpdateNoise
+from fedqsn_cli.training.visible import visible_part
 
-UpdateFormat = Literal["fp32", "bf16", "fp16"]
+Array = NDArray[Any]
 
 _STEM = UPDATE_TENSORS.removesuffix(".safetensors")
 
 
+@dataclass(frozen=True, slots=True)
+class Differences:
+    """U of every float tensor of a proxy.
+
+    Args:
+        dense: the proxy's tensors as they were received, P.
+        visible: visible units of masked tensors; empty where every unit was trained.
+        trained: tensors of the trained model, T, by the proxy's names. buffers: those of them that nothing trains.
+    """
+
+    dense: Mapping[str, Tensor]
+    visible: Mapping[str, UnitMask]
+    trained: Mapping[str, Tensor]
+    buffers: frozenset[str]
+
+    @classmethod
+    def of(cls, model: Any, dense: Mapping[str, Tensor], visible: Mapping[str, UnitMask]) -> Differences:
+        """The differences that training made to a model."""
+        trained = stored_tensors(model, floats(dense))
+        places = {buffer.data_ptr() for buffer in model.buffers()}
+        return cls(
+            dense, visible, trained, frozenset(n for n, tensor in trained.items() if tensor.data_ptr() in places)
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tensors, in their order in the file."""
+        return floats(self.dense)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of U."""
+        return _shape(self.dense[name], self.visible.get(name))
+
+    def is_trained(self, name: str) -> bool:
+        """Whether the tensor is a parameter; else its U is zeros, whatever the data."""
+        return name in self.trained and name not in self.buffers
+
+    def trained_updates(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and U of everything that is trained."""
+        return ((name, self.update(name)) for name in self.names if self.is_trained(name))
+
+    def update(self, name: str) -> Tensor:
+        """U of one tensor in fp32; zeros for a buffer that the architecture has no use for."""
+        if name not in self.trained:
+            return torch.zeros(self.shape(name))
+        whole = self.trained[name].detach().float().cpu() - self.dense[name].float()
+        return visible_part(whole, self.visible.get(name))
+
+
 def write_tensors(
     writer: ArtifactWriter,
-    model: Any,
-    dense: Mapping[str, Tensor],
-    visible: Mapping[str, UnitMask],
+    differences: Differences,
     update_format: UpdateFormat,
+    noise: UpdateNoise | None = None,
+    feedback: ErrorFeedback | None = None,
 ) -> None:
     """Write update.safetensors.
 
     Args:
-        model: the trained model, T.
-        dense: the proxy's tensors as they were received, P.
-        visible: visible units of masked tensors.
         update_format: precision of the update.
+        noise: what is done to everything that was trained.
+        feedback: gets what this precision leaves over, and gives what it left over before.
 
     Raises:
         InputError: a value is not finite in that precision.
     """
-    stored_dtype = UPDATE_DTYPES[update_format]
-    dtype = TORCH_DTYPES[stored_dtype]
-    specs = [TensorSpec(name, stored_dtype, _shape(dense[name], visible.get(name))) for name in _floats(dense)]
+    formats = {name: format_of(update_format, tuple(differences.dense[name].shape)) for name in differences.names}
+    specs = [spec for name, kind in formats.items() for spec in stored_specs(name, kind, differences.shape(name))]
+    require_distinct(specs)
     sink = writer.tensors(_STEM, specs, max_shard_bytes=None, metadata={"format": "pt"})
-    trained = stored_tensors(model, _floats(dense))
-    for name in _floats(dense):
-        sink.write(name, 0, _bits(name, _difference(trained.get(name), dense[name], visible.get(name)), dtype))
+    for name, stored in formats.items():
+        update = differences.update(name)
+        if noise is not None and differences.is_trained(name):
+            update = noise.apply(name, update)
+        if feedback is not None:
+            update = feedback.added(name, update)
+        encoded = encode_update(name, update, stored)
+        for part, data in encoded.parts:
+            sink.write(part, 0, data)
+        if feedback is not None:
+            feedback.keep(name, update.reshape(-1) - encoded.decoded())
     sink.close()
 
 
@@ -60,6 +132,16 @@ def write_manifest(writer: ArtifactWriter, **facts: Any) -> None:
     """Write update.json; `facts` are the fields of UpdateManifest without `files`. Nothing in it is private."""
     files = {UPDATE_TENSORS: writer.digests[UPDATE_TENSORS]}
     writer.add_bytes(UPDATE_MANIFEST, manifest_bytes(UpdateManifest(**facts, files=files)))
+
+
+def floats(dense: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that an update has, in their order in the file: that of their names."""
+    return sorted(name for name, tensor in dense.items() if tensor.is_floating_point())
+
+
+def parameters(dense: Mapping[str, Tensor], visible: Mapping[str, UnitMask]) -> int:
+    """How many numbers an update of this proxy holds."""
+    return sum(math.prod(_shape(dense[name], visible.get(name))) for name in floats(dense))
 
 
 def _shape(tensor: Tensor, mask: UnitMask | None) -> tuple[int, ...]:
@@ -70,37 +152,33 @@ def _shape(tensor: Tensor, mask: UnitMask | None) -> tuple[int, ...]:
     return update_shape(shape, mask.axis, mask.view, int(mask.flags.sum()))
 
 
-def _floats(dense: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors that an update has, in their order in the file: that of their names."""
-    return sorted(name for name, tensor in dense.items() if tensor.is_floating_point())
+@dataclass(frozen=True, slots=True)
+class EncodedUpdate:
+    """U of one tensor as it is stored: the data of each stored tensor, by its name."""
+
+    parts: tuple[tuple[str, Array], ...]
+    stored: StoredFormat
+    size: int
+
+    def decoded(self) -> Tensor:
+        """The fp32 values that the owner reads: [size]."""
+        coding = self.stored.coding
+        data = self.parts[0][1]
+        if coding is not None:
+            return torch.from_numpy(decode_run(data, self.parts[1][1], coding.format, coding.block, self.size))
+        bits = torch.from_numpy(data if data.dtype == np.float32 else data.view(np.int16))
+        return bits.view(TORCH_DTYPES[self.stored.dtype]).float()
 
 
-def _difference(trained: Tensor | None, before: Tensor, mask: UnitMask | None) -> Tensor:
-    """U of one tensor in fp32; zeros for a buffer that the architecture has no use for."""
-    if trained is None:
-        return torch.zeros(_shape(before, mask))
-    whole = trained.detach().float().cpu() - before.float()
-    if mask is None:
-        return whole
-    lead, rows, cols = mask.view
-    flags = torch.from_numpy(mask.flags)
-    if mask.axis == "element":
-        return whole.reshape(-1)[flags]
-    if mask.axis == "row":
-        return whole.reshape(lead * rows, cols)[flags]
-    return torch.stack([part[:, shown] for part, shown in zip(whole.reshape(mask.view), flags, strict=True)])
-
-
-def _bits(name: str, update: Tensor, dtype: torch.dtype) -> NDArray[Any]:
-    """An update as it is stored, rounded once to nearest even."""
-    rounded = update.to(dtype).contiguous()
+def encode_update(name: str, update: Tensor, stored: StoredFormat) -> EncodedUpdate:
+    """An update as it is stored: rounded once to nearest even, or as codes. Raises InputError if it is not finite."""
+    coding = stored.coding
+    dtype = torch.float32 if coding is not None else TORCH_DTYPES[stored.dtype]
+    rounded = update.to(dtype).contiguous().reshape(-1)
     if not bool(rounded.isfinite().all()):
         raise InputError(f"the update of {name} is not finite", hint="lower --lr, or use --update-format fp32")
-    flat = rounded.reshape(-1)
-    bits: NDArray[Any] = flat.numpy() if dtype == torch.float32 else flat.view(torch.int16).numpy().view(np.uint16)
-    return bits
-
-
-def parameters(dense: Mapping[str, Tensor], visible: Mapping[str, UnitMask]) -> int:
-    """How many numbers an update of this proxy holds."""
-    return sum(math.prod(_shape(dense[name], visible.get(name))) for name in _floats(dense))
+    if coding is not None:
+        codes, scales = encode_run(rounded.numpy(), coding.format, coding.block)
+        return EncodedUpdate(((name, codes), (name + SCALES, scales)), stored, rounded.numel())
+    bits: Array = rounded.numpy() if dtype == torch.float32 else rounded.view(torch.int16).numpy().view(np.uint16)
+    return EncodedUpdate(((name, bits),), stored, rounded.numel())

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,42 @@ def read_visible(folder: Path, manifest: ProxyManifest, shapes: Mapping[str, tup
             name: UnitMask.from_groups(units.axis, units.view, visible.slices(name))
             for name, units in manifest.tensors.items()
         }
+
+
+def rescale_factors(manifest: ProxyManifest, visible: Mapping[str, UnitMask]) -> dict[str, float]:
+    """s of every masked tensor of a proxy: its weights are s times the model's. Empty where it is 1 for all."""
+    if not manifest.rescale:
+        return {}
+    return {name: float(np.float32(mask.flags.size / np.count_nonzero(mask.flags))) for name, mask in visible.items()}
+
+
+def visible_part(whole: Tensor, mask: UnitMask | None) -> Tensor:
+    """The visible elements of a tensor, in the order of its U; all of them without a mask."""
+    if mask is None:
+        return whole
+    lead, rows, cols = mask.view
+    flags = torch.from_numpy(mask.flags)
+    if mask.axis == "element":
+        return whole.reshape(-1)[flags]
+    if mask.axis == "row":
+        return whole.reshape(lead * rows, cols)[flags]
+    return torch.stack([part[:, shown] for part, shown in zip(whole.reshape(mask.view), flags, strict=True)])
+
+
+def put_visible(whole: Tensor, mask: UnitMask | None, part: Tensor) -> None:
+    """Put elements, in the order of U, on the visible elements of a tensor, which must be contiguous."""
+    if mask is None:
+        whole.copy_(part.reshape(whole.shape))
+        return
+    lead, rows, cols = mask.view
+    flags = torch.from_numpy(mask.flags)
+    if mask.axis == "element":
+        whole.view(-1)[flags] = part.reshape(-1)
+    elif mask.axis == "row":
+        whole.view(lead * rows, cols)[flags] = part.reshape(-1, cols)
+    else:
+        for target, shown, source in zip(whole.view(mask.view), flags, part.reshape(lead, rows, -1), strict=True):
+            target[:, shown] = source
 
 
 def expanded(mask: UnitMask, shape: tuple[int, ...]) -> Tensor:

@@ -1,0 +1,114 @@
+"""Where the U of a tensor is in update.safetensors, and how a slice of it is read: values, or codes and scales."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedqsn_cli.artifacts.update_folder import SCALES, Coding, StoredFormat, stored_specs
+from fedqsn_cli.checkpoint.header import TensorEntry
+from fedqsn_cli.dtypes import DTYPES
+from fedqsn_cli.errors import RefusedUpdate
+from fedqsn_cli.quantization.runs import MalformedCodes, decode_run
+
+Array = NDArray[Any]
+Bytes = NDArray[np.uint8]
+ReadBytes = Callable[[int, int], Bytes]
+"""Reads a number of bytes from an absolute offset on: (start, count)."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPiece:
+    """Bytes of the file, from the absolute offset `start` on."""
+
+    start: int
+    data: Bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ReadValues:
+    """A slice of U.
+
+    Args:
+        values: stored bits, or the fp32 values that codes stand for. dtype: F32, F16 or BF16.
+        pieces: the bytes that were read for it.
+    """
+
+    values: Array
+    dtype: str
+    pieces: tuple[StoredPiece, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredValues:
+    """The U of one tensor in a file.
+
+    Args:
+        size: elements of U.
+        start: absolute offset of the values or codes. scales: that of the block scales; 0 where there are none.
+    """
+
+    where: str
+    stored: StoredFormat
+    size: int
+    start: int
+    scales: int
+
+    @classmethod
+    def take(
+        cls, entries: dict[str, TensorEntry], name: str, stored: StoredFormat, shape: tuple[int, ...], folder: Path
+    ) -> StoredValues:
+        """Take the tensors that hold the U of one tensor out of `entries`, after checking their dtypes and shapes.
+
+        Args:
+            shape: of U, as the release calls for it.
+
+        Raises:
+            RefusedUpdate: one is missing, or is not as it should be.
+        """
+        starts = {}
+        for spec in stored_specs(name, stored, shape):
+            where, entry = f"{folder}: {spec.name}", entries.pop(spec.name, None)
+            if entry is None:
+                raise RefusedUpdate("the tensor is missing", where=where)
+            if (entry.dtype, entry.shape) != (spec.dtype, spec.shape):
+                found, wanted = f"{entry.dtype} {list(entry.shape)}", f"{spec.dtype} {list(spec.shape)}"
+                raise RefusedUpdate(f"expected {wanted}, found {found}", where=where)
+            starts[spec.name] = entry.start
+        return cls(f"{folder}: {name}", stored, math.prod(shape), starts[name], starts.get(name + SCALES, 0))
+
+    def read(self, first: int, count: int, read: ReadBytes) -> ReadValues:
+        """Elements `first` .. `first + count` of U, in C order.
+
+        Raises:
+            RefusedUpdate: a code or scale is none that `client-train` writes.
+        """
+        if self.stored.coding is not None:
+            return self._decoded(self.stored.coding, first, count, read)
+        bits = np.dtype(DTYPES[self.stored.dtype].bits)
+        start = self.start + first * bits.itemsize
+        data = read(start, count * bits.itemsize)
+        return ReadValues(data.view(bits), self.stored.dtype, (StoredPiece(start, data),))
+
+    def _decoded(self, coding: Coding, first: int, count: int, read: ReadBytes) -> ReadValues:
+        """Decode whole blocks, and cut off what was not asked for."""
+        begin = first // coding.block
+        end = -(-(first + count) // coding.block) if count else begin
+        skipped = begin * coding.block
+        values = max(0, min(end * coding.block, self.size) - skipped)
+        codes_at = self.start + skipped // coding.per_byte
+        codes = read(codes_at, -(-values // coding.per_byte))
+        scales_at = self.scales + 4 * begin
+        scales = read(scales_at, 4 * (end - begin))
+        try:
+            out = decode_run(codes, scales.view(np.float32), coding.format, coding.block, values)
+        except MalformedCodes as error:
+            raise RefusedUpdate(str(error), where=self.where) from None
+        pieces = (StoredPiece(scales_at, scales), StoredPiece(codes_at, codes))
+        return ReadValues(out[first - skipped : first - skipped + count], "F32", pieces)
