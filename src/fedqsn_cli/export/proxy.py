@@ -27,7 +27,7 @@ from fedqsn_cli.export.records import ProxyRecord
 from fedqsn_cli.export.session import MaskingSession, keep_outside, open_session
 from fedqsn_cli.exposure.budget import Budget, Planned
 from fedqsn_cli.masks.job_masks import ClientMasks
-from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
+from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.options import ExportOptions, QuantizationOptions
 from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.quantization import layout
@@ -101,7 +101,7 @@ def export_proxy(source: str | Path, options: ExportOptions, *, progress: Progre
     budget = _budget(session, masks, options)
     budget.check_ledger(ledger)
     quantization = choose_quantization(session, options)
-    export = _Export(session, quantization, tensor_tasks(session.model, quantization, session.masks.hidden), train)
+    export = _Export(session, quantization, session.tasks(quantization), train)
     with _writers(options) as writers:
         releases = export.write(writers, masks, options.max_shard_bytes, progress)
         session.save_key()
@@ -115,6 +115,12 @@ def export_proxy(source: str | Path, options: ExportOptions, *, progress: Progre
 def _trained_fill(session: MaskingSession, options: ExportOptions) -> TrainsFill:
     """What clients train besides visible units, as manifests and ledger hold it. Raises InputError."""
     if options.train != "all":
+        if session.job.sends_nothing:
+            raise InputError(
+                "with --p1 1 no neuron of the model is visible, so nothing would be trained",
+                where="--train",
+                hint="use --train all",
+            )
         return None
     if session.fill != "base":
         raise InputError(
