@@ -38,6 +38,7 @@ _FORMAT = re.compile(rb'"format"\s*:\s*"fedqsn-(key|ledger|model|proxy|update)/\
 _FORMAT_WITHIN = 1 << 16  # first bytes of a file, which must name its format
 _DEFAULT_QUANTIZATION = Quantization(format="nf4", block_size=64, double_quant=False, layout="bnb")
 _DEFAULTS = InspectOptions()
+_NOTHING_SENT = "all of it is the public base, or what clients taught it; nothing of the owner's model is in it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,9 +219,11 @@ def _proxy(source: Source) -> Inspection:
     shown = _shown(source.path, manifest, tensors)  # first: it checks the manifest
     rows = [_as_shipped(tensor, tensors[tensor.name], manifest) for tensor in plan.tensors]
     hidden = sum(math.prod(row.shape) * (1 - shown[row.name]) for row in rows if row.masked)
+    nothing = not any(shown.values())
     facts = manifest.model_dump(mode="json", exclude={"format", "groups", "tensors", "files"})
     facts |= {"quantization": manifest.quantization, "groups": len(manifest.groups)}
-    facts |= {"hidden": hidden / max(1, totals.parameters)}
+    facts |= {"hidden": 1.0 if nothing else hidden / max(1, totals.parameters)}
+    facts |= {"meaning": _NOTHING_SENT} if nothing else {}
     inspection = Inspection("proxy", source.reference, facts, totals, plan=tuple(rows))
     return _with_shares(inspection, rows, manifest.quantization)
 
@@ -295,7 +298,9 @@ def _manifest_facts(manifest: ModelManifest, tensors: Mapping[str, ModelTensor])
     )
     facts |= _placement(manifest.overrides)
     facts["quantization"] = manifest.quantization
-    if manifest.groups:
+    if manifest.p1 == 1:
+        facts |= {"groups": len(manifest.groups), "hidden": 1.0, "meaning": _NOTHING_SENT}
+    elif manifest.groups:
         hidden = sum(
             math.prod(tensor.shape) * manifest.groups[units.groups[0]].hidden / manifest.groups[units.groups[0]].units
             for name, tensor in tensors.items()

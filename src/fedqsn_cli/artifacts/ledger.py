@@ -25,6 +25,7 @@ from fedqsn_cli.artifacts.manifests import (
     Fill,
     Quantization,
     Ratio,
+    ServerRatio,
     Sha256,
     Strict,
     TrainsFill,
@@ -46,7 +47,7 @@ class Release(Strict):
     schedule: Literal["fresh", "sticky"]
     proxy_id: Sha256
     proxy_sha256: Sha256  # of proxy.json, which holds the sha256 of every other file
-    p1: Ratio
+    p1: ServerRatio
     p1_least: Ratio | None = None  # of any group, where some have their own ratio; not written otherwise
     p2: Ratio
     rescale: bool

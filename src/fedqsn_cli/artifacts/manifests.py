@@ -67,6 +67,7 @@ def _checked_by(check: Callable[[Value, str], Value]) -> AfterValidator:
 
 
 Ratio = Annotated[float, _checked_by(validate.ratio)]
+ServerRatio = Annotated[float, _checked_by(validate.up_to_one)]  # p1: 1 hides all of a model
 BlockSize = Annotated[int, _checked_by(validate.block_size)]
 
 
@@ -160,7 +161,7 @@ class ModelManifest(Manifest):
     format: Literal["fedqsn-model/1"] = "fedqsn-model/1"
     kind: Literal["global-model", "server-model", "masked-model"]
     job: Sha256 | None
-    p1: Ratio
+    p1: ServerRatio
     axis: MaskAxis
     rescale: bool
     fill: Fill

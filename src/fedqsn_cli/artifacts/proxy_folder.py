@@ -85,20 +85,26 @@ class VisibleUnits:
         """Is a bit set that belongs to no unit of the group?"""
         return bool(np.unpackbits(self.stored.read(group))[self.manifest.groups[group].units :].any())
 
+    @property
+    def shows_nothing(self) -> bool:
+        """Is every unit hidden (p1 = 1), so that the proxy holds the public base and what clients taught it?"""
+        return not any(self.flags(name).any() for name in self.manifest.groups)
+
     def require_exact(self) -> None:
         """Check that the file says what a client needs and nothing else.
 
         Raises:
-            FormatError: a tensor belongs to no group, a bit to no unit, a group shows no unit, or the slices of a
-                tensor show different numbers of units.
+            FormatError: a tensor belongs to no group, a bit to no unit, a group shows no unit while others do or
+                while clients train visible units only, or the slices of a tensor show different numbers of units.
         """
         path = self.stored.path
+        may_be_empty = self.shows_nothing and self.manifest.train == "all"
         for name in self.unknown_tensors():
             raise FormatError(f"tensor {name!r} is not a group that proxy.json lists", where=path)
         for name in self.manifest.groups:
             if self.has_spare_bits(name):
                 raise FormatError(f"group {name!r} has bits set after its last unit", where=path)
-            if not self.flags(name).any():
+            if not (may_be_empty or self.flags(name).any()):
                 raise FormatError(f"group {name!r} shows no unit", where=path)
         for name in self.manifest.tensors:
             if len({int(np.count_nonzero(flags)) for flags in self.slices(name)}) > 1:

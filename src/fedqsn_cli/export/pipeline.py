@@ -114,7 +114,7 @@ def run(
         tasks: its tensors, in the order of the outputs.
         quantization: of the outputs, None for raw values.
         outputs: what is written.
-        base: the public base for base fill.
+        base: the public base for base fill; one that is `whole` is read in place of a global model.
         progress: told of bytes read.
         chunk_elements: size of a chunk; decides no byte of any output.
 
@@ -190,17 +190,25 @@ class ChunkEncoder:
 
     def encode(self, task: TensorTask, hidden: UnitMask | None, first: int, rows: int, *, last: bool) -> EncodedChunk:
         """Read, hide and quantize rows `first` .. `first + rows`; `last` if they end the tensor."""
-        x = self.model.read_rows(task.name, task.layout, first, rows)
         b = None
-        if self.base is not None and task.plan.masked:
+        if self.base is not None and self.base.fills(task.plan):
             b = self.base.read_rows(task.name, task.layout, first, rows)
             check_finite(task, b, "public base")
+        x = b if b is not None and self._replaced else self.model.read_rows(task.name, task.layout, first, rows)
         if self.model.is_quantized:
             values, scales = x, self._stored_scales(task, first, rows) if b is not None else None
         else:
             values, scales = encode(task, self.quantization, self._hide(task, hidden, first, x, b))
-        fill, fill_scales = (None, None) if b is None else self._fill(task, b, scales)
+        # A client mask uncovers the base; where the base is the model, there is nothing for it to hide.
+        fill, fill_scales = (
+            (None, None) if self.base is None or self.base.whole or b is None else self._fill(task, b, scales)
+        )
         return EncodedChunk(task, first, rows, last, x, values, scales, b, fill, fill_scales)
+
+    @property
+    def _replaced(self) -> bool:
+        """Is the public base read in the model's place? A server model holds it, or what clients made of it."""
+        return self.base is not None and self.base.whole and self.model.kind == "global-model"
 
     def _hide(self, task: TensorTask, hidden: UnitMask | None, first: int, x: Array, b: Array | None) -> Array:
         """M_H ⊙ W in place, checked; returns it with the public base, or what became of it, in the holes."""

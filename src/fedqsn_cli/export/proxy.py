@@ -27,7 +27,7 @@ from fedqsn_cli.export.records import ProxyRecord
 from fedqsn_cli.export.session import MaskingSession, keep_outside, open_session
 from fedqsn_cli.exposure.budget import Budget, Planned
 from fedqsn_cli.masks.job_masks import ClientMasks
-from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
+from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.options import ExportOptions, QuantizationOptions
 from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.quantization import layout
@@ -116,6 +116,12 @@ def export_proxy(source: str | Path, options: ExportOptions, *, progress: Progre
 def _trained_fill(session: MaskingSession, options: ExportOptions) -> TrainsFill:
     """What clients train besides visible units, as manifests and ledger hold it. Raises InputError."""
     if options.train != "all":
+        if session.job.sends_nothing:
+            raise InputError(
+                "with --p1 1 no neuron of the model is visible, so nothing would be trained",
+                where="--train",
+                hint="use --train all",
+            )
         return None
     if session.fill != "base":
         raise InputError(
@@ -189,8 +195,7 @@ class ProxyExport:
         cls, session: MaskingSession, quantization: Quantization | None, train: TrainsFill, max_shard_bytes: int
     ) -> ProxyExport:
         """The export of a session's model."""
-        tasks = tensor_tasks(session.model, quantization, session.masks.hidden)
-        return cls(session, quantization, tasks, train, max_shard_bytes)
+        return cls(session, quantization, session.tasks(quantization), train, max_shard_bytes)
 
     def write(self, writers: Sequence[FolderWriter], masks: Sequence[ClientMasks], progress: Progress) -> list[Release]:
         """Write all proxies, as many in one pass over the model as `CLIENTS_A_PASS`. Returns their ledger lines."""

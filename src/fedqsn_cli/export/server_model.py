@@ -78,7 +78,7 @@ def mask(source: str | Path, options: MaskOptions, *, progress: Progress = SILEN
     if options.client is None and model.kind != "global-model":
         raise InputError("this is a server model already", where=source, hint="name a --client to hide more")
     masks = session.client_masks(options.client, options) if options.client is not None else None
-    tasks = tensor_tasks(model, quantization, session.masks.hidden)
+    tasks = session.tasks(quantization)
     with ArtifactWriter(Path(options.out), force=options.force, hashed=False) as writer:
         specs = tensor_specs(tasks, quantization)
         sink = writer.tensors("model", specs, max_shard_bytes=options.max_shard_bytes, metadata=METADATA)

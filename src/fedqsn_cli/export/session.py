@@ -15,6 +15,7 @@ from fedqsn_cli.masks.job_masks import ClientMasks, ServerMasks
 from fedqsn_cli.models.duplicates import refuse_duplicate_tensors
 from fedqsn_cli.models.model import OpenModel, open_model
 from fedqsn_cli.models.public_base import PublicBase, open_base
+from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
 from fedqsn_cli.options import ExportOptions, MaskingOptions, MaskOptions
 from fedqsn_cli.planning.overrides import canonical, load_overrides
 from fedqsn_cli.planning.placement import FIELDS, OPTIONS, describe, parse_placement
@@ -54,6 +55,10 @@ class MaskingSession:
         round, p2, schedule = options.round or 0, options.p2 or 0.0, options.schedule or "fresh"
         return ClientMasks(self.masks, client, round, p2, schedule, self.rescale)
 
+    def tasks(self, quantization: Quantization | None) -> list[TensorTask]:
+        """The tensors of the model, for a pass over it."""
+        return tensor_tasks(self.model, quantization, self.masks.hidden_on_the_way)
+
     def save_key(self) -> None:
         """Write a new key to disk. An old one stays as it is, or is sealed if records are to be trusted."""
         if self.new_key:
@@ -92,7 +97,9 @@ def open_session(source: str | Path, options: MaskingOptions) -> MaskingSession:
     rescale = _reconcile("--rescale", options.rescale, recorded) is not False
     if server is not None and server.job != job.commitment:
         raise KeyFileError("the key belongs to another job than this server model", where=key)
-    base = _open_base(model, fill, options.public_base)
+    if job.sends_nothing:
+        _check_sends_nothing(model, fill)
+    base = _open_base(model, fill, options.public_base, whole=job.sends_nothing)
     masks, scaled = ServerMasks(job), rescale and fill == "zero"
     return MaskingSession(model, job, key, new_key, masks, fill, base, scaled, options.trust_records)
 
@@ -137,14 +144,25 @@ def _reconcile(option: str, asked: Value | None, recorded: Value | None) -> Valu
     return recorded if asked is None else asked
 
 
-def _open_base(model: OpenModel, fill: Fill, reference: str | Path | None) -> PublicBase | None:
+def _check_sends_nothing(model: OpenModel, fill: Fill) -> None:
+    """p1 = 1 hides all of the model: something else must take its place, and no rule may show a part. Raises."""
+    if fill != "base":
+        hint = "fill the model with a public one: --fill base --public-base BASE"
+        raise InputError("hides the whole model, and leaves nothing to train", where="--p1 1", hint=hint)
+    shown = [name for name in FIELDS if model.plan.overrides.get(name) not in (None, "all")]
+    if shown or any(tensor.cleared for tensor in model.plan.tensors):
+        what = f"hides the whole model, but {OPTIONS[shown[0]] if shown else 'the plan file'} shows a part of it"
+        raise InputError(what, where="--p1 1", hint="leave it out, or choose a smaller --p1")
+
+
+def _open_base(model: OpenModel, fill: Fill, reference: str | Path | None, *, whole: bool) -> PublicBase | None:
     if fill == "zero":
         if reference is not None:
             raise InputError("a public base is only used with --fill base", where="--public-base")
         return None
     if reference is None:
         raise InputError("--fill base needs the public base", where="--public-base")
-    return open_base(str(reference), model)
+    return open_base(str(reference), model, whole=whole)
 
 
 def keep_outside(out: Path, **files: str | Path | None) -> None:

@@ -33,7 +33,7 @@ class ExpectedExposure:
 
     Args:
         sizes: server-visible parameters of each group. hidden: share of them that one proxy hides.
-        visible: server-visible and clear parameters together.
+        visible: server-visible parameters, and those in no group that proxies show, together.
     """
 
     sizes: NDArray[np.float64]
@@ -50,7 +50,7 @@ class ExpectedExposure:
             left = units - job.hides(name, units)
             sizes.append(size * left / units if units else 0.0)
             hidden.append(hidden_count(left, p2) / left if left else 0.0)
-        return cls(np.array(sizes), np.array(hidden), job.clear, job.clear + sum(sizes), job_parameters(job))
+        return cls(np.array(sizes), np.array(hidden), job.clear_sent, job.clear_sent + sum(sizes), job_parameters(job))
 
     def share(self, proxies: int) -> float:
         """Of all parameters, after so many proxies."""

@@ -46,7 +46,7 @@ def exposure(
     history = History.of(releases)
     sample = sampled(job, history, most_ranks, most_bytes)
     replayed = replay(job, history, sample)
-    clear, total = job.clear, job_parameters(job)
+    clear, total = job.clear_sent, job_parameters(job)
     shares = (clear + replayed.seen) / total if total else replayed.seen
     clients = tuple(
         ClientExposure(name, tuple(releases[i].round for i in lines), tuple(float(shares[i]) for i in lines))

@@ -55,6 +55,9 @@ def replay(job: JobKey, history: History, sample: Sample) -> Replayed:
     grown = sum(visible.values()) / looked_at if looked_at else 0.0  # each group stands for others too, when sampled
     bits, weights = [], []
     for name, units in sample.units.items():
+        if not visible[name]:  # the server hides all of it
+            replayed.units[name] = np.zeros(len(history.lines))
+            continue
         group = _Group.of(job, name, units)
         totals, flags = _replay_group(group, steps, seeds, replayed, grown * visible[name])
         replayed.units[name] = totals / group.allowed.size * visible[name] / max(job.groups[name][1], 1)

@@ -67,7 +67,7 @@ def ranks(key: bytes, scope: tuple[str, ...], group: str, n: int) -> NDArray[np.
 
 
 def hidden_units(key: bytes, group: str, n: int, p1: float) -> Mask:
-    """The server mask H of a group: min(round(p1·n), n - 1) of its n units, shape (n,), True where hidden."""
+    """The server mask H of a group: `hidden_count(n, p1)` of its n units, shape (n,), True where hidden."""
     return _draw(key, SERVER, group, np.ones(n, np.bool_), p1)
 
 
@@ -81,6 +81,8 @@ def _draw(key: bytes, scope: tuple[str, ...], group: str, allowed: Mask, ratio: 
     count = hidden_count(int(np.count_nonzero(allowed)), ratio)
     if count == 0:
         return np.zeros(allowed.size, np.bool_)
+    if count == allowed.size:
+        return np.ones(allowed.size, np.bool_)
     if allowed.size >= STREAM_FROM:
         from fedqsn_cli.masks.shake256 import lowest_ranks
 
@@ -94,8 +96,8 @@ def _draw(key: bytes, scope: tuple[str, ...], group: str, allowed: Mask, ratio: 
 
 
 def hidden_count(n: int, ratio: float) -> int:
-    """How many of n units a ratio hides: min(round(ratio·n), n - 1), at least one stays visible."""
-    return max(0, min(round(validate.ratio(ratio) * n), n - 1))
+    """How many of n units a ratio hides: min(round(ratio·n), n - 1), at least one stays visible; all of them for 1."""
+    return n if ratio == 1 else max(0, min(round(validate.ratio(ratio) * n), n - 1))
 
 
 def rescale_factor(n: int, hidden: int, client: int) -> np.float32:

@@ -15,7 +15,7 @@ import hmac
 import os
 import secrets
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,16 @@ class JobKey:
         return hidden_count(units, self.ratio(group))
 
     @property
+    def sends_nothing(self) -> bool:
+        """Whether all of the model is hidden (p1 = 1): proxies hold the public base and what clients taught it."""
+        return self.p1 == 1
+
+    @property
+    def clear_sent(self) -> int:
+        """Parameters in no group that proxies show."""
+        return 0 if self.sends_nothing else self.clear
+
+    @property
     def least_ratio(self) -> float | None:
         """The smallest share that is hidden of any group, None if it is p1 for all."""
         return min(map(self.ratio, self.groups)) if self.ratios else None
@@ -86,7 +96,7 @@ def draw(p1: float, axis: str, plan: Plan) -> JobKey:
     groups, clear = plan.sizes()
     return JobKey(
         secrets.token_bytes(KEY_BYTES),
-        validate.ratio(p1),
+        validate.up_to_one(p1, "--p1"),
         axis,
         plan.digest,
         canonical(plan.overrides),
@@ -164,7 +174,7 @@ def _parse(document: Any, path: str | Path) -> JobKey:
     try:
         return JobKey(
             _key(document["key"], path),
-            _ratio(document["p1"], "p1", path),
+            _ratio(document["p1"], "p1", path, validate.up_to_one),
             _one_of(document["axis"], MASK_AXES, path),
             _hex(document["plan"], path),
             canonical(document["overrides"]),
@@ -205,7 +215,7 @@ def check_same(job: JobKey, p1: float | None, axis: str, plan: Plan, path: str |
     Raises:
         KeyFileError: one of them differs.
     """
-    if p1 is not None and validate.ratio(p1) != job.p1:
+    if p1 is not None and validate.up_to_one(p1, "--p1") != job.p1:
         raise _another_job(f"p1 = {job.p1!r}", f"p1 = {float(p1)!r} was asked for", path)
     if axis != job.axis:
         raise _another_job(f"axis {job.axis}", f"axis {axis} was asked for", path)
@@ -281,11 +291,11 @@ def _hex(value: object, path: str | Path) -> str:
     return value
 
 
-def _ratio(value: object, name: str, path: str | Path) -> float:
+def _ratio(value: object, name: str, path: str | Path, check: Callable[[float, str], float] = validate.ratio) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise KeyFileError(f"{name} in the key file is not a number", where=path)
     try:
-        return validate.ratio(value)
+        return check(value, name)
     except InputError as error:
         raise KeyFileError(f"{name} in the key file: {error.what}", where=path) from None
 

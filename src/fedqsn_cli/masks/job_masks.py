@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -36,7 +37,13 @@ class ServerMasks:
         return found
 
     def hidden(self, tensor: TensorPlan) -> UnitMask | None:
-        """What the server hides of a tensor; None when the plan does not mask it or its ratio is 0."""
+        """What the server hides of a tensor; None when its ratio is 0, or the plan does not mask it.
+
+        A job that sends nothing hides all of every tensor, norms included.
+        """
+        if self.job.sends_nothing and tensor.axis is None:
+            lead, rows, _ = tensor.view
+            return UnitMask("row", tensor.view, np.ones(lead * rows, np.bool_))
         if tensor.axis is None or self.count(tensor) == 0:
             return None
         last, mask = self._last
@@ -47,9 +54,16 @@ class ServerMasks:
             self._last = tensor, mask
         return mask
 
+    def hidden_on_the_way(self, tensor: TensorPlan) -> UnitMask | None:
+        """What is left out of a model, and of its digest, when it is read for a proxy or merged: the hidden units.
+
+        In a job that sends nothing the public base takes the model's place as a whole, and nothing is left out of it.
+        """
+        return None if self.job.sends_nothing else self.hidden(tensor)
+
     def hidden_elements(self, tensor: TensorPlan) -> int:
         """How many elements of a tensor the server hides."""
-        return tensor.elements(self.count(tensor))
+        return math.prod(tensor.shape) if self.job.sends_nothing else tensor.elements(self.count(tensor))
 
     def count(self, tensor: TensorPlan) -> int:
         """How many units of each of a tensor's groups the server hides; its groups have one ratio."""

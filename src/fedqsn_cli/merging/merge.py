@@ -122,7 +122,7 @@ def merge_updates(
         verifier = UpdateVerifier(job, model, options.required_ledger())
         clients = verifier.updates(updates, options.max_examples)
         control = verifier.control(options.control, clients) if options.control is not None else None
-        tasks = tensor_tasks(model, None, verifier.masks.hidden)
+        tasks = tensor_tasks(model, None, verifier.masks.hidden_on_the_way)
         run = MergeRun(model, tasks, clients, control, options, progress)
         search = run.search(development) if development is not None else None
         rate = search.chosen if search else float(options.server_lr)

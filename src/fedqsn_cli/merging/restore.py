@@ -122,7 +122,7 @@ def _open_inputs(source: str | Path, trained: str | Path, options: MergeOptions)
     tasks = tensor_tasks(whole, None, ServerMasks(job).hidden)
     base = None
     if server.has_trained_fill:
-        base = _open_base(options.public_base, whole, server.manifest, tasks)
+        base = _open_base(options.public_base, whole, server.manifest, tasks, whole_model=job.sends_nothing)
     elif options.public_base is not None:
         raise InputError("no client trained the public base in this job", where="--public-base")
     return job, RestoreInputs(whole, server, server.manifest, tasks, base, (Residual(whole), Residual(server)))
@@ -138,7 +138,12 @@ def _check_same_shapes(whole: OpenModel, server: OpenModel, trained: str | Path)
 
 
 def _open_base(
-    reference: str | Path | None, whole: OpenModel, manifest: ModelManifest, tasks: Sequence[TensorTask]
+    reference: str | Path | None,
+    whole: OpenModel,
+    manifest: ModelManifest,
+    tasks: Sequence[TensorTask],
+    *,
+    whole_model: bool,
 ) -> PublicBase:
     """The public base of a job in which clients trained it, too.
 
@@ -151,7 +156,7 @@ def _open_base(
             where="--public-base",
             hint="give the one that the server model was filled with",
         )
-    base = open_base(str(reference), whole)
+    base = open_base(str(reference), whole, whole=whole_model)
     if manifest.public_base is None or _digest(tasks, base) != manifest.public_base.sha256:
         raise InputError("not the public base that the server model was filled with", where="--public-base")
     return base
@@ -162,7 +167,7 @@ def _digest(tasks: Sequence[TensorTask], base: PublicBase) -> str:
     with HashThreads() as hashing:
         hasher = ModelHash(hashing.queue())
         for task in tasks:
-            if task.plan.masked:
+            if base.fills(task.plan):
                 for first, rows in row_chunks(task.layout, 1, CHUNK_ELEMENTS):
                     hasher.update(task.name, base.read_rows(task.name, task.layout, first, rows))
         return hasher.hexdigest(tasks)

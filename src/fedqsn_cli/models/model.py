@@ -101,7 +101,7 @@ class OpenModel:
         if logical.packing is not None and logical.packing.kind == "pack4":
             begin = first * cols // 2
             return self.checkpoint.read_fresh(name, begin, min(entry.nbytes, begin + (rows * cols + 1) // 2) - begin)
-        dtype = _array_dtype(entry.dtype)
+        dtype = array_dtype(entry.dtype)
         turned = storage.transposed and logical.packing is None
         size = dtype.itemsize
         values = self.checkpoint.read_fresh(name, first * cols * size, rows * cols * size).view(dtype)
@@ -116,7 +116,7 @@ class OpenModel:
         return found
 
 
-def _array_dtype(dtype: str) -> np.dtype[Any]:
+def array_dtype(dtype: str) -> np.dtype[Any]:
     """numpy's type for stored values: floats as raw bits, int8 codes, anything else as opaque bytes."""
     if dtype in WEIGHT_DTYPES:
         return np.dtype(DTYPES[dtype].bits)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from fedqsn_cli.checkpoint import Checkpoint, Source
 from fedqsn_cli.dtypes import DTYPES, WEIGHT_DTYPES
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.models.model import ModelTensor, OpenModel, model_tensors, open_source
+from fedqsn_cli.models.model import ModelTensor, OpenModel, array_dtype, model_tensors, open_source
 from fedqsn_cli.planning.roles import rules
 from fedqsn_cli.planning.tensor_plan import TensorPlan
 from fedqsn_cli.planning.tied import model_type, tie_word_embeddings, tied_groups
@@ -67,18 +67,24 @@ class PublicBase:
     """A public base under the names, dtypes and shapes of a model; read like the model itself, chunk by chunk.
 
     Args:
-        matches: of masked tensors, in the order of the model's plan.
+        matches: of masked tensors, or of all (see `whole`), in the order of the model's plan.
         tensors: all tensors of the model, masked or not, for which the base has values.
+        whole: it takes the place of the whole model, not of its hidden units alone.
     """
 
     source: Source
     matches: tuple[Match, ...]
     tensors: dict[str, ModelTensor]
+    whole: bool
     _checkpoint: Checkpoint
     _found: dict[str, tuple[Match, str]]  # with the dtype that is wanted
 
+    def fills(self, tensor: TensorPlan) -> bool:
+        """Does it replace units of a tensor, or all of it?"""
+        return self.whole or tensor.masked
+
     def counts(self) -> dict[str, int]:
-        """Number of masked tensors of each kind of match."""
+        """Number of the tensors in `matches` of each kind."""
         return counted(self.matches)
 
     def read_rows(self, name: str, storage: TensorLayout, first: int, rows: int) -> Array:
@@ -98,25 +104,26 @@ class PublicBase:
         if match.kind != "zeros" and match.shape is not None:
             known = max(0, min(count, math.prod(match.shape) - start))
         if not known:
-            return np.zeros(count, DTYPES[dtype].bits)
+            return np.zeros(count, array_dtype(dtype))
         assert match.source is not None and match.dtype is not None
-        stored = DTYPES[match.dtype]
-        data = self._checkpoint.read_fresh(match.source, start * stored.nbytes, known * stored.nbytes)
-        found: Array = data.view(stored.bits)
+        stored = array_dtype(match.dtype)
+        data = self._checkpoint.read_fresh(match.source, start * stored.itemsize, known * stored.itemsize)
+        found: Array = data.view(stored)
         if match.dtype != dtype:
             found = _converted(found, match.dtype, dtype, f"{self.source.reference}: {match.source}")
         return found if known == count else np.concatenate([found, np.zeros(count - known, DTYPES[dtype].bits)])
 
 
-def open_base(reference: str, model: OpenModel, *, partial: bool = False) -> PublicBase:
+def open_base(reference: str, model: OpenModel, *, partial: bool = False, whole: bool = False) -> PublicBase:
     """Open a public base and match it with a model; headers only, values come with `read_rows`.
 
     Args:
         reference: a path or hf:// reference.
         partial: leave out what does not match, in place of refusing the base; for those who only compare with it.
+        whole: it is to take the place of the whole model, so that tensors without units must match, too.
 
     Raises:
-        IncompatibleBase: it is not a dense checkpoint, or does not have what the model's masked tensors need.
+        IncompatibleBase: it is not a dense checkpoint, or does not have what the model needs.
         InputError: there is no such checkpoint. FormatError: it is malformed.
     """
     source, checkpoint, manifest = open_source(reference)
@@ -127,12 +134,13 @@ def open_base(reference: str, model: OpenModel, *, partial: bool = False) -> Pub
     if packed or (checkpoint.config or {}).get("quantization_config") is not None:
         raise IncompatibleBase("the public base is quantized", where=reference, hint="give its dense checkpoint")
     matcher = _Matcher(model, tensors, checkpoint.config or {}, reference)
-    found = dict(matcher.matches(partial))
+    found = dict(matcher.matches(partial, whole))
     logical = {tensor.name: ModelTensor(tensor.dtype, tensor.shape, None) for tensor in model.plan.tensors}
     return PublicBase(
         source,
-        tuple(found[tensor.name] for tensor in model.plan.tensors if tensor.masked and tensor.name in found),
+        tuple(found[t.name] for t in model.plan.tensors if (whole or t.masked) and t.name in found),
         {name: logical[name] for name, match in found.items() if match.kind != "zeros"},
+        whole,
         checkpoint,
         {name: (match, logical[name].dtype) for name, match in found.items()},
     )
@@ -145,6 +153,7 @@ class _Matcher:
         self, model: OpenModel, base: Mapping[str, ModelTensor], config: Mapping[str, Any], reference: str
     ) -> None:
         self.tensors = [tensor for tensor in model.plan.tensors if tensor.dtype in WEIGHT_DTYPES]
+        self.others = [tensor for tensor in model.plan.tensors if tensor.dtype not in WEIGHT_DTYPES]
         self.base, self.reference = base, reference
         self.model_type = model_type(model.config)
         self.strip, self.add = _prefixes([tensor.name for tensor in self.tensors], base)
@@ -152,14 +161,25 @@ class _Matcher:
         self.base_tied = tied_groups({name: (tensor.dtype, tensor.shape) for name, tensor in base.items()}, config)
         self.base_ties = tie_word_embeddings(config) is not False
 
-    def matches(self, partial: bool) -> Iterator[tuple[str, Match]]:
-        """All tensors that can be filled. Raises IncompatibleBase for the first masked one that cannot."""
+    def matches(self, partial: bool, whole: bool) -> Iterator[tuple[str, Match]]:
+        """All tensors that can be filled. Raises IncompatibleBase for the first that must be, and cannot."""
         for tensor in self.tensors:
             try:
                 yield tensor.name, self.match(tensor)
             except IncompatibleBase:
-                if tensor.masked and not partial:
+                if (whole or tensor.masked) and not partial:
                     raise
+        for tensor in self.others if whole else ():
+            yield tensor.name, self.same(tensor)
+
+    def same(self, tensor: TensorPlan) -> Match:
+        """The base's tensor of the same name, dtype and shape, for one that holds no weights."""
+        source = self.plainly(tensor.name)
+        other = self.base.get(source or "")
+        if source is None or other is None or (other.dtype, other.shape) != (tensor.dtype, tensor.shape):
+            what = f"the public base has no such tensor, {tensor.dtype} {list(tensor.shape)}"
+            raise self.unfit(what, tensor, tensor.name)
+        return Match(tensor.name, "exact", source, other.dtype, other.shape)
 
     def match(self, tensor: TensorPlan) -> Match:
         """What fills a tensor. Raises IncompatibleBase."""

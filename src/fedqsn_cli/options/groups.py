@@ -19,7 +19,7 @@ Fill = Literal["zero", "base"]
 Format = Literal["nf4", "fp4", "int8", "nf3", "nf2", "none"]
 Layout = Literal["bnb", "dense"]
 Precision = Literal["auto", "fp32", "bf16"]
-Preset = Literal["paper", "strong"]
+Preset = Literal["paper", "strong", "base-only"]
 Schedule = Literal["fresh", "sticky"]
 Train = Literal["visible", "all"]
 UpdateFormat = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
@@ -129,11 +129,11 @@ class HidingOptions(Options):
     p1: Annotated[
         float | None,
         Option(
-            "Share of all neurons to hide from everyone.",
+            "Share of all neurons to hide from everyone; 1 sends nothing of the model (with --fill base, --train all).",
             MASKING,
             metavar="RATIO",
             shown="the key's",
-            check=validate.ratio,
+            check=validate.up_to_one,
         ),
     ] = None
     axis: Annotated[MaskAxis | None, AXIS] = None
@@ -169,7 +169,7 @@ class HidingOptions(Options):
         Preset | None,
         Option(
             "paper: fill zero, where outputs, schedule fresh. strong: fill base, where all, p1 0.5, schedule sticky, "
-            "train all. Options that are given win.",
+            "train all. base-only: as strong with p1 1, nothing of the model is sent. Options that are given win.",
             MASKING,
         ),
     ] = None
@@ -206,6 +206,7 @@ class FillOptions(Options):
 PRESETS: dict[Preset, dict[str, str | float]] = {
     "paper": {"fill": "zero", "where": "outputs", "schedule": "fresh"},
     "strong": {"fill": "base", "where": "all", "p1": 0.5, "schedule": "sticky", "train": "all"},
+    "base-only": {"fill": "base", "where": "all", "p1": 1.0, "schedule": "sticky", "train": "all"},
 }
 
 
