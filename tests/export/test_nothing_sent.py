@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from fedqsn_cli import client_train, export_proxy, inspect, mask, merge, quantize
+from fedqsn_cli import audit, client_train, export_proxy, inspect, mask, merge, quantize
 from fedqsn_cli.artifacts import ledger
 from fedqsn_cli.errors import InputError, RefusedUpdate
 from fedqsn_cli.exposure.exposure import exposure
@@ -203,3 +203,22 @@ def test_as_a_command(owners: Owners, tmp_path: Path) -> None:
     )
     assert done.code == 0, done.err
     assert json.loads(done.out)["hidden_by_server"] == 1.0
+
+
+def test_an_audit_of_both_rounds_passes(trained: Owners) -> None:
+    owner = {"truth": trained.home / "a", "key": trained.home / "a.key", "ledger": trained.home / "a.jsonl"}
+    first = [trained.export("a", f"audited-{client}", client=client, round=7) for client in ("ann", "bob")]
+    found = audit(first, public_base=trained.home / "base", **owner)
+    assert (found.verdict, found.findings) == ("passed", ())
+    later = trained.export("a", "audited-later", "next", round=8)
+    found = audit([later], public_base=trained.home / "base", server=trained.home / "next", **owner)
+    assert found.verdict == "passed" and all(finding.severity == "info" for finding in found.findings)
+
+
+def test_an_audit_finds_a_weight_of_the_owner(owners: Owners) -> None:
+    proxy = owners.export("b", "leaking", format="none", round=9)
+    path, norm = proxy / "model.safetensors", "bert.encoder.layer.0.output.LayerNorm.weight"
+    secret = load_file(owners.home / "b" / "model.safetensors")[norm] + 1.0
+    save_file(load_file(path) | {norm: secret}, path, {"format": "pt"})
+    owner = {"truth": owners.home / "b", "key": owners.home / "b.key", "ledger": owners.home / "b.jsonl"}
+    assert audit([proxy], public_base=owners.home / "base", **owner).verdict == "broken"

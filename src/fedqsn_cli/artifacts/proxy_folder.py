@@ -98,7 +98,7 @@ class VisibleUnits:
                 while clients train visible units only, or the slices of a tensor show different numbers of units.
         """
         path = self.stored.path
-        may_be_empty = self.shows_nothing and self.manifest.train == "all"
+        may_be_empty = self.shows_nothing and self.manifest.train == "all" and not self.manifest.rescale
         for name in self.unknown_tensors():
             raise FormatError(f"tensor {name!r} is not a group that proxy.json lists", where=path)
         for name in self.manifest.groups:

@@ -169,7 +169,8 @@ def open_inputs(
 
     truth = model(options.truth, "truth")
     after = model(options.after, "after")
-    base = collector.attempt(lambda: _matched_base(options.public_base, truth, folders, collector), "base")
+    whole = job is not None and job.sends_nothing
+    base = collector.attempt(lambda: _matched_base(options.public_base, truth, folders, collector, whole), "base")
     server = model(options.server, "server")
     folders = tuple(_compatible_proxy(folder, truth) for folder in folders)
     return Inputs(folders, base, truth, after, server, job, releases, options, progress)
@@ -239,9 +240,17 @@ def _compatible_proxy(folder: ProxyFolder, truth: OpenModel | None) -> ProxyFold
 
 
 def _matched_base(
-    reference: str | Path | None, truth: OpenModel | None, folders: Sequence[ProxyFolder], collector: Collector
+    reference: str | Path | None,
+    truth: OpenModel | None,
+    folders: Sequence[ProxyFolder],
+    collector: Collector,
+    whole: bool,
 ) -> PublicBase | None:
-    """The public base under the names of the truth: all of it where holes were filled with it, else what fits."""
+    """The public base under the names of the truth: all of it where holes were filled with it, else what fits.
+
+    Args:
+        whole: it takes the place of the whole truth (p1 = 1).
+    """
     if reference is None:
         return None
     if truth is None:
@@ -249,7 +258,7 @@ def _matched_base(
         return None
     filled = any(folder.opened is not None and folder.opened.manifest.fill == "base" for folder in folders)
     try:
-        return open_base(str(reference), truth, partial=not filled)
+        return open_base(str(reference), truth, partial=not filled, whole=whole)
     except IncompatibleBase as error:
         message = f"the public base does not match the truth: {error.what}"
         collector.add([DOES_NOT_BELONG.finding("base", message, tensor=error.tensor)])

@@ -82,6 +82,8 @@ class OpenedProxy:
         if units is None or not self.manifest.rescale:
             return np.float32(1)
         flags = self.group(units.groups[0])
+        if not flags.any():  # another check says that a proxy cannot be so
+            return np.float32(1)
         return rescale_factor(flags.size, flags.size - int(np.count_nonzero(flags)), 0)
 
     def layout(self, name: str) -> TensorLayout:

@@ -48,7 +48,8 @@ class Replayed:
 
 def replay(job: JobKey, history: History, sample: Sample) -> Replayed:
     """Draw the masks of all releases again, as far as they are looked at."""
-    replayed = Replayed(np.zeros(len(history.scopes)))
+    nobody = np.zeros((len(history.lines), 0), np.uint64)
+    replayed = Replayed(np.zeros(len(history.scopes)), bits=nobody)
     seeds, steps = Seeds(job.key, history.scopes), history.steps()
     visible = {name: size * (1.0 - job.hides(name, n) / n) for name, (n, size) in job.groups.items() if n}
     looked_at = sum(visible[name] for name in sample.units)

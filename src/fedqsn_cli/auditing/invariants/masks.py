@@ -96,7 +96,7 @@ def _against_key(job: JobKey, release: Release | None, proxy: OpenedProxy) -> It
         visible = proxy.group(name)
         shown += bool((visible & server.hidden_units(name, units)).any())
         wrong += client is not None and not np.array_equal(visible, client.visible_group(name, units))
-        empty += not visible.any()
+        empty += not visible.any() and not server.job.sends_nothing
     if shown:
         message = "units that the key hides for the whole job are shown (groups concerned)"
         yield MASK_NOT_FROM_KEY.finding(scope, message, value=float(shown), limit=0.0)

@@ -35,6 +35,7 @@ from fedqsn_cli.quantization.layout import row_chunks
 Array = NDArray[Any]
 
 _STRAIGHT = 0.99  # cosine between the way from the base to the hole and the way to the hidden unit
+_LONG_ENOUGH = 16  # numbers of a unit; shorter ones, such as those of two token types, are parallel by chance
 _BY_CHANCE = 16  # equal numbers that mean nothing
 
 OWNER_AND_AFTER: Need[tuple[OwnerInputs, OpenModel]] = Need(
@@ -142,9 +143,9 @@ def _in_holes(models: Models, task: TensorTask, hidden: UnitMask, scope: str) ->
         copies += int(np.count_nonzero((hole == unit) & (secret != 0)))
         differing += int(np.count_nonzero(secret))
         products = np.stack([secret * learnt, secret * secret, learnt * learnt])
-        if task.plan.axis == "row" and task.layout.view[2] > 1:
+        if task.plan.axis == "row" and task.layout.view[2] >= _LONG_ENOUGH:
             straight += _straight(products.sum(axis=2))
-        elif task.plan.axis == "column" and task.layout.view[0] == 1:
+        elif task.plan.axis == "column" and task.layout.view[0] == 1 and task.layout.view[1] >= _LONG_ENOUGH:
             sums[:, : products.shape[2]] += products.sum(axis=1)
     straight += _straight(sums)
     # Of fp32 numbers, a few of millions meet by chance. Numbers of 16 bits have few neighbours: what owner and clients

@@ -121,7 +121,7 @@ def rebuild(inputs: Inputs, group: Together, given: tuple[OpenModel, JobKey]) ->
             yield HIDDEN_INFLUENCE.lacks(scope, BASE, more=": its holes are filled with the public base")
         return
     server = ServerMasks(job)
-    tasks = tensor_tasks(origin, quantization, server.hidden)
+    tasks = tensor_tasks(origin, quantization, server.hidden_on_the_way)
     sinks = [ComparingSink(proxy) for proxy in group.proxies]
     for sink in sinks:
         sink.expect(tasks, quantization)

@@ -186,9 +186,8 @@ class FunctionAttack:
             if filled and base is not None and has_tensor(base, task):
                 source = self._base_tensor(base, task).numpy().reshape(lead * rows, cols)
             _overwrite(hidden, values.reshape(lead * rows, cols), source, rows)
-            factor = rescale_factor(tensor.units, masks.count(tensor), 0)
             if any(proxy.manifest.rescale for proxy in self.inputs.proxies):
-                values *= factor
+                values *= rescale_factor(tensor.units, masks.count(tensor), 0)
             state[tensor.name] = torch.from_numpy(values)
         return state
 
