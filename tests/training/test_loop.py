@@ -13,16 +13,12 @@ from fedqsn_cli.errors import InputError
 from fedqsn_cli.options import RecipeOptions
 from fedqsn_cli.progress import SILENT, Silent
 from fedqsn_cli.training import loop
-from fedqsn_cli.training.batching import IGNORED, Examples, Padding, collate, loss_sum
+from fedqsn_cli.training.batching import IGNORED, Examples, Padding, collate, loss_sum, shuffled
 from fedqsn_cli.training.compact import VisibleParameters
-from fedqsn_cli.training.loop import (
-    TrainingSummary,
-    choose_precision,
-    learning_rate,
-    make_optimizer,
-    shuffled,
-    step_count,
-)
+from fedqsn_cli.training.loop import TrainingSummary
+from fedqsn_cli.training.optimizers import make_optimizer
+from fedqsn_cli.training.precision import choose_precision
+from fedqsn_cli.training.schedule import learning_rate, step_count
 from support.families import make_config
 
 PADDING = Padding(0)
@@ -122,11 +118,11 @@ def test_the_optimizer_holds_two_numbers_for_each_visible_weight_and_none_for_hi
     model = new_model()
     masks = some_masks(model)
     visible = VisibleParameters(model, masks)
-    optimizer = make_optimizer(visible, RecipeOptions())
+    optimizer = make_optimizer(visible.leaves, 0.01, RecipeOptions())
     batch = collate(some_examples(), [0, 1], PADDING)
     loss_sum("classification", model(**batch.inputs).logits, batch.targets).backward()
-    visible.gather_gradients()
-    optimizer.step()
+    with visible.updating(visible.leaves):
+        optimizer.step()
     sizes = sum(state[key].numel() for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
     shown = sum(int(masks[name].sum()) if name in masks else p.numel() for name, p in model.named_parameters())
     assert sizes == 2 * shown
@@ -241,4 +237,4 @@ def test_progress_hears_of_every_step() -> None:
             heard.append((amount, sorted(figures)))
 
     train(new_model(), some_examples(), {}, RecipeOptions(batch_size=4), PADDING, Listener())
-    assert heard == [("training", 3, "steps")] + [(1, ["examples_per_s", "loss"])] * 3
+    assert heard == [("training", 3, "steps")] + [(1, ["loss", "lr", "memory_gib", "tokens_per_s"])] * 3

@@ -29,6 +29,7 @@ from fedqsn_cli.options.groups import (
     OWNER,
     PLAN,
     PLAN_FILE,
+    TRAINING,
     Format,
     Layout,
     MaskingOptions,
@@ -168,6 +169,12 @@ class ExportOptions(QuantizationOptions, MaskingOptions, ModelOutputOptions):
         return [Path(str(self.out).replace("{client}", name)) for name in self.client]
 
 
+def check_interval(value: str, flag: str) -> str:
+    """A number of steps, or a time."""
+    validate.interval(value, flag)
+    return value
+
+
 @dataclass(frozen=True)
 class TrainOptions(RecipeOptions):
     """`client_train`."""
@@ -180,6 +187,19 @@ class TrainOptions(RecipeOptions):
     eval_data: Annotated[str | Path | None, Option("Data to measure the loss on, before and after.", DATA)] = None
     max_length: Annotated[int, max_length_option(DATA)] = 256
     update_format: Annotated[UpdateFormat, Option("Number format of the update that is sent back.", OUTPUT)] = "fp32"
+    save_every: Annotated[
+        str | None,
+        Option(
+            "Save the state after this many steps, or this time such as 10m; the same command then goes on from it.",
+            TRAINING,
+            metavar="N",
+            check=check_interval,
+        ),
+    ] = None
+    log: Annotated[str | Path | None, Option("Write a JSON line for each step.", OUTPUT)] = None
+    tensorboard: Annotated[
+        str | Path | None, Option("Write loss, learning rate and speed for TensorBoard.", OUTPUT, metavar="DIR")
+    ] = None
     force: Annotated[bool, FORCE] = False
 
 

@@ -6,7 +6,16 @@ data.py       rows -> token ids and targets
 batching.py   examples -> batches; their loss
 visible.py    which elements of a model's parameters are visible
 compact.py    the visible part of the parameters, for the optimizer
-loop.py       AdamW, step by step
+schedule.py   the examples and the learning rate of every step
+precision.py  number formats; what makes a training repeatable
+optimizers.py AdamW, 8-bit AdamW and SGD, a part of the model at a time
+memory.py     how much memory a training takes
+processes.py  several processes that share the work
+states.py     states on disk, to go on from
+interrupts.py signals wait until a state is saved
+journal.py    the figures of every step
+loop.py       step by step
+estimate.py   what a training would take
 scoring.py    loss, accuracy, macro F1, perplexity
 update.py     U = T − P on disk
 client.py     client-train: all of it, in this order

@@ -20,7 +20,7 @@ from fedqsn_cli.artifacts.update_folder import UPDATE_DTYPES, update_shape
 from fedqsn_cli.checkpoint import ArtifactWriter, TensorSpec
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.masks.unit_mask import UnitMask
-from fedqsn_cli.models.dense import TORCH_DTYPES
+from fedqsn_cli.models.dense import TORCH_DTYPES, DenseTensors
 from fedqsn_cli.models.torch_model import stored_tensors
 
 UpdateFormat = Literal["fp32", "bf16", "fp16"]
@@ -31,7 +31,7 @@ _STEM = UPDATE_TENSORS.removesuffix(".safetensors")
 def write_tensors(
     writer: ArtifactWriter,
     model: Any,
-    dense: Mapping[str, Tensor],
+    received: DenseTensors,
     visible: Mapping[str, UnitMask],
     update_format: UpdateFormat,
 ) -> None:
@@ -39,7 +39,7 @@ def write_tensors(
 
     Args:
         model: the trained model, T.
-        dense: the proxy's tensors as they were received, P.
+        received: the proxy's tensors, P; read one by one.
         visible: visible units of masked tensors.
         update_format: precision of the update.
 
@@ -48,11 +48,13 @@ def write_tensors(
     """
     stored_dtype = UPDATE_DTYPES[update_format]
     dtype = TORCH_DTYPES[stored_dtype]
-    specs = [TensorSpec(name, stored_dtype, _shape(dense[name], visible.get(name))) for name in _floats(dense)]
+    layout = received.layout
+    names = _floats(layout)
+    specs = [TensorSpec(name, stored_dtype, _shape(layout[name], visible.get(name))) for name in names]
     sink = writer.tensors(_STEM, specs, max_shard_bytes=None, metadata={"format": "pt"})
-    trained = stored_tensors(model, _floats(dense))
-    for name in _floats(dense):
-        sink.write(name, 0, _bits(name, _difference(trained.get(name), dense[name], visible.get(name)), dtype))
+    trained = stored_tensors(model, names)
+    for name in names:
+        sink.write(name, 0, _bits(name, _difference(trained.get(name), received[name], visible.get(name)), dtype))
     sink.close()
 
 
@@ -79,7 +81,8 @@ def _difference(trained: Tensor | None, before: Tensor, mask: UnitMask | None) -
     """U of one tensor in fp32; zeros for a buffer that the architecture has no use for."""
     if trained is None:
         return torch.zeros(_shape(before, mask))
-    whole = trained.detach().float().cpu() - before.float()
+    started = before.to(trained.dtype)  # what the training began with, should it round weights
+    whole = trained.detach().float().cpu() - started.float()
     if mask is None:
         return whole
     lead, rows, cols = mask.view
@@ -102,5 +105,5 @@ def _bits(name: str, update: Tensor, dtype: torch.dtype) -> NDArray[Any]:
 
 
 def parameters(dense: Mapping[str, Tensor], visible: Mapping[str, UnitMask]) -> int:
-    """How many numbers an update of this proxy holds."""
+    """How many numbers an update holds of a proxy with tensors like these."""
     return sum(math.prod(_shape(dense[name], visible.get(name))) for name in _floats(dense))

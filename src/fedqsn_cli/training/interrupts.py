@@ -1,0 +1,62 @@
+"""Hold back signals that would end the process, until a training has saved what it has."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ECHO_SECONDS = 1.0  # a terminal signals a whole process group, and make or a shell may pass the same signal on
+
+
+class HeldSignals:
+    """The first signal that came while signals were held back, if any."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.since = 0.0
+
+    @property
+    def any(self) -> bool:
+        """Has one come?"""
+        return self.number is not None
+
+
+@contextmanager
+def held_signals() -> Iterator[HeldSignals]:
+    """Within this block a signal is only noted; afterwards it does what it would have done.
+
+    Who sends one again after a second has it at once. Signals that are ignored stay ignored. In other threads than the
+    main one, which get no signals, nothing is held.
+
+    Raises:
+        KeyboardInterrupt: a signal came, and its own handler raised nothing.
+    """
+    held = HeldSignals()
+    if threading.current_thread() is not threading.main_thread():
+        yield held
+        return
+    heeded = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    before = {int(number): signal.getsignal(number) for number in heeded}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if not held.any:
+            held.number, held.since = number, time.monotonic()
+        elif time.monotonic() - held.since > ECHO_SECONDS:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+
+    for number in heeded:
+        signal.signal(number, note)
+    try:
+        yield held
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if held.number is not None:
+        signal.raise_signal(held.number)
+        raise KeyboardInterrupt
