@@ -50,13 +50,13 @@ def held_signals() -> Iterator[HeldSignals]:
             signal.signal(number, before[number])
             signal.raise_signal(number)
 
-    for number in heeded:
-        signal.signal(number, note)
+    for heeded_number in heeded:
+        signal.signal(heeded_number, note)
     try:
         yield held
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for heeded_number in heeded:
+            signal.signal(heeded_number, before[heeded_number])
     if held.number is not None:
         signal.raise_signal(held.number)
         raise KeyboardInterrupt

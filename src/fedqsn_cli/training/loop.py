@@ -11,6 +11,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -122,7 +123,7 @@ def train(
     around = around or Surroundings()
     whole = replace(recipe, batch_size=recipe.batch_size * around.processes.count)
     run = _Run(model, examples, trainable, whole, padding, around)
-    with repeatable(model.device, recipe.seed + around.processes.rank):
+    with repeatable(model.device, recipe.seed + around.processes.rank), _checkpointing(model, recipe):
         model.train()
         if around.states is None:
             run.steps(progress)
@@ -274,6 +275,22 @@ class _Run:
         for _, window in zip(range(state.step), self._windows, strict=False):
             self._took_part(window)
         progress.note(f"going on after step {state.step} of {self.total}")
+
+
+@contextmanager
+def _checkpointing(model: Any, recipe: RecipeOptions) -> Iterator[None]:
+    """Within this block, compute activations again instead of keeping them, where the recipe asks for it."""
+    if not recipe.gradient_checkpointing:
+        yield
+        return
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        what = f"{type(model).__name__} of transformers has no gradient checkpointing"
+        raise InputError(what, where="--gradient-checkpointing", hint="lower --batch-size instead")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
 
 
 def _loss(model: Any, task: Task, batch: Batch, precision: str) -> Tensor:

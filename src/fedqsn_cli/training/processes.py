@@ -94,7 +94,7 @@ def joined(device: torch.device) -> Iterator[Processes]:
 
 def own_device(device: torch.device) -> torch.device:
     """The GPU of this process, where several of a machine share the work."""
-    if launched().count == 1 or device.type != "cuda" or device.index is not None:
+    if launched().count == 1 or str(device) != "cuda":
         return device
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 

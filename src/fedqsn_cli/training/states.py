@@ -84,14 +84,8 @@ class StateFolder:
         Raises:
             InputError: another process does, or it cannot be made.
         """
+        descriptor = self._locked()
         try:
-            self.path.mkdir(mode=0o700, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError as error:
-            raise InputError(f"cannot be created ({error.strerror})", where=self.path) from None
-        try:
-            if not files.try_lock(descriptor):
-                raise InputError("is in use by another client-train", where=self.path, hint="choose another --out")
             self._sweep()
             self._last = time.monotonic()
             yield self
@@ -99,6 +93,18 @@ class StateFolder:
             os.close(descriptor)
             if self.path.is_dir() and not any(self.path.iterdir()):
                 self.path.rmdir()
+
+    def _locked(self) -> int:
+        """Make the folder if it is missing; returns the descriptor that holds its lock."""
+        try:
+            self.path.mkdir(mode=0o700, exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as error:
+            raise InputError(f"cannot be created ({error.strerror})", where=self.path) from None
+        if not files.try_lock(descriptor):
+            os.close(descriptor)
+            raise InputError("is in use by another client-train", where=self.path, hint="choose another --out")
+        return descriptor
 
     def _sweep(self) -> None:
         """Delete what a killed run left of a state that it was writing."""
@@ -135,7 +141,7 @@ class StateFolder:
         with ArtifactWriter(path, force=False) as writer:
             sink = writer.tensors("state", specs, max_shard_bytes=None, metadata={"format": "pt"})
             for spec, value in zip(specs, values, strict=True):
-                flat = value.detach().cpu().contiguous().reshape(-1)
+                flat = value.detach().cpu().clone().reshape(-1)  # memory that numpy has seen cannot be released
                 sink.write(spec.name, 0, flat.view(torch.uint8).numpy())
             sink.close()
             document = {
