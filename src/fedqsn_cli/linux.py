@@ -119,3 +119,10 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         for option, value in _MALLOC.items():
             mallopt(option, value)
+
+
+def return_freed_memory() -> None:
+    """Let glibc give freed memory back to the kernel, once; other C libraries do as they do."""
+    trim = _function("malloc_trim")
+    if trim is not None:
+        trim(ctypes.c_size_t(0))

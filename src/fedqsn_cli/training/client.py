@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
@@ -15,6 +16,7 @@ from fedqsn_cli.artifacts.proxy_folder import verify_proxy
 from fedqsn_cli.artifacts.update_folder import UPDATE_DTYPES
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, resolve
 from fedqsn_cli.dtypes import DTYPES
+from fedqsn_cli.linux import return_freed_memory
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.models.dense import DenseTensors
 from fedqsn_cli.models.torch_model import Loaded, Task, choose_device, load_model, memory_errors, quiet
@@ -262,7 +264,11 @@ def _trainable(
     """Bring a model to where and how it is trained. Nothing else may hold its tensors: they would stay in memory."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(weights_dtype(precision))
-    return VisibleParameters(model.to(device), masks)
+    trainable = VisibleParameters(model.to(device), masks)
+    masks.clear()
+    gc.collect()  # models have cycles, and one was built for the masks
+    return_freed_memory()
+    return trainable
 
 
 def _states(options: TrainOptions, folder: Path, processes: Processes) -> StateFolder | None:
