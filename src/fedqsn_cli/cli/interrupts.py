@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from fedqsn_cli.training.interrupts import ECHO_SECONDS, SIGNALS
+from fedqsn_cli.linux import ECHO_SECONDS, ENDING_SIGNALS
 
 EXIT_INTERRUPTED = 130
 
@@ -37,7 +37,7 @@ def clean_shutdown() -> Iterator[None]:
         if asked[-1] - asked[0] > ECHO_SECONDS:
             os._exit(EXIT_INTERRUPTED)
 
-    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    heeded = [number for number in ENDING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in heeded}
     try:
         yield

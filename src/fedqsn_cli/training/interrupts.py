@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-ECHO_SECONDS = 1.0  # a terminal signals a whole process group, and make or a shell may pass the same signal on
+from fedqsn_cli.linux import ECHO_SECONDS, ENDING_SIGNALS
 
 
 class HeldSignals:
@@ -40,7 +39,7 @@ def held_signals() -> Iterator[HeldSignals]:
     if threading.current_thread() is not threading.main_thread():
         yield held
         return
-    heeded = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    heeded = [number for number in ENDING_SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
     before = {int(number): signal.getsignal(number) for number in heeded}
 
     def note(number: int, frame: FrameType | None) -> None:
