@@ -1,4 +1,4 @@
-"""What the operating system offers and Python does not: calls of the C library, direct input and output, signals that end.
+"""What the operating system offers and Python does not: calls of the C library, direct input and output, signals.
 
 Every function says what happens where a system, or a file system, has no such thing. Nothing else here imports ctypes.
 """

@@ -179,13 +179,16 @@ def check_interval(value: str, flag: str) -> str:
 class TrainOptions(RecipeOptions):
     """`client_train`."""
 
-    FIRST = ("out", "data", "eval_data", "max_length")
+    FIRST = ("out", "data", "eval_data", "max_length", "packing")
 
     out: Annotated[str | Path, OUT]
     _: KW_ONLY
     data: Annotated[str | Path, Option("Training data: JSONL, CSV or Parquet.", DATA)]
     eval_data: Annotated[str | Path | None, Option("Data to measure the loss on, before and after.", DATA)] = None
     max_length: Annotated[int, max_length_option(DATA)] = 256
+    packing: Annotated[
+        bool, Option("Put several texts of a language model into one row of --max-length tokens.", DATA)
+    ] = False
     update_format: Annotated[UpdateFormat, Option("Number format of the update that is sent back.", OUTPUT)] = "fp32"
     save_every: Annotated[
         str | None,

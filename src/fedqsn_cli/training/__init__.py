@@ -4,6 +4,7 @@ tables.py     a JSONL, CSV or Parquet file -> rows
 parquet.py    the columns of a Parquet file
 data.py       rows -> token ids and targets
 batching.py   examples -> batches; their loss
+packing.py    several texts in one row
 visible.py    which elements of a model's parameters are visible
 compact.py    the visible part of the parameters, for the optimizer
 schedule.py   the examples and the learning rate of every step

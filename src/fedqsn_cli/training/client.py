@@ -16,6 +16,7 @@ from fedqsn_cli.artifacts.proxy_folder import verify_proxy
 from fedqsn_cli.artifacts.update_folder import UPDATE_DTYPES
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, resolve
 from fedqsn_cli.dtypes import DTYPES
+from fedqsn_cli.errors import InputError
 from fedqsn_cli.linux import return_freed_memory
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.models.dense import DenseTensors
@@ -31,6 +32,7 @@ from fedqsn_cli.training.estimate import Estimate, measured
 from fedqsn_cli.training.journal import journals
 from fedqsn_cli.training.loop import Surroundings, TrainingSummary, train
 from fedqsn_cli.training.memory import MemoryPlan
+from fedqsn_cli.training.packing import check_separation, packed
 from fedqsn_cli.training.precision import ChosenPrecision, choose_precision, weights_dtype
 from fedqsn_cli.training.processes import Processes, joined, launched, own_device
 from fedqsn_cli.training.scoring import Evaluation, score
@@ -255,6 +257,11 @@ def _encode(
     """The data as token ids."""
     encoder = Encoder.of(loaded, options.max_length)
     examples = encoder.encode(tables[0], progress)
+    if options.packing:
+        if loaded.task != "causal-lm":
+            raise InputError("is for causal language models", where="--packing", hint="train without it")
+        check_separation(loaded.model, "--packing")
+        examples = packed(examples, max(encoder.max_length, *examples.lengths))
     return encoder, examples, encoder.encode(tables[1], progress) if tables[1] is not None else None
 
 

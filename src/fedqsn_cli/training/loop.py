@@ -90,12 +90,12 @@ class History:
     rows: set[int] = field(default_factory=set)
     seconds: float = 0.0
 
-    def summary(self, seconds: float) -> TrainingSummary:
+    def summary(self, examples: Examples, seconds: float) -> TrainingSummary:
         """The figures of the whole training."""
         steps = len(self.losses)
         tenth = max(1, steps // 10)
         first, last = sum(self.losses[:tenth]) / tenth, sum(self.losses[-tenth:]) / tenth
-        return TrainingSummary(steps, len(self.rows), first, last, seconds)
+        return TrainingSummary(steps, examples.texts_in(self.rows), first, last, seconds)
 
 
 def train(
@@ -132,7 +132,7 @@ def train(
             with held_signals() as held:
                 run.steps(progress, around.states, lambda: held.any)
         model.eval()
-    return run.history.summary(run.seconds())
+    return run.history.summary(examples, run.seconds())
 
 
 class _Run:
