@@ -197,6 +197,9 @@ def compile_once(place: Place, size: str) -> Iterator[Row]:
 
 def training(place: Place, kind: str) -> Iterator[Row]:
     """Full training of a proxy against a plain loop that trains everything: time of a step, peak memory, start."""
+    if kind not in KINDS:
+        yield Row.skipped("full step", kind, f"measured for {', '.join(KINDS)}")
+        return
     folder = place.training(kind)
     ours, theirs, start = Sample(), Sample(), Sample()
     size, imports = KINDS[kind].batch, imports_peak(place)
@@ -209,7 +212,7 @@ def training(place: Place, kind: str) -> Iterator[Row]:
         step, first = step_seconds(place.work / "ours.jsonl", began)
         ours.add(step, processor / TRAINED_STEPS, peak)
         start.add(first, 0.0, 0.0)
-        words = "plain", folder / "proxy", folder / "data.jsonl", place.work / "plain.jsonl", TRAINED_STEPS
+        words = "plain", folder / "proxy", folder / "data.jsonl", place.work / "plain.jsonl", size, TRAINED_STEPS
         _, processor, peak = run(place.module("benchmarks.training", *words))
         theirs.add(step_seconds(place.work / "plain.jsonl", 0.0)[0], processor / TRAINED_STEPS, peak)
     ratio = ours.largest / theirs.largest

@@ -1,7 +1,7 @@
 """What a training is measured on, and the plain loop next to it: `python -m benchmarks.training WHAT ...`.
 
-make KIND FOLDER               model/ and data.jsonl
-plain PROXY DATA LOG STEPS     transformers and torch only; writes a JSON line for each step, as client-train --log does
+make KIND FOLDER                     model/ and data.jsonl
+plain PROXY DATA LOG BATCH STEPS     transformers and torch only; writes a JSON line a step, as client-train --log does
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _tokenizer(vocabulary: int) -> Any:
     )
 
 
-def plain(proxy: str, data: str, log: str, steps: int) -> None:
+def plain(proxy: str, data: str, log: str, size: int, steps: int) -> None:
     """Train everything with transformers and torch, as their documentation shows it, in fp32."""
     import torch
     import transformers
@@ -88,7 +88,6 @@ def plain(proxy: str, data: str, log: str, steps: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
     rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
     classifies = "label" in rows[0]
-    size = KINDS["minilm" if model.config.hidden_size == 384 else "llama-0.1b" if not classifies else "tiny"].batch
     model.train()
     begin = time.monotonic()
     with Path(log).open("w") as file:
@@ -109,4 +108,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "make":
         make(sys.argv[2], Path(sys.argv[3]))
     else:
-        plain(*sys.argv[2:5], int(sys.argv[5]))
+        plain(*sys.argv[2:5], *map(int, sys.argv[5:7]))
