@@ -96,9 +96,9 @@ def wants_style(stream: TextIO | None) -> bool:
 
 @contextmanager
 def progress(view: View) -> Iterator[Progress]:
-    """A bar on stderr if that is a terminal, else notes only; nothing with --quiet."""
+    """A bar on stderr if that is a terminal, else notes for people who read tables; nothing with --quiet."""
     if view == "quiet" or not _is_terminal(sys.stderr):
-        yield Silent() if view == "quiet" else Notes()
+        yield Notes() if view == "table" else Silent()
         return
     bar = Bar()
     try:
