@@ -10,5 +10,6 @@ __main__.py   options in; every figure; table and JSON out
     floor.py      plain loops that read and write: what the disk allows
     kernels.py    quantizing in memory, ours and bitsandbytes'
     exposure.py   what many clients have seen
+    training.py   a model, data, and the plain loop next to client-train
     peers.py      the same work with other people's tools
 """

@@ -10,13 +10,17 @@ memory      export-proxy and merge by size      600 MiB, and each other
 help        fedqsn --help                       hf --help, a quarter of a second
 exposure    of 1000 clients in 100 rounds       ten seconds
 compile     the first command of all            the second one
+training    steps of client-train               a plain loop of transformers and torch
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import statistics
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,10 +29,13 @@ from benchmarks.measure import Contender, Sample, compare, run, said_by, total_b
 from benchmarks.peers import install_mergekit, linear_merge
 from benchmarks.report import Row
 from benchmarks.synthetic import SHAPES
+from benchmarks.training import KINDS
 
 MAX_PEAK = 600.0  # MiB
 MAX_HELP = 0.25  # seconds
 MAX_EXPOSURE = 10.0  # seconds
+MAX_START = 6.0  # seconds
+TRAINED_STEPS = 8
 
 
 def kernel(place: Place, size: str) -> Iterator[Row]:
@@ -188,6 +195,53 @@ def compile_once(place: Place, size: str) -> Iterator[Row]:
     yield Row.of("first export of all (tiny), which compiles", "", samples["first"], "the next one", samples["next"])
 
 
+def training(place: Place, kind: str) -> Iterator[Row]:
+    """Full training of a proxy against a plain loop that trains everything: time of a step, peak memory, start."""
+    if kind not in KINDS:
+        yield Row.skipped("full step", kind, f"measured for {', '.join(KINDS)}")
+        return
+    folder = place.training(kind)
+    ours, theirs, start = Sample(), Sample(), Sample()
+    size, imports = KINDS[kind].batch, imports_peak(place)
+    for _ in range(place.runs):
+        place.clear("update", "ours.jsonl", "plain.jsonl")
+        command = ["client-train", folder / "proxy", "--out", place.work / "update", "--data", folder / "data.jsonl"]
+        recipe = ["--batch-size", size, "--max-steps", TRAINED_STEPS, "--device", "cpu", "--precision", "fp32"]
+        began = time.time()
+        _, processor, peak = run(place.fedqsn(*command, *recipe, "--log", place.work / "ours.jsonl"))
+        step, first = step_seconds(place.work / "ours.jsonl", began)
+        ours.add(step, processor / TRAINED_STEPS, peak)
+        start.add(first, 0.0, 0.0)
+        words = "plain", folder / "proxy", folder / "data.jsonl", place.work / "plain.jsonl", size, TRAINED_STEPS
+        _, processor, peak = run(place.module("benchmarks.training", *words))
+        theirs.add(step_seconds(place.work / "plain.jsonl", 0.0)[0], processor / TRAINED_STEPS, peak)
+    ratio = ours.largest / theirs.largest
+    beyond = (ours.largest - imports) / (theirs.largest - imports)
+    note = (
+        f"peak {ours.largest:.0f} against {theirs.largest:.0f} MiB, {ratio:.2f}x; "
+        f"{beyond:.2f}x without the {imports:.0f} MiB that importing transformers takes"
+    )
+    yield Row.of(f"full step, {kind}", kind, ours, "transformers + torch", theirs, most=1.05, note=note)
+    yield Row.of(f"peak of full training, {kind}", kind, ours, "transformers + torch", theirs, ratio, 0.8)
+    if kind == "minilm":
+        yield Row.within("start of client-train to its first step, minilm", kind, start, MAX_START)
+    place.clear("update", "ours.jsonl", "plain.jsonl")
+
+
+def imports_peak(place: Place) -> float:
+    """Peak memory of a process that only imports transformers, MiB."""
+    code = "import torch, transformers; transformers.AutoTokenizer, transformers.BertModel, transformers.LlamaModel"
+    return run([place.python, "-c", code])[2]
+
+
+def step_seconds(log: Path, began: float) -> tuple[float, float]:
+    """Median seconds of a step after the first, and seconds from `began` to the end of the first."""
+    seconds = [json.loads(line)["seconds"] for line in log.read_text().splitlines()]
+    later = statistics.median(after - before for before, after in itertools.pairwise(seconds))
+    written = log.stat().st_mtime  # when the last step ended
+    return later, written - seconds[-1] + seconds[0] - began
+
+
 def _fits(place: Place, size: int) -> bool:
     """Is there room for so many bytes?"""
     from benchmarks.inputs import NoRoom
@@ -261,6 +315,7 @@ FIGURES: dict[str, Callable[[Place, str], Iterator[Row]]] = {
     "mergekit": mergekit,
     "floor": floor,
     "memory": memory,
+    "training": training,
 }
 SIZES: dict[str, tuple[str, ...]] = {
     "help": ("",),
@@ -273,5 +328,6 @@ SIZES: dict[str, tuple[str, ...]] = {
     "mergekit": ("1.1b",),
     "floor": ("0.1b", "1.1b", "7b"),
     "memory": ("0.1b", "1.1b", "7b"),
+    "training": ("minilm", "llama-0.1b"),
 }
 """On which sizes a figure is measured; "" where the size of a model does not matter."""

@@ -73,6 +73,20 @@ class Place:
             staging.rename(folder)
         return folder
 
+    def training(self, kind: str) -> Path:
+        """A folder with model/, data.jsonl, and proxy/, a dense proxy in which a fifth is hidden twice."""
+        folder = self.work / f"training-{kind}"
+        if not folder.exists():
+            staging = folder.with_suffix(".part")
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
+            run(self.module("benchmarks.training", "make", kind, staging))
+            secrets = ["--key", staging / "job.key", "--ledger", staging / "ledger.jsonl"]
+            hiding = ["--p1", 0.2, "--p2", 0.2, "--format", "none", "--client", "a", "--round", 1]
+            run(self.fedqsn("export-proxy", staging / "model", "--out", staging / "proxy", *hiding, *secrets))
+            staging.rename(folder)
+        return folder
+
     def export(self, size: str, out: str, clients: Sequence[str], key: str, ledger: str, *more: str) -> list[str]:
         """A fedqsn export-proxy command for these clients."""
         named = [word for client in clients for word in ("--client", client)]

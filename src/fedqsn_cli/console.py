@@ -96,15 +96,23 @@ def wants_style(stream: TextIO | None) -> bool:
 
 @contextmanager
 def progress(view: View) -> Iterator[Progress]:
-    """A bar on stderr if that is a terminal; nothing otherwise, and nothing with --quiet."""
+    """A bar on stderr if that is a terminal, else notes for people who read tables; nothing with --quiet."""
     if view == "quiet" or not _is_terminal(sys.stderr):
-        yield Silent()
+        yield Notes() if view == "table" else Silent()
         return
     bar = Bar()
     try:
         yield bar
     finally:
         bar.stop()
+
+
+class Notes(Silent):
+    """A receiver of progress that shows notes only, on stderr."""
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        print_error(f"fedqsn: {text}")
 
 
 @dataclasses.dataclass(slots=True)
@@ -147,6 +155,13 @@ class Bar:
         """Remove the latest bar."""
         if self._rich is not None and self._tasks:
             self._rich.remove_task(self._tasks.pop().task)
+
+    def note(self, text: str) -> None:
+        """Print a line above the bars."""
+        if self._rich is None:
+            print_error(f"fedqsn: {text}")
+        else:
+            self._rich.console.print(_shortened(clean(f"fedqsn: {text}")), markup=False, highlight=False)
 
     def stop(self) -> None:
         """Remove the bar from the screen."""

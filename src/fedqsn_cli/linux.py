@@ -1,4 +1,4 @@
-"""What the operating system offers and Python does not: calls of the C library, and direct input and output.
+"""What the operating system offers and Python does not: calls of the C library, direct input and output, signals.
 
 Every function says what happens where a system, or a file system, has no such thing. Nothing else here imports ctypes.
 """
@@ -10,10 +10,14 @@ import errno
 import fcntl
 import mmap
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ECHO_SECONDS = 1.0  # a terminal signals a whole process group, and make or a shell may pass the same signal on
 
 PAGE = 4096  # what O_DIRECT asks of offsets, lengths and addresses
 O_DIRECT: int = getattr(os, "O_DIRECT", 0)  # 0 where the system has none
@@ -119,3 +123,10 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         for option, value in _MALLOC.items():
             mallopt(option, value)
+
+
+def return_freed_memory() -> None:
+    """Let glibc give freed memory back to the kernel, once; other C libraries do as they do."""
+    trim = _function("malloc_trim")
+    if trim is not None:
+        trim(ctypes.c_size_t(0))

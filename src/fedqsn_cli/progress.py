@@ -12,10 +12,13 @@ class Progress(Protocol):
         """A new task begins: `total` units of `unit` ("bytes", "steps", "examples"), None if unknown."""
 
     def advance(self, amount: int, **figures: float) -> None:
-        """`amount` more units are done; `figures` are the latest values worth showing (loss, examples_per_s)."""
+        """`amount` more units are done; `figures` are the latest values worth showing (loss, tokens_per_s)."""
 
     def finish(self) -> None:
         """The task that was started last is done."""
+
+    def note(self, text: str) -> None:
+        """Something that happened and that people should know: one line, without a full stop."""
 
 
 class Silent:
@@ -31,6 +34,9 @@ class Silent:
         """Ignore it."""
 
     def finish(self) -> None:
+        """Ignore it."""
+
+    def note(self, text: str) -> None:
         """Ignore it."""
 
 

@@ -17,6 +17,7 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # values per absmax: bi
 
 CLIENT_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
+_INTERVAL = re.compile(r"(\d+(?:\.\d+)?) *([smh]?)", re.IGNORECASE | re.ASCII)
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)(I?)B?", re.IGNORECASE | re.ASCII)
 
 
@@ -83,6 +84,17 @@ def up_to_one(value: float, where: str) -> float:
     if not 0.0 <= value <= 1.0:  # NaN neither
         raise InputError(f"{value:g} is out of range", where=where, hint="give a number from 0 to 1")
     return float(value) + 0.0  # -0.0 is 0.0
+
+
+def interval(text: str, where: str) -> tuple[int | None, float | None]:
+    """Steps in an interval such as `200`, or seconds in one such as `10m` or `1.5h`; the other one is None."""
+    match = _INTERVAL.fullmatch(text.strip())
+    if match is None or float(match[1]) == 0 or (not match[2] and "." in match[1]):
+        hint = "give steps such as 200, or a time such as 10m"
+        raise InputError(f"{text!r} is neither a number of steps nor a time", where=where, hint=hint)
+    if not match[2]:
+        return int(match[1]), None
+    return None, float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2].lower()]
 
 
 def choice(value: str, choices: Sequence[str], where: str) -> str:

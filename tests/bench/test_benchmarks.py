@@ -57,6 +57,16 @@ def test_figures_of_our_own_are_measured_and_written_down(tmp_path: Path) -> Non
     assert not any((tmp_path / "work").iterdir())  # models and outputs are gone
 
 
+def test_training_is_measured_next_to_a_plain_loop(tmp_path: Path) -> None:
+    figures, _ = bench(tmp_path, "--only", "training")
+
+    step, peak = figures["rows"]
+    assert step["figure"] == "full step, tiny"
+    assert step["ours"]["seconds"][0] > 0 and step["theirs"]["seconds"][0] > 0
+    assert "without the" in step["note"]
+    assert peak["target"] == "<= 0.8x"
+
+
 def test_a_figure_that_does_not_fit_on_the_disk_is_skipped_with_a_reason(tmp_path: Path) -> None:
     from benchmarks.inputs import NoRoom, Place
 

@@ -50,6 +50,8 @@ def test_what_is_gathered_and_put_back_is_exactly_what_the_mask_shows(
     pieces = [Piece.of(parameter, *piece) for piece in split(mask)]
     assert sum(piece.leaf.numel() for piece in pieces) == int(mask.sum())
     for piece in pieces:
+        piece.release()
+        piece.fetch()
         piece.leaf.add_(1)
         piece.scatter()
     torch.testing.assert_close(parameter, torch.where(mask, before + 1, before), rtol=0, atol=0)
@@ -60,10 +62,9 @@ def test_gradients_move_to_the_leaves_and_nothing_stays_behind() -> None:
     mask = torch.tensor([True, False, True])
     visible = VisibleParameters(layer, {"weight": mask[:, None].expand(3, 4), "bias": mask})
     layer(torch.ones(2, 4)).sum().backward()
-    visible.gather_gradients()
     assert [leaf.grad.shape for leaf in visible.leaves if leaf.grad is not None] == [(2, 4), (2,)]
     assert layer.weight.grad is None
-    visible.scatter_values()
+    visible.drop_gradients()
     assert all(leaf.grad is None for leaf in visible.leaves)
 
 

@@ -13,16 +13,13 @@ from fedqsn_cli.errors import InputError
 from fedqsn_cli.options import RecipeOptions
 from fedqsn_cli.progress import SILENT, Silent
 from fedqsn_cli.training import loop
-from fedqsn_cli.training.batching import IGNORED, Examples, Padding, collate, loss_sum
+from fedqsn_cli.training.batching import IGNORED, Examples, Padding, collate, loss_sum, shuffled
 from fedqsn_cli.training.compact import VisibleParameters
-from fedqsn_cli.training.loop import (
-    TrainingSummary,
-    choose_precision,
-    learning_rate,
-    make_optimizer,
-    shuffled,
-    step_count,
-)
+from fedqsn_cli.training.loop import TrainingSummary
+from fedqsn_cli.training.memory import MemoryPlan
+from fedqsn_cli.training.optimizers import Optimizers, make_optimizer
+from fedqsn_cli.training.precision import choose_precision
+from fedqsn_cli.training.schedule import learning_rate, step_count
 from support.families import make_config
 
 PADDING = Padding(0)
@@ -122,11 +119,11 @@ def test_the_optimizer_holds_two_numbers_for_each_visible_weight_and_none_for_hi
     model = new_model()
     masks = some_masks(model)
     visible = VisibleParameters(model, masks)
-    optimizer = make_optimizer(visible, RecipeOptions())
+    optimizer = make_optimizer(visible.leaves, 0.01, RecipeOptions())
     batch = collate(some_examples(), [0, 1], PADDING)
     loss_sum("classification", model(**batch.inputs).logits, batch.targets).backward()
-    visible.gather_gradients()
-    optimizer.step()
+    with visible.updating(visible.leaves):
+        optimizer.step()
     sizes = sum(state[key].numel() for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
     shown = sum(int(masks[name].sum()) if name in masks else p.numel() for name, p in model.named_parameters())
     assert sizes == 2 * shown
@@ -241,4 +238,80 @@ def test_progress_hears_of_every_step() -> None:
             heard.append((amount, sorted(figures)))
 
     train(new_model(), some_examples(), {}, RecipeOptions(batch_size=4), PADDING, Listener())
-    assert heard == [("training", 3, "steps")] + [(1, ["examples_per_s", "loss"])] * 3
+    assert heard == [("training", 3, "steps")] + [(1, ["loss", "lr", "memory_gib", "tokens_per_s"])] * 3
+
+
+def test_checkpointed_gradients_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils import checkpoint
+
+    recomputed = []
+    original = checkpoint.checkpoint
+    monkeypatch.setattr(
+        "transformers.modeling_utils.checkpoint", lambda *a, **k: recomputed.append(1) or original(*a, **k)
+    )
+    kept, again = new_model(), new_model()
+    train(kept, some_examples(), {}, RecipeOptions(batch_size=4, lr=1e-2))
+    assert not recomputed
+    train(again, some_examples(), {}, RecipeOptions(batch_size=4, lr=1e-2, gradient_checkpointing=True))
+    assert recomputed
+    assert not again.is_gradient_checkpointing
+    for a, b in zip(kept.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_model_without_checkpointing_is_refused() -> None:
+    model = new_model()
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(InputError, match="--gradient-checkpointing: BertForSequenceClassification .* has no"):
+        train(model, some_examples(), {}, RecipeOptions(gradient_checkpointing=True))
+
+
+def test_weights_may_be_bf16_as_a_whole() -> None:
+    model = new_model().to(torch.bfloat16)
+    masks = some_masks(model)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    done = train(model, some_examples(), masks, RecipeOptions(batch_size=4, lr=1e-2, precision="bf16-weights"))
+    assert math.isfinite(done.last_loss)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        mask = masks.get(name, torch.ones_like(parameter, dtype=torch.bool))
+        assert torch.equal(parameter[~mask], before[name][~mask])
+
+
+@pytest.mark.parametrize(("name", "most"), [("adamw", 8.1), ("adamw-8bit", 2.1), ("sgd", 0)])
+def test_optimizers_keep_the_bytes_that_the_plan_says_and_learn(name: Any, most: float) -> None:
+    layer = torch.nn.Linear(64, 1024, bias=False)
+    layer.device = torch.device("cpu")
+    recipe = RecipeOptions(optimizer=name, lr=1e-2)
+    visible = VisibleParameters(layer, {"weight": (torch.arange(1024) % 2 == 0)[:, None].expand(1024, 64)})
+    optimizers = Optimizers(visible, recipe)
+    before = layer.weight.detach().clone()
+    layer(torch.ones(1, 64)).sum().backward()
+    optimizers.step(1e-2)
+    assert bool((layer.weight[::2] < before[::2]).all())
+    assert torch.equal(layer.weight[1::2], before[1::2])
+    kept = sum(t.numel() * t.element_size() for _, t in optimizers.state() if isinstance(t, Tensor) and t.numel() > 256)
+    assert kept <= most * visible.leaves[0].numel()
+    assert MemoryPlan.of(layer, visible, recipe).optimizer == pytest.approx(kept, rel=0.02)
+
+
+def test_an_optimizer_that_the_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bitsandbytes
+
+    def missing(*args: Any, **options: Any) -> Any:
+        raise NotImplementedError("no kernel for it")
+
+    monkeypatch.setattr(bitsandbytes.optim, "AdamW8bit", missing)
+    with pytest.raises(InputError, match=r"--optimizer: .* 8-bit AdamW on cpu \(no kernel for it\); use --optimizer"):
+        train(new_model(), some_examples(), {}, RecipeOptions(optimizer="adamw-8bit"))
+
+
+def test_a_plain_loop_holds_16_bytes_per_parameter_and_hidden_ones_need_4() -> None:
+    model = new_model()
+    whole = MemoryPlan.of(model, VisibleParameters(model, {}), RecipeOptions())
+    assert (whole.per_parameter, whole.trained) == (16, whole.parameters)
+    masks = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in model.named_parameters() if p.ndim == 2}
+    for mask in masks.values():
+        mask[0] = True
+    hidden = MemoryPlan.of(model, VisibleParameters(model, masks), RecipeOptions())
+    assert 4 < hidden.per_parameter < 6

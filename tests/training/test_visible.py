@@ -41,10 +41,9 @@ def test_only_visible_units_change_when_all_leaves_do(tmp_path: Path, name: str,
     check_round_trip(model, dense, visible, proxy)
     masks = parameter_masks(model, config, dense, visible, proxy)
     seen = VisibleParameters(model, masks)
-    with torch.no_grad():
+    with torch.no_grad(), seen.updating(seen.leaves):
         for leaf in seen.leaves:
             leaf.add_(1.0)
-    seen.scatter_values()
     changed = 0
     for tensor_name, after in stored_tensors(model, dense).items():
         before = dense[tensor_name]

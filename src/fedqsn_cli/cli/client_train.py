@@ -9,9 +9,10 @@ from fedqsn_cli.cli.command import argument
 
 if TYPE_CHECKING:
     from fedqsn_cli.artifacts.manifests import UpdatePrivacy
-    from fedqsn_cli.cli.views import ViewOptions
+    from fedqsn_cli.cli.views import TrainView
     from fedqsn_cli.options import TrainOptions
     from fedqsn_cli.training import TrainResult
+    from fedqsn_cli.training.estimate import Estimate
 
 _DELTA = 1e-5  # for which ε of a noisy update is told
 
@@ -19,7 +20,7 @@ _DELTA = 1e-5  # for which ε of a noisy update is told
 def client_train(
     proxy: Annotated[str, argument("PROXY", "The proxy: a folder or hf://owner/name[@revision].")],
     options: TrainOptions,
-    view: ViewOptions,
+    view: TrainView,
 ) -> None:
     """Train a proxy on private data and write the update to send back.
 
@@ -31,16 +32,44 @@ def client_train(
 
       fedqsn client-train proxy/ --out update/ --data train.jsonl
       fedqsn client-train proxy/ --out update/ --data train.csv --eval-data dev.csv --epochs 3 --lr 2e-5
+      fedqsn client-train proxy/ --out update/ --data train.jsonl --dry-run
+      fedqsn client-train proxy/ --out update/ --data train.jsonl --save-every 10m --log steps.jsonl
       fedqsn client-train proxy/ --out update/ --data train.jsonl --batch-size 4 --gradient-accumulation 8 \\
           --update-format bf16
       fedqsn client-train proxy/ --out update/ --data train.jsonl --update-format nf4 --residual residual.safetensors
       fedqsn client-train proxy/ --out update/ --data train.jsonl --dp-epsilon 8 --dp-delta 1e-5 --dp-clip 1
     """
-    from fedqsn_cli.training.client import client_train as run
+    from fedqsn_cli.training import client
+    from fedqsn_cli.training.processes import launched
 
-    with console.progress(view.mode) as progress:
-        result = run(proxy, options, progress=progress)
-    console.show(view.mode, result, essential=[result.path], parts=_parts(result))
+    with console.progress(view.mode if launched().is_first else "quiet") as progress:
+        if view.dry_run:
+            estimate = client.estimate_training(proxy, options, progress=progress)
+        else:
+            result = client.client_train(proxy, options, progress=progress)
+    if not launched().is_first:
+        return
+    if view.dry_run:
+        console.show(view.mode, estimate, essential=[estimate.peak_bytes], parts=[_estimated(estimate)])
+    else:
+        console.show(view.mode, result, essential=[result.path], parts=_parts(result))
+
+
+def _estimated(estimate: Estimate) -> console.Part:
+    held = estimate.weights_bytes + estimate.gradients_bytes + estimate.optimizer_bytes
+    return console.Facts(
+        [
+            ("trained", f"{text.number(estimate.trained)} of {text.number(estimate.parameters)} numbers"),
+            ("weights", text.size(estimate.weights_bytes)),
+            ("gradients", text.size(estimate.gradients_bytes)),
+            ("optimizer", text.size(estimate.optimizer_bytes)),
+            ("together", f"{text.size(held)}, {estimate.bytes_per_parameter:.1f} bytes per parameter"),
+            ("peak memory", f"{text.size(estimate.peak_bytes)}, measured"),
+            ("steps", f"{text.number(estimate.steps)}, {text.number(estimate.tokens)} tokens"),
+            ("time", f"{estimate.seconds:.1f} s, {estimate.seconds_per_step:.3f} s a step"),
+            ("bytes sent back", text.size(estimate.update_bytes)),
+        ]
+    )
 
 
 def _parts(result: TrainResult) -> list[console.Part]:

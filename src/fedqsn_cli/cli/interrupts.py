@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-EXIT_INTERRUPTED = 130
+from fedqsn_cli.linux import ECHO_SECONDS, ENDING_SIGNALS
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_ECHO_SECONDS = 1.0  # a terminal signals a whole process group, and make or a shell may pass the same signal on
+EXIT_INTERRUPTED = 130
 
 
 class Interrupted(KeyboardInterrupt):
@@ -35,10 +34,10 @@ def clean_shutdown() -> Iterator[None]:
         asked.append(time.monotonic())
         if len(asked) == 1:
             raise Interrupted
-        if asked[-1] - asked[0] > _ECHO_SECONDS:
+        if asked[-1] - asked[0] > ECHO_SECONDS:
             os._exit(EXIT_INTERRUPTED)
 
-    heeded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    heeded = [number for number in ENDING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in heeded}
     try:
         yield

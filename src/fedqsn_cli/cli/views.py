@@ -39,6 +39,15 @@ class InspectView(ViewOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainView(ViewOptions):
+    """What `client-train` shows."""
+
+    dry_run: Annotated[
+        bool, Option("Print what it would take (memory, steps, bytes, time), and write nothing.", OUTPUT)
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateView(ViewOptions):
     """How `evaluate` shows what it measured."""
 

@@ -97,6 +97,9 @@ def open_session(source: str | Path, options: MaskingOptions) -> MaskingSession:
     rescale = _reconcile("--rescale", options.rescale, recorded) is not False
     if server is not None and server.job != job.commitment:
         raise KeyFileError("the key belongs to another job than this server model", where=key)
+    if server is not None and server.p1 != job.p1:
+        what = f"its fedqsn.json says p1 = {server.p1!r}, and the key p1 = {job.p1!r}"
+        raise InputError(what, where=source, hint="mask the global model again")
     if job.sends_nothing:
         _check_sends_nothing(model, fill)
     base = _open_base(model, fill, options.public_base, whole=job.sends_nothing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,14 +34,43 @@ def load_dense(checkpoint: Checkpoint) -> dict[str, Tensor]:
     Raises:
         FormatError: a packed tensor is malformed. InputError: a dtype that torch does not compute with.
     """
-    factors = rescale_factors(checkpoint)
-    kind = (checkpoint.config or {}).get("model_type")
-    dense = {}
-    for name, logical in model_tensors(checkpoint).items():
-        tensor = _plain(checkpoint, name) if logical.packing is None else _unpacked(checkpoint, name, logical, kind)
-        factor = factors.get(name)
-        dense[name] = tensor if factor is None else _scaled(tensor, factor)
-    return dense
+    return dict(DenseTensors(checkpoint))
+
+
+class DenseTensors(Mapping[str, Tensor]):
+    """The tensors that `load_dense` gives, each of them read again whenever it is asked for.
+
+    Args:
+        checkpoint: stays open as long as tensors are asked for.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._tensors = model_tensors(checkpoint)
+        self._factors = rescale_factors(checkpoint)
+        self._kind = (checkpoint.config or {}).get("model_type")
+
+    @property
+    def layout(self) -> dict[str, Tensor]:
+        """Their shapes and dtypes, as tensors without memory (device "meta")."""
+        return {
+            name: torch.empty(tensor.shape, dtype=_torch_dtype(self._checkpoint, name, tensor), device="meta")
+            for name, tensor in self._tensors.items()
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        logical, factor = self._tensors[name], self._factors.get(name)
+        if logical.packing is None:
+            tensor = _plain(self._checkpoint, name)
+        else:
+            tensor = _unpacked(self._checkpoint, name, logical, self._kind)
+        return tensor if factor is None else _scaled(tensor, factor)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def rescale_factors(checkpoint: Checkpoint) -> dict[str, np.float32]:
@@ -72,9 +102,19 @@ def _scaled(tensor: Tensor, factor: np.float32) -> Tensor:
 
 def _plain(checkpoint: Checkpoint, name: str) -> Tensor:
     entry = checkpoint.entries[name]
-    if entry.dtype not in TORCH_DTYPES:
-        raise InputError(f"tensors of dtype {entry.dtype} cannot be computed with", where=f"{entry.file}: {name}")
+    _check_dtype(entry.dtype, f"{entry.file}: {name}")
     return _tensor(checkpoint.read(name), entry.dtype)
+
+
+def _check_dtype(dtype: str, where: object) -> None:
+    if dtype not in TORCH_DTYPES:
+        raise InputError(f"tensors of dtype {dtype} cannot be computed with", where=where)
+
+
+def _torch_dtype(checkpoint: Checkpoint, name: str, tensor: ModelTensor) -> torch.dtype:
+    if tensor.packing is None:
+        _check_dtype(tensor.dtype, f"{checkpoint.entries[name].file}: {name}")
+    return TORCH_DTYPES[tensor.dtype]
 
 
 def _unpacked(checkpoint: Checkpoint, name: str, logical: ModelTensor, kind: str | None) -> Tensor:

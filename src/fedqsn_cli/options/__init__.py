@@ -20,7 +20,14 @@ from fedqsn_cli.options.commands import (
     TrainOptions,
 )
 from fedqsn_cli.options.declare import REQUIRED, Declared, Option, Options, options_of
-from fedqsn_cli.options.groups import MaskingOptions, QuantizationOptions, RecipeOptions, Schedule, Train
+from fedqsn_cli.options.groups import (
+    MaskingOptions,
+    OptimizerName,
+    QuantizationOptions,
+    RecipeOptions,
+    Schedule,
+    Train,
+)
 from fedqsn_cli.options.merge import MergeOptions
 
 __all__ = [
@@ -34,6 +41,7 @@ __all__ = [
     "MaskingOptions",
     "MergeOptions",
     "Option",
+    "OptimizerName",
     "Options",
     "QuantizationOptions",
     "QuantizeOptions",

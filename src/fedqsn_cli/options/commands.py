@@ -29,6 +29,7 @@ from fedqsn_cli.options.groups import (
     OWNER,
     PLAN,
     PLAN_FILE,
+    TRAINING,
     Format,
     Layout,
     MaskingOptions,
@@ -169,21 +170,43 @@ class ExportOptions(QuantizationOptions, MaskingOptions, ModelOutputOptions):
         return [Path(str(self.out).replace("{client}", name)) for name in self.client]
 
 
+def check_interval(value: str, flag: str) -> str:
+    """A number of steps, or a time."""
+    validate.interval(value, flag)
+    return value
+
+
 @dataclass(frozen=True)
 class TrainOptions(PrivacyOptions, RecipeOptions):
     """`client_train`."""
 
-    FIRST = ("out", "data", "eval_data", "max_length")
+    FIRST = ("out", "data", "eval_data", "max_length", "packing")
 
     out: Annotated[str | Path, OUT]
     _: KW_ONLY
     data: Annotated[str | Path, Option("Training data: JSONL, CSV or Parquet.", DATA)]
     eval_data: Annotated[str | Path | None, Option("Data to measure the loss on, before and after.", DATA)] = None
     max_length: Annotated[int, max_length_option(DATA)] = 256
+    packing: Annotated[
+        bool, Option("Put several texts of a language model into one row of --max-length tokens.", DATA)
+    ] = False
     update_format: Annotated[UpdateFormat, Option("Number format of the update that is sent back.", OUTPUT)] = "fp32"
     residual: Annotated[
         str | Path | None,
         Option("Keep what the format loses here, and add it in the next round: a private file.", OUTPUT),
+    ] = None
+    save_every: Annotated[
+        str | None,
+        Option(
+            "Save the state after this many steps, or this time such as 10m; the same command then goes on from it.",
+            TRAINING,
+            metavar="N",
+            check=check_interval,
+        ),
+    ] = None
+    log: Annotated[str | Path | None, Option("Write a JSON line for each step.", OUTPUT)] = None
+    tensorboard: Annotated[
+        str | Path | None, Option("Write loss, learning rate and speed for TensorBoard.", OUTPUT, metavar="DIR")
     ] = None
     force: Annotated[bool, FORCE] = False
 
@@ -191,8 +214,23 @@ class TrainOptions(PrivacyOptions, RecipeOptions):
         super().__post_init__()
         if self.residual is not None and self.update_format == "fp32":
             raise InputError("fp32 loses nothing", where="--residual", hint="give another --update-format")
-        if self.dp_epsilon is not None and self.precision == "bf16":
+        if self.dp_epsilon is not None:
+            self._check_private()
+
+    def _check_private(self) -> None:
+        """Refuse what private training does not do, and would otherwise leave out silently. Raises InputError."""
+        if self.precision not in ("auto", "fp32"):
             raise InputError("is computed in fp32 only", where="--dp-epsilon", hint="give --precision fp32")
+        others = {
+            "--packing": self.packing,
+            "--gradient-checkpointing": self.gradient_checkpointing,
+            "--save-every": self.save_every,
+            "--log": self.log,
+            "--tensorboard": self.tensorboard,
+        }
+        for flag, value in others.items():
+            if value:
+                raise InputError("does not go with --dp-epsilon", where=flag, hint="leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,8 @@ QUANTIZATION, RESTORING, SEARCHING, TRAINING = "Quantization", "Restoring", "Sea
 Fill = Literal["zero", "base"]
 Format = Literal["nf4", "fp4", "int8", "nf3", "nf2", "none"]
 Layout = Literal["bnb", "dense"]
-Precision = Literal["auto", "fp32", "bf16"]
+OptimizerName = Literal["adamw", "adamw-8bit", "sgd"]
+Precision = Literal["auto", "fp32", "bf16", "bf16-weights"]
 Preset = Literal["paper", "strong", "base-only"]
 Schedule = Literal["fresh", "sticky"]
 Train = Literal["visible", "all"]
@@ -244,7 +245,7 @@ class QuantizationOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeOptions(Options):
-    """How a model is trained: AdamW with linear warm-up and decay."""
+    """How a model is trained: linear warm-up and decay of the learning rate."""
 
     epochs: Annotated[float, Option("Passes over the data.", TRAINING, check=validate.more_than_zero)] = 1.0
     max_steps: Annotated[int | None, Option("Stop after this many steps.", TRAINING, check=validate.at_least_one)] = (
@@ -254,7 +255,7 @@ class RecipeOptions(Options):
     warmup_ratio: Annotated[
         float, Option("Share of steps to warm up; then it falls to 0.", TRAINING, check=validate.up_to_one)
     ] = 0.1
-    weight_decay: Annotated[float, Option("Weight decay of AdamW.", TRAINING, check=validate.not_negative)] = 0.01
+    weight_decay: Annotated[float, Option("Weight decay of matrices.", TRAINING, check=validate.not_negative)] = 0.01
     max_grad_norm: Annotated[float, Option("Clip gradients to this norm.", TRAINING, check=validate.more_than_zero)] = (
         1.0
     )
@@ -264,4 +265,12 @@ class RecipeOptions(Options):
         int, Option("Decides order and dropout, never what is hidden.", TRAINING, check=validate.not_negative)
     ] = 0
     device: Annotated[str, device_option(TRAINING)] = "auto"
-    precision: Annotated[Precision, Option("Number format of the computation.", TRAINING)] = "auto"
+    precision: Annotated[
+        Precision, Option("Number format of the computation; bf16-weights: of the weights too.", TRAINING)
+    ] = "auto"
+    optimizer: Annotated[
+        OptimizerName, Option("AdamW, AdamW with 8-bit moments (bitsandbytes), or SGD without momentum.", TRAINING)
+    ] = "adamw"
+    gradient_checkpointing: Annotated[
+        bool, Option("Compute activations a second time instead of keeping them: less memory, more time.", TRAINING)
+    ] = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,15 +26,21 @@ class Examples:
         targets: for each example a class id (classification), or ids [tokens] of which the loss counts those that are
             not IGNORED (causal-lm; the model predicts the id at position t from position t - 1).
         skipped: number of rows without a target that counts, which are not among the examples.
+        texts: how many texts each example was packed from; None where each is one.
     """
 
     task: Task
     features: Sequence[dict[str, list[int]]]
     targets: Sequence[int] | Sequence[list[int]]
     skipped: int = 0
+    texts: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return len(self.features)
+
+    def texts_in(self, rows: Iterable[int]) -> int:
+        """How many texts are in some examples."""
+        return sum(1 if self.texts is None else self.texts[row] for row in rows)
 
     @property
     def lengths(self) -> list[int]:

@@ -2,35 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from torch import Tensor
+import torch
 
-from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, PrivacyRecord, ProxyManifest, file_digest
+from fedqsn_cli.artifacts.manifests import (
+    PROXY_MANIFEST,
+    PrivacyRecord,
+    ProxyManifest,
+    TrainingPrivacy,
+    file_digest,
+)
 from fedqsn_cli.artifacts.proxy_folder import verify_proxy
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, resolve
 from fedqsn_cli.errors import InputError
+from fedqsn_cli.linux import return_freed_memory
 from fedqsn_cli.masks.unit_mask import UnitMask
-from fedqsn_cli.models.dense import load_dense
-from fedqsn_cli.models.torch_model import Task, choose_device, load_model, memory_errors, quiet
+from fedqsn_cli.models.dense import DenseTensors
+from fedqsn_cli.models.torch_model import Loaded, Task, choose_device, load_model, memory_errors, quiet
 from fedqsn_cli.options import TrainOptions
 from fedqsn_cli.progress import SILENT, Progress
+from fedqsn_cli.text import size
 from fedqsn_cli.training import update
+from fedqsn_cli.training.batching import Examples
 from fedqsn_cli.training.compact import VisibleParameters
 from fedqsn_cli.training.data import Encoder
 from fedqsn_cli.training.error_feedback import ErrorFeedback, read_errors
-from fedqsn_cli.training.loop import choose_precision, train
+from fedqsn_cli.training.estimate import Estimate, measured
+from fedqsn_cli.training.journal import journals
+from fedqsn_cli.training.loop import Surroundings, TrainingSummary, train
+from fedqsn_cli.training.memory import MemoryPlan
+from fedqsn_cli.training.packing import check_separation, packed
+from fedqsn_cli.training.precision import ChosenPrecision, choose_precision, weights_dtype
 from fedqsn_cli.training.privacy import privacy_record, reported_losses, update_noise
 from fedqsn_cli.training.private_loop import plan_privacy, require_opacus, train_privately
+from fedqsn_cli.training.processes import Processes, joined, launched, own_device
 from fedqsn_cli.training.scoring import Evaluation, score
+from fedqsn_cli.training.states import StateFolder
 from fedqsn_cli.training.tables import Table, read_table
 from fedqsn_cli.training.visible import check_round_trip, parameter_masks, read_visible, rescale_factors
 from fedqsn_cli.version import VERSION
 
-__all__ = ["TrainResult", "client_train"]
+__all__ = ["Estimate", "TrainResult", "client_train", "estimate_training"]
+
+NOT_BINDING = frozenset(
+    {"out", "data", "eval_data", "device", "save_every", "log", "tensorboard", "force"}
+    | {"update_format", "residual", "clip_norm", "noise_multiplier"}
+)
+"""Options that a training may be continued with other values of; `data` counts by its content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +84,7 @@ class TrainResult:
     last_loss: float
     before: Evaluation | None
     after: Evaluation | None
-    precision: Literal["fp32", "bf16"]
+    precision: ChosenPrecision
     privacy: PrivacyRecord | None
     seconds: float
 
@@ -73,7 +97,7 @@ def client_train(proxy: str | Path, options: TrainOptions, *, progress: Progress
     Args:
         proxy: a path or hf:// reference; every file must be what its proxy.json lists.
         options: see `TrainOptions`; `training.data` lists the columns of data files.
-        progress: receives the number of steps done, with the loss and examples_per_s.
+        progress: receives the number of steps done, with loss, lr, tokens_per_s and memory_gib (peak), and notes.
 
     Raises:
         InputError: the proxy or an option cannot be used. FormatError: a file of the proxy is malformed or was changed.
@@ -82,94 +106,186 @@ def client_train(proxy: str | Path, options: TrainOptions, *, progress: Progress
     Example:
         >>> client_train("proxy/", "update/", data="train.jsonl", epochs=3).last_loss
     """
+    with _writer(options) as writer, quiet(), memory_errors(), _prepared(proxy, options, progress) as ready:
+        ready.tell_plan(progress)
+        before = ready.measure(progress)
+        trained = ready.train(progress)
+        after = ready.measure(progress)
+        path = str(Path(options.out).absolute())
+        if writer is not None:
+            _write_update(writer, ready, trained, before, after)
+            path = str(writer.publish())
+            if ready.feedback is not None:
+                ready.feedback.save()
+            if ready.states is not None:
+                ready.states.remove()
+        return TrainResult(
+            path=path,
+            proxy_id=ready.manifest.proxy_id,
+            task=ready.loaded.task,
+            examples=trained.examples,
+            skipped=ready.examples.skipped,
+            steps=trained.steps,
+            parameters=ready.numbers_sent,
+            first_loss=trained.first_loss,
+            last_loss=trained.last_loss,
+            before=before,
+            after=after,
+            precision=ready.precision,
+            privacy=privacy_record(ready.options, ready.private),
+            seconds=trained.seconds,
+        )
+
+
+def estimate_training(proxy: str | Path, options: TrainOptions, *, progress: Progress = SILENT) -> Estimate:
+    """Find out what a training would take, by a few steps that are thrown away; nothing is written.
+
+    Args:
+        proxy, options, progress: as for `client_train`.
+
+    Raises:
+        InputError, FormatError, DataError: as from `client_train`.
+    """
+    if options.dp_epsilon is not None:
+        raise InputError("does not know private training", where="--dry-run", hint="leave out --dp-epsilon")
+    unwritten = replace(options, save_every=None, log=None, tensorboard=None)
+    with quiet(), memory_errors(), _prepared(proxy, unwritten, progress) as ready:
+        _, specs = update.stored_as(ready.received.layout, ready.visible, options.update_format)
+        bytes_up = sum(spec.nbytes for spec in specs)
+        return measured(
+            ready.model, ready.examples, ready.trainable, ready.options, ready.encoder.padding, bytes_up, progress
+        )
+
+
+def _writer(options: TrainOptions) -> Any:
+    """The writer of the output; None in all processes but the first."""
+    return ArtifactWriter(Path(options.out), force=options.force) if launched().is_first else nullcontext()
+
+
+@dataclass(slots=True)
+class _Ready:
+    """Everything that a round needs, loaded and checked."""
+
+    folder: Path
+    manifest: ProxyManifest
+    received: DenseTensors
+    loaded: Loaded
+    visible: dict[str, UnitMask]
+    scales: dict[str, float]
+    feedback: ErrorFeedback | None
+    trainable: VisibleParameters
+    encoder: Encoder
+    examples: Examples
+    held_out: Examples | None
+    options: TrainOptions
+    precision: ChosenPrecision
+    processes: Processes
+    states: StateFolder | None
+    private: TrainingPrivacy | None
+
+    @property
+    def model(self) -> Any:
+        """The model, on its device."""
+        return self.loaded.model
+
+    @property
+    def numbers_sent(self) -> int:
+        """Numbers in the update."""
+        return update.parameters(self.received.layout, self.visible)
+
+    def tell_plan(self, progress: Progress) -> None:
+        """Say how much memory is held, before any of it is taken."""
+        plan = MemoryPlan.of(self.model, self.trainable, self.options)
+        if self.processes.is_first:
+            progress.note(
+                f"training {plan.trained:,} of {plan.parameters:,} numbers: {size(plan.total)} for weights, gradients "
+                f"and optimizer ({plan.per_parameter:.1f} bytes per parameter), and activations on top"
+            )
+
+    def measure(self, progress: Progress) -> Evaluation | None:
+        """The model on the evaluation data, in the first process."""
+        if self.held_out is None or not self.processes.is_first:
+            return None
+        twice = 2 * self.options.batch_size
+        return score(self.model, self.held_out, batch_size=twice, padding=self.encoder.padding, progress=progress)
+
+    def train(self, progress: Progress) -> TrainingSummary:
+        """Train the model in place."""
+        if self.private is not None:
+            recipe, padding = self.options, self.encoder.padding
+            return train_privately(self.model, self.examples, self.trainable, recipe, self.private, padding, progress)
+        log, board = self.options.log, self.options.tensorboard
+        first = self.processes.is_first
+        with journals(
+            Path(log) if log is not None and first else None, Path(board) if board is not None and first else None
+        ) as listeners:
+            around = Surroundings(processes=self.processes, states=self.states, journals=listeners)
+            return train(
+                self.model, self.examples, self.trainable, self.options, self.encoder.padding, progress, around
+            )
+
+
+@contextmanager
+def _prepared(proxy: str | Path, options: TrainOptions, progress: Progress) -> Iterator[_Ready]:
+    """Load the proxy and the data; the proxy's files stay open within this block."""
     if options.dp_epsilon is not None:
         require_opacus()
-    wanted = "fp32" if options.dp_epsilon is not None else options.precision
-    precision = choose_precision(wanted, choose_device(options.device))
-    with ArtifactWriter(Path(options.out), force=options.force) as writer, quiet(), memory_errors():
-        tables = read_table(options.data), read_table(options.eval_data) if options.eval_data is not None else None
-        folder = resolve(str(proxy)).path
-        manifest = verify_proxy(folder)
-        return _round(writer, folder, manifest, tables, replace(options, precision=precision), progress)
+    device = own_device(choose_device(options.device))
+    precision = choose_precision("fp32" if options.dp_epsilon is not None else options.precision, device)
+    options = replace(options, precision=precision)
+    tables = read_table(options.data), read_table(options.eval_data) if options.eval_data is not None else None
+    folder = resolve(str(proxy)).path
+    manifest = verify_proxy(folder)
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(Checkpoint.open(folder))
+        processes = stack.enter_context(joined(device))
+        if options.dp_epsilon is not None and processes.count > 1:
+            raise InputError("is for one process", where="--dp-epsilon", hint="start it without a launcher")
+        states = _states(options, folder, processes)
+        if states is not None and processes.is_first:
+            stack.enter_context(states.opened())
+        loaded, visible, scales, masks = _load(checkpoint, folder, manifest)
+        received = DenseTensors(checkpoint)
+        feedback = _feedback(options, manifest, received, visible, scales)
+        encoder, examples, held_out = _encode(loaded, tables, options, progress)
+        yield _Ready(
+            folder=folder,
+            manifest=manifest,
+            received=received,
+            loaded=loaded,
+            visible=visible,
+            scales=scales,
+            feedback=feedback,
+            trainable=_trainable(loaded.model, masks, precision, device),
+            encoder=encoder,
+            examples=examples,
+            held_out=held_out,
+            options=options,
+            precision=precision,
+            processes=processes,
+            states=states,
+            private=plan_privacy(options, options, len(examples)),
+        )
 
 
-def _round(
-    writer: ArtifactWriter,
-    folder: Path,
-    manifest: ProxyManifest,
-    tables: tuple[Table, Table | None],
-    options: TrainOptions,
-    progress: Progress,
-) -> TrainResult:
-    """Load, measure, train, measure, write."""
-    with Checkpoint.open(folder) as checkpoint:
-        config, dense = checkpoint.config or {}, load_dense(checkpoint)
-        loaded = load_model(checkpoint, dense=dense)
-    encoder = Encoder.of(loaded, options.max_length)
-    examples = encoder.encode(tables[0], progress)
-    held_out = encoder.encode(tables[1], progress) if tables[1] is not None else None
+def _load(
+    checkpoint: Checkpoint, folder: Path, manifest: ProxyManifest
+) -> tuple[Loaded, dict[str, UnitMask], dict[str, float], dict[str, torch.Tensor]]:
+    """The model, its visible units, their scales, and which elements of its parameters are visible."""
+    dense = dict(DenseTensors(checkpoint))
+    loaded = load_model(checkpoint, dense=dense)
     visible = read_visible(folder, manifest, {name: tuple(tensor.shape) for name, tensor in dense.items()})
     check_round_trip(loaded.model, dense, visible, folder)
     scales = rescale_factors(manifest, visible)
     if manifest.train == "all":
         visible = {}  # every unit moves and goes back
-    feedback = _feedback(options, manifest, dense, visible, scales)
-    masks = parameter_masks(loaded.model, config, dense, visible, folder)
-    model = loaded.model.to(choose_device(options.device))
-    private = plan_privacy(options, options, len(examples))
-
-    def measure() -> Evaluation | None:
-        if held_out is None:
-            return None
-        return score(model, held_out, batch_size=2 * options.batch_size, padding=encoder.padding, progress=progress)
-
-    before = measure()
-    trainable = VisibleParameters(model, masks)
-    if private is None:
-        trained = train(model, examples, trainable, options, encoder.padding, progress)
-    else:
-        trained = train_privately(model, examples, trainable, options, private, encoder.padding, progress)
-    after = measure()
-    differences = update.Differences.of(model, dense, visible)
-    noise = update_noise(options, differences, scales)
-    update.write_tensors(writer, differences, options.update_format, noise, feedback)
-    privacy = privacy_record(options, private)
-    update.write_manifest(
-        writer,
-        proxy_id=manifest.proxy_id,
-        proxy_sha256=file_digest(folder / PROXY_MANIFEST),
-        num_examples=trained.examples,
-        steps=trained.steps,
-        losses=reported_losses(options, trained, before, after),
-        precision=options.update_format,
-        tool=f"fedqsn {VERSION}",
-        privacy=privacy,
-    )
-    path = str(writer.publish())
-    if feedback is not None:
-        feedback.save()
-    return TrainResult(
-        path=path,
-        proxy_id=manifest.proxy_id,
-        task=loaded.task,
-        examples=trained.examples,
-        skipped=examples.skipped,
-        steps=trained.steps,
-        parameters=update.parameters(dense, visible),
-        first_loss=trained.first_loss,
-        last_loss=trained.last_loss,
-        before=before,
-        after=after,
-        precision="bf16" if options.precision == "bf16" else "fp32",
-        privacy=privacy,
-        seconds=trained.seconds,
-    )
+    return loaded, visible, scales, parameter_masks(loaded.model, checkpoint.config or {}, dense, visible, folder)
 
 
 def _feedback(
     options: TrainOptions,
     manifest: ProxyManifest,
-    dense: Mapping[str, Tensor],
+    received: DenseTensors,
     visible: Mapping[str, UnitMask],
     scales: Mapping[str, float],
 ) -> ErrorFeedback | None:
@@ -179,6 +295,73 @@ def _feedback(
     path, out = Path(options.residual), Path(options.out)
     if path.resolve().is_relative_to(out.resolve()):
         raise InputError("is inside of the output", where="--residual", hint="it is private, and not to be sent")
-    shapes = {name: tuple(dense[name].shape) for name in update.floats(dense)}
+    layout = received.layout
+    shapes = {name: tuple(layout[name].shape) for name in update.floats(layout)}
     errors = read_errors(path, manifest.job, manifest.proxy_id, shapes)
     return ErrorFeedback(path, manifest.job, manifest.proxy_id, errors, visible, scales)
+
+
+def _encode(
+    loaded: Loaded, tables: tuple[Table, Table | None], options: TrainOptions, progress: Progress
+) -> tuple[Encoder, Examples, Examples | None]:
+    """The data as token ids."""
+    encoder = Encoder.of(loaded, options.max_length)
+    examples = encoder.encode(tables[0], progress)
+    if options.packing:
+        if loaded.task != "causal-lm":
+            raise InputError("is for causal language models", where="--packing", hint="train without it")
+        check_separation(loaded.model, "--packing")
+        examples = packed(examples, max(encoder.max_length, *examples.lengths))
+    return encoder, examples, encoder.encode(tables[1], progress) if tables[1] is not None else None
+
+
+def _trainable(
+    model: Any, masks: dict[str, torch.Tensor], precision: ChosenPrecision, device: torch.device
+) -> VisibleParameters:
+    """Bring a model to where and how it is trained. Nothing else may hold its tensors: they would stay in memory."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(weights_dtype(precision))
+    trainable = VisibleParameters(model.to(device), masks)
+    masks.clear()
+    gc.collect()  # models have cycles, and one was built for the masks
+    return_freed_memory()
+    return trainable
+
+
+def _states(options: TrainOptions, folder: Path, processes: Processes) -> StateFolder | None:
+    """Where the states of this training are kept."""
+    if options.save_every is None:
+        return None
+    facts: dict[str, Any] = {
+        "--" + field.name.replace("_", "-"): getattr(options, field.name)
+        for field in fields(options)
+        if field.name not in NOT_BINDING
+    }
+    facts |= {"PROXY": file_digest(folder / PROXY_MANIFEST), "--data": file_digest(Path(options.data))}
+    facts["number of processes"] = processes.count
+    return StateFolder(Path(options.out), facts, options.save_every)
+
+
+def _write_update(
+    writer: ArtifactWriter,
+    ready: _Ready,
+    trained: TrainingSummary,
+    before: Evaluation | None,
+    after: Evaluation | None,
+) -> None:
+    """Write update.safetensors and update.json."""
+    options = ready.options
+    differences = update.Differences.of(ready.model, ready.received, ready.visible)
+    noise = update_noise(options, differences, ready.scales)
+    update.write_tensors(writer, differences, options.update_format, noise, ready.feedback)
+    update.write_manifest(
+        writer,
+        proxy_id=ready.manifest.proxy_id,
+        proxy_sha256=file_digest(ready.folder / PROXY_MANIFEST),
+        num_examples=trained.examples,
+        steps=trained.steps,
+        losses=reported_losses(options, trained, before, after),
+        precision=options.update_format,
+        tool=f"fedqsn {VERSION}",
+        privacy=privacy_record(options, ready.private),
+    )

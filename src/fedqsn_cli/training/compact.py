@@ -1,13 +1,16 @@
 """The visible part of a model's parameters, as the small tensors (leaves) that the optimizer trains in their place.
 
-    parameter.grad ──gather──▶ leaf.grad ──clip, AdamW──▶ leaf ──scatter──▶ parameter
+    parameter.grad ──gather──▶ leaf.grad ──clip, optimizer──▶ leaf ──scatter──▶ parameter
 
-Hidden units have no gradient, no weight decay and no optimizer state: no leaf holds them.
+Hidden units have no gradient, no weight decay and no optimizer state: no leaf holds them. A gradient moves to its leaf
+as soon as the backward pass has computed it, and a leaf has memory for its values only while the optimizer changes
+them: beside the model there are the gradients and the optimizer's state of what is visible, and nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,8 +33,11 @@ class Trainable(Protocol):
     def gather_gradients(self) -> None:
         """Set the gradients of the leaves from those of the model; called after the backward passes of a step."""
 
-    def scatter_values(self) -> None:
-        """Write the values of the leaves into the model and drop all gradients; called after the optimizer's step."""
+    def updating(self, leaves: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """Within this block these leaves hold the model's values; what they hold when it ends is put into the model."""
+
+    def drop_gradients(self) -> None:
+        """Drop all gradients; called after the optimizer's step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +65,31 @@ class Piece:
         return cls(parameter, part, axis, index, _select(parameter.detach(), part, axis, index))
 
     def gather(self) -> None:
-        """Set the leaf's gradient from the parameter's."""
-        gradient = self.parameter.grad
-        self.leaf.grad = None if gradient is None else _select(gradient, self.part, self.axis, self.index)
+        """Set the leaf's gradient from the parameter's, if that has one."""
+        if self.parameter.grad is not None:
+            self.leaf.grad = _select(self.parameter.grad, self.part, self.axis, self.index)
+
+    def accumulate(self) -> None:
+        """Add the parameter's gradient to the leaf's."""
+        before = self.leaf.grad
+        self.gather()
+        if before is not None and self.leaf.grad is not None:
+            self.leaf.grad = before.add_(self.leaf.grad)
+
+    def fetch(self) -> None:
+        """Give the leaf memory, and in it the parameter's values."""
+        self.leaf.untyped_storage().resize_(self.leaf.numel() * self.leaf.element_size())
+        view = _matrix(self.parameter.detach(), self.part, self.axis)
+        torch.index_select(view, _dimension(self.axis), self.index, out=self.leaf)
 
     def scatter(self) -> None:
         """Write the leaf's values into the parameter."""
         view = _matrix(self.parameter.detach(), self.part, self.axis)
         view.index_copy_(_dimension(self.axis), self.index, self.leaf.detach())
+
+    def release(self) -> None:
+        """Free the memory of the leaf's values; its shape and its gradient stay."""
+        self.leaf.untyped_storage().resize_(0)
 
 
 def _matrix(tensor: Tensor, part: tuple[int, ...], axis: UnitAxis) -> Tensor:
@@ -117,17 +140,27 @@ class VisibleParameters:
         self.decayed: list[Tensor] = []  # matrices
         self.undecayed: list[Tensor] = []  # biases and norms, which weight decay leaves alone
         self._parameters: list[Tensor] = []
-        self._pieces: list[Piece] = []
+        self._pieces: dict[int, Piece] = {}  # by the identity of their leaf
         for name, parameter in model.named_parameters():
             _own_memory(parameter)
             self._parameters.append(parameter)
             group = self.undecayed if parameter.ndim < 2 or name.endswith("bias") else self.decayed
-            if name not in masks:
-                group.append(parameter)
-                continue
-            pieces = [Piece.of(parameter, *piece) for piece in split(masks[name])]
-            self._pieces += pieces
-            group += [piece.leaf for piece in pieces]
+            group += self._split(parameter, masks[name]) if name in masks else [parameter]
+
+    def _split(self, parameter: Tensor, mask: Tensor) -> list[Tensor]:
+        """The leaves of a parameter, which get its gradients from now on."""
+        pieces = [Piece.of(parameter, *piece) for piece in split(mask)]
+
+        def take_gradient(parameter: Tensor) -> None:
+            for piece in pieces:
+                piece.accumulate()
+            parameter.grad = None
+
+        parameter.register_post_accumulate_grad_hook(take_gradient)  # type: ignore[no-untyped-call]
+        for piece in pieces:
+            piece.release()
+            self._pieces[id(piece.leaf)] = piece
+        return [piece.leaf for piece in pieces]
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -135,19 +168,30 @@ class VisibleParameters:
         return self.decayed + self.undecayed
 
     def gather_gradients(self) -> None:
-        """Move gradients from parameters to their leaves; parameters with leaves keep none."""
-        for piece in self._pieces:
+        """Move gradients that were set by other means than a backward pass from parameters to their leaves."""
+        for piece in self._pieces.values():
             piece.gather()
-        for piece in self._pieces:  # only now: several pieces may belong to one parameter
+        for piece in self._pieces.values():  # only now: several pieces may belong to one parameter
             piece.parameter.grad = None
 
-    def scatter_values(self) -> None:
-        """Write trained leaves into their parameters and drop all gradients."""
-        for piece in self._pieces:
-            piece.scatter()
-            piece.leaf.grad = None
-        for parameter in self._parameters:
-            parameter.grad = None
+    @contextmanager
+    def updating(self, leaves: Sequence[Tensor]) -> Iterator[None]:
+        """Within this block these leaves hold the parameters' values; when it ends, parameters hold theirs."""
+        pieces = [self._pieces[id(leaf)] for leaf in leaves if id(leaf) in self._pieces]
+        try:
+            for piece in pieces:
+                piece.fetch()
+            yield
+            for piece in pieces:
+                piece.scatter()
+        finally:
+            for piece in pieces:
+                piece.release()
+
+    def drop_gradients(self) -> None:
+        """Drop the gradients of leaves and parameters."""
+        for tensor in (*self.leaves, *self._parameters):
+            tensor.grad = None
 
 
 def _own_memory(parameter: Any) -> None:

@@ -1,43 +1,41 @@
-"""The training loop: AdamW with linear warm-up and decay on the visible units of a proxy.
+"""The training loop: an optimizer with linear warm-up and decay on what a `Trainable` holds of a model.
 
 A step takes `gradient_accumulation` batches. Its loss is the mean over everything that counts in them (examples, or
-tokens), so that a step of one large batch and one of several small batches are the same step.
+tokens), so that a step of one large batch, one of several small batches, and one that several processes share are the
+same step.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedqsn_cli.errors import InputError
+from fedqsn_cli.models.torch_model import Task
 from fedqsn_cli.options import RecipeOptions
 from fedqsn_cli.progress import Progress
-from fedqsn_cli.training.batching import Batch, Examples, Padding, collate, loss_sum, shuffled
+from fedqsn_cli.training.batching import Batch, Examples, Padding, collate, loss_sum
 from fedqsn_cli.training.compact import Trainable
+from fedqsn_cli.training.interrupts import held_signals
+from fedqsn_cli.training.journal import Journal, StepFigures
+from fedqsn_cli.training.memory import peak_bytes
+from fedqsn_cli.training.optimizers import Optimizers
+from fedqsn_cli.training.precision import repeatable
+from fedqsn_cli.training.processes import ALONE, Processes
+from fedqsn_cli.training.schedule import Window, learning_rate, step_count, windows
+from fedqsn_cli.training.states import StateFolder
 
-
-def step_count(recipe: RecipeOptions, examples: int) -> int:
-    """Optimizer steps for a number of examples, at least one."""
-    batches = math.ceil(examples / recipe.batch_size)
-    steps = max(1, math.ceil(recipe.epochs * math.ceil(batches / recipe.gradient_accumulation)))
-    return min(steps, recipe.max_steps or steps)
-
-
-def learning_rate(recipe: RecipeOptions, step: int, steps: int) -> float:
-    """Learning rate of a step (0 .. steps - 1): linear warm-up, then linear decay; never 0."""
-    warmup = math.ceil(recipe.warmup_ratio * steps)
-    if step < warmup:
-        return recipe.lr * (step + 1) / (warmup + 1)
-    return recipe.lr * (steps - step) / max(1, steps - warmup)
+Backward = Callable[[Any, Task, Sequence[Batch], int, RecipeOptions], float]
+"""Computes gradients: takes a model, its task, the batches of a step, the number of targets that count in them (those
+of other processes included) and the recipe; returns the sum of the losses of these batches, divided by that number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +55,49 @@ class TrainingSummary:
     seconds: float
 
 
+def backward(model: Any, task: Task, batches: Sequence[Batch], count: int, recipe: RecipeOptions) -> float:
+    """Accumulate the gradients of a step's batches. A `Backward`."""
+    total = 0.0
+    for batch in batches:
+        loss = _loss(model, task, batch.to(model.device), recipe.precision) / count
+        torch.autograd.backward(loss)
+        total += loss.item()
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a training may have around it.
+
+    Args:
+        backward: how gradients are computed.
+        processes: who shares the work.
+        states: where states are kept; it is open.
+        journals: who hears of each step.
+    """
+
+    backward: Backward = backward
+    processes: Processes = ALONE
+    states: StateFolder | None = None
+    journals: Sequence[Journal] = ()
+
+
+@dataclass(slots=True)
+class History:
+    """What happened so far: the loss of each step, the rows that took part, and the seconds of earlier runs."""
+
+    losses: list[float] = field(default_factory=list)
+    rows: set[int] = field(default_factory=set)
+    seconds: float = 0.0
+
+    def summary(self, examples: Examples, seconds: float) -> TrainingSummary:
+        """The figures of the whole training."""
+        steps = len(self.losses)
+        tenth = max(1, steps // 10)
+        first, last = sum(self.losses[:tenth]) / tenth, sum(self.losses[-tenth:]) / tenth
+        return TrainingSummary(steps, examples.texts_in(self.rows), first, last, seconds)
+
+
 def train(
     model: Any,
     examples: Examples,
@@ -64,126 +105,200 @@ def train(
     recipe: RecipeOptions,
     padding: Padding,
     progress: Progress,
+    around: Surroundings | None = None,
 ) -> TrainingSummary:
     """Train a model in place.
 
     Args:
-        model: fp32, on the device to train on.
+        model: on the device to train on; its weights are fp32, or bf16 for the precision "bf16-weights".
         trainable: the part of it that is trained.
-        recipe: the options; precision "bf16" is mixed precision (weights stay fp32), everything else is fp32.
+        recipe: the options; precision "bf16" is mixed precision (weights stay fp32). A batch has `batch_size` examples
+            for each process.
+        around: processes, states, journals.
 
     Raises:
-        InputError: the loss is not finite.
+        InputError: the loss is not finite, or the device lacks what `recipe` asks for.
+        KeyboardInterrupt: a signal came, and a state was saved.
     """
-    optimizer = make_optimizer(trainable, recipe)
-    steps = step_count(recipe, len(examples))
-    losses: list[float] = []
-    seen: set[int] = set()
-    progress.start("training", steps, "steps")
-    start = time.monotonic()
-    examples_done = 0
-    with repeatable(model.device, recipe.seed):
+    around = around or Surroundings()
+    whole = replace(recipe, batch_size=recipe.batch_size * around.processes.count)
+    run = _Run(model, examples, trainable, whole, padding, around)
+    with repeatable(model.device, recipe.seed + around.processes.rank), _checkpointing(model, recipe):
         model.train()
-        for step, window in zip(range(steps), _windows(examples, recipe), strict=False):
-            rate = learning_rate(recipe, step, steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            losses.append(_backward(model, examples, window, recipe, padding))
-            if not math.isfinite(losses[-1]):
-                hint = "lower --lr, or use --precision fp32"
-                raise InputError(f"the loss is {losses[-1]} at step {step + 1}", hint=hint)
-            trainable.gather_gradients()
-            torch.nn.utils.clip_grad_norm_(trainable.leaves, recipe.max_grad_norm)
-            optimizer.step()
-            trainable.scatter_values()
-            seen.update(row for rows in window for row in rows)
-            examples_done += sum(map(len, window))
-            progress.advance(1, loss=losses[-1], examples_per_s=examples_done / (time.monotonic() - start))
+        if around.states is None:
+            run.steps(progress)
+        else:
+            run.resume(around.states, progress)
+            with held_signals() as held:
+                run.steps(progress, around.states, lambda: held.any)
         model.eval()
-    progress.finish()
-    tenth = max(1, steps // 10)
-    first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
-    return TrainingSummary(steps, len(seen), first, last, time.monotonic() - start)
+    return run.history.summary(examples, run.seconds())
 
 
-def make_optimizer(trainable: Trainable, recipe: RecipeOptions) -> torch.optim.AdamW:
-    """AdamW over the leaves, in one fused kernel; biases and norms have no weight decay."""
-    groups = [
-        {"params": trainable.decayed, "weight_decay": recipe.weight_decay},
-        {"params": trainable.undecayed, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=recipe.lr, fused=True)
+class _Run:
+    """A training under way."""
+
+    def __init__(
+        self,
+        model: Any,
+        examples: Examples,
+        trainable: Trainable,
+        recipe: RecipeOptions,
+        padding: Padding,
+        around: Surroundings,
+    ) -> None:
+        self.model, self.examples, self.trainable = model, examples, trainable
+        self.recipe, self.padding, self.around = recipe, padding, around
+        self.optimizers = Optimizers(trainable, recipe)
+        self.total = step_count(recipe, len(examples))
+        self.history = History()
+        self._lengths = examples.lengths
+        self._windows = windows(recipe, self._lengths)
+        self._began = time.monotonic()
+
+    def seconds(self) -> float:
+        """Seconds that the training has taken, those of earlier runs included."""
+        return self.history.seconds + time.monotonic() - self._began
+
+    def steps(
+        self, progress: Progress, states: StateFolder | None = None, asked: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Make the steps that are left, or those until someone asks to stop."""
+        done = len(self.history.losses)
+        progress.start("training", self.total, "steps")
+        if done:
+            progress.advance(done)
+        for journal in self.around.journals:
+            journal.begin(done)
+        self._began = time.monotonic()
+        for window in self._windows:
+            figures = self._step(window)
+            for journal in self.around.journals:
+                journal.add(figures)
+            memory = figures.memory_bytes / 2**30
+            progress.advance(1, loss=figures.loss, lr=figures.lr, tokens_per_s=figures.tokens_per_s, memory_gib=memory)
+            if states is not None and self._saves(states, asked()):
+                return
+        progress.finish()
+
+    def _step(self, window: Window) -> StepFigures:
+        """One step of all processes."""
+        begin, step = time.monotonic(), len(self.history.losses)
+        rate = learning_rate(self.recipe, step, self.total)
+        loss = self._gradients(window)
+        if not math.isfinite(loss):
+            raise InputError(f"the loss is {loss} at step {step + 1}", hint="lower --lr, or use --precision fp32")
+        norm = torch.nn.utils.clip_grad_norm_(self.trainable.leaves, self.recipe.max_grad_norm)
+        self.optimizers.step(rate)
+        self.trainable.drop_gradients()
+        self.history.losses.append(loss)
+        self._took_part(window)
+        tokens = sum(self._lengths[row] for rows in window for row in rows)
+        return StepFigures(
+            step=step + 1,
+            loss=loss,
+            lr=rate,
+            grad_norm=float(norm),
+            tokens=tokens,
+            tokens_per_s=tokens / max(1e-9, time.monotonic() - begin),
+            seconds=self.seconds(),
+            memory_bytes=peak_bytes(self.model.device),
+        )
+
+    def _gradients(self, window: Window) -> float:
+        """Give the leaves the gradients of a step. Returns its mean loss."""
+        processes = self.around.processes
+        shares = [share for share in map(processes.share, window) if share]
+        batches = [collate(self.examples, rows, self.padding) for rows in shares]
+        (count,) = processes.sums(sum(batch.count for batch in batches))
+        loss = self.around.backward(self.model, self.examples.task, batches, int(count), self.recipe)
+        self.trainable.gather_gradients()
+        processes.sum_gradients(self.trainable.leaves)
+        return processes.sums(loss)[0]
+
+    def _took_part(self, window: Window) -> None:
+        self.history.rows.update(row for rows in window for row in rows)
+
+    def _saves(self, states: StateFolder, asked: bool) -> bool:
+        """Save a state if it is time, or if someone asks to stop. Returns whether to stop; all processes agree."""
+        step = len(self.history.losses)
+        stop, due = self.around.processes.sums(asked, self.around.processes.is_first and states.due(step))
+        if stop or due:
+            self._save(states)
+        return bool(stop)
+
+    def _save(self, states: StateFolder) -> None:
+        """Write everything that the next step depends on."""
+        generators = torch.stack(self.around.processes.every(torch.get_rng_state()))
+        others = {"losses": torch.tensor(self.history.losses, dtype=torch.float64), "random": generators}
+        if self.model.device.type == "cuda":
+            device = self.model.device
+            others["random-cuda"] = torch.stack(self.around.processes.every(torch.cuda.get_rng_state(device)))
+        optimizer = dict(self.optimizers.state())
+        scalars = {name: value for name, value in optimizer.items() if not isinstance(value, Tensor)}
+        others |= {f"optimizer.{name}": value for name, value in optimizer.items() if isinstance(value, Tensor)}
+        if not self.around.processes.is_first:
+            return
+        leaves = [(f"leaf.{number}", leaf) for number, leaf in enumerate(self.trainable.leaves)]
+
+        def values() -> Iterator[Tensor]:
+            for _, leaf in leaves:
+                with self.trainable.updating([leaf]):
+                    yield leaf
+            yield from others.values()
+
+        states.save(len(self.history.losses), self.seconds(), [*leaves, *others.items()], values(), scalars)
+
+    def resume(self, states: StateFolder, progress: Progress) -> None:
+        """Go on from the last whole state, if there is one."""
+        state = states.latest(progress)
+        if state is None:
+            return
+        leaves, rank = self.trainable.leaves, self.around.processes.rank
+        optimizer: dict[str, Tensor | float] = dict(state.scalars)
+        for name, tensor in state.tensors():
+            kind, _, key = name.partition(".")
+            if kind == "leaf":
+                leaf = leaves[int(key)]
+                with self.trainable.updating([leaf]):
+                    leaf.detach().copy_(tensor)
+            elif kind == "optimizer":
+                optimizer[key] = tensor.to(self.model.device)
+            elif kind == "losses":
+                self.history.losses = tensor.tolist()
+            elif kind == "random":
+                torch.set_rng_state(tensor[rank])
+            elif kind == "random-cuda":
+                torch.cuda.set_rng_state(tensor[rank], self.model.device)
+        self.optimizers.restore(optimizer)
+        self.history.seconds = state.seconds
+        for _, window in zip(range(state.step), self._windows, strict=False):
+            self._took_part(window)
+        progress.note(f"going on after step {state.step} of {self.total}")
 
 
-def _windows(examples: Examples, recipe: RecipeOptions) -> Iterator[list[list[int]]]:
-    """The batches (row numbers) of each step, epoch after epoch without end."""
-    lengths, epoch = examples.lengths, 0
-    while True:
-        batches = shuffled(lengths, recipe.batch_size, seed=recipe.seed, epoch=epoch)
-        for first in range(0, len(batches), recipe.gradient_accumulation):
-            yield batches[first : first + recipe.gradient_accumulation]
-        epoch += 1
+@contextmanager
+def _checkpointing(model: Any, recipe: RecipeOptions) -> Iterator[None]:
+    """Within this block, compute activations again instead of keeping them, where the recipe asks for it."""
+    if not recipe.gradient_checkpointing:
+        yield
+        return
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        what = f"{type(model).__name__} of transformers has no gradient checkpointing"
+        raise InputError(what, where="--gradient-checkpointing", hint="lower --batch-size instead")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
 
 
-def _backward(
-    model: Any, examples: Examples, window: list[list[int]], recipe: RecipeOptions, padding: Padding
-) -> float:
-    """Accumulate the gradients of a step's batches. Returns the step's mean loss."""
-    batches = [collate(examples, rows, padding) for rows in window]
-    count = sum(batch.count for batch in batches)
-    total = 0.0
-    for batch in batches:
-        loss = _loss(model, examples, batch.to(model.device), recipe.precision) / count
-        torch.autograd.backward(loss)
-        total += loss.item()
-    return total
-
-
-def _loss(model: Any, examples: Examples, batch: Batch, precision: str) -> Tensor:
+def _loss(model: Any, task: Task, batch: Batch, precision: str) -> Tensor:
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         logits = model(**batch.inputs, **extra_inputs(model)).logits
-    return loss_sum(examples.task, logits, batch.targets)
+    return loss_sum(task, logits, batch.targets)
 
 
 def extra_inputs(model: Any) -> dict[str, Any]:
     """Arguments that keep a decoder from collecting the keys and values of past tokens, which nothing here uses."""
     return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-
-
-def choose_precision(name: str, device: torch.device) -> Literal["fp32", "bf16"]:
-    """The precision to train in; for "auto" mixed precision, if the hardware computes bf16 faster than fp32.
-
-    A CPU without bf16 instructions emulates them, which is many times slower.
-    """
-    if name != "auto":
-        return "bf16" if name == "bf16" else "fp32"
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if _cpu_has_bf16() else "fp32"
-
-
-def _cpu_has_bf16() -> bool:
-    """Does the CPU have instructions for bf16 matrices (AVX512-BF16, AMX; on ARM what oneDNN can use)?"""
-    import platform
-
-    if platform.machine() in ("x86_64", "AMD64"):
-        tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(getattr(torch.cpu, test, bool)() for test in tests)
-    test = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return test is not None and bool(test())
-
-
-@contextmanager
-def repeatable(device: torch.device, seed: int) -> Iterator[None]:
-    """Make dropout, and on a GPU every kernel, repeatable for a seed; restores torch's settings afterwards."""
-    cuda = device.type == "cuda"
-    if cuda:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, at its first use
-    strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    with torch.random.fork_rng(devices=[device] if cuda else []):
-        torch.manual_seed(seed % 2**63)
-        torch.use_deterministic_algorithms(strict or cuda, warn_only=warn or cuda)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(strict, warn_only=warn)

@@ -17,6 +17,7 @@ import importlib.util
 import math
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -30,14 +31,10 @@ from fedqsn_cli.options.privacy import PrivacyOptions
 from fedqsn_cli.progress import Progress
 from fedqsn_cli.training.batching import Batch, Examples, Padding, collate, loss_sum
 from fedqsn_cli.training.compact import Trainable
-from fedqsn_cli.training.loop import (
-    TrainingSummary,
-    extra_inputs,
-    learning_rate,
-    make_optimizer,
-    repeatable,
-    step_count,
-)
+from fedqsn_cli.training.loop import TrainingSummary, extra_inputs
+from fedqsn_cli.training.optimizers import Optimizers
+from fedqsn_cli.training.precision import repeatable
+from fedqsn_cli.training.schedule import learning_rate, step_count
 from fedqsn_cli.training.secure_random import normals, uniforms
 
 ACCOUNTANT: Literal["rdp"] = (
@@ -121,22 +118,21 @@ def train_privately(
     """
     model.train()
     check_supported(model)
-    optimizer, start = make_optimizer(trainable, recipe), time.monotonic()
+    optimizers, start = Optimizers(trainable, recipe), time.monotonic()
     losses: list[float] = []
     progress.start("training", privacy.steps, "steps")
     with repeatable(model.device, recipe.seed), PerExample(model, trainable, privacy.clip) as per_example:
         for step in range(privacy.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe, step, privacy.steps)
             rows = np.flatnonzero(uniforms(len(examples)) < privacy.sampling_rate).tolist()
             loss = sum(per_example.add(_losses(model, examples, part, padding)) for part in _parts(rows, recipe))
             if not math.isfinite(loss):
                 raise InputError(f"the loss is {loss} at step {step + 1}", hint="lower --lr")
             per_example.finish(privacy, len(examples))
-            optimizer.step()
-            trainable.scatter_values()
+            rate = learning_rate(recipe, step, privacy.steps)
+            optimizers.step(rate)
+            trainable.drop_gradients()
             losses += [loss / len(rows)] if rows else []
-            progress.advance(1, **({"loss": losses[-1]} if losses else {}))
+            progress.advance(1, lr=rate, **({"loss": losses[-1]} if losses else {}))
         model.eval()
     progress.finish()
     tenth = max(1, len(losses) // 10)
@@ -207,6 +203,7 @@ class PerExample:
         self._names = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._sums: dict[str, Tensor] = {}
         self._checked = False
+        self._took_part: dict[str, Tensor] = {}  # parameters, and until they were checked the gradients of all examples
         self.norms: list[float] = []
         """‖g_i‖₂ of the examples of this step, before they were clipped."""
 
@@ -218,13 +215,20 @@ class PerExample:
         except (NotImplementedError, ValueError, RuntimeError) as error:
             what = f"opacus cannot train this model ({str(error).splitlines()[0]})"
             raise InputError(what, where="--dp-epsilon") from None
+        self._hooks = [p.register_hook(partial(self._saw, name)) for name, p in self._names.items()]
         self._clear()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._watched.to_standard_module()
+        for hook in self._hooks:
+            hook.remove()
         for parameter in self._names.values():
             parameter.grad = None
+
+    def _saw(self, name: str, gradient: Tensor) -> None:
+        """Remember that a parameter has a gradient, before a `Trainable` takes it away."""
+        self._took_part[name] = gradient.new_empty(0) if self._checked else gradient.detach()
 
     def add(self, losses: Tensor) -> float:
         """Add the clipped gradient of each example's loss, [examples]. Returns the sum of the losses."""
@@ -241,6 +245,8 @@ class PerExample:
         for parameter in self._names.values():
             parameter.grad_sample = None
             parameter.grad = None
+        self._trainable.drop_gradients()
+        self._took_part.clear()
         return float(losses.sum().item())
 
     def finish(self, privacy: TrainingPrivacy, examples: int) -> None:
@@ -266,7 +272,7 @@ class PerExample:
             InputError: opacus did not tell the examples apart.
         """
         sample: Tensor | None = parameter.grad_sample
-        if sample is None and parameter.grad is None:
+        if sample is None and name not in self._took_part:
             return None
         if not isinstance(sample, Tensor) or sample.shape != (examples, *parameter.shape):
             raise _unclear(name)
@@ -277,7 +283,7 @@ class PerExample:
         sizes = {name: float(sample.norm()) for name, sample in samples.items() if sample is not None}
         whole = math.hypot(*sizes.values())
         for name, size in sizes.items():
-            sample, gradient = samples[name], self._names[name].grad
+            sample, gradient = samples[name], self._took_part.get(name)
             assert sample is not None
             error = sample.sum(dim=0) if gradient is None else sample.sum(dim=0) - gradient
             if float(error.norm()) > _TOLERANCE * size + _ROUNDING * whole:

@@ -28,10 +28,10 @@ from fedqsn_cli.artifacts.update_folder import (
     stored_specs,
     update_shape,
 )
-from fedqsn_cli.checkpoint import ArtifactWriter
+from fedqsn_cli.checkpoint import ArtifactWriter, TensorSpec
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.masks.unit_mask import UnitMask
-from fedqsn_cli.models.dense import TORCH_DTYPES
+from fedqsn_cli.models.dense import TORCH_DTYPES, DenseTensors
 from fedqsn_cli.models.torch_model import stored_tensors
 from fedqsn_cli.options.groups import UpdateFormat
 from fedqsn_cli.quantization.runs import decode_run, encode_run
@@ -49,33 +49,34 @@ class Differences:
     """U of every float tensor of a proxy.
 
     Args:
-        dense: the proxy's tensors as they were received, P.
+        received: the proxy's tensors, P; read one by one. layout: their shapes and dtypes.
         visible: visible units of masked tensors; empty where every unit was trained.
         trained: tensors of the trained model, T, by the proxy's names. buffers: those of them that nothing trains.
     """
 
-    dense: Mapping[str, Tensor]
+    received: DenseTensors
+    layout: Mapping[str, Tensor]
     visible: Mapping[str, UnitMask]
     trained: Mapping[str, Tensor]
     buffers: frozenset[str]
 
     @classmethod
-    def of(cls, model: Any, dense: Mapping[str, Tensor], visible: Mapping[str, UnitMask]) -> Differences:
+    def of(cls, model: Any, received: DenseTensors, visible: Mapping[str, UnitMask]) -> Differences:
         """The differences that training made to a model."""
-        trained = stored_tensors(model, floats(dense))
+        layout = received.layout
+        trained = stored_tensors(model, floats(layout))
         places = {buffer.data_ptr() for buffer in model.buffers()}
-        return cls(
-            dense, visible, trained, frozenset(n for n, tensor in trained.items() if tensor.data_ptr() in places)
-        )
+        buffers = frozenset(name for name, tensor in trained.items() if tensor.data_ptr() in places)
+        return cls(received, layout, visible, trained, buffers)
 
     @property
     def names(self) -> list[str]:
         """Names of the tensors, in their order in the file."""
-        return floats(self.dense)
+        return floats(self.layout)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of U."""
-        return _shape(self.dense[name], self.visible.get(name))
+        return _shape(self.layout[name], self.visible.get(name))
 
     def is_trained(self, name: str) -> bool:
         """Whether the tensor is a parameter; else its U is zeros, whatever the data."""
@@ -89,7 +90,9 @@ class Differences:
         """U of one tensor in fp32; zeros for a buffer that the architecture has no use for."""
         if name not in self.trained:
             return torch.zeros(self.shape(name))
-        whole = self.trained[name].detach().float().cpu() - self.dense[name].float()
+        trained = self.trained[name].detach()
+        started = self.received[name].to(trained.dtype)  # what the training began with, should it round weights
+        whole = trained.float().cpu() - started.float()
         return visible_part(whole, self.visible.get(name))
 
 
@@ -110,8 +113,7 @@ def write_tensors(
     Raises:
         InputError: a value is not finite in that precision.
     """
-    formats = {name: format_of(update_format, tuple(differences.dense[name].shape)) for name in differences.names}
-    specs = [spec for name, kind in formats.items() for spec in stored_specs(name, kind, differences.shape(name))]
+    formats, specs = stored_as(differences.layout, differences.visible, update_format)
     require_distinct(specs)
     sink = writer.tensors(_STEM, specs, max_shard_bytes=None, metadata={"format": "pt"})
     for name, stored in formats.items():
@@ -139,9 +141,18 @@ def floats(dense: Mapping[str, Tensor]) -> list[str]:
     return sorted(name for name, tensor in dense.items() if tensor.is_floating_point())
 
 
-def parameters(dense: Mapping[str, Tensor], visible: Mapping[str, UnitMask]) -> int:
-    """How many numbers an update of this proxy holds."""
-    return sum(math.prod(_shape(dense[name], visible.get(name))) for name in floats(dense))
+def parameters(layout: Mapping[str, Tensor], visible: Mapping[str, UnitMask]) -> int:
+    """How many numbers an update holds of a proxy with tensors like these."""
+    return sum(math.prod(_shape(layout[name], visible.get(name))) for name in floats(layout))
+
+
+def stored_as(
+    layout: Mapping[str, Tensor], visible: Mapping[str, UnitMask], update_format: UpdateFormat
+) -> tuple[dict[str, StoredFormat], list[TensorSpec]]:
+    """How each tensor of an update is stored, and all tensors of its file."""
+    formats = {name: format_of(update_format, tuple(layout[name].shape)) for name in floats(layout)}
+    shapes = {name: _shape(layout[name], visible.get(name)) for name in formats}
+    return formats, [spec for name, kind in formats.items() for spec in stored_specs(name, kind, shapes[name])]
 
 
 def _shape(tensor: Tensor, mask: UnitMask | None) -> tuple[int, ...]:

@@ -1,0 +1,392 @@
+"""A training that is ended at any instant goes on from its last whole state, and ends with the same bytes."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedqsn_cli import client_train
+from fedqsn_cli.checkpoint import files
+from fedqsn_cli.errors import InputError
+from fedqsn_cli.options import RecipeOptions
+from fedqsn_cli.progress import SILENT, Silent
+from fedqsn_cli.training import loop
+from fedqsn_cli.training.batching import Examples, Padding
+from fedqsn_cli.training.compact import VisibleParameters
+from fedqsn_cli.training.interrupts import held_signals
+from fedqsn_cli.training.journal import StepFigures
+from fedqsn_cli.training.loop import Surroundings, TrainingSummary
+from fedqsn_cli.training.states import KEPT, StateFolder
+from support.processes import environment, run
+from support.training_jobs import labelled, make_proxy, small_model
+
+CPU = {"device": "cpu", "precision": "fp32"}
+RECIPE = RecipeOptions(epochs=3, batch_size=4, lr=1e-2)
+
+
+class Killed(BaseException):
+    """Stands for a process that ends at once."""
+
+
+class KillAfter:
+    """A journal that ends the training after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def begin(self, done: int) -> None:
+        """Nothing to do."""
+
+    def add(self, figures: StepFigures) -> None:
+        """End it, perhaps."""
+        if figures.step == self.step:
+            raise Killed
+
+
+class Notes(Silent):
+    """Progress that remembers notes."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, text: str) -> None:
+        """Remember it."""
+        self.texts.append(text)
+
+
+def new_model() -> Any:
+    import transformers
+
+    from support.families import make_config
+
+    torch.manual_seed(0)
+    config = make_config("bert", hidden_dropout_prob=0.2)
+    return getattr(transformers, config.architectures[0])(config)
+
+
+EXAMPLES = Examples(
+    "classification",
+    [{"input_ids": [5 + row] * (2 + row % 3), "attention_mask": [1] * (2 + row % 3)} for row in range(12)],
+    [row % 5 for row in range(12)],
+)
+
+
+def trained(
+    folder: StateFolder | None, recipe: RecipeOptions = RECIPE, kill_after: int = 0, progress: Any = SILENT
+) -> tuple[Tensor, TrainingSummary]:
+    """All weights after a training, and its figures."""
+    model = new_model()
+    masks = {"classifier.weight": (torch.arange(model.classifier.weight.shape[1]) % 2 == 0).expand(5, -1)}
+    journals = [KillAfter(kill_after)]
+    around = Surroundings(states=folder, journals=journals)
+    done = loop.train(model, EXAMPLES, VisibleParameters(model, masks), recipe, Padding(0), progress, around)
+    return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()]), done
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit", "sgd"])
+@pytest.mark.parametrize("kill_after", [1, 4, 9])
+def test_what_goes_on_ends_with_the_same_bits(tmp_path: Path, optimizer: Any, kill_after: int) -> None:
+    recipe = RecipeOptions(epochs=3, batch_size=4, lr=1e-2, optimizer=optimizer)
+    whole, figures = trained(None, recipe)
+    with StateFolder(tmp_path / "out", {}, "2").opened() as folder:
+        with pytest.raises(Killed):
+            trained(folder, recipe, kill_after)
+        again, same_figures = trained(folder, recipe)
+    assert torch.equal(whole, again)
+    assert (figures.first_loss, figures.last_loss) == (same_figures.first_loss, same_figures.last_loss)
+    assert (figures.steps, figures.examples) == (same_figures.steps, same_figures.examples)
+
+
+def test_it_is_told_where_the_training_goes_on(tmp_path: Path) -> None:
+    notes = Notes()
+    with StateFolder(tmp_path / "out", {}, "2").opened() as folder:
+        with pytest.raises(Killed):
+            trained(folder, kill_after=6, progress=notes)
+        trained(folder, progress=notes)
+    assert notes.texts == ["going on after step 4 of 9"]  # it ended before the state of step 6 was written
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "no document", "half a document", "a document of nothing"])
+def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path: Path, damage: str) -> None:
+    whole, _ = trained(None)
+    notes = Notes()
+    with StateFolder(tmp_path / "out", {}, "1").opened() as folder:
+        with pytest.raises(Killed):
+            trained(folder, kill_after=6)
+        newest = folder.path / "step-00000005"
+        damage_state(newest, damage)
+        again, _ = trained(folder, progress=notes)
+    assert torch.equal(whole, again)
+    assert notes.texts[0].startswith("ignoring the damaged state step-00000005 (")
+    assert notes.texts[1] == "going on after step 4 of 9"
+
+
+def damage_state(state: Path, damage: str) -> None:
+    """Make a state unusable."""
+    tensors, document = state / "state.safetensors", state / "state.json"
+    if damage == "truncate":
+        os.truncate(tensors, tensors.stat().st_size - 7)
+    elif damage == "flip":
+        data = bytearray(tensors.read_bytes())
+        data[-1000] ^= 4
+        tensors.write_bytes(data)
+    elif damage == "no document":
+        document.unlink()
+    elif damage == "half a document":
+        document.write_text(document.read_text()[:99])
+    else:
+        document.write_text("[]")
+
+
+def test_states_are_few_and_for_their_owner_only(tmp_path: Path) -> None:
+    with StateFolder(tmp_path / "out", {}, "1").opened() as folder:
+        trained(folder)
+        assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
+        states = sorted(folder.path.iterdir())
+        assert [state.name for state in states] == ["step-00000008", "step-00000009"]
+        assert len(states) == KEPT
+        assert {stat.S_IMODE(file.stat().st_mode) for state in states for file in state.iterdir()} == {0o600}
+
+
+def test_a_time_may_be_given_instead_of_steps(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path / "out", {}, "0.05s")
+    assert not folder.due(1)
+    time.sleep(0.06)
+    assert folder.due(1)
+    for text in ("0", "1.5", "10 minutes", "-3", "m"):
+        with pytest.raises(InputError, match="neither a number of steps nor a time"):
+            StateFolder(tmp_path / "out", {}, text)
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
+    with StateFolder(tmp_path / "out", {}, "1").opened() as folder:
+        with pytest.raises(InputError, match="in use by another"), StateFolder(tmp_path / "out", {}, "1").opened():
+            pass
+        assert folder.path.is_dir()
+    assert not folder.path.exists()  # nothing was saved
+
+
+# ------------------------------------------------------------------------------------------------ signals
+
+
+def test_a_signal_waits_for_the_end_of_the_block() -> None:
+    after = []
+    with pytest.raises(KeyboardInterrupt), held_signals() as held:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # an echo
+        after.append(held.any)
+    assert after == [True]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_who_insists_is_heard_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedqsn_cli.training.interrupts.ECHO_SECONDS", -1.0)
+    with pytest.raises(KeyboardInterrupt), held_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("it was not heard")
+
+
+def test_nothing_is_raised_where_no_signal_came() -> None:
+    with held_signals() as held:
+        pass
+    assert not held.any
+
+
+# ------------------------------------------------------------------------------------------------ client-train
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a proxy, data.jsonl, and the update of a training that nobody ended; not to be changed."""
+    here = tmp_path_factory.mktemp("job")
+    make_proxy(small_model(here / "model"), here / "proxy")
+    labelled(here / "data.jsonl")
+    client_train(here / "proxy", here / "update", **options(here))
+    return here
+
+
+def options(job: Path, **more: Any) -> dict[str, Any]:
+    """Options of all trainings here: 24 steps."""
+    return {"data": job / "data.jsonl", "eval_data": job / "data.jsonl", "epochs": 4, "batch_size": 4, "lr": 1e-3} | (
+        CPU | more
+    )
+
+
+def update_bytes(folder: Path) -> dict[str, bytes]:
+    """Every file of an update."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def kill_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> Any:
+    """Let the training end at once in a step; returns what undoes it."""
+    original = loop._Run._step
+
+    def killed(self: Any, window: Any) -> Any:
+        if len(self.history.losses) == step:
+            raise Killed
+        return original(self, window)
+
+    monkeypatch.setattr(loop._Run, "_step", killed)
+    return lambda: monkeypatch.setattr(loop._Run, "_step", original)
+
+
+def test_the_update_is_byte_equal_and_no_state_is_left(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = kill_in_step(monkeypatch, 13)
+    with pytest.raises(Killed):
+        client_train(job / "proxy", tmp_path / "update", save_every="5", log=tmp_path / "log", **options(job))
+    assert [path.name for path in tmp_path.iterdir() if path.name != "log"] == [".update.fedqsn-states"]
+    go_on()
+    client_train(job / "proxy", tmp_path / "update", save_every="7", log=tmp_path / "log", **options(job))
+    assert update_bytes(tmp_path / "update") == update_bytes(job / "update")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "update"]
+    steps = [line.split(",")[0] for line in (tmp_path / "log").read_text().splitlines()]
+    assert steps == [f'{{"step": {step}' for step in range(1, 25)]
+
+
+@pytest.mark.parametrize(
+    ("more", "named"), [({"lr": 2e-3}, "--lr"), ({"seed": 1, "epochs": 5}, "--epochs, --seed"), ({}, "--data")]
+)
+def test_a_state_of_another_training_is_refused(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], named: str
+) -> None:
+    go_on = kill_in_step(monkeypatch, 3)
+    with pytest.raises(Killed):
+        client_train(job / "proxy", tmp_path / "update", save_every="2", **options(job))
+    go_on()
+    if not more:
+        more = {"data": labelled(tmp_path / "other.jsonl", rows=23)}
+    with pytest.raises(InputError, match=f"holds a training with other {named};"):
+        client_train(job / "proxy", tmp_path / "update", save_every="2", **options(job, **more))
+    assert not (tmp_path / "update").exists()
+
+
+FORKED = """
+import os, sys
+import torch, transformers, numba
+from fedqsn_cli import client_train
+from fedqsn_cli.cli.app import main
+import fedqsn_cli.training.client
+print("ready", flush=True)
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        os.dup2(2, 1)
+        os._exit(main(line.split()))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Forking:
+    """Starts `fedqsn` in processes that have imported everything already."""
+
+    def __init__(self) -> None:
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", FORKED],
+            env=environment(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self._line() == "ready"
+
+    def _line(self) -> str:
+        assert self.server.stdout is not None
+        return self.server.stdout.readline().strip()
+
+    def start(self, words: list[str]) -> int:
+        """Start a command; returns its process id."""
+        assert self.server.stdin is not None
+        self.server.stdin.write(" ".join(words) + "\n")
+        self.server.stdin.flush()
+        return int(self._line())
+
+    def exit_code(self) -> int:
+        """Wait for its end."""
+        return int(self._line())
+
+    def end(self) -> str:
+        """End the server; returns all that was printed on stderr."""
+        return self.server.communicate(timeout=60)[1]
+
+
+def words(job: Path, out: Path, *more: str) -> list[str]:
+    """The command whose training is that of `options`."""
+    data = str(job / "data.jsonl")
+    given = ["--data", data, "--eval-data", data, "--epochs", "4", "--batch-size", "4", "--lr", "1e-3", *more]
+    return ["client-train", str(job / "proxy"), "--out", str(out), "--device", "cpu", "--precision", "fp32", *given]
+
+
+def test_kills_at_any_instant_and_a_polite_end_change_no_byte(job: Path, tmp_path: Path) -> None:
+    rng = random.Random(5)
+    forking = Forking()
+    states = tmp_path / ".update.fedqsn-states"
+    forking.start(words(job, tmp_path / "whole"))  # in such a process too: other numbers of threads round otherwise
+    ends = [forking.exit_code()]
+    for _ in range(4):
+        child = forking.start(words(job, tmp_path / "update", "--save-every", "1"))
+        wait_for_a_state(states, child)
+        time.sleep(rng.uniform(0, 0.03))
+        os.kill(child, signal.SIGKILL)
+        ends.append(forking.exit_code())
+    assert ends == [0] + [-signal.SIGKILL] * 4
+    (tmp_path / "polite").mkdir()
+    child = forking.start(
+        words(job, tmp_path / "polite" / "update", "--save-every", "100", "--log", str(tmp_path / "log"))
+    )
+    while not (tmp_path / "log").exists() or not (tmp_path / "log").read_text():
+        time.sleep(0.001)
+    os.kill(child, signal.SIGTERM)
+    assert forking.exit_code() == 130
+    assert len(list((tmp_path / "polite" / ".update.fedqsn-states").glob("step-*"))) == 1
+    for out in (tmp_path / "update", tmp_path / "polite" / "update"):
+        if not out.exists():
+            forking.start(words(job, out, "--save-every", "100"))
+            assert forking.exit_code() == 0
+        assert update_bytes(out) == update_bytes(tmp_path / "whole")
+    told = forking.end()
+    assert "fedqsn: going on after step" in told
+    assert "fedqsn: interrupted" in told
+    assert not states.exists()
+
+
+def wait_for_a_state(states: Path, child: int) -> None:
+    """Until there is one that was not there before, or the training has ended."""
+    before = set(states.glob("step-*")) if states.is_dir() else set()
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if not Path(f"/proc/{child}/cmdline").read_bytes() or not set(states.glob("step-*")) <= before:
+            return
+        time.sleep(0.001)
+
+
+def test_a_dry_run_writes_nothing(job: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    outcome = run(*words(job, tmp_path / "update", "--save-every", "1", "--dry-run", "--log", str(tmp_path / "l")))
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "bytes per parameter" in outcome.out
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_leftovers_of_a_kill_are_swept(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path / "out", {}, "1")
+    folder.path.mkdir()
+    leftover = files.staging_path(folder.path / "step-00000007")
+    leftover.mkdir()
+    with folder.opened():
+        assert not leftover.exists()
