@@ -269,7 +269,7 @@ def _export(place: Place, size: str, count: int) -> Contender:
     out = "out/{client}" if count > 1 else f"out/{clients[0]}"
 
     def fresh() -> None:
-        place.clear("out", "bench.key", "bench.jsonl")
+        place.clear("out", "bench.key", "bench.jsonl", "bench.jsonl.head")
 
     command = place.export(size, out, clients, "bench.key", "bench.jsonl")
     return Contender(command, [place.work / f"model-{size}"], fresh, fresh)

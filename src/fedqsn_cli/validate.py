@@ -82,7 +82,8 @@ def more_than_zero(value: float, where: str) -> float:
 def up_to_one(value: float, where: str) -> float:
     """A number from 0 to 1, both allowed."""
     if not 0.0 <= value <= 1.0:  # NaN neither
-        raise InputError(f"{value:g} is out of range", where=where, hint="give a number from 0 to 1")
+        shown = str(value) if isinstance(value, int) else f"{value:g}"  # an int may be too large for a float
+        raise InputError(f"{shown} is out of range", where=where, hint="give a number from 0 to 1")
     return float(value) + 0.0  # -0.0 is 0.0
 
 

@@ -191,7 +191,7 @@ BAD_FIELDS: list[dict[str, Any]] = [
     {"round": 1.0},
     {"round": "1"},
     {"round": True},
-    {"p1": 1.0},
+    {"p1": 1.5},
     {"p1": -0.1},
     {"p2": "0.1"},
     {"proxy_id": "A" * 64},

@@ -154,7 +154,7 @@ def test_a_block_size_is_one_that_export_takes(value: Any) -> None:
         Quantization.from_document(PACKED.model_dump() | {"block_size": value}, "file")
 
 
-@pytest.mark.parametrize("value", [-0.1, 1, 1.0, 1.5, "0.5", True, None, 10**400])
+@pytest.mark.parametrize("value", [-0.1, 1.5, 2, "0.5", True, None, 10**400])
 def test_a_ratio_is_one_that_an_option_takes(value: Any) -> None:
     document = MANIFESTS["model"].model_dump() | {"p1": value}
     with pytest.raises(FormatError, match="field p1: "):

@@ -134,7 +134,7 @@ def test_one_safetensors_file_without_a_config_can_be_masked(folder: Path) -> No
 
 WRONG_MASKS: list[tuple[dict[str, Any], str]] = [
     ({"p1": None}, "no key"),
-    ({"p1": 1.5}, "not a ratio"),
+    ({"p1": 1.5}, "out of range"),
     ({"axis": "depth"}, "--axis: '[a-z]*' is not a choice"),
     ({"fill": "base"}, "needs the public base"),
     ({"fill": "noise"}, "fill"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -257,7 +259,10 @@ class Chosen:
     def gather_gradients(self) -> None:
         pass
 
-    def scatter_values(self) -> None:
+    def updating(self, leaves: Sequence[Tensor]) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def drop_gradients(self) -> None:
         for leaf in self.leaves:
             leaf.grad = None
 
