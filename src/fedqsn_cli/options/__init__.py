@@ -1,12 +1,12 @@
 """Every option of every command, once: name, type, default, help and check. No import of anything heavy.
 
-declare.py   how an option is declared
-groups.py    options that several commands have
-privacy.py   those that limit what an update tells about the data
-commands.py  the options of each command
-merge.py     those of merge, and which of them go together
+declare.py      how an option is declared
+groups.py       options that several commands have
+privacy.py      those that limit what an update tells about the data
+commands.py     the options of each command
+merge.py        those of merge, and which of them go together
 consolidate.py  those of consolidate
-keywords.py  Python functions that take the options as keywords
+keywords.py     Python functions that take the options as keywords
 """
 
 from __future__ import annotations
