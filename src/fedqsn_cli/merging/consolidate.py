@@ -79,12 +79,12 @@ class ConsolidateResult:
 
 
 def consolidate(
-    source: str | Path, server: str | Path, options: ConsolidateOptions, *, progress: Progress = SILENT
+    source: str | Path, trained: str | Path, options: ConsolidateOptions, *, progress: Progress = SILENT
 ) -> ConsolidateResult:
     """Put the owner's model and what clients taught together, by training the restored model to agree with both.
 
     Args:
-        source: the global model. server: the trained server model that the job ended with.
+        source: the global model. trained: the server model that the job ended with.
         options: see `ConsolidateOptions`.
         progress: told of each stage.
 
@@ -98,7 +98,7 @@ def consolidate(
     given = {name.replace("_", "-"): getattr(options, name) for name in ("key", "eval_data", *_FILES)}
     keep_outside(Path(options.out), **given)
     with ArtifactWriter(Path(options.out), force=options.force, hashed=False) as writer, quiet(), memory_errors():
-        work = _Consolidation.of(source, server, options, progress)
+        work = _Consolidation.of(source, trained, options, progress)
         return work.run(writer)
 
 
@@ -118,7 +118,7 @@ class _Consolidation:
 
     @classmethod
     def of(
-        cls, source: str | Path, server: str | Path, options: ConsolidateOptions, progress: Progress
+        cls, source: str | Path, trained: str | Path, options: ConsolidateOptions, progress: Progress
     ) -> _Consolidation:
         """Open models and data."""
         device = choose_device(options.device)
@@ -127,9 +127,9 @@ class _Consolidation:
             for path in (options.own_data, options.transfer_data, options.eval_data)
         )
         restore = MergeOptions(
-            options.out, key=options.key, restore=server, public_base=options.public_base, blend=options.blend
+            options.out, key=options.key, restore=trained, public_base=options.public_base, blend=options.blend
         )
-        inputs = open_restore_inputs(source, server, restore)
+        inputs = open_restore_inputs(source, trained, restore)
         return cls(inputs, options, (own, transfer, dev), device, progress)
 
     def run(self, writer: ArtifactWriter) -> ConsolidateResult:
