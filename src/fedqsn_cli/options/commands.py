@@ -50,6 +50,13 @@ from fedqsn_cli.options.privacy import PrivacyOptions
 from fedqsn_cli.planning.tensor_plan import MaskAxis
 
 
+def _minutes(value: float, flag: str) -> float:
+    """A time, not negative."""
+    if not 0 <= value < float("inf"):
+        raise InputError(f"{value} is not a number of minutes", where=flag, hint="0 tries no training at all")
+    return value
+
+
 def _round(value: int, flag: str) -> int:
     """The number of a round, as manifests can hold it."""
     if validate.at_least(0, value, flag) > 2**53:
@@ -255,6 +262,11 @@ class EvaluateOptions(Options):
 class AuditOptions(Options):
     """`audit`."""
 
+    outbox: Annotated[
+        str | Path | None,
+        Option("Audit the proxies of --round in this folder, by the ledger, instead of PROXY...", OWNER, metavar="DIR"),
+    ] = None
+    round: Annotated[int | None, Option("Number of the round, for --outbox.", OWNER, check=_round)] = None
     truth: Annotated[
         str | Path | None,
         Option("The global model that they were exported from.", OWNER, metavar="GLOBAL"),
@@ -286,6 +298,10 @@ class AuditOptions(Options):
     public_data: Annotated[str | Path | None, Option("Examples that an attacker fine-tunes the proxy with.", DATA)] = (
         None
     )
+    attack_minutes: Annotated[
+        float | None,
+        Option("Begin no more attacks on the function after so many; tells what was left out.", DATA, check=_minutes),
+    ] = None
     policy: Annotated[str | Path | None, Option("Limits, in TOML: what may leak, and what must be checked.", GATE)] = (
         None
     )

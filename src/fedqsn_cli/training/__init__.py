@@ -18,6 +18,7 @@ journal.py         the figures of every step
 loop.py            step by step
 secure_random.py   random numbers that nobody can repeat
 private_loop.py    the same with differential privacy of the examples (DP-SGD, opacus)
+teachers.py        what models say about texts, and a student's distance from it
 estimate.py        what a training would take
 scoring.py         loss, accuracy, macro F1, perplexity
 update_noise.py    clipping of the whole update, and noise on it
