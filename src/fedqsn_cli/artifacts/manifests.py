@@ -39,6 +39,8 @@ MODEL_MANIFEST = "fedqsn.json"
 PROXY_MANIFEST = "proxy.json"
 UPDATE_MANIFEST = "update.json"
 UPDATE_TENSORS = "update.safetensors"
+ADAPTER_TENSORS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 VISIBLE_TENSORS = "visible.safetensors"
 
 _LARGEST_MANIFEST = 256 * 2**20  # bytes; a 70-billion-parameter model needs less than one MiB
@@ -258,8 +260,28 @@ class PrivacyRecord(Strict):
     update: UpdatePrivacy | None = None
 
 
+class AdapterRecord(Strict):
+    """The adapter of one tensor: U = scaling · B A, transposed where the tensor is stored as [in, out].
+
+    Args:
+        module: the file of adapters holds A as `module`.lora_A.weight [rank, in], B as `module`.lora_B.weight
+            [out, rank].
+    """
+
+    module: str
+    rank: Annotated[int, Field(ge=1, le=2**31)]
+    scaling: PositiveNumber
+    transposed: bool
+
+
 class UpdateManifest(Manifest):
-    """`update.json`: what a client says about its update. The server checks what it can and believes none of it."""
+    """`update.json`: what a client says about its update. The server checks what it can and believes none of it.
+
+    Args:
+        adapters: of an update of adapters, by the name of the tensor that they change.
+        saved: tensors that were trained in full beside adapters: their names in the file of adapters, which holds them
+            as they are after training.
+    """
 
     FILE = UPDATE_MANIFEST
     HINT = "make an update with 'fedqsn client-train'"
@@ -273,6 +295,8 @@ class UpdateManifest(Manifest):
     precision: Literal["fp32", "bf16", "fp16", "int8", "nf4"]
     tool: str
     privacy: PrivacyRecord | None = None
+    adapters: dict[str, AdapterRecord] | None = None
+    saved: dict[str, str] | None = None
     files: dict[FileName, Sha256]
 
 
