@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,8 +22,12 @@ from fedqsn_cli.errors import InputError
 from fedqsn_cli.models.dense import DenseTensors
 from fedqsn_cli.models.stored_model import load_stored
 from fedqsn_cli.models.torch_model import Loaded, load_tokenizer, task_of
+from fedqsn_cli.options import TrainOptions
 from fedqsn_cli.progress import Silent
+from fedqsn_cli.training.batching import collate, loss_sum
+from fedqsn_cli.training.client import estimate_training
 from fedqsn_cli.training.data import Encoder
+from fedqsn_cli.training.schedule import learning_rate, step_count, windows
 from fedqsn_cli.training.scoring import score
 from fedqsn_cli.training.tables import read_table
 from fedqsn_cli.training.visible import expanded
@@ -66,6 +70,7 @@ CASES = [
     Case("roberta", "RobertaForSequenceClassification", (NF4, ("axis", "input"))),
     Case("roberta", "RobertaForSequenceClassification", (NF4, DENSE)),
     Case("qwen3", proxy=(NF4, ("double_quant", True))),
+    Case("t5", "T5ForSequenceClassification", (NF4,)),
 ]
 
 
@@ -122,6 +127,52 @@ def loss_of(model: Any, proxy: Path, data: Path) -> float:
     encoder = Encoder.of(loaded, 256)
     examples = encoder.encode(read_table(data), Silent())
     return score(model, examples, batch_size=8, padding=encoder.padding, progress=Silent()).loss
+
+
+def train_plainly(model: Any, recipe: TrainOptions, proxy: Path, data: Path) -> None:
+    """The plainest loop around a model of peft: gradients of hidden rows of B are zeroed."""
+    with Checkpoint.open(proxy) as checkpoint:
+        loaded = Loaded(model, load_tokenizer(checkpoint), task_of(checkpoint.config, proxy)[0])
+    encoder = Encoder.of(loaded, 256)
+    examples = encoder.encode(read_table(data), Silent())
+    visible = {name.removesuffix(".weight"): mask for name, mask in visible_units(proxy).items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=recipe.weight_decay)
+    model.train()
+    steps = step_count(recipe, len(examples))
+    for step, (rows,) in enumerate(windows(recipe, examples.lengths)):
+        batch = collate(examples, rows, encoder.padding)
+        optimizer.zero_grad()
+        (loss_sum(loaded.task, model(**batch.inputs).logits, batch.targets) / batch.count).backward()
+        for name, module in model.named_modules():
+            if hasattr(module, "lora_B"):
+                module.lora_B["default"].weight.grad[~torch.from_numpy(visible[name].flags.reshape(-1))] = 0
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = learning_rate(recipe, step, steps)
+        optimizer.step()
+
+
+def test_a_plain_loop_of_peft_on_the_same_data_gives_the_same_factors(tmp_path: Path, llama: tuple[Path, Path]) -> None:
+    train(tmp_path, LLAMA, *llama)
+    model = opened_by_peft(llama[0], None)
+    layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    torch.manual_seed(0)
+    targets = [name for name in layers if name != "lm_head"]
+    get_peft_model(model, LoraConfig(r=4, lora_alpha=6, target_modules=targets))
+    train_plainly(model, TrainOptions(**FAST, out="unused", data=llama[1]), *llama)
+    sent = load_file(tmp_path / "update" / "adapter_model.safetensors")
+    assert len(sent) == 2 * len(targets)
+    for name, factor in sent.items():
+        plain = model.get_parameter(name.removeprefix("base_model.model.").replace(".weight", ".default.weight"))
+        torch.testing.assert_close(factor, plain.detach(), rtol=1e-3, atol=1e-4)  # steps are of size 2e-2
+
+
+def test_an_estimate_counts_the_bytes_of_the_factors(tmp_path: Path, llama: tuple[Path, Path]) -> None:
+    train(tmp_path, LLAMA, *llama)
+    proxy, data = llama
+    estimate = estimate_training(proxy, TrainOptions(**FAST, out=tmp_path / "no", data=data))
+    factors = load_file(tmp_path / "update" / "adapter_model.safetensors")
+    assert estimate.update_bytes == sum(4 * factor.numel() for factor in factors.values())
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([case.family, *map(str, dict(case.proxy).values())]))
