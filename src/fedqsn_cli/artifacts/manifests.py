@@ -67,6 +67,8 @@ def _checked_by(check: Callable[[Value, str], Value]) -> AfterValidator:
 
 Ratio = Annotated[float, _checked_by(validate.ratio)]
 ServerRatio = Annotated[float, _checked_by(validate.up_to_one)]  # p1: 1 hides all of a model
+
+
 def _printable(value: str) -> str:
     """Text that cannot steer a terminal."""
     if not value.isprintable():

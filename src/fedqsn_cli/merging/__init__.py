@@ -16,6 +16,7 @@ survey.py         a pass before it, where updates must be known beforehand
 line_search.py    the step or blend with the lowest loss
 interpolate.py    a loaded model moved along a line (imports torch)
 restore.py        trained visible part + hidden part -> the whole model
+page_updates.py   the part of the page that is about updates
 page.py           the page about updates and what a search tried (page.html.j2)
 merge.py          the command merge
 """

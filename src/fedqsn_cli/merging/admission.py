@@ -58,11 +58,11 @@ def check_norms(update: ClientUpdate, measures: UpdateMeasures, sizes: ModelSize
         what = f"its norm is {norm:.3g} times the model's, over --max-update-norm {limit:g}"
         raise RefusedUpdate(what, where=update.folder)
     for excess in measures.largest(sizes):
-        if excess.ratio > options.max_unit_norm:
+        if excess.ratio > options.unit_limit:
             place = excess.tensor if excess.unit is None else f"unit {excess.unit} of {excess.tensor}"
             raise RefusedUpdate(
                 f"client {update.client!r} moves {place} by {excess.ratio:.3g} times the size of the weights there, "
-                f"over --max-unit-norm {options.max_unit_norm:g}",
+                f"over --max-unit-norm {options.unit_limit:g}",
                 where=update.folder,
             )
 

@@ -1,8 +1,8 @@
 """A model and updates read in step: one chunk of the model, then the same rows of every update.
 
-    for chunk, pieces in joint_chunks(model, tasks, readers):      read ahead in threads
-        for reader, piece in zip(readers, pieces): ...             all pieces of a chunk, before the next chunk
-        chunk.write_to(sink, residual)     stored bits: to files that writer threads store, or to tensors in memory
+for chunk, pieces in joint_chunks(model, tasks, readers):      read ahead in threads
+    for reader, piece in zip(readers, pieces): ...             all pieces of a chunk, before the next chunk
+    chunk.write_to(sink, residual)     stored bits: to files that writer threads store, or to tensors in memory
 """
 
 from __future__ import annotations
@@ -109,17 +109,17 @@ class UpdateChunk:
 
 
 def joint_chunks(
-    model: OpenModel, tasks: Sequence[TensorTask], readers: Sequence[UpdateReader], elements: int = CHUNK_ELEMENTS
+    model: OpenModel, tasks: Sequence[TensorTask], readers: Sequence[UpdateReader], elements: int | None = None
 ) -> Generator[tuple[ModelChunk, Iterator[UpdateChunk]], None, None]:
     """The chunks of a model, in order, each with the same rows of every update; no update has rows of whole numbers.
 
     Args:
         tasks: the tensors of `model`, in order.
-        elements: about how many weights a chunk has. A chunk is whole rows, and at least one.
+        elements: about how many weights a chunk has, if not the usual number. It is whole rows, and at least one.
     """
-    residual = Residual(model)
+    reads = _reads(model, Residual(model), tasks, readers, elements or CHUNK_ELEMENTS)
     with ThreadPoolExecutor(READERS) as threads:
-        pieces: Iterator[Any] = read_ahead(threads, _reads(model, residual, tasks, readers, elements), 2 * READERS)
+        pieces: Iterator[Any] = read_ahead(threads, reads, 2 * READERS)
         for chunk in pieces:  # the model's rows; those of every update follow, and the caller takes them
             yield chunk, pieces
 

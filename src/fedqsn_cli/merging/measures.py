@@ -1,8 +1,8 @@
 """What is measured of every update while its values go by: norms of all, of each tensor and of the largest units.
 
 Norms are of Δ_k = U_k / s_k, over what the client saw. A tensor or unit is held against the size of the weights: its
-root mean square over that of the tensor's visible weights, or over that of all visible weights where they are larger
-(a bias of zeros has no size of its own). So one poisoned neuron is found, however small its share of the whole is.
+root mean square over that of the tensor's visible weights, or over that of all matrices' where they are larger (a bias
+of zeros has no size of its own). So one poisoned neuron is found, however small its share of the whole is.
 """
 
 from __future__ import annotations
@@ -40,11 +40,14 @@ class ModelSizes:
 
     def __init__(self) -> None:
         self._tensors: dict[str, tuple[float, int]] = {}
+        self._matrices: set[str] = set()
 
     def add(self, task: TensorTask, squares: float, count: int) -> None:
         """Some rows of a float tensor: `count` visible weights."""
         before, known = self._tensors.get(task.name, (0.0, 0))
         self._tensors[task.name] = before + squares, known + count
+        if len(task.plan.shape) > 1:
+            self._matrices.add(task.name)
 
     @property
     def squares(self) -> float:
@@ -58,7 +61,9 @@ class ModelSizes:
         """
         squares, counts = (np.array(column, np.float64) for column in zip(*self._tensors.values(), strict=True))
         own = np.sqrt(squares / np.maximum(counts, 1))
-        return np.maximum(own, math.sqrt(squares.sum() / max(counts.sum(), 1)) or math.inf)
+        among = np.array([name in self._matrices or not self._matrices for name in self._tensors])
+        usual = math.sqrt(squares[among].sum() / max(counts[among].sum(), 1))
+        return np.maximum(own, usual or math.inf)
 
     @property
     def names(self) -> list[str]:

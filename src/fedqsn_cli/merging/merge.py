@@ -77,10 +77,10 @@ def merge(
         result = restore_model(source, options.restore, options, development, progress=progress)
     else:
         result = merge_updates(source, updates, options, development, progress=progress)
-    if options.report is not None and result.search is not None:
+    if options.report is not None:
         from fedqsn_cli.merging.page import render
 
-        write_file_atomically(Path(options.report), render(result.search).encode())
+        write_file_atomically(Path(options.report), render(result).encode())
     return result
 
 

@@ -79,9 +79,7 @@ class SurveyPass:
                     check_norms(update, reader.measures, self._sizes, options)
         left = {str(update.folder) for update in self._refusals.without([r.update for r in self._readers])}
         kept = [reader for reader in self._readers if str(reader.update.folder) in left]
-        return Survey(
-            tuple(reader.update for reader in kept), tuple(reader.measures.squares**0.5 for reader in kept)
-        )
+        return Survey(tuple(reader.update for reader in kept), tuple(reader.measures.squares**0.5 for reader in kept))
 
     def _take(self, chunk: ModelChunk, pieces: Iterator[UpdateChunk]) -> None:
         visible = visible_rows(chunk, copy=False)

@@ -25,13 +25,14 @@ class AdmissionOptions(Options):
         ),
     ] = 10.0
     max_unit_norm: Annotated[
-        float,
+        float | None,
         Option(
             "Refuse an update that moves a tensor or a neuron by more than this many times the size of its weights.",
             LIMITS,
+            shown="10, or --max-update-norm if that is more",
             check=validate.more_than_zero,
         ),
-    ] = 10.0
+    ] = None
     max_examples: Annotated[
         int | None,
         Option(
@@ -47,3 +48,8 @@ class AdmissionOptions(Options):
     on_refused: Annotated[
         OnRefused, Option("End the merge at an update that is refused, or name it and go on.", LIMITS)
     ] = "fail"
+
+    @property
+    def unit_limit(self) -> float:
+        """`max_unit_norm`, or its default."""
+        return max(10.0, self.max_update_norm) if self.max_unit_norm is None else self.max_unit_norm
