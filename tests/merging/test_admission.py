@@ -184,7 +184,7 @@ def nan(tensors: dict[str, NDArray[np.float32]]) -> None:
 
 FAULTS: dict[str, tuple[Callable[[Place], object], str]] = {
     "NaN": (lambda place: spoil(place, "bob", nan), "NaN"),
-    "a huge unit": (lambda place: spoil(place, "bob", lambda t: t[WEIGHT].__setitem__(1, 50.0)), "moves"),
+    "a huge unit": (lambda place: spoil(place, "bob", lambda t: t[WEIGHT].__setitem__(1, 5.0)), "moves"),
     "too many examples": (lambda place: say(place, "bob", num_examples=2**53), "median"),
     "a foreign proxy": (lambda place: say(place, "bob", proxy_id="1" * 64), "not in the ledger"),
     "no manifest": (lambda place: (place.root / "u-bob/update.json").unlink(), "no update.json"),

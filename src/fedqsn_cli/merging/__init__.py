@@ -19,4 +19,6 @@ restore.py        trained visible part + hidden part -> the whole model
 page_updates.py   the part of the page that is about updates
 page.py           the page about updates and what a search tried (page.html.j2)
 merge.py          the command merge
+teachers.py       what models say about texts, and a student's distance from it (imports torch)
+consolidate.py    the command consolidate
 """
