@@ -127,7 +127,7 @@ def test_one_unit_that_is_a_million_times_too_large_is_named(axis: str, name: st
 
 
 def test_the_unit_that_is_named_is_the_one_that_was_changed(place: Place) -> None:
-    spoil(place, "bob", lambda tensors: tensors[WEIGHT].__setitem__(3, 9.0))
+    spoil(place, "bob", lambda tensors: tensors[WEIGHT].__setitem__(3, 2.5))
     shown = whole_update(place.root / "proxies/bob", draft(place.root / "proxies/bob", noise(9)))[WEIGHT][1][0]
     unit = np.flatnonzero(shown.any(axis=1))[3]
     with pytest.raises(RefusedUpdate, match=rf"moves unit {unit} of {WEIGHT} by"):

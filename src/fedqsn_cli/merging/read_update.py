@@ -34,7 +34,7 @@ from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.merging.arithmetic import PieceSquares
 from fedqsn_cli.merging.measures import UpdateMeasures
 from fedqsn_cli.merging.refusals import Refusals
-from fedqsn_cli.merging.stored_values import ReadValues, StoredValues
+from fedqsn_cli.merging.stored_values import ReadValues, StoredValues, TensorValues
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.planning.tensor_plan import TensorPlan, UnitAxis
@@ -49,7 +49,7 @@ class ClientUpdate:
     Args:
         masks: of its client in its round.
         identity: of update.safetensors, so that another file in its place is noticed.
-        stored: where the U of each float tensor is in the file.
+        stored: the U of each float tensor.
     """
 
     folder: Path
@@ -57,7 +57,7 @@ class ClientUpdate:
     release: Release
     masks: ClientMasks
     identity: FileIdentity
-    stored: Mapping[str, StoredValues]
+    stored: Mapping[str, TensorValues]
 
     @property
     def client(self) -> str:
@@ -281,7 +281,7 @@ class UpdateVerifier:
             raise RefusedUpdate(f"it must list exactly {UPDATE_TENSORS}", where=folder / UPDATE_MANIFEST)
         client = ClientMasks(self.masks, release.client, release.round, release.p2, release.schedule, release.rescale)
         header = read_header(folder / UPDATE_TENSORS, most_header_bytes(self._model.plan.tensors))
-        stored = {}
+        stored: dict[str, TensorValues] = {}
         for tensor in self._model.plan.tensors:
             if tensor.dtype in WEIGHT_DTYPES:
                 shape, kind = _expected_shape(tensor, client, release), format_of(manifest.precision, tensor.shape)
