@@ -20,15 +20,24 @@ Norms and biases (tensors of one dimension) are F32 in these formats, too: they 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Protocol
 
+from fedqsn_cli.artifacts.manifests import UPDATE_MANIFEST, UPDATE_TENSORS
 from fedqsn_cli.checkpoint import TensorSpec
 from fedqsn_cli.errors import InputError
 
 SCALES = ".absmax"
 """What the name of a tensor of block scales ends with."""
+
+FILES = frozenset({UPDATE_MANIFEST, UPDATE_TENSORS})
+"""All that an update may hold."""
+
+_ENTRY_BYTES = 512  # dtype, shape and offsets of a tensor in a header
+_HEADER_BYTES = 1 << 16  # metadata
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +97,27 @@ def stored_specs(name: str, stored: StoredFormat, shape: tuple[int, ...]) -> lis
         TensorSpec(name, stored.dtype, codes),
         TensorSpec(name + SCALES, "F32", (-(-count // coding.block),)),
     ]
+
+
+def require_no_more(folder: Path) -> None:
+    """Refuse a folder that holds anything beside the files of an update. Raises InputError."""
+    others = sorted(entry.name for entry in os.scandir(folder) if entry.name not in FILES)
+    if others:
+        raise InputError(f"holds {others[0]!r}, which is no file of an update", where=folder, hint="take it out")
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str:
+        """The name of a tensor."""
+
+
+def most_header_bytes(tensors: Sequence[_Named]) -> int:
+    """The longest header that an update of a model with these tensors has: values or codes, and scales, of each.
+
+    Every character of a name may be written as an escape of six bytes.
+    """
+    return _HEADER_BYTES + sum(2 * (6 * (len(tensor.name) + len(SCALES)) + _ENTRY_BYTES) for tensor in tensors)
 
 
 def require_distinct(specs: Iterable[TensorSpec]) -> None:

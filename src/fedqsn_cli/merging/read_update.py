@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from fedqsn_cli.artifacts import ledger as ledgers
 from fedqsn_cli.artifacts.ledger import Release
 from fedqsn_cli.artifacts.manifests import UPDATE_MANIFEST, UPDATE_TENSORS, UpdateManifest, read_manifest
-from fedqsn_cli.artifacts.update_folder import format_of, update_shape
+from fedqsn_cli.artifacts.update_folder import format_of, most_header_bytes, require_no_more, update_shape
 from fedqsn_cli.checkpoint import read_header
 from fedqsn_cli.checkpoint.header import FileIdentity
 from fedqsn_cli.checkpoint.reader import DESCRIPTORS, DirectFile
@@ -30,7 +31,10 @@ from fedqsn_cli.kernels.hash_threads import HashQueue
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.masks.job_masks import ClientMasks, ServerMasks
 from fedqsn_cli.masks.unit_mask import UnitMask
-from fedqsn_cli.merging.stored_values import ReadValues, StoredValues
+from fedqsn_cli.merging.arithmetic import PieceSquares
+from fedqsn_cli.merging.measures import UpdateMeasures
+from fedqsn_cli.merging.refusals import Refusals
+from fedqsn_cli.merging.stored_values import ReadValues, StoredValues, TensorValues
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.planning.tensor_plan import TensorPlan, UnitAxis
@@ -45,7 +49,7 @@ class ClientUpdate:
     Args:
         masks: of its client in its round.
         identity: of update.safetensors, so that another file in its place is noticed.
-        stored: where the U of each float tensor is in the file.
+        stored: the U of each float tensor.
     """
 
     folder: Path
@@ -53,7 +57,7 @@ class ClientUpdate:
     release: Release
     masks: ClientMasks
     identity: FileIdentity
-    stored: Mapping[str, StoredValues]
+    stored: Mapping[str, TensorValues]
 
     @property
     def client(self) -> str:
@@ -91,8 +95,7 @@ class UpdateReader:
         self.update = update
         self._hash = FileHash(update.folder / UPDATE_TENSORS, update.identity, queue)
         self._visible: tuple[str, UnitMask | None] = ("", None)
-        self.squares = 0.0
-        """Sum of squares of Δ_k over everything that was measured so far."""
+        self.measures = UpdateMeasures()
 
     def locate(self, task: TensorTask, first: int, rows: int) -> UpdateSlice:
         """The elements of U that belong to rows `first` .. `first + rows` of a tensor."""
@@ -117,11 +120,11 @@ class UpdateReader:
         for piece in read.pieces:
             self._hash.take(piece.start, piece.data)
 
-    def measure(self, tensor: TensorPlan, squares: float) -> None:
-        """Add the sum of squares of a piece of U. Raises RefusedUpdate for NaN and infinity."""
-        if not math.isfinite(squares):
+    def measure(self, tensor: TensorPlan, first: int, sums: PieceSquares, count: int) -> None:
+        """Measure a piece of U: `count` numbers, from row `first` on. Raises RefusedUpdate for NaN and infinity."""
+        if not math.isfinite(sums.total):
             raise RefusedUpdate("holds NaN or infinity", where=f"{self.update.folder}: {tensor.name}")
-        self.squares += squares / self.update.scale(tensor) ** 2
+        self.measures.add(tensor, first, sums.divided(self.update.scale(tensor)), count, self.update.axis(tensor))
 
     def finish(self) -> None:
         """Check the digest of the whole file.
@@ -204,31 +207,45 @@ class UpdateVerifier:
         self._ledger = ledger
         self._releases = {release.proxy_id: release for release in ledgers.read(ledger, job)}
 
-    def updates(self, folders: Sequence[str | Path], max_examples: int | None) -> list[ClientUpdate]:
+    def updates(self, folders: Sequence[str | Path], refusals: Refusals) -> list[ClientUpdate]:
         """Open all updates of a round, in the order of client ids: the order of arguments changes nothing.
 
         Raises:
-            RefusedUpdate: one is foreign, stale, duplicate or malformed, or they are of different models.
+            RefusedUpdate: one is foreign, stale, duplicate or malformed, or they are of different models, and that is
+                not only noted in `refusals`.
         """
-        updates = sorted((self._open(Path(folder), max_examples) for folder in folders), key=lambda item: item.client)
-        for before, after in zip(updates, updates[1:], strict=False):
-            if before.client == after.client:
-                raise RefusedUpdate(f"client {after.client!r} sent more than one update", where=after.folder)
-        for update in updates:
-            if update.release.model_digest != updates[0].release.model_digest:
-                raise RefusedUpdate(
-                    f"it was trained on another model than the update in {updates[0].folder}",
-                    where=update.folder,
-                    hint="merge the updates of one round only",
-                )
-        for update in updates:
-            if update.moves_fill and self._model.kind != "server-model":
-                raise RefusedUpdate(
-                    "its client trained the public base in the holes, too, and a global model has no holes",
-                    where=update.folder,
-                    hint="merge it into the server model; a --restore puts all together",
-                )
-        return updates
+        opened = []
+        for folder in folders:
+            with refusals.noting(folder):
+                opened.append(self._open(Path(folder)))
+        opened.sort(key=lambda update: update.client)
+        last = {update.client: update for update in opened}
+        sent = Counter(update.client for update in opened)
+        for update in opened:
+            with refusals.noting(update.folder, update.client):
+                if sent[update.client] > 1:
+                    where = last[update.client].folder
+                    raise RefusedUpdate(f"client {update.client!r} sent more than one update", where=where)
+                if not refusals.skip:  # otherwise the model itself tells which of them are stale
+                    self._check_model(update, opened[0])
+                self._check_fill(update)
+        return refusals.without(opened)
+
+    def _check_model(self, update: ClientUpdate, first: ClientUpdate) -> None:
+        if update.release.model_digest != first.release.model_digest:
+            raise RefusedUpdate(
+                f"it was trained on another model than the update in {first.folder}",
+                where=update.folder,
+                hint="merge the updates of one round only",
+            )
+
+    def _check_fill(self, update: ClientUpdate) -> None:
+        if update.moves_fill and self._model.kind != "server-model":
+            raise RefusedUpdate(
+                "its client trained the public base in the holes, too, and a global model has no holes",
+                where=update.folder,
+                hint="merge it into the server model; a --restore puts all together",
+            )
 
     def control(self, folder: str | Path, others: Sequence[ClientUpdate]) -> ClientUpdate:
         """Open the control update: verified like any other, of a client whose update is not merged.
@@ -236,7 +253,7 @@ class UpdateVerifier:
         Raises:
             RefusedUpdate: it is refused like any other, is of a client that sent an update, or of another model.
         """
-        (control,) = self.updates([folder], None)
+        (control,) = self.updates([folder], Refusals(skip=False, refused=[]))
         for other in others:
             if other.client == control.client:
                 raise RefusedUpdate(
@@ -250,8 +267,9 @@ class UpdateVerifier:
             )
         return control
 
-    def _open(self, folder: Path, max_examples: int | None) -> ClientUpdate:
+    def _open(self, folder: Path) -> ClientUpdate:
         manifest = read_manifest(folder, UpdateManifest)
+        require_no_more(folder)
         release = self._releases.get(manifest.proxy_id)
         if release is None:
             raise RefusedUpdate(f"its proxy {manifest.proxy_id[:12]} is not in the ledger {self._ledger}", where=folder)
@@ -261,13 +279,9 @@ class UpdateVerifier:
             raise RefusedUpdate("it belongs to another job or plan", where=folder, hint="check --key")
         if manifest.files.keys() != {UPDATE_TENSORS}:
             raise RefusedUpdate(f"it must list exactly {UPDATE_TENSORS}", where=folder / UPDATE_MANIFEST)
-        if max_examples is not None and manifest.num_examples > max_examples:
-            raise RefusedUpdate(
-                f"it claims {manifest.num_examples} examples, more than --max-examples {max_examples}", where=folder
-            )
         client = ClientMasks(self.masks, release.client, release.round, release.p2, release.schedule, release.rescale)
-        header = read_header(folder / UPDATE_TENSORS)
-        stored = {}
+        header = read_header(folder / UPDATE_TENSORS, most_header_bytes(self._model.plan.tensors))
+        stored: dict[str, TensorValues] = {}
         for tensor in self._model.plan.tensors:
             if tensor.dtype in WEIGHT_DTYPES:
                 shape, kind = _expected_shape(tensor, client, release), format_of(manifest.precision, tensor.shape)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,9 +45,21 @@ class ReadValues:
     pieces: tuple[StoredPiece, ...]
 
 
+class TensorValues(Protocol):
+    """The U of one tensor, however an update stores it: all that sums, rules and measures know of an update's values.
+
+    They ask for elements in C order of the shape that the release calls for (`update_folder`), in rising order and from
+    several threads. An implementation reads its bytes with `read`, so that the digest of the file covers them: what it
+    returns as `pieces` is hashed as it was read, and bytes that are in no piece are read once more for the digest.
+    """
+
+    def read(self, first: int, count: int, read: ReadBytes) -> ReadValues:
+        """Elements `first` .. `first + count` of U. Raises RefusedUpdate: they are malformed."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredValues:
-    """The U of one tensor in a file.
+    """The U of one tensor as values, or as codes and scales: one of the `TensorValues`.
 
     Args:
         size: elements of U.
