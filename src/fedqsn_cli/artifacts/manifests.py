@@ -279,7 +279,7 @@ class AdapterRecord(Strict):
             [out, rank].
     """
 
-    module: str
+    module: Annotated[str, Field(max_length=1000)]
     rank: Annotated[int, Field(ge=1, le=2**31)]
     scaling: PositiveNumber
     transposed: bool
@@ -296,7 +296,7 @@ class UpdateManifest(Manifest):
 
     FILE = UPDATE_MANIFEST
     HINT = "make an update with 'fedqsn client-train'"
-    LARGEST = 1 << 16  # its fields do not depend on the model
+    LARGEST = 1 << 24  # a model of 700 billion parameters has 50,000 matrices that may have an adapter
 
     format: Literal["fedqsn-update/1"] = "fedqsn-update/1"
     proxy_id: Sha256

@@ -3,6 +3,9 @@
 results.py        what a merge reports
 job_model.py      a dense model that belongs to the job of a key
 stored_values.py  where U is in a file, as values or as codes
+products.py       products of two factors, compiled
+adapter_config.py the configuration of adapters, which may say nothing else
+adapters.py       U of adapters: products of factors, rows of them as they are asked for
 arithmetic.py     the sums and steps, compiled
 measures.py       what is measured of an update while its values go by
 refusals.py       updates that are refused end the merge, or are noted

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fedqsn_cli import strictjson
 from fedqsn_cli.artifacts.manifests import ADAPTER_CONFIG, ADAPTER_TENSORS, AdapterRecord, ProxyManifest
-from fedqsn_cli.artifacts.update_folder import UPDATE_FORMATS
+from fedqsn_cli.artifacts.update_folder import PEFT_PREFIX, UPDATE_FORMATS, factor_names, lora_scaling
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, TensorSpec
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.masks.unit_mask import UnitMask
@@ -34,7 +34,6 @@ from fedqsn_cli.training.precision import repeatable
 from fedqsn_cli.training.visible import expanded, read_visible
 
 _ADAPTER = "default"  # peft's name of the only adapter
-_PREFIX = "base_model.model."  # of names in a file of peft
 
 
 @dataclass(slots=True)
@@ -105,7 +104,7 @@ class LoraMethod:
             trained = {tensor: self._parameter(_saved(name, self.chosen)) for name, tensor in self._saved_names()}
             differences = update.Differences(self.received, layout, self.visible, trained, frozenset())
             update.write_tensors(writer, differences, options.update_format)
-        saved = {tensor: _PREFIX + name for name, tensor in self._saved_names()}
+        saved = {tensor: PEFT_PREFIX + name for name, tensor in self._saved_names()}
         return {"adapters": self.records(), "saved": saved or None}
 
     def sent(self) -> None:
@@ -114,10 +113,10 @@ class LoraMethod:
     def records(self) -> dict[str, AdapterRecord]:
         """The adapters by the tensors that they change."""
         options, rank = self.options, self.options.rank
-        scaling = options.alpha / (rank**0.5 if options.use_rslora else rank)
+        scaling = lora_scaling(rank, options.alpha, rank_stabilised=options.use_rslora)
         return {
             target.tensor: AdapterRecord(
-                module=_PREFIX + target.name, rank=rank, scaling=scaling, transposed=target.transposed
+                module=PEFT_PREFIX + target.name, rank=rank, scaling=scaling, transposed=target.transposed
             )
             for target in self.chosen.targets
         }
@@ -174,11 +173,11 @@ class LoraMethod:
     def _adapter_tensors(self) -> dict[str, Tensor]:
         """What the file of adapters holds, under peft's names."""
         factors = {
-            f"{_PREFIX}{target.name}.{factor}.weight": self._parameter(f"{target.name}.{factor}.{_ADAPTER}.weight")
+            name: self._parameter(target.name + suffix)
             for target in self.chosen.targets
-            for factor in ("lora_A", "lora_B")
+            for name, suffix in zip(factor_names(PEFT_PREFIX + target.name), (_a_suffix(), _b_suffix()), strict=True)
         }
-        saved = {_PREFIX + name: self._parameter(_saved(name, self.chosen)) for name, _ in self._saved_names()}
+        saved = {PEFT_PREFIX + name: self._parameter(_saved(name, self.chosen)) for name, _ in self._saved_names()}
         return dict(sorted((factors | saved).items()))
 
     def _adapter_specs(self, options: TrainOptions) -> list[TensorSpec]:
