@@ -310,6 +310,13 @@ def test_gradient_checkpointing_and_rank_stabilised_scaling_and_16_bit_factors(
     assert {t.dtype for t in load_file(tmp_path / "update" / "adapter_model.safetensors").values()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("options", [{"packing": True}, {"optimizer": "adamw-8bit"}, {"optimizer": "sgd", "lr": 1.0}])
+def test_packed_rows_and_other_optimizers(tmp_path: Path, llama: tuple[Path, Path], options: dict[str, Any]) -> None:
+    result = train(tmp_path, LLAMA, *llama, eval_data=llama[1], **options)
+    assert result.after.loss < result.before.loss
+    assert result.after.loss == pytest.approx(loss_of(opened_by_peft(llama[0], tmp_path / "update"), *llama), abs=1e-5)
+
+
 def test_named_layers_only(tmp_path: Path, llama: tuple[Path, Path]) -> None:
     train(tmp_path, LLAMA, *llama, target_modules=["q_proj", "model.layers.1.mlp.down_proj"])
     assert set(products(tmp_path / "update")) == {
