@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import GPT2LMHeadModel
 
 from fedqsn_cli import client_train, export_proxy, inspect, merge
 from fedqsn_cli.artifacts.manifests import UpdateManifest, read_manifest
@@ -71,6 +74,20 @@ def test_after_three_rounds_the_model_is_the_first_one_plus_the_means_of_the_cli
             np.testing.assert_array_equal(result[hidden[tensor]], old.numpy()[hidden[tensor]])
         assert any((total[tensor] != 0).any() for tensor in before)
         now = tmp_path / f"model-{number}"
+
+
+def test_peft_opens_a_kept_adapter_and_computes_what_the_merged_model_computes(tmp_path: Path) -> None:
+    model, data = small_model(tmp_path / "model", "gpt2"), data_for("", tmp_path)
+    job = {"key": tmp_path / "key", "ledger": tmp_path / "ledger.jsonl"}
+    export_proxy(str(model), tmp_path / "proxy", client=["ann"], round=1, p1=0.3, p2=0.2, format="nf4", **job)
+    client_train(tmp_path / "proxy", tmp_path / "u", data=data, max_steps=2, lr=2e-2, method="lora", lora_r=3)
+    merge(str(model), [tmp_path / "u"], tmp_path / "next", keep_adapter=tmp_path / "adapter", **job)
+    ids = torch.tensor([[5, 8, 13, 21]])
+    with torch.no_grad():
+        adapted = PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(model), str(tmp_path / "adapter"))
+        wanted = GPT2LMHeadModel.from_pretrained(tmp_path / "next").eval()(ids).logits
+        torch.testing.assert_close(adapted.eval()(ids).logits, wanted, rtol=1e-5, atol=1e-5)
+        assert not torch.equal(wanted, GPT2LMHeadModel.from_pretrained(model).eval()(ids).logits)
 
 
 def test_inspect_counts_the_adapters_of_an_update(tmp_path: Path) -> None:

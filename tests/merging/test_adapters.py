@@ -27,7 +27,9 @@ from support.helpers import (
     make_model,
     noise,
     nothing_written,
+    read_file,
     read_model,
+    send,
     to_bits,
     to_floats,
     visible_elements,
@@ -174,6 +176,88 @@ def test_tensors_without_an_adapter_count_as_trained_by_zero(place: Place) -> No
     step = to_floats(after, "F32") - to_floats(before, "F32")
     share = np.where(shown[1], 0.5, 1.0)[:, None]
     np.testing.assert_allclose(step, share * full, atol=1e-6)
+
+
+# ---------------------------------------------------------------- kept as an adapter
+
+
+def product_of(folder: Path, update: AdapterUpdate, name: str) -> Doubles:
+    """Δ of a tensor according to an adapter that a merge kept."""
+    record, factors = update.manifest["adapters"][name], read_file(folder / "adapter_model.safetensors")
+    a, b = (to_floats(factors[f"{record['module']}.lora_{letter}.weight"][1], "F32") for letter in "AB")
+    whole = b.astype(np.float64) @ a.astype(np.float64)
+    return whole.T if record["transposed"] else whole
+
+
+@few(10)
+@given(
+    st.sampled_from(["neuron", "input"]).flatmap(lambda axis: worlds(axis=axis, dtype="F32")),
+    st.sampled_from(["coverage", "clients"]),
+)
+def test_the_kept_adapter_is_the_step_of_the_merge(world: World, normalize: str) -> None:
+    with placed(world) as place:
+        proxies = place.export(place.model, "proxies")
+        drafts = [draft_adapters(proxies / name, rank, rank=rank) for name, rank in (("ann", 2), ("bob", 5))]
+        folders = [update.write(place.root / f"u{number}") for number, update in enumerate(drafts)]
+        kept = place.root / "adapter"
+        result = merged(place, *folders, keep_adapter=kept, server_lr=0.5, normalize=normalize)
+        assert (result.adapter.rank, result.adapter.summed_rank, result.adapter.error) == (7, 7, 0)
+        before, after = read_model(place.model), read_model(place.root / "next")
+        for name in drafts[0].manifest["adapters"]:
+            old, new = (to_floats(model[name][1], "F32").astype(np.float64) for model in (before, after))
+            step = product_of(kept, drafts[0], name)
+            np.testing.assert_allclose(old + step, new, rtol=2e-6, atol=2e-6)
+            np.testing.assert_array_equal(step[old == new], 0)
+
+
+def test_a_smaller_rank_keeps_the_largest_singular_values(place: Place) -> None:
+    drafts = [draft_adapters(place.root / f"proxies/{name}", 1 + len(name), rank=3) for name in ("ann", "bob")]
+    folders = [update.write(place.root / f"u{number}") for number, update in enumerate(drafts)]
+    merged(place, *folders, keep_adapter=place.root / "whole")
+    result = merged(place, *folders, out="n2", keep_adapter=place.root / "cut", adapter_rank=2)
+    dropped = squares = 0.0
+    for name in drafts[0].manifest["adapters"]:
+        whole, cut = (product_of(place.root / folder, drafts[0], name) for folder in ("whole", "cut"))
+        u, sizes, v = np.linalg.svd(whole, full_matrices=False)
+        np.testing.assert_allclose(cut, (u[:, :2] * sizes[:2]) @ v[:2], atol=1e-5)
+        assert not cut[~whole.any(axis=1)].any() and not cut[:, ~whole.any(axis=0)].any()
+        dropped, squares = dropped + (sizes[2:] ** 2).sum(), squares + (sizes**2).sum()
+    assert (result.adapter.rank, result.adapter.summed_rank) == (2, 6)
+    assert result.adapter.error == pytest.approx(np.sqrt(dropped / squares), rel=1e-4)
+    assert json.loads((place.root / "cut/adapter_config.json").read_text())["r"] == 2
+
+
+def test_what_was_trained_in_full_is_in_the_kept_adapter_as_it_is_after_the_merge(place: Place) -> None:
+    update = draft_adapters(place.root / "proxies/ann", 1, saved=HEAD).write(place.root / "u")
+    merged(place, update, keep_adapter=place.root / "adapter")
+    kept, after = read_file(place.root / "adapter/adapter_model.safetensors"), read_model(place.root / "next")
+    for name in HEAD:
+        np.testing.assert_array_equal(kept[f"base_model.model.{name}"][1], after[name][1])
+    assert json.loads((place.root / "adapter/adapter_config.json").read_text())["modules_to_save"] == ["classifier"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep_adapter": "adapter"}, "the update of client 'bob' is not one of adapters"),
+        ({"keep_adapter": "next/adapter"}, "is inside of the output"),
+        ({"adapter_rank": 3}, "no adapter is written"),
+        ({"keep_adapter": "adapter", "control": "u-bob"}, "a control is no part of an adapter"),
+    ],
+)
+def test_a_step_that_is_no_adapter_is_refused(place: Place, options: dict[str, Any], message: str) -> None:
+    one = draft_adapters(place.root / "proxies/ann", 1).write(place.root / "u-ann")
+    other = send(place.root / "proxies/bob", place.root / "u-bob", noise(1, 0.01))
+    paths = {name: place.root / str(value) if name != "adapter_rank" else value for name, value in options.items()}
+    with nothing_written(place.root), pytest.raises(FedqsnError, match=message):
+        merged(place, one, other, **paths)
+
+
+def test_clients_that_trained_different_modules_in_full_make_no_adapter(place: Place) -> None:
+    one = draft_adapters(place.root / "proxies/ann", 1, saved=HEAD).write(place.root / "u-ann")
+    other = draft_adapters(place.root / "proxies/bob", 1).write(place.root / "u-bob")
+    with nothing_written(place.root), pytest.raises(FedqsnError, match="trained different modules in full"):
+        merged(place, one, other, keep_adapter=place.root / "adapter")
 
 
 # ---------------------------------------------------------------- refused

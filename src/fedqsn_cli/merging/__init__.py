@@ -15,6 +15,7 @@ chunks.py         a model and updates read in step: one chunk of the model, then
 cosines.py        how an update points in comparison with the merged step
 chunk_sum.py      one chunk of a weighted average
 merge_pass.py     the pass of a merge
+keep_adapter.py   the merged step as one adapter
 survey.py         a pass before it, where updates must be known beforehand
 line_search.py    the step or blend with the lowest loss
 interpolate.py    a loaded model moved along a line (imports torch)

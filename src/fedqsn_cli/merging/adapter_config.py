@@ -24,6 +24,7 @@ from fedqsn_cli.errors import RefusedUpdate
 _LARGEST = 1 << 24  # bytes, as of update.json
 _LARGEST_NUMBER = 2**64
 _OFF: tuple[object, ...] = (None, False, "none")
+_NAMES = ("target_modules", "modules_to_save")
 _VERSION = re.compile(r"[0-9A-Za-z.+]{1,40}")
 
 
@@ -48,8 +49,8 @@ _FREE: Mapping[str, Callable[[Any], bool]] = {
 """What changes nothing, or is compared with update.json: the values that are allowed."""
 
 
-def check_config(folder: Path, manifest: UpdateManifest) -> None:
-    """Check the configuration of an update's adapters.
+def read_config(folder: Path, manifest: UpdateManifest) -> Mapping[str, Any]:
+    """Read and check the configuration of an update's adapters.
 
     Raises:
         RefusedUpdate: it is not the file that update.json describes, contradicts it, or has more in it.
@@ -62,12 +63,12 @@ def check_config(folder: Path, manifest: UpdateManifest) -> None:
     document = strictjson.loads(data, path)
     if not isinstance(document, dict):
         raise RefusedUpdate("is no JSON object", where=path)
-    names = document.pop("target_modules", None), document.pop("modules_to_save", None)
     for key, value in document.items():
-        if not (_FREE[key](value) if key in _FREE else _is_off(value)):
+        if key not in _NAMES and not (_FREE[key](value) if key in _FREE else _is_off(value)):
             raise RefusedUpdate(f"{key!r} has a value that no update has", where=path)
     _check_scaling(document, manifest, path)
-    _check_modules(*names, manifest, path)
+    _check_modules(document, manifest, path)
+    return document
 
 
 def _is_off(value: object) -> bool:
@@ -93,8 +94,9 @@ def _check_scaling(document: Mapping[str, Any], manifest: UpdateManifest, path: 
             raise RefusedUpdate(f"contradicts {UPDATE_MANIFEST} about {name}", where=path)
 
 
-def _check_modules(targets: object, saved: object, manifest: UpdateManifest, path: Path) -> None:
+def _check_modules(document: Mapping[str, Any], manifest: UpdateManifest, path: Path) -> None:
     """Refuse names of other modules than those of update.json."""
+    targets, saved = (document.get(name) for name in _NAMES)
     modules = {adapter.module for adapter in (manifest.adapters or {}).values()}
     if not isinstance(targets, list) or sorted(modules) != sorted(PEFT_PREFIX + str(name) for name in targets):
         raise RefusedUpdate(f"adapts other modules than {UPDATE_MANIFEST} says", where=path)

@@ -24,12 +24,14 @@ from fedqsn_cli.checkpoint.header import FileIdentity, TensorEntry
 from fedqsn_cli.dtypes import DTYPES
 from fedqsn_cli.errors import RefusedUpdate
 from fedqsn_cli.kernels.values import widened
-from fedqsn_cli.merging.adapter_config import check_config
+from fedqsn_cli.merging.adapter_config import read_config
 from fedqsn_cli.merging.products import product
 from fedqsn_cli.merging.stored_values import ReadBytes, ReadValues, StoredPiece, UpdateSlice
 from fedqsn_cli.planning.tensor_plan import TensorPlan, UnitAxis
 
 Array = NDArray[Any]
+
+_NONE: NDArray[np.int64] = np.empty(0, np.int64)
 
 
 class UntrainedValues:
@@ -89,6 +91,13 @@ class AdapterValues:
             right = right[:, part.index]
         return ReadValues(product(left, right, self.scaling).reshape(-1), "F32", pieces)
 
+    def whole(self, read: ReadBytes) -> tuple[Array, Array]:
+        """Left [rows, rank] and right [rank, cols] factor of all of U, hidden units included."""
+        left, right, _ = self._factors(
+            UpdateSlice(0, (self.a.cols if self.transposed else self.b.rows), 0, 0, _NONE), read
+        )
+        return left, right
+
     def _factors(self, part: UpdateSlice, read: ReadBytes) -> tuple[Array, Array, tuple[StoredPiece, ...]]:
         """Left [rows, rank] and right [rank, cols] factor of a run of rows, hidden units included."""
         a, a_piece = self.a.read(0, self.a.rows, read)
@@ -118,7 +127,7 @@ class AdapterFolder:
         """
         if UPDATE_FORMATS[manifest.precision].coding is not None:
             raise RefusedUpdate(f"factors are never sent as {manifest.precision}", where=folder / UPDATE_MANIFEST)
-        check_config(folder, manifest)
+        read_config(folder, manifest)
         header = read_header(folder / ADAPTER_TENSORS, most_header_bytes)
         self.identity: FileIdentity = header.identity
         self.entries = header.entries

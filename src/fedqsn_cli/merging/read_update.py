@@ -122,9 +122,10 @@ class UpdateReader:
         Raises:
             RefusedUpdate: a code, scale or factor is malformed. FormatError: a file got shorter or changed.
         """
-        return self.update.stored[name].read(part, self._read_bytes)
+        return self.update.stored[name].read(part, self.read_bytes)
 
-    def _read_bytes(self, file: str, start: int, count: int) -> NDArray[np.uint8]:
+    def read_bytes(self, file: str, start: int, count: int) -> NDArray[np.uint8]:
+        """Bytes of a file of the update; from any thread. Raises RefusedUpdate, FormatError: it changed."""
         return self._hashes[file].read(start, count)
 
     def hash(self, read: ReadValues) -> None:
