@@ -46,6 +46,7 @@ from fedqsn_cli.options.groups import (
     save_every_option,
     schedule_option,
 )
+from fedqsn_cli.options.lora import LoraOptions
 from fedqsn_cli.options.privacy import PrivacyOptions
 from fedqsn_cli.planning.tensor_plan import MaskAxis
 
@@ -178,7 +179,7 @@ class ExportOptions(QuantizationOptions, MaskingOptions, ModelOutputOptions):
 
 
 @dataclass(frozen=True)
-class TrainOptions(PrivacyOptions, RecipeOptions):
+class TrainOptions(PrivacyOptions, LoraOptions, RecipeOptions):
     """`client_train`."""
 
     FIRST = ("out", "data", "eval_data", "max_length", "packing")
@@ -209,6 +210,24 @@ class TrainOptions(PrivacyOptions, RecipeOptions):
             raise InputError("fp32 loses nothing", where="--residual", hint="give another --update-format")
         if self.dp_epsilon is not None:
             self._check_private()
+        if self.method == "lora":
+            self._check_lora()
+
+    def _check_lora(self) -> None:
+        """Refuse what works on U, which adapters are only the factors of. Raises InputError."""
+        full_only = {"--residual": self.residual, "--clip-norm": self.clip_norm}
+        for flag, value in full_only.items():
+            if value is not None:
+                raise InputError("works on weights, not on the factors of adapters", where=flag, hint="leave it out")
+        if self.update_format in ("int8", "nf4"):
+            what = f"adapters are not sent as {self.update_format}"
+            raise InputError(what, where="--update-format", hint="use fp32, bf16 or fp16")
+        if self.precision == "bf16-weights":
+            raise InputError(
+                "adapters are trained in fp32, and the proxy keeps its number format",
+                where="--precision",
+                hint="use auto, fp32 or bf16",
+            )
 
     def _check_private(self) -> None:
         """Refuse what private training does not do, and would otherwise leave out silently. Raises InputError."""

@@ -25,6 +25,10 @@ update_noise.py    clipping of the whole update, and noise on it
 error_feedback.py  what encoding loses, kept for the next round
 update.py          U = T − P on disk
 privacy.py         what the options of privacy mean for an update
+method.py          what both methods of training have in common
+full.py            the visible weights themselves
+lora_modules.py    which modules get adapters
+lora.py            adapters on the proxy as it is stored
 client.py          client-train: all of it, in this order
 evaluate.py        evaluate: a model on data
 """
