@@ -128,8 +128,9 @@ def run(place: Place, updates: list[Path], out: str = "next", **options: Any) ->
 def flat(wholes: list[Any], factors: list[float]) -> tuple[list[Doubles], list[NDArray[np.bool_]], list[str]]:
     """Δ_k of every client in one row, and what it saw."""
     names = list(wholes[0])
-    values = [a * np.concatenate([w[n][0].ravel() / w[n][2] for n in names]) for w, a in zip(wholes, factors, strict=True)]
-    return values, [np.concatenate([w[n][1].ravel() for n in names]) for w in wholes], names
+    values = [np.concatenate([whole[name][0].ravel() / whole[name][2] for name in names]) for whole in wholes]
+    shown = [np.concatenate([whole[name][1].ravel() for name in names]) for whole in wholes]
+    return [factor * x for factor, x in zip(factors, values, strict=True)], shown, names
 
 
 @few(30)
