@@ -5,6 +5,8 @@
                                                       or over all clients (normalize clients)
     W'  = W + η Δ                                     units that nobody saw keep their bits
 
+Other rules than this average are in `aggregation`.
+
 FedAvg (arXiv 1602.05629) is the case without masks and quantization. Memory holds one chunk, its sum and a few chunks
 read ahead, however many clients there are; only a search for η or λ needs the whole model in memory.
 
