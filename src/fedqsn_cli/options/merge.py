@@ -158,7 +158,7 @@ class MergeOptions(AdmissionOptions, RuleOptions, ModelOutputOptions):
         if self.keep_adapter is not None and self.restore is not None:
             raise InputError("a restore is no step", where="--keep-adapter", hint="use it when updates are merged")
         if self.keep_adapter is not None and (self.rule != "fedavg" or self.clip_norm is not None):
-            what = "only a weighted average of updates is an adapter"
+            what = "only a weighted average is an adapter"
             raise InputError(what, where="--keep-adapter", hint="leave out --rule and --clip-norm")
         if self.keep_adapter is not None and self.control is not None:
             raise InputError("a control is no part of an adapter", where="--keep-adapter", hint="leave out --control")
