@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,15 @@ def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ signals
 
 
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """SIGINT as a shell's foreground has it: a background job would inherit it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded")
 def test_a_signal_waits_for_the_end_of_the_block() -> None:
     after = []
     with pytest.raises(KeyboardInterrupt), held_signals() as held:
@@ -190,6 +200,7 @@ def test_a_signal_waits_for_the_end_of_the_block() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("heeded")
 def test_who_insists_is_heard_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedqsn_cli.training.interrupts.ECHO_SECONDS", -1.0)
     with pytest.raises(KeyboardInterrupt), held_signals():
