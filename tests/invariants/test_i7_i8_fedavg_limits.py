@@ -62,9 +62,10 @@ def test_i7_without_masks_and_quantization_merge_is_weighted_fedavg(
             if dtype == "I64":
                 continue
             u = [update.tensors[name][1].view(np.float32).astype(np.float64).reshape(bits.shape) for update in drafts]
-            mean = sum(n * x for n, x in zip(examples, u, strict=True)) / sum(examples)
-            expected = to_bits((to_floats(bits, dtype).astype(np.float64) + rate * mean).astype(np.float32), dtype)
-            still = rate * mean == 0  # a weight that does not move keeps its bits: -0.0 stays -0.0
+            weighted_sum = sum(n * x for n, x in zip(examples, u, strict=True))
+            step = rate * weighted_sum / sum(examples)  # in this order, as `merge`: the last bit depends on it
+            expected = to_bits((to_floats(bits, dtype).astype(np.float64) + step).astype(np.float32), dtype)
+            still = step == 0  # a weight that does not move keeps its bits: -0.0 stays -0.0
             np.testing.assert_array_equal(after[name][1], np.where(still, bits, expected))
 
 

@@ -176,7 +176,7 @@ def tamper_file(job: AuditedJob, name: str, change: Callable[[bytes], bytes], cl
     sign(job, client)
 
 
-def sign(job: AuditedJob, client: str = "alice", **fields: Any) -> None:
+def sign(job: AuditedJob, /, client: str = "alice", **fields: Any) -> None:
     """Make proxy.json and the ledger agree with the files again."""
     folder = job.proxy(client)
     document = json.loads((folder / "proxy.json").read_text()) | fields
