@@ -12,7 +12,6 @@ model at a time.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +43,7 @@ from fedqsn_cli.training.data import Encoder
 from fedqsn_cli.training.loop import train
 from fedqsn_cli.training.scoring import score as score_model
 from fedqsn_cli.training.tables import read_table
+from fedqsn_cli.training.tasks import TASKS
 
 State = dict[str, Tensor]
 Build = Callable[[], State]
@@ -249,11 +249,8 @@ class FunctionAttack:
 
     def _averages(self) -> float:
         """Loss of a model that answers with how often each label, or each token, is right."""
-        targets: list[int] = []
-        for target in self.evaluation.examples.targets:
-            targets += [target] if isinstance(target, int) else [token for token in target[1:] if token >= 0]
-        counts = Counter(targets)
-        return -sum(count * math.log(count / len(targets)) for count in counts.values()) / len(targets)
+        examples = self.evaluation.examples
+        return TASKS[examples.task].constant_loss(examples.targets)
 
     def curve(
         self, attack: str, public_data: str | Path, sizes: Sequence[int], floor_loss: float
