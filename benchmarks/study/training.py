@@ -61,10 +61,12 @@ class Trainee:
         """Train what is not frozen; returns how many different examples took part."""
         from fedqsn_cli.options import RecipeOptions
         from fedqsn_cli.progress import Silent
+        from fedqsn_cli.training.compact import VisibleParameters
         from fedqsn_cli.training.loop import train
 
         recipe = RecipeOptions(epochs=MANY, max_steps=steps, lr=lr, batch_size=batch_size, seed=seed)
-        done = train(self.model, self.examples(data, most), {}, recipe, self.encoder.padding, Silent())
+        trainable = VisibleParameters(self.model, {})
+        done = train(self.model, self.examples(data, most), trainable, recipe, self.encoder.padding, Silent())
         return done.examples
 
     def score(self, data: Path) -> Score:

@@ -2,7 +2,7 @@
 
 Every shell command is one function here, of the same name and with the same options as keywords:
 
-    from fedqsn_cli import mask, quantize, export_proxy, client_train, merge, inspect, evaluate, audit
+    from fedqsn_cli import mask, quantize, export_proxy, client_train, merge, consolidate, inspect, evaluate, audit
 
 Nothing heavy is imported before one of them is used.
 """
@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the same as what __getattr__ makes from the table
     from fedqsn_cli.auditing import run
     from fedqsn_cli.export import proxy, server_model
     from fedqsn_cli.inspection import inspect as _inspect
+    from fedqsn_cli.merging.consolidate import consolidate as _consolidate
     from fedqsn_cli.merging.merge import merge as _merge
     from fedqsn_cli.options.keywords import with_keywords
     from fedqsn_cli.training.client import client_train as _client_train
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # the same as what __getattr__ makes from the table
 
     audit = with_keywords(run.audit, options.AuditOptions)
     client_train = with_keywords(_client_train, options.TrainOptions)
+    consolidate = with_keywords(_consolidate, options.ConsolidateOptions)
     evaluate = with_keywords(_evaluate, options.EvaluateOptions)
     export_proxy = with_keywords(proxy.export_proxy, options.ExportOptions)
     inspect = with_keywords(_inspect, options.InspectOptions)
@@ -35,7 +37,7 @@ if TYPE_CHECKING:  # the same as what __getattr__ makes from the table
 
 __version__ = VERSION
 
-__all__ = ["audit", "client_train", "evaluate", "export_proxy", "inspect", "mask", "merge", "quantize"]
+__all__ = ["audit", "client_train", "consolidate", "evaluate", "export_proxy", "inspect", "mask", "merge", "quantize"]
 
 COMMANDS = {  # in the order of use: what implements a command, and the class of its options
     "mask": ("fedqsn_cli.export.server_model", "MaskOptions"),
@@ -43,6 +45,7 @@ COMMANDS = {  # in the order of use: what implements a command, and the class of
     "export-proxy": ("fedqsn_cli.export.proxy", "ExportOptions"),
     "client-train": ("fedqsn_cli.training.client", "TrainOptions"),
     "merge": ("fedqsn_cli.merging.merge", "MergeOptions"),
+    "consolidate": ("fedqsn_cli.merging.consolidate", "ConsolidateOptions"),
     "inspect": ("fedqsn_cli.inspection", "InspectOptions"),
     "evaluate": ("fedqsn_cli.training.evaluate", "EvaluateOptions"),
     "audit": ("fedqsn_cli.auditing.run", "AuditOptions"),

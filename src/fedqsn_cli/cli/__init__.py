@@ -7,5 +7,6 @@ help_text.py     help as plain text
 exit_codes.py    from an exception to one line and an exit code
 interrupts.py    signals end a run cleanly
 tables.py        parts of what commands print
-mask.py, quantize.py, export_proxy.py, client_train.py, merge.py, inspect.py, evaluate.py, audit.py   a command each
+mask.py, quantize.py, export_proxy.py, client_train.py, merge.py, consolidate.py, inspect.py,
+evaluate.py, audit.py   a command each
 """

@@ -11,4 +11,6 @@ interpolate.py    a loaded model moved along a line (imports torch)
 restore.py        trained visible part + hidden part -> the whole model
 page.py           the page about what a search tried (page.html.j2)
 merge.py          the command merge
+teachers.py       what models say about texts, and a student's distance from it (imports torch)
+consolidate.py    the command consolidate
 """

@@ -65,14 +65,14 @@ def restore_model(
     Raises:
         InputError: the two models do not belong together. Nothing was written then.
     """
-    job, inputs = _open_inputs(source, trained, options)
-    whole = inputs.whole
+    inputs = open_restore_inputs(source, trained, options)
+    job, whole = inputs.job, inputs.whole
     with ArtifactWriter(Path(options.out), force=options.force, hashed=False) as writer:
         search = _search(inputs, development, progress) if development is not None else None
         blend = search.chosen if search else float(options.blend)
         limit, with_residual = options.max_shard_bytes, inputs.has_residual(blend)
         with model_sinks(writer, whole, inputs.tasks, limit, with_residual=with_residual) as (sink, residual):
-            _restore_into(sink, residual, inputs, blend, progress)
+            restore_into(sink, residual, inputs, blend, progress)
         path = publish(writer, whole, merged_manifest(whole, job))
     return MergeResult(path, "global-model", (), 0, 0.0, None, blend=blend, search=search)
 
@@ -82,12 +82,13 @@ class RestoreInputs:
     """What is put together.
 
     Args:
-        whole: the global model. server: the trained server model. manifest: of the server model.
+        job: the job of both. whole: the global model. server: the trained server model. manifest: of the server model.
         tasks: the tensors of both, in order.
         base: R, where clients trained it to R'.
         residuals: of the global and of the server model.
     """
 
+    job: JobKey
     whole: OpenModel
     server: OpenModel
     manifest: ModelManifest
@@ -106,7 +107,7 @@ class RestoreInputs:
         return float(rescale_factor(task.plan.units, self.manifest.groups[task.plan.groups[0]].hidden, 0))
 
 
-def _open_inputs(source: str | Path, trained: str | Path, options: MergeOptions) -> tuple[JobKey, RestoreInputs]:
+def open_restore_inputs(source: str | Path, trained: str | Path, options: MergeOptions) -> RestoreInputs:
     """Open both models and the public base.
 
     Raises:
@@ -125,7 +126,8 @@ def _open_inputs(source: str | Path, trained: str | Path, options: MergeOptions)
         base = _open_base(options.public_base, whole, server.manifest, tasks, whole_model=job.sends_nothing)
     elif options.public_base is not None:
         raise InputError("no client trained the public base in this job", where="--public-base")
-    return job, RestoreInputs(whole, server, server.manifest, tasks, base, (Residual(whole), Residual(server)))
+    residuals = Residual(whole), Residual(server)
+    return RestoreInputs(job, whole, server, server.manifest, tasks, base, residuals)
 
 
 def _check_same_shapes(whole: OpenModel, server: OpenModel, trained: str | Path) -> None:
@@ -180,13 +182,13 @@ def _search(inputs: RestoreInputs, development: DevelopmentSet, progress: Progre
     ends = []
     for blend in (0.0, 1.0):
         end = Weights(InMemorySink(tensor_specs(inputs.tasks, None)), InMemorySink([]))
-        _restore_into(end.stored, None, inputs, blend, progress)
+        restore_into(end.stored, None, inputs, blend, progress)
         ends.append(end)
     line = Interpolation(inputs.whole.checkpoint, ends[0], ends[1], development, progress)
     return best_blend(line.measure, line.examples, progress)
 
 
-def _restore_into(
+def restore_into(
     sink: Sink, residual_sink: Sink | None, inputs: RestoreInputs, blend: float, progress: Progress
 ) -> None:
     """Write the restored model into sinks for weights and residual, chunk by chunk."""

@@ -1,11 +1,12 @@
 """Every option of every command, once: name, type, default, help and check. No import of anything heavy.
 
-declare.py   how an option is declared
-groups.py    options that several commands have
-privacy.py   those that limit what an update tells about the data
-commands.py  the options of each command
-merge.py     those of merge, and which of them go together
-keywords.py  Python functions that take the options as keywords
+declare.py      how an option is declared
+groups.py       options that several commands have
+privacy.py      those that limit what an update tells about the data
+commands.py     the options of each command
+merge.py        those of merge, and which of them go together
+consolidate.py  those of consolidate
+keywords.py     Python functions that take the options as keywords
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fedqsn_cli.options.commands import (
     QuantizeOptions,
     TrainOptions,
 )
+from fedqsn_cli.options.consolidate import ConsolidateOptions
 from fedqsn_cli.options.declare import REQUIRED, Declared, Option, Options, options_of
 from fedqsn_cli.options.groups import (
     MaskingOptions,
@@ -33,6 +35,7 @@ from fedqsn_cli.options.merge import MergeOptions
 __all__ = [
     "REQUIRED",
     "AuditOptions",
+    "ConsolidateOptions",
     "Declared",
     "EvaluateOptions",
     "ExportOptions",

@@ -29,7 +29,6 @@ from fedqsn_cli.options.groups import (
     OWNER,
     PLAN,
     PLAN_FILE,
-    TRAINING,
     Format,
     Layout,
     MaskingOptions,
@@ -44,6 +43,7 @@ from fedqsn_cli.options.groups import (
     device_option,
     format_option,
     max_length_option,
+    save_every_option,
     schedule_option,
 )
 from fedqsn_cli.options.privacy import PrivacyOptions
@@ -170,12 +170,6 @@ class ExportOptions(QuantizationOptions, MaskingOptions, ModelOutputOptions):
         return [Path(str(self.out).replace("{client}", name)) for name in self.client]
 
 
-def check_interval(value: str, flag: str) -> str:
-    """A number of steps, or a time."""
-    validate.interval(value, flag)
-    return value
-
-
 @dataclass(frozen=True)
 class TrainOptions(PrivacyOptions, RecipeOptions):
     """`client_train`."""
@@ -195,15 +189,7 @@ class TrainOptions(PrivacyOptions, RecipeOptions):
         str | Path | None,
         Option("Keep what the format loses here, and add it in the next round: a private file.", OUTPUT),
     ] = None
-    save_every: Annotated[
-        str | None,
-        Option(
-            "Save the state after this many steps, or this time such as 10m; the same command then goes on from it.",
-            TRAINING,
-            metavar="N",
-            check=check_interval,
-        ),
-    ] = None
+    save_every: Annotated[str | None, save_every_option()] = None
     log: Annotated[str | Path | None, Option("Write a JSON line for each step.", OUTPUT)] = None
     tensorboard: Annotated[
         str | Path | None, Option("Write loss, learning rate and speed for TensorBoard.", OUTPUT, metavar="DIR")

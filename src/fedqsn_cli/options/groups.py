@@ -57,6 +57,18 @@ def batch_size_option(panel: str) -> Option:
     return Option("Examples in a batch.", panel, check=validate.at_least_one)
 
 
+def check_interval(value: str, flag: str) -> str:
+    """A number of steps, or a time."""
+    validate.interval(value, flag)
+    return value
+
+
+def save_every_option() -> Option:
+    """How often the state of a training is saved."""
+    text = "Save the state after this many steps, or this time such as 10m; the same command then goes on from it."
+    return Option(text, TRAINING, metavar="N", check=check_interval)
+
+
 def schedule_option(panel: str) -> Option:
     """How a client's mask changes from round to round."""
     return Option("Hide other neurons in every round, or always the same.", panel, shown="the preset's, else fresh")

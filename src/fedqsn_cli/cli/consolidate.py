@@ -1,0 +1,54 @@
+"""`fedqsn consolidate`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from fedqsn_cli import console, text
+from fedqsn_cli.cli.command import argument
+
+if TYPE_CHECKING:
+    from fedqsn_cli.cli.views import ViewOptions
+    from fedqsn_cli.merging.consolidate import ConsolidateResult
+    from fedqsn_cli.options import ConsolidateOptions
+
+
+def consolidate(
+    checkpoint: Annotated[str, argument("GLOBAL", "The global model, as it was before the job.")],
+    server: Annotated[str, argument("SERVER", "The trained server model that the job ended with.")],
+    options: ConsolidateOptions,
+    view: ViewOptions,
+) -> None:
+    """End a job: train the restored model to agree with the global model and with the server model.
+
+    The student starts from 'merge --restore' with a blend. On your own data it learns to answer as the global model
+    does, and on transfer texts as the server model does, which clients trained. A language model writes the texts that
+    you do not give, as it would answer. No client takes part, and nothing is sent.
+
+    Examples:
+
+      fedqsn consolidate global/ server-9/ --out final/ --key job.key --own-data own.jsonl
+      fedqsn consolidate global/ server-9/ --out final/ --key job.key --own-data own.jsonl \\
+          --transfer-data texts.jsonl --public-base hf://owner/base --eval-data dev.jsonl
+    """
+    from fedqsn_cli.merging.consolidate import consolidate as run
+
+    with console.progress(view.mode) as progress:
+        result = run(checkpoint, server, options, progress=progress)
+    console.show(view.mode, result, essential=[result.path], parts=_parts(result))
+
+
+def _parts(result: ConsolidateResult) -> list[console.Part]:
+    from fedqsn_cli.cli import tables
+
+    written = {True: ", written by the model itself", False: ""}
+    facts: list[tuple[str, object]] = [
+        ("global model", result.path),
+        ("own texts", f"{text.number(result.own_texts)}{written[result.own_written]}"),
+        ("transfer texts", f"{text.number(result.transfer_texts)}{written[result.transfer_written]}"),
+        ("steps", f"{text.number(result.steps)} in {result.seconds:.1f} s"),
+        ("divergence", f"{text.real(result.first_loss)} -> {text.real(result.last_loss)}"),
+    ]
+    named = {"global": result.before, f"restored, blend {result.blend:g}": result.restored, "final": result.after}
+    measured = [(when, one) for when, one in named.items() if one is not None]
+    return [console.Facts(facts), *([tables.evaluations(measured)] if measured else [])]

@@ -1,0 +1,121 @@
+"""The options of `consolidate`."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated
+
+from fedqsn_cli import validate
+from fedqsn_cli.errors import InputError
+from fedqsn_cli.options.declare import Option
+from fedqsn_cli.options.groups import (
+    DATA,
+    JOB,
+    KEY,
+    OUT,
+    RESTORING,
+    TRAINING,
+    ModelOutputOptions,
+    OptimizerName,
+    RecipeOptions,
+    batch_size_option,
+    device_option,
+    max_length_option,
+    save_every_option,
+)
+
+MEASURING = "Measuring"
+
+
+def _two(value: int, flag: str) -> int:
+    """A length that leaves something to predict."""
+    if value < 2:
+        raise InputError(f"{value} is too short", where=flag, hint="give 2 tokens or more")
+    return value
+
+
+@dataclass(frozen=True)
+class ConsolidateOptions(ModelOutputOptions):
+    """`consolidate`."""
+
+    FIRST = ("out", "key", "own_data", "transfer_data", "public_base", "blend", "transfer_weight", "steps")
+
+    out: Annotated[str | Path, OUT]
+    _: KW_ONLY
+    key: Annotated[str | Path, Option("The job's secret.", JOB, env=KEY)]
+    own_data: Annotated[
+        str | Path | None,
+        Option("Your own data, on which the global model is the teacher; it writes texts itself without any.", DATA),
+    ] = None
+    transfer_data: Annotated[
+        str | Path | None,
+        Option(
+            "Texts on which the server model is the teacher, labels are not needed; it writes them itself without any.",
+            DATA,
+        ),
+    ] = None
+    written_examples: Annotated[
+        int, Option("How many texts a language model writes itself.", DATA, check=validate.at_least_one)
+    ] = 2000
+    written_length: Annotated[int, Option("How many tokens each of them has.", DATA, check=_two)] = 32
+    max_length: Annotated[int, max_length_option(DATA)] = 256
+    public_base: Annotated[
+        str | Path | None,
+        Option(
+            "The public model of the job, if clients trained it in the holes (--train all).",
+            RESTORING,
+            metavar="BASE",
+        ),
+    ] = None
+    blend: Annotated[
+        float,
+        Option("Start from the restore with this blend.", RESTORING, check=validate.up_to_one),
+    ] = 0.9
+    transfer_weight: Annotated[
+        float,
+        Option("How much the server model counts, next to the global model.", TRAINING, check=validate.more_than_zero),
+    ] = 1.0
+    steps: Annotated[int, Option("Optimizer steps.", TRAINING, check=validate.at_least_one)] = 150
+    lr: Annotated[float, Option("Largest learning rate.", TRAINING, check=validate.more_than_zero)] = 5e-5
+    warmup_ratio: Annotated[
+        float, Option("Share of steps to warm up; then it falls to 0.", TRAINING, check=validate.up_to_one)
+    ] = 0.1
+    max_grad_norm: Annotated[float, Option("Clip gradients to this norm.", TRAINING, check=validate.more_than_zero)] = (
+        1.0
+    )
+    batch_size: Annotated[int, batch_size_option(TRAINING)] = 32
+    optimizer: Annotated[
+        OptimizerName,
+        Option("AdamW, AdamW with 8-bit moments (bitsandbytes), or SGD without momentum.", TRAINING),
+    ] = "adamw"
+    gradient_checkpointing: Annotated[
+        bool, Option("Compute activations a second time instead of keeping them: less memory, more time.", TRAINING)
+    ] = False
+    seed: Annotated[
+        int, Option("Decides order, dropout and the texts that models write.", TRAINING, check=validate.not_negative)
+    ] = 0
+    save_every: Annotated[str | None, save_every_option()] = None
+    device: Annotated[str, device_option(TRAINING)] = "auto"
+    eval_data: Annotated[
+        str | Path | None,
+        Option("Data to measure the global model, the restored one and the result on.", MEASURING),
+    ] = None
+
+    @property
+    def recipe(self) -> RecipeOptions:
+        """How the student is trained: in fp32, without weight decay."""
+        return RecipeOptions(
+            epochs=float(self.steps),
+            max_steps=self.steps,
+            lr=self.lr,
+            warmup_ratio=self.warmup_ratio,
+            weight_decay=0.0,
+            max_grad_norm=self.max_grad_norm,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            device=self.device,
+            precision="fp32",
+            optimizer=self.optimizer,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )

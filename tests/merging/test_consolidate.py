@@ -1,0 +1,251 @@
+"""consolidate: the restored model is trained to agree with the owner's model and with the server model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fedqsn_cli import client_train, consolidate, evaluate, export_proxy, inspect, mask, merge
+from fedqsn_cli.errors import DataError, InputError, OutputExists
+from fedqsn_cli.merging.teachers import LIKELIEST, Distillation, Lesson, Said, listen
+from fedqsn_cli.options import RecipeOptions
+from fedqsn_cli.progress import SILENT, Silent
+from fedqsn_cli.training.batching import IGNORED, Examples, Padding, collate
+from support.families import build
+from support.helpers import contents, nothing_written
+from support.processes import run
+from support.raw_safetensors import read_model, to_floats
+from support.training_jobs import labelled, plain_texts
+
+FAST: dict[str, Any] = {"steps": 6, "lr": 1e-3, "batch_size": 8, "written_examples": 24, "written_length": 6}
+
+
+class Job:
+    """A job after its last round: global/ and server/, base/ and data.jsonl."""
+
+    def __init__(self, home: Path, family: str, dtype: str = "float32") -> None:
+        self.home = home
+        build(family, home / "base", tokenizer=True, seed=11, dtype=dtype)
+        build(family, home / "global", tokenizer=True, seed=3, dtype=dtype)
+        secret = {"key": home / "job.key", "preset": "strong", "public_base": home / "base"}
+        export_proxy(
+            home / "global", home / "proxy", client="ann", round=1, p2=0.1, ledger=home / "ledger.jsonl", **secret
+        )
+        mask(home / "global", home / "first", **secret)
+        make = labelled if family == "bert" else plain_texts
+        self.data = make(home / "data.jsonl")
+        client_train(home / "proxy", home / "update", data=self.data, lr=1e-3)
+        merge(home / "first", [home / "update"], home / "server", key=home / "job.key", ledger=home / "ledger.jsonl")
+
+    def options(self, **more: Any) -> dict[str, Any]:
+        return {"key": self.home / "job.key", "public_base": self.home / "base", **FAST, **more}
+
+    def consolidate(self, out: Path, **more: Any) -> Any:
+        return consolidate(self.home / "global", self.home / "server", out, **self.options(**more))
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return Job(tmp_path_factory.mktemp("classifier"), "bert")
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return Job(tmp_path_factory.mktemp("language"), "llama")
+
+
+def test_a_classifier_comes_closer_to_both_teachers(classifier: Job, tmp_path: Path) -> None:
+    data = {"own_data": classifier.data, "transfer_data": classifier.data, "eval_data": classifier.data}
+    done = classifier.consolidate(tmp_path / "out", **data | {"steps": 30})
+    assert done.last_loss < done.first_loss
+    assert (done.own_texts, done.transfer_texts, done.own_written, done.transfer_written) == (24, 24, False, False)
+    for found, model in ((done.before, classifier.home / "global"), (done.after, tmp_path / "out")):
+        assert found.loss == pytest.approx(evaluate(model, data=classifier.data).loss, rel=1e-6)
+    assert inspect(tmp_path / "out").kind == "global model"
+
+
+def test_a_language_model_writes_the_texts_that_are_missing(language: Job, tmp_path: Path) -> None:
+    done = language.consolidate(tmp_path / "one", own_data=language.data)
+    assert (done.own_texts, done.transfer_texts) == (12, 24)
+    assert (done.own_written, done.transfer_written) == (False, True)
+    neither = language.consolidate(tmp_path / "two")
+    assert (neither.own_texts, neither.transfer_texts) == (24, 24)
+    assert contents(tmp_path / "one") != contents(tmp_path / "two")
+
+
+def test_no_step_worth_mentioning_is_the_restored_model(language: Job, tmp_path: Path) -> None:
+    language.consolidate(tmp_path / "out", own_data=language.data, steps=1, lr=1e-30, blend=0.5)
+    restore = {"restore": language.home / "server", "public_base": language.home / "base", "blend": 0.5}
+    merge(language.home / "global", [], tmp_path / "restored", key=language.home / "job.key", **restore)
+    assert read_model(tmp_path / "out").keys() == read_model(tmp_path / "restored").keys()
+    for name, (dtype, bits) in read_model(tmp_path / "out").items():
+        expected = read_model(tmp_path / "restored")[name]
+        assert dtype == expected[0] and np.allclose(to_floats(bits, dtype), to_floats(expected[1], dtype)), name
+
+
+def test_the_same_call_gives_the_same_bytes(language: Job, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        language.consolidate(tmp_path / name, own_data=language.data)
+    language.consolidate(tmp_path / "other", own_data=language.data, seed=1)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") != contents(tmp_path / "other")
+
+
+def test_what_was_ended_goes_on_and_ends_with_the_same_bytes(language: Job, tmp_path: Path) -> None:
+    class Ended(Silent):
+        def __init__(self, step: int) -> None:
+            self.left = step
+
+        def advance(self, amount: float = 1, **facts: float) -> None:
+            if "lr" in facts:
+                self.left -= 1
+                if self.left == 0:
+                    raise KeyboardInterrupt
+
+    whole = language.consolidate(tmp_path / "whole", own_data=language.data)
+    for step in (2, 3):
+        with pytest.raises(KeyboardInterrupt):
+            language.consolidate(tmp_path / "out", own_data=language.data, save_every="1", progress=Ended(step))
+        assert not (tmp_path / "out").exists()
+    done = language.consolidate(tmp_path / "out", own_data=language.data, save_every="1")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert done.last_loss == whole.last_loss
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_sixteen_bit_models_stay_in_their_dtype(tmp_path: Path) -> None:
+    job = Job(tmp_path / "job", "llama", dtype="bfloat16")
+    job.consolidate(tmp_path / "out", own_data=job.data)
+    assert {dtype for dtype, _ in read_model(tmp_path / "out").values()} == {"BF16"}
+    assert not (tmp_path / "out" / "fedqsn-residual.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"transfer_data": None}, "writes no texts"),
+        ({"own_data": None}, "writes no texts"),
+        ({"public_base": None}, "--public-base"),
+        ({"key": "no.key"}, "there is no key"),
+        ({"blend": 1.5}, "out of range"),
+        ({"steps": 0}, "--steps"),
+        ({"transfer_weight": 0.0}, "--transfer-weight"),
+        ({"written_length": 1}, "too short"),
+        ({"save_every": "soon"}, "--save-every"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    classifier: Job, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    data = {"own_data": classifier.data, "transfer_data": classifier.data}
+    with nothing_written(tmp_path), pytest.raises(InputError, match=message):
+        classifier.consolidate(tmp_path / "out", **data | options)
+
+
+def test_wrong_files_are_refused(classifier: Job, tmp_path: Path) -> None:
+    both = {"own_data": classifier.data, "transfer_data": classifier.data}
+    with pytest.raises(DataError, match="no such file"):
+        classifier.consolidate(tmp_path / "out", **both | {"own_data": tmp_path / "none.jsonl"})
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputExists):
+        classifier.consolidate(tmp_path / "out", **both)
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(InputError, match="not a server model"):
+        consolidate(classifier.home / "global", classifier.home / "global", tmp_path / "out", **classifier.options())
+    with pytest.raises(InputError, match="inside of the output"):
+        classifier.consolidate(classifier.home, **both)
+
+
+def test_as_a_command(language: Job, tmp_path: Path) -> None:
+    models = (language.home / "global", language.home / "server", "--public-base", language.home / "base")
+    done = run(
+        *("consolidate", *models, "--out", tmp_path / "out", "--key", language.home / "job.key"),
+        *("--own-data", language.data, "--eval-data", language.data, "--steps", "3", "--written-examples", "8"),
+        *("--written-length", "4", "--batch-size", "4"),
+    )
+    assert done.code == 0, done.err
+    assert "written by the model itself" in done.out and "restored, blend 0.9" in done.out
+    document = run(
+        *("consolidate", *models, "--out", tmp_path / "two", "--key", language.home / "job.key"),
+        *("--own-data", language.data, "--steps", "3", "--written-examples", "8", "--json"),
+    )
+    assert json.loads(document.out)["transfer_texts"] == 8
+
+
+# ------------------------------------------------------------------------------------- the distance from a teacher
+
+
+class Fixed(torch.nn.Module):
+    """A language model that says the same whatever it reads: logits [positions, vocabulary]."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = torch.nn.Parameter(logits)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        from transformers.modeling_outputs import CausalLMOutput
+
+        length = input_ids.shape[1]
+        return CausalLMOutput(logits=self.logits[:length].expand(len(input_ids), -1, -1))
+
+
+def texts(lengths: list[int], ignored: int = 0) -> Examples:
+    rows = [list(range(5, 5 + length)) for length in lengths]
+    features = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
+    return Examples("causal-lm", features, [[IGNORED] * (1 + ignored) + row[1 + ignored :] for row in rows])
+
+
+def reference(teacher: Tensor, student: Tensor) -> float:
+    """KL over the likeliest tokens and all others together, at one position, in numpy."""
+    p, q = (np.exp(x - np.logaddexp.reduce(x)) for x in (teacher.double().numpy(), student.double().numpy()))
+    kept = np.argsort(-p)[:LIKELIEST]
+    p, q = (np.append(x[kept], 1 - x[kept].sum()) for x in (p, q))
+    return float((p * np.log(p / q)).sum())
+
+
+def test_the_loss_is_the_divergence_over_the_likeliest_tokens_and_the_rest() -> None:
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = (torch.randn(6, 50, generator=generator) for _ in range(2))
+    examples = texts([6, 4, 5], ignored=1)
+    said = listen(Fixed(teacher), examples, 2, Padding(0), SILENT)
+    assert [len(one.probabilities) for one in said] == [4, 2, 3]
+    lessons = Distillation([Lesson(examples, said, 1.0)])
+    batch = collate(lessons.examples, [0, 1, 2], Padding(0))
+    found = lessons.backward(Fixed(student), "causal-lm", [batch], batch.count, RecipeOptions())
+    positions = [position for length in (6, 4, 5) for position in range(1, length - 1)]
+    assert batch.count == len(positions)
+    assert found == pytest.approx(np.mean([reference(teacher[p], student[p]) for p in positions]), rel=1e-4)
+
+
+def test_a_student_that_agrees_has_no_loss() -> None:
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(1))
+    examples = texts([6, 6])
+    lessons = Distillation([Lesson(examples, listen(Fixed(logits), examples, 2, Padding(0), SILENT), 1.0)])
+    batch = collate(lessons.examples, [0, 1], Padding(0))
+    assert lessons.backward(Fixed(logits), "causal-lm", [batch], batch.count, RecipeOptions()) == pytest.approx(
+        0, abs=1e-5
+    )
+
+
+def test_lessons_count_by_their_weights_whatever_their_sizes() -> None:
+    few, many = texts([6]), texts([3] * 5)
+
+    def said(examples: Examples, kept: int) -> list[Said]:
+        positions = [len(row) - 1 for row in examples.targets]  # type: ignore[arg-type]
+        return [Said(torch.zeros(n, 1, dtype=torch.int32), torch.full((n, 1), 1.0 - 10.0**-kept)) for n in positions]
+
+    lessons = Distillation([Lesson(few, said(few, 6), 1.0), Lesson(many, said(many, 6), 3.0)])
+    assert len(lessons.examples) == 10
+    model = Fixed(torch.zeros(6, 2))
+    batch = collate(lessons.examples, list(range(10)), Padding(0))
+    found = lessons.backward(model, "causal-lm", [batch], batch.count, RecipeOptions())
+    one = float(np.log(2))  # each position: a sure teacher, an undecided student
+    assert found == pytest.approx(1.0 * one + 3.0 * one, rel=1e-3)
