@@ -24,6 +24,7 @@ def _trained(kind: str) -> Any:
         tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
         tokenizer.normalizer = normalizers.BertNormalizer()
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
         trainer: Any = trainers.WordPieceTrainer(vocab_size=400, special_tokens=SPECIAL, show_progress=False)
     else:
         tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=False))

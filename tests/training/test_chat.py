@@ -115,7 +115,9 @@ def test_a_long_conversation_is_cut_and_counted() -> None:
         (FORGETFUL, "renders turn 3 otherwise than behind its own generation prompt"),
         (ELSEWHERE, "renders turn 3 otherwise than behind its own generation prompt"),
         (
-            CHATML.replace("{{ m.content }}", "{{ m.content[:2] if m.role == 'assistant' and not loop.last else m.content }}"),
+            CHATML.replace(
+                "{{ m.content }}", "{{ m.content[:2] if m.role == 'assistant' and not loop.last else m.content }}"
+            ),
             "renders turn 3 otherwise once other turns follow",
         ),
         ("{{ raise_exception('roles must alternate') }}", "does not accept the conversation .roles must alternate"),

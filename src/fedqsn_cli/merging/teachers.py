@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedqsn_cli.models.torch_model import Task
+from fedqsn_cli.models.architecture import Task
 from fedqsn_cli.options import RecipeOptions
 from fedqsn_cli.progress import Progress
 from fedqsn_cli.training.batching import IGNORED, Batch, Examples, Padding, collate, in_order
