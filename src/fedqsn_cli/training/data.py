@@ -40,7 +40,7 @@ class Encoder(Encoding):
             tokenizer=loaded.tokenizer,
             inputs=loaded.inputs,
             vocabulary=loaded.vocabulary,
-            label_ids={str(name): int(number) for name, number in (getattr(config, "label2id", None) or {}).items()},
+            label_ids=_label_ids(config),
             labels=int(getattr(config, "num_labels", 0)) if classes else 0,
             max_length=min(max_length, loaded.positions, int(loaded.tokenizer.model_max_length)),
             positions=loaded.positions,
@@ -71,6 +71,15 @@ class Encoder(Encoding):
         if largest >= self.vocabulary:
             raise InputError(f"the tokenizer has ids beyond the model's vocabulary of {self.vocabulary}")
         return replace(examples, unused=table.unused)
+
+
+def _label_ids(config: Any) -> dict[str, int]:
+    """Class id by label, from both tables of a config: often only one of them has been filled in."""
+    names = getattr(config, "id2label", None) or {}
+    numbers = getattr(config, "label2id", None) or {}
+    return {str(name): int(number) for number, name in names.items()} | {
+        str(name): int(number) for name, number in numbers.items()
+    }
 
 
 def _ids(feature: dict[str, Ids]) -> list[Ids]:

@@ -49,11 +49,11 @@ class Prompts:
         if encoding.task not in _COLUMNS:
             what = f"a {encoding.task} model writes no texts"
             raise InputError(what, where="--generate", hint="leave it out")
-        if new >= encoding.positions:
-            what = f"the model takes {encoding.positions} tokens, and {new} new ones leave no room for a prompt"
-            raise InputError(what, where="--max-new-tokens")
         prompt, reply = _COLUMNS[encoding.task]
         table.require(prompt, reply, why=f"--generate needs {prompt} and {reply}")
+        if new >= encoding.positions:
+            what = f"the model takes {encoding.positions} tokens, and {new} new ones leave no room for a prompt"
+            raise InputError(what, where="--max-new-tokens", hint="give a smaller number")
         right: dict[str, list[str]] = {}
         for text, answer in zip(table.texts(prompt), table.texts(reply), strict=True):
             right.setdefault(text, []).append(answer)
