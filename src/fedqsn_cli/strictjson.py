@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from fedqsn_cli.errors import FormatError
+
+Problem = Callable[[str], Any]
+"""Takes a reason why a value cannot be used; raises an error, or returns what stands for the value."""
 
 
 def loads(text: str | bytes, where: object) -> Any:
@@ -19,21 +23,36 @@ def loads(text: str | bytes, where: object) -> Any:
         FormatError: invalid UTF-8 or JSON, a key given twice, NaN or Infinity, nesting too deep.
     """
 
-    def no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def refuse(reason: str) -> NoReturn:
+        raise FormatError(reason, where=where)
+
+    return loads_with(text, where, refuse)
+
+
+def loads_with(text: str | bytes, where: object, problem: Problem) -> Any:
+    """Parse one JSON document in which single values may be unusable: NaN, Infinity, and those of keys given twice.
+
+    Args:
+        text, where: as for `loads`.
+        problem: is asked for each such value.
+
+    Raises:
+        FormatError: invalid UTF-8 or JSON, nesting too deep.
+    """
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in seen:
-                raise FormatError(f"JSON key {key!r} is given twice", where=where)
-            seen[key] = value
+        for key, value in items:
+            seen[key] = problem(f"JSON key {key!r} is given twice") if key in seen else value
         return seen
 
-    def no_constants(name: str) -> NoReturn:
-        raise FormatError(f"JSON holds {name}, which is not a number", where=where)
+    def constant(name: str) -> Any:
+        return problem(f"JSON holds {name}, which is not a number")
 
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        return json.loads(text, object_pairs_hook=no_doubles, parse_constant=no_constants)
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
     except UnicodeDecodeError as error:
         raise FormatError(f"not UTF-8 text (byte {error.start})", where=where) from None
     except RecursionError:

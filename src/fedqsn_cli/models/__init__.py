@@ -6,6 +6,7 @@ digest.py       the content digest of a model
 public_base.py  the public base under the model's own names, dtypes and shapes
 duplicates.py   refuse equal tensors under two names that would be masked apart
 residual.py     what 16-bit weights could not hold of a merge
+architecture.py what a model is for, from its config.json
 dense.py        a model's tensors as dense torch tensors (imports torch)
 torch_model.py  the transformers model of a checkpoint (imports torch)
 stored_model.py the transformers model of a proxy, packed as it is (imports torch)

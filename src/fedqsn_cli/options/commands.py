@@ -273,6 +273,12 @@ class EvaluateOptions(Options):
 
     data: Annotated[str | Path, Option("Evaluation data: JSONL, CSV or Parquet.", DATA)]
     max_length: Annotated[int, max_length_option(DATA)] = 256
+    generate: Annotated[
+        bool, Option("Let a language model answer the prompts too: BLEU, ROUGE and exact matches.", COMPUTING)
+    ] = False
+    max_new_tokens: Annotated[
+        int, Option("Longest answer in tokens, for --generate.", COMPUTING, check=validate.at_least_one)
+    ] = 64
     batch_size: Annotated[int, batch_size_option(COMPUTING)] = 32
     device: Annotated[str, device_option(COMPUTING)] = "auto"
 
