@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,19 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.artifacts import ledger as ledgers
 from fedqsn_cli.artifacts.ledger import Release
-from fedqsn_cli.artifacts.manifests import UPDATE_MANIFEST, UPDATE_TENSORS, UpdateManifest, read_manifest
+from fedqsn_cli.artifacts.manifests import (
+    UPDATE_MANIFEST,
+    UPDATE_TENSORS,
+    UpdateManifest,
+    file_digest,
+    read_manifest,
+)
 from fedqsn_cli.artifacts.update_folder import format_of, update_shape
 from fedqsn_cli.checkpoint import read_header
 from fedqsn_cli.checkpoint.header import FileIdentity
 from fedqsn_cli.checkpoint.reader import DESCRIPTORS, DirectFile
 from fedqsn_cli.dtypes import WEIGHT_DTYPES
-from fedqsn_cli.errors import RefusedUpdate
+from fedqsn_cli.errors import RefusedUpdate, SignatureError
 from fedqsn_cli.kernels.hash_threads import HashQueue
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.masks.job_masks import ClientMasks, ServerMasks
@@ -196,12 +202,16 @@ class UpdateVerifier:
 
     Args:
         job: the job's key. model: what the updates are merged into. ledger: the record of all releases.
+        key_of: the public key that the update of a client must be signed with; None where it need not be signed.
     """
 
-    def __init__(self, job: JobKey, model: OpenModel, ledger: Path) -> None:
+    def __init__(
+        self, job: JobKey, model: OpenModel, ledger: Path, key_of: Callable[[str], Path | None] = lambda client: None
+    ) -> None:
         self.masks = ServerMasks(job)
         self._model = model
         self._ledger = ledger
+        self._key_of = key_of
         self._releases = {release.proxy_id: release for release in ledgers.read(ledger, job)}
 
     def updates(self, folders: Sequence[str | Path], max_examples: int | None) -> list[ClientUpdate]:
@@ -261,6 +271,7 @@ class UpdateVerifier:
             raise RefusedUpdate("it belongs to another job or plan", where=folder, hint="check --key")
         if manifest.files.keys() != {UPDATE_TENSORS}:
             raise RefusedUpdate(f"it must list exactly {UPDATE_TENSORS}", where=folder / UPDATE_MANIFEST)
+        self._check_signature(folder, manifest, release.client)
         if max_examples is not None and manifest.num_examples > max_examples:
             raise RefusedUpdate(
                 f"it claims {manifest.num_examples} examples, more than --max-examples {max_examples}", where=folder
@@ -275,6 +286,22 @@ class UpdateVerifier:
         if header.entries:
             raise RefusedUpdate("the model has no such tensor", where=f"{folder}: {next(iter(header.entries))}")
         return ClientUpdate(folder, manifest, release, client, header.identity, stored)
+
+    def _check_signature(self, folder: Path, manifest: UpdateManifest, client: str) -> None:
+        """Is it the client who got the proxy that sends the update? Raises RefusedUpdate."""
+        public = self._key_of(client)
+        if public is None:
+            return
+        from fedqsn_cli.crypto.keys import load_verify_key
+        from fedqsn_cli.crypto.signature import verify_folder
+
+        key = load_verify_key(public)
+        known = manifest.files | {UPDATE_MANIFEST: file_digest(folder / UPDATE_MANIFEST)}  # tensors: see UpdateReader
+        try:
+            verify_folder(folder, key, known)
+        except SignatureError as error:
+            hint = f"its proxy is that of client {client!r}, who must sign with the key of {public}"
+            raise RefusedUpdate(error.what, where=error.where, hint=hint) from None
 
 
 def _expected_shape(tensor: TensorPlan, client: ClientMasks, release: Release) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ privacy.py      those that limit what an update tells about the data
 commands.py     the options of each command
 merge.py        those of merge, and which of them go together
 consolidate.py  those of consolidate
+keys.py         those of keys, signatures and sealed folders
 keywords.py     Python functions that take the options as keywords
 """
 
@@ -30,6 +31,7 @@ from fedqsn_cli.options.groups import (
     Schedule,
     Train,
 )
+from fedqsn_cli.options.keys import KeygenOptions, SealOptions, UnsealOptions, VerifyOptions
 from fedqsn_cli.options.merge import MergeOptions
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "EvaluateOptions",
     "ExportOptions",
     "InspectOptions",
+    "KeygenOptions",
     "MaskOptions",
     "MaskingOptions",
     "MergeOptions",
@@ -50,7 +53,10 @@ __all__ = [
     "QuantizeOptions",
     "RecipeOptions",
     "Schedule",
+    "SealOptions",
     "Train",
     "TrainOptions",
+    "UnsealOptions",
+    "VerifyOptions",
     "options_of",
 ]

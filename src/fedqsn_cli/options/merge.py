@@ -17,6 +17,7 @@ from fedqsn_cli.options.groups import (
     MERGING,
     RESTORING,
     SEARCHING,
+    SIGNATURES,
     ModelOutputOptions,
     batch_size_option,
     device_option,
@@ -123,6 +124,15 @@ class MergeOptions(ModelOutputOptions):
         int | None, Option("Refuse an update that claims more examples.", LIMITS, check=validate.at_least_one)
     ] = None
 
+    verify_key: Annotated[
+        str | Path | None,
+        Option(
+            "Refuse an update that its client did not sign; {client} in it stands for the client's name.",
+            SIGNATURES,
+            metavar="PUBLIC",
+        ),
+    ] = None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.restore is not None:
@@ -143,7 +153,13 @@ class MergeOptions(ModelOutputOptions):
             raise InputError("merging updates needs the ledger of their releases", where="--ledger", hint=hint)
         return Path(self.ledger)
 
+    def verify_key_of(self, client: str) -> Path | None:
+        """The public key of a client; None where updates need no signature."""
+        return None if self.verify_key is None else Path(str(self.verify_key).replace("{client}", client))
+
     def _check_restore(self) -> None:
+        if self.verify_key is not None:
+            raise InputError("a restore takes no updates", where="--verify-key", hint="give it when you merge them")
         if self.server_lr == "auto":
             raise InputError("a restore takes no step", where="--server-lr", hint="did you mean --blend auto?")
         if self.control is not None:

@@ -20,6 +20,7 @@ from fedqsn_cli.auditing.invariants.secrets import (
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.registry import EXPORT_AGAIN, Rule
 from fedqsn_cli.checkpoint.reader import COMPANIONS
+from fedqsn_cli.crypto.signature import SIGNATURE
 from fedqsn_cli.export.outputs import tensor_specs
 from fedqsn_cli.models.tensor_task import tensor_tasks
 from fedqsn_cli.quantization.bnb_format import state_name
@@ -120,7 +121,7 @@ def _listing(folder: ProxyFolder, proxy: OpenedProxy, digests: Mapping[str, str]
         if name not in (*COMPANIONS, "config.json", VISIBLE_TENSORS) and not _MODEL_FILE.fullmatch(name):
             yield UNLISTED_CONTENT.finding(scope, f"{_shown(name)} is not part of a proxy")
     for name in digests:
-        if name not in listed and name != PROXY_MANIFEST:
+        if name not in listed and name not in (PROXY_MANIFEST, SIGNATURE):
             yield UNLISTED_CONTENT.finding(scope, f"{_shown(name)} is not listed in proxy.json")
     for path in folder.folder.iterdir():
         if path.is_dir() or not path.exists():
