@@ -3,7 +3,7 @@
     subject        one for each proxy, "proxy 1" and so on, in the order of their digests: no client, no path
     result         PASSED, or FAILED for every other verdict
     configuration  the policy with its digest, and the tool with its version and its word for the verdict
-    passedTests, failedTests   ids of the rules that were applied
+    passedTests, failedTests   ids of the rules that were applied; what could not be checked is in neither
 
 The digest of a proxy is that of its whole folder: SHA-256 of what `LC_ALL=C sha256sum *` prints in it.
 """

@@ -69,7 +69,17 @@ def signed_statement(path: Path, key: VerifyKey) -> tuple[dict[str, Any], bytes]
         document = strictjson.loads(file.read(dsse.LARGEST), path)
     if not isinstance(document, dict) or document.get("mediaType") != BUNDLE:
         raise FormatError(f"is no {BUNDLE}", where=path)
+    if _hint(document, path) not in (None, fingerprint(key)):
+        raise SignatureError("was signed with another key", where=path)
     return dsse.opened(document.get("dsseEnvelope"), key, PREDICATE, path)
+
+
+def _hint(document: dict[str, Any], where: Path) -> object:
+    """The key that a bundle names, if it names one. Raises FormatError."""
+    try:
+        return document["verificationMaterial"]["publicKey"].get("hint")
+    except (KeyError, TypeError, AttributeError):
+        raise FormatError("does not say what it was signed with", where=where) from None
 
 
 def expected_bytes(digests: Mapping[str, str], signature: bytes, key: VerifyKey) -> bytes:
