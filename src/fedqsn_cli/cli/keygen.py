@@ -22,7 +22,7 @@ def keygen(
     Everybody who takes part makes one: the owner, and each client. The private file stays where it is; the public one
     goes to the others, by a way on which nobody can exchange it.
 
-    Example:
+    Examples:
 
       fedqsn keygen alice.key
     """

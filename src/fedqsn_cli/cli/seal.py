@@ -22,7 +22,7 @@ def seal(
     Whoever carries the file, or stores it, sees its size and nothing else. Sealing hides the sender, too: sign what is
     inside.
 
-    Example:
+    Examples:
 
       fedqsn seal proxies/alice --to alice.pub --out alice.sealed
     """

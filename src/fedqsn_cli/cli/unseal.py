@@ -22,7 +22,7 @@ def unseal(
     A file that was cut off, changed, or sealed for another key is refused, and nothing is written. Anybody can seal a
     folder for you: with --verify-key, only what the owner of that key signed is taken.
 
-    Example:
+    Examples:
 
       fedqsn unseal alice.sealed --out proxy/ --key alice.key --verify-key owner.pub
     """

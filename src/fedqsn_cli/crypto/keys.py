@@ -50,7 +50,8 @@ def keygen(path: str | Path, options: KeygenOptions) -> KeyPair:
     """Make a key pair: a private file for its owner alone, and a public one for everybody who deals with them.
 
     Args:
-        path: the private file. options: see `KeygenOptions`.
+        path: the private file.
+        options: see `KeygenOptions`.
 
     Raises:
         OutputExists: a file is already there; keys are never replaced. InputError: the place cannot be written.

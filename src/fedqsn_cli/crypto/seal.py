@@ -46,7 +46,8 @@ def seal(path: str | Path, options: SealOptions) -> Sealed:
     Nobody else can read it, not even the sender. Sealing twice gives different bytes.
 
     Args:
-        path: the folder. options: see `SealOptions`.
+        path: the folder.
+        options: see `SealOptions`.
 
     Raises:
         InputError: it is neither a proxy nor an update, or holds something that an export does not write.
@@ -70,7 +71,8 @@ def unseal(path: str | Path, options: UnsealOptions) -> Unsealed:
     """Open a sealed folder; it appears complete, or not at all.
 
     Args:
-        path: the sealed file. options: see `UnsealOptions`.
+        path: the sealed file.
+        options: see `UnsealOptions`.
 
     Raises:
         FormatError: it is for another key, or was cut off or changed. SignatureError: with `verify_key`, the folder is

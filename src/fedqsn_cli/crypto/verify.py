@@ -33,7 +33,8 @@ def verify(path: str | Path, options: VerifyOptions) -> Verified:
     """Check that a proxy, an update or the attestation of an audit was signed with a key, and is unchanged.
 
     Args:
-        path: a folder, an attestation, or an hf:// reference. options: see `VerifyOptions`.
+        path: a folder, an attestation, or an hf:// reference.
+        options: see `VerifyOptions`.
 
     Raises:
         SignatureError: it is not signed, was signed with another key, or a file was changed, added or removed.
