@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from fedqsn_cli import verify
+from fedqsn_cli.artifacts.manifests import SIGNATURE
 from fedqsn_cli.crypto import dsse
 from fedqsn_cli.crypto.keys import load_signing_key, load_verify_key
-from fedqsn_cli.crypto.signature import PREDICATE, SIGNATURE, bundle_bytes, verify_folder
+from fedqsn_cli.crypto.signature import PREDICATE, bundle_bytes, verify_folder
 from fedqsn_cli.errors import FormatError, SignatureError
 from support.signing import Party, party, sign_folder
 

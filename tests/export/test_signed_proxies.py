@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fedqsn_cli import export_proxy, verify
+from fedqsn_cli.artifacts.manifests import SIGNATURE
 from fedqsn_cli.checkpoint import FILE_MODE, FILE_TIME
-from fedqsn_cli.crypto.signature import SIGNATURE
 from fedqsn_cli.errors import InputError, KeyFileError
 from support.helpers import contents, make_model, nothing_written
 from support.keys import known_key

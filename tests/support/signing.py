@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedqsn_cli import keygen
-from fedqsn_cli.artifacts.manifests import file_digest
+from fedqsn_cli.artifacts.manifests import SIGNATURE, file_digest
 from fedqsn_cli.crypto.keys import load_signing_key
-from fedqsn_cli.crypto.signature import SIGNATURE, signed_bytes
+from fedqsn_cli.crypto.signature import signed_bytes
 
 
 @dataclass(frozen=True)

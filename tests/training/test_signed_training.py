@@ -17,7 +17,7 @@ FAST = {"max_steps": 2, "batch_size": 4}
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A signed proxy, data, and the keys of owner and client."""
     home = tmp_path_factory.mktemp("signed")
     owner = party(home, "owner")
@@ -27,21 +27,21 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def test_an_update_is_signed_and_otherwise_the_same(world: Path) -> None:
-    common = {"data": world / "data.jsonl", **FAST}
-    client_train(world / "proxy", world / "plain", **common)
-    client_train(world / "proxy", world / "update", sign=world / "alice.key", verify_key=world / "owner.pub", **common)
-    assert verify(world / "update", key=world / "alice.pub").files.keys() == {"update.json", "update.safetensors"}
-    signed = contents(world / "update")
+def test_an_update_is_signed_and_otherwise_the_same(home: Path) -> None:
+    common = {"data": home / "data.jsonl", **FAST}
+    client_train(home / "proxy", home / "plain", **common)
+    client_train(home / "proxy", home / "update", sign=home / "alice.key", verify_key=home / "owner.pub", **common)
+    assert verify(home / "update", key=home / "alice.pub").files.keys() == {"update.json", "update.safetensors"}
+    signed = contents(home / "update")
     del signed["model.sig"]
-    assert signed == contents(world / "plain")
+    assert signed == contents(home / "plain")
 
 
-def test_a_proxy_of_somebody_else_is_not_trained(world: Path, tmp_path: Path) -> None:
+def test_a_proxy_of_somebody_else_is_not_trained(home: Path, tmp_path: Path) -> None:
     eve = party(tmp_path, "eve")
     fake = tmp_path / "proxy"
-    shutil.copytree(world / "proxy", fake)
-    common = {"data": world / "data.jsonl", "verify_key": world / "owner.pub", **FAST}
+    shutil.copytree(home / "proxy", fake)
+    common = {"data": home / "data.jsonl", "verify_key": home / "owner.pub", **FAST}
     sign_folder(fake, eve)
     with nothing_written(tmp_path), pytest.raises(SignatureError, match="another key"):
         client_train(fake, tmp_path / "update", **common)
@@ -50,8 +50,8 @@ def test_a_proxy_of_somebody_else_is_not_trained(world: Path, tmp_path: Path) ->
         client_train(fake, tmp_path / "update", **common)
 
 
-def test_a_private_key_is_not_sent(world: Path, tmp_path: Path) -> None:
+def test_a_private_key_is_not_sent(home: Path, tmp_path: Path) -> None:
     with nothing_written(tmp_path), pytest.raises(InputError, match="--sign: is inside of the output"):
         client_train(
-            world / "proxy", tmp_path / "out", data=world / "data.jsonl", sign=tmp_path / "out" / "alice.key", **FAST
+            home / "proxy", tmp_path / "out", data=home / "data.jsonl", sign=tmp_path / "out" / "alice.key", **FAST
         )

@@ -6,14 +6,14 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, UPDATE_MANIFEST
+from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, SIGNATURE, UPDATE_MANIFEST
 from fedqsn_cli.checkpoint import ArtifactWriter
 from fedqsn_cli.checkpoint.files import stream_new_file
 from fedqsn_cli.checkpoint.header import open_regular_file
 from fedqsn_cli.crypto import stream
 from fedqsn_cli.crypto.folder import folder_stream, write_folder
 from fedqsn_cli.crypto.keys import load_opening_key, load_recipient, load_verify_key
-from fedqsn_cli.crypto.signature import SIGNATURE, verify_folder
+from fedqsn_cli.crypto.signature import verify_folder
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.options import SealOptions, UnsealOptions
 

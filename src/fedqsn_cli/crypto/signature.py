@@ -14,16 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from fedqsn_cli import strictjson
-from fedqsn_cli.artifacts.manifests import file_digest
+from fedqsn_cli.artifacts.manifests import SIGNATURE, file_digest
 from fedqsn_cli.checkpoint import ArtifactWriter
 from fedqsn_cli.checkpoint.header import open_regular_file
 from fedqsn_cli.checkpoint.reader import is_plain_file_name
 from fedqsn_cli.crypto import dsse
 from fedqsn_cli.crypto.keys import SigningKey, VerifyKey, fingerprint
 from fedqsn_cli.errors import FormatError, SignatureError
-
-SIGNATURE = "model.sig"
-"""The name that the reference tool gives it, too."""
 
 BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 PREDICATE = "https://model_signing/signature/v1.0"

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, VISIBLE_TENSORS
+from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, SIGNATURE, VISIBLE_TENSORS
 from fedqsn_cli.auditing.checks import check, each_folder
 from fedqsn_cli.auditing.findings import Entry, Finding
 from fedqsn_cli.auditing.inputs import KEY, LEDGER, PROXY, TRUTH, Inputs, ProxyFolder
@@ -20,7 +20,6 @@ from fedqsn_cli.auditing.invariants.secrets import (
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.registry import EXPORT_AGAIN, Rule
 from fedqsn_cli.checkpoint.reader import COMPANIONS
-from fedqsn_cli.crypto.signature import SIGNATURE
 from fedqsn_cli.export.outputs import tensor_specs
 from fedqsn_cli.models.tensor_task import tensor_tasks
 from fedqsn_cli.quantization.bnb_format import state_name

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedqsn_cli.artifacts.ledger import Release
+from fedqsn_cli.artifacts.manifests import SIGNATURE
 from fedqsn_cli.auditing.checks import Together, check
 from fedqsn_cli.auditing.completeness import DOES_NOT_BELONG
 from fedqsn_cli.auditing.findings import Entry, Finding
@@ -19,7 +20,6 @@ from fedqsn_cli.auditing.inputs import BASE, LEDGER, OWNER, PROXY, Inputs, pair
 from fedqsn_cli.auditing.invariants.compared_folder import ComparedFolder, Difference, entry_problems
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.registry import EXPORT_AGAIN, Need, Rule
-from fedqsn_cli.crypto.signature import SIGNATURE
 from fedqsn_cli.export.proxy import ProxyExport
 from fedqsn_cli.export.session import MaskingSession
 from fedqsn_cli.masks.job_key import JobKey

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Self
 
+from fedqsn_cli.artifacts.manifests import SIGNATURE
 from fedqsn_cli.auditing.checks import check, each_folder
 from fedqsn_cli.auditing.findings import Entry, Finding
 from fedqsn_cli.auditing.inputs import PROXY, Inputs, ProxyFolder
 from fedqsn_cli.auditing.registry import EXPORT_AGAIN, Rule
 from fedqsn_cli.crypto.keys import SigningKey, VerifyKey, load_signing_key, load_verify_key, public_pem
-from fedqsn_cli.crypto.signature import SIGNATURE, expected_bytes, signed_bytes, signed_statement, verify_folder
+from fedqsn_cli.crypto.signature import expected_bytes, signed_bytes, signed_statement, verify_folder
 from fedqsn_cli.errors import FormatError, SignatureError
 from fedqsn_cli.options import AuditOptions
 
