@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from fedqsn_cli import strictjson, validate
-from fedqsn_cli.checkpoint.header import open_regular_file
+from fedqsn_cli.checkpoint.files import open_regular_file, read_file
 from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.planning.tensor_plan import MaskAxis, TensorPlan, UnitAxis
 
@@ -41,7 +41,8 @@ UPDATE_MANIFEST = "update.json"
 UPDATE_TENSORS = "update.safetensors"
 VISIBLE_TENSORS = "visible.safetensors"
 
-_LARGEST_MANIFEST = 256 * 2**20  # bytes; a 70-billion-parameter model needs less than one MiB
+LARGEST_MANIFEST = 64 << 20
+"""Bytes; a model of 70 billion parameters needs less than one MiB."""
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -293,11 +294,7 @@ def read_manifest(folder: Path, kind: type[Kind]) -> Kind:
     path = folder / kind.FILE
     if not os.path.lexists(path):
         raise InputError(f"no {path.name} here", where=folder, hint=kind.HINT)
-    with open(open_regular_file(path), "rb") as file:
-        if os.fstat(file.fileno()).st_size > _LARGEST_MANIFEST:
-            raise FormatError(f"manifest is larger than {_LARGEST_MANIFEST} bytes", where=path)
-        data = file.read(_LARGEST_MANIFEST)
-    return parse_manifest(data, kind, path)
+    return parse_manifest(read_file(path, LARGEST_MANIFEST), kind, path)
 
 
 def parse_manifest(data: bytes, kind: type[Kind], where: object) -> Kind:
@@ -311,8 +308,8 @@ def manifest_bytes(manifest: Manifest) -> bytes:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
+    """SHA-256 of a plain file's bytes, in hexadecimal. Raises InputError."""
+    with open(open_regular_file(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -8,6 +8,7 @@ visible.safetensors   a U8 tensor for each group, [ceil(units / 8)]: one bit a u
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,8 @@ from fedqsn_cli.artifacts.manifests import (
     read_manifest,
 )
 from fedqsn_cli.checkpoint import Checkpoint, FolderWriter, TensorSpec
-from fedqsn_cli.checkpoint.reader import COMPANIONS
+from fedqsn_cli.checkpoint.files import check_size
+from fedqsn_cli.checkpoint.reader import COMPANIONS, MAX_COMPANION_BYTES
 from fedqsn_cli.errors import FormatError
 from fedqsn_cli.planning.tensor_plan import units_per_slice
 
@@ -157,8 +159,10 @@ def verify_proxy(folder: Path) -> ProxyManifest:
     manifest = read_manifest(folder, ProxyManifest)
     for name, digest in sorted(manifest.files.items()):
         path = folder / name
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise FormatError("is missing, though proxy.json lists it", where=path, hint=_FETCH_AGAIN)
+        if not name.endswith(".safetensors"):
+            check_size(path, MAX_COMPANION_BYTES)
         if file_digest(path) != digest:
             raise FormatError("is not the file that proxy.json lists (SHA-256 differs)", where=path, hint=_FETCH_AGAIN)
     for path in sorted(folder.iterdir()):

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fedqsn_cli import strictjson
+from fedqsn_cli.checkpoint.files import read_file
+from fedqsn_cli.checkpoint.reader import MAX_COMPANION_BYTES
 from fedqsn_cli.errors import FormatError
 
 # Fields in which libraries record where a file was or who wrote it. None of them changes how a model computes.
@@ -55,7 +57,7 @@ def public_companion(path: Path) -> bytes:
     Raises:
         FormatError: it should be a JSON object, but is not.
     """
-    data = path.read_bytes()
+    data = read_file(path, MAX_COMPANION_BYTES)
     if path.name not in JSON_COMPANIONS_TO_CLEAN:
         return data
     document = strictjson.loads(data, path)

@@ -21,13 +21,15 @@ from numpy.typing import NDArray
 
 from fedqsn_cli import strictjson
 from fedqsn_cli.checkpoint.direct_io import is_uncached, read_direct
-from fedqsn_cli.checkpoint.header import FileIdentity, Header, TensorEntry, name_problem, open_regular_file, read_header
+from fedqsn_cli.checkpoint.files import check_size, open_regular_file, read_file
+from fedqsn_cli.checkpoint.header import FileIdentity, Header, TensorEntry, name_problem, read_header
 from fedqsn_cli.dtypes import DTYPES
 from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.linux import set_direct
 
 MAX_OPEN_FILES = 64
 MAX_JSON_BYTES = 100_000_000
+MAX_COMPANION_BYTES = 256 << 20  # the largest tokenizer.json of well-known models has 33 MB
 READ_AHEAD = 1 << 20  # bytes before a chunk that are dropped with it: large pages may lie on both sides
 
 COMPANIONS = (
@@ -107,7 +109,9 @@ class Checkpoint:
         checkpoint.config = _read_json(path / "config.json")
         checkpoint.manifest = _read_json(path / "fedqsn.json")
         checkpoint.proxy_manifest = _read_json(path / "proxy.json")
-        checkpoint.companions = [path / name for name in COMPANIONS if (path / name).is_file()]
+        checkpoint.companions = [path / name for name in COMPANIONS if os.path.lexists(path / name)]
+        for companion in checkpoint.companions:
+            check_size(companion, MAX_COMPANION_BYTES)
         return checkpoint
 
     @property
@@ -266,11 +270,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object from a file, None if there is no such file."""
     if not os.path.lexists(path):
         return None
-    with open(open_regular_file(path), "rb") as file:
-        text = file.read(MAX_JSON_BYTES + 1)
-    if len(text) > MAX_JSON_BYTES:
-        raise FormatError(f"larger than {MAX_JSON_BYTES} bytes", where=path)
-    document = strictjson.loads(text, path)
+    document = strictjson.loads(read_file(path, MAX_JSON_BYTES), path)
     if type(document) is not dict:
         raise FormatError("not a JSON object", where=path)
     return document

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from fedqsn_cli import strictjson
 from fedqsn_cli.checkpoint import files
-from fedqsn_cli.checkpoint.header import TensorSpec, open_regular_file, plan_file
+from fedqsn_cli.checkpoint.header import TensorSpec, plan_file
 from fedqsn_cli.checkpoint.reader import byte_view, is_plain_file_name
 from fedqsn_cli.checkpoint.stream import BUFFER_BYTES, FileStream, WriterThreads
 from fedqsn_cli.errors import InputError, OutputExists
@@ -181,7 +181,7 @@ class ArtifactWriter:
             InputError: the source cannot be read.
             OSError: the disk is full or failed.
         """
-        with open(open_regular_file(source), "rb") as file:
+        with open(files.open_regular_file(source), "rb") as file:
             self._copy(name, iter(lambda: file.read(BUFFER_BYTES), b""))
 
     def _copy(self, name: str, pieces: Iterable[bytes]) -> None:

@@ -17,10 +17,10 @@ from fedqsn_cli.export.pipeline import run
 from fedqsn_cli.export.records import masked_manifest, quantized_manifest
 from fedqsn_cli.export.session import keep_outside, open_session
 from fedqsn_cli.models.model import OpenModel, open_model
+from fedqsn_cli.models.plan_file import load_overrides
 from fedqsn_cli.models.residual import copy_residual
 from fedqsn_cli.models.tensor_task import tensor_tasks
 from fedqsn_cli.options import MaskOptions, QuantizeOptions
-from fedqsn_cli.planning.overrides import load_overrides
 from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.quantization import layout
 

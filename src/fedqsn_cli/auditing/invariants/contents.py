@@ -19,6 +19,7 @@ from fedqsn_cli.auditing.invariants.secrets import (
 )
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.registry import EXPORT_AGAIN, Rule
+from fedqsn_cli.checkpoint.files import open_regular_file
 from fedqsn_cli.checkpoint.reader import COMPANIONS
 from fedqsn_cli.export.outputs import tensor_specs
 from fedqsn_cli.models.tensor_task import tensor_tasks
@@ -100,7 +101,7 @@ def _shown(name: str) -> str:
 def _read_through(path: Path, patterns: SecretPatterns) -> tuple[str, bool]:
     """SHA-256 of a file, and whether the key is in it."""
     sha256, inside, tail = hashlib.sha256(), False, b""
-    with path.open("rb") as file:
+    with open(open_regular_file(path), "rb") as file:
         while piece := file.read(_PIECE):
             sha256.update(piece)
             if patterns.raw and not inside:

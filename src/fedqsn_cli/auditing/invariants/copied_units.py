@@ -19,6 +19,7 @@ from fedqsn_cli.auditing.invariants.truth_index import TruthIndex, fetch, matrix
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.registry import Rule
 from fedqsn_cli.checkpoint import Checkpoint
+from fedqsn_cli.checkpoint.files import open_regular_file
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.quantization.layout import TensorLayout
 
@@ -193,7 +194,7 @@ def _entry_reader(checkpoint: Checkpoint, name: str) -> ReadBytes:
 
 def _file_reader(path: Path) -> ReadBytes:
     def read(start: int, count: int) -> bytes:
-        with path.open("rb") as file:
+        with open(open_regular_file(path), "rb") as file:
             file.seek(start)
             return file.read(count)
 

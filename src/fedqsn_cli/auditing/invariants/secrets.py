@@ -35,6 +35,7 @@ from fedqsn_cli.artifacts.manifests import (
 from fedqsn_cli.artifacts.sanitize import PRIVATE_FIELDS
 from fedqsn_cli.auditing.inputs import KEY, PROXY
 from fedqsn_cli.auditing.registry import Rule
+from fedqsn_cli.checkpoint.files import open_regular_file
 from fedqsn_cli.errors import FormatError
 from fedqsn_cli.masks.draw import SERVER, seed
 from fedqsn_cli.masks.job_key import JobKey
@@ -138,7 +139,8 @@ def find_problems(path: Path, patterns: SecretPatterns) -> Iterator[str]:
     if path.suffix == ".safetensors":
         yield from _header_problems(path, patterns)
         return
-    data = path.read_bytes()[:_LARGEST_TEXT]
+    with open(open_regular_file(path), "rb") as file:
+        data = file.read(_LARGEST_TEXT)
     if patterns.in_text(data):
         yield "holds the job's key or the seed of a mask"
     if path.name in _VOCABULARIES:
@@ -236,7 +238,7 @@ def machine_names() -> tuple[str, ...]:
 
 def _header_problems(path: Path, patterns: SecretPatterns) -> Iterator[str]:
     """The header of a safetensors file: nothing but {"format": "pt"}, and in the one spelling that exports write."""
-    with path.open("rb") as file:
+    with open(open_regular_file(path), "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         data = file.read(min(length, 1 << 27))
     if patterns.in_text(data):
@@ -259,7 +261,7 @@ def _header_problems(path: Path, patterns: SecretPatterns) -> Iterator[str]:
 
 def _state_problems(path: Path, document: dict[str, Any], start: int) -> Iterator[str]:
     """Texts inside of a safetensors file: the JSON of packed tensors, also where the file is otherwise unusable."""
-    with path.open("rb") as file:
+    with open(open_regular_file(path), "rb") as file:
         for name, entry in document.items():
             try:
                 begin, end = map(int, entry["data_offsets"])

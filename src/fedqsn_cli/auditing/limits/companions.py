@@ -17,6 +17,7 @@ from fedqsn_cli.auditing.findings import Entry, Finding
 from fedqsn_cli.auditing.inputs import PROXY, Inputs
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.registry import Rule
+from fedqsn_cli.checkpoint.files import read_file
 from fedqsn_cli.checkpoint.reader import COMPANIONS
 
 UNUSUAL_COMPANION = Rule(
@@ -64,7 +65,7 @@ def _problems(proxy: OpenedProxy, path: Path) -> Iterator[Finding]:
         message = f"{path.name} has {size} bytes; well-known models need no more than {most}"
         yield UNUSUAL_COMPANION.finding(proxy.scope, message, value=float(size), limit=float(most))
     elif path.name not in _BINARY:
-        longest = max((len(run) for run in _RUN.findall(path.read_bytes()) if entropy(run) > _RANDOM), default=0)
+        longest = max((len(run) for run in _RUN.findall(read_file(path, most)) if entropy(run) > _RANDOM), default=0)
         if longest:
             message = f"{path.name} holds {longest} characters in one piece that are as good as random"
             yield UNUSUAL_COMPANION.finding(proxy.scope, message, value=float(longest), limit=199.0)
