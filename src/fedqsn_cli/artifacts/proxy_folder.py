@@ -25,15 +25,14 @@ from fedqsn_cli.artifacts.manifests import (
     read_manifest,
 )
 from fedqsn_cli.checkpoint import Checkpoint, FolderWriter, TensorSpec
+from fedqsn_cli.checkpoint.companions import MAX_COMPANION_BYTES, is_companion
 from fedqsn_cli.checkpoint.files import check_size
-from fedqsn_cli.checkpoint.reader import COMPANIONS, MAX_COMPANION_BYTES
 from fedqsn_cli.errors import FormatError
 from fedqsn_cli.planning.tensor_plan import units_per_slice
 
 Bools = NDArray[np.bool_]
 
 _LARGE = 1 << 20  # units; of larger groups (single weights) only the last one read is kept in memory
-_LOADED = (*COMPANIONS, "config.json")
 _FETCH_AGAIN = "fetch the proxy again"
 
 
@@ -166,7 +165,11 @@ def verify_proxy(folder: Path) -> ProxyManifest:
         if file_digest(path) != digest:
             raise FormatError("is not the file that proxy.json lists (SHA-256 differs)", where=path, hint=_FETCH_AGAIN)
     for path in sorted(folder.iterdir()):
-        loaded = path.name in _LOADED or path.name.endswith((".safetensors", ".safetensors.index.json"))
+        loaded = (
+            path.name == "config.json"
+            or is_companion(path.name)
+            or path.name.endswith((".safetensors", ".safetensors.index.json"))
+        )
         if loaded and path.name not in manifest.files and path.name != PROXY_MANIFEST:
             raise FormatError("is not listed in proxy.json", where=path, hint=f"remove it, or {_FETCH_AGAIN}")
     return manifest

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fedqsn_cli import strictjson
+from fedqsn_cli.checkpoint.companions import MAX_COMPANION_BYTES
 from fedqsn_cli.checkpoint.files import read_file
-from fedqsn_cli.checkpoint.reader import MAX_COMPANION_BYTES
 from fedqsn_cli.errors import FormatError
 
 # Fields in which libraries record where a file was or who wrote it. None of them changes how a model computes.

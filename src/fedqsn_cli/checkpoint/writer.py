@@ -129,14 +129,11 @@ class ArtifactWriter:
     def _check_out(self) -> None:
         if not os.path.lexists(self.out):
             return
+        if not is_artifact(self.out):
+            what = "already exists, and is no folder that fedqsn made: it is never replaced"
+            raise OutputExists(what, where=self.out, hint="choose another path")
         if not self._force:
             raise OutputExists("already exists", where=self.out, hint="choose another path, or replace it with --force")
-        if not is_artifact(self.out):
-            raise OutputExists(
-                "already exists and was not made by fedqsn, so --force does not replace it",
-                where=self.out,
-                hint="choose another path",
-            )
 
     @property
     def digests(self) -> dict[str, str]:

@@ -241,11 +241,11 @@ def choose_device(name: str) -> torch.device:
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turn an accelerator's lack of memory into an InputError that says what helps."""
+    """Turn an accelerator's lack of memory into Python's own; the command line says what helps for each command."""
     try:
         yield
     except torch.OutOfMemoryError:
-        raise InputError("the device has too little memory", hint="lower --batch-size or --max-length") from None
+        raise MemoryError("the device has too little memory") from None
 
 
 @contextmanager

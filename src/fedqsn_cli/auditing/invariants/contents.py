@@ -19,8 +19,8 @@ from fedqsn_cli.auditing.invariants.secrets import (
 )
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.registry import EXPORT_AGAIN, Rule
+from fedqsn_cli.checkpoint.companions import is_companion
 from fedqsn_cli.checkpoint.files import open_regular_file
-from fedqsn_cli.checkpoint.reader import COMPANIONS
 from fedqsn_cli.export.outputs import tensor_specs
 from fedqsn_cli.models.tensor_task import tensor_tasks
 from fedqsn_cli.quantization.bnb_format import state_name
@@ -118,7 +118,8 @@ def _listing(folder: ProxyFolder, proxy: OpenedProxy, digests: Mapping[str, str]
             yield UNLISTED_CONTENT.finding(scope, f"{_shown(name)} is listed in proxy.json, but missing")
         elif digests[name] != digest:
             yield UNLISTED_CONTENT.finding(scope, f"{_shown(name)} is not the file that proxy.json lists")
-        if name not in (*COMPANIONS, "config.json", VISIBLE_TENSORS) and not _MODEL_FILE.fullmatch(name):
+        known = is_companion(name) or name in ("config.json", VISIBLE_TENSORS) or _MODEL_FILE.fullmatch(name)
+        if not known:
             yield UNLISTED_CONTENT.finding(scope, f"{_shown(name)} is not part of a proxy")
     for name in digests:
         if name not in listed and name != PROXY_MANIFEST:

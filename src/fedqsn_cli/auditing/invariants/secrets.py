@@ -75,6 +75,12 @@ _VOCABULARIES = frozenset(
         "tokenizer.model",
         "spiece.model",
         "sentencepiece.bpe.model",
+        "spm.model",
+        "source.spm",
+        "target.spm",
+        "bpe.codes",
+        "vocab.bpe",
+        "tekken.json",
         "chat_template.jinja",
         "chat_template.json",
     }
@@ -143,7 +149,7 @@ def find_problems(path: Path, patterns: SecretPatterns) -> Iterator[str]:
         data = file.read(_LARGEST_TEXT)
     if patterns.in_text(data):
         yield "holds the job's key or the seed of a mask"
-    if path.name in _VOCABULARIES:
+    if path.name in _VOCABULARIES or path.suffix == ".tiktoken":
         return
     if path.suffix == ".json":
         yield from _json_problems(path, data)
