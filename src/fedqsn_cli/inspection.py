@@ -126,8 +126,9 @@ def inspect(path: str | Path, options: InspectOptions = _DEFAULTS) -> Inspection
     if not options.show_plan:
         return replace(inspection, plan=None)
     if inspection.plan is None:
-        problem = inspection.problem or f"this {inspection.kind} has no plan"
-        raise PlanError(problem, where=path, hint="leave out --show-plan")
+        if inspection.problem is not None:
+            raise PlanError(inspection.problem)
+        raise PlanError(f"this {inspection.kind} has no plan", where=path, hint="leave out --show-plan")
     return inspection
 
 

@@ -161,7 +161,7 @@ def test_an_update_of_visible_units_alone_is_refused() -> None:
     with placed(USUAL) as place:
         server = place.server(place.model, "server")
         proxy = place.export(server, "proxies", clients=("ann",), **ALL) / "ann"
-        twin = place.export(server, "twin", clients=("ann",)) / "ann"
+        twin = place.export(server, "twin", clients=("ann",), train="visible") / "ann"
         update, narrow = send(proxy, place.root / "update"), send(twin, place.root / "narrow")
         (update / "update.safetensors").write_bytes((narrow / "update.safetensors").read_bytes())
         with nothing_written(place.root), pytest.raises(RefusedUpdate, match="expected F32"):

@@ -24,7 +24,7 @@ from fedqsn_cli.artifacts.manifests import (
     file_digest,
     read_manifest,
 )
-from fedqsn_cli.checkpoint import Checkpoint, FolderWriter, TensorSpec
+from fedqsn_cli.checkpoint import Checkpoint, FolderWriter, TensorSpec, read_header
 from fedqsn_cli.checkpoint.companions import MAX_COMPANION_BYTES, is_companion
 from fedqsn_cli.checkpoint.files import check_size
 from fedqsn_cli.errors import FormatError
@@ -160,7 +160,9 @@ def verify_proxy(folder: Path) -> ProxyManifest:
         path = folder / name
         if not os.path.lexists(path):
             raise FormatError("is missing, though proxy.json lists it", where=path, hint=_FETCH_AGAIN)
-        if not name.endswith(".safetensors"):
+        if name.endswith(".safetensors"):
+            read_header(path)  # before all of it is read: it tells how long the file may be
+        else:
             check_size(path, MAX_COMPANION_BYTES)
         if file_digest(path) != digest:
             raise FormatError("is not the file that proxy.json lists (SHA-256 differs)", where=path, hint=_FETCH_AGAIN)

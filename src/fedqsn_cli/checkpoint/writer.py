@@ -130,7 +130,7 @@ class ArtifactWriter:
         if not os.path.lexists(self.out):
             return
         if not is_artifact(self.out):
-            what = "already exists, and is no folder that fedqsn made: it is never replaced"
+            what = "already exists and was not made by fedqsn, so it is never replaced"
             raise OutputExists(what, where=self.out, hint="choose another path")
         if not self._force:
             raise OutputExists("already exists", where=self.out, hint="choose another path, or replace it with --force")

@@ -13,6 +13,7 @@ import torch
 
 from fedqsn_cli.artifacts.manifests import (
     PROXY_MANIFEST,
+    UPDATE_MANIFEST,
     PrivacyRecord,
     ProxyManifest,
     TrainingPrivacy,
@@ -114,9 +115,11 @@ def client_train(proxy: str | Path, options: TrainOptions, *, progress: Progress
         path = str(Path(options.out).absolute())
         if writer is not None:
             _write_update(writer, ready, trained, before, after)
+            if ready.feedback is not None:
+                ready.feedback.prepare(Path(path), writer.digests[UPDATE_MANIFEST])
             path = str(writer.publish())
             if ready.feedback is not None:
-                ready.feedback.save()
+                ready.feedback.replace()
             if ready.states is not None:
                 ready.states.remove()
         return TrainResult(

@@ -19,14 +19,17 @@ from fedqsn_cli.auditing.invariants.secrets import (
 )
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.registry import EXPORT_AGAIN, Rule
-from fedqsn_cli.checkpoint.companions import is_companion
+from fedqsn_cli.checkpoint import read_header
+from fedqsn_cli.checkpoint.companions import MAX_COMPANION_BYTES, is_companion
 from fedqsn_cli.checkpoint.files import open_regular_file
+from fedqsn_cli.errors import FedqsnError
 from fedqsn_cli.export.outputs import tensor_specs
 from fedqsn_cli.models.tensor_task import tensor_tasks
 from fedqsn_cli.quantization.bnb_format import state_name
 
 _MODEL_FILE = re.compile(r"model(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _PIECE = 1 << 22
+_NOT_READ = "-"  # in place of a digest
 _TOLD_TWICE = ("job", "round", "quantization", "fill", "train", "rescale")  # in proxy.json and in the ledger
 
 
@@ -73,6 +76,12 @@ def _secrets(folder: ProxyFolder, patterns: SecretPatterns, digests: dict[str, s
         if not path.is_file():
             continue
         name = str(path.relative_to(folder.folder))
+        if is_oversized(path):
+            digests[name] = _NOT_READ
+            yield SECRET_IN_BYTES.finding(
+                folder.scope, f"{_shown(name)} is larger than any such file, and was not read"
+            )
+            continue
         digests[name], key_inside = _read_through(path, patterns)
         problems = list(dict.fromkeys(find_problems(path, patterns)))
         if key_inside and not any("key" in problem for problem in problems):
@@ -91,6 +100,16 @@ def _secrets(folder: ProxyFolder, patterns: SecretPatterns, digests: dict[str, s
     for group in proxy.manifest.groups:
         if proxy.units.has_spare_bits(group):
             yield SECRET_IN_BYTES.finding(proxy.scope, "visible.safetensors sets bits after the last unit of a group")
+
+
+def is_oversized(path: Path) -> bool:
+    """Is a file larger than any that goes with a model? One of tensors may be, if its header says so."""
+    if path.stat().st_size <= MAX_COMPANION_BYTES:
+        return False
+    try:
+        return path.suffix != ".safetensors" or not read_header(path).entries
+    except FedqsnError:
+        return True
 
 
 def _shown(name: str) -> str:

@@ -32,7 +32,7 @@ from fedqsn_cli.artifacts.manifests import (
     manifest_bytes,
     parse_manifest,
 )
-from fedqsn_cli.artifacts.sanitize import PRIVATE_FIELDS
+from fedqsn_cli.artifacts.sanitize import PRIVATE_FIELDS, PRIVATE_NAME
 from fedqsn_cli.auditing.inputs import KEY, PROXY
 from fedqsn_cli.auditing.registry import Rule
 from fedqsn_cli.checkpoint.files import open_regular_file
@@ -41,12 +41,6 @@ from fedqsn_cli.masks.draw import SERVER, seed
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.quantization.bnb_format import companion_specs
 
-_WORDS = (
-    r"seeds?|rng|manual_seed|host|host_?name|machine|node_name|user|user_?name|author|login|cwd|home|hf_token|api_key|"
-    r"secret|password|private_key|(?:job|mask|master|secret)_key|key|created|created_at|timestamp|time|date|datetime|"
-    r"mtime|ctime|started_at|finished_at|exported_at|clients?"
-)
-_FIELD = re.compile(rf"(?:{_WORDS})|.*_(?:seeds?|timestamp|hostname|username)|seed_.*", re.IGNORECASE)
 _ROOTS = (
     "home|Users|root|mnt|tmp|var|data|opt|srv|work|workspace|scratch|content|private|media|usr|etc|nfs|gpfs|lustre|"
     "shared"
@@ -203,7 +197,7 @@ def _document_problems(value: Any, field: str, names: tuple[str, ...] | None = N
             name = f"{field}.{key}".lstrip(".")
             if key in PRIVATE_FIELDS and item not in (None, ""):
                 yield f"{_at(name)} is one that exports remove"
-            elif _FIELD.fullmatch(key) and not isinstance(item, dict):
+            elif PRIVATE_NAME.fullmatch(key) and not isinstance(item, dict):
                 yield f"{_at(name)} has a name like that of a secret, a seed, a machine or a time"
             elif key in _PUBLIC_TEXT:
                 continue
