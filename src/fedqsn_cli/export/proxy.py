@@ -107,13 +107,13 @@ def export_proxy(source: str | Path, options: ExportOptions, *, progress: Progre
     of_job = [release for release in past if release.job == session.job.commitment]
     check_settings(options, of_job)
     budget.check(past)
-    tell_what_stays(session.model, progress)
-    tell_if_unusable(session.model, progress)
     quantization = choose_quantization(session, options)
     export = ProxyExport.of(session, quantization, train, options.max_shard_bytes)
     with _writers(options) as writers:
         releases = export.write(writers, masks, progress)
         published = _published_before(options, writers)
+        tell_what_stays(session.model, progress)
+        tell_if_unusable(session.model, progress)
         tell_of_second_proxies(of_job, releases, progress)
         session.save_key()
         # the budget is checked again: others may have released meanwhile

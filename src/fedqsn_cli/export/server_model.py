@@ -78,7 +78,6 @@ def mask(source: str | Path, options: MaskOptions, *, progress: Progress = SILEN
     model, quantization = session.model, session.stored_quantization
     if options.client is None and model.kind != "global-model":
         raise InputError("this is a server model already", where=source, hint="name a --client to hide more")
-    tell_what_stays(model, progress)
     masks = session.client_masks(options.client, options) if options.client is not None else None
     tasks = session.tasks(quantization)
     with ArtifactWriter(Path(options.out), force=options.force, hashed=False) as writer:
@@ -94,6 +93,7 @@ def mask(source: str | Path, options: MaskOptions, *, progress: Progress = SILEN
             write_public_companions(model, writer, quantization)
         manifest = masked_manifest(session, "server-model" if masks is None else "masked-model", digests)
         writer.add_bytes(MODEL_MANIFEST, manifest_bytes(manifest))
+        tell_what_stays(model, progress)
         session.save_key()
         path = writer.publish()
     by_server = sum(map(session.masks.hidden_elements, model.plan.tensors))

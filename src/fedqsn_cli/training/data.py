@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedqsn_cli.errors import InputError
+from fedqsn_cli.models.child_process import in_child
 from fedqsn_cli.models.torch_model import Loaded, Task, first_line
-from fedqsn_cli.progress import Progress
+from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.training.batching import IGNORED, Examples, Padding
 from fedqsn_cli.training.tables import Table
 
 _CHUNK = 1000  # rows per call of the tokenizer
+SECONDS, SECONDS_A_ROW = 10, 0.05  # of processor time for tokenizing a file; usual rows take a thousandth of it
 _MARKED_TURNS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Ids = list[int]
@@ -92,7 +94,15 @@ class Encoder:
         """
         progress.start(f"reading {table.path.name}", table.rows, "examples")
         encode = self._classification if self.task == "classification" else self._language_model
-        examples = encode(table, progress)
+        examples = Examples.from_plain(
+            in_child(
+                lambda: encode(table, SILENT).to_plain(),
+                what=f"tokenizing {table.path.name}",
+                where=self.tokenizer.name_or_path,
+                seconds=SECONDS + table.rows * SECONDS_A_ROW,
+            )
+        )
+        progress.advance(table.rows)
         progress.finish()
         if not len(examples):
             raise table.error("no row has a text to learn from")
