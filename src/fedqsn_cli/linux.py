@@ -20,6 +20,7 @@ ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ECHO_SECONDS = 1.0  # a terminal signals a whole process group, and make or a shell may pass the same signal on
 
 PAGE = 4096  # what O_DIRECT asks of offsets, lengths and addresses
+O_TMPFILE: int = getattr(os, "O_TMPFILE", os.O_DIRECTORY)  # O_DIRECTORY alone cannot be opened for writing: EISDIR
 O_DIRECT: int = getattr(os, "O_DIRECT", 0)  # 0 where the system has none
 NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
 

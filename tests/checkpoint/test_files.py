@@ -7,7 +7,7 @@ import os
 import stat
 import threading
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -96,8 +96,27 @@ def test_of_many_that_create_one_secret_one_wins_and_a_reader_sees_all_of_it(tmp
     assert os.listdir(tmp_path) == ["job.key"]
 
 
+def test_a_secret_never_has_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link, seen = os.link, []
+
+    def watched(*arguments: Any, **options: Any) -> None:
+        seen.append(os.listdir(tmp_path))
+        link(*arguments, **options)
+        seen.append(os.listdir(tmp_path))
+
+    monkeypatch.setattr(os, "link", watched)
+    create_secret(tmp_path / "job.key", b"secret")
+    assert seen == [[], ["job.key"]]  # a kill before or after leaves nothing else
+
+
+def test_what_a_killed_run_of_an_earlier_version_left_is_deleted(tmp_path: Path) -> None:
+    (tmp_path / f".job.key.fedqsn-{'0' * 16}").write_bytes(b"secret")
+    create_secret(tmp_path / "job.key", b"secret")
+    assert os.listdir(tmp_path) == ["job.key"]
+
+
 def test_a_secret_is_created_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_links(*_: object) -> NoReturn:
+    def no_links(*_: object, **__: object) -> NoReturn:
         raise OSError(errno.EPERM, "no hard links")
 
     monkeypatch.setattr(os, "link", no_links)

@@ -62,7 +62,7 @@ def check_state(folder: Path) -> int:
     versions = []
     for path in folder.iterdir():
         if path.name.startswith("."):
-            assert ".fedqsn-" in path.name
+            assert ".fedqsn-" in path.name and not path.name.startswith(".key-")
         elif path.name == "replaced" or path.name.startswith("new-"):
             versions.append(check_artifact(path))
         else:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedqsn_cli import client_train, consolidate, evaluate, export_proxy, inspect, mask, merge
 from fedqsn_cli.errors import DataError, InputError, OutputExists
-from fedqsn_cli.merging.teachers import LIKELIEST, Distillation, Lesson, Said, listen
+from fedqsn_cli.merging.teachers import Distillation, Lesson, Said, kept_tokens, listen
 from fedqsn_cli.options import RecipeOptions
 from fedqsn_cli.progress import SILENT, Silent
 from fedqsn_cli.training.batching import IGNORED, Examples, Padding, collate
@@ -181,6 +181,9 @@ def test_as_a_command(language: Job, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------- the distance from a teacher
 
 
+KEPT = 20
+
+
 class Fixed(torch.nn.Module):
     """A language model that says the same whatever it reads: logits [positions, vocabulary]."""
 
@@ -206,12 +209,13 @@ def texts(lengths: list[int], ignored: int = 0) -> Examples:
 def reference(teacher: Tensor, student: Tensor) -> float:
     """KL over the likeliest tokens and all others together, at one position, in numpy."""
     p, q = (np.exp(x - np.logaddexp.reduce(x)) for x in (teacher.double().numpy(), student.double().numpy()))
-    kept = np.argsort(-p)[:LIKELIEST]
+    kept = np.argsort(-p)[:KEPT]
     p, q = (np.append(x[kept], 1 - x[kept].sum()) for x in (p, q))
     return float((p * np.log(p / q)).sum())
 
 
-def test_the_loss_is_the_divergence_over_the_likeliest_tokens_and_the_rest() -> None:
+def test_the_loss_is_the_divergence_over_the_likeliest_tokens_and_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedqsn_cli.merging.teachers.LIKELIEST", KEPT)
     generator = torch.Generator().manual_seed(0)
     teacher, student = (torch.randn(6, 50, generator=generator) for _ in range(2))
     examples = texts([6, 4, 5], ignored=1)
@@ -249,3 +253,9 @@ def test_lessons_count_by_their_weights_whatever_their_sizes() -> None:
     found = lessons.backward(model, "causal-lm", [batch], batch.count, RecipeOptions())
     one = float(np.log(2))  # each position: a sure teacher, an undecided student
     assert found == pytest.approx(1.0 * one + 3.0 * one, rel=1e-3)
+
+
+def test_long_data_keeps_fewer_tokens_and_stays_within_its_memory() -> None:
+    assert kept_tokens(1000) == 1024
+    assert 16 < kept_tokens(1_000_000) < 1024 and 8 * 1_000_000 * kept_tokens(1_000_000) <= 1 << 29
+    assert kept_tokens(10**9) == 16

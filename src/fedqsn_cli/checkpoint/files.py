@@ -96,11 +96,16 @@ def write_file_atomically(path: Path, data: bytes, mode: int | None = None) -> N
 def create_secret(path: Path, data: bytes) -> None:
     """Create a file that only its owner can read, complete from the instant at which it appears.
 
+    It has no other name at any instant, so a kill leaves nothing behind; only where the file system cannot do that is
+    it built under a staging name.
+
     Raises:
         FileExistsError: there is something at `path`; it is left alone, also when two processes race.
         InputError: the directory is missing or cannot be written.
         OSError: the disk is full or failed.
     """
+    if _create_nameless(path, data):
+        return
     staging, descriptor = _stage_file(path, data, 0o600, True)
     try:
         try:
@@ -113,6 +118,35 @@ def create_secret(path: Path, data: bytes) -> None:
     finally:
         remove_tree(staging)
         os.close(descriptor)
+
+
+def _create_nameless(path: Path, data: bytes) -> bool:
+    """Write a file of mode 0600 that has no name yet, and give it its own; False where that is not supported.
+
+    Raises:
+        FileExistsError: there is something at `path`. InputError: the directory is missing or cannot be written.
+    """
+    sweep(path)
+    try:
+        descriptor = os.open(path.parent, linux.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno in linux.NOT_SUPPORTED | {errno.EISDIR}:  # EISDIR: a kernel that does not know O_TMPFILE
+            return False
+        raise InputError(f"cannot be written ({error.strerror})", where=path) from None
+    try:
+        os.fchmod(descriptor, 0o600)
+        write_all(descriptor, data)
+        os.fsync(descriptor)
+        # With a descriptor of a directory, Python calls linkat with AT_SYMLINK_FOLLOW, which open(2) prescribes here.
+        os.link(f"/proc/self/fd/{descriptor}", path.absolute(), src_dir_fd=descriptor, follow_symlinks=True)
+        sync_directory(path.parent)
+    except OSError as error:
+        if error.errno not in linux.NOT_SUPPORTED | {errno.ENOENT}:  # ENOENT: there is no /proc
+            raise
+        return False
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def _stage_file(path: Path, data: bytes, mode: int, exactly: bool) -> tuple[Path, int]:

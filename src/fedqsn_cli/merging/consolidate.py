@@ -188,11 +188,21 @@ class _Consolidation:
         loaded.model.to(self.device).eval()
         measured = self._measure(loaded, encoder, dev)
         if table is not None:
-            examples = encoder.encode(_unlabelled(table, loaded), self.progress)
+            examples = self._sample(encoder.encode(_unlabelled(table, loaded), self.progress))
         else:
             examples = self._written(loaded, encoder)
         twice = 2 * self.options.batch_size
         return measured, Lesson(examples, listen(loaded.model, examples, twice, encoder.padding, self.progress), weight)
+
+    def _sample(self, examples: Examples) -> Examples:
+        """As many examples as there may be in all batches; the teacher need not be asked about more."""
+        most = self.options.steps * self.options.batch_size
+        if len(examples) <= most:
+            return examples
+        generator = torch.Generator().manual_seed(self.options.seed % 2**63)
+        rows = sorted(torch.randperm(len(examples), generator=generator)[:most].tolist())
+        targets: list[Any] = [examples.targets[row] for row in rows]
+        return replace(examples, features=[examples.features[row] for row in rows], targets=targets)
 
     def _written(self, loaded: Loaded, encoder: Encoder) -> Examples:
         """Texts that a language model writes itself, from the first tokens of texts that are given."""

@@ -10,6 +10,7 @@ go through one training loop: the target of an example is its number, by which `
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +24,10 @@ from fedqsn_cli.progress import Progress
 from fedqsn_cli.training.batching import IGNORED, Batch, Examples, Padding, collate, in_order
 from fedqsn_cli.training.loop import extra_inputs
 
-LIKELIEST = 32  # tokens that are kept for each position; the others count together
+LIKELIEST = 1024
+"""Tokens that are kept for each position at most; the others count together. A flat distribution needs many."""
+
+MOST_BYTES = 1 << 29  # of what one teacher says; where texts are many and long, fewer tokens are kept
 _LEAST = 1e-6  # the least probability of all others together: its logarithm is finite
 
 
@@ -40,7 +44,7 @@ class Said:
     probabilities: Tensor
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def listen(model: Any, examples: Examples, batch_size: int, padding: Padding, progress: Progress) -> list[Said]:
     """What a teacher says about every example, in their order.
 
@@ -49,22 +53,28 @@ def listen(model: Any, examples: Examples, batch_size: int, padding: Padding, pr
         examples: of a language model only the positions before a target that counts are asked about.
     """
     progress.start("asking the teacher", len(examples), "examples")
+    kept = kept_tokens(sum(examples.lengths))
     said: dict[int, Said] = {}
     for rows in in_order(examples.lengths, batch_size):
         batch = collate(examples, rows, padding).to(model.device)
         logits = model(**batch.inputs, **extra_inputs(model)).logits.float()
         for place, row in enumerate(rows):
-            said[row] = _said(examples.task, logits[place], batch.targets[place])
+            said[row] = _said(examples.task, logits[place], batch.targets[place], kept)
         progress.advance(len(rows))
     progress.finish()
     return [said[row] for row in range(len(examples))]
 
 
-def _said(task: Task, logits: Tensor, targets: Tensor) -> Said:
+def kept_tokens(positions: int) -> int:
+    """K, for so many positions: an id of 4 bytes and a probability of 4 for each token."""
+    return max(16, min(LIKELIEST, MOST_BYTES // (8 * max(1, positions))))
+
+
+def _said(task: Task, logits: Tensor, targets: Tensor, kept: int) -> Said:
     if task == "classification":
         return Said(None, logits.softmax(dim=-1)[None].cpu())
     probabilities = logits[:-1][targets[1:] != IGNORED].softmax(dim=-1)
-    best = probabilities.topk(min(LIKELIEST, probabilities.shape[-1]), dim=-1)
+    best = probabilities.topk(min(kept, probabilities.shape[-1]), dim=-1)
     return Said(best.indices.int().cpu(), best.values.cpu())
 
 
@@ -127,22 +137,17 @@ class Distillation:
 
     def _divergence(self, task: Task, logits: Tensor, targets: Tensor) -> Tensor:
         """Sum of the weighted divergences of a batch."""
-        rows = targets if task == "classification" else targets[:, 1:].max(dim=1).values
-        said = [self._said[row] for row in rows.tolist()]
-        if task != "classification":
-            logits = logits[:, :-1][targets[:, 1:] != IGNORED]
-        weights = torch.cat(
-            [
-                torch.full((len(one.probabilities),), self._weights[row])
-                for one, row in zip(said, rows.tolist(), strict=True)
-            ]
-        ).to(logits.device)
-        probabilities = torch.cat([one.probabilities for one in said]).to(logits.device)
-        student = logits.log_softmax(dim=-1)
-        if task != "classification":
-            events = torch.cat([one.events for one in said if one.events is not None]).to(logits.device)
-            student, probabilities = _with_the_rest(student.gather(1, events.long()), probabilities)
-        return (weights * _divergences(probabilities, student)).sum()
+        if task == "classification":
+            rows, sizes, student = targets, [1] * len(targets), logits
+        else:
+            rows, counts = targets[:, 1:].max(dim=1).values, targets[:, 1:] != IGNORED
+            sizes, student = counts.sum(dim=1).tolist(), logits[:, :-1][counts]
+        ends = list(itertools.accumulate(sizes))
+        weighted = [
+            self._weights[row] * _divergences(self._said[row], student[end - size : end].log_softmax(dim=-1)).sum()
+            for row, size, end in zip(rows.tolist(), sizes, ends, strict=True)
+        ]
+        return torch.stack(weighted).sum()
 
 
 def _numbered(target: Any, number: int) -> Any:
@@ -152,13 +157,20 @@ def _numbered(target: Any, number: int) -> Any:
     return number
 
 
+def _divergences(said: Said, student: Tensor) -> Tensor:
+    """KL(teacher ‖ student) at each position of an example, in nats.
+
+    Args:
+        student: log-probabilities of all tokens or classes, [positions, vocabulary].
+    """
+    probabilities = said.probabilities.to(student.device)
+    if said.events is not None:
+        student, probabilities = _with_the_rest(student.gather(1, said.events.long().to(student.device)), probabilities)
+    return (torch.xlogy(probabilities, probabilities) - probabilities * student).sum(dim=1)
+
+
 def _with_the_rest(student: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities of a student and probabilities of a teacher, [positions, K], with all others: [.., K + 1]."""
     others = (1 - probabilities.sum(dim=1, keepdim=True)).clamp_min(_LEAST)
     left = (1 - student.exp().sum(dim=1, keepdim=True)).clamp_min(_LEAST).log()
     return torch.cat([student, left], dim=1), torch.cat([probabilities, others], dim=1)
-
-
-def _divergences(probabilities: Tensor, student: Tensor) -> Tensor:
-    """KL(teacher ‖ student) at each position, in nats."""
-    return (torch.xlogy(probabilities, probabilities) - probabilities * student).sum(dim=1)
