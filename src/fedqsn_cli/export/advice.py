@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fedqsn_cli.artifacts.ledger import Release
 from fedqsn_cli.checkpoint.companions import left_behind
 from fedqsn_cli.errors import InputError
+from fedqsn_cli.models.duplicates import false_tie
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.tokenizer_files import tokenizer_problem
 from fedqsn_cli.options import ExportOptions
@@ -32,6 +33,9 @@ def tell_if_unusable(model: OpenModel, progress: Progress) -> None:
 def _problem(model: OpenModel) -> str | None:
     if model.checkpoint.config is None:
         return "it has no config.json"
+    tied = false_tie(model.checkpoint, model.plan)
+    if tied is not None:
+        return f"{tied[1]} differs from {tied[0]}, though config.json ties the two"
     return tokenizer_problem(model.checkpoint.companions, _tokens(model))
 
 

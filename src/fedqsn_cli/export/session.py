@@ -12,7 +12,7 @@ from fedqsn_cli.errors import InputError, KeyFileError
 from fedqsn_cli.masks import job_key
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.masks.job_masks import ClientMasks, ServerMasks
-from fedqsn_cli.models.duplicates import refuse_duplicate_tensors, refuse_false_ties
+from fedqsn_cli.models.duplicates import refuse_duplicate_tensors
 from fedqsn_cli.models.model import OpenModel, open_model
 from fedqsn_cli.models.plan_file import load_overrides
 from fedqsn_cli.models.public_base import PublicBase, open_base
@@ -85,7 +85,6 @@ def open_session(source: str | Path, options: MaskingOptions) -> MaskingSession:
     server = model.manifest if model.kind == "server-model" else None
     if server is None:
         refuse_duplicate_tensors(model.checkpoint, model.plan)
-        refuse_false_ties(model.checkpoint, model.plan)
     elif known is None:
         raise KeyFileError("there is no key", where=key, hint="a server model needs the key it was masked with")
     else:

@@ -37,29 +37,23 @@ def refuse_duplicate_tensors(checkpoint: Checkpoint, plan: Plan) -> None:
             _compare(checkpoint, tensors)
 
 
-def refuse_false_ties(checkpoint: Checkpoint, plan: Plan) -> None:
-    """Refuse a model whose config.json ties two tensors that differ: transformers would use one of them for both.
+def false_tie(checkpoint: Checkpoint, plan: Plan) -> tuple[str, str] | None:
+    """Names of two tensors that differ though config.json ties them; None where there are none.
 
-    Raises:
-        PlanError: there are such tensors.
+    transformers would use one of them for both, or refuse the model.
     """
     if tie_word_embeddings(checkpoint.config or {}) is not True:
-        return
+        return None
     tied: dict[tuple[str, ...], TensorPlan] = {}
     for tensor in plan.tensors:
         if len(tensor.shape) != 2 or not tensor.groups:
             continue
         first = tied.setdefault(tensor.groups, tensor)
-        if (
-            first is not tensor
-            and first.shape == tensor.shape
-            and _digest(checkpoint, first.name) != _digest(checkpoint, tensor.name)
-        ):
-            raise PlanError(
-                f"differs from {first.name}, though config.json ties the two",
-                where=tensor.name,
-                hint='if it is a tensor of its own, say "tie_word_embeddings": false in config.json; else remove it',
-            )
+        if first is tensor or first.shape != tensor.shape:
+            continue
+        if _digest(checkpoint, first.name) != _digest(checkpoint, tensor.name):
+            return first.name, tensor.name
+    return None
 
 
 def _compare(checkpoint: Checkpoint, tensors: list[TensorPlan]) -> None:

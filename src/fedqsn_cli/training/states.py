@@ -175,7 +175,10 @@ class StateFolder:
         return None
 
     def _read(self, path: Path) -> State:
-        document = strictjson.loads(files.read_file(path / _DOCUMENT, _LARGEST), path / _DOCUMENT)
+        try:
+            document = strictjson.loads(files.read_file(path / _DOCUMENT, _LARGEST), path / _DOCUMENT)
+        except InputError as error:
+            raise FormatError(error.what, where=path / _DOCUMENT) from None
         try:
             if document["format"] != FORMAT:
                 raise FormatError(f"has the format {document['format']!r}, not {FORMAT}", where=path)
