@@ -171,7 +171,7 @@ def test_a_setting_that_is_forgotten_in_the_second_round_is_asked_for(world: Wor
     second[second.index(tmp_path / "proxy")] = tmp_path / "second"
     ended = run(*second)
     assert ended.code == 2, ended
-    assert "--schedule: was sticky in the job's last release" in ended.err
+    assert "--schedule: was sticky in the last release for carol" in ended.err
     assert run(*second, "--schedule", "sticky").code == 0  # as the hint says
 
 

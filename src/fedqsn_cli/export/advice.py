@@ -61,24 +61,25 @@ def tell_of_second_proxies(past: Sequence[Release], new: Sequence[Release], prog
             )
 
 
-def check_settings(options: ExportOptions, releases: Sequence[Release]) -> None:
-    """Refuse to fall back to a default where a job's earlier releases had another setting.
+def check_settings(options: ExportOptions, past: Sequence[Release]) -> None:
+    """Refuse to fall back to a default where a client's last release had another setting.
 
     A preset that is forgotten in the second round would else show more than the first did, without a word.
 
     Args:
-        releases: earlier ones of the same job.
+        past: earlier releases of the same job.
 
     Raises:
-        InputError: a setting that the job's last release had was not given.
+        InputError: a setting that the last release of one of the clients had was not given.
     """
-    if not releases:
-        return
-    last = releases[-1]
-    for flag, asked, held, usual in (
-        ("--schedule", options.schedule, last.schedule, "fresh"),
-        ("--train", options.train, last.train or "visible", "visible"),
-    ):
-        if asked is None and held != usual:
-            hint = f"repeat {flag} {held} or the job's --preset, or change it with {flag} {usual}"
-            raise InputError(f"was {held} in the job's last release, and is not given now", where=flag, hint=hint)
+    last = {release.client: release for release in past if release.client in options.client}
+    for client, release in last.items():
+        for flag, asked, held, usual in (
+            ("--schedule", options.schedule, release.schedule, "fresh"),
+            ("--train", options.train, release.train or "visible", "visible"),
+        ):
+            if asked is None and held != usual:
+                hint = f"repeat {flag} {held} or the job's --preset, or change it with {flag} {usual}"
+                raise InputError(
+                    f"was {held} in the last release for {client}, and is not given", where=flag, hint=hint
+                )

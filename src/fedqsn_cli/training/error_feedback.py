@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fedqsn_cli.artifacts.manifests import UPDATE_MANIFEST, file_digest
-from fedqsn_cli.checkpoint import Checkpoint, write_file_atomically
+from fedqsn_cli.checkpoint import Checkpoint, TensorSpec, plan_file, write_file_atomically
 from fedqsn_cli.checkpoint.files import sync_directory
 from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.masks.unit_mask import UnitMask
@@ -62,11 +62,12 @@ class ErrorFeedback:
         Args:
             out: where the update will be. digest: SHA-256 of its update.json.
         """
-        from safetensors.torch import save
-
         metadata = {"format": FORMAT, "job": self.job, "proxy_id": self.proxy_id}
         pending = {"update": str(out.absolute()), "update_sha256": digest}
-        write_file_atomically(_next(self.path), save(self.errors, metadata | pending), mode=0o600)
+        specs = [TensorSpec(name, "F32", tuple(error.shape)) for name, error in self.errors.items()]
+        head, _ = plan_file(specs, metadata | pending)  # safetensors' own writer shuffles the metadata
+        values = (error.contiguous().numpy().tobytes() for error in self.errors.values())
+        write_file_atomically(_next(self.path), head + b"".join(values), mode=0o600)
 
     def replace(self) -> None:
         """Let the new file take the place of the old one; call it once the update is published."""
