@@ -56,6 +56,7 @@ def test_i7_without_masks_and_quantization_merge_is_weighted_fedavg(
             ledger=place.root / "ledger.jsonl",
             normalize=normalize,
             server_lr=rate,
+            max_examples=10**6,
         )
         before, after = read_model(place.model), read_model(place.root / "next")
         for name, (dtype, bits) in before.items():

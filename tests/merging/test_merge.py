@@ -95,6 +95,7 @@ def test_merge_is_the_average_over_the_clients_that_saw_a_unit(
             ledger=place.root / "ledger.jsonl",
             normalize=normalize,
             server_lr=rate,
+            max_examples=1000,
         )
         parts = [whole_update(proxies / f"c{index}", update) for index, update in enumerate(drafts)]
         before, after = read_model(place.model), read_model(place.root / "next")

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli import strictjson
-from fedqsn_cli.artifacts.manifests import LARGEST_MANIFEST, PROXY_MANIFEST, ProxyManifest, parse_manifest
+from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, ProxyManifest, parse_manifest
 from fedqsn_cli.artifacts.proxy_folder import VisibleUnits, open_visible
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.checkpoint.files import read_file
@@ -203,7 +203,7 @@ def open_proxy(folder: Path, scope: str) -> OpenedProxy:
     """
     if not os.path.lexists(folder / PROXY_MANIFEST):
         raise InputError("no proxy.json here", where=folder)
-    data = read_file(folder / PROXY_MANIFEST, LARGEST_MANIFEST)
+    data = read_file(folder / PROXY_MANIFEST, ProxyManifest.LARGEST)
     manifest = parse_manifest(data, ProxyManifest, folder / PROXY_MANIFEST)
     checkpoint = Checkpoint.open(folder)
     tensors = model_tensors(checkpoint)

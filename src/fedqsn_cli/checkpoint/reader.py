@@ -45,6 +45,7 @@ FOREIGN = {  # by suffix: what a folder holds in place of safetensors files, and
     ".parquet": ("a data set", "give a model; data goes to --data"),
 }
 _ADAPTER = "adapter_config.json"
+_NO_ADAPTER = ("update.json", "model.safetensors", "model.safetensors.index.json")  # more than an adapter, then
 _MERGE_ADAPTER = (
     'merge it into its base first: python -c "from peft import {loader} as A; '
     "A.from_pretrained('{folder}').merge_and_unload().save_pretrained('merged')\""
@@ -206,7 +207,7 @@ def byte_view(data: memoryview | bytes | NDArray[Any]) -> memoryview:
 
 def _refuse_adapter(folder: Path) -> None:
     """Refuse the folder that peft writes for an adapter: it has no model's weights. Raises InputError."""
-    if not os.path.lexists(folder / _ADAPTER):
+    if not os.path.lexists(folder / _ADAPTER) or any(os.path.lexists(folder / name) for name in _NO_ADAPTER):
         return
     task = (_read_json(folder / _ADAPTER) or {}).get("task_type")
     loader = {"SEQ_CLS": "AutoPeftModelForSequenceClassification", "CAUSAL_LM": "AutoPeftModelForCausalLM"}

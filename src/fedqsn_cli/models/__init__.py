@@ -11,4 +11,5 @@ plan_file.py    a user's plan file on disk
 child_process.py  work on strangers' files, with limits on time and memory
 dense.py        a model's tensors as dense torch tensors (imports torch)
 torch_model.py  the transformers model of a checkpoint (imports torch)
+stored_model.py the transformers model of a proxy, packed as it is (imports torch)
 """

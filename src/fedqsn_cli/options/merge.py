@@ -8,13 +8,14 @@ from typing import Annotated, Literal
 
 from fedqsn_cli import validate
 from fedqsn_cli.errors import InputError
+from fedqsn_cli.options.aggregation import AdmissionOptions
 from fedqsn_cli.options.declare import Option
 from fedqsn_cli.options.groups import (
     JOB,
     KEY,
     LEDGER,
-    LIMITS,
     MERGING,
+    OUTPUT,
     RESTORING,
     SEARCHING,
     ModelOutputOptions,
@@ -50,7 +51,7 @@ def _blend_or_auto(value: float | str, flag: str) -> float | str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeOptions(ModelOutputOptions):
+class MergeOptions(AdmissionOptions, ModelOutputOptions):
     """`merge`: of updates, or, with `restore`, of a trained server model and the global one."""
 
     key: Annotated[str | Path, Option("The job's secret.", JOB, env=KEY)]
@@ -110,17 +111,25 @@ class MergeOptions(ModelOutputOptions):
     max_length: Annotated[int, max_length_option(SEARCHING)] = 256
     batch_size: Annotated[int, batch_size_option(SEARCHING)] = 32
     device: Annotated[str, device_option(SEARCHING)] = "auto"
-    report: Annotated[str | Path | None, Option("Write a page about what auto tried: one HTML file.", SEARCHING)] = None
-    max_update_norm: Annotated[
-        float,
+    keep_adapter: Annotated[
+        str | Path | None,
         Option(
-            "Refuse an update whose norm is more than this many times the model's.",
-            LIMITS,
-            check=validate.more_than_zero,
+            "Write the merged step as one adapter (peft) for CHECKPOINT, too; needs updates of adapters only.",
+            OUTPUT,
+            metavar="DIR",
         ),
-    ] = 10.0
-    max_examples: Annotated[
-        int | None, Option("Refuse an update that claims more examples.", LIMITS, check=validate.at_least_one)
+    ] = None
+    adapter_rank: Annotated[
+        int | None,
+        Option(
+            "Cut that adapter to this rank, by singular values.",
+            OUTPUT,
+            shown="the sum of the clients' ranks",
+            check=validate.at_least_one,
+        ),
+    ] = None
+    report: Annotated[
+        str | Path | None, Option("Write a page about the updates and what auto tried: one HTML file.", OUTPUT)
     ] = None
 
     def __post_init__(self) -> None:
@@ -130,6 +139,7 @@ class MergeOptions(ModelOutputOptions):
         else:
             self._check_merge()
         self._check_search()
+        self._check_adapter()
 
     @property
     def searches(self) -> bool:
@@ -158,11 +168,20 @@ class MergeOptions(ModelOutputOptions):
         if self.control is None and self.control_weight != 1.0:
             raise InputError("there is no control update", where="--control-weight", hint="give it with --control")
 
+    def _check_adapter(self) -> None:
+        if self.adapter_rank is not None and self.keep_adapter is None:
+            raise InputError("no adapter is written", where="--adapter-rank", hint="give it with --keep-adapter")
+        if self.keep_adapter is not None and self.restore is not None:
+            raise InputError("a restore is no step", where="--keep-adapter", hint="use it when updates are merged")
+        if self.keep_adapter is not None and self.control is not None:
+            raise InputError("a control is no part of an adapter", where="--keep-adapter", hint="leave out --control")
+
     def _check_search(self) -> None:
         option = "--blend auto" if self.restore is not None else "--server-lr auto"
         if self.searches and self.eval_data is None:
             raise InputError(f"{option} needs development data", where="--eval-data", hint="give a file of your own")
-        for flag, given in (("--eval-data", self.eval_data), ("--report", self.report)):
+        report = self.report if self.restore is not None else None
+        for flag, given in (("--eval-data", self.eval_data), ("--report", report)):
             if given is not None and not self.searches:
                 raise InputError("there is nothing to search for", where=flag, hint=f"give it with {option}")
         if self.allow_worse and self.server_lr != "auto":
