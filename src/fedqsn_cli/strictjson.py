@@ -12,7 +12,7 @@ from fedqsn_cli.errors import FormatError
 MOST_VALUES = 5_000_000
 """Values of one document, as its commas and brackets tell; each takes up to 100 bytes of memory."""
 
-_MOST_DIGITS = 300  # of a whole number; a float holds 308
+_MOST_DIGITS = 308  # of a whole number: any such number is less than the largest float
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # an escape that is half of a pair, or all of nothing
 
 
