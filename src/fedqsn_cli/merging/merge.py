@@ -5,6 +5,8 @@
                                                       or over all clients (normalize clients)
     W'  = W + η Δ                                     units that nobody saw keep their bits
 
+Other rules than this average are in `aggregation`.
+
 FedAvg (arXiv 1602.05629) is the case without masks and quantization. Memory holds one chunk, its sum and a few chunks
 read ahead, however many clients there are; only a search for η or λ needs the whole model in memory.
 
@@ -30,6 +32,7 @@ from fedqsn_cli.export.outputs import tensor_specs
 from fedqsn_cli.export.session import keep_outside
 from fedqsn_cli.kernels.hash_threads import HashThreads
 from fedqsn_cli.merging.admission import check_claims, check_norms, relative_norm, require_enough
+from fedqsn_cli.merging.aggregation import Aggregation, aggregation, compares
 from fedqsn_cli.merging.chunks import InMemorySink, Sink, Weights, write_chunks
 from fedqsn_cli.merging.job_model import merged_manifest, model_sinks, open_job_model, publish
 from fedqsn_cli.merging.keep_adapter import KeptStep, Tee
@@ -39,7 +42,7 @@ from fedqsn_cli.merging.read_update import ClientUpdate, UpdateReader, UpdateVer
 from fedqsn_cli.merging.refusals import Refusals
 from fedqsn_cli.merging.restore import restore_model
 from fedqsn_cli.merging.results import MergedClient, MergeResult
-from fedqsn_cli.merging.survey import SurveyPass, require_model
+from fedqsn_cli.merging.survey import Survey, SurveyPass, require_model
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.residual import Residual, residual_specs
 from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
@@ -130,10 +133,11 @@ def merge_updates(
         verifier = UpdateVerifier(job, model, options.required_ledger())
         tasks = tensor_tasks(model, None, verifier.masks.hidden_on_the_way)
         refusals = Refusals(options.on_refused == "skip", [])
-        clients = _admitted(verifier, updates, model, tasks, refusals, options, progress)
+        clients, survey = _admitted(verifier, updates, model, tasks, refusals, options, progress)
+        how = aggregation(options, clients, survey)
         control = verifier.control(options.control, clients) if options.control is not None else None
         kept = _kept_step(stack, clients, tasks, options)
-        run = MergeRun(model, tasks, clients, control, options, progress)
+        run = MergeRun(model, tasks, clients, control, how, options, progress)
         search = run.search(development) if development is not None else None
         rate = search.chosen if search else float(options.server_lr)
         merged = run.write(writer, rate, kept.saved if kept is not None else None)
@@ -144,11 +148,14 @@ def merge_updates(
     return MergeResult(
         path=path,
         kind=model.kind,
-        clients=tuple(_client(reader, merged) for reader in merged.clients),
-        num_examples=merged.examples,
+        clients=tuple(
+            _client(reader, merged, how.share(number), how.verdict(number))
+            for number, reader in enumerate(merged.clients)
+        ),
+        num_examples=sum(update.examples for update in clients),
         covered=merged.covered / merged.size,
         model_digest=digest,
-        control=_client(merged.control, merged) if merged.control else None,
+        control=_client(merged.control, merged, 0.0, "control") if merged.control else None,
         server_lr=rate,
         search=search,
         refused=tuple(refusals.refused),
@@ -174,20 +181,21 @@ def _admitted(
     refusals: Refusals,
     options: MergeOptions,
     progress: Progress,
-) -> list[ClientUpdate]:
-    """The updates that are merged.
+) -> tuple[list[ClientUpdate], Survey | None]:
+    """The updates that are merged, and what a first pass found, if one was needed.
 
     Raises:
         RefusedUpdate: one is refused, and the merge does not go on without it; or too few are left.
     """
     clients = check_claims(verifier.updates(updates, refusals), options.max_examples, refusals)
     require_enough(clients, options.min_clients, refusals)
-    if options.on_refused == "skip":
-        with HashThreads() as hashing:
-            found = SurveyPass(model, tasks, clients, refusals, hashing).run(options, progress)
-        clients = list(found.updates)
-        require_enough(clients, options.min_clients, refusals)
-    return clients
+    if options.on_refused == "fail" and not compares(options) and options.clip_norm is None:
+        return clients, None
+    with HashThreads() as hashing:
+        survey_pass = SurveyPass(model, tasks, clients, refusals, hashing, compares=compares(options))
+        survey = survey_pass.run(options, progress)
+    require_enough(survey.updates, options.min_clients, refusals)
+    return list(survey.updates), survey
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +206,7 @@ class MergeRun:
     tasks: Sequence[TensorTask]
     updates: Sequence[ClientUpdate]
     control: ClientUpdate | None
+    how: Aggregation
     options: MergeOptions
     progress: Progress
 
@@ -243,7 +252,7 @@ class MergeRun:
         """One pass over everything, then the checks that need all of it. Raises RefusedUpdate."""
         self.progress.start("merging", self.model.checkpoint.total_bytes, "bytes")
         with HashThreads() as hashing:
-            merged = MergePass(self.model, self.tasks, self.updates, self.control, self.options, rate, hashing)
+            merged = MergePass(self.model, self.tasks, self.updates, self.control, self.how, rate, hashing)
             with closing(merged.chunks()) as chunks:  # its threads end here, whatever ends the loop
                 write_chunks(chunks, sink, residual, self.progress)
             self._check(merged)
@@ -259,21 +268,21 @@ class MergeRun:
             check_norms(reader.update, reader.measures, merged.sizes, self.options)
 
 
-def _client(reader: UpdateReader, merged: MergePass) -> MergedClient:
+def _client(reader: UpdateReader, merged: MergePass, share: float, verdict: str) -> MergedClient:
     update, measures = reader.update, reader.measures
     tensor, unit = measures.largest(merged.sizes)
     return MergedClient(
         client=update.client,
         round=update.release.round,
         num_examples=update.examples,
-        share=0.0 if reader is merged.control else update.examples / merged.examples,
+        share=share,
         norm=math.sqrt(measures.squares),
         relative_norm=relative_norm(measures, merged.sizes),
         cosine=measures.cosine,
         coverage=measures.seen / merged.size,
         largest_tensor=tensor,
         largest_unit=unit,
-        verdict="control" if reader is merged.control else "merged",
+        verdict=verdict,
         first_loss=update.manifest.losses.first,
         last_loss=update.manifest.losses.last,
     )
