@@ -101,6 +101,22 @@ def test_the_owner_hears_that_no_client_could_train(file: str, what: str, world:
         assert (evaluated.code, len(evaluated.err.splitlines())) == (2, 1), evaluated
 
 
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"architectures": None}, "does not name one architecture"),
+        ({"architectures": ["BertModel"]}, "architecture BertModel has no head"),
+        ({"auto_map": {"AutoModel": "x.Y"}}, "its code comes with it"),
+        ({"problem_type": "odd"}, "problem type 'odd' is unknown"),
+    ],
+)
+def test_the_owner_hears_of_a_model_that_cannot_be_trained(
+    fields: dict[str, object], what: str, world: World, tmp_path: Path
+) -> None:
+    ended = run(*world.export(edit(world.copy("model", tmp_path), **fields), tmp_path))
+    assert f"no client can train a proxy of this model: {what}" in ended.err or what in ended.err
+
+
 def test_the_owner_hears_of_tied_tensors_that_differ(world: World, tmp_path: Path) -> None:
     model = build("llama", tmp_path / "model", tokenizer=True)
     edit(model, tie_word_embeddings=True)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fedqsn_cli.artifacts.ledger import Release
 from fedqsn_cli.checkpoint.companions import left_behind
 from fedqsn_cli.errors import InputError
+from fedqsn_cli.models.architecture import task_of
 from fedqsn_cli.models.duplicates import false_tie
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.tokenizer_files import tokenizer_problem
@@ -31,8 +32,13 @@ def tell_if_unusable(model: OpenModel, progress: Progress) -> None:
 
 
 def _problem(model: OpenModel) -> str | None:
-    if model.checkpoint.config is None:
-        return "it has no config.json"
+    config = model.checkpoint.config
+    try:
+        task_of(config, model.source.path)
+    except InputError as error:
+        return error.what
+    if config is not None and config.get("auto_map"):
+        return "its code comes with it, and is never run"
     tied = false_tie(model.checkpoint, model.plan)
     if tied is not None:
         return f"{tied[1]} differs from {tied[0]}, though config.json ties the two"

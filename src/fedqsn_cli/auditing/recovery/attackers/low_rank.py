@@ -34,7 +34,7 @@ def _adapted(lab: Lab, rate: float) -> Trained | None:
         for name, part in loaded.model.named_children()
         if name != loaded.model.base_model_prefix and next(part.parameters(), None) is not None
     ]
-    saved = heads if loaded.task == "classification" else None
+    saved = None if loaded.task in ("causal-lm", "masked-lm", "seq2seq") else heads  # these tie it to their embeddings
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", modules_to_save=saved)
     adapted: Any = get_peft_model(loaded.model, config)
     trainable = VisibleParameters(_Trained(adapted), {})
