@@ -116,7 +116,6 @@ WRONG_OPTIONS = [
     f"{MERGE} --control u-own --control-weight 0",
     f"{MERGE} --control u-own --control-weight 1.5",
     f"{MERGE} --eval-data data.jsonl",
-    f"{MERGE} --report page.html",
     f"{MERGE} --max-update-norm 0",
     f"{MERGE} --max-examples 0",
     f"{MERGE} --restore server",

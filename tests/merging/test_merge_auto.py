@@ -16,6 +16,7 @@ from fedqsn_cli.errors import DataError, GateFailed, InputError, RefusedUpdate
 from fedqsn_cli.merging.interpolate import Interpolation
 from fedqsn_cli.merging.results import MergeResult
 from support.helpers import (
+    as_strings,
     contents,
     draft,
     hidden_elements,
@@ -26,7 +27,6 @@ from support.helpers import (
     send,
     to_bits,
     to_floats,
-    words,
     write_model,
 )
 from support.processes import run
@@ -255,7 +255,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         {"eval_data": "DATA", "blend": 0.5},
         "--eval-data: there is nothing to search for; give it with --blend auto",
     ),
-    ("step", {"report": "r.html"}, "--report: there is nothing to search for"),
+    ("restore", {"report": "r.html"}, "--report: there is nothing to search for"),
     ("step", {"allow_worse": True}, "--allow-worse: "),
     ("step", {"server_lr": "best"}, "--server-lr"),
     ("restore", {"blend": "best"}, "--blend"),
@@ -297,7 +297,7 @@ def test_i11_data_that_does_not_fit_and_outputs_that_are_taken_are_refused(bert:
 
 def command(job: Job, *more: str | Path) -> Any:
     options = ["--key", job.root / "key", "--device", "cpu"]
-    return run("merge", job.root / "model", *words([*more, *options]))
+    return run("merge", job.root / "model", *as_strings([*more, *options]))
 
 
 def test_the_command_prints_the_curve_and_marks_the_chosen_value(bert: Job, tmp_path: Path) -> None:
@@ -328,14 +328,14 @@ def test_the_command_fails_with_1_when_the_updates_hurt_and_with_2_on_wrong_use(
 
 
 @pytest.mark.parametrize("what", ["step", "restore"])
-def test_the_report_is_one_page_with_nothing_but_losses(what: str, bert: Job, tmp_path: Path) -> None:
+def test_the_report_is_one_page_with_losses_and_clients(what: str, bert: Job, tmp_path: Path) -> None:
     option = "server_lr" if what == "step" else "blend"
     page = tmp_path / "report.html"
     found = getattr(bert, what)(tmp_path / "out", **{option: "auto"}, eval_data=bert.data, report=page)
     text = page.read_text()
-    assert text.startswith("<!doctype html>") and text.count("<svg") == 1
+    assert text.startswith("<!doctype html>") and text.count("<svg") == (3 if what == "step" else 1)
     assert not re.search(r"<script|https?:|src=|href=|@import|url\(", text)
-    assert str(tmp_path) not in text and str(bert.root) not in text and "ann" not in text
+    assert str(tmp_path) not in text and str(bert.root) not in text and ("ann" in text) == (what == "step")
     assert json.loads((bert.root / "key").read_bytes())["key"] not in text
     rows = re.findall(r'<tr><td class="number">([^<]+)</td>.*?<td class="name">(taken)?</td></tr>', text)
     assert [float(row[0]) for row in rows] == [point.value for point in found.search.curve]

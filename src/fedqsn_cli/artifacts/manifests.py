@@ -39,9 +39,10 @@ MODEL_MANIFEST = "fedqsn.json"
 PROXY_MANIFEST = "proxy.json"
 UPDATE_MANIFEST = "update.json"
 UPDATE_TENSORS = "update.safetensors"
+ADAPTER_TENSORS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 VISIBLE_TENSORS = "visible.safetensors"
 
-_LARGEST_MANIFEST = 256 * 2**20  # bytes; a 70-billion-parameter model needs less than one MiB
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -68,6 +69,16 @@ def _checked_by(check: Callable[[Value, str], Value]) -> AfterValidator:
 
 Ratio = Annotated[float, _checked_by(validate.ratio)]
 ServerRatio = Annotated[float, _checked_by(validate.up_to_one)]  # p1: 1 hides all of a model
+
+
+def _printable(value: str) -> str:
+    """Text that cannot steer a terminal."""
+    if not value.isprintable():
+        raise PydanticCustomError("fedqsn", "holds a character that cannot be printed")
+    return value
+
+
+ToolName = Annotated[str, Field(max_length=200), AfterValidator(_printable)]
 BlockSize = Annotated[int, _checked_by(validate.block_size)]
 
 
@@ -103,10 +114,12 @@ class Manifest(Strict):
 
     Args:
         FILE: the file's name. HINT: how it comes to be there.
+        LARGEST: bytes that it may have; that of a 70-billion-parameter model needs less than one MiB.
     """
 
     FILE: ClassVar[str]
     HINT: ClassVar[str]
+    LARGEST: ClassVar[int] = 256 * 2**20
 
 
 class Quantization(Strict):
@@ -258,11 +271,32 @@ class PrivacyRecord(Strict):
     update: UpdatePrivacy | None = None
 
 
+class AdapterRecord(Strict):
+    """The adapter of one tensor: U = scaling · B A, transposed where the tensor is stored as [in, out].
+
+    Args:
+        module: the file of adapters holds A as `module`.lora_A.weight [rank, in], B as `module`.lora_B.weight
+            [out, rank].
+    """
+
+    module: Annotated[str, Field(max_length=1000)]
+    rank: Annotated[int, Field(ge=1, le=2**31)]
+    scaling: PositiveNumber
+    transposed: bool
+
+
 class UpdateManifest(Manifest):
-    """`update.json`: what a client says about its update. The server checks what it can and believes none of it."""
+    """`update.json`: what a client says about its update. The server checks what it can and believes none of it.
+
+    Args:
+        adapters: of an update of adapters, by the name of the tensor that they change.
+        saved: tensors that were trained in full beside adapters: their names in the file of adapters, which holds them
+            as they are after training.
+    """
 
     FILE = UPDATE_MANIFEST
     HINT = "make an update with 'fedqsn client-train'"
+    LARGEST = 1 << 24  # a model of 700 billion parameters has 50,000 matrices that may have an adapter
 
     format: Literal["fedqsn-update/1"] = "fedqsn-update/1"
     proxy_id: Sha256
@@ -271,8 +305,10 @@ class UpdateManifest(Manifest):
     steps: Count
     losses: Losses
     precision: Literal["fp32", "bf16", "fp16", "int8", "nf4"]
-    tool: str
+    tool: ToolName
     privacy: PrivacyRecord | None = None
+    adapters: dict[str, AdapterRecord] | None = None
+    saved: dict[str, str] | None = None
     files: dict[FileName, Sha256]
 
 
@@ -294,9 +330,9 @@ def read_manifest(folder: Path, kind: type[Kind]) -> Kind:
     if not os.path.lexists(path):
         raise InputError(f"no {path.name} here", where=folder, hint=kind.HINT)
     with open(open_regular_file(path), "rb") as file:
-        if os.fstat(file.fileno()).st_size > _LARGEST_MANIFEST:
-            raise FormatError(f"manifest is larger than {_LARGEST_MANIFEST} bytes", where=path)
-        data = file.read(_LARGEST_MANIFEST)
+        if os.fstat(file.fileno()).st_size > kind.LARGEST:
+            raise FormatError(f"manifest is larger than {kind.LARGEST} bytes", where=path)
+        data = file.read(kind.LARGEST)
     return parse_manifest(data, kind, path)
 
 

@@ -96,8 +96,11 @@ def open_regular_file(path: Path) -> int:
     return descriptor
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, most_bytes: int = MAX_HEADER_BYTES) -> Header:
     """Read and check the header of one safetensors file.
+
+    Args:
+        most_bytes: a longer header is refused before it is read.
 
     Raises:
         InputError: the file cannot be opened.
@@ -106,7 +109,7 @@ def read_header(path: Path) -> Header:
     descriptor = open_regular_file(path)
     try:
         identity = FileIdentity.of(descriptor)
-        text = _header_text(descriptor, identity.size, path)
+        text = _header_text(descriptor, identity.size, most_bytes, path)
     finally:
         os.close(descriptor)
     document = strictjson.loads(text, path)
@@ -120,14 +123,14 @@ def read_header(path: Path) -> Header:
     return Header({entry.name: entry for entry in entries}, metadata, identity)
 
 
-def _header_text(descriptor: int, size: int, path: Path) -> bytes:
+def _header_text(descriptor: int, size: int, most: int, path: Path) -> bytes:
     """The header's JSON with its padding: one object, from the first byte on, that fits into the file."""
     prefix = os.pread(descriptor, 8, 0)
     if len(prefix) < 8:
         raise FormatError(f"not a safetensors file: only {size} bytes long", where=path)
     length = int.from_bytes(prefix, "little")
-    if length > MAX_HEADER_BYTES:
-        raise FormatError(f"header of {length} bytes is over the limit of {MAX_HEADER_BYTES}", where=path)
+    if length > most:
+        raise FormatError(f"header of {length} bytes is over the limit of {most}", where=path)
     if 8 + length > size:
         raise FormatError(f"truncated: a header of {length} bytes in a file of {size} bytes", where=path)
     text = os.pread(descriptor, length, 8)

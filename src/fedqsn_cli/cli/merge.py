@@ -26,7 +26,11 @@ def merge(
 
     Updates are weighted by their numbers of examples; neurons that were hidden keep their values bit for bit. Every
     update is checked against the ledger: one that is stale, foreign, given twice, not finite or far too large is
-    refused, and then nothing is written.
+    refused, and then nothing is written; with --on-refused skip the others are merged without it. So is, among three
+    or more, one that claims more than ten times the median number of examples, unless --max-examples allows it.
+
+    An average follows everyone, an attacker too. --rule takes a median or another rule that withstands --byzantine f of
+    them, each unit over the clients that saw it.
 
     A server model stays a server model. At the end of the job, 'fedqsn merge GLOBAL --restore SERVER' puts its trained
     neurons and the hidden ones of the global model together.
@@ -40,6 +44,8 @@ def merge(
       fedqsn merge server/ updates/* --out server-2/ --key job.key --ledger ledger.jsonl --normalize clients
       fedqsn merge global/ updates/* --out next/ --key job.key --ledger ledger.jsonl \\
           --server-lr auto --eval-data dev.jsonl --control own-update/
+      fedqsn merge global/ updates/* --out next/ --key job.key --ledger ledger.jsonl \\
+          --rule trimmed-mean --byzantine 2 --clip-norm auto
       fedqsn merge global/ --restore server-9/ --out final/ --key job.key --blend 0.5
       fedqsn merge global/ --restore server-9/ --out final/ --key job.key --blend auto --eval-data dev.jsonl
       fedqsn merge global/ --restore server-9/ --out final/ --key job.key --public-base hf://owner/base
@@ -55,28 +61,41 @@ def _parts(result: MergeResult) -> list[console.Part]:
     facts: list[tuple[str, object]] = [(result.kind.replace("-", " "), result.path)]
     if result.clients:
         facts.append(("trained by a client", f"{text.percent(result.covered)} of all parameters"))
+    if result.adapter is not None:
+        exact = (
+            f"rank {result.adapter.rank} of {result.adapter.summed_rank}, error {text.percent(result.adapter.error)}"
+        )
+        facts += [("adapter", result.adapter.path), ("of that adapter", exact)]
     parts: list[console.Part] = [_clients(result)] if result.clients else []
+    parts += [_refused(result)] if result.refused else []
     parts += [_curve(result.search)] if result.search else []
     return [*parts, console.Facts(facts)]
 
 
 def _clients(result: MergeResult) -> console.Table:
-    names = ("client", "round", "examples", "share", "update / model", "loss before", "loss after")
-    rows = [_client(client, text.percent(client.share)) for client in result.clients]
-    rows += [_client(result.control, "control")] if result.control else []
-    return console.Table(names, rows, numbers=frozenset(names[1:]))
+    names = ("client", "examples", "weight", "norm / model", "cosine", "coverage", "largest unit", "loss", "verdict")
+    rows = [_client(client) for client in [*result.clients, *([result.control] if result.control else [])]]
+    return console.Table(names, rows, numbers=frozenset(names[1:6]))
 
 
-def _client(client: MergedClient, share: str) -> tuple[object, ...]:
+def _client(client: MergedClient) -> tuple[object, ...]:
+    largest = client.largest_unit
     return (
         client.client,
-        client.round,
         text.number(client.num_examples),
-        share,
+        text.percent(client.share),
         f"{client.relative_norm:.2g}",
-        text.real(client.first_loss),
-        text.real(client.last_loss),
+        "-" if client.cosine is None else f"{client.cosine:.3f}",
+        text.percent(client.coverage),
+        f"{largest.tensor} {largest.unit}: {largest.ratio:.2g}",
+        f"{text.real(client.first_loss)} to {text.real(client.last_loss)}",
+        client.verdict,
     )
+
+
+def _refused(result: MergeResult) -> console.Table:
+    rows = [(item.client or item.folder, item.reason) for item in result.refused]
+    return console.Table(("refused", "why"), rows)
 
 
 def _curve(search: Search) -> console.Table:

@@ -6,6 +6,7 @@ dtype (to nearest, ties to even), so a result depends neither on chunk size nor 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,23 +23,42 @@ Doubles = NDArray[np.float64]
 PIECE = 1024  # values that go through each step together: all arrays of a piece fit in L1
 RUN = 16384  # values of a part, where the parts are not rows
 GRAIN = 1 << 16  # minimum number of values for a thread
+STRIPE = 64  # rows whose columns are summed together: the same ones, whatever the number of threads
 
 FLAT, ROWS, COLUMNS, ELEMENTS = 0, 1, 2, 3
 MODES = {None: FLAT, "row": ROWS, "column": COLUMNS, "element": ELEMENTS}
 
 
+@dataclass(frozen=True, slots=True)
+class PieceSquares:
+    """Sums of squares of a piece of U.
+
+    Args:
+        total: of all its numbers; NaN or infinite if one of them is.
+        units: of each seen row, or of each seen column in these rows; where units are single numbers, the largest
+            square alone. width: how many numbers each of them is the sum of.
+        places: what row, column or flat position within the rows each of `units` is of.
+    """
+
+    total: float
+    units: Doubles
+    width: int
+    places: NDArray[np.int64]
+
+    def divided(self, scale: float) -> PieceSquares:
+        """The squares of U / scale."""
+        return PieceSquares(self.total / scale**2, self.units / scale**2, self.width, self.places)
+
+
 def add(
     total: Array, u: Array, dtype: str, index: NDArray[np.int64], axis: UnitAxis | None, coefficient: float
-) -> float:
+) -> PieceSquares:
     """total += coefficient * U on the elements that U holds.
 
     Args:
         total: float64 [rows, cols].
         u: stored bits of U for these rows: [seen rows * cols], [rows * seen columns] or [seen elements].
-        index: the seen rows, columns or elements; unused when the tensor has no units.
-
-    Returns:
-        Sum of squares of U; NaN or infinite if an element of U is.
+        index: the seen rows, columns or elements; unused when U has no units.
     """
     bits, kind = as_bits(u, dtype)
     rows, cols = total.shape
@@ -46,12 +66,47 @@ def add(
     width = {FLAT: RUN, ROWS: cols, COLUMNS: u.size // max(rows, 1), ELEMENTS: RUN}[mode]
     parts = -(-u.size // max(width, 1))
     squares = np.zeros(parts)
+    columns = np.zeros((-(-parts // STRIPE), width) if mode == COLUMNS else (0, 0))
 
     def work(start: int, stop: int) -> None:
-        _add(total.reshape(-1), cols, bits, kind, index, mode, width, start, stop, coefficient, squares)
+        _add(total.reshape(-1), cols, bits, kind, index, mode, width, start, stop, coefficient, squares, columns)
 
-    run_ranges(parts, max(1, GRAIN // max(width, 1)), work)
-    return float(squares.sum())
+    grain = max(1, GRAIN // max(width, 1))
+    run_ranges(parts, -(-grain // STRIPE) * STRIPE if mode == COLUMNS else grain, work)
+    if mode == ROWS:
+        return PieceSquares(float(squares.sum()), squares, cols, index)
+    if mode == COLUMNS:
+        sums = columns.sum(axis=0)
+        return PieceSquares(float(sums.sum()), sums, rows, index)
+    return _of_numbers(float(squares.sum()), bits, kind, index if axis else None)
+
+
+def _of_numbers(total: float, bits: Array, kind: int, index: NDArray[np.int64] | None) -> PieceSquares:
+    """The squares where units are single numbers; `index` are their flat positions, None for all of the rows."""
+    if not bits.size:
+        return PieceSquares(total, np.zeros(0), 1, np.zeros(0, np.int64))
+    tops = np.zeros(-(-bits.size // RUN))
+    run_ranges(tops.size, GRAIN // RUN, lambda start, stop: _tops(bits, kind, start, stop, tops))
+    first = int(tops.argmax()) * RUN
+    values = np.empty(min(RUN, bits.size - first), np.uint32)
+    widen(bits[first : first + values.size], kind, values)
+    at = first + int(np.abs(values.view(np.float32)).argmax())
+    return PieceSquares(total, tops.max(keepdims=True), 1, np.array([at if index is None else index[at]], np.int64))
+
+
+@kernel
+def _tops(x: Any, kind: int, start: int, stop: int, tops: Any) -> None:
+    """The largest square of each run of values."""
+    bits = np.empty(PIECE, np.uint32)
+    values = bits.view(np.float32)
+    for part in range(start, stop):
+        top = 0.0
+        for at in range(part * RUN, min((part + 1) * RUN, x.size), PIECE):
+            count = min(PIECE, x.size - at)
+            widen(x[at : at + count], kind, bits)
+            for i in range(count):
+                top = max(top, np.float64(values[i]) * np.float64(values[i]))
+        tops[part] = top
 
 
 @kernel
@@ -67,8 +122,9 @@ def _add(
     stop: int,
     coefficient: float,
     squares: Any,
+    columns: Any,
 ) -> None:
-    """Parts start .. stop of U, `width` values each; the sum of squares of each part."""
+    """Parts start .. stop of U, `width` values each; the sum of squares of each part, or of each column of a stripe."""
     bits, sums = np.empty(PIECE, np.uint32), np.empty(PIECE, np.float64)
     values = bits.view(np.float32)
     for part in range(start, stop):
@@ -80,7 +136,8 @@ def _add(
             inside = at - first
             if mode == COLUMNS:
                 line = total[part * cols : (part + 1) * cols]
-                _add_scattered(values[:count], line, index[inside : inside + count], coefficient, sums)
+                stripe = columns[part // STRIPE, inside : inside + count]
+                _add_scattered(values[:count], line, index[inside : inside + count], coefficient, stripe)
             elif mode == ELEMENTS:
                 _add_scattered(values[:count], total, index[at : at + count], coefficient, sums)
             else:

@@ -5,6 +5,8 @@
                                                       or over all clients (normalize clients)
     W'  = W + η Δ                                     units that nobody saw keep their bits
 
+Other rules than this average are in `aggregation`.
+
 FedAvg (arXiv 1602.05629) is the case without masks and quantization. Memory holds one chunk, its sum and a few chunks
 read ahead, however many clients there are; only a search for η or λ needs the whole model in memory.
 
@@ -17,23 +19,30 @@ the fill; hidden weights are not in it, and get the difference when the job is r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedqsn_cli.checkpoint import ArtifactWriter, write_file_atomically
-from fedqsn_cli.errors import InputError, RefusedUpdate
+from fedqsn_cli.errors import InputError
 from fedqsn_cli.export.outputs import tensor_specs
 from fedqsn_cli.export.session import keep_outside
 from fedqsn_cli.kernels.hash_threads import HashThreads
-from fedqsn_cli.merging.chunks import InMemorySink, MergePass, Sink, Weights, write_chunks
+from fedqsn_cli.merging.admission import check_claims, check_norms, relative_norm, require_enough
+from fedqsn_cli.merging.aggregation import Aggregation, aggregation, compares
+from fedqsn_cli.merging.chunks import InMemorySink, Sink, Weights, write_chunks
 from fedqsn_cli.merging.job_model import merged_manifest, model_sinks, open_job_model, publish
+from fedqsn_cli.merging.keep_adapter import KeptStep, Tee
 from fedqsn_cli.merging.line_search import Search, best_step
+from fedqsn_cli.merging.merge_pass import MergePass
 from fedqsn_cli.merging.read_update import ClientUpdate, UpdateReader, UpdateVerifier
+from fedqsn_cli.merging.refusals import Refusals
 from fedqsn_cli.merging.restore import restore_model
 from fedqsn_cli.merging.results import MergedClient, MergeResult
+from fedqsn_cli.merging.survey import Survey, SurveyPass, require_model
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.residual import Residual, residual_specs
 from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
@@ -66,16 +75,18 @@ def merge(
     """
     _check_updates(updates, options)
     outside = {"key": options.key, "ledger": options.ledger, "eval-data": options.eval_data, "report": options.report}
-    keep_outside(Path(options.out), **outside)
+    keep_outside(Path(options.out), **outside, **{"keep-adapter": options.keep_adapter})
+    if options.keep_adapter is not None:
+        keep_outside(Path(options.keep_adapter), **outside)
     development = _development(options)
     if options.restore is not None:
         result = restore_model(source, options.restore, options, development, progress=progress)
     else:
         result = merge_updates(source, updates, options, development, progress=progress)
-    if options.report is not None and result.search is not None:
+    if options.report is not None:
         from fedqsn_cli.merging.page import render
 
-        write_file_atomically(Path(options.report), render(result.search).encode())
+        write_file_atomically(Path(options.report), render(result).encode())
     return result
 
 
@@ -118,29 +129,73 @@ def merge_updates(
         RefusedUpdate, GateFailed, InputError: as `merge`.
     """
     job, model = open_job_model(source, options.key)
-    with ArtifactWriter(Path(options.out), force=options.force, hashed=False) as writer:
+    with ArtifactWriter(Path(options.out), force=options.force, hashed=False) as writer, ExitStack() as stack:
         verifier = UpdateVerifier(job, model, options.required_ledger())
-        clients = verifier.updates(updates, options.max_examples)
-        control = verifier.control(options.control, clients) if options.control is not None else None
         tasks = tensor_tasks(model, None, verifier.masks.hidden_on_the_way)
-        run = MergeRun(model, tasks, clients, control, options, progress)
+        refusals = Refusals(options.on_refused == "skip", [])
+        clients, survey = _admitted(verifier, updates, model, tasks, refusals, options, progress)
+        how = aggregation(options, clients, survey)
+        control = verifier.control(options.control, clients) if options.control is not None else None
+        kept = _kept_step(stack, clients, tasks, options)
+        run = MergeRun(model, tasks, clients, control, how, options, progress)
         search = run.search(development) if development is not None else None
         rate = search.chosen if search else float(options.server_lr)
-        merged = run.write(writer, rate)
+        merged = run.write(writer, rate, kept.saved if kept is not None else None)
+        adapter = kept.publish(rate) if kept is not None else None
         digest = merged.digest_after()
         trained_fill = any(update.moves_fill for update in clients)
         path = publish(writer, model, merged_manifest(model, job, digest, trained_fill=trained_fill))
     return MergeResult(
         path=path,
         kind=model.kind,
-        clients=tuple(_client(reader, merged) for reader in merged.clients),
-        num_examples=merged.examples,
-        covered=merged.covered / sum(task.size for task in tasks),
+        clients=tuple(
+            _client(reader, merged, how.share(number), how.verdict(number))
+            for number, reader in enumerate(merged.clients)
+        ),
+        num_examples=sum(update.examples for update in clients),
+        covered=merged.covered / merged.size,
         model_digest=digest,
-        control=_client(merged.control, merged) if merged.control else None,
+        control=_client(merged.control, merged, 0.0, "control") if merged.control else None,
         server_lr=rate,
         search=search,
+        refused=tuple(refusals.refused),
+        adapter=adapter,
     )
+
+
+def _kept_step(
+    stack: ExitStack, clients: Sequence[ClientUpdate], tasks: Sequence[TensorTask], options: MergeOptions
+) -> KeptStep | None:
+    """The step as an adapter, if that is asked for; `stack` removes what of it is not published. Raises InputError."""
+    if options.keep_adapter is None:
+        return None
+    writer = stack.enter_context(ArtifactWriter(Path(options.keep_adapter), force=options.force))
+    return KeptStep(writer, clients, tasks, options)
+
+
+def _admitted(
+    verifier: UpdateVerifier,
+    updates: Sequence[str | Path],
+    model: OpenModel,
+    tasks: Sequence[TensorTask],
+    refusals: Refusals,
+    options: MergeOptions,
+    progress: Progress,
+) -> tuple[list[ClientUpdate], Survey | None]:
+    """The updates that are merged, and what a first pass found, if one was needed.
+
+    Raises:
+        RefusedUpdate: one is refused, and the merge does not go on without it; or too few are left.
+    """
+    clients = check_claims(verifier.updates(updates, refusals), options.max_examples, refusals)
+    require_enough(clients, options.min_clients, refusals)
+    if options.on_refused == "fail" and not compares(options) and options.clip_norm is None:
+        return clients, None
+    with HashThreads() as hashing:
+        survey_pass = SurveyPass(model, tasks, clients, refusals, hashing, compares=compares(options))
+        survey = survey_pass.run(options, progress)
+    require_enough(survey.updates, options.min_clients, refusals)
+    return list(survey.updates), survey
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,14 +206,19 @@ class MergeRun:
     tasks: Sequence[TensorTask]
     updates: Sequence[ClientUpdate]
     control: ClientUpdate | None
+    how: Aggregation
     options: MergeOptions
     progress: Progress
 
-    def write(self, writer: ArtifactWriter, rate: float) -> MergePass:
-        """Write the merged tensors and their residual; returns what the pass counted. Raises RefusedUpdate."""
+    def write(self, writer: ArtifactWriter, rate: float, kept: InMemorySink | None) -> MergePass:
+        """Write the merged tensors and their residual; returns what the pass counted. Raises RefusedUpdate.
+
+        Args:
+            kept: gets some of the tensors, too.
+        """
         limit = self.options.max_shard_bytes
         with model_sinks(writer, self.model, self.tasks, limit, with_residual=True) as (sink, residual):
-            return self._merge_into(sink, residual, rate)
+            return self._merge_into(sink if kept is None else Tee(sink, kept), residual, rate)
 
     def search(self, development: DevelopmentSet) -> Search:
         """Find η with the lowest loss. All checks of the updates are done before the model is evaluated."""
@@ -192,7 +252,7 @@ class MergeRun:
         """One pass over everything, then the checks that need all of it. Raises RefusedUpdate."""
         self.progress.start("merging", self.model.checkpoint.total_bytes, "bytes")
         with HashThreads() as hashing:
-            merged = MergePass(self.model, self.tasks, self.updates, self.control, self.options, rate, hashing)
+            merged = MergePass(self.model, self.tasks, self.updates, self.control, self.how, rate, hashing)
             with closing(merged.chunks()) as chunks:  # its threads end here, whatever ends the loop
                 write_chunks(chunks, sink, residual, self.progress)
             self._check(merged)
@@ -200,29 +260,29 @@ class MergeRun:
 
     def _check(self, merged: MergePass) -> None:
         """Check digests and norms. Raises RefusedUpdate."""
-        if merged.digest_before() != self.updates[0].release.model_digest:
-            raise RefusedUpdate(
-                "the updates were trained on proxies of another model",
-                where=self.model.source.reference,
-                hint="give the model that this round's proxies were exported from",
-            )
-        limit = self.options.max_update_norm
+        digest = merged.digest_before()
+        for reader in merged.readers:
+            require_model(reader.update, digest, self.model)
         for reader in merged.readers:
             reader.finish()
-            norm = merged.relative_norm(reader)
-            if norm > limit:
-                what = f"its norm is {norm:.3g} times the model's, over --max-update-norm {limit:g}"
-                raise RefusedUpdate(what, where=reader.update.folder)
+            check_norms(reader.update, reader.measures, merged.sizes, self.options)
 
 
-def _client(reader: UpdateReader, merged: MergePass) -> MergedClient:
-    update = reader.update
+def _client(reader: UpdateReader, merged: MergePass, share: float, verdict: str) -> MergedClient:
+    update, measures = reader.update, reader.measures
+    tensor, unit = measures.largest(merged.sizes)
     return MergedClient(
         client=update.client,
         round=update.release.round,
         num_examples=update.examples,
-        share=0.0 if reader is merged.control else update.examples / merged.examples,
-        relative_norm=merged.relative_norm(reader),
+        share=share,
+        norm=math.sqrt(measures.squares),
+        relative_norm=relative_norm(measures, merged.sizes),
+        cosine=measures.cosine,
+        coverage=measures.seen / merged.size,
+        largest_tensor=tensor,
+        largest_unit=unit,
+        verdict=verdict,
         first_loss=update.manifest.losses.first,
         last_loss=update.manifest.losses.last,
     )

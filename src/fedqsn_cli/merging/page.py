@@ -1,6 +1,6 @@
-"""The page of `merge --report`: the losses that auto measured, and the value it chose. Self-contained, no script.
+"""The page of `merge --report`: the losses that auto measured, and the updates. Self-contained, no script.
 
-It shows nothing but losses on the owner's data: no weight, hidden position, key, client id or path.
+It is the owner's: it names clients and units that moved far. It shows no weight, hidden position or key.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from markupsafe import Markup
 
 from fedqsn_cli.html import charts, pages
 from fedqsn_cli.html.charts import Level, Line, Picture, Plot
+from fedqsn_cli.merging import page_updates
 from fedqsn_cli.merging.line_search import Point, Search
-from fedqsn_cli.text import number, real
+from fedqsn_cli.merging.results import MergeResult
+from fedqsn_cli.text import number, percent, real
 from fedqsn_cli.version import VERSION
 
 TEMPLATE = Path(__file__).parent / "page.html.j2"
@@ -24,27 +26,46 @@ _WORDS = {
 }
 
 
-def render(search: Search) -> str:
-    """The whole page."""
-    name, title, axis = _WORDS[search.option]
+def render(result: MergeResult) -> str:
+    """The whole page, of a merge or a restore."""
+    search = result.search
+    return pages.render(
+        TEMPLATE,
+        title=f"{search.option} {search.chosen:g}" if search else f"{len(result.clients)} updates",
+        figures=_figures(search) if search else _counts(result),
+        search=_search_parts(search) if search else None,
+        pictures=page_updates.pictures(result) if result.clients else [],
+        clients=(page_updates.COLUMNS, page_updates.rows(result.clients), page_updates.NUMBERS),
+        refused=(page_updates.REFUSED_COLUMNS, page_updates.refused_rows(result)),
+        version=VERSION,
+    )
+
+
+def _counts(result: MergeResult) -> list[tuple[str, str]]:
+    """What a merge without a search did, in a few numbers."""
+    return [
+        (number(len(result.clients)), "updates were merged"),
+        (number(len(result.refused)), "were refused"),
+        (percent(result.covered), "of all parameters were trained"),
+    ]
+
+
+def _figures(search: Search) -> list[tuple[str, str]]:
     chosen = search.at(search.chosen)
+    figures = [(f"{search.chosen:g}", f"was taken for {search.option}"), (real(chosen.loss), "loss there")]
+    return figures + [(real(point.loss), caption) for point, caption in _references(search)]
+
+
+def _search_parts(search: Search) -> dict[str, object]:
+    """The plot of a search, and the table of all that was tried."""
+    name, title, axis = _WORDS[search.option]
     lead = (
         f"Loss on {number(search.examples)} examples of the owner's development data for each {name} that was tried; "
         f"{name} {search.chosen:g} was taken."
     )
-    figures = [(f"{search.chosen:g}", f"was taken for {search.option}"), (real(chosen.loss), "loss there")]
-    figures += [(real(point.loss), caption) for point, caption in _references(search)]
     dashed = [("#17693f", "the model before")] if _levels(search) else []
-    return pages.render(
-        TEMPLATE,
-        option=search.option,
-        chosen=f"{search.chosen:g}",
-        figures=figures,
-        plot=Picture(title, lead, _plot(search, axis), [("#8aa5dd", "tried"), ("#2456c8", "taken")], dashed),
-        columns=(name, "loss", _score(search), ""),
-        rows=_rows(search),
-        version=VERSION,
-    )
+    plot = Picture(title, lead, _plot(search, axis), [("#8aa5dd", "tried"), ("#2456c8", "taken")], dashed)
+    return {"plot": plot, "columns": (name, "loss", _score(search), ""), "rows": _rows(search)}
 
 
 def _references(search: Search) -> list[tuple[Point, str]]:

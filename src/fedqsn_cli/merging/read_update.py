@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -19,8 +20,14 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.artifacts import ledger as ledgers
 from fedqsn_cli.artifacts.ledger import Release
-from fedqsn_cli.artifacts.manifests import UPDATE_MANIFEST, UPDATE_TENSORS, UpdateManifest, read_manifest
-from fedqsn_cli.artifacts.update_folder import format_of, update_shape
+from fedqsn_cli.artifacts.manifests import (
+    ADAPTER_TENSORS,
+    UPDATE_MANIFEST,
+    UPDATE_TENSORS,
+    UpdateManifest,
+    read_manifest,
+)
+from fedqsn_cli.artifacts.update_folder import files_of, format_of, most_header_bytes, require_no_more, update_shape
 from fedqsn_cli.checkpoint import read_header
 from fedqsn_cli.checkpoint.header import FileIdentity
 from fedqsn_cli.checkpoint.reader import DESCRIPTORS, DirectFile
@@ -30,7 +37,11 @@ from fedqsn_cli.kernels.hash_threads import HashQueue
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.masks.job_masks import ClientMasks, ServerMasks
 from fedqsn_cli.masks.unit_mask import UnitMask
-from fedqsn_cli.merging.stored_values import ReadValues, StoredValues
+from fedqsn_cli.merging.adapters import AdapterFolder
+from fedqsn_cli.merging.arithmetic import PieceSquares
+from fedqsn_cli.merging.measures import UpdateMeasures
+from fedqsn_cli.merging.refusals import Refusals
+from fedqsn_cli.merging.stored_values import ReadValues, StoredValues, TensorValues, UpdateSlice
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.planning.tensor_plan import TensorPlan, UnitAxis
@@ -44,16 +55,16 @@ class ClientUpdate:
 
     Args:
         masks: of its client in its round.
-        identity: of update.safetensors, so that another file in its place is noticed.
-        stored: where the U of each float tensor is in the file.
+        identities: of the files of tensors, by name, so that another file in the place of one is noticed.
+        stored: the U of each float tensor.
     """
 
     folder: Path
     manifest: UpdateManifest
     release: Release
     masks: ClientMasks
-    identity: FileIdentity
-    stored: Mapping[str, StoredValues]
+    identities: Mapping[str, FileIdentity]
+    stored: Mapping[str, TensorValues]
 
     @property
     def client(self) -> str:
@@ -84,15 +95,16 @@ class UpdateReader:
 
     Args:
         update: checked by `open_updates`.
-        queue: where the digest of the file is computed.
+        queue: where the digests of its files are computed.
     """
 
     def __init__(self, update: ClientUpdate, queue: HashQueue) -> None:
         self.update = update
-        self._hash = FileHash(update.folder / UPDATE_TENSORS, update.identity, queue)
+        self._hashes = {
+            name: FileHash(update.folder / name, identity, queue) for name, identity in update.identities.items()
+        }
         self._visible: tuple[str, UnitMask | None] = ("", None)
-        self.squares = 0.0
-        """Sum of squares of Δ_k over everything that was measured so far."""
+        self.measures = UpdateMeasures()
 
     def locate(self, task: TensorTask, first: int, rows: int) -> UpdateSlice:
         """The elements of U that belong to rows `first` .. `first + rows` of a tensor."""
@@ -101,37 +113,42 @@ class UpdateReader:
             self._visible = (task.name, mask)
         visible, cols = self._visible[1], task.layout.view[2]
         if visible is None:
-            return UpdateSlice(first * cols, rows * cols, np.empty(0, np.int64))
+            return UpdateSlice(first, rows, first * cols, rows * cols, np.empty(0, np.int64))
         return slice_rows(visible, first, rows)
 
     def read(self, name: str, part: UpdateSlice) -> ReadValues:
         """Elements of U, [part.count]; from any thread.
 
         Raises:
-            RefusedUpdate: a code or scale is malformed. FormatError: the file got shorter or changed.
+            RefusedUpdate: a code, scale or factor is malformed. FormatError: a file got shorter or changed.
         """
-        return self.update.stored[name].read(part.first, part.count, self._hash.read)
+        return self.update.stored[name].read(part, self.read_bytes)
+
+    def read_bytes(self, file: str, start: int, count: int) -> NDArray[np.uint8]:
+        """Bytes of a file of the update; from any thread. Raises RefusedUpdate, FormatError: it changed."""
+        return self._hashes[file].read(start, count)
 
     def hash(self, read: ReadValues) -> None:
         """Hash what `read` read; call it in the order of the pass."""
         for piece in read.pieces:
-            self._hash.take(piece.start, piece.data)
+            self._hashes[piece.file].take(piece.start, piece.data)
 
-    def measure(self, tensor: TensorPlan, squares: float) -> None:
-        """Add the sum of squares of a piece of U. Raises RefusedUpdate for NaN and infinity."""
-        if not math.isfinite(squares):
+    def measure(self, tensor: TensorPlan, first: int, sums: PieceSquares, count: int) -> None:
+        """Measure a piece of U: `count` numbers, from row `first` on. Raises RefusedUpdate for NaN and infinity."""
+        if not math.isfinite(sums.total):
             raise RefusedUpdate("holds NaN or infinity", where=f"{self.update.folder}: {tensor.name}")
-        self.squares += squares / self.update.scale(tensor) ** 2
+        self.measures.add(tensor, first, sums.divided(self.update.scale(tensor)), count, self.update.axis(tensor))
 
     def finish(self) -> None:
-        """Check the digest of the whole file.
+        """Check the digests of the whole files.
 
         Raises:
-            RefusedUpdate: it is not the file that update.json describes.
+            RefusedUpdate: one is not the file that update.json describes.
         """
-        if self._hash.hexdigest() != self.update.manifest.files[UPDATE_TENSORS]:
-            where = self.update.folder / UPDATE_TENSORS
-            raise RefusedUpdate("its sha256 is not the one in update.json", where=where, hint="send it again")
+        for name, digest in self._hashes.items():
+            if digest.hexdigest() != self.update.manifest.files[name]:
+                where = self.update.folder / name
+                raise RefusedUpdate("its sha256 is not the one in update.json", where=where, hint="send it again")
 
 
 class FileHash:
@@ -204,31 +221,45 @@ class UpdateVerifier:
         self._ledger = ledger
         self._releases = {release.proxy_id: release for release in ledgers.read(ledger, job)}
 
-    def updates(self, folders: Sequence[str | Path], max_examples: int | None) -> list[ClientUpdate]:
+    def updates(self, folders: Sequence[str | Path], refusals: Refusals) -> list[ClientUpdate]:
         """Open all updates of a round, in the order of client ids: the order of arguments changes nothing.
 
         Raises:
-            RefusedUpdate: one is foreign, stale, duplicate or malformed, or they are of different models.
+            RefusedUpdate: one is foreign, stale, duplicate or malformed, or they are of different models, and that is
+                not only noted in `refusals`.
         """
-        updates = sorted((self._open(Path(folder), max_examples) for folder in folders), key=lambda item: item.client)
-        for before, after in zip(updates, updates[1:], strict=False):
-            if before.client == after.client:
-                raise RefusedUpdate(f"client {after.client!r} sent more than one update", where=after.folder)
-        for update in updates:
-            if update.release.model_digest != updates[0].release.model_digest:
-                raise RefusedUpdate(
-                    f"it was trained on another model than the update in {updates[0].folder}",
-                    where=update.folder,
-                    hint="merge the updates of one round only",
-                )
-        for update in updates:
-            if update.moves_fill and self._model.kind != "server-model":
-                raise RefusedUpdate(
-                    "its client trained the public base in the holes, too, and a global model has no holes",
-                    where=update.folder,
-                    hint="merge it into the server model; a --restore puts all together",
-                )
-        return updates
+        opened = []
+        for folder in folders:
+            with refusals.noting(folder):
+                opened.append(self._open(Path(folder)))
+        opened.sort(key=lambda update: update.client)
+        last = {update.client: update for update in opened}
+        sent = Counter(update.client for update in opened)
+        for update in opened:
+            with refusals.noting(update.folder, update.client):
+                if sent[update.client] > 1:
+                    where = last[update.client].folder
+                    raise RefusedUpdate(f"client {update.client!r} sent more than one update", where=where)
+                if not refusals.skip:  # otherwise the model itself tells which of them are stale
+                    self._check_model(update, opened[0])
+                self._check_fill(update)
+        return refusals.without(opened)
+
+    def _check_model(self, update: ClientUpdate, first: ClientUpdate) -> None:
+        if update.release.model_digest != first.release.model_digest:
+            raise RefusedUpdate(
+                f"it was trained on another model than the update in {first.folder}",
+                where=update.folder,
+                hint="merge the updates of one round only",
+            )
+
+    def _check_fill(self, update: ClientUpdate) -> None:
+        if update.moves_fill and self._model.kind != "server-model":
+            raise RefusedUpdate(
+                "its client trained the public base in the holes, too, and a global model has no holes",
+                where=update.folder,
+                hint="merge it into the server model; a --restore puts all together",
+            )
 
     def control(self, folder: str | Path, others: Sequence[ClientUpdate]) -> ClientUpdate:
         """Open the control update: verified like any other, of a client whose update is not merged.
@@ -236,7 +267,7 @@ class UpdateVerifier:
         Raises:
             RefusedUpdate: it is refused like any other, is of a client that sent an update, or of another model.
         """
-        (control,) = self.updates([folder], None)
+        (control,) = self.updates([folder], Refusals(skip=False, refused=[]))
         for other in others:
             if other.client == control.client:
                 raise RefusedUpdate(
@@ -250,8 +281,9 @@ class UpdateVerifier:
             )
         return control
 
-    def _open(self, folder: Path, max_examples: int | None) -> ClientUpdate:
+    def _open(self, folder: Path) -> ClientUpdate:
         manifest = read_manifest(folder, UpdateManifest)
+        require_no_more(folder)
         release = self._releases.get(manifest.proxy_id)
         if release is None:
             raise RefusedUpdate(f"its proxy {manifest.proxy_id[:12]} is not in the ledger {self._ledger}", where=folder)
@@ -259,22 +291,36 @@ class UpdateVerifier:
             raise RefusedUpdate("it was trained on another proxy.json than the one released", where=folder)
         if release.job != self.masks.job.commitment or release.plan != self._model.plan.digest:
             raise RefusedUpdate("it belongs to another job or plan", where=folder, hint="check --key")
-        if manifest.files.keys() != {UPDATE_TENSORS}:
-            raise RefusedUpdate(f"it must list exactly {UPDATE_TENSORS}", where=folder / UPDATE_MANIFEST)
-        if max_examples is not None and manifest.num_examples > max_examples:
-            raise RefusedUpdate(
-                f"it claims {manifest.num_examples} examples, more than --max-examples {max_examples}", where=folder
-            )
+        if manifest.files.keys() != files_of(manifest):
+            names = ", ".join(sorted(files_of(manifest)))
+            raise RefusedUpdate(f"it must list exactly {names}", where=folder / UPDATE_MANIFEST)
         client = ClientMasks(self.masks, release.client, release.round, release.p2, release.schedule, release.rescale)
-        header = read_header(folder / UPDATE_TENSORS)
-        stored = {}
+        stored, identities = self._values(folder, manifest, client, release)
+        return ClientUpdate(folder, manifest, release, client, identities, stored)
+
+    def _values(
+        self, folder: Path, manifest: UpdateManifest, client: ClientMasks, release: Release
+    ) -> tuple[dict[str, TensorValues], dict[str, FileIdentity]]:
+        """The U of each float tensor, and the files that it is in. Raises RefusedUpdate."""
+        most = most_header_bytes(self._model.plan.tensors)
+        header = read_header(folder / UPDATE_TENSORS, most) if UPDATE_TENSORS in manifest.files else None
+        entries, identities = ({}, {}) if header is None else (header.entries, {UPDATE_TENSORS: header.identity})
+        adapters = AdapterFolder(folder, manifest, most) if manifest.adapters is not None else None
+        stored: dict[str, TensorValues] = {}
         for tensor in self._model.plan.tensors:
             if tensor.dtype in WEIGHT_DTYPES:
-                shape, kind = _expected_shape(tensor, client, release), format_of(manifest.precision, tensor.shape)
-                stored[tensor.name] = StoredValues.take(header.entries, tensor.name, kind, shape, folder)
-        if header.entries:
-            raise RefusedUpdate("the model has no such tensor", where=f"{folder}: {next(iter(header.entries))}")
-        return ClientUpdate(folder, manifest, release, client, header.identity, stored)
+                axis = None if release.train is not None else tensor.axis
+                values: TensorValues | None = adapters.take(tensor, axis) if adapters is not None else None
+                if values is None:
+                    shape, kind = _expected_shape(tensor, client, release), format_of(manifest.precision, tensor.shape)
+                    values = StoredValues.take(entries, tensor.name, kind, shape, folder)
+                stored[tensor.name] = values
+        if entries:
+            raise RefusedUpdate("the model has no such tensor", where=f"{folder}: {next(iter(entries))}")
+        if adapters is not None:
+            adapters.finish()
+            identities[ADAPTER_TENSORS] = adapters.identity
+        return stored, identities
 
 
 def _expected_shape(tensor: TensorPlan, client: ClientMasks, release: Release) -> tuple[int, ...]:
@@ -284,24 +330,9 @@ def _expected_shape(tensor: TensorPlan, client: ClientMasks, release: Release) -
     return update_shape(tensor.shape, tensor.axis, tensor.view, tensor.view[0] * client.visible_count(tensor))
 
 
-@dataclass(frozen=True, slots=True)
-class UpdateSlice:
-    """The elements of U that belong to a run of rows, and their positions in it.
-
-    Args:
-        first, count: the elements of U.
-        index: flat positions within the run of rows of the first element of each seen unit (row), seen column numbers
-            (column), or flat positions of elements (element).
-    """
-
-    first: int
-    count: int
-    index: NDArray[np.int64]
-
-
 def slice_rows(visible: UnitMask, first: int, rows: int) -> UpdateSlice:
     """The elements of U that belong to rows `first` .. `first + rows` of a tensor."""
     cols = visible.view[2]
     begin, end = visible.count_before(np.array([first * cols, (first + rows) * cols], dtype=np.int64))
     index = np.flatnonzero(visible.flags_of_rows(first, rows).reshape(-1))
-    return UpdateSlice(int(begin), int(end - begin), index.astype(np.int64))
+    return UpdateSlice(first, rows, int(begin), int(end - begin), index.astype(np.int64))

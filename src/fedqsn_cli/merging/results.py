@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedqsn_cli.merging.line_search import Search
+from fedqsn_cli.merging.measures import Excess
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,7 +13,11 @@ class MergedClient:
     """The contribution of one client.
 
     Args:
-        share: its share of all examples. relative_norm: norm of its Δ over the norm of the visible model.
+        share: its weight in the average, as a share of all; 0 if the rule left it out.
+        norm: ‖Δ_k‖₂. relative_norm: the same over the norm of the visible model.
+        cosine: of Δ_k and the merged step, over what the client saw; None where one of them is zero.
+        coverage: share of all parameters that it trained.
+        largest_tensor, largest_unit: what moved furthest in proportion to the weights.
         first_loss, last_loss: as the client reported them.
     """
 
@@ -20,9 +25,43 @@ class MergedClient:
     round: int
     num_examples: int
     share: float
+    norm: float
     relative_norm: float
+    cosine: float | None
+    coverage: float
+    largest_tensor: Excess
+    largest_unit: Excess
+    verdict: str
     first_loss: float | None
     last_loss: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedClient:
+    """An update that was left out (--on-refused skip).
+
+    Args:
+        client: whose it is, as far as that is known.
+    """
+
+    folder: str
+    client: str | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeptAdapter:
+    """The merged step as one adapter.
+
+    Args:
+        rank: of its factors. summed_rank: the sum of the clients' ranks, with which it is exact.
+        error: norm of what the rank cut off, over that of the step of the adapted tensors.
+    """
+
+    path: str
+    rank: int
+    summed_rank: int
+    error: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +74,8 @@ class MergeResult:
         control: the update that was taken off those of the clients; its share is 0.
         server_lr: η of a merge. blend: λ of a restore.
         search: how that number was found, where it was auto.
+        refused: updates that were left out.
+        adapter: the step as one adapter, if asked for.
     """
 
     path: str
@@ -47,3 +88,5 @@ class MergeResult:
     server_lr: float | None = None
     blend: float | None = None
     search: Search | None = None
+    refused: tuple[RefusedClient, ...] = ()
+    adapter: KeptAdapter | None = None

@@ -2,9 +2,11 @@
 
 declare.py      how an option is declared
 groups.py       options that several commands have
+lora.py         those of adapters
 privacy.py      those that limit what an update tells about the data
 commands.py     the options of each command
-merge.py        those of merge, and which of them go together
+aggregation.py  those of merge about which updates count, and how they are put together
+merge.py        the others of merge, and which of them go together
 consolidate.py  those of consolidate
 keywords.py     Python functions that take the options as keywords
 """

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fedqsn_cli import validate
 from fedqsn_cli.errors import InputError
+from fedqsn_cli.options.aggregation import AdmissionOptions, Auto, RuleOptions, number_or_auto, positive_or_auto
 from fedqsn_cli.options.declare import Option
 from fedqsn_cli.options.groups import (
     JOB,
     KEY,
     LEDGER,
-    LIMITS,
     MERGING,
+    OUTPUT,
     RESTORING,
     SEARCHING,
     ModelOutputOptions,
@@ -23,50 +24,32 @@ from fedqsn_cli.options.groups import (
     max_length_option,
 )
 
-Auto = Literal["auto"]
-Normalize = Literal["coverage", "clients"]
-
 
 def _share(value: float, flag: str) -> float:
     """A number above 0, up to 1."""
     return validate.up_to_one(validate.more_than_zero(value, flag), flag)
 
 
-def _number_or_auto(word: str, flag: str) -> float | str:
-    try:
-        return word if word == "auto" else float(word)
-    except ValueError:
-        raise InputError(f"{word!r} is neither a number nor auto", where=flag) from None
-
-
-def _rate_or_auto(value: float | str, flag: str) -> float | str:
-    number = _number_or_auto(value, flag) if isinstance(value, str) else value
-    return number if isinstance(number, str) else validate.more_than_zero(number, flag)
-
-
-def _blend_or_auto(value: float | str, flag: str) -> float | str:
-    number = _number_or_auto(value, flag) if isinstance(value, str) else value
-    return number if isinstance(number, str) else validate.up_to_one(number, flag)
+def _blend_or_auto(value: float | str, flag: str) -> float | Auto:
+    number = number_or_auto(value, flag)
+    return "auto" if number == "auto" else validate.up_to_one(number, flag)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeOptions(ModelOutputOptions):
+class MergeOptions(AdmissionOptions, RuleOptions, ModelOutputOptions):
     """`merge`: of updates, or, with `restore`, of a trained server model and the global one."""
 
     key: Annotated[str | Path, Option("The job's secret.", JOB, env=KEY)]
     ledger: Annotated[
         str | Path | None, Option("Record of all releases; needed to merge updates.", JOB, env=LEDGER)
     ] = None
-    normalize: Annotated[Normalize, Option("Average a neuron over the clients that saw it, or over all.", MERGING)] = (
-        "coverage"
-    )
     server_lr: Annotated[
         float | Auto,
         Option(
             "Step size: 1 takes the average as it is; auto looks for the best.",
             MERGING,
             metavar="X|auto",
-            check=_rate_or_auto,
+            check=positive_or_auto,
         ),
     ] = 1.0
     allow_worse: Annotated[bool, Option("With auto: take the best step even if the model gets worse.", MERGING)] = False
@@ -110,17 +93,25 @@ class MergeOptions(ModelOutputOptions):
     max_length: Annotated[int, max_length_option(SEARCHING)] = 256
     batch_size: Annotated[int, batch_size_option(SEARCHING)] = 32
     device: Annotated[str, device_option(SEARCHING)] = "auto"
-    report: Annotated[str | Path | None, Option("Write a page about what auto tried: one HTML file.", SEARCHING)] = None
-    max_update_norm: Annotated[
-        float,
+    keep_adapter: Annotated[
+        str | Path | None,
         Option(
-            "Refuse an update whose norm is more than this many times the model's.",
-            LIMITS,
-            check=validate.more_than_zero,
+            "Write the merged step as one adapter (peft) for CHECKPOINT, too; needs updates of adapters only.",
+            OUTPUT,
+            metavar="DIR",
         ),
-    ] = 10.0
-    max_examples: Annotated[
-        int | None, Option("Refuse an update that claims more examples.", LIMITS, check=validate.at_least_one)
+    ] = None
+    adapter_rank: Annotated[
+        int | None,
+        Option(
+            "Cut that adapter to this rank, by singular values.",
+            OUTPUT,
+            shown="the sum of the clients' ranks",
+            check=validate.at_least_one,
+        ),
+    ] = None
+    report: Annotated[
+        str | Path | None, Option("Write a page about the updates and what auto tried: one HTML file.", OUTPUT)
     ] = None
 
     def __post_init__(self) -> None:
@@ -130,6 +121,7 @@ class MergeOptions(ModelOutputOptions):
         else:
             self._check_merge()
         self._check_search()
+        self._check_adapter()
 
     @property
     def searches(self) -> bool:
@@ -144,6 +136,7 @@ class MergeOptions(ModelOutputOptions):
         return Path(self.ledger)
 
     def _check_restore(self) -> None:
+        self.check_no_rule()
         if self.server_lr == "auto":
             raise InputError("a restore takes no step", where="--server-lr", hint="did you mean --blend auto?")
         if self.control is not None:
@@ -151,6 +144,7 @@ class MergeOptions(ModelOutputOptions):
 
     def _check_merge(self) -> None:
         self.required_ledger()
+        self.check_rule()
         if self.blend != 1.0:
             raise InputError("only a restore blends", where="--blend", hint="use it with --restore")
         if self.public_base is not None:
@@ -158,11 +152,23 @@ class MergeOptions(ModelOutputOptions):
         if self.control is None and self.control_weight != 1.0:
             raise InputError("there is no control update", where="--control-weight", hint="give it with --control")
 
+    def _check_adapter(self) -> None:
+        if self.adapter_rank is not None and self.keep_adapter is None:
+            raise InputError("no adapter is written", where="--adapter-rank", hint="give it with --keep-adapter")
+        if self.keep_adapter is not None and self.restore is not None:
+            raise InputError("a restore is no step", where="--keep-adapter", hint="use it when updates are merged")
+        if self.keep_adapter is not None and (self.rule != "fedavg" or self.clip_norm is not None):
+            what = "only a weighted average is an adapter"
+            raise InputError(what, where="--keep-adapter", hint="leave out --rule and --clip-norm")
+        if self.keep_adapter is not None and self.control is not None:
+            raise InputError("a control is no part of an adapter", where="--keep-adapter", hint="leave out --control")
+
     def _check_search(self) -> None:
         option = "--blend auto" if self.restore is not None else "--server-lr auto"
         if self.searches and self.eval_data is None:
             raise InputError(f"{option} needs development data", where="--eval-data", hint="give a file of your own")
-        for flag, given in (("--eval-data", self.eval_data), ("--report", self.report)):
+        report = self.report if self.restore is not None else None
+        for flag, given in (("--eval-data", self.eval_data), ("--report", report)):
             if given is not None and not self.searches:
                 raise InputError("there is nothing to search for", where=flag, hint=f"give it with {option}")
         if self.allow_worse and self.server_lr != "auto":

@@ -1,0 +1,170 @@
+"""One chunk of a step, and of a weighted average: the sum of all updates in double precision, added once.
+
+Every update's rows go into the sum and are gone; only of a few updates, or of a few rows of many, are they kept until
+the sum is complete, to measure how each of them points.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedqsn_cli.errors import RefusedUpdate
+from fedqsn_cli.merging import arithmetic
+from fedqsn_cli.merging.chunks import ModelChunk, UpdateChunk
+from fedqsn_cli.merging.cosines import KEPT, compare, first_rows
+from fedqsn_cli.merging.read_update import UpdateReader
+from fedqsn_cli.planning.tensor_plan import TensorPlan, UnitAxis
+
+Doubles = NDArray[np.float64]
+
+
+class Scratch:
+    """Double-precision arrays that chunks use one after the other."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, Doubles] = {}
+
+    def zeros(self, use: str, shape: tuple[int, ...]) -> Doubles:
+        """An array of zeros; what an earlier call for the same use returned is overwritten."""
+        array = self.empty(use, shape)
+        array[:] = 0
+        return array
+
+    def empty(self, use: str, shape: tuple[int, ...]) -> Doubles:
+        """The same, of anything."""
+        size = math.prod(shape)
+        if use not in self._arrays or self._arrays[use].size < size:
+            self._arrays[use] = np.empty(size)
+        return self._arrays[use][:size].reshape(shape)
+
+
+def unit_count(axis: UnitAxis | None, rows: int, cols: int) -> int:
+    """How many units rows of a tensor have; 1 for a tensor without units."""
+    return {None: 1, "row": rows, "column": cols, "element": rows * cols}[axis]
+
+
+def by_unit(values: Doubles, axis: UnitAxis | None, shape: tuple[int, ...]) -> Doubles:
+    """One value for each unit, in a shape that broadcasts to that of the rows."""
+    shapes: dict[UnitAxis | None, tuple[int, ...]] = {
+        None: (1, 1),
+        "row": (-1, 1),
+        "column": (1, -1),
+        "element": shape,
+    }
+    return values.reshape(shapes[axis])
+
+
+def accumulate(total: Doubles, chunk: ModelChunk, reader: UpdateReader, piece: UpdateChunk, weight: float) -> None:
+    """total += weight * U; hashes and measures U on the way. Raises RefusedUpdate for NaN and infinity."""
+    read, tensor = piece.read, chunk.task.plan
+    reader.hash(read)
+    axis, index = rows_as_units(tensor, reader.update.axis(tensor), piece, chunk.rows)
+    squares = arithmetic.add(total, read.values, read.dtype, index, axis, weight)
+    reader.measure(tensor, chunk.first, squares, read.values.size)
+
+
+def rows_as_units(
+    tensor: TensorPlan, axis: UnitAxis | None, piece: UpdateChunk, rows: int
+) -> tuple[UnitAxis | None, NDArray[np.int64]]:
+    """Axis and index of a piece of U; of a matrix without units all rows, so that its largest row is found."""
+    if axis is None and len(tensor.shape) > 1:
+        return "row", np.arange(rows, dtype=np.int64)
+    return axis, piece.part.index
+
+
+class ChunkStep:
+    """How far one chunk of the model moves: a total, and for each unit what it is divided by.
+
+    Args:
+        kept_rows: how many of the rows are compared with each update.
+    """
+
+    def __init__(self, chunk: ModelChunk, scratch: Scratch, kept_rows: int) -> None:
+        self._chunk = chunk
+        self._scratch = scratch
+        self._total = scratch.zeros("total", chunk.values.shape)
+        self._weights = np.zeros(unit_count(chunk.task.plan.axis, *self._total.shape))
+        self._kept: list[tuple[UpdateReader, UpdateChunk]] = []
+        self._kept_rows = kept_rows
+
+    def subtract(self, reader: UpdateReader, piece: UpdateChunk, weight: float) -> None:
+        """Take `weight` times the control's Δ off every client's: times the weights of those who saw the unit."""
+        drift, tensor = self._scratch.zeros("drift", self._total.shape), self._chunk.task.plan
+        accumulate(drift, self._chunk, reader, piece, 1.0 / reader.update.scale(tensor))
+        arithmetic.subtract(self._total, drift, self._weights, tensor.axis, weight)
+
+    @property
+    def covered(self) -> int:
+        """Number of elements that move."""
+        return int(np.count_nonzero(self._weights)) * (self._total.size // max(1, self._weights.size))
+
+    def compare(self) -> None:
+        """Measure how each update points in comparison with the step."""
+        rows, axis = self._kept_rows, self._chunk.task.plan.axis
+        divisors = by_unit(self._weights, axis, self._total.shape)[:rows]
+        mean = self._scratch.empty("mean", (rows, self._total.shape[1]))
+        np.divide(self._total[:rows], np.where(divisors > 0, divisors, np.inf), out=mean)
+        for reader, piece in self._kept:
+            compare(mean, self._chunk.task.plan, reader, piece)
+        self._kept.clear()
+
+    def move(self, rate: float, divisor: float | None) -> None:
+        """W' = W + η Δ in place.
+
+        Args:
+            rate: η. divisor: what to divide by; None divides each unit by the weights of the clients that saw it.
+
+        Raises:
+            RefusedUpdate: the result is not finite.
+        """
+        divisors = self._weights
+        if divisor is not None:
+            divisors = np.where(divisors > 0, divisor, 0.0)
+        move(self._chunk, self._total, divisors, rate)
+
+
+class ChunkSum(ChunkStep):
+    """The weighted sum of all updates over one chunk: Σ w_k Δ_k [rows, cols] and Σ w_k for each unit.
+
+    Args:
+        clients: how many updates there are. least: a unit that fewer of them saw stays.
+    """
+
+    def __init__(self, chunk: ModelChunk, scratch: Scratch, clients: int, least: int = 1) -> None:
+        super().__init__(chunk, scratch, chunk.rows if clients <= KEPT else -(-chunk.rows * KEPT // clients))
+        self._least = least
+        self._count = np.zeros(self._weights.size if least > 1 else 0, np.int64)
+
+    def add(self, reader: UpdateReader, piece: UpdateChunk, weight: float, factor: float) -> None:
+        """Add one client's Δ_k, `factor` times, with a weight. Raises RefusedUpdate for NaN, infinity."""
+        update, tensor = reader.update, self._chunk.task.plan
+        accumulate(self._total, self._chunk, reader, piece, weight * factor / update.scale(tensor))
+        seen = piece.part.index if update.axis(tensor) else slice(None)
+        self._weights[seen] += weight
+        if self._count.size:
+            self._count[seen] += 1
+        self._kept.append((reader, first_rows(piece, update.axis(tensor), self._kept_rows, *self._total.shape)))
+
+    def close(self) -> None:
+        """Leave units as they are that too few clients saw."""
+        if self._count.size:
+            self._weights[self._count < self._least] = 0.0
+
+
+def move(chunk: ModelChunk, total: Doubles, divisors: Doubles, rate: float) -> None:
+    """W' = W + rate * total / divisors in place, unit by unit; a divisor of 0 keeps the unit.
+
+    Raises:
+        RefusedUpdate: the result is not finite.
+    """
+    task = chunk.task
+    bad = arithmetic.step(chunk.values, chunk.residual, task.tensor.dtype, total, divisors, task.plan.axis, rate)
+    if bad:
+        raise RefusedUpdate(
+            f"the merged tensor would hold {bad} infinite or NaN values",
+            where=task.name,
+            hint="an update is poisoned, or --server-lr is too large",
+        )

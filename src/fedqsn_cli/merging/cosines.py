@@ -1,0 +1,110 @@
+"""How an update points in comparison with the merged step: the cosine, over what the client saw.
+
+Of up to `KEPT` updates it is exact. Of more, it is measured on the first rows of every chunk, so that memory stays
+what it is for `KEPT` of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedqsn_cli.kernels.jit import as_bits, kernel, widen
+from fedqsn_cli.kernels.threads import run_ranges
+from fedqsn_cli.merging.arithmetic import COLUMNS, ELEMENTS, FLAT, GRAIN, MODES, PIECE, ROWS, RUN, STRIPE
+from fedqsn_cli.merging.chunks import UpdateChunk
+from fedqsn_cli.merging.read_update import UpdateReader
+from fedqsn_cli.merging.stored_values import ReadValues
+from fedqsn_cli.planning.tensor_plan import TensorPlan, UnitAxis
+
+KEPT = 8
+
+Doubles = NDArray[np.float64]
+
+
+def first_rows(piece: UpdateChunk, axis: UnitAxis | None, keep: int, rows: int, cols: int) -> UpdateChunk:
+    """The elements of a piece of U in the first `keep` of its rows, in memory of their own if that is not all."""
+    if keep >= rows:
+        return piece
+    index, read = piece.part.index, piece.read
+    if axis == "column":
+        count = read.values.size // rows * keep
+    elif axis is None:
+        count = keep * cols
+    else:
+        index = index[: np.searchsorted(index, keep if axis == "row" else keep * cols)]
+        count = index.size * (cols if axis == "row" else 1)
+    part = replace(piece.part, rows=keep, count=count, index=index)
+    return UpdateChunk(part, ReadValues(read.values[:count].copy(), read.dtype, ()))
+
+
+def compare(mean: Doubles, tensor: TensorPlan, reader: UpdateReader, piece: UpdateChunk) -> None:
+    """Add the products of Δ_k and the merged step to what is measured of an update; `mean` holds that step's rows."""
+    read, axis = piece.read, reader.update.axis(tensor)
+    bits, kind = as_bits(read.values, read.dtype)
+    rows, cols = mean.shape
+    mode = ELEMENTS if axis == "row" and cols == 1 else MODES[axis]
+    width = {FLAT: RUN, ROWS: cols, COLUMNS: bits.size // max(rows, 1), ELEMENTS: RUN}[mode]
+    parts = -(-bits.size // max(width, 1))
+    sums, flat, index = np.zeros((-(-parts // STRIPE), 3)), mean.reshape(-1), piece.part.index
+
+    def work(start: int, stop: int) -> None:
+        _products(flat, cols, bits, kind, index, mode, width, start, stop, sums)
+
+    run_ranges(parts, STRIPE * -(-GRAIN // (STRIPE * max(width, 1))), work)
+    dot, own, merged = sums.sum(axis=0)
+    scale, measures = reader.update.scale(tensor), reader.measures
+    measures.dot += float(dot) / scale
+    measures.own_squares += float(own) / scale**2
+    measures.mean_squares += float(merged)
+
+
+@kernel
+def _products(
+    mean: Any,
+    cols: int,
+    u: Any,
+    kind: int,
+    index: Any,
+    mode: int,
+    width: int,
+    start: int,
+    stop: int,
+    sums: Any,
+) -> None:
+    """Σ u m, Σ u² and Σ m² of parts start .. stop of U, `width` values each; one sum for each stripe of parts."""
+    bits, step = np.empty(PIECE, np.uint32), np.empty(PIECE, np.float64)
+    lanes = np.empty((3, PIECE), np.float64)
+    values = bits.view(np.float32)
+    for part in range(start, stop):
+        if part % STRIPE == 0:
+            lanes[:] = 0.0
+        first, end = part * width, min((part + 1) * width, u.size)
+        for at in range(first, end, PIECE):
+            count = min(PIECE, end - at)
+            widen(u[at : at + count], kind, bits)
+            inside = at - first
+            if mode == COLUMNS:
+                _gather(mean[part * cols : (part + 1) * cols], index[inside : inside + count], step)
+            elif mode == ELEMENTS:
+                _gather(mean, index[at : at + count], step)
+            else:
+                begin = (index[part] * cols if mode == ROWS else first) + inside
+                step[:count] = mean[begin : begin + count]
+            for i in range(count):
+                x = np.float64(values[i])
+                lanes[0, i] += x * step[i]
+                lanes[1, i] += x * x
+                lanes[2, i] += step[i] * step[i]
+        if (part + 1) % STRIPE == 0 or part + 1 == stop:
+            for row in range(3):
+                sums[part // STRIPE, row] = lanes[row].sum()
+
+
+@kernel
+def _gather(source: Any, index: Any, out: Any) -> None:
+    for i in range(index.size):
+        out[i] = source[index[i]]

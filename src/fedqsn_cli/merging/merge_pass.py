@@ -1,0 +1,129 @@
+"""The pass of a merge: one chunk of the model, then the same rows of every update, then those of a control update.
+
+Memory holds one chunk, its sum and a few chunks read ahead, however many clients there are; a rule that looks at
+several updates at once takes fewer rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+
+import numpy as np
+
+from fedqsn_cli.kernels.hash_threads import HashThreads
+from fedqsn_cli.merging import arithmetic
+from fedqsn_cli.merging.aggregation import Aggregation
+from fedqsn_cli.merging.chunk_stack import ChunkStack
+from fedqsn_cli.merging.chunk_sum import ChunkStep, ChunkSum, Scratch
+from fedqsn_cli.merging.chunks import (
+    ModelChunk,
+    UpdateChunk,
+    joint_chunks,
+    stack_elements,
+    visible_count,
+    visible_rows,
+)
+from fedqsn_cli.merging.measures import ModelSizes
+from fedqsn_cli.merging.order_rules import OrderRule
+from fedqsn_cli.merging.read_update import ClientUpdate, UpdateReader
+from fedqsn_cli.models.digest import ModelHash
+from fedqsn_cli.models.model import OpenModel
+from fedqsn_cli.models.tensor_task import TensorTask
+
+
+class MergePass:
+    """Reads a model and all updates in step. What it counts is complete once all chunks were taken.
+
+    Args:
+        tasks: the tensors of `model`, in order.
+        updates: of the clients. control: an update of the owner's own, taken off what the clients sent.
+        how: the way in which updates are put together. rate: η.
+    """
+
+    def __init__(
+        self,
+        model: OpenModel,
+        tasks: Sequence[TensorTask],
+        updates: Sequence[ClientUpdate],
+        control: ClientUpdate | None,
+        how: Aggregation,
+        rate: float,
+        hashing: HashThreads,
+    ) -> None:
+        self._model = model
+        self._tasks = tasks
+        self._how = how
+        self._rate = rate
+        self._scratch = Scratch()
+        self.clients = [UpdateReader(update, hashing.queue()) for update in updates]
+        self.control = UpdateReader(control, hashing.queue()) if control else None
+        self.size = sum(task.size for task in tasks)
+        """Number of elements of the model."""
+        self.covered = 0
+        """Number of elements that at least one client trained."""
+        self.sizes = ModelSizes()
+        self._before = ModelHash(hashing.queue())
+        self._after = ModelHash(hashing.queue()) if model.kind == "server-model" else None
+
+    @property
+    def readers(self) -> list[UpdateReader]:
+        """Of all updates, the control last."""
+        return [*self.clients, *([self.control] if self.control else [])]
+
+    def chunks(self) -> Generator[ModelChunk, None, None]:
+        """The chunks of the merged model, in order.
+
+        Raises:
+            RefusedUpdate: an update is not finite, or the merged model is not. Digests and norms are only known when
+                all chunks were taken.
+        """
+        elements = stack_elements(len(self.clients)) if self._how.order else None
+        with closing(joint_chunks(self._model, self._tasks, self.readers, elements)) as chunks:
+            for chunk, pieces in chunks:
+                self._merge(chunk, pieces)
+                yield chunk
+
+    def digest_before(self) -> str:
+        """Content digest of the model that was read."""
+        return self._before.hexdigest(self._tasks)
+
+    def digest_after(self) -> str | None:
+        """Content digest of the merged model, as the next export will compute it; None for a global model."""
+        return self._after.hexdigest(self._tasks) if self._after else None
+
+    def _merge(self, chunk: ModelChunk, pieces: Iterator[UpdateChunk]) -> None:
+        """Move a chunk in place, and hash it before and after; the next pieces are the same rows of every update."""
+        task = chunk.task
+        visible = visible_rows(chunk, copy=True)  # the rows themselves will move while these are hashed
+        self._before.update(task.name, visible)
+        if task.tensor.is_float:
+            self.sizes.add(task, arithmetic.sum_of_squares(visible, task.tensor.dtype), visible_count(chunk))
+            self._step(chunk, pieces)
+        if self._after is not None:
+            self._after.update(task.name, visible_rows(chunk, copy=False))
+
+    def _step(self, chunk: ModelChunk, pieces: Iterator[UpdateChunk]) -> None:
+        """W' = W + η Δ: put all updates together, take the control off, move the rows."""
+        step = self._ordered(chunk, pieces, self._how.order) if self._how.order else self._summed(chunk, pieces)
+        step.compare()
+        if self.control is not None:
+            step.subtract(self.control, next(pieces), self._how.control_weight)
+        self.covered += step.covered
+        step.move(self._rate, self._how.divisor)
+
+    def _summed(self, chunk: ModelChunk, pieces: Iterator[UpdateChunk]) -> ChunkStep:
+        """The weighted average of all updates."""
+        chunk_sum = ChunkSum(chunk, self._scratch, len(self.clients), self._how.least)
+        for reader, weight, factor in zip(self.clients, self._how.weights, self._how.factors, strict=True):
+            chunk_sum.add(reader, next(pieces), weight, factor)
+        chunk_sum.close()
+        return chunk_sum
+
+    def _ordered(self, chunk: ModelChunk, pieces: Iterator[UpdateChunk], rule: OrderRule) -> ChunkStep:
+        """What a rule makes of all updates side by side."""
+        stack = ChunkStack(chunk, self._scratch, len(self.clients))
+        for number, (reader, factor) in enumerate(zip(self.clients, self._how.factors, strict=True)):
+            stack.add(number, reader, next(pieces), factor)
+        stack.combine(rule, np.array(self._how.weights) > 0)
+        return stack
