@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 MODEL_MANIFEST = "fedqsn.json"
 PROXY_MANIFEST = "proxy.json"
 UPDATE_MANIFEST = "update.json"
+SIGNATURE = "model.sig"  # of a proxy or update, in it; the reference tool calls it so, too
 UPDATE_TENSORS = "update.safetensors"
 ADAPTER_TENSORS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"

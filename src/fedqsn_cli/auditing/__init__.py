@@ -17,5 +17,6 @@ rules.py         all rules and checks, in their order
 policy_file.py   policy.toml, read and written
 gate.py          limits, what is required, and waivers: verdict and exit code
 report/          the seven formats
+attest.py        the verdict, signed
 run.py           the command audit
 """

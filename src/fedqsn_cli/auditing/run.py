@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedqsn_cli.artifacts.manifests import file_digest
+from fedqsn_cli.auditing.attest import write_attestation
 from fedqsn_cli.auditing.completeness import DOES_NOT_BELONG, Collector
 from fedqsn_cli.auditing.findings import Audit, FunctionRecovery
 from fedqsn_cli.auditing.gate import evaluate_policy
@@ -20,6 +21,7 @@ from fedqsn_cli.auditing.policy_file import load, summary, without_file
 from fedqsn_cli.auditing.recovery.weights import recover_weights
 from fedqsn_cli.auditing.report.json import read_measures
 from fedqsn_cli.auditing.rules import CHECKS
+from fedqsn_cli.crypto.keys import SigningKey, load_signing_key
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.exposure.expected import ExpectedExposure
 from fedqsn_cli.exposure.exposure import SIZES, exposure
@@ -59,6 +61,7 @@ def audit(
         proxies = proxies_of_round(proxies, options, collector)
     policy = _policy(proxies, options)
     baseline = read_measures(options.baseline) if options.baseline is not None else None
+    signer = _signer(proxies, options)
     inputs = open_inputs(proxies, collector, options, progress)
     if proxies or options.after is not None:
         for check in CHECKS:
@@ -72,7 +75,7 @@ def audit(
     )
     today = datetime.datetime.now(datetime.UTC).date()
     findings, checks = evaluate_policy(policy, measured, collector, today=today)
-    return Audit(
+    result = Audit(
         findings,
         checks,
         measured.recovery,
@@ -82,6 +85,9 @@ def audit(
         _digests(inputs),
         VERSION,
     )
+    if signer is not None:
+        write_attestation(Path(str(options.attest)), result, inputs, signer)
+    return result
 
 
 def _policy(proxies: Sequence[str | Path], options: AuditOptions) -> Policy:
@@ -91,6 +97,15 @@ def _policy(proxies: Sequence[str | Path], options: AuditOptions) -> Policy:
     if options.policy is not None:
         return load(options.policy)
     return without_file(proxies=bool(proxies), ledger=options.ledger is not None)
+
+
+def _signer(proxies: Sequence[str | Path], options: AuditOptions) -> SigningKey | None:
+    """The key that signs the attestation, if there is to be one. Raises InputError."""
+    if options.attest is None or options.sign is None:
+        return None
+    if not proxies:
+        raise InputError("there is no proxy to attest", where="--attest", hint="name the proxies")
+    return load_signing_key(options.sign)
 
 
 def _function(inputs: Inputs, collector: Collector, policy: Policy) -> FunctionRecovery | None:

@@ -21,7 +21,7 @@ SCHEME = "hf://"
 REFERENCE = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
 
 # What a checkpoint, proxy or update consists of: no pickles, no other frameworks, no code.
-WANTED = ("*.safetensors", "*.json", *COMPANIONS)
+WANTED = ("*.safetensors", "*.json", "*.sig", *COMPANIONS)
 UNWANTED = ("*/*", "consolidated*")  # subfolders, and a second copy of the weights in another layout
 
 # Exception of huggingface_hub -> what is wrong and what to do. The first that matches counts; older versions lack some.

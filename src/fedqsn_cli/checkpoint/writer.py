@@ -172,7 +172,7 @@ class ArtifactWriter:
         Raises:
             OSError: the disk is full or failed.
         """
-        self._copy(name, [data])
+        self.add_pieces(name, [data])
 
     def add_file(self, name: str, source: Path) -> None:
         """Add a copy of a regular file; links are followed, never made.
@@ -182,9 +182,14 @@ class ArtifactWriter:
             OSError: the disk is full or failed.
         """
         with open(open_regular_file(source), "rb") as file:
-            self._copy(name, iter(lambda: file.read(BUFFER_BYTES), b""))
+            self.add_pieces(name, iter(lambda: file.read(BUFFER_BYTES), b""))
 
-    def _copy(self, name: str, pieces: Iterable[bytes]) -> None:
+    def add_pieces(self, name: str, pieces: Iterable[bytes]) -> None:
+        """Add a file that comes in pieces.
+
+        Raises:
+            OSError: the disk is full or failed. What `pieces` raises.
+        """
         sha256 = hashlib.sha256()
         with open(self.place(name), "xb") as file:
             for piece in pieces:

@@ -8,9 +8,10 @@ nothing but key, model and options, so a repeated export is the same release and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fedqsn_cli.artifacts import ledger as ledgers
@@ -93,7 +94,8 @@ def export_proxy(source: str | Path, options: ExportOptions, *, progress: Progre
     """
     ledger = Path(options.ledger)
     for target in options.targets:
-        keep_outside(target, key=options.key, ledger=ledger)
+        keep_outside(target, key=options.key, ledger=ledger, sign=options.sign)
+    sign = _signer(options)
     session = open_session(source, options)
     ledgers.check(ledger, None if options.trust_records else session.job)
     train = _trained_fill(session, options)
@@ -104,6 +106,7 @@ def export_proxy(source: str | Path, options: ExportOptions, *, progress: Progre
     export = ProxyExport.of(session, quantization, train, options.max_shard_bytes)
     with _writers(options) as writers:
         releases = export.write(writers, masks, progress)
+        sign(writers)
         session.save_key()
         # the budget is checked again: others may have released meanwhile
         ledgers.record(ledger, session.job, releases, check=budget.check, trust=options.trust_records)
@@ -111,6 +114,16 @@ def export_proxy(source: str | Path, options: ExportOptions, *, progress: Progre
     commits = [_push(folder, client, options.push) for folder, client in zip(folders, options.client, strict=True)]
     proxies = map(_exported, releases, folders, commits)
     return _result(export, masks[0], releases[0].model_digest, tuple(proxies))
+
+
+def _signer(options: ExportOptions) -> Callable[[Sequence[ArtifactWriter]], None]:
+    """What signs the proxies, if they are to be signed. Raises KeyFileError."""
+    if options.sign is None:
+        return lambda writers: None
+    from fedqsn_cli.crypto.keys import load_signing_key
+    from fedqsn_cli.crypto.signature import sign_artifacts
+
+    return partial(sign_artifacts, load_signing_key(options.sign))
 
 
 def _trained_fill(session: MaskingSession, options: ExportOptions) -> TrainsFill:

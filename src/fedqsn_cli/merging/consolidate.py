@@ -41,13 +41,12 @@ from fedqsn_cli.training.precision import repeatable
 from fedqsn_cli.training.scoring import Evaluation, score
 from fedqsn_cli.training.states import StateFolder
 from fedqsn_cli.training.tables import Table, read_table
-from fedqsn_cli.training.teachers import Distillation, Lesson, listen
+from fedqsn_cli.training.teachers import TAUGHT_TASKS, Distillation, Lesson, listen
 
 Array = NDArray[Any]
 
 _NOT_BINDING = frozenset({"out", "force", "max_shard_size", "device", "eval_data", "save_every", "key"})
 _FILES = ("own_data", "transfer_data")
-_TASKS = ("classification", "causal-lm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +291,7 @@ class _Consolidation:
 def _check_task(checkpoint: Checkpoint) -> None:
     """Refuse a model whose answers are no probabilities of classes or next tokens. Raises InputError."""
     task, architecture = task_of(checkpoint.config, checkpoint.path)
-    if task not in _TASKS:
+    if task not in TAUGHT_TASKS:
         what = f"{architecture} is a model for {task}, which cannot be consolidated"
         raise InputError(what, where=checkpoint.path, hint="use fedqsn merge --restore")
 

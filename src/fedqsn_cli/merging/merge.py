@@ -96,6 +96,9 @@ def _check_updates(updates: Sequence[str | Path], options: MergeOptions) -> None
         raise InputError("a restore takes no updates", where="--restore", hint="merge them first")
     if options.restore is None and not updates:
         raise InputError("no update was given", hint="name the update directories, or end the job with --restore")
+    several = len(updates) + (options.control is not None) > 1
+    if several and options.verify_key is not None and "{client}" not in str(options.verify_key):
+        raise InputError("is the same for several clients", where="--verify-key", hint='put "{client}" into it')
     if options.report is not None and not Path(options.report).absolute().parent.is_dir():
         raise InputError("there is no such folder", where=Path(options.report).parent, hint="make it first")
     if options.report is not None and Path(options.report).is_dir():
@@ -130,7 +133,7 @@ def merge_updates(
     """
     job, model = open_job_model(source, options.key)
     with ArtifactWriter(Path(options.out), force=options.force, hashed=False) as writer, ExitStack() as stack:
-        verifier = UpdateVerifier(job, model, options.required_ledger())
+        verifier = UpdateVerifier(job, model, options.required_ledger(), options.verify_key_of)
         tasks = tensor_tasks(model, None, verifier.masks.hidden_on_the_way)
         refusals = Refusals(options.on_refused == "skip", [])
         clients, survey = _admitted(verifier, updates, model, tasks, refusals, options, progress)

@@ -29,6 +29,8 @@ from fedqsn_cli.options.groups import (
     OWNER,
     PLAN,
     PLAN_FILE,
+    SIGN,
+    SIGNATURES,
     Format,
     Layout,
     MaskingOptions,
@@ -163,6 +165,7 @@ class ExportOptions(QuantizationOptions, MaskingOptions, ModelOutputOptions):
             metavar="hf://OWNER/NAME",
         ),
     ] = None
+    sign: Annotated[str | Path | None, SIGN] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -203,6 +206,11 @@ class TrainOptions(PrivacyOptions, LoraOptions, RecipeOptions):
         str | Path | None, Option("Write loss, learning rate and speed for TensorBoard.", OUTPUT, metavar="DIR")
     ] = None
     force: Annotated[bool, FORCE] = False
+    sign: Annotated[str | Path | None, SIGN] = None
+    verify_key: Annotated[
+        str | Path | None,
+        Option("Refuse a proxy that the owner of this public key did not sign.", SIGNATURES, metavar="PUBLIC"),
+    ] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -333,3 +341,19 @@ class AuditOptions(Options):
     baseline: Annotated[str | Path | None, Option("An earlier audit (JSON): nothing may be worse than then.", GATE)] = (
         None
     )
+    verify_key: Annotated[
+        str | Path | None,
+        Option(
+            "Public key that the proxies must be signed with.", SIGNATURES, metavar="PUBLIC", shown="that of --sign"
+        ),
+    ] = None
+    attest: Annotated[str | Path | None, Option("Write the verdict as a signed attestation.", SIGNATURES)] = None
+    sign: Annotated[
+        str | Path | None, Option("Your private key: signs the attestation.", SIGNATURES, metavar="PRIVATE")
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for flag, value, why in (("--sign", self.sign, "name the key"), ("--policy", self.policy, "name the limits")):
+            if self.attest is not None and value is None:
+                raise InputError(f"needs {flag}", where="--attest", hint=why)

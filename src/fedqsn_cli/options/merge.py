@@ -18,6 +18,7 @@ from fedqsn_cli.options.groups import (
     OUTPUT,
     RESTORING,
     SEARCHING,
+    SIGNATURES,
     ModelOutputOptions,
     batch_size_option,
     device_option,
@@ -114,6 +115,15 @@ class MergeOptions(AdmissionOptions, RuleOptions, ModelOutputOptions):
         str | Path | None, Option("Write a page about the updates and what auto tried: one HTML file.", OUTPUT)
     ] = None
 
+    verify_key: Annotated[
+        str | Path | None,
+        Option(
+            "Refuse an update that its client did not sign; {client} in it stands for the client's name.",
+            SIGNATURES,
+            metavar="PUBLIC",
+        ),
+    ] = None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.restore is not None:
@@ -135,7 +145,13 @@ class MergeOptions(AdmissionOptions, RuleOptions, ModelOutputOptions):
             raise InputError("merging updates needs the ledger of their releases", where="--ledger", hint=hint)
         return Path(self.ledger)
 
+    def verify_key_of(self, client: str) -> Path | None:
+        """The public key of a client; None where updates need no signature."""
+        return None if self.verify_key is None else Path(str(self.verify_key).replace("{client}", client))
+
     def _check_restore(self) -> None:
+        if self.verify_key is not None:
+            raise InputError("a restore takes no updates", where="--verify-key", hint="give it when you merge them")
         self.check_no_rule()
         if self.server_lr == "auto":
             raise InputError("a restore takes no step", where="--server-lr", hint="did you mean --blend auto?")

@@ -19,6 +19,8 @@ from fedqsn_cli.artifacts.manifests import (
 )
 from fedqsn_cli.artifacts.proxy_folder import verify_proxy
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, resolve
+from fedqsn_cli.crypto.keys import SigningKey, load_signing_key, load_verify_key
+from fedqsn_cli.crypto.signature import sign_artifacts, verify_folder
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.models.architecture import Task
 from fedqsn_cli.models.torch_model import Loaded, choose_device, memory_errors, quiet
@@ -49,6 +51,7 @@ __all__ = ["Estimate", "TrainResult", "client_train", "estimate_training"]
 
 NOT_BINDING = frozenset(
     {"out", "data", "eval_data", "device", "save_every", "log", "tensorboard", "force"}
+    | {"sign", "verify_key"}
     | {"update_format", "residual", "clip_norm", "noise_multiplier"}
 )
 """Options that a training may be continued with other values of; `data` counts by its content."""
@@ -106,6 +109,7 @@ def client_train(proxy: str | Path, options: TrainOptions, *, progress: Progress
     Example:
         >>> client_train("proxy/", "update/", data="train.jsonl", epochs=3).last_loss
     """
+    signer = _signer(options)
     with _writer(options) as writer, quiet(), memory_errors(), _prepared(proxy, options, progress) as ready:
         ready.tell_plan(progress)
         before = ready.measure(progress)
@@ -114,6 +118,8 @@ def client_train(proxy: str | Path, options: TrainOptions, *, progress: Progress
         path = str(Path(options.out).absolute())
         if writer is not None:
             _write_update(writer, ready, trained, before, after)
+            if signer is not None:
+                sign_artifacts(signer, [writer])
             path = str(writer.publish())
             ready.method.sent()
             if ready.states is not None:
@@ -136,6 +142,15 @@ def client_train(proxy: str | Path, options: TrainOptions, *, progress: Progress
             privacy=privacy_record(ready.options, ready.private),
             seconds=trained.seconds,
         )
+
+
+def _signer(options: TrainOptions) -> SigningKey | None:
+    """The key that signs the update, if one was given. Raises KeyFileError; InputError: it would be sent, too."""
+    if options.sign is None:
+        return None
+    if Path(options.sign).resolve().is_relative_to(Path(options.out).resolve()):
+        raise InputError("is inside of the output", where="--sign", hint="it is private, and not to be sent")
+    return load_signing_key(options.sign)
 
 
 def estimate_training(proxy: str | Path, options: TrainOptions, *, progress: Progress = SILENT) -> Estimate:
@@ -227,6 +242,9 @@ def _prepared(proxy: str | Path, options: TrainOptions, progress: Progress) -> I
     tables = read_table(options.data), read_table(options.eval_data) if options.eval_data is not None else None
     folder = resolve(str(proxy)).path
     manifest = verify_proxy(folder)
+    if options.verify_key is not None:
+        known = manifest.files | {PROXY_MANIFEST: file_digest(folder / PROXY_MANIFEST)}
+        verify_folder(folder, load_verify_key(options.verify_key), known)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(Checkpoint.open(folder))
         processes = stack.enter_context(joined(device))

@@ -24,6 +24,9 @@ from fedqsn_cli.progress import Progress
 from fedqsn_cli.training.batching import IGNORED, Batch, Examples, Padding, collate, in_order
 from fedqsn_cli.training.loop import extra_inputs
 
+TAUGHT_TASKS: tuple[Task, ...] = ("classification", "causal-lm")
+"""What teachers know to speak about."""
+
 LIKELIEST = 1024
 """Tokens that are kept for each position at most; the others count together. A flat distribution needs many."""
 

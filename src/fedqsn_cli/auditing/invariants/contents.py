@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, VISIBLE_TENSORS
+from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, SIGNATURE, VISIBLE_TENSORS
 from fedqsn_cli.auditing.checks import check, each_folder
 from fedqsn_cli.auditing.findings import Entry, Finding
 from fedqsn_cli.auditing.inputs import KEY, LEDGER, PROXY, TRUTH, Inputs, ProxyFolder
@@ -120,7 +120,7 @@ def _listing(folder: ProxyFolder, proxy: OpenedProxy, digests: Mapping[str, str]
         if name not in (*COMPANIONS, "config.json", VISIBLE_TENSORS) and not _MODEL_FILE.fullmatch(name):
             yield UNLISTED_CONTENT.finding(scope, f"{_shown(name)} is not part of a proxy")
     for name in digests:
-        if name not in listed and name != PROXY_MANIFEST:
+        if name not in listed and name not in (PROXY_MANIFEST, SIGNATURE):
             yield UNLISTED_CONTENT.finding(scope, f"{_shown(name)} is not listed in proxy.json")
     for path in folder.folder.iterdir():
         if path.is_dir() or not path.exists():

@@ -39,7 +39,7 @@ class Evaluation:
         return ModelScore(name, result.loss, result.accuracy)
 
     def averages(self) -> float:
-        """Loss of a model that answers the same to everything, and that as well as can be (means, frequencies)."""
+        """Loss of a model that answers with how often each label, or each token, is right."""
         return TASKS[self.examples.task].constant_loss(self.examples.targets)
 
 
