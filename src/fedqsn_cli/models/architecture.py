@@ -18,6 +18,9 @@ Task = Literal[
     "seq2seq",
 ]
 
+CLASSIFIERS: tuple[Task, ...] = ("classification", "regression", "multi-label", "token-classification")
+"""Tasks whose models have a head of their own, with as many outputs as there are labels or numbers."""
+
 # Ends of architecture names, and what such a model is for.
 HEADS: dict[str, Task] = {
     "ForSequenceClassification": "classification",

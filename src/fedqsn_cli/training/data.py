@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fedqsn_cli.errors import InputError
+from fedqsn_cli.models.architecture import CLASSIFIERS
 from fedqsn_cli.models.child_process import in_child
 from fedqsn_cli.models.torch_model import Loaded
 from fedqsn_cli.progress import SILENT, Progress
@@ -37,7 +38,7 @@ class Encoder(Encoding):
         if loaded.task == "seq2seq" and not has_decoder:
             what = f"{type(loaded.model).__name__} is no encoder-decoder model"
             raise InputError(what, hint="save it with the head of a causal language model (ForCausalLM)")
-        classes = loaded.task in ("classification", "regression", "multi-label", "token-classification")
+        classes = loaded.task in CLASSIFIERS
         return cls(
             task=loaded.task,
             tokenizer=loaded.tokenizer,

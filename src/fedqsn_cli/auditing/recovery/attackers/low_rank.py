@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from fedqsn_cli.auditing.recovery.attackers.attack import Lab, Trained, Training
+from fedqsn_cli.models.architecture import CLASSIFIERS
 from fedqsn_cli.training.compact import VisibleParameters
 from fedqsn_cli.training.loop import train
 
@@ -34,7 +35,7 @@ def _adapted(lab: Lab, rate: float) -> Trained | None:
         for name, part in loaded.model.named_children()
         if name != loaded.model.base_model_prefix and next(part.parameters(), None) is not None
     ]
-    saved = None if loaded.task in ("causal-lm", "masked-lm", "seq2seq") else heads  # these tie it to their embeddings
+    saved = heads if loaded.task in CLASSIFIERS else None
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", modules_to_save=saved)
     adapted: Any = get_peft_model(loaded.model, config)
     trainable = VisibleParameters(_Trained(adapted), {})
