@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,10 +31,11 @@ from fedqsn_cli.artifacts.manifests import (
     Strict,
     TrainsFill,
 )
-from fedqsn_cli.checkpoint.header import open_regular_file
+from fedqsn_cli.checkpoint.files import open_regular_file
 from fedqsn_cli.errors import FormatError, InputError
 
 _NO_LINE = "0" * 64
+_LARGEST = 1 << 30  # bytes, a million releases
 _SAME_IN_A_JOB = ("p1", "p1_least", "plan")
 ClientId = Annotated[str, Field(pattern=f"^{validate.CLIENT_ID}$")]
 
@@ -76,7 +78,7 @@ def read(path: Path, job: Sealer | None = None) -> list[Release]:
         raise InputError("no ledger here", where=path, hint="it is written by 'fedqsn export-proxy --ledger'")
     with open(open_regular_file(path), "rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)  # line and head are written under the lock of the ledger
-        lines = _Lines.parse(file.read(), path)
+        lines = _Lines.parse(_read_all(file.fileno(), path), path)
         check_end(path, read_head(path), lines.jobs, lines.digests, job)
     return lines.releases
 
@@ -111,7 +113,7 @@ def record(
             another p1 or plan for its job.
     """
     with _locked(path) as descriptor:
-        known = _Lines.parse(_read_all(descriptor), path)
+        known = _Lines.parse(_read_all(descriptor, path), path)
         head = read_head(path)
         if trust and (head is None or job.commitment not in head.jobs):
             write_head(path, head, job, known.digests)
@@ -186,7 +188,13 @@ def _locked(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _read_all(descriptor: int) -> bytes:
+def _read_all(descriptor: int, path: Path) -> bytes:
+    """All bytes of an open ledger. Raises InputError, FormatError: it is no plain file, or larger than any ledger."""
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        raise InputError("not a regular file", where=path)
+    if found.st_size > _LARGEST:
+        raise FormatError(f"larger than {_LARGEST} bytes, which no ledger needs", where=path)
     with os.fdopen(os.dup(descriptor), "rb") as file:
         file.seek(0)
         return file.read()

@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from fedqsn_cli import strictjson, validate
-from fedqsn_cli.checkpoint.header import open_regular_file
+from fedqsn_cli.checkpoint.files import open_regular_file, read_file
 from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.planning.tensor_plan import MaskAxis, TensorPlan, UnitAxis
 
@@ -120,7 +120,7 @@ class Manifest(Strict):
 
     FILE: ClassVar[str]
     HINT: ClassVar[str]
-    LARGEST: ClassVar[int] = 256 * 2**20
+    LARGEST: ClassVar[int] = 64 << 20
 
 
 class Quantization(Strict):
@@ -330,11 +330,7 @@ def read_manifest(folder: Path, kind: type[Kind]) -> Kind:
     path = folder / kind.FILE
     if not os.path.lexists(path):
         raise InputError(f"no {path.name} here", where=folder, hint=kind.HINT)
-    with open(open_regular_file(path), "rb") as file:
-        if os.fstat(file.fileno()).st_size > kind.LARGEST:
-            raise FormatError(f"manifest is larger than {kind.LARGEST} bytes", where=path)
-        data = file.read(kind.LARGEST)
-    return parse_manifest(data, kind, path)
+    return parse_manifest(read_file(path, kind.LARGEST), kind, path)
 
 
 def parse_manifest(data: bytes, kind: type[Kind], where: object) -> Kind:
@@ -348,8 +344,8 @@ def manifest_bytes(manifest: Manifest) -> bytes:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
+    """SHA-256 of a plain file's bytes, in hexadecimal. Raises InputError."""
+    with open(open_regular_file(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -14,6 +14,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.models.architecture import Task, has_tokenizer, task_of
+from fedqsn_cli.models.child_process import in_child
 from fedqsn_cli.models.dense import load_dense as load_dense
 from fedqsn_cli.planning.roles import rules
 from fedqsn_cli.planning.tied import model_type
@@ -43,6 +45,7 @@ _REFUSED_FIELDS = (
 )
 
 _UNLIMITED = 1 << 30  # positions
+_SECONDS_TO_LOAD = 30  # a tokenizer of 33 MB takes two
 
 
 class Loaded(NamedTuple):
@@ -277,13 +280,39 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """
     if not has_tokenizer(checkpoint):
         return None
+    path = checkpoint.path
     with quiet():
-        try:
-            from transformers import AutoTokenizer
+        in_child(lambda: _tried(path), what="loading the tokenizer", where=path, seconds=_SECONDS_TO_LOAD)
+        return _tokenizer(path)
 
-            return AutoTokenizer.from_pretrained(str(checkpoint.path), local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # tokenizer files may hold anything
-            raise InputError(f"the tokenizer cannot be loaded ({first_line(error)})", where=checkpoint.path) from None
+
+def _tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except MemoryError:
+        raise
+    except BaseException as error:  # its files may hold anything, and Rust code panics with no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise InputError(f"the tokenizer cannot be loaded ({first_line(error)})", where=path) from None
+
+
+def _tried(path: Path) -> None:
+    """Load a tokenizer and ask what everybody asks it. Raises InputError for one that knows no word."""
+    tokenizer = _tokenizer(path)
+    try:
+        words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
+        tokenizer("text")
+        len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, int(tokenizer.model_max_length)
+    except MemoryError:
+        raise
+    except BaseException as error:
+        raise InputError(f"the tokenizer cannot be used ({first_line(error)})", where=path) from None
+    if not words:
+        hint = "add the file of its vocabulary to the folder"
+        raise InputError("the tokenizer knows no word but special tokens", where=path, hint=hint)
 
 
 def choose_device(name: str) -> torch.device:
@@ -300,11 +329,11 @@ def choose_device(name: str) -> torch.device:
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turn an accelerator's lack of memory into an InputError that says what helps."""
+    """Turn an accelerator's lack of memory into Python's own; the command line says what helps for each command."""
     try:
         yield
     except torch.OutOfMemoryError:
-        raise InputError("the device has too little memory", hint="lower --batch-size or --max-length") from None
+        raise MemoryError("the device has too little memory") from None
 
 
 @contextmanager

@@ -180,6 +180,11 @@ class ExportOptions(QuantizationOptions, MaskingOptions, ModelOutputOptions):
         """The folder of each client."""
         return [Path(str(self.out).replace("{client}", name)) for name in self.client]
 
+    @property
+    def repositories(self) -> list[str]:
+        """The hub repository of each client; none where nothing is pushed."""
+        return [self.push.replace("{client}", name) for name in self.client] if self.push else []
+
 
 @dataclass(frozen=True)
 class TrainOptions(PrivacyOptions, LoraOptions, RecipeOptions):

@@ -12,6 +12,7 @@ import torch
 
 from fedqsn_cli.artifacts.manifests import (
     PROXY_MANIFEST,
+    UPDATE_MANIFEST,
     PrivacyRecord,
     ProxyManifest,
     TrainingPrivacy,
@@ -120,6 +121,7 @@ def client_train(proxy: str | Path, options: TrainOptions, *, progress: Progress
             _write_update(writer, ready, trained, before, after)
             if signer is not None:
                 sign_artifacts(signer, [writer])
+            ready.method.prepare(Path(path), writer.digests[UPDATE_MANIFEST])
             path = str(writer.publish())
             ready.method.sent()
             if ready.states is not None:

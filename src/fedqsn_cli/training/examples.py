@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 from fedqsn_cli.models.architecture import Task
 
@@ -42,6 +42,15 @@ class Examples:
     def texts_in(self, rows: Iterable[int]) -> int:
         """How many texts are in some examples."""
         return sum(1 if self.texts is None else self.texts[row] for row in rows)
+
+    def to_plain(self) -> dict[str, Any]:
+        """As JSON can hold it: each field by its name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_plain(cls, document: dict[str, Any]) -> Self:
+        """What `to_plain` gave, once JSON held it."""
+        return cls(**{**document, "unused": tuple(document["unused"])})
 
     @property
     def lengths(self) -> list[int]:
