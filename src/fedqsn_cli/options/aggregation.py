@@ -13,6 +13,7 @@ from fedqsn_cli.options.groups import LIMITS, MERGING
 Auto = Literal["auto"]
 Normalize = Literal["coverage", "clients"]
 OnRefused = Literal["skip", "fail"]
+ServerOptimizerName = Literal["sgd", "momentum", "adam", "yogi", "adagrad"]
 Rule = Literal["fedavg", "median", "trimmed-mean", "krum", "multi-krum", "geometric-median", "bulyan"]
 
 
@@ -119,3 +120,45 @@ class RuleOptions(Options):
         if self.rule != "fedavg" or self.byzantine is not None or self.clip_norm is not None:
             flag = "--clip-norm" if self.clip_norm is not None else "--rule"
             raise InputError("a restore takes no updates", where=flag, hint="merge them first")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptimizerOptions(Options):
+    """What becomes of the round's average before it is added."""
+
+    server_optimizer: Annotated[
+        ServerOptimizerName,
+        Option("How the average moves the model: as it is, or with a memory of earlier rounds.", MERGING),
+    ] = "sgd"
+    server_beta1: Annotated[
+        float, Option("How much of the last rounds' direction is kept.", MERGING, metavar="X", check=validate.ratio)
+    ] = 0.9
+    server_beta2: Annotated[
+        float,
+        Option("adam, yogi: how much of earlier squares is kept.", MERGING, metavar="X", check=validate.ratio),
+    ] = 0.99
+    server_tau: Annotated[
+        float,
+        Option(
+            "adam, yogi, adagrad: steps much smaller than this are not enlarged.",
+            MERGING,
+            metavar="X",
+            check=validate.more_than_zero,
+        ),
+    ] = 1e-3
+
+    def check_optimizer(self, server_lr: float | Auto) -> None:
+        """Refuse options that do not go with the optimizer. Raises InputError."""
+        name = self.server_optimizer
+        if name != "sgd" and server_lr == "auto":
+            raise InputError(f"auto measures single steps, not {name}", where="--server-lr", hint="give a number")
+        if name not in {"sgd", "momentum"} and server_lr == 1.0:
+            what = f"with {name} a weight moves by up to --server-lr in a round, and 1 is far too much"
+            raise InputError(what, where="--server-lr", hint="give a number such as 0.001")
+        for flag, given, users in (
+            ("--server-beta1", self.server_beta1 != 0.9, {"momentum", "adam", "yogi", "adagrad"}),
+            ("--server-beta2", self.server_beta2 != 0.99, {"adam", "yogi"}),
+            ("--server-tau", self.server_tau != 1e-3, {"adam", "yogi", "adagrad"}),
+        ):
+            if given and name not in users:
+                raise InputError(f"{name} has no such number", where=flag, hint="choose a --server-optimizer")

@@ -8,7 +8,14 @@ from typing import Annotated
 
 from fedqsn_cli import validate
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.options.aggregation import AdmissionOptions, Auto, RuleOptions, number_or_auto, positive_or_auto
+from fedqsn_cli.options.aggregation import (
+    AdmissionOptions,
+    Auto,
+    RuleOptions,
+    ServerOptimizerOptions,
+    number_or_auto,
+    positive_or_auto,
+)
 from fedqsn_cli.options.declare import Option
 from fedqsn_cli.options.groups import (
     JOB,
@@ -36,7 +43,7 @@ def _blend_or_auto(value: float | str, flag: str) -> float | Auto:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeOptions(AdmissionOptions, RuleOptions, ModelOutputOptions):
+class MergeOptions(AdmissionOptions, ServerOptimizerOptions, RuleOptions, ModelOutputOptions):
     """`merge`: of updates, or, with `restore`, of a trained server model and the global one."""
 
     key: Annotated[str | Path, Option("The job's secret.", JOB, env=KEY)]
@@ -119,6 +126,8 @@ class MergeOptions(AdmissionOptions, RuleOptions, ModelOutputOptions):
 
     def _check_restore(self) -> None:
         self.check_no_rule()
+        if self.server_optimizer != "sgd":
+            raise InputError("a restore takes no step", where="--server-optimizer", hint="leave it out")
         if self.server_lr == "auto":
             raise InputError("a restore takes no step", where="--server-lr", hint="did you mean --blend auto?")
         if self.control is not None:
@@ -127,6 +136,7 @@ class MergeOptions(AdmissionOptions, RuleOptions, ModelOutputOptions):
     def _check_merge(self) -> None:
         self.required_ledger()
         self.check_rule()
+        self.check_optimizer(self.server_lr)
         if self.blend != 1.0:
             raise InputError("only a restore blends", where="--blend", hint="use it with --restore")
         if self.public_base is not None:
