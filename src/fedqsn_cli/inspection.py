@@ -3,7 +3,8 @@
 path                                      is
 model folder, single .safetensors file    global model, server model, masked model, quantized or not
 folder with proxy.json, update.json       proxy, update
-visible.safetensors, update.safetensors   a part of those
+visible.safetensors, update.safetensors,
+adapter_model.safetensors                 a part of those
 JSON file that names its format           job key, ledger, manifest
 """
 
@@ -21,6 +22,7 @@ import numpy as np
 from fedqsn_cli.artifacts import ledger, manifests
 from fedqsn_cli.artifacts.manifests import ModelManifest, ProxyManifest, Quantization, UpdateManifest
 from fedqsn_cli.artifacts.proxy_folder import open_visible
+from fedqsn_cli.artifacts.update_folder import files_of
 from fedqsn_cli.checkpoint import Checkpoint, Header, Source, read_header, resolve
 from fedqsn_cli.errors import InputError, PlanError
 from fedqsn_cli.masks import job_key
@@ -56,9 +58,9 @@ class TensorTotals:
         return cls(len(tensors), _parameters(tensors.values()), stored_bytes, _dtypes(tensors.values()))
 
     @classmethod
-    def of_file(cls, header: Header) -> TensorTotals:
-        """The totals of a .safetensors file, whatever is in it."""
-        entries = header.entries.values()
+    def of_files(cls, *headers: Header) -> TensorTotals:
+        """The totals of .safetensors files, whatever is in them."""
+        entries = [entry for header in headers for entry in header.entries.values()]
         return cls(len(entries), _parameters(entries), sum(entry.nbytes for entry in entries), _dtypes(entries))
 
 
@@ -139,9 +141,9 @@ def _inspect(source: Source, options: InspectOptions) -> Inspection:
     if path.name == manifests.VISIBLE_TENSORS and path.is_file():
         header = read_header(path)
         facts = {"groups": len(header.entries), "meaning": "one bit a unit, set when the proxy shows it"}
-        return Inspection("visible units of a proxy", str(path), facts, TensorTotals.of_file(header))
-    if path.name == manifests.UPDATE_TENSORS and path.is_file():
-        return Inspection("tensors of an update", str(path), contents=TensorTotals.of_file(read_header(path)))
+        return Inspection("visible units of a proxy", str(path), facts, TensorTotals.of_files(header))
+    if path.name in (manifests.UPDATE_TENSORS, manifests.ADAPTER_TENSORS) and path.is_file():
+        return Inspection("tensors of an update", str(path), contents=TensorTotals.of_files(read_header(path)))
     if path.is_dir() or path.suffix == ".safetensors":
         return _model(source, options)
     return _json_file(path)
@@ -204,9 +206,14 @@ def _ledger(path: Path) -> Inspection:
 
 def _update(source: Source) -> Inspection:
     manifest = manifests.read_manifest(source.path, UpdateManifest)
-    facts = manifest.model_dump(mode="json", exclude={"format", "files", "losses"})
+    facts = manifest.model_dump(mode="json", exclude={"format", "files", "losses", "adapters", "saved"})
     facts["losses"] = manifest.losses.model_dump(mode="json")
-    totals = TensorTotals.of_file(read_header(source.path / manifests.UPDATE_TENSORS))
+    if manifest.adapters is not None:
+        facts["adapters"] = len(manifest.adapters)
+        facts["ranks"] = sorted({adapter.rank for adapter in manifest.adapters.values()})
+        facts["trained_in_full"] = sorted(manifest.saved or {})
+    names = sorted(files_of(manifest) - {manifests.ADAPTER_CONFIG})
+    totals = TensorTotals.of_files(*(read_header(source.path / name) for name in names))
     return Inspection("update", source.reference, facts, totals)
 
 

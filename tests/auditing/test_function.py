@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,22 @@ from fedqsn_cli import evaluate
 from fedqsn_cli.auditing.completeness import Collector
 from fedqsn_cli.auditing.findings import FunctionRecovery
 from fedqsn_cli.auditing.inputs import Inputs, open_inputs
-from fedqsn_cli.auditing.recovery.function import FunctionAttack, FunctionOptions, recover_function, rho
+from fedqsn_cli.auditing.recovery.attackers import attack as attacks
+from fedqsn_cli.auditing.recovery.attackers.assembly import Assembly
+from fedqsn_cli.auditing.recovery.attackers.base_fill import BASE_FILL
+from fedqsn_cli.auditing.recovery.attackers.catalogue import STARTS, TRAININGS
+from fedqsn_cli.auditing.recovery.attackers.direction import DIRECTION
+from fedqsn_cli.auditing.recovery.attackers.evaluation import rho
+from fedqsn_cli.auditing.recovery.attackers.healing import HEALING
+from fedqsn_cli.auditing.recovery.function import FunctionAttack, FunctionOptions, recover_function
 from fedqsn_cli.options import AuditOptions
 from support.leaks import World, make_world
 from support.training_jobs import labelled, plain_texts
+
+
+@pytest.fixture(autouse=True)
+def short_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attacks, "LEAST_STEPS", 8)
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +80,16 @@ def test_an_attack_that_starts_best_and_learns_nothing_does_not_hide_the_base_fi
     data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
     inputs, _ = opened(world)
     assert inputs.truth is not None
-    attack = FunctionAttack.on(inputs, inputs.truth, data, FunctionOptions(device="cpu"))
-    build = attack.attacks["union"]
-    attack.attacks["union"] = lambda: {
-        name: tensor * 0 if tensor.is_floating_point() else tensor for name, tensor in build().items()
-    }
-    dull, filled = (next(attack.curve(best, public, (16,), 1.0)) for best in ("union", "union, base fill"))
+    options = FunctionOptions(public_data=public, public_examples=(16,), device="cpu")
+    attack = FunctionAttack.on(inputs, inputs.truth, data, options)
+    build = attack.starts["union"].build
+    attack.starts["union"] = replace(
+        attack.starts["union"],
+        build=lambda assembly: {
+            name: tensor * 0 if tensor.is_floating_point() else tensor for name, tensor in build(assembly).items()
+        },
+    )
+    dull, filled = (next(attack.curve(best, 1.0)) for best in ("union", "union, base fill"))
     assert dull.loss <= filled.loss + 1e-6
 
 
@@ -101,6 +118,66 @@ def test_without_a_base_the_floor_knows_the_averages_only(tmp_path: Path) -> Non
     found, collector = measure(world, plain_texts(tmp_path / "dev.jsonl"))
     assert found is not None and not collector.findings
     assert found.floor == "averages" and 0 < found.floor_loss < 4.6
+
+
+def test_every_attack_of_the_catalogue_is_tried_and_reported_with_its_source(world: World, tmp_path: Path) -> None:
+    data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
+    found, _ = measure(world, data, public_data=public, public_examples=(16,), base_losses={16: 9.0})
+    assert found is not None and not found.left_out
+    starts = [attempt.attack for attempt in found.attempts if attempt.public_examples == 0]
+    assert starts == [
+        "as sent",
+        "union",
+        "union, scaled by what is shown",
+        "union, base fill",
+        "rounding undone, base fill",
+        "direction matching, base fill",
+    ]
+    assert len(starts) == len(STARTS)
+    trained = [attempt for attempt in found.attempts if attempt.public_examples == 16]
+    assert {one.attack.rsplit(", ", 1)[-1] for one in trained} == {training.name for training in TRAININGS}
+    assert all(one.steps > 0 and one.source for one in trained)
+    best = min(trained, key=lambda one: one.loss)
+    assert (found.curve[0].attack, found.curve[0].loss) == (best.attack, best.loss)
+
+
+def test_healing_moves_only_what_no_proxy_shows(world: World, tmp_path: Path) -> None:
+    data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
+    inputs, _ = opened(world)
+    assert inputs.truth is not None
+    attack = FunctionAttack.on(inputs, inputs.truth, data, FunctionOptions(public_data=public, device="cpu"))
+    holes = attack.holes()
+    assert holes
+    start = attack.starts["union, base fill"].build(attack.assembly)
+    before = {name: value.detach().clone() for name, value in attack.load(dict(start)).model.named_parameters()}
+    trained = HEALING.run(attack.lab(lambda: attack.load(dict(start)), attack.public(16)), 1e-3)
+    assert trained is not None and trained.steps > 0
+    moved = {name for name, value in trained.loaded.model.named_parameters() if not value.equal(before[name])}
+    assert moved and moved <= set(holes)
+    for name, value in trained.loaded.model.named_parameters():
+        if name in moved:
+            assert bool((value[~holes[name]] == before[name][~holes[name]]).all())
+
+
+def test_the_length_of_rows_comes_from_the_base_in_direction_matching(world: World) -> None:
+    inputs, _ = opened(world)
+    assert inputs.truth is not None and inputs.base is not None
+    assembly = Assembly(inputs, inputs.truth)
+    matched, base = DIRECTION.build(assembly), assembly.base(inputs.base)
+    filled, shown = BASE_FILL.build(assembly), assembly.holes()
+    name = "bert.encoder.layer.0.intermediate.dense.weight"
+    rows = (shown[name] == 0).all(dim=1)
+    assert bool(rows.any())
+    assert torch.allclose(matched[name][rows].norm(dim=1), base[name][rows].norm(dim=1), rtol=1e-4)
+    cosines = torch.nn.functional.cosine_similarity(matched[name][rows], filled[name][rows])
+    assert bool((cosines > 1 - 1e-5).all())
+
+
+def test_a_time_limit_leaves_out_attacks_and_says_which(world: World, tmp_path: Path) -> None:
+    data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
+    found, _ = measure(world, data, public_data=public, public_examples=(8, 16), minutes=0.0)
+    assert found is not None and found.curve == ()
+    assert found.left_out and all(name.endswith(" examples") for name in found.left_out)
 
 
 def test_data_that_cannot_be_used_makes_the_audit_incomplete(world: World, tmp_path: Path) -> None:

@@ -255,7 +255,7 @@ def test_a_name_of_a_tool_is_short_and_printable(place: Place) -> None:
 def test_a_huge_manifest_is_refused_before_it_is_read(place: Place) -> None:
     os.truncate(place.root / "u-ann/update.json", 250_000_000)
     start = time.monotonic()
-    with nothing_written(place.root), pytest.raises(FormatError, match="larger than 65536 bytes"):
+    with nothing_written(place.root), pytest.raises(FormatError, match="larger than 16777216 bytes"):
         merged(place)
     assert time.monotonic() - start < 5
 

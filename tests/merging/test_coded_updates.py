@@ -16,7 +16,7 @@ from fedqsn_cli import merge
 from fedqsn_cli.artifacts.update_folder import UPDATE_FORMATS, format_of, stored_specs
 from fedqsn_cli.errors import RefusedUpdate
 from fedqsn_cli.merging import chunks
-from fedqsn_cli.merging.stored_values import StoredValues
+from fedqsn_cli.merging.stored_values import StoredValues, UpdateSlice
 from fedqsn_cli.quantization.runs import decode_run, encode_run
 from support.helpers import Update, contents, draft, make_model, noise, nothing_written
 from support.scenario import Place, World, few, placed, worlds
@@ -83,7 +83,8 @@ def test_a_slice_is_the_same_as_that_of_the_whole(size: int, data: st.DataObject
     place = StoredValues("w", stored, size, 8 + scales.nbytes, 8)
     first = data.draw(st.integers(0, size))
     count = data.draw(st.integers(0, size - first))
-    part = place.read(first, count, lambda start, length: file[start : start + length].copy())
+    run = UpdateSlice(0, 1, first, count, np.empty(0, np.int64))
+    part = place.read(run, lambda _, start, length: file[start : start + length].copy())
     whole = decode_run(codes, scales, stored.coding.format, stored.coding.block, size)
     np.testing.assert_array_equal(part.values, whole[first : first + count])
     assert sum(piece.data.size for piece in part.pieces) <= 2 * count + 8 * math.ceil(count / 64) + 600

@@ -39,6 +39,8 @@ MODEL_MANIFEST = "fedqsn.json"
 PROXY_MANIFEST = "proxy.json"
 UPDATE_MANIFEST = "update.json"
 UPDATE_TENSORS = "update.safetensors"
+ADAPTER_TENSORS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 VISIBLE_TENSORS = "visible.safetensors"
 
 
@@ -282,12 +284,32 @@ class PrivacyRecord(Strict):
     update: UpdatePrivacy | None = None
 
 
+class AdapterRecord(Strict):
+    """The adapter of one tensor: U = scaling · B A, transposed where the tensor is stored as [in, out].
+
+    Args:
+        module: the file of adapters holds A as `module`.lora_A.weight [rank, in], B as `module`.lora_B.weight
+            [out, rank].
+    """
+
+    module: Annotated[str, Field(max_length=1000)]
+    rank: Annotated[int, Field(ge=1, le=2**31)]
+    scaling: PositiveNumber
+    transposed: bool
+
+
 class UpdateManifest(Manifest):
-    """`update.json`: what a client says about its update. The server checks what it can and believes none of it."""
+    """`update.json`: what a client says about its update. The server checks what it can and believes none of it.
+
+    Args:
+        adapters: of an update of adapters, by the name of the tensor that they change.
+        saved: tensors that were trained in full beside adapters: their names in the file of adapters, which holds them
+            as they are after training.
+    """
 
     FILE = UPDATE_MANIFEST
     HINT = "make an update with 'fedqsn client-train'"
-    LARGEST = 1 << 16  # its fields do not depend on the model
+    LARGEST = 1 << 24  # a model of 700 billion parameters has 50,000 matrices that may have an adapter
 
     format: Literal["fedqsn-update/1"] = "fedqsn-update/1"
     proxy_id: Sha256
@@ -298,6 +320,8 @@ class UpdateManifest(Manifest):
     precision: Literal["fp32", "bf16", "fp16", "int8", "nf4"]
     tool: ToolName
     privacy: PrivacyRecord | None = None
+    adapters: dict[str, AdapterRecord] | None = None
+    saved: dict[str, str] | None = None
     files: dict[FileName, Sha256]
 
 

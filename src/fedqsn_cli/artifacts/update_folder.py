@@ -15,6 +15,17 @@ The formats int8 and nf4 store the n elements of U as codes, in C order, and one
     NAME.absmax   F32 [ceil(n / block)]
 
 Norms and biases (tensors of one dimension) are F32 in these formats, too: they are few and decide much.
+
+An update of adapters (LoRA) holds factors of U instead, and a configuration, both as peft writes them:
+
+    adapter_config.json                        rank, scale and modules, nothing about where the proxy was
+    adapter_model.safetensors
+        MODULE.lora_A.weight                   A [rank, in]
+        MODULE.lora_B.weight                   B [out, rank]; U = scaling · B A, or its transpose
+        base_model.model.NAME                  modules that were trained in full, as they are after training
+    update.safetensors                         U of these modules; where there are none, there is no such file
+
+U of every other tensor is zero.
 """
 
 from __future__ import annotations
@@ -26,15 +37,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from fedqsn_cli.artifacts.manifests import UPDATE_MANIFEST, UPDATE_TENSORS
+from fedqsn_cli.artifacts.manifests import (
+    ADAPTER_CONFIG,
+    ADAPTER_TENSORS,
+    UPDATE_MANIFEST,
+    UPDATE_TENSORS,
+    UpdateManifest,
+)
 from fedqsn_cli.checkpoint import TensorSpec
 from fedqsn_cli.errors import InputError
 
 SCALES = ".absmax"
 """What the name of a tensor of block scales ends with."""
 
-FILES = frozenset({UPDATE_MANIFEST, UPDATE_TENSORS})
+FILES = frozenset({UPDATE_MANIFEST, UPDATE_TENSORS, ADAPTER_CONFIG, ADAPTER_TENSORS})
 """All that an update may hold."""
+
+PEFT_PREFIX = "base_model.model."
+"""Of the names of a model's modules and parameters in files of peft."""
 
 _ENTRY_BYTES = 512  # dtype, shape and offsets of a tensor in a header
 _HEADER_BYTES = 1 << 16  # metadata
@@ -97,6 +117,23 @@ def stored_specs(name: str, stored: StoredFormat, shape: tuple[int, ...]) -> lis
         TensorSpec(name, stored.dtype, codes),
         TensorSpec(name + SCALES, "F32", (-(-count // coding.block),)),
     ]
+
+
+def files_of(manifest: UpdateManifest) -> frozenset[str]:
+    """The files that an update has beside its manifest."""
+    if manifest.adapters is None:
+        return frozenset({UPDATE_TENSORS})
+    return frozenset({ADAPTER_CONFIG, ADAPTER_TENSORS} | ({UPDATE_TENSORS} if manifest.saved else set()))
+
+
+def factor_names(module: str) -> tuple[str, str]:
+    """The names of A and B of an adapter in a file of peft; `module` has its prefix."""
+    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+
+
+def lora_scaling(rank: int, alpha: float, *, rank_stabilised: bool) -> float:
+    """What the product of two factors is multiplied by: α / r, or α / √r (rsLoRA, arXiv 2312.03732)."""
+    return alpha / math.sqrt(rank) if rank_stabilised else alpha / rank
 
 
 def require_no_more(folder: Path) -> None:

@@ -6,6 +6,7 @@ registry.py      what a rule is: id, severity, needs, what, why and how to fix i
 completeness.py  FQ901 to FQ905, and where findings and checks are collected
 opened_proxy.py  one proxy, opened for inspection
 inputs.py        everything an audit opens: proxies, and the owner's side as far as it is given
+outbox.py        the proxies of a round, found by the ledger
 checks.py        how a check is run over proxies, with the inputs that it needs
 rows.py          rows of models and proxies side by side
 kernels.py       compiled comparisons

@@ -14,6 +14,7 @@ from fedqsn_cli.auditing.gate import evaluate_policy
 from fedqsn_cli.auditing.inputs import EVAL_DATA, NO_OPTIONS, Inputs, open_inputs
 from fedqsn_cli.auditing.limits.function import FUNCTION_RECOVERY
 from fedqsn_cli.auditing.limits.measured import Measured
+from fedqsn_cli.auditing.outbox import proxies_of_round
 from fedqsn_cli.auditing.policy import Policy
 from fedqsn_cli.auditing.policy_file import load, summary, without_file
 from fedqsn_cli.auditing.recovery.weights import recover_weights
@@ -53,9 +54,11 @@ def audit(
         >>> audit(["proxies/alice"], truth="global/", key="job.key", ledger="ledger.jsonl").verdict
     """
     proxies = [proxies] if isinstance(proxies, (str, Path)) else list(proxies or ())
+    collector = Collector()
+    if options.outbox is not None or options.round is not None:
+        proxies = proxies_of_round(proxies, options, collector)
     policy = _policy(proxies, options)
     baseline = read_measures(options.baseline) if options.baseline is not None else None
-    collector = Collector()
     inputs = open_inputs(proxies, collector, options, progress)
     if proxies or options.after is not None:
         for check in CHECKS:
@@ -97,7 +100,8 @@ def _function(inputs: Inputs, collector: Collector, policy: Policy) -> FunctionR
         return None
     from fedqsn_cli.auditing.recovery.function import FunctionOptions, recover_function  # needs torch
 
-    options = FunctionOptions(public_data=public_data, public_examples=policy.threat.public_examples)
+    sizes, minutes = policy.threat.public_examples, inputs.options.attack_minutes
+    options = FunctionOptions(public_data=public_data, public_examples=sizes, minutes=minutes)
     return recover_function(inputs, collector, eval_data, options)
 
 

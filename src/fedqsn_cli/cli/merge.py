@@ -61,6 +61,11 @@ def _parts(result: MergeResult) -> list[console.Part]:
     facts: list[tuple[str, object]] = [(result.kind.replace("-", " "), result.path)]
     if result.clients:
         facts.append(("trained by a client", f"{text.percent(result.covered)} of all parameters"))
+    if result.adapter is not None:
+        exact = (
+            f"rank {result.adapter.rank} of {result.adapter.summed_rank}, error {text.percent(result.adapter.error)}"
+        )
+        facts += [("adapter", result.adapter.path), ("of that adapter", exact)]
     parts: list[console.Part] = [_clients(result)] if result.clients else []
     parts += [_refused(result)] if result.refused else []
     parts += [_curve(result.search)] if result.search else []

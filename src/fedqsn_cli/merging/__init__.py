@@ -3,6 +3,9 @@
 results.py        what a merge reports
 job_model.py      a dense model that belongs to the job of a key
 stored_values.py  where U is in a file, as values or as codes
+products.py       products of two factors, compiled
+adapter_config.py the configuration of adapters, which may say nothing else
+adapters.py       U of adapters: products of factors, rows of them as they are asked for
 arithmetic.py     the sums and steps, compiled
 measures.py       what is measured of an update while its values go by
 refusals.py       updates that are refused end the merge, or are noted
@@ -19,12 +22,12 @@ survey.py         a pass before a merge, where updates must be known beforehand
 client_weights.py rules that decide what each update counts: krum, geometric median
 aggregation.py    how the updates of a round are put together
 merge_pass.py     the pass of a merge
+keep_adapter.py   the merged step as one adapter
 line_search.py    the step or blend with the lowest loss
 interpolate.py    a loaded model moved along a line (imports torch)
 restore.py        trained visible part + hidden part -> the whole model
 page_updates.py   the part of the page that is about updates
 page.py           the page about updates and what a search tried (page.html.j2)
 merge.py          the command merge
-teachers.py       what models say about texts, and a student's distance from it (imports torch)
 consolidate.py    the command consolidate
 """

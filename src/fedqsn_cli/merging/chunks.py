@@ -21,8 +21,8 @@ from fedqsn_cli.dtypes import SHORT_DTYPES
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.kernels.read_ahead import read_ahead
 from fedqsn_cli.masks.unit_mask import UnitMask
-from fedqsn_cli.merging.read_update import UpdateReader, UpdateSlice
-from fedqsn_cli.merging.stored_values import ReadValues
+from fedqsn_cli.merging.read_update import UpdateReader
+from fedqsn_cli.merging.stored_values import ReadValues, UpdateSlice
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.residual import Residual
 from fedqsn_cli.models.tensor_task import TensorTask

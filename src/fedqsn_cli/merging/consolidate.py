@@ -28,7 +28,6 @@ from fedqsn_cli.export.session import keep_outside
 from fedqsn_cli.merging.chunks import InMemorySink
 from fedqsn_cli.merging.job_model import merged_manifest, model_sinks, publish
 from fedqsn_cli.merging.restore import RestoreInputs, open_restore_inputs, restore_into
-from fedqsn_cli.merging.teachers import Distillation, Lesson, listen
 from fedqsn_cli.models.dense import TORCH_DTYPES, from_bytes
 from fedqsn_cli.models.torch_model import Loaded, choose_device, load_model, memory_errors, quiet, stored_tensors
 from fedqsn_cli.options import ConsolidateOptions, MergeOptions
@@ -41,6 +40,7 @@ from fedqsn_cli.training.precision import repeatable
 from fedqsn_cli.training.scoring import Evaluation, score
 from fedqsn_cli.training.states import StateFolder
 from fedqsn_cli.training.tables import Table, read_table
+from fedqsn_cli.training.teachers import Distillation, Lesson, listen
 
 Array = NDArray[Any]
 

@@ -6,6 +6,7 @@ what it is for `KEPT` of them.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from fedqsn_cli.kernels.jit import as_bits, kernel, widen
 from fedqsn_cli.kernels.threads import run_ranges
 from fedqsn_cli.merging.arithmetic import COLUMNS, ELEMENTS, FLAT, GRAIN, MODES, PIECE, ROWS, RUN, STRIPE
 from fedqsn_cli.merging.chunks import UpdateChunk
-from fedqsn_cli.merging.read_update import UpdateReader, UpdateSlice
+from fedqsn_cli.merging.read_update import UpdateReader
 from fedqsn_cli.merging.stored_values import ReadValues
 from fedqsn_cli.planning.tensor_plan import TensorPlan, UnitAxis
 
@@ -36,7 +37,7 @@ def first_rows(piece: UpdateChunk, axis: UnitAxis | None, keep: int, rows: int, 
     else:
         index = index[: np.searchsorted(index, keep if axis == "row" else keep * cols)]
         count = index.size * (cols if axis == "row" else 1)
-    part = UpdateSlice(piece.part.first, count, index)
+    part = replace(piece.part, rows=keep, count=count, index=index)
     return UpdateChunk(part, ReadValues(read.values[:count].copy(), read.dtype, ()))
 
 

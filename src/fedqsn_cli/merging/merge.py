@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +37,7 @@ from fedqsn_cli.merging.admission import check_claims, check_norms, relative_nor
 from fedqsn_cli.merging.aggregation import Aggregation, aggregation, compares
 from fedqsn_cli.merging.chunks import InMemorySink, Sink, Weights, write_chunks
 from fedqsn_cli.merging.job_model import merged_manifest, model_sinks, open_job_model, publish
+from fedqsn_cli.merging.keep_adapter import KeptStep, Tee
 from fedqsn_cli.merging.line_search import Search, best_step
 from fedqsn_cli.merging.merge_pass import MergePass
 from fedqsn_cli.merging.read_update import ClientUpdate, UpdateReader, UpdateVerifier
@@ -83,7 +84,9 @@ def merge(
     """
     _check_updates(updates, options)
     outside = {"key": options.key, "ledger": options.ledger, "eval-data": options.eval_data, "report": options.report}
-    keep_outside(Path(options.out), **outside)
+    keep_outside(Path(options.out), **outside, **{"keep-adapter": options.keep_adapter})
+    if options.keep_adapter is not None:
+        keep_outside(Path(options.keep_adapter), **outside)
     development = _development(options)
     if options.restore is not None:
         result = restore_model(source, options.restore, options, development, progress=progress)
@@ -135,7 +138,7 @@ def merge_updates(
         RefusedUpdate, GateFailed, InputError: as `merge`.
     """
     job, model = open_job_model(source, options.key)
-    with ArtifactWriter(Path(options.out), force=options.force, hashed=False) as writer:
+    with ArtifactWriter(Path(options.out), force=options.force, hashed=False) as writer, ExitStack() as stack:
         saved = open_state(model, job, options.server_optimizer)
         verifier = UpdateVerifier(job, model, options.required_ledger())
         tasks = tensor_tasks(model, None, verifier.masks.hidden_on_the_way)
@@ -143,10 +146,12 @@ def merge_updates(
         clients, survey = _admitted(verifier, updates, model, tasks, refusals, options, progress)
         how = aggregation(options, clients, survey)
         control = verifier.control(options.control, clients) if options.control is not None else None
+        kept = _kept_step(stack, clients, tasks, options)
         run = MergeRun(job, model, tasks, clients, control, how, saved, options, progress)
         search = run.search(development) if development is not None else None
         rate = search.chosen if search else float(options.server_lr)
-        merged = run.write(writer, rate)
+        merged = run.write(writer, rate, kept.saved if kept is not None else None)
+        adapter = kept.publish(rate) if kept is not None else None
         digest = merged.digest_after()
         facts = {"trained_fill": True} if any(update.moves_fill for update in clients) else {}
         path = publish(writer, model, merged_manifest(model, job, digest, **facts, **run.state_record(merged)))
@@ -164,7 +169,18 @@ def merge_updates(
         server_lr=rate,
         search=search,
         refused=tuple(refusals.refused),
+        adapter=adapter,
     )
+
+
+def _kept_step(
+    stack: ExitStack, clients: Sequence[ClientUpdate], tasks: Sequence[TensorTask], options: MergeOptions
+) -> KeptStep | None:
+    """The step as an adapter, if that is asked for; `stack` removes what of it is not published. Raises InputError."""
+    if options.keep_adapter is None:
+        return None
+    writer = stack.enter_context(ArtifactWriter(Path(options.keep_adapter), force=options.force))
+    return KeptStep(writer, clients, tasks, options)
 
 
 def _admitted(
@@ -206,14 +222,18 @@ class MergeRun:
     options: MergeOptions
     progress: Progress
 
-    def write(self, writer: ArtifactWriter, rate: float) -> MergePass:
-        """Write the merged tensors and their residual; returns what the pass counted. Raises RefusedUpdate."""
+    def write(self, writer: ArtifactWriter, rate: float, kept: InMemorySink | None) -> MergePass:
+        """Write the merged tensors and their residual; returns what the pass counted. Raises RefusedUpdate.
+
+        Args:
+            kept: gets some of the tensors, too.
+        """
         limit = self.options.max_shard_bytes
         with (
             model_sinks(writer, self.model, self.tasks, limit, with_residual=True) as (sink, residual),
             self._optimizer(writer) as optimizer,
         ):
-            return self._merge_into(sink, residual, rate, optimizer)
+            return self._merge_into(sink if kept is None else Tee(sink, kept), residual, rate, optimizer)
 
     @contextmanager
     def _optimizer(self, writer: ArtifactWriter) -> Iterator[ServerOptimizer | None]:

@@ -20,8 +20,14 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.artifacts import ledger as ledgers
 from fedqsn_cli.artifacts.ledger import Release
-from fedqsn_cli.artifacts.manifests import UPDATE_MANIFEST, UPDATE_TENSORS, UpdateManifest, read_manifest
-from fedqsn_cli.artifacts.update_folder import format_of, most_header_bytes, require_no_more, update_shape
+from fedqsn_cli.artifacts.manifests import (
+    ADAPTER_TENSORS,
+    UPDATE_MANIFEST,
+    UPDATE_TENSORS,
+    UpdateManifest,
+    read_manifest,
+)
+from fedqsn_cli.artifacts.update_folder import files_of, format_of, most_header_bytes, require_no_more, update_shape
 from fedqsn_cli.checkpoint import read_header
 from fedqsn_cli.checkpoint.header import FileIdentity
 from fedqsn_cli.checkpoint.reader import DESCRIPTORS, DirectFile
@@ -31,10 +37,11 @@ from fedqsn_cli.kernels.hash_threads import HashQueue
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.masks.job_masks import ClientMasks, ServerMasks
 from fedqsn_cli.masks.unit_mask import UnitMask
+from fedqsn_cli.merging.adapters import AdapterFolder
 from fedqsn_cli.merging.arithmetic import PieceSquares
 from fedqsn_cli.merging.measures import UpdateMeasures
 from fedqsn_cli.merging.refusals import Refusals
-from fedqsn_cli.merging.stored_values import ReadValues, StoredValues, TensorValues
+from fedqsn_cli.merging.stored_values import ReadValues, StoredValues, TensorValues, UpdateSlice
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.planning.tensor_plan import TensorPlan, UnitAxis
@@ -48,7 +55,7 @@ class ClientUpdate:
 
     Args:
         masks: of its client in its round.
-        identity: of update.safetensors, so that another file in its place is noticed.
+        identities: of the files of tensors, by name, so that another file in the place of one is noticed.
         stored: the U of each float tensor.
     """
 
@@ -56,7 +63,7 @@ class ClientUpdate:
     manifest: UpdateManifest
     release: Release
     masks: ClientMasks
-    identity: FileIdentity
+    identities: Mapping[str, FileIdentity]
     stored: Mapping[str, TensorValues]
 
     @property
@@ -88,12 +95,14 @@ class UpdateReader:
 
     Args:
         update: checked by `open_updates`.
-        queue: where the digest of the file is computed.
+        queue: where the digests of its files are computed.
     """
 
     def __init__(self, update: ClientUpdate, queue: HashQueue) -> None:
         self.update = update
-        self._hash = FileHash(update.folder / UPDATE_TENSORS, update.identity, queue)
+        self._hashes = {
+            name: FileHash(update.folder / name, identity, queue) for name, identity in update.identities.items()
+        }
         self._visible: tuple[str, UnitMask | None] = ("", None)
         self.measures = UpdateMeasures()
 
@@ -104,21 +113,25 @@ class UpdateReader:
             self._visible = (task.name, mask)
         visible, cols = self._visible[1], task.layout.view[2]
         if visible is None:
-            return UpdateSlice(first * cols, rows * cols, np.empty(0, np.int64))
+            return UpdateSlice(first, rows, first * cols, rows * cols, np.empty(0, np.int64))
         return slice_rows(visible, first, rows)
 
     def read(self, name: str, part: UpdateSlice) -> ReadValues:
         """Elements of U, [part.count]; from any thread.
 
         Raises:
-            RefusedUpdate: a code or scale is malformed. FormatError: the file got shorter or changed.
+            RefusedUpdate: a code, scale or factor is malformed. FormatError: a file got shorter or changed.
         """
-        return self.update.stored[name].read(part.first, part.count, self._hash.read)
+        return self.update.stored[name].read(part, self.read_bytes)
+
+    def read_bytes(self, file: str, start: int, count: int) -> NDArray[np.uint8]:
+        """Bytes of a file of the update; from any thread. Raises RefusedUpdate, FormatError: it changed."""
+        return self._hashes[file].read(start, count)
 
     def hash(self, read: ReadValues) -> None:
         """Hash what `read` read; call it in the order of the pass."""
         for piece in read.pieces:
-            self._hash.take(piece.start, piece.data)
+            self._hashes[piece.file].take(piece.start, piece.data)
 
     def measure(self, tensor: TensorPlan, first: int, sums: PieceSquares, count: int) -> None:
         """Measure a piece of U: `count` numbers, from row `first` on. Raises RefusedUpdate for NaN and infinity."""
@@ -127,14 +140,15 @@ class UpdateReader:
         self.measures.add(tensor, first, sums.divided(self.update.scale(tensor)), count, self.update.axis(tensor))
 
     def finish(self) -> None:
-        """Check the digest of the whole file.
+        """Check the digests of the whole files.
 
         Raises:
-            RefusedUpdate: it is not the file that update.json describes.
+            RefusedUpdate: one is not the file that update.json describes.
         """
-        if self._hash.hexdigest() != self.update.manifest.files[UPDATE_TENSORS]:
-            where = self.update.folder / UPDATE_TENSORS
-            raise RefusedUpdate("its sha256 is not the one in update.json", where=where, hint="send it again")
+        for name, digest in self._hashes.items():
+            if digest.hexdigest() != self.update.manifest.files[name]:
+                where = self.update.folder / name
+                raise RefusedUpdate("its sha256 is not the one in update.json", where=where, hint="send it again")
 
 
 class FileHash:
@@ -277,18 +291,36 @@ class UpdateVerifier:
             raise RefusedUpdate("it was trained on another proxy.json than the one released", where=folder)
         if release.job != self.masks.job.commitment or release.plan != self._model.plan.digest:
             raise RefusedUpdate("it belongs to another job or plan", where=folder, hint="check --key")
-        if manifest.files.keys() != {UPDATE_TENSORS}:
-            raise RefusedUpdate(f"it must list exactly {UPDATE_TENSORS}", where=folder / UPDATE_MANIFEST)
+        if manifest.files.keys() != files_of(manifest):
+            names = ", ".join(sorted(files_of(manifest)))
+            raise RefusedUpdate(f"it must list exactly {names}", where=folder / UPDATE_MANIFEST)
         client = ClientMasks(self.masks, release.client, release.round, release.p2, release.schedule, release.rescale)
-        header = read_header(folder / UPDATE_TENSORS, most_header_bytes(self._model.plan.tensors))
+        stored, identities = self._values(folder, manifest, client, release)
+        return ClientUpdate(folder, manifest, release, client, identities, stored)
+
+    def _values(
+        self, folder: Path, manifest: UpdateManifest, client: ClientMasks, release: Release
+    ) -> tuple[dict[str, TensorValues], dict[str, FileIdentity]]:
+        """The U of each float tensor, and the files that it is in. Raises RefusedUpdate."""
+        most = most_header_bytes(self._model.plan.tensors)
+        header = read_header(folder / UPDATE_TENSORS, most) if UPDATE_TENSORS in manifest.files else None
+        entries, identities = ({}, {}) if header is None else (header.entries, {UPDATE_TENSORS: header.identity})
+        adapters = AdapterFolder(folder, manifest, most) if manifest.adapters is not None else None
         stored: dict[str, TensorValues] = {}
         for tensor in self._model.plan.tensors:
             if tensor.dtype in WEIGHT_DTYPES:
-                shape, kind = _expected_shape(tensor, client, release), format_of(manifest.precision, tensor.shape)
-                stored[tensor.name] = StoredValues.take(header.entries, tensor.name, kind, shape, folder)
-        if header.entries:
-            raise RefusedUpdate("the model has no such tensor", where=f"{folder}: {next(iter(header.entries))}")
-        return ClientUpdate(folder, manifest, release, client, header.identity, stored)
+                axis = None if release.train is not None else tensor.axis
+                values: TensorValues | None = adapters.take(tensor, axis) if adapters is not None else None
+                if values is None:
+                    shape, kind = _expected_shape(tensor, client, release), format_of(manifest.precision, tensor.shape)
+                    values = StoredValues.take(entries, tensor.name, kind, shape, folder)
+                stored[tensor.name] = values
+        if entries:
+            raise RefusedUpdate("the model has no such tensor", where=f"{folder}: {next(iter(entries))}")
+        if adapters is not None:
+            adapters.finish()
+            identities[ADAPTER_TENSORS] = adapters.identity
+        return stored, identities
 
 
 def _expected_shape(tensor: TensorPlan, client: ClientMasks, release: Release) -> tuple[int, ...]:
@@ -298,24 +330,9 @@ def _expected_shape(tensor: TensorPlan, client: ClientMasks, release: Release) -
     return update_shape(tensor.shape, tensor.axis, tensor.view, tensor.view[0] * client.visible_count(tensor))
 
 
-@dataclass(frozen=True, slots=True)
-class UpdateSlice:
-    """The elements of U that belong to a run of rows, and their positions in it.
-
-    Args:
-        first, count: the elements of U.
-        index: flat positions within the run of rows of the first element of each seen unit (row), seen column numbers
-            (column), or flat positions of elements (element).
-    """
-
-    first: int
-    count: int
-    index: NDArray[np.int64]
-
-
 def slice_rows(visible: UnitMask, first: int, rows: int) -> UpdateSlice:
     """The elements of U that belong to rows `first` .. `first + rows` of a tensor."""
     cols = visible.view[2]
     begin, end = visible.count_before(np.array([first * cols, (first + rows) * cols], dtype=np.int64))
     index = np.flatnonzero(visible.flags_of_rows(first, rows).reshape(-1))
-    return UpdateSlice(int(begin), int(end - begin), index.astype(np.int64))
+    return UpdateSlice(first, rows, int(begin), int(end - begin), index.astype(np.int64))

@@ -50,6 +50,21 @@ class RefusedClient:
 
 
 @dataclass(frozen=True, slots=True)
+class KeptAdapter:
+    """The merged step as one adapter.
+
+    Args:
+        rank: of its factors. summed_rank: the sum of the clients' ranks, with which it is exact.
+        error: norm of what the rank cut off, over that of the step of the adapted tensors.
+    """
+
+    path: str
+    rank: int
+    summed_rank: int
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
 class MergeResult:
     """The result of `merge`.
 
@@ -60,6 +75,7 @@ class MergeResult:
         server_lr: η of a merge. blend: λ of a restore.
         search: how that number was found, where it was auto.
         refused: updates that were left out.
+        adapter: the step as one adapter, if asked for.
     """
 
     path: str
@@ -73,3 +89,4 @@ class MergeResult:
     blend: float | None = None
     search: Search | None = None
     refused: tuple[RefusedClient, ...] = ()
+    adapter: KeptAdapter | None = None

@@ -1,4 +1,4 @@
-"""Where the U of a tensor is in update.safetensors, and how a slice of it is read: values, or codes and scales."""
+"""Where the U of a tensor is in an update, and how a slice of it is read: values, or codes and scales."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fedqsn_cli.artifacts.manifests import UPDATE_TENSORS
 from fedqsn_cli.artifacts.update_folder import SCALES, Coding, StoredFormat, stored_specs
 from fedqsn_cli.checkpoint.header import TensorEntry
 from fedqsn_cli.dtypes import DTYPES
@@ -19,14 +20,33 @@ from fedqsn_cli.quantization.runs import MalformedCodes, decode_run
 
 Array = NDArray[Any]
 Bytes = NDArray[np.uint8]
-ReadBytes = Callable[[int, int], Bytes]
-"""Reads a number of bytes from an absolute offset on: (start, count)."""
+ReadBytes = Callable[[str, int, int], Bytes]
+"""Reads a number of bytes of a file of the update, from an absolute offset on: (name, start, count)."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateSlice:
+    """The elements of U that belong to a run of rows, and their positions in it.
+
+    Args:
+        row, rows: the run: rows `row` .. `row + rows` of the tensor.
+        first, count: the elements of U.
+        index: flat positions within the run of rows of the first element of each seen unit (row), seen column numbers
+            (column), or flat positions of elements (element).
+    """
+
+    row: int
+    rows: int
+    first: int
+    count: int
+    index: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class StoredPiece:
-    """Bytes of the file, from the absolute offset `start` on."""
+    """Bytes of a file, from the absolute offset `start` on."""
 
+    file: str
     start: int
     data: Bytes
 
@@ -49,12 +69,12 @@ class TensorValues(Protocol):
     """The U of one tensor, however an update stores it: all that sums, rules and measures know of an update's values.
 
     They ask for elements in C order of the shape that the release calls for (`update_folder`), in rising order and from
-    several threads. An implementation reads its bytes with `read`, so that the digest of the file covers them: what it
+    several threads. An implementation reads its bytes with `read`, so that the digests of files cover them: what it
     returns as `pieces` is hashed as it was read, and bytes that are in no piece are read once more for the digest.
     """
 
-    def read(self, first: int, count: int, read: ReadBytes) -> ReadValues:
-        """Elements `first` .. `first + count` of U. Raises RefusedUpdate: they are malformed."""
+    def read(self, part: UpdateSlice, read: ReadBytes) -> ReadValues:
+        """Elements `part.first` .. `part.first + part.count` of U. Raises RefusedUpdate: they are malformed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,18 +115,18 @@ class StoredValues:
             starts[spec.name] = entry.start
         return cls(f"{folder}: {name}", stored, math.prod(shape), starts[name], starts.get(name + SCALES, 0))
 
-    def read(self, first: int, count: int, read: ReadBytes) -> ReadValues:
-        """Elements `first` .. `first + count` of U, in C order.
+    def read(self, part: UpdateSlice, read: ReadBytes) -> ReadValues:
+        """Elements of U, in C order.
 
         Raises:
             RefusedUpdate: a code or scale is none that `client-train` writes.
         """
         if self.stored.coding is not None:
-            return self._decoded(self.stored.coding, first, count, read)
+            return self._decoded(self.stored.coding, part.first, part.count, read)
         bits = np.dtype(DTYPES[self.stored.dtype].bits)
-        start = self.start + first * bits.itemsize
-        data = read(start, count * bits.itemsize)
-        return ReadValues(data.view(bits), self.stored.dtype, (StoredPiece(start, data),))
+        start = self.start + part.first * bits.itemsize
+        data = read(UPDATE_TENSORS, start, part.count * bits.itemsize)
+        return ReadValues(data.view(bits), self.stored.dtype, (StoredPiece(UPDATE_TENSORS, start, data),))
 
     def _decoded(self, coding: Coding, first: int, count: int, read: ReadBytes) -> ReadValues:
         """Decode whole blocks, and cut off what was not asked for."""
@@ -115,12 +135,12 @@ class StoredValues:
         skipped = begin * coding.block
         values = max(0, min(end * coding.block, self.size) - skipped)
         codes_at = self.start + skipped // coding.per_byte
-        codes = read(codes_at, -(-values // coding.per_byte))
+        codes = read(UPDATE_TENSORS, codes_at, -(-values // coding.per_byte))
         scales_at = self.scales + 4 * begin
-        scales = read(scales_at, 4 * (end - begin))
+        scales = read(UPDATE_TENSORS, scales_at, 4 * (end - begin))
         try:
             out = decode_run(codes, scales.view(np.float32), coding.format, coding.block, values)
         except MalformedCodes as error:
             raise RefusedUpdate(str(error), where=self.where) from None
-        pieces = (StoredPiece(scales_at, scales), StoredPiece(codes_at, codes))
+        pieces = (StoredPiece(UPDATE_TENSORS, scales_at, scales), StoredPiece(UPDATE_TENSORS, codes_at, codes))
         return ReadValues(out[first - skipped : first - skipped + count], "F32", pieces)

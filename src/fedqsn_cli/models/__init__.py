@@ -8,4 +8,5 @@ duplicates.py   refuse equal tensors under two names that would be masked apart
 residual.py     what 16-bit weights could not hold of a merge
 dense.py        a model's tensors as dense torch tensors (imports torch)
 torch_model.py  the transformers model of a checkpoint (imports torch)
+stored_model.py the transformers model of a proxy, packed as it is (imports torch)
 """

@@ -8,6 +8,7 @@ those rules: masks go the same way as weights, and what comes back is checked ag
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import warnings
@@ -116,6 +117,11 @@ def load_model(
     task, _ = task_of(checkpoint.config, checkpoint.path)
     state = load_dense(checkpoint) if dense is None else dense
     model = build_model(checkpoint.config or {}, state, where=checkpoint.path, dtype=dtype)
+    return with_tokenizer(model, checkpoint, task)
+
+
+def with_tokenizer(model: Any, checkpoint: Checkpoint, task: Task) -> Loaded:
+    """A model with the tokenizer of its checkpoint, from which it gets a padding id if it has none."""
     tokenizer = load_tokenizer(checkpoint)
     if model.config.get_text_config().pad_token_id is None and tokenizer is not None:
         known = tokenizer.pad_token_id is not None
@@ -124,24 +130,38 @@ def load_model(
 
 
 def build_model(
-    config: Mapping[str, Any], state: Mapping[str, Tensor], *, where: object, dtype: torch.dtype = torch.float32
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    *,
+    where: object,
+    dtype: torch.dtype = torch.float32,
+    quantization: Mapping[str, Any] | None = None,
 ) -> Any:
     """Let transformers put tensors, named as in the checkpoint, into a model.
 
     Parameters may share memory with `state`. Raises InputError, also when a tensor is missing or too many: no part of
     the model is ever left at random values.
+
+    Args:
+        quantization: how bitsandbytes packed some of the tensors; they stay packed. The one in `config` never counts.
     """
     _, architecture = task_of(config, where)
     with quiet():
         kind = _model_class(architecture, where)
+        packed: dict[str, Any] = {}
         try:
+            clean = _clean_config(config, kind)
+            if quantization is not None:
+                clean.quantization_config = dict(quantization)
+                packed["device_map"] = {"": "cpu"}  # else transformers chooses a GPU
             model, report = kind.from_pretrained(
                 None,
-                config=_clean_config(config, kind),
+                config=clean,
                 state_dict=dict(state),
                 dtype=dtype,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are in the report, and refused below
+                **packed,
             )
         except Exception as error:  # a config may ask for anything
             raise InputError(f"transformers cannot build the model ({first_line(error)})", where=where) from None
@@ -200,6 +220,11 @@ def stored_tensors(model: Any, names: Iterable[str]) -> dict[str, Tensor]:
 
     with torch.no_grad(), quiet():
         tensors = revert_weight_conversion(model, model.state_dict())
+    return _by_name(tensors, names, model)
+
+
+def _by_name(tensors: Mapping[str, Tensor], names: Iterable[str], model: Any) -> dict[str, Tensor]:
+    """The tensors that a checkpoint has, by its own names: with or without the prefix of the base model."""
     prefix = f"{model.base_model_prefix}."
     found = {}
     for name in names:
@@ -208,6 +233,32 @@ def stored_tensors(model: Any, names: Iterable[str]) -> dict[str, Tensor]:
                 found[name] = tensors[spelling]
                 break
     return found
+
+
+def tensor_names(model: Any, parameters: Mapping[str, tuple[int, ...]], names: Iterable[str]) -> dict[str, str]:
+    """The checkpoint's name of each parameter that is exactly one of its tensors; the others are left out.
+
+    Args:
+        model: built by `build_model`, its weights packed or not.
+        parameters: shapes by the model's names, before packing.
+        names: the checkpoint's names.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    bare = copy.copy(model)  # a model without memory of how weights were packed, which is never reverted
+    conversions = [step for step in getattr(model, "_weight_conversions", None) or () if not _packs(step)]
+    bare._weight_conversions = conversions or None
+    empty = {name: torch.empty(shape, device="meta") for name, shape in parameters.items()}
+    with torch.no_grad(), quiet():
+        tensors = revert_weight_conversion(bare, empty) if conversions else empty
+    whose = {id(tensor): name for name, tensor in empty.items()}
+    found = _by_name(tensors, names, model)
+    return {whose[id(tensor)]: name for name, tensor in found.items() if id(tensor) in whose}
+
+
+def _packs(conversion: Any) -> bool:
+    """Whether a step of transformers' loading is the one that makes bitsandbytes' packed weights."""
+    return any("bitsandbytes" in type(step).__module__ for step in getattr(conversion, "operations", ()))
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:

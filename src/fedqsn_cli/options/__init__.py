@@ -2,6 +2,7 @@
 
 declare.py      how an option is declared
 groups.py       options that several commands have
+lora.py         those of adapters
 privacy.py      those that limit what an update tells about the data
 commands.py     the options of each command
 aggregation.py  those of merge about which updates count, and how they are put together

@@ -46,8 +46,16 @@ from fedqsn_cli.options.groups import (
     save_every_option,
     schedule_option,
 )
+from fedqsn_cli.options.lora import LoraOptions
 from fedqsn_cli.options.privacy import PrivacyOptions
 from fedqsn_cli.planning.tensor_plan import MaskAxis
+
+
+def _minutes(value: float, flag: str) -> float:
+    """A time, not negative."""
+    if not 0 <= value < float("inf"):
+        raise InputError(f"{value} is not a number of minutes", where=flag, hint="0 tries no training at all")
+    return value
 
 
 def _round(value: int, flag: str) -> int:
@@ -171,7 +179,7 @@ class ExportOptions(QuantizationOptions, MaskingOptions, ModelOutputOptions):
 
 
 @dataclass(frozen=True)
-class TrainOptions(PrivacyOptions, RecipeOptions):
+class TrainOptions(PrivacyOptions, LoraOptions, RecipeOptions):
     """`client_train`."""
 
     FIRST = ("out", "data", "eval_data", "max_length", "packing")
@@ -202,6 +210,24 @@ class TrainOptions(PrivacyOptions, RecipeOptions):
             raise InputError("fp32 loses nothing", where="--residual", hint="give another --update-format")
         if self.dp_epsilon is not None:
             self._check_private()
+        if self.method == "lora":
+            self._check_lora()
+
+    def _check_lora(self) -> None:
+        """Refuse what works on U, which adapters are only the factors of. Raises InputError."""
+        full_only = {"--residual": self.residual, "--clip-norm": self.clip_norm}
+        for flag, value in full_only.items():
+            if value is not None:
+                raise InputError("works on weights, not on the factors of adapters", where=flag, hint="leave it out")
+        if self.update_format in ("int8", "nf4"):
+            what = f"adapters are not sent as {self.update_format}"
+            raise InputError(what, where="--update-format", hint="use fp32, bf16 or fp16")
+        if self.precision == "bf16-weights":
+            raise InputError(
+                "adapters are trained in fp32, and the proxy keeps its number format",
+                where="--precision",
+                hint="use auto, fp32 or bf16",
+            )
 
     def _check_private(self) -> None:
         """Refuse what private training does not do, and would otherwise leave out silently. Raises InputError."""
@@ -255,6 +281,11 @@ class EvaluateOptions(Options):
 class AuditOptions(Options):
     """`audit`."""
 
+    outbox: Annotated[
+        str | Path | None,
+        Option("Audit the proxies of --round in this folder, by the ledger, instead of PROXY...", OWNER, metavar="DIR"),
+    ] = None
+    round: Annotated[int | None, Option("Number of the round, for --outbox.", OWNER, check=_round)] = None
     truth: Annotated[
         str | Path | None,
         Option("The global model that they were exported from.", OWNER, metavar="GLOBAL"),
@@ -286,6 +317,10 @@ class AuditOptions(Options):
     public_data: Annotated[str | Path | None, Option("Examples that an attacker fine-tunes the proxy with.", DATA)] = (
         None
     )
+    attack_minutes: Annotated[
+        float | None,
+        Option("Begin no more attacks on the function after so many; tells what was left out.", DATA, check=_minutes),
+    ] = None
     policy: Annotated[str | Path | None, Option("Limits, in TOML: what may leak, and what must be checked.", GATE)] = (
         None
     )

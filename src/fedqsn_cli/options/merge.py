@@ -100,6 +100,23 @@ class MergeOptions(AdmissionOptions, ServerOptimizerOptions, RuleOptions, ModelO
     max_length: Annotated[int, max_length_option(SEARCHING)] = 256
     batch_size: Annotated[int, batch_size_option(SEARCHING)] = 32
     device: Annotated[str, device_option(SEARCHING)] = "auto"
+    keep_adapter: Annotated[
+        str | Path | None,
+        Option(
+            "Write the merged step as one adapter (peft) for CHECKPOINT, too; needs updates of adapters only.",
+            OUTPUT,
+            metavar="DIR",
+        ),
+    ] = None
+    adapter_rank: Annotated[
+        int | None,
+        Option(
+            "Cut that adapter to this rank, by singular values.",
+            OUTPUT,
+            shown="the sum of the clients' ranks",
+            check=validate.at_least_one,
+        ),
+    ] = None
     report: Annotated[
         str | Path | None, Option("Write a page about the updates and what auto tried: one HTML file.", OUTPUT)
     ] = None
@@ -111,6 +128,7 @@ class MergeOptions(AdmissionOptions, ServerOptimizerOptions, RuleOptions, ModelO
         else:
             self._check_merge()
         self._check_search()
+        self._check_adapter()
 
     @property
     def searches(self) -> bool:
@@ -143,6 +161,14 @@ class MergeOptions(AdmissionOptions, ServerOptimizerOptions, RuleOptions, ModelO
             raise InputError("only a restore takes a public base", where="--public-base", hint="use it with --restore")
         if self.control is None and self.control_weight != 1.0:
             raise InputError("there is no control update", where="--control-weight", hint="give it with --control")
+
+    def _check_adapter(self) -> None:
+        if self.adapter_rank is not None and self.keep_adapter is None:
+            raise InputError("no adapter is written", where="--adapter-rank", hint="give it with --keep-adapter")
+        if self.keep_adapter is not None and self.restore is not None:
+            raise InputError("a restore is no step", where="--keep-adapter", hint="use it when updates are merged")
+        if self.keep_adapter is not None and self.control is not None:
+            raise InputError("a control is no part of an adapter", where="--keep-adapter", hint="leave out --control")
 
     def _check_search(self) -> None:
         option = "--blend auto" if self.restore is not None else "--server-lr auto"

@@ -18,12 +18,17 @@ journal.py         the figures of every step
 loop.py            step by step
 secure_random.py   random numbers that nobody can repeat
 private_loop.py    the same with differential privacy of the examples (DP-SGD, opacus)
+teachers.py        what models say about texts, and a student's distance from it
 estimate.py        what a training would take
 scoring.py         loss, accuracy, macro F1, perplexity
 update_noise.py    clipping of the whole update, and noise on it
 error_feedback.py  what encoding loses, kept for the next round
 update.py          U = T − P on disk
 privacy.py         what the options of privacy mean for an update
+method.py          what both methods of training have in common
+full.py            the visible weights themselves
+lora_modules.py    which modules get adapters
+lora.py            adapters on the proxy as it is stored
 client.py          client-train: all of it, in this order
 evaluate.py        evaluate: a model on data
 """

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -21,31 +20,28 @@ from fedqsn_cli.artifacts.manifests import (
 from fedqsn_cli.artifacts.proxy_folder import verify_proxy
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, resolve
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.linux import return_freed_memory
-from fedqsn_cli.masks.unit_mask import UnitMask
-from fedqsn_cli.models.dense import DenseTensors
-from fedqsn_cli.models.torch_model import Loaded, Task, choose_device, load_model, memory_errors, quiet
+from fedqsn_cli.models.torch_model import Loaded, Task, choose_device, memory_errors, quiet
 from fedqsn_cli.options import TrainOptions
 from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.text import size
 from fedqsn_cli.training import update
 from fedqsn_cli.training.batching import Examples
-from fedqsn_cli.training.compact import VisibleParameters
+from fedqsn_cli.training.compact import Trainable
 from fedqsn_cli.training.data import Encoder
-from fedqsn_cli.training.error_feedback import ErrorFeedback, read_errors
 from fedqsn_cli.training.estimate import Estimate, measured
+from fedqsn_cli.training.full import FullMethod
 from fedqsn_cli.training.journal import journals
 from fedqsn_cli.training.loop import Surroundings, TrainingSummary, train
 from fedqsn_cli.training.memory import MemoryPlan
+from fedqsn_cli.training.method import Method
 from fedqsn_cli.training.packing import check_separation, packed
-from fedqsn_cli.training.precision import ChosenPrecision, choose_precision, weights_dtype
-from fedqsn_cli.training.privacy import privacy_record, reported_losses, update_noise
+from fedqsn_cli.training.precision import ChosenPrecision, choose_precision
+from fedqsn_cli.training.privacy import privacy_record, reported_losses
 from fedqsn_cli.training.private_loop import plan_privacy, require_opacus, train_privately
 from fedqsn_cli.training.processes import Processes, joined, launched, own_device
 from fedqsn_cli.training.scoring import Evaluation, score
 from fedqsn_cli.training.states import StateFolder
 from fedqsn_cli.training.tables import Table, read_table
-from fedqsn_cli.training.visible import check_round_trip, parameter_masks, read_visible, rescale_factors
 from fedqsn_cli.version import VERSION
 
 __all__ = ["Estimate", "TrainResult", "client_train", "estimate_training"]
@@ -115,18 +111,17 @@ def client_train(proxy: str | Path, options: TrainOptions, *, progress: Progress
         if writer is not None:
             _write_update(writer, ready, trained, before, after)
             path = str(writer.publish())
-            if ready.feedback is not None:
-                ready.feedback.save()
+            ready.method.sent()
             if ready.states is not None:
                 ready.states.remove()
         return TrainResult(
             path=path,
             proxy_id=ready.manifest.proxy_id,
-            task=ready.loaded.task,
+            task=ready.method.loaded.task,
             examples=trained.examples,
             skipped=ready.examples.skipped,
             steps=trained.steps,
-            parameters=ready.numbers_sent,
+            parameters=ready.method.numbers_sent,
             first_loss=trained.first_loss,
             last_loss=trained.last_loss,
             before=before,
@@ -150,8 +145,7 @@ def estimate_training(proxy: str | Path, options: TrainOptions, *, progress: Pro
         raise InputError("does not know private training", where="--dry-run", hint="leave out --dp-epsilon")
     unwritten = replace(options, save_every=None, log=None, tensorboard=None)
     with quiet(), memory_errors(), _prepared(proxy, unwritten, progress) as ready:
-        _, specs = update.stored_as(ready.received.layout, ready.visible, options.update_format)
-        bytes_up = sum(spec.nbytes for spec in specs)
+        bytes_up = ready.method.bytes_sent(options)
         return measured(
             ready.model, ready.examples, ready.trainable, ready.options, ready.encoder.padding, bytes_up, progress
         )
@@ -168,12 +162,8 @@ class _Ready:
 
     folder: Path
     manifest: ProxyManifest
-    received: DenseTensors
-    loaded: Loaded
-    visible: dict[str, UnitMask]
-    scales: dict[str, float]
-    feedback: ErrorFeedback | None
-    trainable: VisibleParameters
+    method: Method
+    trainable: Trainable
     encoder: Encoder
     examples: Examples
     held_out: Examples | None
@@ -186,12 +176,7 @@ class _Ready:
     @property
     def model(self) -> Any:
         """The model, on its device."""
-        return self.loaded.model
-
-    @property
-    def numbers_sent(self) -> int:
-        """Numbers in the update."""
-        return update.parameters(self.received.layout, self.visible)
+        return self.method.loaded.model
 
     def tell_plan(self, progress: Progress) -> None:
         """Say how much memory is held, before any of it is taken."""
@@ -244,19 +229,13 @@ def _prepared(proxy: str | Path, options: TrainOptions, progress: Progress) -> I
         states = _states(options, folder, processes)
         if states is not None and processes.is_first:
             stack.enter_context(states.opened())
-        loaded, visible, scales, masks = _load(checkpoint, folder, manifest)
-        received = DenseTensors(checkpoint)
-        feedback = _feedback(options, manifest, received, visible, scales)
-        encoder, examples, held_out = _encode(loaded, tables, options, progress)
+        method = _method(checkpoint, manifest, options, device)
+        encoder, examples, held_out = _encode(method.loaded, tables, options, progress)
         yield _Ready(
             folder=folder,
             manifest=manifest,
-            received=received,
-            loaded=loaded,
-            visible=visible,
-            scales=scales,
-            feedback=feedback,
-            trainable=_trainable(loaded.model, masks, precision, device),
+            method=method,
+            trainable=method.trainable(),
             encoder=encoder,
             examples=examples,
             held_out=held_out,
@@ -268,37 +247,13 @@ def _prepared(proxy: str | Path, options: TrainOptions, progress: Progress) -> I
         )
 
 
-def _load(
-    checkpoint: Checkpoint, folder: Path, manifest: ProxyManifest
-) -> tuple[Loaded, dict[str, UnitMask], dict[str, float], dict[str, torch.Tensor]]:
-    """The model, its visible units, their scales, and which elements of its parameters are visible."""
-    dense = dict(DenseTensors(checkpoint))
-    loaded = load_model(checkpoint, dense=dense)
-    visible = read_visible(folder, manifest, {name: tuple(tensor.shape) for name, tensor in dense.items()})
-    check_round_trip(loaded.model, dense, visible, folder)
-    scales = rescale_factors(manifest, visible)
-    if manifest.train == "all":
-        visible = {}  # every unit moves and goes back
-    return loaded, visible, scales, parameter_masks(loaded.model, checkpoint.config or {}, dense, visible, folder)
+def _method(checkpoint: Checkpoint, manifest: ProxyManifest, options: TrainOptions, device: torch.device) -> Method:
+    """The proxy, loaded for the method that the options name. Raises InputError, FormatError."""
+    if options.method == "lora":
+        from fedqsn_cli.training.lora import LoraMethod  # imports peft, which takes long
 
-
-def _feedback(
-    options: TrainOptions,
-    manifest: ProxyManifest,
-    received: DenseTensors,
-    visible: Mapping[str, UnitMask],
-    scales: Mapping[str, float],
-) -> ErrorFeedback | None:
-    """What earlier rounds left over; None where nothing is kept. Raises InputError, FormatError."""
-    if options.residual is None:
-        return None
-    path, out = Path(options.residual), Path(options.out)
-    if path.resolve().is_relative_to(out.resolve()):
-        raise InputError("is inside of the output", where="--residual", hint="it is private, and not to be sent")
-    layout = received.layout
-    shapes = {name: tuple(layout[name].shape) for name in update.floats(layout)}
-    errors = read_errors(path, manifest.job, manifest.proxy_id, shapes)
-    return ErrorFeedback(path, manifest.job, manifest.proxy_id, errors, visible, scales)
+        return LoraMethod.load(checkpoint, manifest, options, device)
+    return FullMethod.load(checkpoint, manifest, options, device)
 
 
 def _encode(
@@ -315,31 +270,23 @@ def _encode(
     return encoder, examples, encoder.encode(tables[1], progress) if tables[1] is not None else None
 
 
-def _trainable(
-    model: Any, masks: dict[str, torch.Tensor], precision: ChosenPrecision, device: torch.device
-) -> VisibleParameters:
-    """Bring a model to where and how it is trained. Nothing else may hold its tensors: they would stay in memory."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(weights_dtype(precision))
-    trainable = VisibleParameters(model.to(device), masks)
-    masks.clear()
-    gc.collect()  # models have cycles, and one was built for the masks
-    return_freed_memory()
-    return trainable
-
-
 def _states(options: TrainOptions, folder: Path, processes: Processes) -> StateFolder | None:
     """Where the states of this training are kept."""
     if options.save_every is None:
         return None
     facts: dict[str, Any] = {
-        "--" + field.name.replace("_", "-"): getattr(options, field.name)
+        "--" + field.name.replace("_", "-"): _plain(getattr(options, field.name))
         for field in fields(options)
         if field.name not in NOT_BINDING
     }
     facts |= {"PROXY": file_digest(folder / PROXY_MANIFEST), "--data": file_digest(Path(options.data))}
     facts["number of processes"] = processes.count
     return StateFolder(Path(options.out), facts, options.save_every)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _write_update(
@@ -349,13 +296,12 @@ def _write_update(
     before: Evaluation | None,
     after: Evaluation | None,
 ) -> None:
-    """Write update.safetensors and update.json."""
+    """Write the update's tensors and update.json."""
     options = ready.options
-    differences = update.Differences.of(ready.model, ready.received, ready.visible)
-    noise = update_noise(options, differences, ready.scales)
-    update.write_tensors(writer, differences, options.update_format, noise, ready.feedback)
+    facts = ready.method.write(writer, options)
     update.write_manifest(
         writer,
+        **facts,
         proxy_id=ready.manifest.proxy_id,
         proxy_sha256=file_digest(ready.folder / PROXY_MANIFEST),
         num_examples=trained.examples,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,7 @@ class MemoryPlan:
         gradients = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
         width = gradients / trained / 4 if recipe.optimizer == "adamw" and trained else 1  # moments have that dtype
         return cls(
-            parameters=sum(parameter.numel() for parameter in parameters),
+            parameters=sum(_numbers(parameter) for parameter in parameters),
             trained=trained,
             weights=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
             gradients=gradients,
@@ -52,6 +53,12 @@ class MemoryPlan:
     def per_parameter(self) -> float:
         """Bytes for each number in the model; a plain AdamW loop in fp32 holds 16."""
         return self.total / max(1, self.parameters)
+
+
+def _numbers(parameter: Any) -> int:
+    """How many numbers a parameter stands for; bitsandbytes packs two of 4 bits into a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
 
 
 def peak_bytes(device: torch.device) -> int:

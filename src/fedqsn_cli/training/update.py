@@ -132,8 +132,7 @@ def write_tensors(
 
 def write_manifest(writer: ArtifactWriter, **facts: Any) -> None:
     """Write update.json; `facts` are the fields of UpdateManifest without `files`. Nothing in it is private."""
-    files = {UPDATE_TENSORS: writer.digests[UPDATE_TENSORS]}
-    writer.add_bytes(UPDATE_MANIFEST, manifest_bytes(UpdateManifest(**facts, files=files)))
+    writer.add_bytes(UPDATE_MANIFEST, manifest_bytes(UpdateManifest(**facts, files=writer.digests)))
 
 
 def floats(dense: Mapping[str, Tensor]) -> list[str]:

@@ -46,8 +46,10 @@ def _recovery(recovery: Recovery) -> dict[str, object]:
 def _function(function: FunctionRecovery | None) -> dict[str, object] | None:
     if function is None:
         return None
-    scores, curve = ([plain(value._asdict()) for value in values] for values in (function.scores, function.curve))
-    return {**plain(function), "scores": scores, "curve": curve}
+    scores, curve, attempts = (
+        [plain(value._asdict()) for value in values] for values in (function.scores, function.curve, function.attempts)
+    )
+    return {**plain(function), "scores": scores, "curve": curve, "attempts": attempts}
 
 
 def render(audit: Audit) -> str:

@@ -1,0 +1,89 @@
+"""The transformers model of a proxy as it is stored: packed weights stay packed, dense ones keep their dtype.
+
+There is one copy of the weights in memory, the one that was read; no weight is unpacked.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedqsn_cli.artifacts.manifests import ProxyManifest
+from fedqsn_cli.checkpoint import Checkpoint
+from fedqsn_cli.dtypes import DTYPES
+from fedqsn_cli.errors import FormatError
+from fedqsn_cli.models.dense import from_bytes
+from fedqsn_cli.models.torch_model import Loaded, build_model, task_of, with_tokenizer
+from fedqsn_cli.quantization.bnb_format import quantization_config
+
+
+def load_stored(
+    checkpoint: Checkpoint, manifest: ProxyManifest, layout: Mapping[str, Tensor], compute: torch.dtype
+) -> Loaded:
+    """Build the model of a proxy on the CPU, in evaluation mode; nothing of it can be trained.
+
+    Args:
+        checkpoint: the proxy. manifest: its proxy.json.
+        layout: its tensors before packing, as `DenseTensors.layout` gives them.
+        compute: what packed layers compute in.
+
+    Raises:
+        InputError: transformers cannot build it, or its tensors are not exactly those of the architecture.
+        FormatError: config.json contradicts proxy.json.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    task, _ = task_of(checkpoint.config, checkpoint.path)
+    state = {name: _stored(checkpoint, name) for name in checkpoint.entries}
+    model = build_model(
+        checkpoint.config or {},
+        state,
+        where=checkpoint.path,
+        dtype=_usual_dtype(layout),
+        quantization=_quantization(checkpoint, manifest, compute),
+    )
+    model.requires_grad_(False)
+    _forbid_repacking(model)
+    return with_tokenizer(model, checkpoint, task)
+
+
+def _stored(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A tensor as it is in the file."""
+    entry = checkpoint.entries[name]
+    return from_bytes(checkpoint.read(name).reshape(-1).view("u1"), entry.dtype, entry.shape)
+
+
+def _forbid_repacking(model: Any) -> None:
+    """Keep bitsandbytes from repacking weights on CPUs with AVX512_BF16, at the first evaluation.
+
+    What it repacks is multiplied in bfloat16, and by a kernel without a gradient: training would stop learning.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _usual_dtype(layout: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype that most numbers of the model have."""
+    numbers: Counter[torch.dtype] = Counter()
+    for tensor in layout.values():
+        if tensor.is_floating_point():
+            numbers[tensor.dtype] += tensor.numel()
+    return numbers.most_common(1)[0][0] if numbers else torch.float32
+
+
+def _quantization(checkpoint: Checkpoint, manifest: ProxyManifest, compute: torch.dtype) -> dict[str, Any] | None:
+    """How bitsandbytes packed the weights; of config.json only the list of modules that it left out is believed."""
+    kind = manifest.quantization
+    if kind is None or kind.layout != "bnb":
+        return None
+    told = (checkpoint.config or {}).get("quantization_config")
+    skip = told.get("llm_int8_skip_modules") if isinstance(told, dict) else None
+    if not isinstance(skip, list) or not all(isinstance(name, str) for name in skip):
+        raise FormatError("config.json does not list the modules that are not packed", where=checkpoint.path)
+    name = next(dtype.name for dtype in DTYPES.values() if dtype.torch and getattr(torch, dtype.torch) is compute)
+    return quantization_config(kind.format, kind.block_size, kind.double_quant, skip, name)
