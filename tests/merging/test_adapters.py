@@ -243,12 +243,16 @@ def test_what_was_trained_in_full_is_in_the_kept_adapter_as_it_is_after_the_merg
         ({"keep_adapter": "next/adapter"}, "is inside of the output"),
         ({"adapter_rank": 3}, "no adapter is written"),
         ({"keep_adapter": "adapter", "control": "u-bob"}, "a control is no part of an adapter"),
+        ({"keep_adapter": "adapter", "rule": "median", "byzantine": 1}, "only a weighted average is an adapter"),
+        ({"keep_adapter": "adapter", "clip_norm": 1.0}, "only a weighted average is an adapter"),
     ],
 )
 def test_a_step_that_is_no_adapter_is_refused(place: Place, options: dict[str, Any], message: str) -> None:
     one = draft_adapters(place.root / "proxies/ann", 1).write(place.root / "u-ann")
     other = send(place.root / "proxies/bob", place.root / "u-bob", noise(1, 0.01))
-    paths = {name: place.root / str(value) if name != "adapter_rank" else value for name, value in options.items()}
+    paths = {
+        name: place.root / value if name in ("keep_adapter", "control") else value for name, value in options.items()
+    }
     with nothing_written(place.root), pytest.raises(FedqsnError, match=message):
         merged(place, one, other, **paths)
 

@@ -15,6 +15,7 @@ from fedqsn_cli.errors import RefusedUpdate
 from fedqsn_cli.merging import arithmetic
 from fedqsn_cli.merging.chunks import ModelChunk, UpdateChunk
 from fedqsn_cli.merging.cosines import KEPT, compare, first_rows
+from fedqsn_cli.merging.noise import Noise
 from fedqsn_cli.merging.read_update import UpdateReader
 from fedqsn_cli.merging.server_optimizer import ServerOptimizer
 from fedqsn_cli.planning.tensor_plan import TensorPlan, UnitAxis
@@ -111,6 +112,10 @@ class ChunkStep:
         for reader, piece in self._kept:
             compare(mean, self._chunk.task.plan, reader, piece)
         self._kept.clear()
+
+    def disturb(self, noise: Noise) -> None:
+        """Add noise to the total."""
+        noise.add_to(self._total, self._chunk.task.name, self._chunk.first * self._chunk.task.layout.view[2])
 
     def move(self, rate: float, divisor: float | None) -> None:
         """W' = W + η Δ in place.

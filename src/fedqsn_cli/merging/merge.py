@@ -35,6 +35,7 @@ from fedqsn_cli.kernels.hash_threads import HashThreads
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.merging.admission import check_claims, check_norms, relative_norm, require_enough
 from fedqsn_cli.merging.aggregation import Aggregation, aggregation, compares
+from fedqsn_cli.merging.central_privacy import CentralPrivacy
 from fedqsn_cli.merging.chunks import InMemorySink, Sink, Weights, write_chunks
 from fedqsn_cli.merging.job_model import merged_manifest, model_sinks, open_job_model, publish
 from fedqsn_cli.merging.keep_adapter import KeptStep, Tee
@@ -144,7 +145,8 @@ def merge_updates(
         tasks = tensor_tasks(model, None, verifier.masks.hidden_on_the_way)
         refusals = Refusals(options.on_refused == "skip", [])
         clients, survey = _admitted(verifier, updates, model, tasks, refusals, options, progress)
-        how = aggregation(options, clients, survey)
+        private = CentralPrivacy(job, clients, options) if options.noise_multiplier is not None else None
+        how = aggregation(options, clients, survey, private.noise if private is not None else None)
         control = verifier.control(options.control, clients) if options.control is not None else None
         kept = _kept_step(stack, clients, tasks, options)
         run = MergeRun(job, model, tasks, clients, control, how, saved, options, progress)
@@ -154,6 +156,7 @@ def merge_updates(
         adapter = kept.publish(rate) if kept is not None else None
         digest = merged.digest_after()
         facts = {"trained_fill": True} if any(update.moves_fill for update in clients) else {}
+        account = private.record() if private is not None else None
         path = publish(writer, model, merged_manifest(model, job, digest, **facts, **run.state_record(merged)))
     return MergeResult(
         path=path,
@@ -170,6 +173,7 @@ def merge_updates(
         search=search,
         refused=tuple(refusals.refused),
         adapter=adapter,
+        privacy=account,
     )
 
 

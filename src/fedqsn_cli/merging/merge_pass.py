@@ -111,6 +111,8 @@ class MergePass:
         """W' = W + η Δ: put all updates together, take the control off, move the rows."""
         step = self._ordered(chunk, pieces, self._how.order) if self._how.order else self._summed(chunk, pieces)
         step.compare()
+        if self._how.noise is not None:
+            step.disturb(self._how.noise)
         if self.control is not None:
             step.subtract(self.control, next(pieces), self._how.control_weight)
         self.covered += step.covered

@@ -9,6 +9,9 @@ from fedqsn_cli import validate
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.options.declare import Option, Options
 from fedqsn_cli.options.groups import LIMITS, MERGING
+from fedqsn_cli.options.privacy import probability
+
+CENTRAL = "Privacy of the clients"
 
 Auto = Literal["auto"]
 Normalize = Literal["coverage", "clients"]
@@ -117,9 +120,51 @@ class RuleOptions(Options):
 
     def check_no_rule(self) -> None:
         """Refuse everything about updates where there are none. Raises InputError."""
-        if self.rule != "fedavg" or self.byzantine is not None or self.clip_norm is not None:
+        if self.rule != "fedavg" or self.byzantine is not None or self.clip_norm is not None:  # noise needs a clip
             flag = "--clip-norm" if self.clip_norm is not None else "--rule"
             raise InputError("a restore takes no updates", where=flag, hint="merge them first")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CentralPrivacyOptions(RuleOptions):
+    """Central differential privacy: what a merged model may tell about any one client."""
+
+    noise_multiplier: Annotated[
+        float | None,
+        Option(
+            "Add noise of this many times --clip-norm to the sum of the updates; all clients count the same.",
+            CENTRAL,
+            check=validate.more_than_zero,
+        ),
+    ] = None
+    delta: Annotated[
+        float | None, Option("δ of the privacy that is accounted for.", CENTRAL, metavar="X", check=probability)
+    ] = None
+    epsilon: Annotated[
+        float | None,
+        Option(
+            "Refuse a merge after which all merges of the job together exceed this ε.",
+            CENTRAL,
+            metavar="X",
+            check=validate.more_than_zero,
+        ),
+    ] = None
+
+    def check_privacy(self) -> None:
+        """Refuse noise that would hide nothing, or could not be accounted for. Raises InputError."""
+        if self.noise_multiplier is None:
+            for flag, given in (("--delta", self.delta), ("--epsilon", self.epsilon)):
+                if given is not None:
+                    raise InputError("there is no noise", where=flag, hint="give it with --noise-multiplier")
+            return
+        if not isinstance(self.clip_norm, float):
+            hint = "give a number that does not depend on the updates"
+            raise InputError("noise needs a fixed limit of what one client can do", where="--clip-norm", hint=hint)
+        if self.delta is None:
+            raise InputError("is needed to account for the noise", where="--delta", hint="less than 1 / clients")
+        if self.rule != "fedavg":
+            what = f"noise is made for a sum of updates, not for {self.rule}"
+            raise InputError(what, where="--noise-multiplier", hint="leave out --rule")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from fedqsn_cli.errors import InputError
 from fedqsn_cli.options.aggregation import (
     AdmissionOptions,
     Auto,
-    RuleOptions,
+    CentralPrivacyOptions,
     ServerOptimizerOptions,
     number_or_auto,
     positive_or_auto,
@@ -43,7 +43,7 @@ def _blend_or_auto(value: float | str, flag: str) -> float | Auto:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeOptions(AdmissionOptions, ServerOptimizerOptions, RuleOptions, ModelOutputOptions):
+class MergeOptions(AdmissionOptions, ServerOptimizerOptions, CentralPrivacyOptions, ModelOutputOptions):
     """`merge`: of updates, or, with `restore`, of a trained server model and the global one."""
 
     key: Annotated[str | Path, Option("The job's secret.", JOB, env=KEY)]
@@ -146,6 +146,8 @@ class MergeOptions(AdmissionOptions, ServerOptimizerOptions, RuleOptions, ModelO
         self.check_no_rule()
         if self.server_optimizer != "sgd":
             raise InputError("a restore takes no step", where="--server-optimizer", hint="leave it out")
+        if self.noise_multiplier is not None:
+            raise InputError("a restore takes no updates", where="--noise-multiplier", hint="leave it out")
         if self.server_lr == "auto":
             raise InputError("a restore takes no step", where="--server-lr", hint="did you mean --blend auto?")
         if self.control is not None:
@@ -154,6 +156,7 @@ class MergeOptions(AdmissionOptions, ServerOptimizerOptions, RuleOptions, ModelO
     def _check_merge(self) -> None:
         self.required_ledger()
         self.check_rule()
+        self.check_privacy()
         self.check_optimizer(self.server_lr)
         if self.blend != 1.0:
             raise InputError("only a restore blends", where="--blend", hint="use it with --restore")
@@ -167,6 +170,9 @@ class MergeOptions(AdmissionOptions, ServerOptimizerOptions, RuleOptions, ModelO
             raise InputError("no adapter is written", where="--adapter-rank", hint="give it with --keep-adapter")
         if self.keep_adapter is not None and self.restore is not None:
             raise InputError("a restore is no step", where="--keep-adapter", hint="use it when updates are merged")
+        if self.keep_adapter is not None and (self.rule != "fedavg" or self.clip_norm is not None):
+            what = "only a weighted average is an adapter"
+            raise InputError(what, where="--keep-adapter", hint="leave out --rule and --clip-norm")
         if self.keep_adapter is not None and self.control is not None:
             raise InputError("a control is no part of an adapter", where="--keep-adapter", hint="leave out --control")
 
