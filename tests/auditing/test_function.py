@@ -22,7 +22,7 @@ from fedqsn_cli.auditing.recovery.attackers.evaluation import rho
 from fedqsn_cli.auditing.recovery.attackers.healing import HEALING
 from fedqsn_cli.auditing.recovery.function import FunctionAttack, FunctionOptions, recover_function
 from fedqsn_cli.options import AuditOptions
-from support.leaks import World, make_world
+from support.leaks import AuditedJob, make_job
 from support.training_jobs import labelled, plain_texts
 
 
@@ -32,41 +32,41 @@ def short_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def job(tmp_path_factory: pytest.TempPathFactory) -> AuditedJob:
     def decide(tensors: dict[str, torch.Tensor]) -> None:
         tensors["classifier.weight"] *= 20  # a model with an opinion
 
-    return make_world(tmp_path_factory.mktemp("function") / "world", edit=decide, fill="base", p2=0.3)
+    return make_job(tmp_path_factory.mktemp("function") / "job", edit=decide, fill="base", p2=0.3)
 
 
-def opened(world: World) -> tuple[Inputs, Collector]:
+def opened(job: AuditedJob) -> tuple[Inputs, Collector]:
     collector = Collector()
-    folders = [world.proxy(client) for client in world.clients]
-    given = AuditOptions(truth=world.truth, key=world.key, ledger=world.ledger, public_base=world.base)
+    folders = [job.proxy(client) for client in job.clients]
+    given = AuditOptions(truth=job.truth, key=job.key, ledger=job.ledger, public_base=job.base)
     return open_inputs(folders, collector, given), collector
 
 
-def measure(world: World, data: Path, **options: Any) -> tuple[FunctionRecovery | None, Collector]:
-    inputs, collector = opened(world)
+def measure(job: AuditedJob, data: Path, **options: Any) -> tuple[FunctionRecovery | None, Collector]:
+    inputs, collector = opened(job)
     return recover_function(inputs, collector, data, FunctionOptions(device="cpu", **options)), collector
 
 
-def test_every_model_is_measured_as_evaluate_measures_it(world: World, tmp_path: Path) -> None:
+def test_every_model_is_measured_as_evaluate_measures_it(job: AuditedJob, tmp_path: Path) -> None:
     data = labelled(tmp_path / "dev.jsonl")
-    found, collector = measure(world, data)
+    found, collector = measure(job, data)
     assert found is not None and not collector.findings
     assert {score.model for score in found.scores} == {"global", "server", "proxy", "attacked", "base"}
     losses = {score.model: score.loss for score in found.scores}
-    for model, place in (("global", world.truth), ("proxy", world.proxy()), ("base", world.base)):
+    for model, place in (("global", job.truth), ("proxy", job.proxy()), ("base", job.base)):
         assert losses[model] == pytest.approx(evaluate(str(place), data=data, device="cpu").loss, rel=1e-4)
     assert found.floor == "base" and found.floor_loss == losses["base"]
     assert losses["attacked"] <= losses["proxy"] + 1e-4  # as sent is one of the attacks
     assert found.rho == rho(found.floor_loss, losses["attacked"], losses["global"])
 
 
-def test_the_curve_has_a_point_for_every_number_of_public_examples(world: World, tmp_path: Path) -> None:
+def test_the_curve_has_a_point_for_every_number_of_public_examples(job: AuditedJob, tmp_path: Path) -> None:
     data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
-    found, _ = measure(world, data, public_data=public, public_examples=(8, 16))
+    found, _ = measure(job, data, public_data=public, public_examples=(8, 16))
     assert found is not None
     assert [point.public_examples for point in found.curve] == [8, 16]
     attacked = next(score.loss for score in found.scores if score.model == "attacked")
@@ -74,11 +74,11 @@ def test_the_curve_has_a_point_for_every_number_of_public_examples(world: World,
 
 
 def test_an_attack_that_starts_best_and_learns_nothing_does_not_hide_the_base_fill(
-    world: World, tmp_path: Path
+    job: AuditedJob, tmp_path: Path
 ) -> None:
     """Weights that are all zero may have a lower loss than a model that is wrong and sure of it."""
     data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
-    inputs, _ = opened(world)
+    inputs, _ = opened(job)
     assert inputs.truth is not None
     options = FunctionOptions(public_data=public, public_examples=(16,), device="cpu")
     attack = FunctionAttack.on(inputs, inputs.truth, data, options)
@@ -93,36 +93,36 @@ def test_an_attack_that_starts_best_and_learns_nothing_does_not_hide_the_base_fi
     assert dull.loss <= filled.loss + 1e-6
 
 
-def test_whoever_is_better_off_without_the_proxies_leaves_them_alone(world: World, tmp_path: Path) -> None:
+def test_whoever_is_better_off_without_the_proxies_leaves_them_alone(job: AuditedJob, tmp_path: Path) -> None:
     data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
-    found, _ = measure(world, data, public_data=public, public_examples=(16,), base_losses={16: 0.0})
+    found, _ = measure(job, data, public_data=public, public_examples=(16,), base_losses={16: 0.0})
     assert found is not None
     losses = {score.model: score.loss for score in found.scores}
     assert found.curve[0].rho == rho(found.floor_loss, 0.0, losses["global"])
 
 
-def test_the_public_base_is_fine_tuned_with_the_same_examples(world: World, tmp_path: Path) -> None:
+def test_the_public_base_is_fine_tuned_with_the_same_examples(job: AuditedJob, tmp_path: Path) -> None:
     data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
-    found, _ = measure(world, data, public_data=public, public_examples=(16,))
+    found, _ = measure(job, data, public_data=public, public_examples=(16,))
     assert found is not None
     (point,) = found.curve
     losses = {score.model: score.loss for score in found.scores}
     assert point.base_loss is not None and point.base_loss < losses["base"]
     assert point.gain == rho(point.base_loss, point.loss, losses["global"])
-    known, _ = measure(world, data, public_data=public, public_examples=(16,), base_losses={16: 9.0})
+    known, _ = measure(job, data, public_data=public, public_examples=(16,), base_losses={16: 9.0})
     assert known is not None and known.curve[0].base_loss == 9.0 and known.curve[0].loss == point.loss
 
 
 def test_without_a_base_the_floor_knows_the_averages_only(tmp_path: Path) -> None:
-    world = make_world(tmp_path / "world", "llama", clients=["alice"])
-    found, collector = measure(world, plain_texts(tmp_path / "dev.jsonl"))
+    job = make_job(tmp_path / "job", "llama", clients=["alice"])
+    found, collector = measure(job, plain_texts(tmp_path / "dev.jsonl"))
     assert found is not None and not collector.findings
     assert found.floor == "averages" and 0 < found.floor_loss < 4.6
 
 
-def test_every_attack_of_the_catalogue_is_tried_and_reported_with_its_source(world: World, tmp_path: Path) -> None:
+def test_every_attack_of_the_catalogue_is_tried_and_reported_with_its_source(job: AuditedJob, tmp_path: Path) -> None:
     data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
-    found, _ = measure(world, data, public_data=public, public_examples=(16,), base_losses={16: 9.0})
+    found, _ = measure(job, data, public_data=public, public_examples=(16,), base_losses={16: 9.0})
     assert found is not None and not found.left_out
     starts = [attempt.attack for attempt in found.attempts if attempt.public_examples == 0]
     assert starts == [
@@ -141,9 +141,9 @@ def test_every_attack_of_the_catalogue_is_tried_and_reported_with_its_source(wor
     assert (found.curve[0].attack, found.curve[0].loss) == (best.attack, best.loss)
 
 
-def test_healing_moves_only_what_no_proxy_shows(world: World, tmp_path: Path) -> None:
+def test_healing_moves_only_what_no_proxy_shows(job: AuditedJob, tmp_path: Path) -> None:
     data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
-    inputs, _ = opened(world)
+    inputs, _ = opened(job)
     assert inputs.truth is not None
     attack = FunctionAttack.on(inputs, inputs.truth, data, FunctionOptions(public_data=public, device="cpu"))
     holes = attack.holes()
@@ -159,8 +159,8 @@ def test_healing_moves_only_what_no_proxy_shows(world: World, tmp_path: Path) ->
             assert bool((value[~holes[name]] == before[name][~holes[name]]).all())
 
 
-def test_the_length_of_rows_comes_from_the_base_in_direction_matching(world: World) -> None:
-    inputs, _ = opened(world)
+def test_the_length_of_rows_comes_from_the_base_in_direction_matching(job: AuditedJob) -> None:
+    inputs, _ = opened(job)
     assert inputs.truth is not None and inputs.base is not None
     assembly = Assembly(inputs, inputs.truth)
     matched, base = DIRECTION.build(assembly), assembly.base(inputs.base)
@@ -173,15 +173,15 @@ def test_the_length_of_rows_comes_from_the_base_in_direction_matching(world: Wor
     assert bool((cosines > 1 - 1e-5).all())
 
 
-def test_a_time_limit_leaves_out_attacks_and_says_which(world: World, tmp_path: Path) -> None:
+def test_a_time_limit_leaves_out_attacks_and_says_which(job: AuditedJob, tmp_path: Path) -> None:
     data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
-    found, _ = measure(world, data, public_data=public, public_examples=(8, 16), minutes=0.0)
+    found, _ = measure(job, data, public_data=public, public_examples=(8, 16), minutes=0.0)
     assert found is not None and found.curve == ()
     assert found.left_out and all(name.endswith(" examples") for name in found.left_out)
 
 
-def test_data_that_cannot_be_used_makes_the_audit_incomplete(world: World, tmp_path: Path) -> None:
-    found, collector = measure(world, tmp_path / "nothing.jsonl")
+def test_data_that_cannot_be_used_makes_the_audit_incomplete(job: AuditedJob, tmp_path: Path) -> None:
+    found, collector = measure(job, tmp_path / "nothing.jsonl")
     assert found is None and [finding.rule for finding in collector.findings] == ["FQ903"]
 
 

@@ -9,58 +9,58 @@ import pytest
 
 from fedqsn_cli import audit, export_proxy
 from fedqsn_cli.errors import InputError
-from support.leaks import World, make_world
+from support.leaks import AuditedJob, make_job
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def job(tmp_path_factory: pytest.TempPathFactory) -> AuditedJob:
     """Two clients, two rounds: the second one in a folder of its own."""
-    world = make_world(tmp_path_factory.mktemp("outbox") / "world")
+    job = make_job(tmp_path_factory.mktemp("outbox") / "job")
     export_proxy(
-        world.truth,
-        world.home / "outbox" / "{client}-2",
-        client=world.clients,
+        job.truth,
+        job.home / "outbox" / "{client}-2",
+        client=job.clients,
         round=2,
         p1=0.3,
         p2=0.2,
-        key=world.key,
-        ledger=world.ledger,
+        key=job.key,
+        ledger=job.ledger,
         schedule="sticky",
     )
-    for client in world.clients:
-        shutil.copytree(world.proxy(client), world.home / "outbox" / f"{client}-1")
-    return world
+    for client in job.clients:
+        shutil.copytree(job.proxy(client), job.home / "outbox" / f"{client}-1")
+    return job
 
 
-def scopes(world: World, number: int, outbox: Path | None = None) -> tuple[set[str], list[str]]:
+def scopes(job: AuditedJob, number: int, outbox: Path | None = None) -> tuple[set[str], list[str]]:
     """Proxies that were audited, and messages of what is incomplete."""
     result = audit(
-        outbox=outbox or world.home / "outbox",
+        outbox=outbox or job.home / "outbox",
         round=number,
-        truth=world.truth,
-        key=world.key,
-        ledger=world.ledger,
+        truth=job.truth,
+        key=job.key,
+        ledger=job.ledger,
     )
     proxies = {name for name in result.inputs if name.startswith("proxy ")}
     return proxies, [one.message for one in result.findings if one.severity == "incomplete"]
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_exactly_the_proxies_of_the_round_are_audited(world: World, number: int) -> None:
-    assert scopes(world, number) == ({f"proxy {client}-{number}" for client in world.clients}, [])
+def test_exactly_the_proxies_of_the_round_are_audited(job: AuditedJob, number: int) -> None:
+    assert scopes(job, number) == ({f"proxy {client}-{number}" for client in job.clients}, [])
 
 
-def test_a_missing_proxy_makes_the_audit_incomplete(world: World, tmp_path: Path) -> None:
-    shutil.copytree(world.home / "outbox" / "alice-1", tmp_path / "outbox" / "alice")
-    found, problems = scopes(world, 1, tmp_path / "outbox")
+def test_a_missing_proxy_makes_the_audit_incomplete(job: AuditedJob, tmp_path: Path) -> None:
+    shutil.copytree(job.home / "outbox" / "alice-1", tmp_path / "outbox" / "alice")
+    found, problems = scopes(job, 1, tmp_path / "outbox")
     assert found == {"proxy alice"}
     assert problems == ["the proxy of client bob is not in the outbox"]
 
 
-def test_whatever_else_lies_in_the_outbox_is_audited_too(world: World, tmp_path: Path) -> None:
-    shutil.copytree(world.home / "outbox", tmp_path / "outbox")
-    shutil.copytree(world.truth, tmp_path / "outbox" / "mistake")
-    _, problems = scopes(world, 1, tmp_path / "outbox")
+def test_whatever_else_lies_in_the_outbox_is_audited_too(job: AuditedJob, tmp_path: Path) -> None:
+    shutil.copytree(job.home / "outbox", tmp_path / "outbox")
+    shutil.copytree(job.truth, tmp_path / "outbox" / "mistake")
+    _, problems = scopes(job, 1, tmp_path / "outbox")
     assert "the proxy cannot be read: no proxy.json here" in problems
 
 
@@ -75,9 +75,9 @@ def test_whatever_else_lies_in_the_outbox_is_audited_too(world: World, tmp_path:
         ({"outbox": ".", "round": 1, "ledger": True, "proxies": ["a"]}, "proxies were named"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(world: World, options: dict[str, object], what: str) -> None:
+def test_what_does_not_fit_together_is_refused(job: AuditedJob, options: dict[str, object], what: str) -> None:
     given = dict(options)
     if given.pop("ledger", False):
-        given["ledger"] = world.ledger
+        given["ledger"] = job.ledger
     with pytest.raises(InputError, match=what):
         audit(given.pop("proxies", None), **given)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from fedqsn_cli.merging.client_weights import geometric_median
 from invariants.test_i4_determinism import chunks_of, threads_of
 from merging.test_merge import whole_update
 from support.helpers import contents, draft, make_model, noise, nothing_written, read_model, send, to_floats
-from support.scenario import Place, World, few, placed, worlds
+from support.scenario import JobFolder, Scenario, few, job_folder, scenarios
 
 Doubles = NDArray[np.float64]
 ORDERED = ("median", "trimmed-mean")
@@ -105,10 +105,10 @@ def reference(rule: str, values: list[Doubles], seen: list[NDArray[np.bool_]], f
 # ---------------------------------------------------------------- a round
 
 
-def play(place: Place, count: int, **options: Any) -> tuple[list[Path], list[Any]]:
+def play(job: JobFolder, count: int, **options: Any) -> tuple[list[Path], list[Any]]:
     """Updates of some clients, which differ and agree to some degree."""
     names = tuple(f"c{number}" for number in range(count))
-    proxies = place.export(place.model, "proxies", clients=names)
+    proxies = job.export(job.model, "proxies", clients=names)
     common = noise(99, 0.01)
 
     def values(seed: int) -> Any:
@@ -116,13 +116,13 @@ def play(place: Place, count: int, **options: Any) -> tuple[list[Path], list[Any
         return lambda name, shape: common(name, shape) + own(name, shape)
 
     drafts = [draft(proxies / name, values(i), examples=1 + i, **options) for i, name in enumerate(names)]
-    folders = [each.write(place.root / f"u{i}") for i, each in enumerate(drafts)]
+    folders = [each.write(job.root / f"u{i}") for i, each in enumerate(drafts)]
     return folders, [whole_update(proxies / name, each) for name, each in zip(names, drafts, strict=True)]
 
 
-def run(place: Place, updates: list[Path], out: str = "next", **options: Any) -> Any:
-    usual = {"key": place.key, "ledger": place.root / "ledger.jsonl"}
-    return merge(str(place.model), updates, place.root / out, **usual | options)
+def run(job: JobFolder, updates: list[Path], out: str = "next", **options: Any) -> Any:
+    usual = {"key": job.key, "ledger": job.root / "ledger.jsonl"}
+    return merge(str(job.model), updates, job.root / out, **usual | options)
 
 
 def flat(wholes: list[Any], factors: list[float]) -> tuple[list[Doubles], list[NDArray[np.bool_]], list[str]]:
@@ -134,17 +134,17 @@ def flat(wholes: list[Any], factors: list[float]) -> tuple[list[Doubles], list[N
 
 
 @few(30)
-@given(worlds(p2=0.4), st.sampled_from([*ORDERED, *WHOLE]), st.integers(0, 1), st.sampled_from([None, "auto", 0.5]))
-def test_a_rule_is_what_numpy_says(world: World, rule: str, f: int, clip: float | str | None) -> None:
-    with placed(world) as place:
-        updates, wholes = play(place, 4 * f + 3 if rule == "bulyan" else 5)
-        result = run(place, updates, rule=rule, byzantine=f, clip_norm=clip, server_lr=0.5)
+@given(scenarios(p2=0.4), st.sampled_from([*ORDERED, *WHOLE]), st.integers(0, 1), st.sampled_from([None, "auto", 0.5]))
+def test_a_rule_is_what_numpy_says(scenario: Scenario, rule: str, f: int, clip: float | str | None) -> None:
+    with job_folder(scenario) as job:
+        updates, wholes = play(job, 4 * f + 3 if rule == "bulyan" else 5)
+        result = run(job, updates, rule=rule, byzantine=f, clip_norm=clip, server_lr=0.5)
         values, seen, names = flat(wholes, [1.0] * len(wholes))
         norms = [float(np.linalg.norm(x)) for x in values]
         limit = {None: np.inf, "auto": float(np.median(norms))}.get(clip, clip)  # type: ignore[call-overload]
         values, seen, names = flat(wholes, [min(1.0, limit / norm) for norm in norms])
         step = reference(rule, values, seen, f, distances(values, seen))
-        before, after, at = read_model(place.model), read_model(place.root / "next"), 0
+        before, after, at = read_model(job.model), read_model(job.root / "next"), 0
         for name in names:
             dtype, bits = before[name]
             old = to_floats(bits, dtype).astype(np.float64)
@@ -174,56 +174,58 @@ def test_the_geometric_median_of_a_majority_that_agrees_is_their_update() -> Non
 
 
 @few(8)
-@given(worlds(shards=2, p2=0.3), st.sampled_from([*ORDERED, *WHOLE]), st.data())
-def test_i4_threads_chunks_and_order_change_no_byte(world: World, rule: str, data: st.DataObject) -> None:
-    with placed(world) as place:
-        updates, _ = play(place, 5)
+@given(scenarios(shards=2, p2=0.3), st.sampled_from([*ORDERED, *WHOLE]), st.data())
+def test_i4_threads_chunks_and_order_change_no_byte(scenario: Scenario, rule: str, data: st.DataObject) -> None:
+    with job_folder(scenario) as job:
+        updates, _ = play(job, 5)
         options = {"rule": rule, "byzantine": 0, "clip_norm": "auto"}
-        run(place, updates, **options)
+        run(job, updates, **options)
         with chunks_of(data.draw(st.sampled_from([300, 5000]))), threads_of(3):
-            run(place, data.draw(st.permutations(updates)), out="again", **options)
-        assert contents(place.root / "next") == contents(place.root / "again")
+            run(job, data.draw(st.permutations(updates)), out="again", **options)
+        assert contents(job.root / "next") == contents(job.root / "again")
 
 
 @few(6)
-@given(worlds(shards=1), st.sampled_from([*ORDERED, *WHOLE]))
-def test_i8_zero_updates_change_no_byte(world: World, rule: str) -> None:
-    with placed(world) as place:
+@given(scenarios(shards=1), st.sampled_from([*ORDERED, *WHOLE]))
+def test_i8_zero_updates_change_no_byte(scenario: Scenario, rule: str) -> None:
+    with job_folder(scenario) as job:
         names = ("c0", "c1", "c2", "c3", "c4", "c5", "c6")
-        proxies = place.export(place.model, "proxies", clients=names)
-        run(place, [send(proxies / name, place.root / name) for name in names], rule=rule, byzantine=1)
-        assert (place.root / "next/model.safetensors").read_bytes() == (place.model / "model.safetensors").read_bytes()
+        proxies = job.export(job.model, "proxies", clients=names)
+        run(job, [send(proxies / name, job.root / name) for name in names], rule=rule, byzantine=1)
+        assert (job.root / "next/model.safetensors").read_bytes() == (job.model / "model.safetensors").read_bytes()
 
 
 # ---------------------------------------------------------------- attackers
 
 
 @pytest.fixture(scope="module")
-def round_of_seven(module_folder: Path) -> tuple[Place, Path]:
-    place = Place(World("bert", "F32", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.2, 0.1), module_folder)
-    make_model(place.model, "bert", hidden=33)
+def round_of_seven(module_folder: Path) -> tuple[JobFolder, Path]:
+    job = JobFolder(
+        Scenario("bert", "F32", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.2, 0.1), module_folder
+    )
+    make_model(job.model, "bert", hidden=33)
     names = tuple(f"c{number}" for number in range(7))
-    proxies = place.export(place.model, "proxies", clients=names)
+    proxies = job.export(job.model, "proxies", clients=names)
     for number, name in enumerate(names):
         common, own = noise(99, 0.01), noise(number, 0.002)
         send(proxies / name, module_folder / name, lambda *a, c=common, o=own: c(*a) + o(*a))
-    return place, proxies
+    return job, proxies
 
 
 @pytest.mark.parametrize("rule", [*ORDERED, *WHOLE])
 @pytest.mark.parametrize("factor", [-1.0, 100.0])
 def test_a_rule_withstands_an_attacker_that_fedavg_does_not(
-    rule: str, factor: float, round_of_seven: tuple[Place, Path], folder: Path
+    rule: str, factor: float, round_of_seven: tuple[JobFolder, Path], folder: Path
 ) -> None:
-    place, proxies = round_of_seven
+    job, proxies = round_of_seven
     common = noise(99, 0.01)
     bad = send(proxies / "c0", folder / "bad", lambda *a: factor * common(*a), examples=60)
-    updates = [bad, *(place.root / f"c{number}" for number in range(1, 7))]
-    usual = {"key": place.key, "ledger": place.root / "ledger.jsonl", "max_unit_norm": 1e9, "max_update_norm": 1e9}
-    goal = {name: to_floats(bits, dtype) for name, (dtype, bits) in read_model(place.model).items() if dtype != "I64"}
+    updates = [bad, *(job.root / f"c{number}" for number in range(1, 7))]
+    usual = {"key": job.key, "ledger": job.root / "ledger.jsonl", "max_unit_norm": 1e9, "max_update_norm": 1e9}
+    goal = {name: to_floats(bits, dtype) for name, (dtype, bits) in read_model(job.model).items() if dtype != "I64"}
 
     def off(out: str, **options: Any) -> float:
-        merge(str(place.model), updates, folder / out, **usual | options)
+        merge(str(job.model), updates, folder / out, **usual | options)
         after = read_model(folder / out)
         name = "bert.embeddings.LayerNorm.weight"
         return float(np.abs(after[name][1].view(np.float32) - goal[name] - common(name, goal[name].shape)).max())
@@ -232,30 +234,32 @@ def test_a_rule_withstands_an_attacker_that_fedavg_does_not(
     assert off("plain") > 0.01
 
 
-def test_verdicts_say_who_was_left_out_and_who_was_clipped(round_of_seven: tuple[Place, Path], folder: Path) -> None:
-    place, proxies = round_of_seven
+def test_verdicts_say_who_was_left_out_and_who_was_clipped(
+    round_of_seven: tuple[JobFolder, Path], folder: Path
+) -> None:
+    job, proxies = round_of_seven
     bad = send(proxies / "c3", folder / "bad", noise(5, 0.3))
-    updates = [bad if number == 3 else place.root / f"c{number}" for number in range(7)]
-    usual = {"key": place.key, "ledger": place.root / "ledger.jsonl"}
-    found = merge(str(place.model), updates, folder / "a", rule="multi-krum", byzantine=1, **usual)
+    updates = [bad if number == 3 else job.root / f"c{number}" for number in range(7)]
+    usual = {"key": job.key, "ledger": job.root / "ledger.jsonl"}
+    found = merge(str(job.model), updates, folder / "a", rule="multi-krum", byzantine=1, **usual)
     assert [c.verdict for c in found.clients] == ["merged"] * 3 + ["left out"] + ["merged"] * 3
     assert found.clients[3].share == 0
-    found = merge(str(place.model), updates, folder / "b", clip_norm="auto", **usual)
+    found = merge(str(job.model), updates, folder / "b", clip_norm="auto", **usual)
     assert found.clients[3].verdict.startswith("clipped to 0.0")
 
 
-def test_a_refused_update_has_no_part_in_a_rule(round_of_seven: tuple[Place, Path], folder: Path) -> None:
-    place, proxies = round_of_seven
+def test_a_refused_update_has_no_part_in_a_rule(round_of_seven: tuple[JobFolder, Path], folder: Path) -> None:
+    job, proxies = round_of_seven
 
     def nan(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         return np.full(shape, np.nan, np.float32)
 
     bad = send(proxies / "c3", folder / "bad", nan)
-    updates = [place.root / f"c{number}" for number in range(7) if number != 3]
-    usual = {"key": place.key, "ledger": place.root / "ledger.jsonl", "on_refused": "skip", "byzantine": 1}
+    updates = [job.root / f"c{number}" for number in range(7) if number != 3]
+    usual = {"key": job.key, "ledger": job.root / "ledger.jsonl", "on_refused": "skip", "byzantine": 1}
     for rule in ("multi-krum", "median", "geometric-median"):
-        merge(str(place.model), updates, folder / f"{rule}-a", rule=rule, **usual)
-        merge(str(place.model), [bad, *updates], folder / f"{rule}-b", rule=rule, **usual)
+        merge(str(job.model), updates, folder / f"{rule}-a", rule=rule, **usual)
+        merge(str(job.model), [bad, *updates], folder / f"{rule}-b", rule=rule, **usual)
         assert contents(folder / f"{rule}-a") == contents(folder / f"{rule}-b")
 
 
@@ -278,18 +282,18 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("options", "complaint"), WRONG, ids=lambda value: str(value)[:40])
 def test_i11_wrong_options_are_refused(
-    options: dict[str, Any], complaint: str, round_of_seven: tuple[Place, Path]
+    options: dict[str, Any], complaint: str, round_of_seven: tuple[JobFolder, Path]
 ) -> None:
-    place, _ = round_of_seven
-    with nothing_written(place.root), pytest.raises(InputError, match=complaint):
-        run(place, [place.root / f"c{number}" for number in range(7)], **options)
+    job, _ = round_of_seven
+    with nothing_written(job.root), pytest.raises(InputError, match=complaint):
+        run(job, [job.root / f"c{number}" for number in range(7)], **options)
 
 
 def test_i11_a_step_that_a_rule_makes_too_large_is_refused(folder: Path) -> None:
-    place = Place(World("llama", "F16", 33, 48, 1, "neuron", "none", None, 64, False, "zero", 0.0, 0.0), folder)
-    make_model(place.model, "llama", dtype="F16", hidden=33)
+    job = JobFolder(Scenario("llama", "F16", 33, 48, 1, "neuron", "none", None, 64, False, "zero", 0.0, 0.0), folder)
+    make_model(job.model, "llama", dtype="F16", hidden=33)
     names = ("c0", "c1", "c2")
-    proxies = place.export(place.model, "proxies", clients=names)
+    proxies = job.export(job.model, "proxies", clients=names)
     updates = [send(proxies / n, folder / n, lambda name, shape: np.full(shape, 6e4, np.float32)) for n in names]
     with nothing_written(folder), pytest.raises(RefusedUpdate, match="infinite or NaN"):
-        run(place, updates, rule="median", byzantine=1, server_lr=2.0, max_update_norm=1e9)
+        run(job, updates, rule="median", byzantine=1, server_lr=2.0, max_update_norm=1e9)

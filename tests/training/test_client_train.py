@@ -23,7 +23,7 @@ from fedqsn_cli.training.data import Encoder
 from fedqsn_cli.training.scoring import score
 from fedqsn_cli.training.tables import read_table
 from support.families import EVERY_HEAD
-from support.helpers import HOST, USER, here
+from support.helpers import HOST, USER, set_host_names
 from support.training_jobs import (
     data_for,
     dense_tensors,
@@ -49,10 +49,10 @@ TRAINABLE = [
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with model/, proxy/ and data.jsonl of a BERT classifier, not to be changed."""
-    here = tmp_path_factory.mktemp("bert")
-    make_proxy(small_model(here / "model"), here / "proxy")
-    labelled(here / "data.jsonl")
-    return here
+    set_host_names = tmp_path_factory.mktemp("bert")
+    make_proxy(small_model(set_host_names / "model"), set_host_names / "proxy")
+    labelled(set_host_names / "data.jsonl")
+    return set_host_names
 
 
 def loss_of(proxy: Path, tensors: dict[str, torch.Tensor], data: Path) -> float:
@@ -161,7 +161,7 @@ def test_the_same_seed_gives_the_same_bytes_wherever_it_runs(bert: Path, tmp_pat
 def test_an_update_says_nothing_about_where_and_by_whom_it_was_made(
     bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here(monkeypatch)
+    set_host_names(monkeypatch)
     client_train(bert / "proxy", tmp_path / "update", data=bert / "data.jsonl", **FAST)
     stored = (tmp_path / "update" / "update.safetensors").read_bytes()
     header = stored[8 : 8 + int.from_bytes(stored[:8], "little")]
