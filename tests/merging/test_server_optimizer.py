@@ -17,7 +17,7 @@ from fedqsn_cli.errors import InputError
 from invariants.test_i4_determinism import chunks_of, threads_of
 from merging.test_merge import fedavg, whole_update
 from support.helpers import contents, draft, make_model, noise, nothing_written, read_file, read_model, to_floats
-from support.scenario import Place, World, few, placed, worlds
+from support.scenario import JobFolder, Scenario, few, job_folder, scenarios
 
 Doubles = NDArray[np.float64]
 STATE = "fedqsn-server-state.safetensors"
@@ -44,35 +44,35 @@ class Reference:
         return np.where(seen, m if self.name == "momentum" else m / (np.sqrt(v) + self.tau), 0.0)
 
 
-def round_of(place: Place, model: Path, number: int) -> tuple[list[Path], list[Any]]:
+def round_of(job: JobFolder, model: Path, number: int) -> tuple[list[Path], list[Any]]:
     """Two updates of a round."""
-    proxies = place.export(model, f"p{number}", round=number, clients=("ann", "bob"))
+    proxies = job.export(model, f"p{number}", round=number, clients=("ann", "bob"))
     drafts = [draft(proxies / name, noise(10 * number + i, 0.01)) for i, name in enumerate(("ann", "bob"))]
-    folders = [each.write(place.root / f"u{number}-{i}") for i, each in enumerate(drafts)]
+    folders = [each.write(job.root / f"u{number}-{i}") for i, each in enumerate(drafts)]
     return folders, [whole_update(proxies / n, each) for n, each in zip(("ann", "bob"), drafts, strict=True)]
 
 
-def step(place: Place, model: Path, updates: list[Path], out: str, **options: Any) -> Path:
-    usual = {"key": place.key, "ledger": place.root / "ledger.jsonl"}
-    return Path(merge(str(model), updates, place.root / out, **usual | options).path)
+def step(job: JobFolder, model: Path, updates: list[Path], out: str, **options: Any) -> Path:
+    usual = {"key": job.key, "ledger": job.root / "ledger.jsonl"}
+    return Path(merge(str(model), updates, job.root / out, **usual | options).path)
 
 
 @few(16)
 @given(
-    worlds(p2=0.4, dtype="F32"),
+    scenarios(p2=0.4, dtype="F32"),
     st.sampled_from(list(RATES)),
     st.sampled_from([0.9, 0.0, 0.5]),
     st.sampled_from(["coverage", "clients"]),
 )
-def test_three_rounds_are_what_numpy_says(world: World, name: str, beta1: float, normalize: str) -> None:
-    with placed(world) as place:
-        model = place.model
+def test_three_rounds_are_what_numpy_says(scenario: Scenario, name: str, beta1: float, normalize: str) -> None:
+    with job_folder(scenario) as job:
+        model = job.model
         weights = {n: to_floats(b, d).astype(np.float64) for n, (d, b) in read_model(model).items() if d != "I64"}
         states = {n: Reference(name, w.size, beta1, 0.99, 1e-3) for n, w in weights.items()}
         for number in (1, 2, 3):
-            updates, parts = round_of(place, model, number)
+            updates, parts = round_of(job, model, number)
             options = {"server_optimizer": name, "server_beta1": beta1, "server_lr": RATES[name]}
-            model = step(place, model, updates, f"m{number}", normalize=normalize, **options)
+            model = step(job, model, updates, f"m{number}", normalize=normalize, **options)
             after = read_model(model)
             for n, old in weights.items():
                 shape = old.shape
@@ -92,91 +92,92 @@ def test_three_rounds_are_what_numpy_says(world: World, name: str, beta1: float,
 
 
 @few(6)
-@given(worlds(shards=2), st.sampled_from(list(RATES)), st.data())
-def test_i4_threads_and_chunks_change_no_byte(world: World, name: str, data: st.DataObject) -> None:
-    with placed(world) as place:
+@given(scenarios(shards=2), st.sampled_from(list(RATES)), st.data())
+def test_i4_threads_and_chunks_change_no_byte(scenario: Scenario, name: str, data: st.DataObject) -> None:
+    with job_folder(scenario) as job:
         options = {"server_optimizer": name, "server_lr": RATES[name] / 2}
-        updates, _ = round_of(place, place.model, 1)
-        first = step(place, place.model, updates, "first", **options)
+        updates, _ = round_of(job, job.model, 1)
+        first = step(job, job.model, updates, "first", **options)
         with chunks_of(data.draw(st.sampled_from([100, 5000]))), threads_of(3):
-            again = step(place, place.model, updates, "again", **options)
+            again = step(job, job.model, updates, "again", **options)
         assert contents(first) == contents(again)
 
 
 @pytest.fixture
-def place(folder: Path) -> Place:
+def job(folder: Path) -> JobFolder:
     """A small BERT with a state of adam after one round."""
-    place = Place(World("bert", "F32", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2), folder)
-    make_model(place.model, "bert", hidden=33)
-    updates, _ = round_of(place, place.model, 1)
-    step(place, place.model, updates, "m1", server_optimizer="adam", server_lr=0.01)
-    return place
+    job = JobFolder(Scenario("bert", "F32", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2), folder)
+    make_model(job.model, "bert", hidden=33)
+    updates, _ = round_of(job, job.model, 1)
+    step(job, job.model, updates, "m1", server_optimizer="adam", server_lr=0.01)
+    return job
 
 
 ADAM = {"server_optimizer": "adam", "server_lr": 0.01}
 
 
-def test_the_state_stays_with_the_owner(place: Place) -> None:
-    assert (place.root / "m1" / STATE).is_file()
-    assert inspect(str(place.root / "m1"))
-    assert STATE not in contents(place.server(place.root / "m1", "server"))
-    proxies = place.export(place.root / "m1", "released", round=2)
+def test_the_state_stays_with_the_owner(job: JobFolder) -> None:
+    assert (job.root / "m1" / STATE).is_file()
+    assert inspect(str(job.root / "m1"))
+    assert STATE not in contents(job.server(job.root / "m1", "server"))
+    proxies = job.export(job.root / "m1", "released", round=2)
     assert not any(name.endswith(STATE) for name in contents(proxies))
 
 
-def test_a_state_that_is_taken_out_begins_anew(place: Place) -> None:
-    updates, _ = round_of(place, place.root / "m1", 2)
-    carried = step(place, place.root / "m1", updates, "carried", **ADAM)
-    (place.root / "m1" / STATE).unlink()
-    anew = step(place, place.root / "m1", updates, "anew", **ADAM)
+def test_a_state_that_is_taken_out_begins_anew(job: JobFolder) -> None:
+    updates, _ = round_of(job, job.root / "m1", 2)
+    carried = step(job, job.root / "m1", updates, "carried", **ADAM)
+    (job.root / "m1" / STATE).unlink()
+    anew = step(job, job.root / "m1", updates, "anew", **ADAM)
     assert contents(carried)["model.safetensors"] != contents(anew)["model.safetensors"]
 
 
-def test_the_state_of_another_optimizer_is_refused(place: Place) -> None:
-    updates, _ = round_of(place, place.root / "m1", 2)
+def test_the_state_of_another_optimizer_is_refused(job: JobFolder) -> None:
+    updates, _ = round_of(job, job.root / "m1", 2)
     for options in ({}, {"server_optimizer": "yogi", "server_lr": 0.01}, {"server_optimizer": "momentum"}):
-        with nothing_written(place.root), pytest.raises(InputError, match="rounds before were merged with adam"):
-            step(place, place.root / "m1", updates, "next", **options)
+        with nothing_written(job.root), pytest.raises(InputError, match="rounds before were merged with adam"):
+            step(job, job.root / "m1", updates, "next", **options)
 
 
-def test_the_state_of_another_round_or_model_is_refused(place: Place) -> None:
-    shutil.copy(place.root / "m1" / STATE, place.model / STATE)
-    updates, _ = round_of(place, place.root / "m1", 2)
-    second = step(place, place.root / "m1", updates, "m2", **ADAM)
-    shutil.copy(place.root / "m1" / STATE, second / STATE)
-    later, _ = round_of(place, second, 3)
-    for model, sent in ((second, later), (place.model, [place.root / "u1-0"])):
-        with nothing_written(place.root), pytest.raises(InputError, match="belongs to another job or model"):
-            step(place, model, sent, "next", **ADAM)
+def test_the_state_of_another_round_or_model_is_refused(job: JobFolder) -> None:
+    shutil.copy(job.root / "m1" / STATE, job.model / STATE)
+    updates, _ = round_of(job, job.root / "m1", 2)
+    second = step(job, job.root / "m1", updates, "m2", **ADAM)
+    shutil.copy(job.root / "m1" / STATE, second / STATE)
+    later, _ = round_of(job, second, 3)
+    for model, sent in ((second, later), (job.model, [job.root / "u1-0"])):
+        with nothing_written(job.root), pytest.raises(InputError, match="belongs to another job or model"):
+            step(job, model, sent, "next", **ADAM)
 
 
-def test_a_state_beside_other_weights_is_refused(place: Place) -> None:
-    path = place.root / "m1/model.safetensors"
+def test_a_state_beside_other_weights_is_refused(job: JobFolder) -> None:
+    path = job.root / "m1/model.safetensors"
     data = bytearray(path.read_bytes())
-    data[-1] ^= 1
+    for at in range(-4 * 33 * 33, 0, 4):  # enough that some of it is not hidden
+        data[at] ^= 1
     path.write_bytes(data)
-    updates, _ = round_of(place, place.root / "m1", 2)
-    with nothing_written(place.root), pytest.raises(InputError, match="belongs to other weights"):
-        step(place, place.root / "m1", updates, "next", **ADAM)
+    updates, _ = round_of(job, job.root / "m1", 2)
+    with nothing_written(job.root), pytest.raises(InputError, match="belongs to other weights"):
+        step(job, job.root / "m1", updates, "next", **ADAM)
 
 
-def test_a_state_that_holds_no_numbers_is_refused(place: Place) -> None:
-    path = place.root / "m1" / STATE
-    updates, _ = round_of(place, place.root / "m1", 2)
+def test_a_state_that_holds_no_numbers_is_refused(job: JobFolder) -> None:
+    path = job.root / "m1" / STATE
+    updates, _ = round_of(job, job.root / "m1", 2)
     good = path.read_bytes()
     path.write_bytes(good[:-4] + np.float32(-1).tobytes())
-    with nothing_written(place.root), pytest.raises(InputError, match="not the numbers of a state"):
-        step(place, place.root / "m1", updates, "next", **ADAM)
+    with nothing_written(job.root), pytest.raises(InputError, match="not the numbers of a state"):
+        step(job, job.root / "m1", updates, "next", **ADAM)
     path.write_bytes(good[:-4])
-    with nothing_written(place.root), pytest.raises(InputError):
-        step(place, place.root / "m1", updates, "next", **ADAM)
+    with nothing_written(job.root), pytest.raises(InputError):
+        step(job, job.root / "m1", updates, "next", **ADAM)
 
 
-def test_a_server_model_carries_a_state_too(place: Place) -> None:
-    model = place.server(place.model, "server")
+def test_a_server_model_carries_a_state_too(job: JobFolder) -> None:
+    model = job.server(job.model, "server")
     for number in (4, 5):
-        updates, _ = round_of(place, model, number)
-        model = step(place, model, updates, f"s{number}", **ADAM)
+        updates, _ = round_of(job, model, number)
+        model = step(job, model, updates, f"s{number}", **ADAM)
     assert (model / STATE).is_file()
 
 
@@ -197,6 +198,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("options", "complaint"), WRONG, ids=lambda value: str(value)[:40])
-def test_i11_wrong_options_are_refused(options: dict[str, Any], complaint: str, place: Place) -> None:
-    with nothing_written(place.root), pytest.raises(InputError, match=complaint):
-        step(place, place.model, [place.root / "u1-0"], "next", **options)
+def test_i11_wrong_options_are_refused(options: dict[str, Any], complaint: str, job: JobFolder) -> None:
+    with nothing_written(job.root), pytest.raises(InputError, match=complaint):
+        step(job, job.model, [job.root / "u1-0"], "next", **options)
