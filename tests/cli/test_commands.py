@@ -95,7 +95,7 @@ def test_an_evaluation_is_a_table_with_the_columns_of_its_task(played: Round) ->
     data = played.folder / "train.jsonl"
     outcome = run("evaluate", played.folder / "alice", "--data", data, "--device", "cpu")
     header, row = outcome.out.splitlines()
-    assert header.split() == ["model", "examples", "loss", "accuracy", "macro", "F1"]
+    assert header.split() == ["model", "examples", "loss", "accuracy", "macro", "F1", "MCC"]
     assert row.split()[:2] == [str(played.folder / "alice"), "12"]
 
 
