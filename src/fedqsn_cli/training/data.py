@@ -69,7 +69,7 @@ class Encoder(Encoding):
         progress.start(f"reading {table.path.name}", table.rows, "examples")
         examples = Examples.from_plain(
             in_child(
-                lambda: kind.encode(self, table, SILENT).to_plain(),
+                lambda: replace(kind.encode(self, table, SILENT), unused=table.unused).to_plain(),
                 what=f"tokenizing {table.path.name}",
                 where=self.tokenizer.name_or_path,
                 seconds=SECONDS + table.rows * SECONDS_A_ROW,
@@ -82,7 +82,7 @@ class Encoder(Encoding):
         largest = max(max(ids) for feature in examples.features for ids in _ids(feature))
         if largest >= self.vocabulary:
             raise InputError(f"the tokenizer has ids beyond the model's vocabulary of {self.vocabulary}")
-        return replace(examples, unused=table.unused)
+        return examples
 
 
 def _label_ids(config: Any) -> dict[str, int]:
