@@ -166,6 +166,18 @@ class SourceRecord(Strict):
         return cls(reference=source.reference, revision=source.revision)
 
 
+class ServerStateRecord(Strict):
+    """Which state of a server optimizer belongs to a merged model.
+
+    Args:
+        merged_into: content digest of the model before; the state has it, too. model: that of the merged model.
+    """
+
+    optimizer: Literal["momentum", "adam", "yogi", "adagrad"]
+    merged_into: Sha256
+    model: Sha256
+
+
 class ModelManifest(Manifest):
     """`fedqsn.json`: what a model that stays with the owner is. Private, but holds no secret."""
 
@@ -188,6 +200,7 @@ class ModelManifest(Manifest):
     tensors: dict[str, Units]
     source: SourceRecord
     trained_fill: Literal[True] | None = None  # clients trained the public base's units in the holes
+    server_state: ServerStateRecord | None = None
 
     @classmethod
     def of(cls, plan: Plan, source: Source, **differs: Any) -> ModelManifest:
