@@ -106,7 +106,7 @@ def test_the_owner_hears_that_no_client_could_train(file: str, what: str, world:
     [
         ({"architectures": None}, "does not name one architecture"),
         ({"architectures": ["BertModel"]}, "architecture BertModel has no head"),
-        ({"auto_map": {"AutoModel": "x.Y"}}, "its code comes with it"),
+        ({"architectures": ["FooForCausalLM"]}, "transformers has no architecture FooForCausalLM"),
         ({"problem_type": "odd"}, "problem type 'odd' is unknown"),
     ],
 )

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from fedqsn_cli.artifacts.ledger import Release
 from fedqsn_cli.checkpoint.companions import left_behind
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.models.architecture import task_of
+from fedqsn_cli.models.architecture import is_known_architecture, task_of
 from fedqsn_cli.models.duplicates import false_tie
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.tokenizer_files import tokenizer_problem
 from fedqsn_cli.options import ExportOptions
 from fedqsn_cli.planning.roles import rules
 from fedqsn_cli.progress import Progress
+
+ALLOW_UNTRAINABLE = "FEDQSN_ALLOW_UNTRAINABLE"
 
 
 def tell_what_stays(model: OpenModel, progress: Progress) -> None:
@@ -24,21 +27,32 @@ def tell_what_stays(model: OpenModel, progress: Progress) -> None:
         progress.note(f"not carried along: {', '.join(names[:8])}{more}")
 
 
-def tell_if_unusable(model: OpenModel, progress: Progress) -> None:
-    """Say why no client could train a proxy of a model, as far as its files tell. Raises FormatError."""
+def refuse_untrainable(model: OpenModel, allowed: bool) -> str | None:
+    """Refuse a model whose proxies no client could train, as far as its files tell.
+
+    Args:
+        allowed: by an option. The environment can say the same for all commands.
+
+    Returns:
+        Why no client could train it, where that is allowed; None where nothing is known to be wrong.
+
+    Raises:
+        InputError: it is not allowed. FormatError: a file of its tokenizer is malformed.
+    """
     problem = _problem(model)
-    if problem is not None:
-        progress.note(f"no client can train a proxy of this model: {problem}")
+    if problem is not None and not (allowed or os.environ.get(ALLOW_UNTRAINABLE, "") not in ("", "0")):
+        what = f"no client can train a proxy of this model: {problem}"
+        raise InputError(what, where=model.source.path, hint="correct it, or give --allow-untrainable")
+    return problem
 
 
 def _problem(model: OpenModel) -> str | None:
-    config = model.checkpoint.config
     try:
-        task_of(config, model.source.path)
+        _, architecture = task_of(model.checkpoint.config, model.source.path)
     except InputError as error:
         return error.what
-    if config is not None and config.get("auto_map"):
-        return "its code comes with it, and is never run"
+    if not is_known_architecture(architecture):
+        return f"transformers has no architecture {architecture}, and code that comes with a model is never run"
     tied = false_tie(model.checkpoint, model.plan)
     if tied is not None:
         return f"{tied[1]} differs from {tied[0]}, though config.json ties the two"

@@ -22,7 +22,7 @@ from fedqsn_cli.artifacts.proxy_folder import write_visible
 from fedqsn_cli.checkpoint import ArtifactWriter, FolderWriter, WriterThreads, allow_open_files, check_reference
 from fedqsn_cli.checkpoint import push as push_to_hub
 from fedqsn_cli.errors import InputError, OutputExists
-from fedqsn_cli.export.advice import check_settings, tell_if_unusable, tell_of_second_proxies, tell_what_stays
+from fedqsn_cli.export.advice import check_settings, refuse_untrainable, tell_of_second_proxies, tell_what_stays
 from fedqsn_cli.export.companions import write_public_companions
 from fedqsn_cli.export.outputs import METADATA, client_output, tensor_specs
 from fedqsn_cli.export.pipeline import run
@@ -101,6 +101,7 @@ def export_proxy(source: str | Path, options: ExportOptions, *, progress: Progre
         check_reference(repository)
     sign = _signer(options)
     session = open_session(source, options)
+    untrainable = refuse_untrainable(session.model, options.allow_untrainable)
     ledgers.check(ledger, None if options.trust_records else session.job)
     train = _trained_fill(session, options)
     masks = [session.client_masks(client, options) for client in options.client]
@@ -115,7 +116,8 @@ def export_proxy(source: str | Path, options: ExportOptions, *, progress: Progre
         releases = export.write(writers, masks, progress)
         published = _published_before(options, writers)
         tell_what_stays(session.model, progress)
-        tell_if_unusable(session.model, progress)
+        if untrainable is not None:
+            progress.note(f"no client can train a proxy of this model: {untrainable}")
         tell_of_second_proxies(of_job, releases, progress)
         sign(writers)
         session.save_key()

@@ -11,7 +11,7 @@ from pathlib import Path
 from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, Quantization, manifest_bytes
 from fedqsn_cli.checkpoint import ArtifactWriter
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.export.advice import tell_what_stays
+from fedqsn_cli.export.advice import refuse_untrainable, tell_what_stays
 from fedqsn_cli.export.companions import copy_companions, write_public_companions
 from fedqsn_cli.export.outputs import METADATA, ServerOutput, client_output, tensor_specs
 from fedqsn_cli.export.pipeline import run
@@ -78,6 +78,7 @@ def mask(source: str | Path, options: MaskOptions, *, progress: Progress = SILEN
     model, quantization = session.model, session.stored_quantization
     if options.client is None and model.kind != "global-model":
         raise InputError("this is a server model already", where=source, hint="name a --client to hide more")
+    refuse_untrainable(model, options.allow_untrainable)
     masks = session.client_masks(options.client, options) if options.client is not None else None
     tasks = session.tasks(quantization)
     with ArtifactWriter(Path(options.out), force=options.force, hashed=False) as writer:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from fedqsn_cli.checkpoint import Checkpoint
@@ -56,6 +58,16 @@ def task_of(config: Mapping[str, Any] | None, where: object) -> tuple[Task, str]
             return (_problem(config, where) if task == "classification" else task), name
     hint = f"known heads: {', '.join(HEADS)}"
     raise InputError(f"architecture {name} has no head that can be used", where=where, hint=hint)
+
+
+def is_known_architecture(name: str) -> bool:
+    """Whether transformers has an architecture, by the text of its table; importing the library would take seconds.
+
+    True where it is not installed: then nothing can be said.
+    """
+    found = importlib.util.find_spec("transformers")
+    table = Path(found.origin).parent / "models" / "auto" / "modeling_auto.py" if found and found.origin else None
+    return table is None or not table.is_file() or f'"{name}"' in table.read_text("utf-8")
 
 
 def _problem(config: Mapping[str, Any], where: object) -> Task:
