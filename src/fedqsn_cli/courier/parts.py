@@ -61,7 +61,8 @@ class Offer:
     def from_document(cls, document: Any) -> Self:
         """Raises FormatError: it is malformed, or has gaps."""
         try:
-            made = cls(document["size"], tuple(Part(*part) for part in document["parts"]))
+            parts = [Part(start, length, sha256, name) for start, length, sha256, name in document["parts"]]
+            made = cls(document["size"], tuple(parts))
             ends = [0, *(part.start + part.length for part in made.parts)]
             whole = [part.start for part in made.parts] == ends[:-1] and ends[-1] == made.size
             if whole and all(part.length > 0 and len(bytes.fromhex(part.sha256)) == 32 for part in made.parts):

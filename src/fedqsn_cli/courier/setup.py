@@ -157,8 +157,8 @@ def courier_approve(path: str | Path, request: str | Path, options: CourierAppro
     owner, asked = Owner.open(path), Path(request)
     if Path(options.out).exists():
         raise OutputExists("already exists", where=options.out, hint="choose another path")
-    client = validate.client(asked.name.removesuffix(".request"))
     parts = _unpacked(asked, {_ASKED, _KEY})
+    client = _named(parts[_ASKED], asked)
     known = owner.home / "keys" / f"{client}.pub"
     if known.exists() and known.read_bytes() != parts[_KEY]:
         raise InputError(f"client {client!r} has joined with another key", where=known, hint="remove it to replace it")
@@ -172,6 +172,19 @@ def courier_approve(path: str | Path, request: str | Path, options: CourierAppro
     write_file_atomically(known, parts[_KEY])
     _pack(Path(options.out), {_SIGNED: (work / f"{client}.{_SIGNED}").read_bytes()})
     return CourierSetup(str(owner.home), str(options.out), fingerprint(load_verify_key(known)))
+
+
+def _named(data: bytes, where: Path) -> str:
+    """The client whose certificate a request asks for. Raises FormatError, InputError."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as file:
+            told = json.loads(file.read("request.json"))
+        name, kind = str(told["name"]), told["cert_type"]
+    except (zipfile.BadZipFile, KeyError, TypeError, ValueError):
+        raise FormatError("is no request of a site", where=where) from None
+    if kind != "client":
+        raise InputError(f"asks for the certificate of a {kind}, not of a site", where=where)
+    return validate.client(name, str(where))
 
 
 def _pack(path: Path, parts: dict[str, bytes]) -> None:

@@ -32,6 +32,7 @@ from fedqsn_cli.options import SealOptions, UnsealOptions
 
 _POLL = 0.2  # seconds
 _SAVE_EVERY = "10m"
+_PROGRAM = [sys.executable, "-m", "fedqsn_cli"]
 
 
 class NoUpdate(Exception):
@@ -136,7 +137,7 @@ class SiteRound:
         words = ["client-train", *words, *keys, "--save-every", _SAVE_EVERY]
         with (self.folder / "training.log").open("ab") as output:
             child = subprocess.Popen(
-                [sys.executable, "-m", "fedqsn_cli", *words],
+                [*_PROGRAM, *words],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

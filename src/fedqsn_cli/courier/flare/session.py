@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,9 +57,10 @@ class Session:
 
     def _try(self, call: Callable[[Any], T]) -> T:
         try:
-            if self._session is None:
-                self._session = new_secure_session(ADMIN, str(self._kit), timeout=_CONNECT)
-            return call(self._session)
+            with redirect_stdout(io.StringIO()):  # FLARE prints there, and that is for results
+                if self._session is None:
+                    self._session = new_secure_session(ADMIN, str(self._kit), timeout=_CONNECT)
+                return call(self._session)
         except Exception as error:  # FLARE's errors have no common base; all of them mean: not now
             self._forget()
             raise Unreachable(str(error)) from error
