@@ -22,6 +22,10 @@ from fedqsn_cli.errors import FedqsnError, InputError, RefusedUpdate
 from fedqsn_cli.options import SealOptions, UnsealOptions
 
 
+class Unreachable(Exception):
+    """The server does not answer now."""
+
+
 @dataclass(frozen=True, slots=True)
 class Errand:
     """One client's proxy, and where its update is to be.

@@ -16,7 +16,7 @@ from fedqsn_cli.artifacts import ledger as ledgers
 from fedqsn_cli.courier import kits
 from fedqsn_cli.courier.layout import Owner
 from fedqsn_cli.courier.recipe import Recipe
-from fedqsn_cli.courier.rounds import Errand, errands
+from fedqsn_cli.courier.rounds import Errand, Unreachable, errands
 from fedqsn_cli.crypto.attestation import require_attested
 from fedqsn_cli.crypto.keys import load_signing_key
 from fedqsn_cli.errors import GateFailed, InputError, RefusedUpdate
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from fedqsn_cli.courier.flare.session import Session
 
 _POLL = 1.0  # seconds
+_LOOK = 5.0  # seconds between two looks at who is at work
+_IDLE_LOOKS = 4  # a site that so often was connected, and not at work on its running job, has lost it
 _RETRY = (2.0, 60.0)  # seconds before a failed job is submitted again: the first time, and at most
 
 
@@ -99,6 +101,7 @@ class _Client:
     jobs: int = 0
     next: float = 0.0
     refused: bool = False
+    idle: int = 0
 
     @property
     def state(self) -> str:
@@ -118,11 +121,10 @@ class Sending:
     key: Path
     progress: Progress
     _began: float = field(default_factory=time.monotonic)
+    _next_look: float = 0.0
 
     def run(self, least: int, seconds: float) -> SendResult:
         """Wait until enough have answered. Raises GateFailed: too few did in time."""
-        from fedqsn_cli.courier.flare.session import Unreachable
-
         for client in self.clients:
             client.errand.prepare()
         while self.arrived < least and any(c.state == "waiting" for c in self.clients):
@@ -133,6 +135,7 @@ class Sending:
                     self._look(client)
                 except Unreachable as error:
                     self._later(client, f"the server does not answer ({error})")
+            self._find_lost()
             time.sleep(_POLL)
         self._end_others()
         if self.arrived < least:
@@ -155,6 +158,30 @@ class Sending:
                 self._submit(client)
         elif (status := self.session.status(client.job)).startswith("FINISHED"):
             self._later(client, f"its job ended ({status.lower()})")
+
+    def _find_lost(self) -> None:
+        """Submit jobs again that a site has lost: it was killed, and started again.
+
+        FLARE itself would wait for such a site until it has been silent for ten minutes.
+        """
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + _LOOK
+        try:
+            at_work = self.session.at_work()
+            for client in [c for c in self.clients if c.state == "waiting" and c.job is not None]:
+                self._judge(client, at_work.get(client.errand.client))
+        except Unreachable as error:
+            self.progress.note(f"the server does not answer ({error})")
+
+    def _judge(self, client: _Client, jobs: set[str] | None) -> None:
+        """Count how often a connected site did not work on its running job."""
+        job = str(client.job)
+        idle = jobs is not None and job not in jobs and self.session.status(job) == "RUNNING"
+        client.idle = client.idle + 1 if idle else 0
+        if client.idle >= _IDLE_LOOKS:
+            self.session.abort(job)
+            self._later(client, "the site has lost its job")
 
     def _take(self, client: _Client) -> None:
         try:
@@ -179,13 +206,11 @@ class Sending:
         """Try again after a while, longer each time."""
         first, most = _RETRY
         wait = min(most, first * 2.0 ** min(client.jobs, 10))
-        client.job, client.next = None, time.monotonic() + wait
+        client.job, client.idle, client.next = None, 0, time.monotonic() + wait
         self.progress.note(f"{client.errand.client}: {why}; again in {wait:.0f} s")
 
     def _end_others(self) -> None:
         """Jobs that nobody waits for any more."""
-        from fedqsn_cli.courier.flare.session import Unreachable
-
         for client in self.clients:
             if client.job is not None and not client.errand.done:
                 try:

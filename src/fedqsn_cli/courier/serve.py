@@ -11,6 +11,7 @@ from types import FrameType
 from fedqsn_cli.courier import daemons, kits
 from fedqsn_cli.courier.daemons import Daemon
 from fedqsn_cli.courier.layout import INVITATION, Invitation, Owner, Site, read_json
+from fedqsn_cli.courier.rounds import Unreachable
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.options import CourierServeOptions, CourierStatusOptions, CourierStopOptions
 
@@ -134,7 +135,7 @@ def courier_status(path: str | Path, options: CourierStatusOptions) -> CourierSt
 def _connected(home: Path) -> tuple[str, ...] | None:
     """The sites at the server; None if it does not answer."""
     kits.require_flare()
-    from fedqsn_cli.courier.flare.session import Session, Unreachable
+    from fedqsn_cli.courier.flare.session import Session
 
     session = Session(Owner(home).admin)
     try:

@@ -12,13 +12,10 @@ from typing import Any, TypeVar
 from nvflare.fuel.flare_api.flare_api import new_secure_session
 
 from fedqsn_cli.courier.kits import ADMIN
+from fedqsn_cli.courier.rounds import Unreachable
 
 T = TypeVar("T")
 _CONNECT = 10.0  # seconds
-
-
-class Unreachable(Exception):
-    """The server does not answer now."""
 
 
 class Session:
@@ -48,6 +45,15 @@ class Session:
     def sites(self) -> list[str]:
         """The sites that are connected. Raises Unreachable."""
         return self._try(lambda session: sorted(client.name for client in session.get_system_info().client_info))
+
+    def at_work(self) -> dict[str, set[str]]:
+        """The jobs that each connected site is working on. Raises Unreachable."""
+        told = self._try(lambda session: session.get_client_job_status()) or []
+        found: dict[str, set[str]] = {one["client_name"]: set() for one in told if "client_name" in one}
+        for one in told:
+            if one.get("job_id") is not None:
+                found[one["client_name"]].add(str(one["job_id"]))
+        return found
 
     def close(self) -> None:
         """End the session."""
