@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -30,6 +32,7 @@ from fedqsn_cli import (
     keygen,
     merge,
 )
+from fedqsn_cli.cli.command import build
 from fedqsn_cli.courier import kits
 from fedqsn_cli.courier.layout import Invitation
 from fedqsn_cli.courier.send import SendResult
@@ -203,6 +206,18 @@ def test_nothing_else_imports_flare() -> None:
     script += "print('nvflare' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_every_command_of_the_page_is_one_that_fedqsn_accepts() -> None:
+    """The example runs them; here their options are parsed."""
+    text = (ROOT / "docs/courier.md").read_text()
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.startswith("fedqsn")]
+    assert len(lines) >= 12
+    for line in lines:
+        words = shlex.split(line.removesuffix("&"))[1:]
+        name = "-".join(words[:2]) if words[0] == "courier" else words[0]
+        build(name).make_context(name, words[2:] if words[0] == "courier" else words[1:])
 
 
 # ------------------------------------------------------------------------------------------------ long ones
