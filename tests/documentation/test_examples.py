@@ -227,9 +227,9 @@ def test_prepare_leaves_copies_and_near_copies_out(prepare: Any) -> None:
 def test_prepare_gives_every_article_to_exactly_one(prepare: Any) -> None:
     articles = articles_of(prepare, 100)
     parts = prepare.split(articles, seed=3, alpha=0.5)
-    assert list(parts) == ["owner", "test", *prepare.CLIENTS]
+    assert list(parts) == ["owner", "dev", "test", *prepare.CLIENTS]
     assert sorted(each.text for part in parts.values() for each in part) == sorted(each.text for each in articles)
-    assert (len(parts["owner"]), len(parts["test"])) == (30, 60)
+    assert [len(parts[name]) for name in ("owner", "dev", "test")] == [30, 15, 45]
 
 
 def test_prepare_is_repeatable_and_the_seed_decides(prepare: Any) -> None:

@@ -159,7 +159,7 @@ def test_an_update_of_visible_units_alone_is_refused() -> None:
     with job_folder(USUAL) as job:
         server = job.server(job.model, "server")
         proxy = job.export(server, "proxies", clients=("ann",), **ALL) / "ann"
-        twin = job.export(server, "twin", clients=("ann",)) / "ann"
+        twin = job.export(server, "twin", clients=("ann",), train="visible") / "ann"
         update, narrow = send(proxy, job.root / "update"), send(twin, job.root / "narrow")
         (update / "update.safetensors").write_bytes((narrow / "update.safetensors").read_bytes())
         with nothing_written(job.root), pytest.raises(RefusedUpdate, match="expected F32"):

@@ -148,6 +148,15 @@ def test_what_does_not_go_together_is_refused(
         classifier.consolidate(tmp_path / "out", **data | options)
 
 
+def test_a_model_without_probabilities_is_refused(classifier: Job, tmp_path: Path) -> None:
+    shutil.copytree(classifier.home / "global", tmp_path / "global")
+    config = json.loads((tmp_path / "global" / "config.json").read_text())
+    (tmp_path / "global" / "config.json").write_text(json.dumps({**config, "problem_type": "regression"}))
+    options = classifier.options(own_data=classifier.data, transfer_data=classifier.data)
+    with nothing_written(tmp_path), pytest.raises(InputError, match="for regression, which cannot be consolidated"):
+        consolidate(tmp_path / "global", classifier.home / "server", tmp_path / "out", **options)
+
+
 def test_wrong_files_are_refused(classifier: Job, tmp_path: Path) -> None:
     both = {"own_data": classifier.data, "transfer_data": classifier.data}
     with pytest.raises(DataError, match="no such file"):

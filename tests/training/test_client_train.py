@@ -17,7 +17,8 @@ from fedqsn_cli import client_train, evaluate
 from fedqsn_cli.artifacts.manifests import UpdateManifest, file_digest, read_manifest
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.errors import DataError, FormatError, InputError, OutputExists
-from fedqsn_cli.models.torch_model import Loaded, build_model, load_tokenizer, task_of
+from fedqsn_cli.models.architecture import task_of
+from fedqsn_cli.models.torch_model import Loaded, build_model, load_tokenizer
 from fedqsn_cli.progress import Silent
 from fedqsn_cli.training.data import Encoder
 from fedqsn_cli.training.scoring import score
@@ -120,7 +121,7 @@ def evaluate_update(bert: Path, update: Path, data: Path, expected: float) -> An
     dense, change = dense_tensors(bert / "proxy"), whole_update(bert / "proxy", update)
     loss = loss_of(bert / "proxy", {name: dense[name] + change[name] for name in dense}, data)
     assert loss == pytest.approx(expected, abs=1e-5)
-    return Evaluation("classification", 24, expected, 1.0, 1.0, None)
+    return Evaluation("classification", 24, expected, 1.0, 1.0, None, mcc=1.0)
 
 
 def test_shapes_hold_visible_units_only_and_the_manifest_says_what_was_done(bert: Path, tmp_path: Path) -> None:

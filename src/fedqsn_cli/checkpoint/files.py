@@ -1,4 +1,7 @@
-"""Files and directories that appear complete or not at all.
+"""Opening files without trust, and files and directories that appear complete or not at all.
+
+Who may have written a file is never known: `open_regular_file` opens nothing but plain files, and `read_file` reads no
+more than a stated number of bytes.
 
 Everything is first built under a staging name next to its final path, `.NAME.fedqsn-` and 16 random hex digits,
 which its maker holds an flock on. A kill leaves the staging name behind; the next run that makes the same
@@ -19,7 +22,55 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fedqsn_cli import linux
-from fedqsn_cli.errors import InputError, KeyFileError, OutputExists
+from fedqsn_cli.errors import FormatError, InputError, KeyFileError, OutputExists
+
+
+def open_regular_file(path: Path) -> int:
+    """Open a regular file for reading and return its descriptor; never blocks on a pipe.
+
+    Raises:
+        InputError: there is no such file, it cannot be read, or it is a directory, pipe or device.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise InputError("there is no such file", where=path) from None
+    except OSError as error:
+        raise InputError(f"cannot be opened ({error.strerror})", where=path) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputError("not a regular file", where=path)
+    return descriptor
+
+
+def check_size(path: Path, most: int) -> None:
+    """Refuse what is no plain file of at most `most` bytes. Raises InputError, FormatError."""
+    descriptor = open_regular_file(path)
+    try:
+        _check_size(descriptor, path, most)
+    finally:
+        os.close(descriptor)
+
+
+def _check_size(descriptor: int, path: Path, most: int) -> None:
+    if os.fstat(descriptor).st_size > most:
+        raise FormatError(f"larger than {most} bytes, which no such file needs", where=path)
+
+
+def read_file(path: Path, most: int) -> bytes:
+    """All bytes of a plain file, which may also be reached through links.
+
+    Args:
+        most: a longer file is refused, also one that grows while it is read.
+
+    Raises:
+        InputError: as from `open_regular_file`. FormatError: the file is larger than `most` bytes.
+    """
+    with open(open_regular_file(path), "rb") as file:
+        _check_size(file.fileno(), path, most)
+        data = file.read(most)
+        _check_size(file.fileno(), path, len(data))
+    return data
 
 
 def write_file_atomically(path: Path, data: bytes, mode: int | None = None) -> None:

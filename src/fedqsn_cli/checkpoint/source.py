@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedqsn_cli.checkpoint.reader import COMPANIONS
+from fedqsn_cli.checkpoint.companions import COMPANIONS
 from fedqsn_cli.errors import HubError, InputError
 
 SCHEME = "hf://"
@@ -106,6 +106,11 @@ def push(folder: Path, reference: str) -> str:
             delete_patterns="*",
         )
     return f"{SCHEME}{repository}@{commit.oid}"
+
+
+def check_reference(reference: str) -> None:
+    """Refuse what `push` could not push to, before there is anything to push. Raises HubError."""
+    _parse(reference)
 
 
 def _parse(reference: str) -> tuple[str, str | None]:

@@ -66,6 +66,9 @@ def _parts(result: MergeResult) -> list[console.Part]:
             f"rank {result.adapter.rank} of {result.adapter.summed_rank}, error {text.percent(result.adapter.error)}"
         )
         facts += [("adapter", result.adapter.path), ("of that adapter", exact)]
+    if result.privacy is not None:
+        told = result.privacy
+        facts.append(("privacy of a client", f"ε = {told.epsilon:.4g} at δ = {told.delta:g}, {told.merges} merges"))
     parts: list[console.Part] = [_clients(result)] if result.clients else []
     parts += [_refused(result)] if result.refused else []
     parts += [_curve(result.search)] if result.search else []

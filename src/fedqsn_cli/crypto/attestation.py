@@ -19,7 +19,7 @@ from typing import Any
 
 from fedqsn_cli import strictjson
 from fedqsn_cli.artifacts.manifests import file_digest
-from fedqsn_cli.checkpoint.header import open_regular_file
+from fedqsn_cli.checkpoint.files import open_regular_file
 from fedqsn_cli.crypto import dsse
 from fedqsn_cli.crypto.keys import SigningKey, VerifyKey
 from fedqsn_cli.errors import FormatError, GateFailed, InputError, SignatureError

@@ -19,8 +19,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
-from fedqsn_cli.checkpoint.files import create_secret, read_secret, write_file_atomically
-from fedqsn_cli.checkpoint.header import open_regular_file
+from fedqsn_cli.checkpoint.files import create_secret, open_regular_file, read_secret, write_file_atomically
 from fedqsn_cli.errors import KeyFileError, OutputExists
 from fedqsn_cli.options import KeygenOptions
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, SIGNATURE, UPDATE_MANIFEST
 from fedqsn_cli.checkpoint import ArtifactWriter
-from fedqsn_cli.checkpoint.files import stream_new_file
-from fedqsn_cli.checkpoint.header import open_regular_file
+from fedqsn_cli.checkpoint.files import open_regular_file, stream_new_file
 from fedqsn_cli.crypto import stream
 from fedqsn_cli.crypto.folder import folder_stream, write_folder
 from fedqsn_cli.crypto.keys import load_opening_key, load_recipient, load_verify_key

@@ -16,7 +16,7 @@ from typing import Any
 from fedqsn_cli import strictjson
 from fedqsn_cli.artifacts.manifests import SIGNATURE, file_digest
 from fedqsn_cli.checkpoint import ArtifactWriter
-from fedqsn_cli.checkpoint.header import open_regular_file
+from fedqsn_cli.checkpoint.files import open_regular_file
 from fedqsn_cli.checkpoint.reader import is_plain_file_name
 from fedqsn_cli.crypto import dsse
 from fedqsn_cli.crypto.keys import SigningKey, VerifyKey, fingerprint

@@ -13,12 +13,15 @@ read_update.py    verify an update, then read its values once
 admission.py      which updates of a round are merged: claims and norms
 chunks.py         a model and updates read in step: one chunk of the model, then the same rows of every update
 cosines.py        how an update points in comparison with the merged step
+server_optimizer.py  the average of a round -> its step, with a memory of earlier rounds
+noise.py          noise from the job's key
 chunk_sum.py      one chunk of a step, and of a weighted average
 order_rules.py    rules that put the values of one weight in order: median, trimmed mean
 chunk_stack.py    one chunk of all updates side by side
 distances.py      how far apart updates are
 survey.py         a pass before a merge, where updates must be known beforehand
 client_weights.py rules that decide what each update counts: krum, geometric median
+central_privacy.py  the noise of a merge, and its account in the ledger
 aggregation.py    how the updates of a round are put together
 merge_pass.py     the pass of a merge
 keep_adapter.py   the merged step as one adapter

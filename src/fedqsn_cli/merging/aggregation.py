@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.merging import client_weights
+from fedqsn_cli.merging.noise import Noise
 from fedqsn_cli.merging.order_rules import KINDS, OrderRule
 from fedqsn_cli.merging.read_update import ClientUpdate
 from fedqsn_cli.merging.survey import Survey
@@ -38,6 +39,7 @@ class Aggregation:
         divisor: what each unit's sum is divided by; None for the weights of the clients that saw it.
         order: the rule that puts values in order; None for an average.
         least: how many clients must have seen a unit that is averaged.
+        noise: what is added to each sum; None for none.
     """
 
     weights: tuple[float, ...]
@@ -46,6 +48,7 @@ class Aggregation:
     order: OrderRule | None
     least: int
     control_weight: float
+    noise: Noise | None
 
     def share(self, number: int) -> float:
         """What an update counts, as a share of all."""
@@ -63,7 +66,9 @@ def compares(options: MergeOptions) -> bool:
     return options.rule in _WEIGHTS
 
 
-def aggregation(options: MergeOptions, updates: Sequence[ClientUpdate], survey: Survey | None) -> Aggregation:
+def aggregation(
+    options: MergeOptions, updates: Sequence[ClientUpdate], survey: Survey | None, noise: Noise | None
+) -> Aggregation:
     """Decide what each update counts.
 
     Args:
@@ -74,17 +79,18 @@ def aggregation(options: MergeOptions, updates: Sequence[ClientUpdate], survey: 
     """
     _require_enough(options, len(updates))
     factors = clip_factors(survey.norms, options.clip_norm) if survey and options.clip_norm else [1.0] * len(updates)
-    examples = [float(update.examples) for update in updates]
-    weights, f = examples if options.rule == "fedavg" else [1.0] * len(updates), options.byzantine or 0
+    by_examples, f = options.rule == "fedavg" and noise is None, options.byzantine or 0
+    weights = [float(update.examples) if by_examples else 1.0 for update in updates]
     if survey is not None and compares(options):
         weights = _WEIGHTS[options.rule](survey.distances(factors), f).tolist()
     return Aggregation(
         weights=tuple(weights),
         factors=tuple(factors),
-        divisor=sum(examples) if options.normalize == "clients" else None,
+        divisor=sum(weights) if options.normalize == "clients" else None,
         order=OrderRule(options.rule, f) if options.rule in KINDS else None,
         least=2 * f + 1 if options.rule == "geometric-median" else 1,
         control_weight=options.control_weight,
+        noise=noise,
     )
 
 

@@ -15,7 +15,9 @@ from fedqsn_cli.errors import RefusedUpdate
 from fedqsn_cli.merging import arithmetic
 from fedqsn_cli.merging.chunks import ModelChunk, UpdateChunk
 from fedqsn_cli.merging.cosines import KEPT, compare, first_rows
+from fedqsn_cli.merging.noise import Noise
 from fedqsn_cli.merging.read_update import UpdateReader
+from fedqsn_cli.merging.server_optimizer import ServerOptimizer
 from fedqsn_cli.planning.tensor_plan import TensorPlan, UnitAxis
 
 Doubles = NDArray[np.float64]
@@ -111,6 +113,10 @@ class ChunkStep:
             compare(mean, self._chunk.task.plan, reader, piece)
         self._kept.clear()
 
+    def disturb(self, noise: Noise) -> None:
+        """Add noise to the total."""
+        noise.add_to(self._total, self._chunk.task.name, self._chunk.first * self._chunk.task.layout.view[2])
+
     def move(self, rate: float, divisor: float | None) -> None:
         """W' = W + η Δ in place.
 
@@ -120,10 +126,18 @@ class ChunkStep:
         Raises:
             RefusedUpdate: the result is not finite.
         """
-        divisors = self._weights
-        if divisor is not None:
-            divisors = np.where(divisors > 0, divisor, 0.0)
-        move(self._chunk, self._total, divisors, rate)
+        move(self._chunk, self._total, self._divisors(divisor), rate)
+
+    def move_by(self, optimizer: ServerOptimizer, rate: float, divisor: float | None) -> None:
+        """The same with what an optimizer makes of Δ."""
+        divisors = by_unit(self._divisors(divisor), self._chunk.task.plan.axis, self._total.shape)
+        seen = divisors > 0
+        np.divide(self._total, np.where(seen, divisors, np.inf), out=self._total)
+        optimizer.advance(self._chunk, self._total, seen)
+        move(self._chunk, self._total, (self._weights > 0).astype(np.float64), rate)
+
+    def _divisors(self, divisor: float | None) -> Doubles:
+        return self._weights if divisor is None else np.where(self._weights > 0, divisor, 0.0)
 
 
 class ChunkSum(ChunkStep):

@@ -20,19 +20,22 @@ the fill; hidden weights are not in it, and get the difference when the job is r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedqsn_cli.artifacts.manifests import ServerStateRecord
 from fedqsn_cli.checkpoint import ArtifactWriter, write_file_atomically
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.export.outputs import tensor_specs
 from fedqsn_cli.export.session import keep_outside
 from fedqsn_cli.kernels.hash_threads import HashThreads
+from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.merging.admission import check_claims, check_norms, relative_norm, require_enough
 from fedqsn_cli.merging.aggregation import Aggregation, aggregation, compares
+from fedqsn_cli.merging.central_privacy import CentralPrivacy
 from fedqsn_cli.merging.chunks import InMemorySink, Sink, Weights, write_chunks
 from fedqsn_cli.merging.job_model import merged_manifest, model_sinks, open_job_model, publish
 from fedqsn_cli.merging.keep_adapter import KeptStep, Tee
@@ -42,6 +45,13 @@ from fedqsn_cli.merging.read_update import ClientUpdate, UpdateReader, UpdateVer
 from fedqsn_cli.merging.refusals import Refusals
 from fedqsn_cli.merging.restore import restore_model
 from fedqsn_cli.merging.results import MergedClient, MergeResult
+from fedqsn_cli.merging.server_optimizer import (
+    SavedState,
+    ServerOptimizer,
+    open_state,
+    require_tensors,
+    state_sink,
+)
 from fedqsn_cli.merging.survey import Survey, SurveyPass, require_model
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.residual import Residual, residual_specs
@@ -133,21 +143,24 @@ def merge_updates(
     """
     job, model = open_job_model(source, options.key)
     with ArtifactWriter(Path(options.out), force=options.force, hashed=False) as writer, ExitStack() as stack:
+        saved = open_state(model, job, options.server_optimizer)
         verifier = UpdateVerifier(job, model, options.required_ledger(), options.verify_key_of)
         tasks = tensor_tasks(model, None, verifier.masks.hidden_on_the_way)
         refusals = Refusals(options.on_refused == "skip", [])
         clients, survey = _admitted(verifier, updates, model, tasks, refusals, options, progress)
-        how = aggregation(options, clients, survey)
+        private = CentralPrivacy(job, clients, options) if options.noise_multiplier is not None else None
+        how = aggregation(options, clients, survey, private.noise if private is not None else None)
         control = verifier.control(options.control, clients) if options.control is not None else None
         kept = _kept_step(stack, clients, tasks, options)
-        run = MergeRun(model, tasks, clients, control, how, options, progress)
+        run = MergeRun(job, model, tasks, clients, control, how, saved, options, progress)
         search = run.search(development) if development is not None else None
         rate = search.chosen if search else float(options.server_lr)
         merged = run.write(writer, rate, kept.saved if kept is not None else None)
         adapter = kept.publish(rate) if kept is not None else None
         digest = merged.digest_after()
-        trained_fill = any(update.moves_fill for update in clients)
-        path = publish(writer, model, merged_manifest(model, job, digest, trained_fill=trained_fill))
+        facts = {"trained_fill": True} if any(update.moves_fill for update in clients) else {}
+        account = private.record() if private is not None else None
+        path = publish(writer, model, merged_manifest(model, job, digest, **facts, **run.state_record(merged)))
     return MergeResult(
         path=path,
         kind=model.kind,
@@ -157,12 +170,13 @@ def merge_updates(
         ),
         num_examples=sum(update.examples for update in clients),
         covered=merged.covered / merged.size,
-        model_digest=digest,
+        model_digest=digest if model.kind == "server-model" else None,
         control=_client(merged.control, merged, 0.0, "control") if merged.control else None,
         server_lr=rate,
         search=search,
         refused=tuple(refusals.refused),
         adapter=adapter,
+        privacy=account,
     )
 
 
@@ -205,11 +219,13 @@ def _admitted(
 class MergeRun:
     """A model and what is merged into it. A search for η needs one more pass over all of it."""
 
+    job: JobKey
     model: OpenModel
     tasks: Sequence[TensorTask]
     updates: Sequence[ClientUpdate]
     control: ClientUpdate | None
     how: Aggregation
+    saved: SavedState | None
     options: MergeOptions
     progress: Progress
 
@@ -220,8 +236,32 @@ class MergeRun:
             kept: gets some of the tensors, too.
         """
         limit = self.options.max_shard_bytes
-        with model_sinks(writer, self.model, self.tasks, limit, with_residual=True) as (sink, residual):
-            return self._merge_into(sink if kept is None else Tee(sink, kept), residual, rate)
+        with (
+            model_sinks(writer, self.model, self.tasks, limit, with_residual=True) as (sink, residual),
+            self._optimizer(writer) as optimizer,
+        ):
+            return self._merge_into(sink if kept is None else Tee(sink, kept), residual, rate, optimizer)
+
+    @contextmanager
+    def _optimizer(self, writer: ArtifactWriter) -> Iterator[ServerOptimizer | None]:
+        """The server optimizer, whose new state is complete when the block ends; None for plain steps."""
+        name = self.options.server_optimizer
+        if name == "sgd":
+            yield None
+            return
+        if self.saved is not None:
+            require_tensors(self.saved, self.tasks)
+        sink = state_sink(writer, self.tasks, self.job, name, self.updates[0].release.model_digest)
+        yield ServerOptimizer(self.options, self.saved, sink)
+        sink.close()
+
+    def state_record(self, merged: MergePass) -> dict[str, object]:
+        """What the manifest says about the state of the server optimizer."""
+        name, after = self.options.server_optimizer, merged.digest_after()
+        if name == "sgd" or after is None:
+            return {"server_state": None}
+        into = self.updates[0].release.model_digest
+        return {"server_state": ServerStateRecord(optimizer=name, merged_into=into, model=after)}
 
     def search(self, development: DevelopmentSet) -> Search:
         """Find η with the lowest loss. All checks of the updates are done before the model is evaluated."""
@@ -251,11 +291,14 @@ class MergeRun:
         residual = residual_specs(self.model.plan.tensors)
         return Weights(InMemorySink(tensor_specs(self.tasks, None)), InMemorySink(residual))
 
-    def _merge_into(self, sink: Sink, residual: Sink | None, rate: float) -> MergePass:
+    def _merge_into(
+        self, sink: Sink, residual: Sink | None, rate: float, optimizer: ServerOptimizer | None = None
+    ) -> MergePass:
         """One pass over everything, then the checks that need all of it. Raises RefusedUpdate."""
         self.progress.start("merging", self.model.checkpoint.total_bytes, "bytes")
         with HashThreads() as hashing:
-            merged = MergePass(self.model, self.tasks, self.updates, self.control, self.how, rate, hashing)
+            inputs = (self.model, self.tasks, self.updates, self.control)
+            merged = MergePass(*inputs, self.how, rate, optimizer, hashing)
             with closing(merged.chunks()) as chunks:  # its threads end here, whatever ends the loop
                 write_chunks(chunks, sink, residual, self.progress)
             self._check(merged)
@@ -266,6 +309,9 @@ class MergeRun:
         digest = merged.digest_before()
         for reader in merged.readers:
             require_model(reader.update, digest, self.model)
+        if self.saved is not None and self.saved.record.model != digest:
+            problem = "this state of a server optimizer belongs to other weights than the model's"
+            raise InputError(problem, where=self.saved.file.path, hint="take it out and begin anew")
         for reader in merged.readers:
             reader.finish()
             check_norms(reader.update, reader.measures, merged.sizes, self.options)

@@ -27,6 +27,7 @@ from fedqsn_cli.merging.chunks import (
 from fedqsn_cli.merging.measures import ModelSizes
 from fedqsn_cli.merging.order_rules import OrderRule
 from fedqsn_cli.merging.read_update import ClientUpdate, UpdateReader
+from fedqsn_cli.merging.server_optimizer import ServerOptimizer
 from fedqsn_cli.models.digest import ModelHash
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.tensor_task import TensorTask
@@ -39,6 +40,7 @@ class MergePass:
         tasks: the tensors of `model`, in order.
         updates: of the clients. control: an update of the owner's own, taken off what the clients sent.
         how: the way in which updates are put together. rate: η.
+        optimizer: what makes a step of the average; None takes it as it is.
     """
 
     def __init__(
@@ -49,12 +51,14 @@ class MergePass:
         control: ClientUpdate | None,
         how: Aggregation,
         rate: float,
+        optimizer: ServerOptimizer | None,
         hashing: HashThreads,
     ) -> None:
         self._model = model
         self._tasks = tasks
         self._how = how
         self._rate = rate
+        self._optimizer = optimizer
         self._scratch = Scratch()
         self.clients = [UpdateReader(update, hashing.queue()) for update in updates]
         self.control = UpdateReader(control, hashing.queue()) if control else None
@@ -64,7 +68,7 @@ class MergePass:
         """Number of elements that at least one client trained."""
         self.sizes = ModelSizes()
         self._before = ModelHash(hashing.queue())
-        self._after = ModelHash(hashing.queue()) if model.kind == "server-model" else None
+        self._after = ModelHash(hashing.queue()) if model.kind == "server-model" or optimizer else None
 
     @property
     def readers(self) -> list[UpdateReader]:
@@ -89,7 +93,7 @@ class MergePass:
         return self._before.hexdigest(self._tasks)
 
     def digest_after(self) -> str | None:
-        """Content digest of the merged model, as the next export will compute it; None for a global model."""
+        """Content digest of the merged model, as the next export will compute it; None where nobody needs it."""
         return self._after.hexdigest(self._tasks) if self._after else None
 
     def _merge(self, chunk: ModelChunk, pieces: Iterator[UpdateChunk]) -> None:
@@ -107,10 +111,15 @@ class MergePass:
         """W' = W + η Δ: put all updates together, take the control off, move the rows."""
         step = self._ordered(chunk, pieces, self._how.order) if self._how.order else self._summed(chunk, pieces)
         step.compare()
+        if self._how.noise is not None:
+            step.disturb(self._how.noise)
         if self.control is not None:
             step.subtract(self.control, next(pieces), self._how.control_weight)
         self.covered += step.covered
-        step.move(self._rate, self._how.divisor)
+        if self._optimizer is not None:
+            step.move_by(self._optimizer, self._rate, self._how.divisor)
+        else:
+            step.move(self._rate, self._how.divisor)
 
     def _summed(self, chunk: ModelChunk, pieces: Iterator[UpdateChunk]) -> ChunkStep:
         """The weighted average of all updates."""

@@ -180,6 +180,11 @@ class ExportOptions(QuantizationOptions, MaskingOptions, ModelOutputOptions):
         """The folder of each client."""
         return [Path(str(self.out).replace("{client}", name)) for name in self.client]
 
+    @property
+    def repositories(self) -> list[str]:
+        """The hub repository of each client; none where nothing is pushed."""
+        return [self.push.replace("{client}", name) for name in self.client] if self.push else []
+
 
 @dataclass(frozen=True)
 class TrainOptions(PrivacyOptions, LoraOptions, RecipeOptions):
@@ -281,6 +286,12 @@ class EvaluateOptions(Options):
 
     data: Annotated[str | Path, Option("Evaluation data: JSONL, CSV or Parquet.", DATA)]
     max_length: Annotated[int, max_length_option(DATA)] = 256
+    generate: Annotated[
+        bool, Option("Let a language model answer the prompts too: BLEU, ROUGE and exact matches.", COMPUTING)
+    ] = False
+    max_new_tokens: Annotated[
+        int, Option("Longest answer in tokens, for --generate.", COMPUTING, check=validate.at_least_one)
+    ] = 64
     batch_size: Annotated[int, batch_size_option(COMPUTING)] = 32
     device: Annotated[str, device_option(COMPUTING)] = "auto"
 

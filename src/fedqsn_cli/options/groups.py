@@ -233,6 +233,13 @@ class MaskingOptions(FillOptions, HidingOptions, KeyOptions):
         InputError: the preset needs a public base, and there is none.
     """
 
+    allow_untrainable: Annotated[
+        bool,
+        Option(
+            "Accept a model though no client could train its proxies, for lack of a tokenizer for instance.", MASKING
+        ),
+    ] = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.preset is None:

@@ -8,7 +8,14 @@ from typing import Annotated
 
 from fedqsn_cli import validate
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.options.aggregation import AdmissionOptions, Auto, RuleOptions, number_or_auto, positive_or_auto
+from fedqsn_cli.options.aggregation import (
+    AdmissionOptions,
+    Auto,
+    CentralPrivacyOptions,
+    ServerOptimizerOptions,
+    number_or_auto,
+    positive_or_auto,
+)
 from fedqsn_cli.options.declare import Option
 from fedqsn_cli.options.groups import (
     JOB,
@@ -37,7 +44,7 @@ def _blend_or_auto(value: float | str, flag: str) -> float | Auto:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeOptions(AdmissionOptions, RuleOptions, ModelOutputOptions):
+class MergeOptions(AdmissionOptions, ServerOptimizerOptions, CentralPrivacyOptions, ModelOutputOptions):
     """`merge`: of updates, or, with `restore`, of a trained server model and the global one."""
 
     key: Annotated[str | Path, Option("The job's secret.", JOB, env=KEY)]
@@ -153,6 +160,10 @@ class MergeOptions(AdmissionOptions, RuleOptions, ModelOutputOptions):
         if self.verify_key is not None:
             raise InputError("a restore takes no updates", where="--verify-key", hint="give it when you merge them")
         self.check_no_rule()
+        if self.server_optimizer != "sgd":
+            raise InputError("a restore takes no step", where="--server-optimizer", hint="leave it out")
+        if self.noise_multiplier is not None:
+            raise InputError("a restore takes no updates", where="--noise-multiplier", hint="leave it out")
         if self.server_lr == "auto":
             raise InputError("a restore takes no step", where="--server-lr", hint="did you mean --blend auto?")
         if self.control is not None:
@@ -161,6 +172,8 @@ class MergeOptions(AdmissionOptions, RuleOptions, ModelOutputOptions):
     def _check_merge(self) -> None:
         self.required_ledger()
         self.check_rule()
+        self.check_privacy()
+        self.check_optimizer(self.server_lr)
         if self.blend != 1.0:
             raise InputError("only a restore blends", where="--blend", hint="use it with --restore")
         if self.public_base is not None:
@@ -176,6 +189,9 @@ class MergeOptions(AdmissionOptions, RuleOptions, ModelOutputOptions):
         if self.keep_adapter is not None and (self.rule != "fedavg" or self.clip_norm is not None):
             what = "only a weighted average is an adapter"
             raise InputError(what, where="--keep-adapter", hint="leave out --rule and --clip-norm")
+        if self.keep_adapter is not None and self.server_optimizer != "sgd":
+            what = f"a step of {self.server_optimizer} is no adapter"
+            raise InputError(what, where="--keep-adapter", hint="leave out --server-optimizer")
         if self.keep_adapter is not None and self.control is not None:
             raise InputError("a control is no part of an adapter", where="--keep-adapter", hint="leave out --control")
 

@@ -12,6 +12,7 @@ import torch
 
 from fedqsn_cli.artifacts.manifests import (
     PROXY_MANIFEST,
+    UPDATE_MANIFEST,
     PrivacyRecord,
     ProxyManifest,
     TrainingPrivacy,
@@ -22,7 +23,8 @@ from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, resolve
 from fedqsn_cli.crypto.keys import SigningKey, load_signing_key, load_verify_key
 from fedqsn_cli.crypto.signature import sign_artifacts, verify_folder
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.models.torch_model import Loaded, Task, choose_device, memory_errors, quiet
+from fedqsn_cli.models.architecture import Task
+from fedqsn_cli.models.torch_model import Loaded, choose_device, memory_errors, quiet
 from fedqsn_cli.options import TrainOptions
 from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.text import size
@@ -62,8 +64,9 @@ class TrainResult:
 
     Args:
         path: the update's folder, to send back. proxy_id: the proxy it belongs to.
-        task: classification or causal-lm.
-        examples: different examples trained on. skipped: rows with nothing to learn from.
+        task: what the model is for.
+        examples: different examples trained on. skipped: rows with nothing to learn from. cut: rows that were too long
+            and lost a part. unused_columns: columns of the data that nothing was made of.
         steps: optimizer steps. parameters: numbers in the update.
         first_loss, last_loss: mean loss in nats over the first and the last tenth of the steps.
         before, after: the model on the evaluation data, None without it.
@@ -77,6 +80,8 @@ class TrainResult:
     task: Task
     examples: int
     skipped: int
+    cut: int
+    unused_columns: tuple[str, ...]
     steps: int
     parameters: int
     first_loss: float
@@ -116,6 +121,7 @@ def client_train(proxy: str | Path, options: TrainOptions, *, progress: Progress
             _write_update(writer, ready, trained, before, after)
             if signer is not None:
                 sign_artifacts(signer, [writer])
+            ready.method.prepare(Path(path), writer.digests[UPDATE_MANIFEST])
             path = str(writer.publish())
             ready.method.sent()
             if ready.states is not None:
@@ -126,6 +132,8 @@ def client_train(proxy: str | Path, options: TrainOptions, *, progress: Progress
             task=ready.method.loaded.task,
             examples=trained.examples,
             skipped=ready.examples.skipped,
+            cut=ready.examples.cut,
+            unused_columns=ready.examples.unused,
             steps=trained.steps,
             parameters=ready.method.numbers_sent,
             first_loss=trained.first_loss,
@@ -279,7 +287,7 @@ def _encode(
 ) -> tuple[Encoder, Examples, Examples | None]:
     """The data as token ids."""
     encoder = Encoder.of(loaded, options.max_length)
-    examples = encoder.encode(tables[0], progress)
+    examples = replace(encoder, seed=options.seed).encode(tables[0], progress)
     if options.packing:
         if loaded.task != "causal-lm":
             raise InputError("is for causal language models", where="--packing", hint="train without it")

@@ -13,12 +13,14 @@ from fedqsn_cli.auditing.recovery.attackers.attack import Lab, Trained, Training
 from fedqsn_cli.auditing.recovery.attackers.full import fitted
 from fedqsn_cli.training.compact import VisibleParameters
 from fedqsn_cli.training.loop import Surroundings, train
-from fedqsn_cli.training.teachers import Distillation, Lesson, listen
+from fedqsn_cli.training.teachers import TAUGHT_TASKS, Distillation, Lesson, listen
 
 _BATCH = 32
 
 
 def _distilled(lab: Lab, rate: float) -> Trained | None:
+    if lab.examples.task not in TAUGHT_TASKS:
+        return None
     loaded = lab.build()
     teacher: Any = lab.teacher().model.to(loaded.model.device).eval()
     with torch.no_grad():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from fedqsn_cli.training.batching import Examples
 from fedqsn_cli.training.data import Encoder
 from fedqsn_cli.training.scoring import score
 from fedqsn_cli.training.tables import read_table
+from fedqsn_cli.training.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,7 @@ class Evaluation:
 
     def averages(self) -> float:
         """Loss of a model that answers with how often each label, or each token, is right."""
-        targets: list[int] = []
-        for target in self.examples.targets:
-            targets += [target] if isinstance(target, int) else [token for token in target[1:] if token >= 0]
-        counts = Counter(targets)
-        return -sum(count * math.log(count / len(targets)) for count in counts.values()) / len(targets)
+        return TASKS[self.examples.task].constant_loss(self.examples.targets)
 
 
 def rho(floor: float, attack: float, whole: float) -> float | None:
