@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fedqsn_cli import strictjson, validate
-from fedqsn_cli.checkpoint.header import open_regular_file
+from fedqsn_cli.checkpoint.files import open_regular_file
 from fedqsn_cli.errors import FormatError, InputError
 
 FORMAT = "fedqsn-courier/1"

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedqsn_cli import validate
-from fedqsn_cli.checkpoint.files import write_file_atomically
-from fedqsn_cli.checkpoint.header import open_regular_file
+from fedqsn_cli.checkpoint.files import open_regular_file, write_file_atomically
 from fedqsn_cli.courier import kits
 from fedqsn_cli.courier.layout import INVITATION, Invitation, Owner, Site
 from fedqsn_cli.courier.site import TEMPLATE, SiteSettings
