@@ -16,7 +16,7 @@ LEVELS = (  # from the ground up; what stands in one row does not import what st
     ("artifacts", "masks", "options"),
     ("crypto", "exposure", "quantization"),
     ("models",),
-    ("export", "inspection", "training"),
+    ("courier", "export", "inspection", "training"),
     ("auditing", "merging"),
     ("fedqsn_cli",),
     ("cli",),

@@ -17,6 +17,9 @@ from fedqsn_cli.version import VERSION
 if TYPE_CHECKING:  # the same as what __getattr__ makes from the table
     from fedqsn_cli import options
     from fedqsn_cli.auditing import run
+    from fedqsn_cli.courier import send as _send
+    from fedqsn_cli.courier import serve as _serve
+    from fedqsn_cli.courier import setup as _setup
     from fedqsn_cli.crypto import keys
     from fedqsn_cli.crypto import seal as _sealing
     from fedqsn_cli.crypto import verify as _verifying
@@ -31,6 +34,13 @@ if TYPE_CHECKING:  # the same as what __getattr__ makes from the table
     audit = with_keywords(run.audit, options.AuditOptions)
     client_train = with_keywords(_client_train, options.TrainOptions)
     consolidate = with_keywords(_consolidate, options.ConsolidateOptions)
+    courier_approve = with_keywords(_setup.courier_approve, options.CourierApproveOptions)
+    courier_init = with_keywords(_setup.courier_init, options.CourierInitOptions)
+    courier_join = with_keywords(_setup.courier_join, options.CourierJoinOptions)
+    courier_send = with_keywords(_send.courier_send, options.CourierSendOptions)
+    courier_serve = with_keywords(_serve.courier_serve, options.CourierServeOptions)
+    courier_status = with_keywords(_serve.courier_status, options.CourierStatusOptions)
+    courier_stop = with_keywords(_serve.courier_stop, options.CourierStopOptions)
     evaluate = with_keywords(_evaluate, options.EvaluateOptions)
     export_proxy = with_keywords(proxy.export_proxy, options.ExportOptions)
     keygen = with_keywords(keys.keygen, options.KeygenOptions)
@@ -48,6 +58,13 @@ __all__ = [
     "audit",
     "client_train",
     "consolidate",
+    "courier_approve",
+    "courier_init",
+    "courier_join",
+    "courier_send",
+    "courier_serve",
+    "courier_status",
+    "courier_stop",
     "evaluate",
     "export_proxy",
     "inspect",
@@ -74,6 +91,13 @@ COMMANDS = {  # in the order of use: what implements a command, and the class of
     "verify": ("fedqsn_cli.crypto.verify", "VerifyOptions"),
     "seal": ("fedqsn_cli.crypto.seal", "SealOptions"),
     "unseal": ("fedqsn_cli.crypto.seal", "UnsealOptions"),
+    "courier-init": ("fedqsn_cli.courier.setup", "CourierInitOptions"),
+    "courier-join": ("fedqsn_cli.courier.setup", "CourierJoinOptions"),
+    "courier-approve": ("fedqsn_cli.courier.setup", "CourierApproveOptions"),
+    "courier-serve": ("fedqsn_cli.courier.serve", "CourierServeOptions"),
+    "courier-stop": ("fedqsn_cli.courier.serve", "CourierStopOptions"),
+    "courier-status": ("fedqsn_cli.courier.serve", "CourierStatusOptions"),
+    "courier-send": ("fedqsn_cli.courier.send", "CourierSendOptions"),
 }
 
 

@@ -97,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(arguments: Sequence[str]) -> int:
     """Run a command in this process, without touching its signals or environment. Returns the exit code."""
+    arguments = _joined(arguments)
     path = f"fedqsn {arguments[0]}" if arguments and arguments[0] in COMMANDS else "fedqsn"
     try:
         code = _invoke(path, list(arguments))
@@ -110,6 +111,12 @@ def run(arguments: Sequence[str]) -> int:
         line, code = exit_codes.error_to_exit(error, path)
         console.print_error(line)
         return code
+
+
+def _joined(arguments: Sequence[str]) -> Sequence[str]:
+    """Commands of two words: `courier send` is `courier-send`."""
+    name = "-".join(arguments[:2])
+    return [name, *arguments[2:]] if len(arguments) > 1 and name in COMMANDS else arguments
 
 
 def _invoke(path: str, arguments: list[str]) -> int:

@@ -8,6 +8,7 @@ commands.py     the options of each command
 aggregation.py  those of merge about which updates count, and how they are put together
 merge.py        the others of merge, and which of them go together
 consolidate.py  those of consolidate
+courier.py      those of the courier
 keys.py         those of keys, signatures and sealed folders
 keywords.py     Python functions that take the options as keywords
 """
@@ -24,6 +25,15 @@ from fedqsn_cli.options.commands import (
     TrainOptions,
 )
 from fedqsn_cli.options.consolidate import ConsolidateOptions
+from fedqsn_cli.options.courier import (
+    CourierApproveOptions,
+    CourierInitOptions,
+    CourierJoinOptions,
+    CourierSendOptions,
+    CourierServeOptions,
+    CourierStatusOptions,
+    CourierStopOptions,
+)
 from fedqsn_cli.options.declare import REQUIRED, Declared, Option, Options, options_of
 from fedqsn_cli.options.groups import (
     MaskingOptions,
@@ -40,6 +50,13 @@ __all__ = [
     "REQUIRED",
     "AuditOptions",
     "ConsolidateOptions",
+    "CourierApproveOptions",
+    "CourierInitOptions",
+    "CourierJoinOptions",
+    "CourierSendOptions",
+    "CourierServeOptions",
+    "CourierStatusOptions",
+    "CourierStopOptions",
     "Declared",
     "EvaluateOptions",
     "ExportOptions",

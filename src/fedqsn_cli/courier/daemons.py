@@ -1,0 +1,141 @@
+"""The processes that serve: FLARE's server, and its client at a site. Started again when they die; ended together.
+
+A folder is served by one process, which holds its lock and writes its number into `serve.pid`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedqsn_cli.checkpoint.files import try_lock
+from fedqsn_cli.errors import InputError
+
+PID = "serve.pid"
+_SERVER = "nvflare.private.fed.app.server.server_train"
+_CLIENT = "nvflare.private.fed.app.client.client_train"
+_ORGANISATION = "org=fedqsn"
+_RESTART = 2.0  # seconds between the end of a process and its next start
+_GRACE = 10.0  # seconds that processes have to end by themselves
+_ENVIRONMENT = {"MALLOC_ARENA_MAX": "2", "NVFLARE_ENABLE_JEMALLOC_PRELOAD": "false"}  # keeps memory flat
+
+
+@dataclass(frozen=True, slots=True)
+class Daemon:
+    """A process to keep alive.
+
+    Args:
+        name: of the site; None for the server. kit: FLARE's folder, in which it runs.
+    """
+
+    name: str | None
+    kit: Path
+
+    @property
+    def words(self) -> list[str]:
+        """The command line; nothing on it is secret."""
+        module, config = (_SERVER, "fed_server.json") if self.name is None else (_CLIENT, "fed_client.json")
+        given = ["secure_train=true", *([f"uid={self.name}"] if self.name is not None else []), _ORGANISATION]
+        return [
+            sys.executable,
+            "-u",
+            "-m",
+            module,
+            "-m",
+            str(self.kit),
+            "-s",
+            config,
+            "--set",
+            *given,
+            "config_folder=",
+        ]
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Start it, in a process group of its own; what it prints goes into kit/daemon.log."""
+        with (self.kit / "daemon.log").open("ab") as output:
+            return subprocess.Popen(
+                self.words,
+                cwd=self.kit,
+                env=os.environ | _ENVIRONMENT,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+
+def keep_alive(daemons: Sequence[Daemon], ended: threading.Event) -> None:
+    """Run processes until `ended` is set; those that die are started again."""
+    running = {daemon: daemon.start() for daemon in daemons}
+    try:
+        while not ended.wait(_RESTART):
+            for daemon, process in running.items():
+                if process.poll() is not None:
+                    _end_group(process)  # workers that it left
+                    running[daemon] = daemon.start()
+    finally:
+        for process in running.values():
+            _signal_group(process, signal.SIGTERM)
+        deadline = time.monotonic() + _GRACE
+        while time.monotonic() < deadline and any(process.poll() is None for process in running.values()):
+            time.sleep(0.1)
+        for process in running.values():
+            _end_group(process)
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    _signal_group(process, signal.SIGKILL)
+    process.wait()
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return
+
+
+@contextmanager
+def serving(home: Path) -> Iterator[None]:
+    """Hold the lock of a folder. Raises InputError: another process serves it."""
+    descriptor = os.open(home / PID, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        if not try_lock(descriptor):
+            raise InputError("is served already", where=home, hint=f"stop it: fedqsn courier-stop {home}")
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield
+        os.ftruncate(descriptor, 0)
+    finally:
+        os.close(descriptor)
+
+
+def server_of(home: Path) -> int | None:
+    """The process that serves a folder; None if nobody does."""
+    try:
+        descriptor = os.open(home / PID, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        return None if try_lock(descriptor) else int(os.pread(descriptor, 20, 0) or b"0") or None
+    finally:
+        os.close(descriptor)
+
+
+def stop(home: Path) -> bool:
+    """End the process that serves a folder, and wait for it. Returns whether there was one."""
+    number = server_of(home)
+    if number is None:
+        return False
+    os.kill(number, signal.SIGTERM)
+    while server_of(home) == number:
+        time.sleep(0.1)
+    return True

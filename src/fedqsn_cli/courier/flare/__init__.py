@@ -1,0 +1,6 @@
+"""All that imports NVIDIA FLARE.
+
+transfer.py  a part over FLARE: offered, and fetched
+job.py       the two classes of a job: one at the server, one at the site; and the files that name them
+session.py   the owner's session: jobs submitted, looked at, ended
+"""

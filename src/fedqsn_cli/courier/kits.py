@@ -1,0 +1,136 @@
+"""FLARE's certificates and start-up kits: made with its own tool, and settled so that a kit can do nothing else.
+
+A request is made where the private key stays; the owner signs it; the kit is put together where the key is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from fedqsn_cli.courier.layout import Invitation
+from fedqsn_cli.errors import InputError
+
+Kind = Literal["server", "client", "admin"]
+
+ADMIN = "owner@fedqsn.local"
+ALLOWED = ["fedqsn_cli.courier.flare."]
+"""Prefixes of the classes that a job may name."""
+
+_ROLE = "lead"  # may submit jobs and end its own, and nothing else
+_ORGANISATION = "fedqsn"
+
+
+def require_flare() -> None:
+    """Raises InputError: FLARE is not installed."""
+    try:
+        import nvflare  # noqa: F401
+    except ImportError:
+        hint = "install it: python -m pip install 'fedqsn-cli[flare]'"
+        raise InputError("the courier needs NVIDIA FLARE", where="nvflare", hint=hint) from None
+
+
+def make_authority(folder: Path, invitation: Invitation) -> str:
+    """Make the project's certificate authority. Returns the fingerprint of its certificate."""
+    with _profile(invitation) as profile:
+        _nvflare("cert", "init", "--profile", str(profile), "-o", str(folder))  # with --org, chains break
+    return str(json.loads((folder / "ca.json").read_text())["rootCA_fingerprint"])
+
+
+def request(folder: Path, invitation: Invitation, name: str, kind: Kind) -> Path:
+    """Make a private key and a request for its certificate. Returns the request, a zip file without the key."""
+    participant = {"name": name, "org": _ORGANISATION, "type": kind} | ({"role": _ROLE} if kind == "admin" else {})
+    with tempfile.TemporaryDirectory() as place:
+        asked = Path(place) / "participant.yaml"
+        asked.write_text(json.dumps({"name": invitation.project, "participants": [participant]}))
+        _nvflare("cert", "request", "-p", str(asked), "--out", str(folder))
+    return folder / f"{name}.request.zip"
+
+
+def approve(authority: Path, invitation: Invitation, asked: Path, signed: Path) -> None:
+    """Sign a request."""
+    with _profile(invitation) as profile:
+        words = ("-c", str(authority), "--profile", str(profile), "--out", str(signed))
+        _nvflare("cert", "approve", str(asked), *words)
+
+
+def package(signed: Path, requested: Path, invitation: Invitation, kit: Path, kind: Kind) -> None:
+    """Put a kit together from a signed request and the private key, and settle what it may do.
+
+    Raises:
+        InputError: the certificates are not those of the invitation.
+    """
+    with tempfile.TemporaryDirectory(dir=kit.parent) as place:
+        words = ("--request-dir", str(requested), "--fingerprint", invitation.root)
+        _nvflare("package", str(signed), "-w", place, *words)
+        (made,) = (Path(place) / invitation.project).glob("prod_*/*")
+        _settle(made / "local", kind, kit.absolute())
+        shutil.move(made, kit)
+    os.chmod(kit, 0o700)
+
+
+def _settle(local: Path, kind: Kind, kit: Path) -> None:
+    """No code in jobs, no shell, no logs that leave, only our classes; state in the kit, not in /tmp."""
+    for name in ("resources.json", "authorization.json"):
+        default = local / f"{name}.default"
+        if default.exists():
+            document = json.loads(default.read_text())
+            settled = _resources(document, kind, kit) if name == "resources.json" else _authorization(document)
+            (local / name).write_text(json.dumps(settled, indent=2))
+
+
+def _resources(document: dict[str, Any], kind: Kind, kit: Path) -> dict[str, Any]:
+    if kind == "admin":
+        return document
+    document |= {"class_list_enforcement_mode": "enforce", "class_allow_list": ALLOWED}
+    if kind == "client":
+        kept = [one for one in document["components"] if one["id"] != "site_log_streamer"]
+        return document | {"allow_log_streaming": False, "components": kept}
+    settings = {
+        "job_scheduler": {"max_jobs": 10_000, "min_schedule_interval": 1.0, "max_schedule_interval": 15.0},
+        "job_manager": {"uri_root": str(kit / "jobs")},
+    }
+    document["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(kit / "snapshots")
+    for one in document["components"]:
+        one["args"] = one.get("args", {}) | settings.get(one["id"], {})
+    return document
+
+
+def _authorization(document: dict[str, Any]) -> dict[str, Any]:
+    """Of all rights, the owner's session keeps those to send jobs, to look at them and to end them."""
+    rights = {"submit_job": "any", "manage_job": "n:submitter", "view": "any", "byoc": "none", "shell_commands": "none"}
+    return document | {"permissions": {_ROLE: rights}}
+
+
+@contextmanager
+def _profile(invitation: Invitation) -> Iterator[Path]:
+    """The project as FLARE's tool reads it; JSON is YAML."""
+    server = {"host": invitation.host, "fed_learn_port": invitation.port, "admin_port": invitation.port}
+    document = {"name": invitation.project, "scheme": "grpc", "connection_security": "mtls", "server": server}
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "profile.yaml"
+        path.write_text(json.dumps(document))
+        yield path
+
+
+def _nvflare(*words: str) -> None:
+    """Run FLARE's tool; what it notes down in the user's home goes elsewhere. Raises InputError: it failed."""
+    with tempfile.TemporaryDirectory() as home:
+        done = subprocess.run(
+            [sys.executable, "-m", "nvflare.cli", *words],
+            env=os.environ | {"HOME": home},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        raise InputError(lines[0] if lines else "failed", where=f"nvflare {' '.join(words[:2])}")

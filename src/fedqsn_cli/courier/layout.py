@@ -1,0 +1,166 @@
+"""The folders of the courier: what lies where.
+
+The owner's, private:
+
+    courier.json            project, server, clients; owner.pub beside it
+    ca/                     the certificate authority of the project
+    server/, admin/         FLARE's start-up kits of the server and of the owner's session
+    keys/CLIENT.pub         public keys of the sites
+    carried/                sealed files on their way, ID.proxy and ID.update
+    sites/CLIENT            with --local: the sites, on the same machine
+
+A site's, private:
+
+    invitation.json         what the owner gave; site.toml: the site's own settings; site.key, site.pub
+    kit/                    FLARE's start-up kit
+    rounds/                 proxies and updates of this site
+    courier.log             what was asked for, and what was done
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from fedqsn_cli import strictjson, validate
+from fedqsn_cli.checkpoint.files import open_regular_file
+from fedqsn_cli.errors import FormatError, InputError
+
+FORMAT = "fedqsn-courier/1"
+INVITATION = "invitation.json"
+_LARGEST = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Invitation:
+    """What sites must know of a project.
+
+    Args:
+        project: its name. host, port: of the server. root: fingerprint of the authority's certificate.
+        owner: the owner's public keys in PEM.
+    """
+
+    project: str
+    host: str
+    port: int
+    root: str
+    owner: str
+
+    def to_bytes(self) -> bytes:
+        """As a file."""
+        return strictjson.pretty({"format": FORMAT, **asdict(self)}).encode()
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read an invitation. Raises InputError, FormatError."""
+        document = read_json(path)
+        try:
+            if document.pop("format") == FORMAT:
+                made = cls(**document)
+                if type(made.port) is int and all(type(x) is str for x in (made.project, made.host, made.root)):
+                    return made
+        except (AttributeError, KeyError, TypeError):
+            pass
+        raise FormatError("is no invitation of a courier", where=path, hint="it comes from 'fedqsn courier-init'")
+
+
+def read_json(path: Path) -> Any:
+    """A small JSON file. Raises InputError, FormatError."""
+    with open(open_regular_file(path), "rb") as file:
+        return strictjson.loads(file.read(_LARGEST), path)
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The owner's folder."""
+
+    home: Path
+
+    @classmethod
+    def open(cls, home: str | Path) -> Self:
+        """Raises InputError: it is not one."""
+        if not (Path(home) / "ca").is_dir():
+            raise InputError("is not the owner's folder of a courier", where=home, hint="make it: fedqsn courier-init")
+        return cls(Path(home).absolute())
+
+    @property
+    def invitation(self) -> Path:
+        """For all sites."""
+        return self.home / INVITATION
+
+    @property
+    def authority(self) -> Path:
+        """Certificates are signed here."""
+        return self.home / "ca"
+
+    @property
+    def server(self) -> Path:
+        """The kit of the server."""
+        return self.home / "server"
+
+    @property
+    def admin(self) -> Path:
+        """The kit of the owner's session."""
+        return self.home / "admin"
+
+    @property
+    def carried(self) -> Path:
+        """Sealed files."""
+        return self.home / "carried"
+
+    def public_key(self, client: str) -> Path:
+        """Of a site. Raises InputError: it has not joined."""
+        path = self.home / "keys" / f"{validate.client(client)}.pub"
+        if not path.exists():
+            hint = f"approve its request: fedqsn courier-approve {self.home} REQUEST"
+            raise InputError(f"client {client!r} has not joined", where=path, hint=hint)
+        return path
+
+    def sites(self) -> list[Site]:
+        """The sites on this machine (--local)."""
+        return [Site(path) for path in sorted((self.home / "sites").glob("*"))]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A site's folder."""
+
+    home: Path
+
+    @classmethod
+    def open(cls, home: str | Path) -> Self:
+        """Raises InputError: it is not one."""
+        if not (Path(home) / "site.toml").is_file():
+            raise InputError("is not the folder of a site", where=home, hint="make it: fedqsn courier-join")
+        return cls(Path(home).absolute())
+
+    @property
+    def kit(self) -> Path:
+        """FLARE's start-up kit; it exists when the owner has approved."""
+        return self.home / "kit"
+
+    @property
+    def settings(self) -> Path:
+        """What the site decides."""
+        return self.home / "site.toml"
+
+    @property
+    def private_key(self) -> Path:
+        """It never leaves the site."""
+        return self.home / "site.key"
+
+    @property
+    def owner_key(self) -> Path:
+        """The owner's public key, from the invitation."""
+        return self.home / "owner.pub"
+
+    @property
+    def rounds(self) -> Path:
+        """Proxies and updates."""
+        return self.home / "rounds"
+
+    @property
+    def log(self) -> Path:
+        """What was asked for, and what was done."""
+        return self.home / "courier.log"

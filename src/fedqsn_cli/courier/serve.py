@@ -1,0 +1,146 @@
+"""`courier-serve`, `courier-stop` and `courier-status`: the daemons of the owner's host and of a site."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from fedqsn_cli.courier import daemons, kits
+from fedqsn_cli.courier.daemons import Daemon
+from fedqsn_cli.courier.layout import INVITATION, Invitation, Owner, Site, read_json
+from fedqsn_cli.courier.rounds import Unreachable
+from fedqsn_cli.errors import InputError
+from fedqsn_cli.options import CourierServeOptions, CourierStatusOptions, CourierStopOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The result of `courier_serve` and `courier_stop`.
+
+    Args:
+        stopped: whether a process was ended.
+    """
+
+    path: str
+    stopped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CourierStatus:
+    """The result of `courier_status`.
+
+    Args:
+        role: owner or site. process: that serves the folder, None if nobody does.
+        joined: clients with a key. connected: sites at the server, None where that is not known.
+    """
+
+    path: str
+    role: str
+    server: str
+    process: int | None
+    joined: tuple[str, ...]
+    connected: tuple[str, ...] | None
+
+
+def courier_serve(path: str | Path, options: CourierServeOptions) -> Served:
+    """Run FLARE's daemons of a folder until `courier_stop`, SIGTERM or SIGINT; those that die are started again.
+
+    Args:
+        path: the owner's folder, with its sites on this machine, or the folder of one site.
+        options: see `CourierServeOptions`.
+
+    Raises:
+        InputError: it is no such folder, the owner has not approved the site yet, or it is served already.
+
+    Example:
+        >>> courier_serve("site").path
+    """
+    kits.require_flare()
+    home = Path(path).absolute()
+    served = _daemons(home, options)
+    ended = threading.Event()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        ended.set()
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with daemons.serving(home):
+            daemons.keep_alive(served, ended)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return Served(str(home), True)
+
+
+def _daemons(home: Path, options: CourierServeOptions) -> list[Daemon]:
+    if (home / "site.toml").exists():
+        return [_site(Site.open(home))]
+    owner = Owner.open(home)
+    return [Daemon(None, owner.server), *(_site(site) for site in owner.sites() if not options.server_only)]
+
+
+def _site(site: Site) -> Daemon:
+    if not site.kit.is_dir():
+        hint = "give the owner its request, then: fedqsn courier-join INVITATION --out SITE --approval FILE"
+        raise InputError("the owner has not approved this site yet", where=site.home, hint=hint)
+    name = read_json(site.kit / "startup" / "fed_client.json")["client"]["fqsn"]
+    return Daemon(str(name), site.kit)
+
+
+def courier_stop(path: str | Path, options: CourierStopOptions) -> Served:
+    """End the daemons of a folder.
+
+    Args:
+        path: the folder that is served.
+        options: see `CourierStopOptions`.
+
+    Raises:
+        InputError: there is no such folder.
+
+    Example:
+        >>> courier_stop("site").stopped
+    """
+    home = Path(path).absolute()
+    if not (home / INVITATION).exists():
+        raise InputError("is no folder of a courier", where=home)
+    return Served(str(home), daemons.stop(home))
+
+
+def courier_status(path: str | Path, options: CourierStatusOptions) -> CourierStatus:
+    """Tell who serves a folder, which clients have joined, and which sites are connected.
+
+    Args:
+        path: the owner's folder, or that of a site.
+        options: see `CourierStatusOptions`.
+
+    Raises:
+        InputError: there is no such folder.
+
+    Example:
+        >>> courier_status("courier").connected
+    """
+    home = Path(path).absolute()
+    invitation = Invitation.read(home / INVITATION)
+    address, process = f"{invitation.host}:{invitation.port}", daemons.server_of(home)
+    if (home / "site.toml").exists():
+        return CourierStatus(str(home), "site", address, process, (), None)
+    joined = tuple(sorted(path.stem for path in (Owner.open(home).home / "keys").glob("*.pub")))
+    return CourierStatus(str(home), "owner", address, process, joined, _connected(home))
+
+
+def _connected(home: Path) -> tuple[str, ...] | None:
+    """The sites at the server; None if it does not answer."""
+    kits.require_flare()
+    from fedqsn_cli.courier.flare.session import Session
+
+    session = Session(Owner(home).admin)
+    try:
+        return tuple(session.sites())
+    except Unreachable:
+        return None
+    finally:
+        session.close()

@@ -1,0 +1,206 @@
+"""`courier-init`, `courier-join` and `courier-approve`: who takes part, with keys that never leave their machines."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedqsn_cli import validate
+from fedqsn_cli.checkpoint.files import open_regular_file, write_file_atomically
+from fedqsn_cli.courier import kits
+from fedqsn_cli.courier.layout import INVITATION, Invitation, Owner, Site
+from fedqsn_cli.courier.site import TEMPLATE, SiteSettings
+from fedqsn_cli.crypto.keys import fingerprint, keygen, load_verify_key
+from fedqsn_cli.errors import FormatError, InputError, OutputExists
+from fedqsn_cli.options import CourierApproveOptions, CourierInitOptions, CourierJoinOptions, KeygenOptions
+
+_LARGEST = 1 << 20  # bytes of a request or an approval
+_KEY, _ASKED, _SIGNED = "site.pub", "request.zip", "signed.zip"
+
+
+@dataclass(frozen=True, slots=True)
+class CourierSetup:
+    """The result of the three commands.
+
+    Args:
+        path: the folder. next: the file that goes to the other side, None where there is nothing to do.
+        fingerprint: of the key that the other side should compare.
+    """
+
+    path: str
+    next: str | None
+    fingerprint: str
+
+
+def courier_init(path: str | Path, options: CourierInitOptions) -> CourierSetup:
+    """Make the owner's folder of a courier: certificates, the kit of the server, and the invitation for sites.
+
+    Args:
+        path: the folder to make.
+        options: see `CourierInitOptions`.
+
+    Raises:
+        InputError: FLARE is not installed, or a name cannot be used. OutputExists: there is something at `path`.
+
+    Example:
+        >>> courier_init("courier", server="fl.example.org:443", key="owner.pub").next
+    """
+    kits.require_flare()
+    home = Path(path).absolute()
+    if home.exists():
+        raise OutputExists("already exists", where=home, hint="choose another folder")
+    public = Path(options.key)
+    signer = fingerprint(load_verify_key(public))
+    home.mkdir(parents=True, mode=0o700)
+    owner = Owner(home)
+    for folder in (home / "keys", owner.carried):
+        folder.mkdir(mode=0o700)
+    host, port = options.address
+    draft = Invitation(options.project, host, port, "", public.read_text("ascii"))
+    root = kits.make_authority(owner.authority, draft)
+    invitation = Invitation(draft.project, host, port, root, draft.owner)
+    write_file_atomically(owner.invitation, invitation.to_bytes())
+    _make_kit(owner, invitation, host, "server", owner.server)
+    _make_kit(owner, invitation, kits.ADMIN, "admin", owner.admin)
+    for client in options.local or ():
+        _join_here(owner, client)
+    return CourierSetup(str(home), str(owner.invitation), signer)
+
+
+def _make_kit(owner: Owner, invitation: Invitation, name: str, kind: kits.Kind, kit: Path) -> None:
+    """Request, approve and package in one place."""
+    requested = owner.home / "requests" / kind
+    requested.parent.mkdir(exist_ok=True, mode=0o700)
+    asked, signed = kits.request(requested, invitation, name, kind), requested.with_suffix(".signed.zip")
+    kits.approve(owner.authority, invitation, asked, signed)
+    kits.package(signed, requested, invitation, kit, kind)
+
+
+def _join_here(owner: Owner, client: str) -> None:
+    """A site on this machine, without data yet."""
+    home = owner.home / "sites" / client
+    joined = courier_join(owner.invitation, CourierJoinOptions(out=home, name=client, data=f"{client}.jsonl"))
+    approved = courier_approve(owner.home, Path(str(joined.next)), CourierApproveOptions(out=home / "approval"))
+    courier_join(owner.invitation, CourierJoinOptions(out=home, name=client, approval=approved.next))
+
+
+def courier_join(path: str | Path, options: CourierJoinOptions) -> CourierSetup:
+    """Join a courier as a site: make keys and a request; with the owner's approval, put the kit together.
+
+    Args:
+        path: the owner's invitation.
+        options: see `CourierJoinOptions`.
+
+    Raises:
+        InputError: FLARE is not installed, or the approval does not belong to the request.
+        FormatError: the invitation is malformed. OutputExists: there is something at `out`.
+
+    Example:
+        >>> courier_join("invitation.json", "site", name="alice", data="train.jsonl").next
+    """
+    kits.require_flare()
+    invitation = Invitation.read(Path(path))
+    site = Site(Path(options.out).absolute())
+    if options.approval is None:
+        return _request(site, invitation, options)
+    site = Site.open(site.home)
+    signed = site.home / f"{options.name}.{_SIGNED}"
+    signed.write_bytes(_unpacked(Path(options.approval), {_SIGNED})[_SIGNED])
+    kits.package(signed, site.home / "request", invitation, site.kit, "client")
+    return CourierSetup(str(site.home), None, fingerprint(load_verify_key(site.owner_key)))
+
+
+def _request(site: Site, invitation: Invitation, options: CourierJoinOptions) -> CourierSetup:
+    if site.home.exists():
+        raise OutputExists("already exists", where=site.home, hint="choose another folder, or give the --approval")
+    site.home.mkdir(parents=True, mode=0o700)
+    site.rounds.mkdir(mode=0o700)
+    write_file_atomically(site.home / INVITATION, invitation.to_bytes())
+    site.owner_key.write_text(invitation.owner)
+    pair = keygen(site.private_key, KeygenOptions())
+    site.settings.write_text(_settings(options), encoding="utf-8")
+    SiteSettings.read(site.settings)
+    asked = kits.request(site.home / "request", invitation, options.name, "client")
+    packed = site.home / f"{options.name}.request"
+    _pack(packed, {_ASKED: asked.read_bytes(), _KEY: Path(pair.public).read_bytes()})
+    return CourierSetup(str(site.home), str(packed), pair.fingerprint)
+
+
+def _settings(options: CourierJoinOptions) -> str:
+    evaluation = f"eval_data = {json.dumps(str(options.eval_data))}\n" if options.eval_data is not None else ""
+    return TEMPLATE.format(
+        data=json.dumps(str(options.data)),
+        eval_data=evaluation,
+        device=json.dumps(options.device),
+        max_length=options.max_length,
+    )
+
+
+def courier_approve(path: str | Path, request: str | Path, options: CourierApproveOptions) -> CourierSetup:
+    """Approve a site's request: sign its certificate, and keep its public key under the client's name.
+
+    Args:
+        path: the owner's folder. request: from `courier_join`.
+        options: see `CourierApproveOptions`.
+
+    Raises:
+        InputError: the request cannot be used, or another site has the name.
+
+    Example:
+        >>> courier_approve("courier", "alice.request", "alice.approval").fingerprint
+    """
+    owner, asked = Owner.open(path), Path(request)
+    if Path(options.out).exists():
+        raise OutputExists("already exists", where=options.out, hint="choose another path")
+    parts = _unpacked(asked, {_ASKED, _KEY})
+    client = _named(parts[_ASKED], asked)
+    known = owner.home / "keys" / f"{client}.pub"
+    if known.exists() and known.read_bytes() != parts[_KEY]:
+        raise InputError(f"client {client!r} has joined with another key", where=known, hint="remove it to replace it")
+    work = owner.home / "requests" / client
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, mode=0o700)
+    (work / f"{client}.request.zip").write_bytes(parts[_ASKED])
+    kits.approve(
+        owner.authority, Invitation.read(owner.invitation), work / f"{client}.request.zip", work / f"{client}.{_SIGNED}"
+    )
+    write_file_atomically(known, parts[_KEY])
+    _pack(Path(options.out), {_SIGNED: (work / f"{client}.{_SIGNED}").read_bytes()})
+    return CourierSetup(str(owner.home), str(options.out), fingerprint(load_verify_key(known)))
+
+
+def _named(data: bytes, where: Path) -> str:
+    """The client whose certificate a request asks for. Raises FormatError, InputError."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as file:
+            told = json.loads(file.read("request.json"))
+        name, kind = str(told["name"]), told["cert_type"]
+    except (zipfile.BadZipFile, KeyError, TypeError, ValueError):
+        raise FormatError("is no request of a site", where=where) from None
+    if kind != "client":
+        raise InputError(f"asks for the certificate of a {kind}, not of a site", where=where)
+    return validate.client(name, str(where))
+
+
+def _pack(path: Path, parts: dict[str, bytes]) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name, data in parts.items():
+            file.writestr(name, data)
+    write_file_atomically(path, buffer.getvalue())
+
+
+def _unpacked(path: Path, names: set[str]) -> dict[str, bytes]:
+    """The parts of a request or an approval, none of which is ever written under its own name. Raises FormatError."""
+    try:
+        with open(open_regular_file(path), "rb") as raw, zipfile.ZipFile(raw) as file:
+            entries = {entry.filename: entry for entry in file.infolist()}
+            if entries.keys() == names and sum(entry.file_size for entry in entries.values()) < _LARGEST:
+                return {name: file.read(name) for name in names}
+    except (zipfile.BadZipFile, ValueError, RuntimeError):
+        pass
+    raise FormatError("is no request or approval of a courier", where=path)

@@ -1,0 +1,152 @@
+"""The options of the courier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated
+
+from fedqsn_cli import validate
+from fedqsn_cli.errors import InputError
+from fedqsn_cli.options.declare import Option, Options
+from fedqsn_cli.options.groups import (
+    DATA,
+    GATE,
+    JOB,
+    LEDGER,
+    OUT,
+    OUTPUT,
+    SIGNATURES,
+    TRAINING,
+    UpdateFormat,
+    batch_size_option,
+    device_option,
+    max_length_option,
+)
+
+COURIER = "Courier"
+
+
+def _address(value: str, flag: str) -> str:
+    """HOST:PORT."""
+    host, _, port = value.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise InputError(f"{value!r} is no address", where=flag, hint="give HOST:PORT, such as fl.example.org:443")
+    return value
+
+
+def _clients(value: Sequence[str], flag: str) -> tuple[str, ...]:
+    return tuple(validate.client(name, flag) for name in ([value] if isinstance(value, str) else value))
+
+
+def _time(value: str, flag: str) -> str:
+    """A time such as 6h."""
+    if validate.interval(value, flag)[1] is None:
+        raise InputError(f"{value!r} is not a time", where=flag, hint="give a time such as 30m or 6h")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class CourierInitOptions(Options):
+    """`courier_init`."""
+
+    server: Annotated[str, Option("Address that sites connect to.", COURIER, metavar="HOST:PORT", check=_address)] = (
+        "localhost:8102"
+    )
+    key: Annotated[str | Path, Option("Your public key, from 'fedqsn keygen'.", SIGNATURES, metavar="PUBLIC")]
+    project: Annotated[str, Option("Name of the project, in all certificates.", COURIER, metavar="NAME")] = "fedqsn"
+    local: Annotated[
+        Sequence[str] | None,
+        Option(
+            "Make a site of this client on this machine, too; may be repeated.",
+            COURIER,
+            metavar="CLIENT",
+            check=_clients,
+        ),
+    ] = None
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port."""
+        host, _, port = self.server.rpartition(":")
+        return host, int(port)
+
+
+@dataclass(frozen=True)
+class CourierJoinOptions(Options):
+    """`courier_join`."""
+
+    out: Annotated[str | Path, OUT]
+    _: KW_ONLY
+    name: Annotated[
+        str,
+        Option(
+            "Name of the client, as the owner exports proxies for it.", COURIER, metavar="CLIENT", check=validate.client
+        ),
+    ]
+    data: Annotated[str | Path | None, Option("Training data, written into site.toml.", DATA)] = None
+    eval_data: Annotated[str | Path | None, Option("Evaluation data, written into site.toml.", DATA)] = None
+    device: Annotated[str, device_option(DATA)] = "auto"
+    max_length: Annotated[int, max_length_option(DATA)] = 256
+    approval: Annotated[str | Path | None, Option("The owner's answer to the request: finish joining.", COURIER)] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.data is None) == (self.approval is None):
+            raise InputError("is needed to join", where="--data", hint="give it, or the --approval to finish joining")
+
+
+@dataclass(frozen=True)
+class CourierApproveOptions(Options):
+    """`courier_approve`."""
+
+    out: Annotated[str | Path, Option("File to write, for the site.", OUTPUT)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CourierServeOptions(Options):
+    """`courier_serve`."""
+
+    server_only: Annotated[bool, Option("Leave out the sites on this machine.", COURIER)] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CourierStopOptions(Options):
+    """`courier_stop`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CourierStatusOptions(Options):
+    """`courier_status`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CourierSendOptions(Options):
+    """`courier_send`."""
+
+    into: Annotated[str | Path, Option("Folder for the updates, one for each client.", OUTPUT, metavar="DIR")]
+    key: Annotated[str | Path, Option("Your private key, from 'fedqsn keygen'.", SIGNATURES, metavar="PRIVATE")]
+    attestation: Annotated[str | Path, Option("The passed audit of these proxies, from 'fedqsn audit --attest'.", GATE)]
+    policy: Annotated[
+        str | Path | None, Option("The policy that they must have been held against.", GATE, shown="any")
+    ] = None
+    ledger: Annotated[str | Path, Option("Record of all releases.", JOB, env=LEDGER)]
+    at_least: Annotated[
+        int | None,
+        Option("End when so many updates have come.", COURIER, shown="all", check=validate.at_least_one),
+    ] = None
+    deadline: Annotated[
+        str, Option("End after this time; too few updates are an error then.", COURIER, metavar="TIME", check=_time)
+    ] = "6h"
+    epochs: Annotated[
+        float, Option("Passes over the data, at most those of the site.", TRAINING, check=validate.more_than_zero)
+    ] = 1.0
+    lr: Annotated[float, Option("Largest learning rate.", TRAINING, check=validate.more_than_zero)] = 5e-5
+    batch_size: Annotated[int, batch_size_option(TRAINING)] = 16
+    update_format: Annotated[UpdateFormat, Option("Number format of the updates.", TRAINING)] = "fp32"
+
+    @property
+    def seconds(self) -> float:
+        """Until the deadline."""
+        return float(validate.interval(self.deadline, "--deadline")[1] or 0.0)
