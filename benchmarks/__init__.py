@@ -11,5 +11,7 @@ __main__.py   options in; every figure; table and JSON out
     kernels.py    quantizing in memory, ours and bitsandbytes'
     exposure.py   what many clients have seen
     training.py   a model, data, and the plain loop next to client-train
+    lora.py       adapters: training, updates, and the plain loop of peft next to them
+    lora_figures.py  the figures about them
     peers.py      the same work with other people's tools
 """

@@ -11,21 +11,22 @@ help        fedqsn --help                       hf --help, a quarter of a second
 exposure    of 1000 clients in 100 rounds       ten seconds
 compile     the first command of all            the second one
 training    steps of client-train               a plain loop of transformers and torch
+lora        steps, start and bytes of LoRA      a plain loop of peft; from_pretrained; a full update (lora_figures.py)
+merge-lora  merge of 8 updates of adapters      plain loops that read and write as many bytes (lora_figures.py)
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.inputs import Place
-from benchmarks.measure import Contender, Sample, compare, run, said_by, total_bytes
+from benchmarks.lora_figures import lora, merge_lora
+from benchmarks.measure import Contender, Sample, compare, run, said_by, step_seconds, total_bytes
 from benchmarks.peers import install_mergekit, linear_merge
 from benchmarks.report import Row
 from benchmarks.synthetic import SHAPES
@@ -234,14 +235,6 @@ def imports_peak(place: Place) -> float:
     return run([place.python, "-c", code])[2]
 
 
-def step_seconds(log: Path, began: float) -> tuple[float, float]:
-    """Median seconds of a step after the first, and seconds from `began` to the end of the first."""
-    seconds = [json.loads(line)["seconds"] for line in log.read_text().splitlines()]
-    later = statistics.median(after - before for before, after in itertools.pairwise(seconds))
-    written = log.stat().st_mtime  # when the last step ended
-    return later, written - seconds[-1] + seconds[0] - began
-
-
 def _fits(place: Place, size: int) -> bool:
     """Is there room for so many bytes?"""
     from benchmarks.inputs import NoRoom
@@ -316,6 +309,8 @@ FIGURES: dict[str, Callable[[Place, str], Iterator[Row]]] = {
     "floor": floor,
     "memory": memory,
     "training": training,
+    "lora": lora,
+    "merge-lora": merge_lora,
 }
 SIZES: dict[str, tuple[str, ...]] = {
     "help": ("",),
@@ -329,5 +324,7 @@ SIZES: dict[str, tuple[str, ...]] = {
     "floor": ("0.1b", "1.1b", "7b"),
     "memory": ("0.1b", "1.1b", "7b"),
     "training": ("minilm", "llama-0.1b"),
+    "lora": ("1.1b",),
+    "merge-lora": ("1.1b",),
 }
 """On which sizes a figure is measured; "" where the size of a model does not matter."""

@@ -87,6 +87,41 @@ class Place:
             staging.rename(folder)
         return folder
 
+    def adapters(self, size: str) -> Path:
+        """A folder with model/, data.jsonl, and proxy/, a packed nf4 proxy."""
+        folder = self.work / f"adapters-{size}"
+        if not folder.exists():
+            self.need(3 * SHAPES[size].parameters)
+            staging = folder.with_suffix(".part")
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
+            run(self.module("benchmarks.lora", "make", size, staging))
+            secrets = ["--key", staging / "job.key", "--ledger", staging / "ledger.jsonl"]
+            hiding = ["--p1", P1, "--p2", P2, "--client", "a", "--round", 1]
+            run(self.fedqsn("export-proxy", staging / "model", "--out", staging / "proxy", *hiding, *secrets))
+            staging.rename(folder)
+        return folder
+
+    def adapter_job(self, size: str, updates: int) -> Job:
+        """A job with so many clients' updates of adapters."""
+        name = f"job-{size}-{updates}-lora"
+        job = Job(self.work / f"model-{size}", self.work / name)
+        if not (job.folder / "done").exists():
+            self.clear(name)
+            job.folder.mkdir()
+            self._release(size, name, updates)
+            run(self.module("benchmarks.lora", "updates", job.model, job.key, job.ledger, job.folder / "updates"))
+            os.sync()
+            (job.folder / "done").touch()
+        return job
+
+    def _release(self, size: str, name: str, clients: int, *ratios: str) -> None:
+        """Make and record the proxies of a job, and delete them."""
+        for client in range(clients):
+            made = f"{name}/proxy"
+            run(self.export(size, made, [f"c{client}"], f"{name}/job.key", f"{name}/ledger.jsonl", *ratios))
+            self.clear(made)
+
     def export(self, size: str, out: str, clients: Sequence[str], key: str, ledger: str, *more: str) -> list[str]:
         """A fedqsn export-proxy command for these clients."""
         named = [word for client in clients for word in ("--client", client)]
@@ -116,11 +151,7 @@ class Place:
         self.need(SHAPES[size].parameters * (updates * (4 if form == "fp32" else 2) + 0.7))
         self.clear(name)
         job.folder.mkdir()
-        for client in range(updates):
-            made = f"{name}/proxy"
-            command = self.export(size, made, [f"c{client}"], f"{name}/job.key", f"{name}/ledger.jsonl", *ratios)
-            run(command)
-            self.clear(made)
+        self._release(size, name, updates, *ratios)
         run(self.module("benchmarks.updates", job.model, job.key, job.ledger, form, job.folder / "updates"))
         os.sync()
         (job.folder / "done").touch()

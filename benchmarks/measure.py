@@ -5,6 +5,8 @@ This process imports nothing large: on Linux a child's peak counts from that of 
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import statistics
 import subprocess
@@ -110,6 +112,14 @@ def said_by(command: Sequence[str]) -> str:
     if result.returncode:
         raise Failed(f"exit code {result.returncode}: {' '.join(command)}\n{result.stderr[-2000:]}")
     return result.stdout
+
+
+def step_seconds(log: Path, began: float) -> tuple[float, float]:
+    """Median seconds of a step after the first, and seconds from `began` to the end of the first."""
+    seconds = [json.loads(line)["seconds"] for line in log.read_text().splitlines()]
+    later = statistics.median(after - before for before, after in itertools.pairwise(seconds))
+    written = log.stat().st_mtime  # when the last step ended
+    return later, written - seconds[-1] + seconds[0] - began
 
 
 def chill(paths: Iterable[Path]) -> None:

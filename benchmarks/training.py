@@ -38,7 +38,7 @@ def make(kind: str, folder: Path, rows: int = 256) -> None:
     torch.manual_seed(0)
     model = _model(kind)
     model.save_pretrained(folder / "model")
-    _tokenizer(model.config.vocab_size).save_pretrained(folder / "model")
+    tokenizer(model.config.vocab_size).save_pretrained(folder / "model")
     rng = random.Random(0)
     words = min(WORDS, model.config.vocab_size - 10)
     with (folder / "data.jsonl").open("w") as file:
@@ -65,7 +65,8 @@ def _model(kind: str) -> Any:
     return transformers.BertForSequenceClassification(config)
 
 
-def _tokenizer(vocabulary: int) -> Any:
+def tokenizer(vocabulary: int) -> Any:
+    """A tokenizer of words w0, w1, ..."""
     import tokenizers
     import transformers
 

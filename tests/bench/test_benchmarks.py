@@ -67,6 +67,15 @@ def test_training_is_measured_next_to_a_plain_loop(tmp_path: Path) -> None:
     assert peak["target"] == "<= 0.8x"
 
 
+def test_adapters_are_measured_next_to_a_plain_loop_of_peft(tmp_path: Path) -> None:
+    figures, _ = bench(tmp_path, "--only", "lora", "merge-lora")
+
+    rows = {(row["figure"], row["peer"]): row for row in figures["rows"]}
+    assert len(rows) == 6
+    assert all(row["ratio"] > 0 for row in rows.values())
+    assert {row["target"] for row in rows.values()} == {"<= 1.05x", "<= 1x", "<= 0.01x", "<= 1.3x", ""}
+
+
 def test_a_figure_that_does_not_fit_on_the_disk_is_skipped_with_a_reason(tmp_path: Path) -> None:
     from benchmarks.inputs import NoRoom, Place
 
