@@ -7,7 +7,7 @@ BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo audit test golden soak matrix lint format types docs bench study clean
+.PHONY: help setup demo audit test fuzz deps golden soak matrix lint format types docs bench study clean
 
 help: ## list the chores
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -29,6 +29,12 @@ audit: $(READY) ## hold what `make demo` left behind against its policy
 
 test: $(READY) ## run the tests; choose with ARGS="-k merge"
 	@$(BIN)/python -m pytest -q -n auto --dist worksteal $(ARGS)
+
+fuzz: $(READY) ## damage files and count how commands end; ARGS="--seconds 600 --seed 1"
+	@cd tests && PYTHONPATH=../src:. $(BIN)/python -m attacks.fuzz --save ../fuzz-faults $(ARGS)
+
+deps: ## look up known holes in the pinned dependencies (needs a network)
+	@PYTHON=$(PYTHON) .ci/deps
 
 soak: matrix ## run all that is run before a release: the matrix, and tests that take minutes or much disk
 	@$(BIN)/python -m pytest -q -m soak $(ARGS) || test $$? = 5 # 5: there are none
@@ -61,6 +67,6 @@ study: $(READY) ## measure what hiding costs and buys (hours; goes on where it w
 		-r examples/quickstart/requirements.txt -r benchmarks/study/requirements.txt
 	@$(BIN)/python -m benchmarks.study $(ARGS)
 
-clean: ## remove the virtual environment and all caches
-	@rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove the virtual environments and all caches
+	@rm -rf $(VENV) .venv-deps build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

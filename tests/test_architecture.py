@@ -14,7 +14,7 @@ LEVELS = (  # from the ground up; what stands in one row does not import what st
     ("console", "html", "kernels", "strictjson", "validate"),
     ("checkpoint", "planning"),
     ("artifacts", "masks", "options"),
-    ("exposure", "quantization"),
+    ("crypto", "exposure", "quantization"),
     ("models",),
     ("export", "inspection", "training"),
     ("auditing", "merging"),

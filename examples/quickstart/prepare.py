@@ -4,7 +4,8 @@
 
     work/base/               MiniLM with a fresh 5-topic head: what anyone could download
     work/data/owner.jsonl    10 % of the articles, the owner's
-    work/data/test.jsonl     20 %, nobody trains on them; written last
+    work/data/dev.jsonl      5 %, the owner's too, but only to choose by
+    work/data/test.jsonl     15 %, nobody trains on them or chooses by them; written last
     work/data/alice.jsonl    and bob, carol, dave: the rest, uneven and label-skewed
 
 The same --seed gives the same bytes.
@@ -25,7 +26,8 @@ import numpy as np
 
 CLIENTS = ("alice", "bob", "carol", "dave")
 OWNER_SHARE = 0.10
-TEST_SHARE = 0.20
+DEV_SHARE = 0.05
+TEST_SHARE = 0.15
 FEWEST_EXAMPLES = 40  # a client with fewer could not fill three batches
 
 
@@ -96,13 +98,14 @@ def dirichlet_split(
 
 
 def split(articles: Sequence[Article], *, seed: int, alpha: float) -> dict[str, list[Article]]:
-    """Owner, test and clients; every article goes to exactly one of them."""
+    """Owner, dev, test and clients; every article goes to exactly one of them."""
     rng = np.random.default_rng(seed)
     shuffled = [articles[i] for i in rng.permutation(len(articles))]
     owner = round(OWNER_SHARE * len(shuffled))
-    test = owner + round(TEST_SHARE * len(shuffled))
+    dev = owner + round(DEV_SHARE * len(shuffled))
+    test = dev + round(TEST_SHARE * len(shuffled))
     clients = dirichlet_split(shuffled[test:], CLIENTS, alpha, rng)
-    return {"owner": shuffled[:owner], "test": shuffled[owner:test], **clients}
+    return {"owner": shuffled[:owner], "dev": shuffled[owner:dev], "test": shuffled[dev:test], **clients}
 
 
 def write_jsonl(path: Path, articles: Iterable[Article]) -> None:

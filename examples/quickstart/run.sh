@@ -12,7 +12,7 @@ P1=${P1:-0.1}                    # share of all neurons that no client ever gets
 P2=${P2:-0.1}                    # share of the others that one client does not get in one round
 FORMAT=${FORMAT:-nf4}            # number format of what clients get
 FILL=${FILL:-zero}               # fill of the holes: zero, or base (the public model's own neurons)
-ROUNDS=${ROUNDS:-3}
+ROUNDS=${ROUNDS:-2}
 EPOCHS=${EPOCHS:-1}              # of every client in every round
 LR=${LR:-2e-4}
 SERVER_LR=${SERVER_LR:-1}
@@ -33,11 +33,12 @@ side_by_side() {
     OMP_NUM_THREADS=$THREADS TERM=dumb xargs -P "$JOBS" -I '{}' "$@" # dumb: progress bars would overwrite each other
 }
 
-# score MODEL...: measure models or proxies on the test articles, and what they hide, for the table at the end.
-score() {
-    printf '%s\n' "$@" | side_by_side bash -euc '
-        fedqsn evaluate "$1" --data "$WORK/data/test.jsonl" --max-length "$MAX_LENGTH" --json >"$1.score.json"
-        fedqsn inspect "$1" --json >"$1.inspect.json"' score '{}'
+# measure JOB: how good its models and proxies are on the test articles, and what they hide, for the table at the end.
+measure() {
+    fedqsn evaluate "$1"/r*/{global,server} "$1"/r*/proxies/* "$1/final" --data "$WORK/data/test.jsonl" \
+        --max-length "$MAX_LENGTH" --json >"$1/scores.json"
+    printf '%s\n' "$1"/r*/server "$1"/r*/proxies/* |
+        side_by_side bash -euc 'fedqsn inspect "$1" --json >"$1.inspect.json"' inspect '{}'
 }
 
 # play NAME P1 P2 FORMAT FILL: run a whole job in $WORK/NAME. Its folder rN holds the model after N rounds, with all that belongs to it.
@@ -51,7 +52,6 @@ play() {
 
     say "$name: the owner hides $p1 of the neurons, for the whole job"
     fedqsn mask "$job/r0/global" --out "$job/r0/server" --p1 "$p1" "${fill[@]}" --key "$job/job.key"
-    score "$job/r0/global" "$job/r0/server"
 
     for ((n = 1; n <= ROUNDS; n++)); do
         before=$job/r$((n - 1)) now=$job/r$n
@@ -59,7 +59,6 @@ play() {
         say "$name, round $n of $ROUNDS: the owner makes a proxy for every client"
         fedqsn export-proxy "$before/server" --out "$now/proxies/{client}" "${CLIENTS[@]/#/--client=}" --round "$n" \
             --p2 "$p2" --format "$format" "${fill[@]}" "${secrets[@]}"
-        score "${CLIENTS[@]/#/$now/proxies/}"
 
         say "$name, round $n of $ROUNDS: every client trains on its own articles"
         printf '%s\n' "${CLIENTS[@]}" | side_by_side \
@@ -70,8 +69,12 @@ play() {
         fedqsn merge "$before/global" "${CLIENTS[@]/#/$now/updates/}" --out "$now/global" --server-lr "$SERVER_LR" \
             "${secrets[@]}"
         fedqsn mask "$now/global" --out "$now/server" "${fill[@]}" --key "$job/job.key" --quiet
-        score "$now/global" "$now/server"
     done
+
+    say "$name: the owner puts their first model and the last server model together, by their own development articles"
+    fedqsn merge "$job/r0/global" --restore "$now/server" --out "$job/final" "${fill[@]:2}" --blend auto \
+        --eval-data "$WORK/data/dev.jsonl" --max-length "$MAX_LENGTH" --key "$job/job.key"
+    measure "$job"
 }
 
 # Start from scratch, so that the table never mixes settings; the Makefile in this folder resumes instead.

@@ -17,6 +17,9 @@ from fedqsn_cli.version import VERSION
 if TYPE_CHECKING:  # the same as what __getattr__ makes from the table
     from fedqsn_cli import options
     from fedqsn_cli.auditing import run
+    from fedqsn_cli.crypto import keys
+    from fedqsn_cli.crypto import seal as _sealing
+    from fedqsn_cli.crypto import verify as _verifying
     from fedqsn_cli.export import proxy, server_model
     from fedqsn_cli.inspection import inspect as _inspect
     from fedqsn_cli.merging.consolidate import consolidate as _consolidate
@@ -30,14 +33,32 @@ if TYPE_CHECKING:  # the same as what __getattr__ makes from the table
     consolidate = with_keywords(_consolidate, options.ConsolidateOptions)
     evaluate = with_keywords(_evaluate, options.EvaluateOptions)
     export_proxy = with_keywords(proxy.export_proxy, options.ExportOptions)
+    keygen = with_keywords(keys.keygen, options.KeygenOptions)
     inspect = with_keywords(_inspect, options.InspectOptions)
     mask = with_keywords(server_model.mask, options.MaskOptions)
     merge = with_keywords(_merge, options.MergeOptions)
     quantize = with_keywords(server_model.quantize, options.QuantizeOptions)
+    seal = with_keywords(_sealing.seal, options.SealOptions)
+    unseal = with_keywords(_sealing.unseal, options.UnsealOptions)
+    verify = with_keywords(_verifying.verify, options.VerifyOptions)
 
 __version__ = VERSION
 
-__all__ = ["audit", "client_train", "consolidate", "evaluate", "export_proxy", "inspect", "mask", "merge", "quantize"]
+__all__ = [
+    "audit",
+    "client_train",
+    "consolidate",
+    "evaluate",
+    "export_proxy",
+    "inspect",
+    "keygen",
+    "mask",
+    "merge",
+    "quantize",
+    "seal",
+    "unseal",
+    "verify",
+]
 
 COMMANDS = {  # in the order of use: what implements a command, and the class of its options
     "mask": ("fedqsn_cli.export.server_model", "MaskOptions"),
@@ -49,6 +70,10 @@ COMMANDS = {  # in the order of use: what implements a command, and the class of
     "inspect": ("fedqsn_cli.inspection", "InspectOptions"),
     "evaluate": ("fedqsn_cli.training.evaluate", "EvaluateOptions"),
     "audit": ("fedqsn_cli.auditing.run", "AuditOptions"),
+    "keygen": ("fedqsn_cli.crypto.keys", "KeygenOptions"),
+    "verify": ("fedqsn_cli.crypto.verify", "VerifyOptions"),
+    "seal": ("fedqsn_cli.crypto.seal", "SealOptions"),
+    "unseal": ("fedqsn_cli.crypto.seal", "UnsealOptions"),
 }
 
 

@@ -5,6 +5,7 @@
     │   ├── FormatError                    a file is malformed (safetensors header, JSON, TOML, ledger line)
     │   ├── PlanError                      a tensor has no rule, or a plan file asks for the impossible
     │   ├── KeyFileError                   a key is missing, readable by others, or belongs to another job
+    │   ├── SignatureError                 a signature is missing, false, or of another key
     │   ├── RefusedUpdate                  an update is stale, foreign, duplicate, non-finite or too large
     │   ├── OutputExists                   an output path is taken and --force was not given
     │   ├── DataError                      a training or evaluation file cannot be used
@@ -54,7 +55,11 @@ class PlanError(InputError):
 
 
 class KeyFileError(InputError):
-    """A job key is missing, readable by others, malformed, or belongs to another job."""
+    """A key is missing, readable by others, malformed, or belongs to another job."""
+
+
+class SignatureError(InputError):
+    """A signature is missing, does not verify, or is that of another key."""
 
 
 class RefusedUpdate(InputError):

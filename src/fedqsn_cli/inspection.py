@@ -24,12 +24,13 @@ from fedqsn_cli.artifacts.manifests import ModelManifest, ProxyManifest, Quantiz
 from fedqsn_cli.artifacts.proxy_folder import open_visible
 from fedqsn_cli.artifacts.update_folder import files_of
 from fedqsn_cli.checkpoint import Checkpoint, Header, Source, read_header, resolve
+from fedqsn_cli.checkpoint.files import open_regular_file
 from fedqsn_cli.errors import InputError, PlanError
 from fedqsn_cli.masks import job_key
 from fedqsn_cli.models.model import ModelTensor, model_tensors, open_model
+from fedqsn_cli.models.plan_file import load_overrides
 from fedqsn_cli.models.public_base import Match, open_base
 from fedqsn_cli.options import InspectOptions
-from fedqsn_cli.planning.overrides import load_overrides
 from fedqsn_cli.planning.placement import schedule_text
 from fedqsn_cli.planning.plan import Plan, make_plan
 from fedqsn_cli.planning.tensor_plan import TensorPlan
@@ -127,8 +128,9 @@ def inspect(path: str | Path, options: InspectOptions = _DEFAULTS) -> Inspection
     if not options.show_plan:
         return replace(inspection, plan=None)
     if inspection.plan is None:
-        problem = inspection.problem or f"this {inspection.kind} has no plan"
-        raise PlanError(problem, where=path, hint="leave out --show-plan")
+        if inspection.problem is not None:
+            raise PlanError(inspection.problem)
+        raise PlanError(f"this {inspection.kind} has no plan", where=path, hint="leave out --show-plan")
     return inspection
 
 
@@ -161,7 +163,7 @@ def _plan_rules(options: InspectOptions) -> dict[str, Any] | None:
 
 def _json_file(path: Path) -> Inspection:
     """A key or a ledger, which names its format near its start."""
-    with path.open("rb") as file:
+    with open(open_regular_file(path), "rb") as file:
         match = _FORMAT.search(file.read(_FORMAT_WITHIN))
     kind = match[1].decode() if match else None
     if kind == "key":

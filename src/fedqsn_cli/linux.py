@@ -26,6 +26,7 @@ NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, er
 
 _AT_FDCWD = -100
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2  # linux/fs.h
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _MALLOC = {-3: 32 << 20, -1: 128 << 20, -8: 1}  # malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
 
 
@@ -112,6 +113,13 @@ def _is_resident(mincore: Any, address: int) -> bool:
     if mincore is None or mincore(ctypes.c_void_p(address), ctypes.c_size_t(PAGE), flags):
         raise _last_error()
     return bool(flags[0] & 1)
+
+
+def end_with_parent() -> None:
+    """Let this process be killed when its parent ends; where the system cannot, it goes on."""
+    prctl = _function("prctl")
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
 
 
 def keep_freed_memory() -> None:

@@ -256,7 +256,7 @@ def _rewritten(lines: list[bytes]) -> bytes:
     return made
 
 
-SPOILT: dict[str, Callable[[list[bytes]], bytes]] = {
+TAMPERED: dict[str, Callable[[list[bytes]], bytes]] = {
     "last line changed": lambda lines: b"".join(lines).replace(b'"c3"', b'"c9"'),
     "last line removed": lambda lines: b"".join(lines[:-1]),
     "last two removed": lambda lines: b"".join(lines[:-2]),
@@ -267,11 +267,11 @@ SPOILT: dict[str, Callable[[list[bytes]], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
+@pytest.mark.parametrize("tamper", TAMPERED.values(), ids=TAMPERED)
 def test_a_ledger_that_does_not_end_at_its_head_is_refused_with_and_without_the_key(
-    spoil: Callable[[list[bytes]], bytes], sealed: Path
+    tamper: Callable[[list[bytes]], bytes], sealed: Path
 ) -> None:
-    sealed.write_bytes(spoil(sealed.read_bytes().splitlines(keepends=True)))
+    sealed.write_bytes(tamper(sealed.read_bytes().splitlines(keepends=True)))
     bad = sealed.read_bytes()
     for job in (JOB, None):
         with pytest.raises(FormatError, match="removed|changed"):

@@ -142,7 +142,7 @@ def test_unknown_fields_are_refused_at_every_depth(kind: str) -> None:
 UPDATE = json.loads(manifest_bytes(MANIFESTS["update"]))
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.0, 1.5, "1", True, None, 2**53 + 1, 10**400])
+@pytest.mark.parametrize("value", [0, -1, 1.0, 1.5, "1", True, None, 2**53 + 1, 10**200])
 def test_a_number_of_examples_is_a_whole_number_above_zero(value: Any) -> None:
     with pytest.raises(FormatError, match="num_examples"):
         parse_manifest(changed(UPDATE, ("num_examples",), value), UpdateManifest, "there")

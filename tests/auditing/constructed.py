@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fedqsn_cli.auditing.findings import (
     AttackScore,
+    Attempt,
     Audit,
     Check,
     CurvePoint,
@@ -122,7 +123,15 @@ def function(rho: float | None, *curve: CurvePoint) -> FunctionRecovery:
         ModelScore("attacked", 0.875, None),
         ModelScore("base", 1.5, 0.25),
     )
-    return FunctionRecovery("coalition of 2", scores, "base", 1.5, rho, "union, base fill", curve)
+    attempts = (
+        Attempt("as sent", "none needed", 0, 1.0, 0.625, 0),
+        Attempt("union, base fill", "Hu et al. 2021", 0, 0.875, None, 0),
+        Attempt("union, base fill, LoRA", "Hu et al. 2021", 100, 0.75, 0.8125, 80),
+    )
+    left_out = ("union, base fill, healing, 100 examples",)
+    if not curve:
+        return FunctionRecovery("coalition of 2", scores, "base", 1.5, rho, "union, base fill")
+    return FunctionRecovery("coalition of 2", scores, "base", 1.5, rho, "union, base fill", curve, attempts, left_out)
 
 
 def passed() -> Audit:
@@ -172,7 +181,10 @@ def over_the_limits() -> Audit:
     exposure = seen(
         client("alice", 0.5625, 0.9), client("bob", 0.5), client("carol", 0.25, 0.3, 0.35), coalitions=coalitions
     )
-    curve = (CurvePoint(100, 0.75, 0.8125, 0.75, 1.25, 0.6875), CurvePoint(1000, 0.625, None, 0.875, 1.0, 0.75))
+    curve = (
+        CurvePoint(100, 0.75, 0.8125, 0.75, 1.25, 0.6875, "union, base fill, LoRA"),
+        CurvePoint(1000, 0.625, None, 0.875, 1.0, 0.75),
+    )
     recoveries = tuple(recovery(f"proxy {name}") for name in names) + (recovery("coalition of 3", worse=0.25),)
     return Audit(limits, checks, recoveries, function(0.625, *curve), exposure, POLICY, INPUTS, "0.1.0")
 

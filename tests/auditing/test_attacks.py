@@ -22,15 +22,15 @@ from fedqsn_cli.auditing.recovery.weights import recover_weights
 from fedqsn_cli.export.outputs import METADATA
 from fedqsn_cli.options import AuditOptions
 from support.families import build
-from support.leaks import World, make_world, requantize, shake, spoil
+from support.leaks import AuditedJob, make_job, perturb_codes, requantize, tamper
 
 UP = "model.layers.{}.mlp.up_proj.weight"
 GAUSSIAN = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
 """Size of the model whose matrices are Gaussian."""
 
 
-def gaussian(home: Path, *, clients: int = 1, dtype: str = "float32", **options: Any) -> World:
-    """A world of nothing but standard normal matrices."""
+def gaussian(home: Path, *, clients: int = 1, dtype: str = "float32", **options: Any) -> AuditedJob:
+    """A job of nothing but standard normal matrices."""
 
     def edit(tensors: dict[str, torch.Tensor]) -> None:
         noise = torch.Generator().manual_seed(1)
@@ -40,14 +40,14 @@ def gaussian(home: Path, *, clients: int = 1, dtype: str = "float32", **options:
             tensors[UP.format(layer)] = torch.randn(256, 512, generator=noise).to(getattr(torch, dtype))
 
     names = [f"c{number}" for number in range(clients)]
-    return make_world(home, "llama", clients=names, edit=edit, **options)
+    return make_job(home, "llama", clients=names, edit=edit, **options)
 
 
-def attack(world: World, *, base: Path | None = None, clients: Any = None) -> tuple[tuple[Recovery, ...], Collector]:
+def attack(job: AuditedJob, *, base: Path | None = None, clients: Any = None) -> tuple[tuple[Recovery, ...], Collector]:
     collector = Collector()
-    folders = [world.proxy(client) for client in clients or world.clients]
+    folders = [job.proxy(client) for client in clients or job.clients]
     inputs = open_inputs(
-        folders, collector, AuditOptions(truth=world.truth, key=world.key, ledger=world.ledger, public_base=base)
+        folders, collector, AuditOptions(truth=job.truth, key=job.key, ledger=job.ledger, public_base=base)
     )
     return recover_weights(inputs, collector), collector
 
@@ -61,7 +61,7 @@ def score(recovery: Recovery, name: str) -> AttackScore:
 def test_one_proxy_gives_one_weight_in_64_exactly_and_an_error_of_eight_thousandths(
     dtype: str, double: bool, tmp_path: Path
 ) -> None:
-    (found,), collector = attack(gaussian(tmp_path / "world", dtype=dtype, p1=0.0, p2=0.0, double_quant=double))
+    (found,), collector = attack(gaussian(tmp_path / "job", dtype=dtype, p1=0.0, p2=0.0, double_quant=double))
     assert not collector.findings
     best = score(found, "descale")
     assert best.exact_share == pytest.approx(1 / 64, abs=6e-4) if not double else best.exact_share < 1e-3
@@ -70,7 +70,7 @@ def test_one_proxy_gives_one_weight_in_64_exactly_and_an_error_of_eight_thousand
 
 
 def test_exact_weights_of_a_masked_proxy_are_one_in_64_of_what_is_shown(tmp_path: Path) -> None:
-    (found,), _ = attack(gaussian(tmp_path / "world", p1=0.25, p2=0.2))
+    (found,), _ = attack(gaussian(tmp_path / "job", p1=0.25, p2=0.2))
     for tensor in found.tensors:
         assert tensor.visible_share == pytest.approx(0.75 * 0.8, abs=0.01)
         assert tensor.exact_share == pytest.approx(tensor.visible_share / 64, rel=0.01)
@@ -80,7 +80,7 @@ def test_exact_weights_of_a_masked_proxy_are_one_in_64_of_what_is_shown(tmp_path
 
 
 def test_thirty_colluders_gain_coverage_but_no_precision_when_codes_are_fixed(tmp_path: Path) -> None:
-    found, _ = attack(gaussian(tmp_path / "world", clients=30, p1=0.2, p2=0.3, axis="input"))
+    found, _ = attack(gaussian(tmp_path / "job", clients=30, p1=0.2, p2=0.3, axis="input"))
     alone, together = found[0], found[-1]
     assert together.scope == "coalition of 30"
     for name in ("union", "average", "intersect", "scale reading"):
@@ -91,10 +91,10 @@ def test_thirty_colluders_gain_coverage_but_no_precision_when_codes_are_fixed(tm
 
 
 def test_thirty_colluders_gain_precision_when_scales_follow_the_client_mask(tmp_path: Path) -> None:
-    world = gaussian(tmp_path / "world", clients=30, p1=0.0, p2=0.3, axis="input")
-    for client in world.clients:
-        requantize(world, client, masked_before=True)
-    found, _ = attack(world)
+    job = gaussian(tmp_path / "job", clients=30, p1=0.0, p2=0.3, axis="input")
+    for client in job.clients:
+        requantize(job, client, masked_before=True)
+    found, _ = attack(job)
     assert 10 ** found[-1].peak.log10_nmse_visible < 2.5e-3
     assert found[-1].peak.exact_share == pytest.approx(0.055, abs=0.006)
     assert found[0].peak.exact_share == pytest.approx(1 / 64, abs=0.001)
@@ -102,17 +102,17 @@ def test_thirty_colluders_gain_precision_when_scales_follow_the_client_mask(tmp_
 
 
 def test_averaging_undoes_stochastic_rounding(tmp_path: Path) -> None:
-    world = gaussian(tmp_path / "world", clients=6, p1=0.0, p2=0.0)
-    before = 10 ** attack(world)[0][0].best.log10_nmse
-    for seed, client in enumerate(world.clients):
-        shake(world, client, seed)
-    found, _ = attack(world)
+    job = gaussian(tmp_path / "job", clients=6, p1=0.0, p2=0.0)
+    before = 10 ** attack(job)[0][0].best.log10_nmse
+    for seed, client in enumerate(job.clients):
+        perturb_codes(job, client, seed)
+    found, _ = attack(job)
     assert 10 ** score(found[-1], "average").log10_nmse < 0.6 * 10 ** score(found[0], "descale").log10_nmse
     assert before < 9e-3
 
 
 def test_what_is_not_quantized_is_known_exactly(tmp_path: Path) -> None:
-    (found,), _ = attack(gaussian(tmp_path / "world", p1=0.25, p2=0.2, format="none", dtype="bfloat16"))
+    (found,), _ = attack(gaussian(tmp_path / "job", p1=0.25, p2=0.2, format="none", dtype="bfloat16"))
     assert found.tensors[0].exact_share > 0.8 * found.tensors[0].visible_share
     (found,), _ = attack(gaussian(tmp_path / "plain", p1=0.0, p2=0.0, format="none"))
     assert (
@@ -120,7 +120,7 @@ def test_what_is_not_quantized_is_known_exactly(tmp_path: Path) -> None:
     )
 
 
-def fine_tuned(home: Path, rank: int) -> tuple[World, Path]:
+def fine_tuned(home: Path, rank: int) -> tuple[AuditedJob, Path]:
     """A model that differs from a public base by matrices of low rank."""
     noise = torch.Generator().manual_seed(2)
     public = home / "public"
@@ -133,15 +133,15 @@ def fine_tuned(home: Path, rank: int) -> tuple[World, Path]:
             left, right = torch.randn(256, rank, generator=noise), torch.randn(rank, 512, generator=noise)
             tensors[name] = x + 0.05 * left @ right / math.sqrt(rank)
 
-    world = make_world(home / "world", "llama", clients=["alice"], edit=edit, p1=0.2, p2=0.1)
+    job = make_job(home / "job", "llama", clients=["alice"], edit=edit, p1=0.2, p2=0.1)
     save_file(base, public / "model.safetensors", METADATA)
-    (public / "config.json").write_bytes((world.truth / "config.json").read_bytes())
-    return world, public
+    (public / "config.json").write_bytes((job.truth / "config.json").read_bytes())
+    return job, public
 
 
 def test_with_a_public_base_the_secret_difference_is_measured_and_recovered(tmp_path: Path) -> None:
-    world, base = fine_tuned(tmp_path, rank=2)
-    (found,), _ = attack(world, base=base)
+    job, base = fine_tuned(tmp_path, rank=2)
+    (found,), _ = attack(job, base=base)
     assert (score(found, "descale").delta_recovered or 0) < 0  # the base alone is nearer
     filled, clamped = (score(found, name).delta_recovered or 0 for name in ("descale, base fill", "clamp, base fill"))
     completed = score(found, attacks.LOW_RANK).delta_recovered or 0
@@ -152,26 +152,26 @@ def test_with_a_public_base_the_secret_difference_is_measured_and_recovered(tmp_
 
 
 def test_a_base_that_is_the_truth_recovers_everything(tmp_path: Path) -> None:
-    world = gaussian(tmp_path / "world", p1=0.2, p2=0.1)
-    (found,), _ = attack(world, base=world.truth)
+    job = gaussian(tmp_path / "job", p1=0.2, p2=0.1)
+    (found,), _ = attack(job, base=job.truth)
     best = score(found, "clamp, base fill")
     assert best.log10_nmse < -9 and best.delta_recovered is None
 
 
 def test_weights_that_are_no_numbers_make_the_audit_incomplete(tmp_path: Path) -> None:
-    world = gaussian(tmp_path / "world", format="none")
+    job = gaussian(tmp_path / "job", format="none")
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors[UP.format(0)][tensors[UP.format(0)] > 2] = math.nan
 
-    spoil(world, change, "c0")
-    _, collector = attack(world)
+    tamper(job, change, "c0")
+    _, collector = attack(job)
     assert {finding.rule for finding in collector.findings} == {"FQ902"}
-    weights = load_file(world.truth / "model.safetensors")
-    hidden = int(world.hidden(UP.format(1)).nonzero()[0][0])
+    weights = load_file(job.truth / "model.safetensors")
+    hidden = int(job.hidden(UP.format(1)).nonzero()[0][0])
     weights[UP.format(1)][hidden, 0] = math.inf
-    save_file(weights, world.truth / "model.safetensors", METADATA)
-    _, collector = attack(world)
+    save_file(weights, job.truth / "model.safetensors", METADATA)
+    _, collector = attack(job)
     assert {finding.tensor for finding in collector.findings} >= {UP.format(1)}
 
 
@@ -180,14 +180,14 @@ def test_weights_that_are_no_numbers_make_the_audit_incomplete(tmp_path: Path) -
     "options", [{"format": "nf4"}, {"format": "int8"}, {"format": "nf2", "axis": "input"}], ids=str
 )
 def test_sums_by_attack_are_those_of_dense_weights(family: str, options: dict[str, Any], tmp_path: Path) -> None:
-    world = make_world(tmp_path / "world", family, clients=["alice"], **options)
-    (found,), collector = attack(world)
+    job = make_job(tmp_path / "job", family, clients=["alice"], **options)
+    (found,), collector = attack(job)
     assert not collector.findings
     from fedqsn_cli.checkpoint import Checkpoint
     from fedqsn_cli.models.dense import load_dense
 
-    proxy = open_inputs([world.proxy()], Collector()).proxies[0]
-    truth, sent = load_dense(Checkpoint.open(world.truth)), load_dense(Checkpoint.open(world.proxy()))
+    proxy = open_inputs([job.proxy()], Collector()).proxies[0]
+    truth, sent = load_dense(Checkpoint.open(job.truth)), load_dense(Checkpoint.open(job.proxy()))
     error = energy = 0.0
     for name, w in truth.items():
         if w.is_floating_point():
@@ -222,31 +222,31 @@ def test_sums_of_a_part_and_the_rest_make_the_whole() -> None:
 
 
 def test_several_rounds_and_formats_are_put_together_by_format(tmp_path: Path) -> None:
-    world = gaussian(tmp_path / "world", clients=2, p1=0.2, p2=0.3)
+    job = gaussian(tmp_path / "job", clients=2, p1=0.2, p2=0.3)
     export_proxy(
-        str(world.truth),
-        world.home / "later",
+        str(job.truth),
+        job.home / "later",
         client=["c0"],
         round=2,
-        key=world.key,
-        ledger=world.ledger,
+        key=job.key,
+        ledger=job.ledger,
         p2=0.3,
         format="nf3",
     )
-    found, _ = attack(world, clients=["c0", "c1", "later"])
+    found, _ = attack(job, clients=["c0", "c1", "later"])
     assert [one.scope for one in found] == ["proxy c0", "proxy c1", "coalition of 2", "proxy later"]
 
 
 @pytest.mark.parametrize(("attack", "fill"), [("descale", None), ("descale, base fill", "base")])
 def test_the_direction_of_a_difference_is_its_squared_cosine(attack: str, fill: str | None, tmp_path: Path) -> None:
     """An oracle in numpy, on a proxy that shows visible weights as they are."""
-    world = make_world(tmp_path / "world", clients=["alice"], p2=0.0, format="none", rescale=False)
+    job = make_job(tmp_path / "job", clients=["alice"], p2=0.0, format="none", rescale=False)
     build("bert", tmp_path / "base", seed=11)
-    found = audit(world.proxy(), truth=world.truth, key=world.key, public_base=tmp_path / "base")
+    found = audit(job.proxy(), truth=job.truth, key=job.key, public_base=tmp_path / "base")
     base = load_file(tmp_path / "base" / "model.safetensors")
-    shown = load_file(world.proxy() / "model.safetensors")
+    shown = load_file(job.proxy() / "model.safetensors")
     secret, learnt = [], []
-    for name, weights in world.weights().items():
+    for name, weights in job.weights().items():
         if not weights.is_floating_point():
             continue
         guess = shown[name].where(shown[name] == weights, base[name]) if fill == "base" else shown[name]

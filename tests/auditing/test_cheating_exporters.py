@@ -19,7 +19,7 @@ from fedqsn_cli import strictjson
 from fedqsn_cli.auditing.findings import Audit
 from fedqsn_cli.checkpoint import FILE_MODE, FILE_TIME
 from fedqsn_cli.masks import job_key
-from support.leaks import World, audit, make_world, sign
+from support.leaks import AuditedJob, audit, make_job, sign
 
 KINDS: dict[str, dict[str, Any]] = {
     "zero fill": {},
@@ -27,28 +27,28 @@ KINDS: dict[str, dict[str, Any]] = {
     "base fill": {"fill": "base"},
     "base fill, sharded": {"fill": "base", "max_shard_size": "60KB"},
 }
-Cheat = Callable[[World], None]
+Cheat = Callable[[AuditedJob], None]
 
 
 @pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
-def clean(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
-    world = make_world(tmp_path_factory.mktemp("clean") / "world", clients=["alice"], **request.param)
-    assert reproduced(audit(world)) == ["pass"]
-    return world
+def clean(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AuditedJob:
+    job = make_job(tmp_path_factory.mktemp("clean") / "job", clients=["alice"], **request.param)
+    assert reproduced(audit(job)) == ["pass"]
+    return job
 
 
 @pytest.fixture
-def world(clean: World, tmp_path: Path) -> World:
-    return clean.copy(tmp_path / "world")
+def job(clean: AuditedJob, tmp_path: Path) -> AuditedJob:
+    return clean.copy(tmp_path / "job")
 
 
 def reproduced(found: Audit) -> list[str]:
     return [check.status for check in found.checked if check.rule == "FQ012"]
 
 
-def message(world: World) -> str:
+def message(job: AuditedJob) -> str:
     """What FQ012 says about the only proxy; it must fail."""
-    found = audit(world)
+    found = audit(job)
     assert found.exit_code == 4 and reproduced(found) == ["fail"]
     (finding,) = [finding for finding in found.findings if finding.rule == "FQ012"]
     return finding.message
@@ -61,8 +61,8 @@ def plain(folder: Path) -> None:
         os.utime(path, (FILE_TIME, FILE_TIME))
 
 
-def shards(world: World) -> list[Path]:
-    return sorted(world.proxy().glob("model*.safetensors"))
+def shards(job: AuditedJob) -> list[Path]:
+    return sorted(job.proxy().glob("model*.safetensors"))
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], spaces: int = 0) -> None:
@@ -75,7 +75,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], spac
 
 
 def header(change: Callable[[dict[str, Any]], dict[str, Any]], spaces: int = 0) -> Cheat:
-    return lambda world: rewrite(shards(world)[0], change, spaces)
+    return lambda job: rewrite(shards(job)[0], change, spaces)
 
 
 def swapped(entries: dict[str, Any]) -> dict[str, Any]:
@@ -91,9 +91,9 @@ def fields(entries: dict[str, Any]) -> dict[str, Any]:
     return entries | {name: dict(reversed(entries[name].items()))}
 
 
-def moved(world: World) -> None:
+def moved(job: AuditedJob) -> None:
     """Two tensors of a file, and their entries, in the other order."""
-    path = shards(world)[0]
+    path = shards(job)[0]
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     entries = json.loads(data[8:start])
@@ -112,8 +112,8 @@ def moved(world: World) -> None:
 def document(name: str, change: Callable[[dict[str, Any]], object], spell: Callable[[Any], str] | None = None) -> Cheat:
     """Change a JSON file; it is spelled as exports do unless told otherwise."""
 
-    def cheat(world: World) -> None:
-        path = world.proxy() / name
+    def cheat(job: AuditedJob) -> None:
+        path = job.proxy() / name
         content = json.loads(path.read_text())
         change(content)
         path.write_text((spell or strictjson.pretty)(content))
@@ -138,7 +138,7 @@ CONTENTS: dict[str, Cheat] = {
     "a bit in a config": document("config.json", lambda content: content.update(vocab_size=98)),
     "white space of a config": document("config.json", lambda content: None, compact),
     "order of a config": document("config.json", lambda content: None, reordered),
-    "a byte after a tokenizer": lambda world: append(world.proxy() / "tokenizer.json", b"\n"),
+    "a byte after a tokenizer": lambda job: append(job.proxy() / "tokenizer.json", b"\n"),
 }
 
 
@@ -147,18 +147,18 @@ def append(path: Path, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("cheat", CONTENTS.values(), ids=CONTENTS)
-def test_bytes_that_an_export_does_not_write_are_found(cheat: Cheat, world: World) -> None:
-    cheat(world)
-    sign(world)
-    plain(world.proxy())
-    assert "differs from what an export writes at byte" in message(world)
+def test_bytes_that_an_export_does_not_write_are_found(cheat: Cheat, job: AuditedJob) -> None:
+    cheat(job)
+    sign(job)
+    plain(job.proxy())
+    assert "differs from what an export writes at byte" in message(job)
 
 
-def test_a_file_of_tensors_that_goes_on_cannot_be_opened_and_does_not_pass(world: World) -> None:
-    append(shards(world)[-1], b"\0")
-    sign(world)
-    plain(world.proxy())
-    assert audit(world).exit_code == 3
+def test_a_file_of_tensors_that_goes_on_cannot_be_opened_and_does_not_pass(job: AuditedJob) -> None:
+    append(shards(job)[-1], b"\0")
+    sign(job)
+    plain(job.proxy())
+    assert audit(job).exit_code == 3
 
 
 INDEX: dict[str, Cheat] = {
@@ -170,91 +170,91 @@ INDEX: dict[str, Cheat] = {
 
 
 @pytest.mark.parametrize("cheat", INDEX.values(), ids=INDEX)
-def test_an_index_carries_nothing(cheat: Cheat, world: World) -> None:
-    if len(shards(world)) == 1:
+def test_an_index_carries_nothing(cheat: Cheat, job: AuditedJob) -> None:
+    if len(shards(job)) == 1:
         pytest.skip("there is no index")
-    cheat(world)
-    sign(world)
-    plain(world.proxy())
-    assert message(world).startswith("model.safetensors.index.json differs")
+    cheat(job)
+    sign(job)
+    plain(job.proxy())
+    assert message(job).startswith("model.safetensors.index.json differs")
 
 
-def test_names_and_cuts_of_shards_carry_nothing(world: World) -> None:
-    count = len(shards(world))
+def test_names_and_cuts_of_shards_carry_nothing(job: AuditedJob) -> None:
+    count = len(shards(job))
     if count == 1:
-        shards(world)[0].rename(world.proxy() / "model-00001-of-00001.safetensors")
+        shards(job)[0].rename(job.proxy() / "model-00001-of-00001.safetensors")
     else:  # numbered as if there were one more
-        index = world.proxy() / "model.safetensors.index.json"
+        index = job.proxy() / "model.safetensors.index.json"
         text = index.read_text()
-        for path in shards(world):
+        for path in shards(job):
             name = path.name.replace(f"of-{count:05d}", f"of-{count + 1:05d}")
-            path.rename(world.proxy() / name)
+            path.rename(job.proxy() / name)
             text = text.replace(path.name, name)
         index.write_text(text)
-    sign(world)
-    plain(world.proxy())
-    assert audit(world).exit_code in {3, 4}
+    sign(job)
+    plain(job.proxy())
+    assert audit(job).exit_code in {3, 4}
 
 
-def manifest(world: World, change: Callable[[dict[str, Any]], object]) -> None:
+def manifest(job: AuditedJob, change: Callable[[dict[str, Any]], object]) -> None:
     """Change proxy.json, and its ledger line with it."""
-    path = world.proxy() / "proxy.json"
+    path = job.proxy() / "proxy.json"
     content = json.loads(path.read_text())
     old = content["proxy_id"]
     change(content)
-    world.ledger.write_text(world.ledger.read_text().replace(old, content["proxy_id"]))
+    job.ledger.write_text(job.ledger.read_text().replace(old, content["proxy_id"]))
     path.write_text(strictjson.pretty(content))
-    sign(world)
-    plain(world.proxy())
+    sign(job)
+    plain(job.proxy())
 
 
-def test_a_proxy_id_that_is_the_key_in_disguise_is_found(world: World) -> None:
-    disguised = bytes(byte ^ 0x5A for byte in job_key.load(world.key).key).hex()
-    manifest(world, lambda content: content.update(proxy_id=disguised))
-    assert "proxy.json differs" in message(world) and "(/proxy_id)" in message(world)
+def test_a_proxy_id_that_is_the_key_in_disguise_is_found(job: AuditedJob) -> None:
+    disguised = bytes(byte ^ 0x5A for byte in job_key.load(job.key).key).hex()
+    manifest(job, lambda content: content.update(proxy_id=disguised))
+    assert "proxy.json differs" in message(job) and "(/proxy_id)" in message(job)
 
 
-def test_weights_in_the_reference_of_the_public_base_are_found(world: World) -> None:
-    if world.base is None:
+def test_weights_in_the_reference_of_the_public_base_are_found(job: AuditedJob) -> None:
+    if job.base is None:
         pytest.skip("there is no public base")
-    weights = next(iter(world.weights().values())).numpy().tobytes()
-    manifest(world, lambda one: one["public_base"].update(reference=base64.b64encode(weights).decode()))
-    assert "(/public_base/reference)" in message(world)
+    weights = next(iter(job.weights().values())).numpy().tobytes()
+    manifest(job, lambda one: one["public_base"].update(reference=base64.b64encode(weights).decode()))
+    assert "(/public_base/reference)" in message(job)
 
 
-def test_a_commit_that_nobody_verified_does_not_pass(world: World) -> None:
-    if world.base is None:
+def test_a_commit_that_nobody_verified_does_not_pass(job: AuditedJob) -> None:
+    if job.base is None:
         pytest.skip("there is no public base")
-    key = job_key.load(world.key).key.hex()[:40]
-    manifest(world, lambda one: one["public_base"].update(reference=f"hf://owner/base@{key}"))
-    assert sorted(reproduced(audit(world))) == ["not-run", "pass"]
+    key = job_key.load(job.key).key.hex()[:40]
+    manifest(job, lambda one: one["public_base"].update(reference=f"hf://owner/base@{key}"))
+    assert sorted(reproduced(audit(job))) == ["not-run", "pass"]
 
 
-def test_white_space_of_a_manifest_is_found(world: World) -> None:
-    manifest(world, lambda content: None)
-    path = world.proxy() / "proxy.json"
+def test_white_space_of_a_manifest_is_found(job: AuditedJob) -> None:
+    manifest(job, lambda content: None)
+    path = job.proxy() / "proxy.json"
     path.write_text(path.read_text() + " ")
-    plain(world.proxy())
-    assert audit(world).exit_code == 4
+    plain(job.proxy())
+    assert audit(job).exit_code == 4
 
 
 # ---------------------------------------------------------------- what is not in any file
 
 
-def _attribute(world: World) -> None:
+def _attribute(job: AuditedJob) -> None:
     try:
-        os.setxattr(world.proxy() / "config.json", "user.note", b"secret")
+        os.setxattr(job.proxy() / "config.json", "user.note", b"secret")
     except OSError:
         pytest.skip("no extended attributes here")
 
 
-def _linked(world: World) -> None:
-    shutil.move(world.proxy() / "config.json", world.home / "config.json")
-    (world.proxy() / "config.json").symlink_to(world.home / "config.json")
+def _linked(job: AuditedJob) -> None:
+    shutil.move(job.proxy() / "config.json", job.home / "config.json")
+    (job.proxy() / "config.json").symlink_to(job.home / "config.json")
 
 
-def _socket(world: World) -> None:
-    place = os.open(world.proxy(), os.O_RDONLY)
+def _socket(job: AuditedJob) -> None:
+    place = os.open(job.proxy(), os.O_RDONLY)
     try:
         with socket.socket(socket.AF_UNIX) as one:
             one.bind(f"/proc/self/fd/{place}/s")
@@ -262,9 +262,9 @@ def _socket(world: World) -> None:
         os.close(place)
 
 
-def _device(world: World) -> None:
+def _device(job: AuditedJob) -> None:
     try:
-        os.mknod(world.proxy() / "zero", stat.S_IFCHR | 0o644, os.makedev(1, 5))
+        os.mknod(job.proxy() / "zero", stat.S_IFCHR | 0o644, os.makedev(1, 5))
     except OSError:
         pytest.skip("devices need root")
 
@@ -287,9 +287,9 @@ ENTRIES: dict[str, tuple[Cheat, str]] = {
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("cheat", "expected"), ENTRIES.values(), ids=ENTRIES)
-def test_entries_that_are_no_plain_files_of_the_release_are_found(cheat: Cheat, expected: str, world: World) -> None:
-    cheat(world)
-    assert expected in message(world)
+def test_entries_that_are_no_plain_files_of_the_release_are_found(cheat: Cheat, expected: str, job: AuditedJob) -> None:
+    cheat(job)
+    assert expected in message(job)
 
 
 # ---------------------------------------------------------------- what the owner's own folder smuggles
@@ -304,8 +304,8 @@ def test_weights_in_the_owners_own_template_are_found_and_can_be_waived(
     spell: Callable[[bytes], str], tmp_path: Path
 ) -> None:
     text = spell(hashlib.shake_256(b"weights").digest(3000))
-    world = make_world(tmp_path / "world", clients=["alice"], prepare=_template("{# " + text + " #}"))
-    found = audit(world)
+    job = make_job(tmp_path / "job", clients=["alice"], prepare=_template("{# " + text + " #}"))
+    found = audit(job)
     assert reproduced(found) == ["pass"], "it is the owner's own file"
     (finding,) = found.findings
     assert (finding.rule, finding.severity) == ("FQ104", "gate")
@@ -314,10 +314,10 @@ def test_weights_in_the_owners_own_template_are_found_and_can_be_waived(
 
 def test_a_template_of_the_usual_kind_is_no_finding(tmp_path: Path) -> None:
     loop = "{% for message in messages %}{{ message.role }}: {{ message.content }}{% endfor %}" + "-" * 500
-    world = make_world(tmp_path / "world", clients=["alice"], prepare=_template(loop))
-    assert audit(world).findings == ()
+    job = make_job(tmp_path / "job", clients=["alice"], prepare=_template(loop))
+    assert audit(job).findings == ()
 
 
 def test_a_companion_of_unknown_size_is_found(tmp_path: Path) -> None:
-    world = make_world(tmp_path / "world", clients=["alice"], prepare=_template("word " * 60_000))
-    assert [finding.rule for finding in audit(world).findings] == ["FQ104"]
+    job = make_job(tmp_path / "job", clients=["alice"], prepare=_template("word " * 60_000))
+    assert [finding.rule for finding in audit(job).findings] == ["FQ104"]

@@ -14,7 +14,7 @@ import yaml
 
 from fedqsn_cli import mask
 from fedqsn_cli.cli.app import build
-from support.helpers import make_model, programs, with_sources
+from support.helpers import make_model, search_path, with_sources
 from support.processes import SOURCES
 
 CI = Path(__file__).parents[2] / "examples" / "ci"
@@ -49,7 +49,7 @@ def desk(folder: Path) -> tuple[Path, dict[str, str]]:
     shutil.copy(CI / "Makefile", folder / "Makefile")
     (folder / "policy.toml").write_text('[scope]\nrequire = ["invariants", "exposure"]\n[budget]\nclient = 0.9\n')
     mask(str(folder / "global"), folder / "server", key=folder / "job.key", p1=0.25)
-    environment = os.environ | {"PATH": programs(folder / "bin"), "PYTHONPATH": with_sources(SOURCES)}
+    environment = os.environ | {"PATH": search_path(folder / "bin"), "PYTHONPATH": with_sources(SOURCES)}
     return folder, environment
 
 

@@ -34,7 +34,7 @@ LENIENT = '[scope]\nrequire = ["invariants", "exposure", "recovery"]\n[limits.pr
 
 
 @pytest.fixture(scope="module")
-def world(module_folder: Path) -> Iterator[Path]:
+def job(module_folder: Path) -> Iterator[Path]:
     """A job of two clients and two rounds."""
     make_model(module_folder / "global", "bert", hidden=64, inner=128)
     make_model(module_folder / "base", "bert", hidden=64, inner=128, seed=1)
@@ -54,26 +54,26 @@ def world(module_folder: Path) -> Iterator[Path]:
     yield module_folder
 
 
-def audit(world: Path, *more: str | Path, proxies: str = "r1") -> Outcome:
-    folders = [world / proxies / name for name in CLIENTS] if proxies else []
-    return run("audit", *folders, *owner(world), *more)
+def audit(job: Path, *more: str | Path, proxies: str = "r1") -> Outcome:
+    folders = [job / proxies / name for name in CLIENTS] if proxies else []
+    return run("audit", *folders, *owner(job), *more)
 
 
-def owner(world: Path) -> list[str | Path]:
-    return ["--truth", world / "global", "--key", world / "job.key", "--ledger", world / "ledger.jsonl"]
+def owner(job: Path) -> list[str | Path]:
+    return ["--truth", job / "global", "--key", job / "job.key", "--ledger", job / "ledger.jsonl"]
 
 
-def test_clean_proxies_pass_and_the_report_says_what_was_measured(world: Path) -> None:
-    outcome = audit(world, "--policy", world / "policy.toml")
+def test_clean_proxies_pass_and_the_report_says_what_was_measured(job: Path) -> None:
+    outcome = audit(job, "--policy", job / "policy.toml")
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.startswith("verdict  passed (exit code 0)")
     for word in ("hidden from everyone", "worst 2 clients", "coalition of 2", "lower bound"):
         assert word in outcome.out
 
 
-def test_a_limit_that_is_exceeded_is_exit_code_1(world: Path, tmp_path: Path) -> None:
+def test_a_limit_that_is_exceeded_is_exit_code_1(job: Path, tmp_path: Path) -> None:
     (tmp_path / "p.toml").write_text("[limits.coalition]\ncosine = 0.1\n")
-    assert audit(world, "--policy", tmp_path / "p.toml").code == 1
+    assert audit(job, "--policy", tmp_path / "p.toml").code == 1
 
 
 def test_the_command_offers_every_format() -> None:
@@ -81,57 +81,57 @@ def test_the_command_offers_every_format() -> None:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_no_format_changes_the_exit_code(world: Path, tmp_path: Path, form: str) -> None:
+def test_no_format_changes_the_exit_code(job: Path, tmp_path: Path, form: str) -> None:
     (tmp_path / "p.toml").write_text("[limits.coalition]\ncosine = 0.1\n")
-    assert audit(world, "--policy", tmp_path / "p.toml", "--format", form).code == 1
-    assert audit(world, "--policy", world / "policy.toml", "--format", form).code == 0
+    assert audit(job, "--policy", tmp_path / "p.toml", "--format", form).code == 1
+    assert audit(job, "--policy", job / "policy.toml", "--format", form).code == 0
 
 
-def test_ledger_and_key_alone_give_the_exposure(world: Path) -> None:
-    outcome = run("audit", "--key", world / "job.key", "--ledger", world / "ledger.jsonl", "--json")
+def test_ledger_and_key_alone_give_the_exposure(job: Path) -> None:
+    outcome = run("audit", "--key", job / "job.key", "--ledger", job / "ledger.jsonl", "--json")
     document = json.loads(outcome.out)
     assert outcome.code == 0
     assert [client["client"] for client in document["exposure"]["clients"]] == ["ann", "bob"]
     assert document["recovery"] == []
 
 
-def test_a_policy_that_requires_proxies_does_not_pass_without_any(world: Path) -> None:
-    assert audit(world, "--policy", world / "policy.toml", proxies="").code == 3
+def test_a_policy_that_requires_proxies_does_not_pass_without_any(job: Path) -> None:
+    assert audit(job, "--policy", job / "policy.toml", proxies="").code == 3
 
 
-def test_without_any_input_there_is_nothing_to_audit(world: Path) -> None:
-    outcome = run("audit", "--key", world / "job.key")
+def test_without_any_input_there_is_nothing_to_audit(job: Path) -> None:
+    outcome = run("audit", "--key", job / "job.key")
     assert (outcome.code, outcome.out) == (2, "")
     with pytest.raises(InputError, match="nothing to audit"):
         fedqsn_cli.audit()
 
 
 @pytest.mark.parametrize("missing", ["--truth", "--key"])
-def test_a_missing_input_is_not_a_pass(world: Path, missing: str) -> None:
-    words = owner(world)
+def test_a_missing_input_is_not_a_pass(job: Path, missing: str) -> None:
+    words = owner(job)
     place = words.index(missing)
-    outcome = run("audit", world / "r1" / "ann", *words[:place], *words[place + 2 :])
+    outcome = run("audit", job / "r1" / "ann", *words[:place], *words[place + 2 :])
     assert outcome.code == 3
     assert missing in outcome.out
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_the_policy_that_init_policy_writes_needs_truth_key_and_ledger(world: Path, tmp_path: Path, count: int) -> None:
+def test_the_policy_that_init_policy_writes_needs_truth_key_and_ledger(job: Path, tmp_path: Path, count: int) -> None:
     assert run("audit", "--init-policy", "--policy", tmp_path / "p.toml").code == 0
-    words = owner(world)
+    words = owner(job)
     for missing in itertools.combinations(range(0, len(words), 2), count):
         given = [word for place, word in enumerate(words) if place // 2 * 2 not in missing]
-        outcome = run("audit", world / "r1" / "ann", *given, "--policy", tmp_path / "p.toml")
+        outcome = run("audit", job / "r1" / "ann", *given, "--policy", tmp_path / "p.toml")
         assert outcome.code == 3, given
         assert all(str(words[place]) in outcome.out for place in missing)
 
 
-def test_an_audit_says_plainly_what_it_did_not_check(world: Path, tmp_path: Path) -> None:
-    outcome = run("audit", world / "r1" / "ann", "--report", tmp_path / "r.html")
+def test_an_audit_says_plainly_what_it_did_not_check(job: Path, tmp_path: Path) -> None:
+    outcome = run("audit", job / "r1" / "ann", "--report", tmp_path / "r.html")
     listed = outcome.out.split("\nnot checked")[1]
     alone = {"FQ001", "FQ002", "FQ004", "FQ005", "FQ006", "FQ009", "FQ010"}
     assert alone <= set(re.findall(r"^(FQ\d+) ", listed, re.MULTILINE))
-    document = json.loads(run("audit", world / "r1" / "ann", "--json").out)
+    document = json.loads(run("audit", job / "r1" / "ann", "--json").out)
     assert alone <= {one["rule"] for one in document["unchecked"]}
     assert all(one["why"] for one in document["unchecked"])
     assert document["unchecked"] == [
@@ -141,7 +141,7 @@ def test_an_audit_says_plainly_what_it_did_not_check(world: Path, tmp_path: Path
     ]
     page = (tmp_path / "r.html").read_text()
     assert "<h2>Not checked</h2>" in page and "FQ001 hidden-influence" in page
-    assert "not checked" in run("audit", world / "r1" / "ann", "--format", "markdown").out.split("<details>")[0]
+    assert "not checked" in run("audit", job / "r1" / "ann", "--format", "markdown").out.split("<details>")[0]
 
 
 FALSE: dict[str, dict[str, object]] = {
@@ -154,88 +154,88 @@ FALSE: dict[str, dict[str, object]] = {
 
 @pytest.mark.parametrize("fields", FALSE.values(), ids=FALSE)
 def test_a_false_statement_of_a_proxy_is_found_with_the_owners_inputs_and_passes_no_gate_without(
-    world: Path, tmp_path: Path, fields: dict[str, object]
+    job: Path, tmp_path: Path, fields: dict[str, object]
 ) -> None:
-    liar = Path(shutil.copytree(world / "r1" / "ann", tmp_path / "ann"))
+    liar = Path(shutil.copytree(job / "r1" / "ann", tmp_path / "ann"))
     document = json.loads((liar / "proxy.json").read_text())
     (liar / "proxy.json").write_text(strictjson.pretty(document | fields))
     run("audit", "--init-policy", "--policy", tmp_path / "p.toml")
-    assert run("audit", liar, *owner(world), "--policy", tmp_path / "p.toml").code == 4
+    assert run("audit", liar, *owner(job), "--policy", tmp_path / "p.toml").code == 4
     assert run("audit", liar, "--policy", tmp_path / "p.toml").code == 3
 
 
-def test_a_hidden_row_in_a_norm_passes_no_gate_without_the_truth(world: Path, tmp_path: Path) -> None:
-    liar = Path(shutil.copytree(world / "r1" / "ann", tmp_path / "ann"))
+def test_a_hidden_row_in_a_norm_passes_no_gate_without_the_truth(job: Path, tmp_path: Path) -> None:
+    liar = Path(shutil.copytree(job / "r1" / "ann", tmp_path / "ann"))
     tensors = read_file(liar / "model.safetensors")
     norm = "bert.embeddings.LayerNorm.weight"
-    hidden = hidden_units(job_key.load(world / "job.key").key, QUERY, 64, 0.25)
-    row = read_model(world / "global")[QUERY][1][np.flatnonzero(hidden)[0]]
+    hidden = hidden_units(job_key.load(job / "job.key").key, QUERY, 64, 0.25)
+    row = read_model(job / "global")[QUERY][1][np.flatnonzero(hidden)[0]]
     tensors[norm] = (tensors[norm][0], row)
     write_file(liar / "model.safetensors", tensors, {"format": "pt"})
     document = json.loads((liar / "proxy.json").read_text())
     document["files"]["model.safetensors"] = file_digest(liar / "model.safetensors")
     (liar / "proxy.json").write_text(strictjson.pretty(document))
     run("audit", "--init-policy", "--policy", tmp_path / "p.toml")
-    assert run("audit", liar, *owner(world), "--policy", tmp_path / "p.toml").code == 4
+    assert run("audit", liar, *owner(job), "--policy", tmp_path / "p.toml").code == 4
     assert run("audit", liar, "--policy", tmp_path / "p.toml").code == 3
 
 
-def test_what_cannot_be_read_is_not_a_pass(world: Path, tmp_path: Path) -> None:
-    broken = Path(shutil.copytree(world / "r1" / "ann", tmp_path / "ann"))
+def test_what_cannot_be_read_is_not_a_pass(job: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(job / "r1" / "ann", tmp_path / "ann"))
     (broken / "proxy.json").write_text("{")
-    assert run("audit", broken, *owner(world)).code == 3
-    assert run("audit", tmp_path / "no-such-proxy", *owner(world)).code == 3
-    assert run("audit", world / "r1" / "ann", "--truth", tmp_path / "none", *owner(world)[2:]).code == 3
+    assert run("audit", broken, *owner(job)).code == 3
+    assert run("audit", tmp_path / "no-such-proxy", *owner(job)).code == 3
+    assert run("audit", job / "r1" / "ann", "--truth", tmp_path / "none", *owner(job)[2:]).code == 3
     (tmp_path / "ledger.jsonl").write_text("{}\n")
-    words = [*owner(world)[:4], "--ledger", tmp_path / "ledger.jsonl"]
-    assert run("audit", world / "r1" / "ann", *words).code == 3
+    words = [*owner(job)[:4], "--ledger", tmp_path / "ledger.jsonl"]
+    assert run("audit", job / "r1" / "ann", *words).code == 3
 
 
-def test_a_hard_invariant_beats_everything_and_no_waiver_helps(world: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(world / "r1" / "ann", tmp_path / "ann"))
+def test_a_hard_invariant_beats_everything_and_no_waiver_helps(job: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(job / "r1" / "ann", tmp_path / "ann"))
     (other / "notes.txt").write_text("seed 1234")
-    assert run("audit", other, *owner(world), "--policy", world / "policy.toml").code == 4
+    assert run("audit", other, *owner(job), "--policy", job / "policy.toml").code == 4
     (tmp_path / "p.toml").write_text('[[waiver]]\nrule = "FQ010"\nreason = "r"\nowner = "o"\nexpires = 2999-01-01\n')
-    refused = run("audit", other, *owner(world), "--policy", tmp_path / "p.toml")
+    refused = run("audit", other, *owner(job), "--policy", tmp_path / "p.toml")
     assert (refused.code, refused.out) == (2, "")
     assert "cannot be waived" in refused.err
 
 
-def test_a_merge_is_checked_with_the_model_after_it(world: Path, tmp_path: Path) -> None:
-    update = send(world / "r1" / "ann", tmp_path / "update", lambda name, shape: np.zeros(shape, np.float32))
-    merge(str(world / "global"), [update], tmp_path / "next", key=world / "job.key", ledger=world / "ledger.jsonl")
+def test_a_merge_is_checked_with_the_model_after_it(job: Path, tmp_path: Path) -> None:
+    update = send(job / "r1" / "ann", tmp_path / "update", lambda name, shape: np.zeros(shape, np.float32))
+    merge(str(job / "global"), [update], tmp_path / "next", key=job / "job.key", ledger=job / "ledger.jsonl")
     (tmp_path / "p.toml").write_text('[scope]\nrequire = ["merge"]\n')
-    assert audit(world, "--after", tmp_path / "next", "--policy", tmp_path / "p.toml").code == 0
-    assert audit(world, "--policy", tmp_path / "p.toml").code == 3
+    assert audit(job, "--after", tmp_path / "next", "--policy", tmp_path / "p.toml").code == 0
+    assert audit(job, "--policy", tmp_path / "p.toml").code == 3
 
 
 # ------------------------------------------------------------------------------------------------ baseline, files
 
 
-def test_an_audit_is_the_baseline_of_the_next(world: Path, tmp_path: Path) -> None:
-    assert audit(world, "--format", "json", "--output", tmp_path / "last.json").code == 0
-    assert audit(world, "--baseline", tmp_path / "last.json").code == 0
+def test_an_audit_is_the_baseline_of_the_next(job: Path, tmp_path: Path) -> None:
+    assert audit(job, "--format", "json", "--output", tmp_path / "last.json").code == 0
+    assert audit(job, "--baseline", tmp_path / "last.json").code == 0
     document = json.loads((tmp_path / "last.json").read_text())
     document["measures"]["proxy cosine"] -= 0.1
     (tmp_path / "last.json").write_text(json.dumps(document))
-    worse = audit(world, "--baseline", tmp_path / "last.json")
+    worse = audit(job, "--baseline", tmp_path / "last.json")
     assert (worse.code, "FQ205" in worse.out) == (1, True)
     (tmp_path / "last.json").write_text("{}")
-    assert audit(world, "--baseline", tmp_path / "last.json").code == 2
+    assert audit(job, "--baseline", tmp_path / "last.json").code == 2
 
 
-def test_output_and_report_are_files_and_text_is_printed_beside_them(world: Path, tmp_path: Path) -> None:
-    outcome = audit(world, "--format", "sarif", "--output", tmp_path / "a.sarif", "--report", tmp_path / "r.html")
+def test_output_and_report_are_files_and_text_is_printed_beside_them(job: Path, tmp_path: Path) -> None:
+    outcome = audit(job, "--format", "sarif", "--output", tmp_path / "a.sarif", "--report", tmp_path / "r.html")
     assert outcome.out.startswith("verdict  passed")
     assert json.loads((tmp_path / "a.sarif").read_text())["version"] == "2.1.0"
     assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
 
 
-def test_quiet_prints_the_verdict_and_json_one_document(world: Path) -> None:
-    assert audit(world, "--quiet").out == "passed\n"
-    assert json.loads(audit(world, "--json").out) == json.loads(audit(world, "--format", "json").out)
-    assert audit(world, "--json", "--format", "sarif").code == 2
-    assert audit(world, "--json", "--quiet").code == 2
+def test_quiet_prints_the_verdict_and_json_one_document(job: Path) -> None:
+    assert audit(job, "--quiet").out == "passed\n"
+    assert json.loads(audit(job, "--json").out) == json.loads(audit(job, "--format", "json").out)
+    assert audit(job, "--json", "--format", "sarif").code == 2
+    assert audit(job, "--json", "--quiet").code == 2
 
 
 def test_a_policy_is_written_once(tmp_path: Path) -> None:
@@ -246,19 +246,19 @@ def test_a_policy_is_written_once(tmp_path: Path) -> None:
     assert (refused.code, path.read_text()) == (2, "[limits]\n")
 
 
-def test_the_written_policy_can_be_used_at_once(world: Path, tmp_path: Path) -> None:
+def test_the_written_policy_can_be_used_at_once(job: Path, tmp_path: Path) -> None:
     assert run("audit", "--init-policy", "--policy", tmp_path / "p.toml").code == 0
-    outcome = audit(world, "--policy", tmp_path / "p.toml")
+    outcome = audit(job, "--policy", tmp_path / "p.toml")
     assert outcome.code == 3, "the function must have been measured"
     assert "FQ301" in outcome.out and "FQ302" in outcome.out
 
 
-def test_a_process_ends_with_the_audits_exit_code_and_loads_no_training_library(world: Path) -> None:
+def test_a_process_ends_with_the_audits_exit_code_and_loads_no_training_library(job: Path) -> None:
     script = (
         "import sys; from fedqsn_cli.cli.app import main; code = main(sys.argv[1:]); "
         "print(code, sorted({'torch', 'transformers', 'bitsandbytes'} & set(sys.modules)))"
     )
-    words = ["audit", world / "r1" / "ann", "--truth", world / "global", "-q"]
+    words = ["audit", job / "r1" / "ann", "--truth", job / "global", "-q"]
     started = [sys.executable, "-c", script, *map(str, words)]
     done = subprocess.run(started, env=environment(), capture_output=True, text=True, check=True)
     assert (done.stdout.splitlines(), done.stderr) == (["incomplete", "3 []"], "")
@@ -268,36 +268,36 @@ def test_a_process_ends_with_the_audits_exit_code_and_loads_no_training_library(
 
 
 @pytest.fixture(scope="module")
-def printed(world: Path) -> dict[str, str]:
+def printed(job: Path) -> dict[str, str]:
     """Everything that an audit with all measurements and findings prints, format by format."""
-    (world / "strict.toml").write_text(
+    (job / "strict.toml").write_text(
         "[limits.proxy]\ncosine = 0.1\nexact_share = 0.0\n[limits.tensor]\ncosine = 0.1\n[budget]\nclient = 0.1\n"
     )
     made = {}
     for form in FORMATS:
-        words = ["--policy", world / "strict.toml", "--public-base", world / "base", "--format", form]
-        outcome = audit(world, *words, "--report", world / "report.html")
+        words = ["--policy", job / "strict.toml", "--public-base", job / "base", "--format", form]
+        outcome = audit(job, *words, "--report", job / "report.html")
         made[form] = outcome.out + outcome.err
-    return made | {"html": (world / "report.html").read_text()}
+    return made | {"html": (job / "report.html").read_text()}
 
 
-def test_no_format_holds_the_key(world: Path, printed: dict[str, str]) -> None:
-    key = job_key.load(world / "job.key").key
+def test_no_format_holds_the_key(job: Path, printed: dict[str, str]) -> None:
+    key = job_key.load(job / "job.key").key
     for form, text in printed.items():
         for secret in (key.hex(), key.hex().upper(), base64.b64encode(key).decode()):
             assert secret not in text, form
 
 
-def test_no_format_holds_a_path(world: Path, printed: dict[str, str]) -> None:
+def test_no_format_holds_a_path(job: Path, printed: dict[str, str]) -> None:
     for form, text in printed.items():
-        assert str(world) not in text, form
+        assert str(job) not in text, form
         plain = re.sub(r"https?://\S+|</?\w[^>]*>|</\w+>", " ", text)
         assert not re.search(r"(?<![\w.])/(?:[\w.-]+/)+[\w.-]+", plain), form
 
 
-def test_no_format_lists_hidden_positions(world: Path, printed: dict[str, str]) -> None:
+def test_no_format_lists_hidden_positions(job: Path, printed: dict[str, str]) -> None:
     """Positions would be a list of whole numbers, or a string of flags."""
-    job = job_key.load(world / "job.key")
+    job = job_key.load(job / "job.key")
     for form, text in printed.items():
         for name, (units, _) in job.groups.items():
             positions = [str(i) for i in np.flatnonzero(hidden_units(job.key, name, units, job.p1))[:4]]
@@ -307,8 +307,8 @@ def test_no_format_lists_hidden_positions(world: Path, printed: dict[str, str]) 
         assert not re.search(r"[01]{32,}", text), form
 
 
-def test_no_format_holds_a_weight(world: Path, printed: dict[str, str]) -> None:
-    for name, (dtype, bits) in read_model(world / "global").items():
+def test_no_format_holds_a_weight(job: Path, printed: dict[str, str]) -> None:
+    for name, (dtype, bits) in read_model(job / "global").items():
         values = [f"{value:.7g}" for value in to_floats(bits.reshape(-1)[:200], dtype)]
         for form, text in printed.items():
             assert not [value for value in values if len(value) >= 9 and value in text], (form, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,48 +13,61 @@ from fedqsn_cli import evaluate
 from fedqsn_cli.auditing.completeness import Collector
 from fedqsn_cli.auditing.findings import FunctionRecovery
 from fedqsn_cli.auditing.inputs import Inputs, open_inputs
-from fedqsn_cli.auditing.recovery.function import FunctionAttack, FunctionOptions, recover_function, rho
+from fedqsn_cli.auditing.recovery.attackers import attack as attacks
+from fedqsn_cli.auditing.recovery.attackers.assembly import Assembly
+from fedqsn_cli.auditing.recovery.attackers.attack import Training
+from fedqsn_cli.auditing.recovery.attackers.base_fill import BASE_FILL
+from fedqsn_cli.auditing.recovery.attackers.catalogue import STARTS, TRAININGS
+from fedqsn_cli.auditing.recovery.attackers.direction import DIRECTION
+from fedqsn_cli.auditing.recovery.attackers.evaluation import rho
+from fedqsn_cli.auditing.recovery.attackers.healing import HEALING
+from fedqsn_cli.auditing.recovery.function import FunctionAttack, FunctionOptions, recover_function
 from fedqsn_cli.options import AuditOptions
-from support.leaks import World, make_world
+from support.leaks import AuditedJob, make_job
 from support.training_jobs import labelled, plain_texts
 
 
+@pytest.fixture(autouse=True)
+def short_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attacks, "LEAST_STEPS", 8)
+
+
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def job(tmp_path_factory: pytest.TempPathFactory) -> AuditedJob:
     def decide(tensors: dict[str, torch.Tensor]) -> None:
         tensors["classifier.weight"] *= 20  # a model with an opinion
 
-    return make_world(tmp_path_factory.mktemp("function") / "world", edit=decide, fill="base", p2=0.3)
+    return make_job(tmp_path_factory.mktemp("function") / "job", edit=decide, fill="base", p2=0.3)
 
 
-def opened(world: World) -> tuple[Inputs, Collector]:
+def opened(job: AuditedJob) -> tuple[Inputs, Collector]:
     collector = Collector()
-    folders = [world.proxy(client) for client in world.clients]
-    given = AuditOptions(truth=world.truth, key=world.key, ledger=world.ledger, public_base=world.base)
+    folders = [job.proxy(client) for client in job.clients]
+    given = AuditOptions(truth=job.truth, key=job.key, ledger=job.ledger, public_base=job.base)
     return open_inputs(folders, collector, given), collector
 
 
-def measure(world: World, data: Path, **options: Any) -> tuple[FunctionRecovery | None, Collector]:
-    inputs, collector = opened(world)
+def measure(job: AuditedJob, data: Path, **options: Any) -> tuple[FunctionRecovery | None, Collector]:
+    inputs, collector = opened(job)
     return recover_function(inputs, collector, data, FunctionOptions(device="cpu", **options)), collector
 
 
-def test_every_model_is_measured_as_evaluate_measures_it(world: World, tmp_path: Path) -> None:
+def test_every_model_is_measured_as_evaluate_measures_it(job: AuditedJob, tmp_path: Path) -> None:
     data = labelled(tmp_path / "dev.jsonl")
-    found, collector = measure(world, data)
+    found, collector = measure(job, data)
     assert found is not None and not collector.findings
     assert {score.model for score in found.scores} == {"global", "server", "proxy", "attacked", "base"}
     losses = {score.model: score.loss for score in found.scores}
-    for model, place in (("global", world.truth), ("proxy", world.proxy()), ("base", world.base)):
+    for model, place in (("global", job.truth), ("proxy", job.proxy()), ("base", job.base)):
         assert losses[model] == pytest.approx(evaluate(str(place), data=data, device="cpu").loss, rel=1e-4)
     assert found.floor == "base" and found.floor_loss == losses["base"]
     assert losses["attacked"] <= losses["proxy"] + 1e-4  # as sent is one of the attacks
     assert found.rho == rho(found.floor_loss, losses["attacked"], losses["global"])
 
 
-def test_the_curve_has_a_point_for_every_number_of_public_examples(world: World, tmp_path: Path) -> None:
+def test_the_curve_has_a_point_for_every_number_of_public_examples(job: AuditedJob, tmp_path: Path) -> None:
     data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
-    found, _ = measure(world, data, public_data=public, public_examples=(8, 16))
+    found, _ = measure(job, data, public_data=public, public_examples=(8, 16))
     assert found is not None
     assert [point.public_examples for point in found.curve] == [8, 16]
     attacked = next(score.loss for score in found.scores if score.model == "attacked")
@@ -61,50 +75,131 @@ def test_the_curve_has_a_point_for_every_number_of_public_examples(world: World,
 
 
 def test_an_attack_that_starts_best_and_learns_nothing_does_not_hide_the_base_fill(
-    world: World, tmp_path: Path
+    job: AuditedJob, tmp_path: Path
 ) -> None:
     """Weights that are all zero may have a lower loss than a model that is wrong and sure of it."""
     data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
-    inputs, _ = opened(world)
+    inputs, _ = opened(job)
     assert inputs.truth is not None
-    attack = FunctionAttack.on(inputs, inputs.truth, data, FunctionOptions(device="cpu"))
-    build = attack.attacks["union"]
-    attack.attacks["union"] = lambda: {
-        name: tensor * 0 if tensor.is_floating_point() else tensor for name, tensor in build().items()
-    }
-    dull, filled = (next(attack.curve(best, public, (16,), 1.0)) for best in ("union", "union, base fill"))
+    options = FunctionOptions(public_data=public, public_examples=(16,), device="cpu")
+    attack = FunctionAttack.on(inputs, inputs.truth, data, options)
+    build = attack.starts["union"].build
+    attack.starts["union"] = replace(
+        attack.starts["union"],
+        build=lambda assembly: {
+            name: tensor * 0 if tensor.is_floating_point() else tensor for name, tensor in build(assembly).items()
+        },
+    )
+    dull, filled = (next(attack.curve(best, 1.0)) for best in ("union", "union, base fill"))
     assert dull.loss <= filled.loss + 1e-6
 
 
-def test_whoever_is_better_off_without_the_proxies_leaves_them_alone(world: World, tmp_path: Path) -> None:
+def test_whoever_is_better_off_without_the_proxies_leaves_them_alone(job: AuditedJob, tmp_path: Path) -> None:
     data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
-    found, _ = measure(world, data, public_data=public, public_examples=(16,), base_losses={16: 0.0})
+    found, _ = measure(job, data, public_data=public, public_examples=(16,), base_losses={16: 0.0})
     assert found is not None
     losses = {score.model: score.loss for score in found.scores}
     assert found.curve[0].rho == rho(found.floor_loss, 0.0, losses["global"])
 
 
-def test_the_public_base_is_fine_tuned_with_the_same_examples(world: World, tmp_path: Path) -> None:
+def test_the_public_base_is_fine_tuned_with_the_same_examples(job: AuditedJob, tmp_path: Path) -> None:
     data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
-    found, _ = measure(world, data, public_data=public, public_examples=(16,))
+    found, _ = measure(job, data, public_data=public, public_examples=(16,))
     assert found is not None
     (point,) = found.curve
     losses = {score.model: score.loss for score in found.scores}
     assert point.base_loss is not None and point.base_loss < losses["base"]
     assert point.gain == rho(point.base_loss, point.loss, losses["global"])
-    known, _ = measure(world, data, public_data=public, public_examples=(16,), base_losses={16: 9.0})
+    known, _ = measure(job, data, public_data=public, public_examples=(16,), base_losses={16: 9.0})
     assert known is not None and known.curve[0].base_loss == 9.0 and known.curve[0].loss == point.loss
 
 
 def test_without_a_base_the_floor_knows_the_averages_only(tmp_path: Path) -> None:
-    world = make_world(tmp_path / "world", "llama", clients=["alice"])
-    found, collector = measure(world, plain_texts(tmp_path / "dev.jsonl"))
+    job = make_job(tmp_path / "job", "llama", clients=["alice"])
+    found, collector = measure(job, plain_texts(tmp_path / "dev.jsonl"))
     assert found is not None and not collector.findings
     assert found.floor == "averages" and 0 < found.floor_loss < 4.6
 
 
-def test_data_that_cannot_be_used_makes_the_audit_incomplete(world: World, tmp_path: Path) -> None:
-    found, collector = measure(world, tmp_path / "nothing.jsonl")
+def test_every_attack_of_the_catalogue_is_tried_and_reported_with_its_source(job: AuditedJob, tmp_path: Path) -> None:
+    data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
+    found, _ = measure(job, data, public_data=public, public_examples=(16,), base_losses={16: 9.0})
+    assert found is not None and not found.left_out
+    starts = [attempt.attack for attempt in found.attempts if attempt.public_examples == 0]
+    assert starts == [
+        "as sent",
+        "union",
+        "union, scaled by what is shown",
+        "union, base fill",
+        "rounding undone, base fill",
+        "direction matching, base fill",
+    ]
+    assert len(starts) == len(STARTS)
+    trained = [attempt for attempt in found.attempts if attempt.public_examples == 16]
+    assert {one.attack.rsplit(", ", 1)[-1] for one in trained} == {training.name for training in TRAININGS}
+    assert all(one.steps > 0 and one.source for one in trained)
+    best = min(trained, key=lambda one: one.loss)
+    assert (found.curve[0].attack, found.curve[0].loss) == (best.attack, best.loss)
+
+
+@pytest.mark.parametrize("training", TRAININGS, ids=lambda training: training.name)
+def test_every_training_is_repeatable(job: AuditedJob, tmp_path: Path, training: Training) -> None:
+    data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
+    inputs, _ = opened(job)
+    assert inputs.truth is not None
+    attack = FunctionAttack.on(inputs, inputs.truth, data, FunctionOptions(public_data=public, device="cpu"))
+    start = attack.starts["union, base fill"]
+    losses = set()
+    for seed in (1, 2):  # whatever the process drew before
+        torch.manual_seed(seed)
+        lab = attack.lab(lambda: attack.load(start.build(attack.assembly)), attack.public(8))
+        trained = training.run(lab, 1e-3)
+        assert trained is not None
+        losses.add(attack.evaluation.score("attacked", trained.loaded).loss)
+    assert len(losses) == 1
+
+
+def test_healing_moves_only_what_no_proxy_shows(job: AuditedJob, tmp_path: Path) -> None:
+    data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
+    inputs, _ = opened(job)
+    assert inputs.truth is not None
+    attack = FunctionAttack.on(inputs, inputs.truth, data, FunctionOptions(public_data=public, device="cpu"))
+    holes = attack.holes()
+    assert holes
+    start = attack.starts["union, base fill"].build(attack.assembly)
+    before = {name: value.detach().clone() for name, value in attack.load(dict(start)).model.named_parameters()}
+    trained = HEALING.run(attack.lab(lambda: attack.load(dict(start)), attack.public(16)), 1e-3)
+    assert trained is not None and trained.steps > 0
+    moved = {name for name, value in trained.loaded.model.named_parameters() if not value.equal(before[name])}
+    assert moved and moved <= set(holes)
+    for name, value in trained.loaded.model.named_parameters():
+        if name in moved:
+            assert bool((value[~holes[name]] == before[name][~holes[name]]).all())
+
+
+def test_the_length_of_rows_comes_from_the_base_in_direction_matching(job: AuditedJob) -> None:
+    inputs, _ = opened(job)
+    assert inputs.truth is not None and inputs.base is not None
+    assembly = Assembly(inputs, inputs.truth)
+    matched, base = DIRECTION.build(assembly), assembly.base(inputs.base)
+    filled, shown = BASE_FILL.build(assembly), assembly.holes()
+    name = "bert.encoder.layer.0.intermediate.dense.weight"
+    rows = (shown[name] == 0).all(dim=1)
+    assert bool(rows.any())
+    assert torch.allclose(matched[name][rows].norm(dim=1), base[name][rows].norm(dim=1), rtol=1e-4)
+    cosines = torch.nn.functional.cosine_similarity(matched[name][rows], filled[name][rows])
+    assert bool((cosines > 1 - 1e-5).all())
+
+
+def test_a_time_limit_leaves_out_attacks_and_says_which(job: AuditedJob, tmp_path: Path) -> None:
+    data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
+    found, _ = measure(job, data, public_data=public, public_examples=(8, 16), minutes=0.0)
+    assert found is not None and found.curve == ()
+    assert found.left_out and all(name.endswith(" examples") for name in found.left_out)
+
+
+def test_data_that_cannot_be_used_makes_the_audit_incomplete(job: AuditedJob, tmp_path: Path) -> None:
+    found, collector = measure(job, tmp_path / "nothing.jsonl")
     assert found is None and [finding.rule for finding in collector.findings] == ["FQ903"]
 
 

@@ -82,6 +82,11 @@ def test_quiet_prints_only_the_path(played: Round, tmp_path: Path) -> None:
 
 def test_quiet_evaluation_prints_the_accuracy(played: Round) -> None:
     data = played.folder / "train.jsonl"
+    both = [str(played.folder / "next"), str(played.folder / "alice")]
+    several = json.loads(run("evaluate", *both, "--data", data, "--device", "cpu", "--json").out)
+    assert list(several) == both and several[both[0]] == played.json("evaluate")
+    outcome = run("evaluate", *both, "--data", data, "--device", "cpu", "-q")
+    assert [float(line) for line in outcome.out.split()] == [several[name]["accuracy"] for name in both]
     outcome = run("evaluate", played.folder / "next", "--data", data, "--device", "cpu", "-q")
     assert float(outcome.out) == played.json("evaluate")["accuracy"]
 
@@ -90,7 +95,7 @@ def test_an_evaluation_is_a_table_with_the_columns_of_its_task(played: Round) ->
     data = played.folder / "train.jsonl"
     outcome = run("evaluate", played.folder / "alice", "--data", data, "--device", "cpu")
     header, row = outcome.out.splitlines()
-    assert header.split() == ["model", "examples", "loss", "accuracy", "macro", "F1"]
+    assert header.split() == ["model", "examples", "loss", "accuracy", "macro", "F1", "MCC"]
     assert row.split()[:2] == [str(played.folder / "alice"), "12"]
 
 

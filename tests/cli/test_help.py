@@ -105,3 +105,13 @@ def test_a_terminal_gets_no_colour_when_no_color_is_set(monkeypatch: pytest.Monk
     assert "\033[1mUsage:" in help_of("mask")
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\033" not in help_of("mask")
+
+
+def test_help_is_a_command_too() -> None:
+    assert run("help") == run("--help")
+    assert run("help", "mask") == run("mask", "--help")
+    assert (run("help", "maks").code, run("help", "maks").err) == (
+        2,
+        "fedqsn: error: no such command 'maks'; did you mean 'mask'?\n",
+    )
+    assert run("help", "mask", "merge").code == 2

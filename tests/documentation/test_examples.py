@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from fedqsn_cli.cli.app import COMMANDS, build
-from support.helpers import programs, with_sources
+from support.helpers import search_path, with_sources
 from support.warm_processes import warm_fedqsn
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ def settles_elsewhere(line: str) -> bool:
     return re.match(r"\s*(#|$|python -m pip\b|([A-Z0-9_]+=\S+ )*(make\b|\./run\.sh))", line) is not None
 
 
-# ------------------------------------------------------------------------------------------------ a tiny world
+# ------------------------------------------------------------------------------------------------ a tiny job
 
 
 def write_encoder(folder: Path, head: bool, seed: int = 0) -> None:
@@ -90,7 +90,7 @@ def write_rows(path: Path, count: int) -> None:
 def shell(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """An environment in which `fedqsn` and `python` are those under test."""
     return os.environ | {
-        "PATH": programs(tmp_path_factory.mktemp("bin")),
+        "PATH": search_path(tmp_path_factory.mktemp("bin")),
         "PYTHONPATH": with_sources(ROOT / "src"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
@@ -226,9 +226,9 @@ def test_prepare_leaves_copies_and_near_copies_out(prepare: Any) -> None:
 def test_prepare_gives_every_article_to_exactly_one(prepare: Any) -> None:
     articles = articles_of(prepare, 100)
     parts = prepare.split(articles, seed=3, alpha=0.5)
-    assert list(parts) == ["owner", "test", *prepare.CLIENTS]
+    assert list(parts) == ["owner", "dev", "test", *prepare.CLIENTS]
     assert sorted(each.text for part in parts.values() for each in part) == sorted(each.text for each in articles)
-    assert (len(parts["owner"]), len(parts["test"])) == (30, 60)
+    assert [len(parts[name]) for name in ("owner", "dev", "test")] == [30, 15, 45]
 
 
 def test_prepare_is_repeatable_and_the_seed_decides(prepare: Any) -> None:

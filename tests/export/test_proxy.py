@@ -32,38 +32,38 @@ from support.helpers import (
     visible_elements,
     write_model,
 )
-from support.scenario import Place, World, few, placed, worlds
+from support.scenario import JobFolder, Scenario, few, job_folder, scenarios
 
-USUAL = World("bert", "F32", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2)
+USUAL = Scenario("bert", "F32", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2)
 
 
 @pytest.fixture
-def place(folder: Path) -> Place:
+def job(folder: Path) -> JobFolder:
     """A small BERT and the usual options."""
     make_model(folder / "model", "bert", hidden=33)
-    return Place(USUAL, folder)
+    return JobFolder(USUAL, folder)
 
 
 @few(60)
-@given(worlds())
-def test_global_server_and_quantized_server_models_give_byte_equal_proxies(world: World) -> None:
-    with placed(world) as place:
-        server = place.server(place.model, "server")
-        packed = place.quantized(server, "packed")
-        proxies = contents(place.export(place.model, "from-global"))
-        assert contents(place.export(server, "from-server")) == proxies
-        assert contents(place.export(packed, "from-packed")) == proxies
-        assert len(ledger.read(place.root / "ledger.jsonl")) == 2
+@given(scenarios())
+def test_global_server_and_quantized_server_models_give_byte_equal_proxies(scenario: Scenario) -> None:
+    with job_folder(scenario) as job:
+        server = job.server(job.model, "server")
+        packed = job.quantized(server, "packed")
+        proxies = contents(job.export(job.model, "from-global"))
+        assert contents(job.export(server, "from-server")) == proxies
+        assert contents(job.export(packed, "from-packed")) == proxies
+        assert len(ledger.read(job.root / "ledger.jsonl")) == 2
 
 
 @few(40)
-@given(worlds())
-def test_mask_quantize_mask_by_hand_gives_the_weights_of_export_proxy(world: World) -> None:
-    with placed(world) as place:
-        packed = place.quantized(place.server(place.model, "server"), "packed")
-        proxy = place.export(place.model, "proxies") / "ann"
-        mask(str(packed), place.root / "by-hand", key=place.key, client="ann", round=1, p2=world.p2, **place.filled)
-        by_hand = contents(place.root / "by-hand")
+@given(scenarios())
+def test_mask_quantize_mask_by_hand_gives_the_weights_of_export_proxy(scenario: Scenario) -> None:
+    with job_folder(scenario) as job:
+        packed = job.quantized(job.server(job.model, "server"), "packed")
+        proxy = job.export(job.model, "proxies") / "ann"
+        mask(str(packed), job.root / "by-hand", key=job.key, client="ann", round=1, p2=scenario.p2, **job.filled)
+        by_hand = contents(job.root / "by-hand")
         for name, data in contents(proxy).items():
             if name not in {"proxy.json", "visible.safetensors"}:
                 assert by_hand[name] == data
@@ -82,33 +82,33 @@ def test_mixed_dtypes_and_whatever_the_config_says_give_byte_equal_proxies(
             tensors[name] = (dtype, to_bits(values, dtype))
     config = {key: value for key, value in make_config("llama").items() if key != "dtype"}
     model = write_model(folder / "model", tensors, config | ({"dtype": says} if says else {}))
-    job = {"key": folder / "key", "ledger": folder / "ledger.jsonl", "p1": 0.3}
+    records = {"key": folder / "key", "ledger": folder / "ledger.jsonl", "p1": 0.3}
     server, packed = folder / "server", folder / "packed"
     mask(str(model), server, key=folder / "key", p1=0.3)
     quantize(str(server), packed, format=format)
     for source in (model, server, packed):
-        export_proxy(str(source), folder / f"p-{source.name}", client="ann", round=1, p2=0.2, format=format, **job)
+        export_proxy(str(source), folder / f"p-{source.name}", client="ann", round=1, p2=0.2, format=format, **records)
     assert contents(folder / "p-model") == contents(folder / "p-server") == contents(folder / "p-packed")
 
 
-def test_a_client_sees_the_units_that_its_key_round_and_name_draw(place: Place) -> None:
-    proxy = place.export(place.model, "proxies") / "ann"
+def test_a_client_sees_the_units_that_its_key_round_and_name_draw(job: JobFolder) -> None:
+    proxy = job.export(job.model, "proxies") / "ann"
     shown, manifest = visible_elements(proxy), json.loads((proxy / "proxy.json").read_bytes())
-    job = job_key.load(place.key)
+    loaded = job_key.load(job.key)
     for name, units in manifest["tensors"].items():
         (group,) = units["groups"]
         n = manifest["groups"][group]["units"]
-        hidden = drawn(job.key, ("server",), group, np.ones(n, np.bool_), 0.3)
-        visible = ~hidden & ~drawn(job.key, ("client", "ann", "1"), group, ~hidden, 0.2)
+        hidden = drawn(loaded.key, ("server",), group, np.ones(n, np.bool_), 0.3)
+        visible = ~hidden & ~drawn(loaded.key, ("client", "ann", "1"), group, ~hidden, 0.2)
         flags = shown[name][0].any(axis=1 if units["axis"] == "row" else 0)
         np.testing.assert_array_equal(flags, visible)
 
 
-def test_a_repeated_export_is_the_same_release_and_one_ledger_line(place: Place) -> None:
-    first = contents(place.export(place.model, "proxies"))
-    assert contents(place.export(place.model, "proxies", force=True)) == first
-    assert contents(place.export(place.model, "elsewhere")) == first
-    assert [release.client for release in ledger.read(place.root / "ledger.jsonl")] == ["ann", "bob"]
+def test_a_repeated_export_is_the_same_release_and_one_ledger_line(job: JobFolder) -> None:
+    first = contents(job.export(job.model, "proxies"))
+    assert contents(job.export(job.model, "proxies", force=True)) == first
+    assert contents(job.export(job.model, "elsewhere")) == first
+    assert [release.client for release in ledger.read(job.root / "ledger.jsonl")] == ["ann", "bob"]
 
 
 OTHER_OPTIONS: list[dict[str, Any]] = [
@@ -125,80 +125,80 @@ OTHER_OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", OTHER_OPTIONS, ids=lambda options: next(iter(options)))
-def test_another_option_makes_another_proxy_id(options: dict[str, Any], place: Place) -> None:
-    place.export(place.model, "one", clients=("ann",))
-    place.export(place.model, "two", **{"clients": ("ann",)} | options)
-    releases = ledger.read(place.root / "ledger.jsonl")
+def test_another_option_makes_another_proxy_id(options: dict[str, Any], job: JobFolder) -> None:
+    job.export(job.model, "one", clients=("ann",))
+    job.export(job.model, "two", **{"clients": ("ann",)} | options)
+    releases = ledger.read(job.root / "ledger.jsonl")
     assert releases[0].proxy_id != releases[1].proxy_id
     assert releases[0].job == releases[1].job
 
 
-def test_another_key_makes_another_id_commitment_and_mask(place: Place) -> None:
-    place.export(place.model, "one", clients=("ann",))
-    place.export(place.model, "two", clients=("ann",), key=place.root / "other.key")
-    first, second = ledger.read(place.root / "ledger.jsonl")
+def test_another_key_makes_another_id_commitment_and_mask(job: JobFolder) -> None:
+    job.export(job.model, "one", clients=("ann",))
+    job.export(job.model, "two", clients=("ann",), key=job.root / "other.key")
+    first, second = ledger.read(job.root / "ledger.jsonl")
     assert first.proxy_id != second.proxy_id and first.job != second.job
-    one, two = (contents(place.root / name / "ann")["visible.safetensors"] for name in ("one", "two"))
+    one, two = (contents(job.root / name / "ann")["visible.safetensors"] for name in ("one", "two"))
     assert one != two
 
 
-def test_the_ledger_line_and_the_manifest_pin_every_file_of_the_proxy(place: Place) -> None:
-    (place.model / "vocab.txt").write_text("a\nb\n")
-    (place.model / "secret-notes.txt").write_text("not for clients")
-    proxy = place.export(place.model, "proxies", clients=("ann",)) / "ann"
+def test_the_ledger_line_and_the_manifest_pin_every_file_of_the_proxy(job: JobFolder) -> None:
+    (job.model / "vocab.txt").write_text("a\nb\n")
+    (job.model / "secret-notes.txt").write_text("not for clients")
+    proxy = job.export(job.model, "proxies", clients=("ann",)) / "ann"
     manifest = json.loads((proxy / "proxy.json").read_bytes())
     files = {path.name for path in proxy.iterdir()}
     assert files == {"config.json", "model.safetensors", "proxy.json", "visible.safetensors", "vocab.txt"}
     assert manifest["files"] == {name: file_digest(proxy / name) for name in files - {"proxy.json"}}
-    (release,) = ledger.read(place.root / "ledger.jsonl")
+    (release,) = ledger.read(job.root / "ledger.jsonl")
     assert release.proxy_sha256 == file_digest(proxy / "proxy.json")
     assert release.proxy_id == manifest["proxy_id"]
     assert (release.client, release.round, release.p1, release.p2) == ("ann", 1, 0.3, 0.2)
 
 
-def test_a_new_key_is_private_and_a_known_one_needs_no_p1(place: Place) -> None:
-    place.export(place.model, "one", clients=("ann",))
-    assert stat.S_IMODE(place.key.stat().st_mode) == 0o600
-    before = place.key.read_bytes()
-    place.export(place.model, "two", clients=("ann",), p1=None, round=2)
-    assert place.key.read_bytes() == before
+def test_a_new_key_is_private_and_a_known_one_needs_no_p1(job: JobFolder) -> None:
+    job.export(job.model, "one", clients=("ann",))
+    assert stat.S_IMODE(job.key.stat().st_mode) == 0o600
+    before = job.key.read_bytes()
+    job.export(job.model, "two", clients=("ann",), p1=None, round=2)
+    assert job.key.read_bytes() == before
 
 
-def test_shares_and_hidden_counts_are_those_of_the_masks(place: Place) -> None:
+def test_shares_and_hidden_counts_are_those_of_the_masks(job: JobFolder) -> None:
     result = export_proxy(
-        str(place.model),
-        place.root / "p",
+        str(job.model),
+        job.root / "p",
         client=["ann"],
         round=1,
-        key=place.key,
+        key=job.key,
         p1=0.3,
         p2=0.2,
-        ledger=place.root / "ledger.jsonl",
+        ledger=job.root / "ledger.jsonl",
     )
-    shown = visible_elements(place.root / "p")
+    shown = visible_elements(job.root / "p")
     total = sum(bits.size for dtype, bits in make_tensors("bert", hidden=33).values())
     hidden = sum(flags.size - int(flags.sum()) for flags in shown.values())
     assert result.hidden_from_client == pytest.approx(hidden / total)
     assert 0.2 < result.hidden_by_server < 0.35 < result.hidden_from_client < 0.5
     assert sum(result.shares.values()) == pytest.approx(1)
-    assert result.proxies[0].bytes == sum(len(data) for data in contents(place.root / "p").values())
+    assert result.proxies[0].bytes == sum(len(data) for data in contents(job.root / "p").values())
     assert result.key_created
 
 
 @pytest.mark.parametrize("option", ["{client}", "deep/er/{client}/proxy"])
-def test_several_clients_each_get_a_directory(option: str, place: Place) -> None:
+def test_several_clients_each_get_a_directory(option: str, job: JobFolder) -> None:
     export_proxy(
-        str(place.model),
-        str(place.root / option),
+        str(job.model),
+        str(job.root / option),
         client=["ann", "bob"],
         round=1,
-        key=place.key,
+        key=job.key,
         p1=0.3,
         p2=0.2,
-        ledger=place.root / "ledger.jsonl",
+        ledger=job.root / "ledger.jsonl",
     )
     for name in ("ann", "bob"):
-        assert (place.root / option.replace("{client}", name) / "proxy.json").is_file()
+        assert (job.root / option.replace("{client}", name) / "proxy.json").is_file()
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -236,112 +236,112 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("options", "complaint"), WRONG, ids=lambda value: str(value)[:40])
 def test_i11_wrong_options_are_refused_and_nothing_is_written(
-    options: dict[str, Any], complaint: str, place: Place, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], complaint: str, job: JobFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(place.root)
+    monkeypatch.chdir(job.root)
     usual: dict[str, Any] = {
         "client": ["ann"],
         "round": 1,
-        "key": place.key,
+        "key": job.key,
         "p1": 0.3,
         "p2": 0.2,
-        "ledger": place.root / "ledger.jsonl",
+        "ledger": job.root / "ledger.jsonl",
         "out": "proxy",
     }
     arguments = usual | options
-    with nothing_written(place.root), pytest.raises(InputError, match=complaint):
-        export_proxy(str(place.model), arguments.pop("out"), **arguments)
+    with nothing_written(job.root), pytest.raises(InputError, match=complaint):
+        export_proxy(str(job.model), arguments.pop("out"), **arguments)
 
 
-def test_i11_an_output_that_exists_is_refused_before_anything_is_written(place: Place) -> None:
-    (place.root / "proxies/bob").mkdir(parents=True)
-    with nothing_written(place.root), pytest.raises(OutputExists):
-        place.export(place.model, "proxies")
-    with nothing_written(place.root), pytest.raises(OutputExists, match="not made by fedqsn"):
-        place.export(place.model, "proxies", force=True)
+def test_i11_an_output_that_exists_is_refused_before_anything_is_written(job: JobFolder) -> None:
+    (job.root / "proxies/bob").mkdir(parents=True)
+    with nothing_written(job.root), pytest.raises(OutputExists):
+        job.export(job.model, "proxies")
+    with nothing_written(job.root), pytest.raises(OutputExists, match="not made by fedqsn"):
+        job.export(job.model, "proxies", force=True)
 
 
-def test_i11_a_link_in_place_of_the_output_is_never_followed(place: Place) -> None:
-    real = place.export(place.model, "proxies") / "ann"
-    (place.root / "link").symlink_to(real)
-    (place.root / "dangling").symlink_to(place.root / "nowhere")
+def test_i11_a_link_in_place_of_the_output_is_never_followed(job: JobFolder) -> None:
+    real = job.export(job.model, "proxies") / "ann"
+    (job.root / "link").symlink_to(real)
+    (job.root / "dangling").symlink_to(job.root / "nowhere")
     for name in ("link", "dangling"):
-        with nothing_written(place.root), pytest.raises(OutputExists):
+        with nothing_written(job.root), pytest.raises(OutputExists):
             export_proxy(
-                str(place.model),
-                place.root / name,
+                str(job.model),
+                job.root / name,
                 client="ann",
                 round=1,
-                key=place.key,
+                key=job.key,
                 p2=0.2,
-                ledger=place.root / "ledger.jsonl",
+                ledger=job.root / "ledger.jsonl",
                 force=True,
             )
 
 
-def test_i11_another_p1_axis_or_plan_than_the_jobs_is_refused(place: Place) -> None:
-    place.export(place.model, "proxies")
-    plan = place.root / "plan.toml"
+def test_i11_another_p1_axis_or_plan_than_the_jobs_is_refused(job: JobFolder) -> None:
+    job.export(job.model, "proxies")
+    plan = job.root / "plan.toml"
     plan.write_text('[[rule]]\nmatch = "*pooler*"\nmasked = false\n')
     for options in ({"p1": 0.2}, {"axis": "input"}, {"axis": "element"}, {"plan": plan}):
-        with nothing_written(place.root), pytest.raises(FedqsnError) as caught:
-            place.export(place.model, "again", **options)
+        with nothing_written(job.root), pytest.raises(FedqsnError) as caught:
+            job.export(job.model, "again", **options)
         assert isinstance(caught.value, KeyFileError)
-    other = make_model(place.root / "other", "llama")
-    with nothing_written(place.root), pytest.raises(KeyFileError, match="another plan|plan"):
-        place.export(other, "again")
+    other = make_model(job.root / "other", "llama")
+    with nothing_written(job.root), pytest.raises(KeyFileError, match="another plan|plan"):
+        job.export(other, "again")
 
 
-def test_i11_a_key_that_others_can_read_is_refused(place: Place) -> None:
-    place.export(place.model, "proxies")
-    place.key.chmod(0o644)
-    with nothing_written(place.root), pytest.raises(KeyFileError, match="chmod 600"):
-        place.export(place.model, "again")
+def test_i11_a_key_that_others_can_read_is_refused(job: JobFolder) -> None:
+    job.export(job.model, "proxies")
+    job.key.chmod(0o644)
+    with nothing_written(job.root), pytest.raises(KeyFileError, match="chmod 600"):
+        job.export(job.model, "again")
 
 
-def test_i11_a_server_model_needs_its_own_key_and_its_own_options(place: Place) -> None:
-    server = place.server(place.model, "server")
-    with nothing_written(place.root), pytest.raises(KeyFileError, match="no key"):
-        place.export(server, "again", key=place.root / "new.key")
-    place.export(place.model, "other", key=place.root / "other.key")
-    for options in ({"key": place.root / "other.key"}, {"p1": 0.4}, {"axis": "input"}, {"rescale": False}):
-        with nothing_written(place.root), pytest.raises(InputError):
-            place.export(server, "again", **options)
+def test_i11_a_server_model_needs_its_own_key_and_its_own_options(job: JobFolder) -> None:
+    server = job.server(job.model, "server")
+    with nothing_written(job.root), pytest.raises(KeyFileError, match="no key"):
+        job.export(server, "again", key=job.root / "new.key")
+    job.export(job.model, "other", key=job.root / "other.key")
+    for options in ({"key": job.root / "other.key"}, {"p1": 0.4}, {"axis": "input"}, {"rescale": False}):
+        with nothing_written(job.root), pytest.raises(InputError):
+            job.export(server, "again", **options)
 
 
-def test_i11_a_quantized_model_is_not_quantized_in_another_way(place: Place) -> None:
-    packed = place.quantized(place.server(place.model, "server"), "packed")
+def test_i11_a_quantized_model_is_not_quantized_in_another_way(job: JobFolder) -> None:
+    packed = job.quantized(job.server(job.model, "server"), "packed")
     for options in ({"format": "fp4"}, {"block_size": 128}, {"layout": "dense"}, {"double_quant": True}):
-        with nothing_written(place.root), pytest.raises(InputError, match="quantized"):
-            place.export(packed, "again", **options)
-    quantize(str(place.model), place.root / "unmasked", format="nf4")
-    with nothing_written(place.root), pytest.raises(InputError, match="before it was masked"):
-        place.export(place.root / "unmasked", "again")
+        with nothing_written(job.root), pytest.raises(InputError, match="quantized"):
+            job.export(packed, "again", **options)
+    quantize(str(job.model), job.root / "unmasked", format="nf4")
+    with nothing_written(job.root), pytest.raises(InputError, match="before it was masked"):
+        job.export(job.root / "unmasked", "again")
 
 
-def test_i11_proxies_updates_and_masked_models_are_no_source(place: Place) -> None:
-    proxy = place.export(place.model, "proxies") / "ann"
-    packed = place.quantized(place.server(place.model, "server"), "packed")
-    mask(str(packed), place.root / "masked", key=place.key, client="ann", round=1, p2=0.2)
-    for source in (proxy, place.root / "masked"):
-        with nothing_written(place.root), pytest.raises(InputError):
-            place.export(source, "again")
+def test_i11_proxies_updates_and_masked_models_are_no_source(job: JobFolder) -> None:
+    proxy = job.export(job.model, "proxies") / "ann"
+    packed = job.quantized(job.server(job.model, "server"), "packed")
+    mask(str(packed), job.root / "masked", key=job.key, client="ann", round=1, p2=0.2)
+    for source in (proxy, job.root / "masked"):
+        with nothing_written(job.root), pytest.raises(InputError):
+            job.export(source, "again")
 
 
 def test_i11_another_public_base_than_the_server_models_is_refused(folder: Path) -> None:
-    place = Place(World("bert", "F32", 33, 48, 1, "neuron", "nf4", None, 64, False, "base", 0.3, 0.2), folder)
-    make_model(place.model, "bert", hidden=33)
+    job = JobFolder(Scenario("bert", "F32", 33, 48, 1, "neuron", "nf4", None, 64, False, "base", 0.3, 0.2), folder)
+    make_model(job.model, "bert", hidden=33)
     make_model(folder / "base", "bert", hidden=33, seed=1)
     other = make_model(folder / "other", "bert", hidden=33, seed=2)
-    server = place.server(place.model, "server")
-    for source in (server, place.quantized(server, "packed")):
+    server = job.server(job.model, "server")
+    for source in (server, job.quantized(server, "packed")):
         with nothing_written(folder), pytest.raises(InputError, match="base"):
-            place.export(source, "proxies", public_base=str(other))
+            job.export(source, "proxies", public_base=str(other))
         with nothing_written(folder), pytest.raises(InputError, match="base"):
             mask(
                 str(source),
                 folder / "m",
-                key=place.key,
+                key=job.key,
                 client="ann",
                 round=1,
                 p2=0.2,
@@ -350,26 +350,26 @@ def test_i11_another_public_base_than_the_server_models_is_refused(folder: Path)
             )
 
 
-def test_i11_a_key_or_ledger_inside_of_an_output_is_refused(place: Place) -> None:
+def test_i11_a_key_or_ledger_inside_of_an_output_is_refused(job: JobFolder) -> None:
     """It would go out with the proxy, and --force would delete it."""
-    proxies = place.export(place.model, "proxies", clients=("ann",))
-    shutil.copy(place.key, proxies / "ann/job.key")
-    shutil.copy(place.root / "ledger.jsonl", proxies / "ann/ledger.jsonl")
-    (place.root / "link").symlink_to(proxies / "ann")
+    proxies = job.export(job.model, "proxies", clients=("ann",))
+    shutil.copy(job.key, proxies / "ann/job.key")
+    shutil.copy(job.root / "ledger.jsonl", proxies / "ann/ledger.jsonl")
+    (job.root / "link").symlink_to(proxies / "ann")
     for options in (
         {"key": proxies / "ann/job.key"},
         {"ledger": proxies / "ann/ledger.jsonl"},
-        {"key": place.root / "link/job.key"},
+        {"key": job.root / "link/job.key"},
         {"ledger": proxies / "ann/deep/er.jsonl"},
     ):
-        with nothing_written(place.root), pytest.raises(InputError, match="inside of the output"):
-            place.export(place.model, "proxies", clients=("ann",), force=True, **options)
-    with nothing_written(place.root), pytest.raises(InputError, match="inside of the output"):
-        mask(str(place.model), proxies / "ann", key=proxies / "ann/job.key", force=True)
+        with nothing_written(job.root), pytest.raises(InputError, match="inside of the output"):
+            job.export(job.model, "proxies", clients=("ann",), force=True, **options)
+    with nothing_written(job.root), pytest.raises(InputError, match="inside of the output"):
+        mask(str(job.model), proxies / "ann", key=proxies / "ann/job.key", force=True)
     for options in ({"key": proxies / "ann/job.key"}, {"ledger": proxies / "ann/ledger.jsonl"}):
-        usual = {"key": place.key, "ledger": place.root / "ledger.jsonl"}
-        with nothing_written(place.root), pytest.raises(InputError, match="inside of the output"):
-            merge(str(place.model), [place.root / "u"], proxies / "ann", force=True, **usual | options)
+        usual = {"key": job.key, "ledger": job.root / "ledger.jsonl"}
+        with nothing_written(job.root), pytest.raises(InputError, match="inside of the output"):
+            merge(str(job.model), [job.root / "u"], proxies / "ann", force=True, **usual | options)
 
 
 def test_i11_a_scale_that_leaves_the_range_of_numbers_is_refused(folder: Path) -> None:
@@ -393,31 +393,31 @@ def test_i11_a_scale_that_leaves_the_range_of_numbers_is_refused(folder: Path) -
 
 
 @pytest.mark.parametrize("damage", ["not json\n", '{"format":"fedqsn-ledger/1"}\n', "folder"])
-def test_i11_a_damaged_ledger_is_refused_and_not_even_a_key_is_written(damage: str, place: Place) -> None:
-    path = place.root / "ledger.jsonl"
+def test_i11_a_damaged_ledger_is_refused_and_not_even_a_key_is_written(damage: str, job: JobFolder) -> None:
+    path = job.root / "ledger.jsonl"
     if damage == "folder":
         path.mkdir()
     else:
         path.write_text(damage)
-    with nothing_written(place.root), pytest.raises((InputError, OSError)):
-        place.export(place.model, "proxies")
+    with nothing_written(job.root), pytest.raises((InputError, OSError)):
+        job.export(job.model, "proxies")
 
 
-def test_i11_a_tensor_that_no_rule_knows_is_refused_until_the_user_decides(place: Place) -> None:
+def test_i11_a_tensor_that_no_rule_knows_is_refused_until_the_user_decides(job: JobFolder) -> None:
     tensors = make_tensors("bert", hidden=33) | {"mystery.thing": ("F32", np.ones((3, 5), np.float32).view(np.uint32))}
-    model = write_model(place.root / "strange", tensors, make_config("bert"))
-    with nothing_written(place.root), pytest.raises(InputError, match=r"mystery\.thing"):
-        place.export(model, "proxies")
-    plan = place.root / "plan.toml"
+    model = write_model(job.root / "strange", tensors, make_config("bert"))
+    with nothing_written(job.root), pytest.raises(InputError, match=r"mystery\.thing"):
+        job.export(model, "proxies")
+    plan = job.root / "plan.toml"
     plan.write_text('[[rule]]\nmatch = "mystery.thing"\nrole = "linear"\n')
-    place.export(model, "proxies", plan_file=plan)
-    assert "mystery.thing" in visible_elements(place.root / "proxies/ann")
+    job.export(model, "proxies", plan_file=plan)
+    assert "mystery.thing" in visible_elements(job.root / "proxies/ann")
 
 
-def test_a_client_id_that_looks_like_a_placeholder_or_an_option_is_only_a_name(place: Place) -> None:
-    place.export(place.model, "proxies", clients=("a.b-c_d", "0"))
-    assert sorted(path.name for path in (place.root / "proxies").iterdir()) == ["0", "a.b-c_d"]
-    assert not [name for name in listing(place.root) if ".fedqsn-" in name]
+def test_a_client_id_that_looks_like_a_placeholder_or_an_option_is_only_a_name(job: JobFolder) -> None:
+    job.export(job.model, "proxies", clients=("a.b-c_d", "0"))
+    assert sorted(path.name for path in (job.root / "proxies").iterdir()) == ["0", "a.b-c_d"]
+    assert not [name for name in listing(job.root) if ".fedqsn-" in name]
 
 
 # ---------------------------------------------------------------- records that were edited, or of an earlier version
@@ -431,33 +431,33 @@ def _edited(key: Path, **fields: object) -> None:
 def test_a_running_job_whose_key_file_was_edited_is_refused(tmp_path: Path) -> None:
     """With p1 changed from 0.5 to 0.1, the next proxy would show most of what the job hides."""
     make_model(tmp_path / "model", "bert", hidden=64, inner=128)
-    job: dict[str, Any] = {"key": tmp_path / "job.key", "ledger": tmp_path / "ledger.jsonl", "p2": 0.1}
-    export_proxy(str(tmp_path / "model"), tmp_path / "p1", client="ann", round=1, p1=0.5, **job)
+    records: dict[str, Any] = {"key": tmp_path / "job.key", "ledger": tmp_path / "ledger.jsonl", "p2": 0.1}
+    export_proxy(str(tmp_path / "model"), tmp_path / "p1", client="ann", round=1, p1=0.5, **records)
     for fields in ({"p1": 0.1}, {"groups": {}}, {"clear": 10**15}):
-        before = job["key"].read_bytes()
-        _edited(job["key"], **fields)
+        before = records["key"].read_bytes()
+        _edited(records["key"], **fields)
         for trust in (False, True):
             with nothing_written(tmp_path), pytest.raises(KeyFileError, match="was edited"):
-                again = job | {"trust_records": trust}
+                again = records | {"trust_records": trust}
                 export_proxy(str(tmp_path / "model"), tmp_path / "p2", client="ann", round=2, **again)
-        job["key"].write_bytes(before)
+        records["key"].write_bytes(before)
 
 
 def test_records_of_an_earlier_version_are_sealed_once_on_request(tmp_path: Path) -> None:
     make_model(tmp_path / "model", "bert", hidden=64, inner=128)
-    job: dict[str, Any] = {"key": tmp_path / "job.key", "ledger": tmp_path / "ledger.jsonl", "p2": 0.1}
-    export_proxy(str(tmp_path / "model"), tmp_path / "p1", client="ann", round=1, p1=0.5, **job)
+    records: dict[str, Any] = {"key": tmp_path / "job.key", "ledger": tmp_path / "ledger.jsonl", "p2": 0.1}
+    export_proxy(str(tmp_path / "model"), tmp_path / "p1", client="ann", round=1, p1=0.5, **records)
     head = tmp_path / "ledger.jsonl.head"
-    sealed = job["key"].read_bytes(), head.read_bytes()
+    sealed = records["key"].read_bytes(), head.read_bytes()
     document = json.loads(sealed[0])
     del document["seal"]
-    job["key"].write_text(json.dumps(document))
+    records["key"].write_text(json.dumps(document))
     head.unlink()
-    export = partial(export_proxy, str(tmp_path / "model"), client="ann", round=1, force=True, **job)
+    export = partial(export_proxy, str(tmp_path / "model"), client="ann", round=1, force=True, **records)
     with nothing_written(tmp_path), pytest.raises(KeyFileError, match="no seal"):
         export(tmp_path / "p1")
     export(tmp_path / "p1", trust_records=True)
-    assert (job["key"].read_bytes(), head.read_bytes()) == sealed
+    assert (records["key"].read_bytes(), head.read_bytes()) == sealed
     export(tmp_path / "p1")
 
 
@@ -465,8 +465,8 @@ def test_files_of_a_proxy_have_one_mode_and_one_time_whatever_umask_and_clock(tm
     make_model(tmp_path / "model", "bert", hidden=64, inner=128)
     before = os.umask(0o077)
     try:
-        job: dict[str, Any] = {"key": tmp_path / "job.key", "ledger": tmp_path / "ledger.jsonl"}
-        export_proxy(str(tmp_path / "model"), tmp_path / "p1", client="ann", round=1, p1=0.5, p2=0.1, **job)
+        records: dict[str, Any] = {"key": tmp_path / "job.key", "ledger": tmp_path / "ledger.jsonl"}
+        export_proxy(str(tmp_path / "model"), tmp_path / "p1", client="ann", round=1, p1=0.5, p2=0.1, **records)
     finally:
         os.umask(before)
     found = [path.stat() for path in (tmp_path / "p1").iterdir()]

@@ -29,87 +29,87 @@ from support.helpers import (
     write_file,
     write_model,
 )
-from support.scenario import Place, World, few, placed, worlds
+from support.scenario import JobFolder, Scenario, few, job_folder, scenarios
 
-USUAL = World("bert", "F32", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2)
+USUAL = Scenario("bert", "F32", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2)
 
 
 @pytest.fixture
-def place(folder: Path) -> Place:
+def job(folder: Path) -> JobFolder:
     make_model(folder / "model", "bert", hidden=33)
-    return Place(USUAL, folder)
+    return JobFolder(USUAL, folder)
 
 
 # ---------------------------------------------------------------- mask
 
 
 @few(20)
-@given(worlds(fill="base", p1=0.5))
-def test_with_a_public_base_its_units_stand_in_the_holes(world: World) -> None:
-    with placed(world) as place:
-        server = read_model(place.server(place.model, "server"))
-        model, base = read_model(place.model), read_model(place.root / "base")
-        for name, hidden in hidden_elements(place.model, place.key).items():
+@given(scenarios(fill="base", p1=0.5))
+def test_with_a_public_base_its_units_stand_in_the_holes(scenario: Scenario) -> None:
+    with job_folder(scenario) as job:
+        server = read_model(job.server(job.model, "server"))
+        model, base = read_model(job.model), read_model(job.root / "base")
+        for name, hidden in hidden_elements(job.model, job.key).items():
             np.testing.assert_array_equal(server[name][1], np.where(hidden, base[name][1], model[name][1]))
 
 
-def test_a_server_model_is_a_checkpoint_with_its_tokenizer(place: Place) -> None:
-    (place.model / "tokenizer.json").write_text('{"version": "1.0"}')
-    (place.model / "training_args.bin").write_bytes(b"pickled")
-    server = place.server(place.model, "server")
+def test_a_server_model_is_a_checkpoint_with_its_tokenizer(job: JobFolder) -> None:
+    (job.model / "tokenizer.json").write_text('{"version": "1.0"}')
+    (job.model / "training_args.bin").write_bytes(b"pickled")
+    server = job.server(job.model, "server")
     assert {path.name for path in server.iterdir()} == {
         "config.json",
         "fedqsn.json",
         "model.safetensors",
         "tokenizer.json",
     }
-    assert (server / "config.json").read_bytes() == (place.model / "config.json").read_bytes()
+    assert (server / "config.json").read_bytes() == (job.model / "config.json").read_bytes()
 
 
-def test_the_manifest_of_a_server_model_says_how_it_was_masked_but_not_where(place: Place) -> None:
-    result = mask(str(place.model), place.root / "server", key=place.key, p1=0.3, axis="input", rescale=False)
-    text = (place.root / "server/fedqsn.json").read_text()
+def test_the_manifest_of_a_server_model_says_how_it_was_masked_but_not_where(job: JobFolder) -> None:
+    result = mask(str(job.model), job.root / "server", key=job.key, p1=0.3, axis="input", rescale=False)
+    text = (job.root / "server/fedqsn.json").read_text()
     manifest = json.loads(text)
     facts = [manifest[name] for name in ("kind", "p1", "axis", "rescale")]
     assert facts == ["server-model", 0.3, "input", False]
     assert manifest["model_digest"] == result.model_digest
-    assert json.loads(place.key.read_text())["key"] not in text
-    hidden = hidden_elements(place.model, place.key)
+    assert json.loads(job.key.read_text())["key"] not in text
+    hidden = hidden_elements(job.model, job.key)
     share = sum(flags.sum() for flags in hidden.values()) / sum(flags.size for flags in hidden.values())
     assert result.hidden == pytest.approx(share)
     assert result.kind == "server-model" and result.key_created
 
 
-def test_the_model_digest_is_that_of_the_export(place: Place) -> None:
-    digest = mask(str(place.model), place.root / "server", key=place.key, p1=0.3).model_digest
+def test_the_model_digest_is_that_of_the_export(job: JobFolder) -> None:
+    digest = mask(str(job.model), job.root / "server", key=job.key, p1=0.3).model_digest
     exported = export_proxy(
-        str(place.model),
-        place.root / "p",
+        str(job.model),
+        job.root / "p",
         client="ann",
         round=1,
-        key=place.key,
+        key=job.key,
         p2=0.2,
-        ledger=place.root / "ledger.jsonl",
+        ledger=job.root / "ledger.jsonl",
     )
     assert exported.model_digest == digest
 
 
 def test_the_residual_of_a_16_bit_model_goes_with_its_visible_part(folder: Path) -> None:
-    place = Place(World("llama", "BF16", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.5, 0.2), folder)
-    make_model(place.model, "llama", dtype="BF16", hidden=33)
-    residual = {name: ("BF16", np.full_like(bits, 0x3A00)) for name, (_, bits) in read_model(place.model).items()}
-    write_file(place.model / "fedqsn-residual.safetensors", residual)
-    server = place.server(place.model, "server")
+    job = JobFolder(Scenario("llama", "BF16", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.5, 0.2), folder)
+    make_model(job.model, "llama", dtype="BF16", hidden=33)
+    residual = {name: ("BF16", np.full_like(bits, 0x3A00)) for name, (_, bits) in read_model(job.model).items()}
+    write_file(job.model / "fedqsn-residual.safetensors", residual)
+    server = job.server(job.model, "server")
     kept = read_file(server / "fedqsn-residual.safetensors")
-    for name, hidden in hidden_elements(place.model, place.key).items():
+    for name, hidden in hidden_elements(job.model, job.key).items():
         np.testing.assert_array_equal(kept[name][1] == 0, hidden)
 
 
 @pytest.mark.parametrize("change", ["lacks a tensor", "has another shape", "has another dtype", "has one more"])
 def test_i11_a_residual_of_another_model_is_refused(change: str, folder: Path) -> None:
-    place = Place(World("llama", "BF16", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.5, 0.2), folder)
-    make_model(place.model, "llama", dtype="BF16", hidden=33)
-    residual: Any = {name: ("BF16", np.zeros_like(bits)) for name, (_, bits) in read_model(place.model).items()}
+    job = JobFolder(Scenario("llama", "BF16", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.5, 0.2), folder)
+    make_model(job.model, "llama", dtype="BF16", hidden=33)
+    residual: Any = {name: ("BF16", np.zeros_like(bits)) for name, (_, bits) in read_model(job.model).items()}
     if change == "lacks a tensor":
         del residual["lm_head.weight"]
     elif change == "has another shape":
@@ -118,9 +118,9 @@ def test_i11_a_residual_of_another_model_is_refused(change: str, folder: Path) -
         residual["lm_head.weight"] = ("F32", residual["lm_head.weight"][1].astype(np.uint32))
     else:
         residual["more.weight"] = ("BF16", np.zeros((2, 2), np.uint16))
-    write_file(place.model / "fedqsn-residual.safetensors", residual)
+    write_file(job.model / "fedqsn-residual.safetensors", residual)
     with nothing_written(folder), pytest.raises(InputError, match="residual"):
-        place.server(place.model, "server")
+        job.server(job.model, "server")
 
 
 def test_one_safetensors_file_without_a_config_can_be_masked(folder: Path) -> None:
@@ -154,79 +154,79 @@ WRONG_MASKS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("options", "complaint"), WRONG_MASKS, ids=lambda value: str(value)[:50])
 def test_i11_wrong_options_of_mask_are_refused_and_nothing_is_written(
-    options: dict[str, Any], complaint: str, place: Place, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], complaint: str, job: JobFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(place.root)
-    with nothing_written(place.root), pytest.raises(InputError, match=complaint):
-        mask(str(place.model), place.root / "server", **{"key": place.key, "p1": 0.3} | options)
+    monkeypatch.chdir(job.root)
+    with nothing_written(job.root), pytest.raises(InputError, match=complaint):
+        mask(str(job.model), job.root / "server", **{"key": job.key, "p1": 0.3} | options)
 
 
-def test_i11_a_server_model_is_not_masked_by_the_server_again(place: Place) -> None:
-    server = place.server(place.model, "server")
-    packed = place.quantized(server, "packed")
-    with nothing_written(place.root):
+def test_i11_a_server_model_is_not_masked_by_the_server_again(job: JobFolder) -> None:
+    server = job.server(job.model, "server")
+    packed = job.quantized(server, "packed")
+    with nothing_written(job.root):
         for source in (server, packed):
             with pytest.raises(InputError, match="already"):
-                place.server(source, "again")
-    for_ann: dict[str, Any] = {"key": place.key, "client": "ann", "round": 1, "p2": 0.2}
-    mask(str(packed), place.root / "masked", **for_ann)
-    with nothing_written(place.root), pytest.raises(InputError, match="client mask"):
-        mask(str(place.root / "masked"), place.root / "twice", **for_ann)
-    with nothing_written(place.root), pytest.raises(InputError):
-        quantize(str(place.root / "masked"), place.root / "twice", format="nf4")
+                job.server(source, "again")
+    for_ann: dict[str, Any] = {"key": job.key, "client": "ann", "round": 1, "p2": 0.2}
+    mask(str(packed), job.root / "masked", **for_ann)
+    with nothing_written(job.root), pytest.raises(InputError, match="client mask"):
+        mask(str(job.root / "masked"), job.root / "twice", **for_ann)
+    with nothing_written(job.root), pytest.raises(InputError):
+        quantize(str(job.root / "masked"), job.root / "twice", format="nf4")
 
 
-def test_i11_a_job_keeps_its_p1_plan_and_axis(place: Place) -> None:
-    place.server(place.model, "server")
+def test_i11_a_job_keeps_its_p1_plan_and_axis(job: JobFolder) -> None:
+    job.server(job.model, "server")
     for options in ({"p1": 0.2}, {"p1": 0.3, "axis": "input"}):
-        with nothing_written(place.root), pytest.raises(KeyFileError, match="belongs to a job"):
-            mask(str(place.model), place.root / "other", key=place.key, **options)
+        with nothing_written(job.root), pytest.raises(KeyFileError, match="belongs to a job"):
+            mask(str(job.model), job.root / "other", key=job.key, **options)
 
 
-def test_i11_a_key_path_that_is_no_private_file_is_refused(place: Place) -> None:
-    place.server(place.model, "server")
-    copy = place.root / "copy.key"
-    copy.write_bytes(place.key.read_bytes())
+def test_i11_a_key_path_that_is_no_private_file_is_refused(job: JobFolder) -> None:
+    job.server(job.model, "server")
+    copy = job.root / "copy.key"
+    copy.write_bytes(job.key.read_bytes())
     copy.chmod(0o640)
-    link = place.root / "dangling.key"
-    link.symlink_to(place.root / "nowhere")
-    (place.root / "folder.key").mkdir()
-    (place.root / "text.key").write_text("{}")
-    (place.root / "text.key").chmod(0o600)
-    for key in (copy, link, place.root / "folder.key", place.root / "text.key"):
-        with nothing_written(place.root), pytest.raises(KeyFileError):
-            mask(str(place.model), place.root / "other", key=key, p1=0.3)
+    link = job.root / "dangling.key"
+    link.symlink_to(job.root / "nowhere")
+    (job.root / "folder.key").mkdir()
+    (job.root / "text.key").write_text("{}")
+    (job.root / "text.key").chmod(0o600)
+    for key in (copy, link, job.root / "folder.key", job.root / "text.key"):
+        with nothing_written(job.root), pytest.raises(KeyFileError):
+            mask(str(job.model), job.root / "other", key=key, p1=0.3)
 
 
-def test_a_failed_mask_leaves_no_key_behind(place: Place) -> None:
-    (place.root / "taken").mkdir()
-    with nothing_written(place.root), pytest.raises(OutputExists):
-        mask(str(place.model), place.root / "taken", key=place.key, p1=0.3)
+def test_a_failed_mask_leaves_no_key_behind(job: JobFolder) -> None:
+    (job.root / "taken").mkdir()
+    with nothing_written(job.root), pytest.raises(OutputExists):
+        mask(str(job.model), job.root / "taken", key=job.key, p1=0.3)
 
 
-def test_a_key_is_created_private_whatever_the_umask(place: Place) -> None:
+def test_a_key_is_created_private_whatever_the_umask(job: JobFolder) -> None:
     old = os.umask(0)
     try:
-        place.server(place.model, "server")
+        job.server(job.model, "server")
     finally:
         os.umask(old)
-    assert stat.S_IMODE(place.key.stat().st_mode) == 0o600
+    assert stat.S_IMODE(job.key.stat().st_mode) == 0o600
 
 
 # ---------------------------------------------------------------- quantize
 
 
 @few(15)
-@given(worlds(fill="zero"))
-def test_quantize_with_format_none_changes_no_weight(world: World) -> None:
-    with placed(world) as place:
-        server = place.server(place.model, "server")
-        quantize(str(server), place.root / "plain", format="none")
-        assert (place.root / "plain/model.safetensors").read_bytes() == (server / "model.safetensors").read_bytes()
+@given(scenarios(fill="zero"))
+def test_quantize_with_format_none_changes_no_weight(scenario: Scenario) -> None:
+    with job_folder(scenario) as job:
+        server = job.server(job.model, "server")
+        quantize(str(server), job.root / "plain", format="none")
+        assert (job.root / "plain/model.safetensors").read_bytes() == (server / "model.safetensors").read_bytes()
 
 
-def test_quantize_reports_what_is_quantized(place: Place) -> None:
-    result = quantize(str(place.model), place.root / "packed", format="nf4")
+def test_quantize_reports_what_is_quantized(job: JobFolder) -> None:
+    result = quantize(str(job.model), job.root / "packed", format="nf4")
     assert result.quantization is not None
     assert (result.quantization.format, result.quantization.layout) == ("nf4", "bnb")
     assert sum(result.shares.values()) == pytest.approx(1)
@@ -246,19 +246,19 @@ WRONG_QUANTIZE: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("options", "complaint"), WRONG_QUANTIZE, ids=lambda value: str(value)[:50])
 def test_i11_wrong_options_of_quantize_are_refused_and_nothing_is_written(
-    options: dict[str, Any], complaint: str, place: Place
+    options: dict[str, Any], complaint: str, job: JobFolder
 ) -> None:
-    with nothing_written(place.root), pytest.raises(InputError, match=complaint):
-        quantize(str(place.model), place.root / "packed", **options)
+    with nothing_written(job.root), pytest.raises(InputError, match=complaint):
+        quantize(str(job.model), job.root / "packed", **options)
 
 
-def test_i11_what_is_quantized_is_not_quantized_again(place: Place) -> None:
-    packed = place.quantized(place.model, "packed")
-    proxy = place.export(place.model, "proxies") / "ann"
-    update = send(proxy, place.root / "update", noise(1))
-    for source in (packed, proxy, update, place.root / "ledger.jsonl", place.key, place.root / "nowhere"):
-        with nothing_written(place.root), pytest.raises(InputError):
-            quantize(str(source), place.root / "again", format="nf4")
+def test_i11_what_is_quantized_is_not_quantized_again(job: JobFolder) -> None:
+    packed = job.quantized(job.model, "packed")
+    proxy = job.export(job.model, "proxies") / "ann"
+    update = send(proxy, job.root / "update", noise(1))
+    for source in (packed, proxy, update, job.root / "ledger.jsonl", job.key, job.root / "nowhere"):
+        with nothing_written(job.root), pytest.raises(InputError):
+            quantize(str(source), job.root / "again", format="nf4")
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
@@ -317,9 +317,9 @@ def test_i11_a_value_beyond_the_range_of_int8s_half_precision_is_refused(folder:
         quantize(str(model), folder / "packed", format="int8")
 
 
-def test_replacing_with_force_leaves_only_the_new_artifact(place: Place) -> None:
-    place.quantized(place.model, "packed")
-    (place.root / "packed/note.txt").write_text("left here by somebody")
-    quantize(str(place.model), place.root / "packed", format="fp4", force=True)
-    assert "note.txt" not in contents(place.root / "packed")
-    assert sorted(path.name for path in place.root.iterdir()) == ["model", "packed"]
+def test_replacing_with_force_leaves_only_the_new_artifact(job: JobFolder) -> None:
+    job.quantized(job.model, "packed")
+    (job.root / "packed/note.txt").write_text("left here by somebody")
+    quantize(str(job.model), job.root / "packed", format="fp4", force=True)
+    assert "note.txt" not in contents(job.root / "packed")
+    assert sorted(path.name for path in job.root.iterdir()) == ["model", "packed"]

@@ -114,10 +114,10 @@ coalition = 0.95
 """
 
 
-# ------------------------------------------------------------------------------------------------ worlds
+# ------------------------------------------------------------------------------------------------ jobs
 
 
-def world(family: str = "bert", dtype: str = "F32", **options: Any) -> None:
+def export_job(family: str = "bert", dtype: str = "F32", **options: Any) -> None:
     """A public base, a model fine-tuned from it, and a key."""
     base = read_model(make_model(Path("base"), family, dtype=dtype, hidden=64, inner=128))
     tuned = base | {
@@ -148,7 +148,7 @@ def send(proxies: Sequence[Path]) -> list[Path]:
 
 def two_rounds() -> None:
     """A job of two clients and two rounds, and the model after the first of them."""
-    world(p1=0.25)
+    export_job(p1=0.25)
     first = release("global", 1, "alice", "bob")
     release("global", 2, "alice", "bob")
     merge("global", send(first), "next", **JOB)
@@ -176,7 +176,7 @@ def baseline(change: float, *words: str | Path) -> tuple[str, Path]:
 
 def leak() -> None:
     """Two proxies that show what they must not, signed by somebody who could."""
-    world(p1=0.25)
+    export_job(p1=0.25)
     release("global", 1, "alice", "bob")
     release("global", 0, "everything", p2=0.0, ledger="other.jsonl")
     hidden = np.flatnonzero(~visible_elements(Path("r0/everything"))[QUERY][0].any(axis=1))
@@ -256,7 +256,7 @@ def incomplete() -> Words:
 
 def crowd() -> Words:
     """What many clients have seen, fresh and sticky, over many rounds: from ledger and key alone."""
-    world(p1=0.1)
+    export_job(p1=0.1)
     for round in range(1, 4):
         release("global", round, *(f"fresh-{number:02}" for number in range(round * 5)))
         release("global", round + 10, *(f"sticky-{number}" for number in range(4)), schedule="sticky", p2=0.4)
@@ -265,7 +265,7 @@ def crowd() -> Words:
 
 def rounds() -> Words:
     """Many proxies of single weights, in bf16 and int8, with another ratio in one layer."""
-    world("llama", "BF16", p1=0.2, axis="element", p1_schedule="0=0.5")
+    export_job("llama", "BF16", p1=0.2, axis="element", p1_schedule="0=0.5")
     proxies = release("global", 1, *(f"client{number}" for number in range(6)), p2=0.5, format="int8")
     release("global", 2, "client1", "client5", schedule="sticky", p2=0.5, format="int8")
     return [*proxies, *OWNER]
@@ -273,14 +273,14 @@ def rounds() -> Words:
 
 def experts() -> Words:
     """A mixture of experts whose outputs alone are hidden."""
-    world("gpt_oss", "F16", p1=0.4, axis="input", where="mlp")
+    export_job("gpt_oss", "F16", p1=0.4, axis="input", where="mlp")
     return [*release("global", 1, "alice", "bob", format="nf2"), *OWNER, "--base", "base"]
 
 
 def trained() -> Words:
     """A later round of a job whose clients train what stands in the holes."""
     filled: dict[str, Any] = {"fill": "base", "public_base": "base"}
-    world(p1=0.5, **filled)
+    export_job(p1=0.5, **filled)
     mask("global", "server", key=KEY, **filled)
     merge("server", send(release("server", 1, "alice", "bob", train="all", **filled)), "server-1", **JOB)
     proxies = release("server-1", 2, "alice", "bob", train="all", **filled)

@@ -35,6 +35,7 @@ _KEPT = ("HOME", "LD_LIBRARY_PATH", "PATH", "PYTHONPATH", "TMPDIR")  # of the en
 _SURROUNDINGS = {
     "COLUMNS": "100",
     "CUDA_VISIBLE_DEVICES": "",
+    "FEDQSN_ALLOW_UNTRAINABLE": "1",  # most models of the corpus have no tokenizer
     "HF_HUB_OFFLINE": "1",
     "LANG": "C.UTF-8",
     "NO_COLOR": "1",

@@ -25,7 +25,7 @@ JOB: dict[str, Any] = {"key": KEY, "ledger": LEDGER}
 CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
 
 
-# ------------------------------------------------------------------------------------------------ worlds
+# ------------------------------------------------------------------------------------------------ jobs
 
 
 def rows(path: str, lines: Iterable[Mapping[str, Any]]) -> Path:

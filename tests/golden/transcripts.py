@@ -56,7 +56,7 @@ EXPORT = [
     "export-proxy global --out r3 --client carol --round 3 --p2 0 --key job.key --ledger ledger.jsonl --format int8 "
     "--schedule sticky --no-rescale --max-shard-size 8KB",
     "export-proxy global --out none --client carol --round 4 --p2 0.5 --key job.key --ledger ledger.jsonl "
-    "--format none --json",
+    "--format none --schedule fresh --json",
     "export-proxy global --out filled-proxy --client ann --round 1 --p2 0.1 --key filled.key --ledger filled.jsonl "
     "--preset strong --public-base base",
     "export-proxy filled --out filled-json --client bob --round 1 --p2 0.1 --key filled.key --ledger filled.jsonl "

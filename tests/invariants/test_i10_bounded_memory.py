@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedqsn_cli import export_proxy
-from support.helpers import contents, environment, make_model, send, words
+from support.helpers import as_strings, contents, environment, make_model, send
 
 linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 
@@ -41,7 +41,7 @@ def run(*arguments: str | Path, files: int = 0, hard: str = "soft", threads: int
     In one thread, whatever the machine has: how much of each other's work threads hold at a time depends on chance.
     """
     code = RUN.replace("HARD", hard)
-    command = [sys.executable, "-c", code, str(files), *words(arguments), "--quiet"]
+    command = [sys.executable, "-c", code, str(files), *as_strings(arguments), "--quiet"]
     surroundings = environment(FEDQSN_THREADS=str(threads))
     done = subprocess.run(command, capture_output=True, text=True, env=surroundings, check=False)
     assert done.returncode == 0, done.stderr

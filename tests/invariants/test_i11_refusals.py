@@ -18,81 +18,81 @@ from fedqsn_cli.artifacts.ledger_head import write_head
 from fedqsn_cli.errors import FedqsnError, FormatError, InputError, KeyFileError, RefusedUpdate
 from fedqsn_cli.masks import job_key
 from support.helpers import Update, draft, listing, make_model, noise, nothing_written, send
-from support.scenario import Place, World
+from support.scenario import JobFolder, Scenario
 
-WORLD = World("qwen2", "F32", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2)
+SCENARIO = Scenario("qwen2", "F32", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2)
 WEIGHT, NORM, BIAS = ("model.layers.0.mlp.up_proj.weight", "model.norm.weight", "model.layers.0.self_attn.q_proj.bias")
 
 
 @pytest.fixture(scope="module")
-def original(module_folder: Path) -> Place:
+def original(module_folder: Path) -> JobFolder:
     """A job with two proxies and an honest update of each."""
-    place = Place(WORLD, module_folder / "original")
-    make_model(place.model, "qwen2", hidden=33)
-    proxies = place.export(place.model, "proxies")
+    job = JobFolder(SCENARIO, module_folder / "original")
+    make_model(job.model, "qwen2", hidden=33)
+    proxies = job.export(job.model, "proxies")
     for name in ("ann", "bob"):
-        send(proxies / name, place.root / f"u-{name}", noise(1))
-    return place
+        send(proxies / name, job.root / f"u-{name}", noise(1))
+    return job
 
 
 @pytest.fixture
-def place(original: Place, folder: Path) -> Place:
-    """A copy of it to spoil."""
+def job(original: JobFolder, folder: Path) -> JobFolder:
+    """A copy of it to tamper with."""
     shutil.copytree(original.root, folder / "job")
     (folder / "job/job.key").chmod(0o600)
-    return Place(WORLD, folder / "job")
+    return JobFolder(SCENARIO, folder / "job")
 
 
-def merged(place: Place, *updates: str, **options: Any) -> Any:
-    usual = {"key": place.key, "ledger": place.root / "ledger.jsonl"}
-    folders = [place.root / name for name in updates or ("u-ann", "u-bob")]
-    return merge(str(place.model), folders, place.root / "next", **usual | options)
+def merged(job: JobFolder, *updates: str, **options: Any) -> Any:
+    usual = {"key": job.key, "ledger": job.root / "ledger.jsonl"}
+    folders = [job.root / name for name in updates or ("u-ann", "u-bob")]
+    return merge(str(job.model), folders, job.root / "next", **usual | options)
 
 
 def refused(
-    place: Place, complaint: str | None, *updates: str, error: type[FedqsnError] = InputError, **options: Any
+    job: JobFolder, complaint: str | None, *updates: str, error: type[FedqsnError] = InputError, **options: Any
 ) -> None:
     """merge refuses in one line, with exit code 2, and writes nothing."""
-    with nothing_written(place.root), pytest.raises(error, match=complaint) as caught:
-        merged(place, *updates, **options)
+    with nothing_written(job.root), pytest.raises(error, match=complaint) as caught:
+        merged(job, *updates, **options)
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
 
 
-def test_i11_the_honest_updates_of_these_tests_are_accepted(place: Place) -> None:
-    merged(place)
-    assert sorted(set(listing(place.root)) - {"next"})  # and below: nothing but the result is new
-    assert not [name for name in listing(place.root) if ".fedqsn-" in name]
+def test_i11_the_honest_updates_of_these_tests_are_accepted(job: JobFolder) -> None:
+    merged(job)
+    assert sorted(set(listing(job.root)) - {"next"})  # and below: nothing but the result is new
+    assert not [name for name in listing(job.root) if ".fedqsn-" in name]
 
 
 # ---------------------------------------------------------------- the tensors of an update
 
 
-def spoil(change: Callable[[Update], None]) -> Callable[[Place], None]:
+def tampered(change: Callable[[Update], None]) -> Callable[[JobFolder], None]:
     """An update with other content, but with a digest that fits."""
 
-    def apply(place: Place) -> None:
-        update = draft(place.root / "proxies/ann", noise(1))
+    def apply(job: JobFolder) -> None:
+        update = draft(job.root / "proxies/ann", noise(1))
         change(update)
-        shutil.rmtree(place.root / "u-ann")
-        update.write(place.root / "u-ann")
+        shutil.rmtree(job.root / "u-ann")
+        update.write(job.root / "u-ann")
 
     return apply
 
 
-def put(name: str, value: float, everywhere: bool = False) -> Callable[[Place], None]:
+def put(name: str, value: float, everywhere: bool = False) -> Callable[[JobFolder], None]:
     def change(update: Update) -> None:
         values = update.tensors[name][1].view(np.float32)
         values.reshape(-1)[slice(None) if everywhere else slice(-1, None)] = value
 
-    return spoil(change)
+    return tampered(change)
 
 
-def put_tensor(name: str, tensor: Callable[[Any], tuple[str, Any]]) -> Callable[[Place], None]:
-    return spoil(lambda update: update.tensors.update({name: tensor(update.tensors.get(name, ("F32", None))[1])}))
+def put_tensor(name: str, tensor: Callable[[Any], tuple[str, Any]]) -> Callable[[JobFolder], None]:
+    return tampered(lambda update: update.tensors.update({name: tensor(update.tensors.get(name, ("F32", None))[1])}))
 
 
-TENSORS: dict[str, tuple[Callable[[Place], None], str]] = {
+TENSORS: dict[str, tuple[Callable[[JobFolder], None], str]] = {
     "NaN in a weight": (put(WEIGHT, float("nan")), "NaN or infinity"),
     "NaN in a norm": (put(NORM, float("nan")), "NaN or infinity"),
     "infinity in a bias": (put(BIAS, float("inf")), "NaN or infinity"),
@@ -106,8 +106,8 @@ TENSORS: dict[str, tuple[Callable[[Place], None], str]] = {
         put_tensor("model.layers.7.mlp.up_proj.weight", lambda x: ("F32", np.zeros(3, np.uint32))),
         "no such tensor",
     ),
-    "a tensor missing": (spoil(lambda update: update.tensors.pop(WEIGHT) and None), "missing"),
-    "a norm missing": (spoil(lambda update: update.tensors.pop(NORM) and None), "missing"),
+    "a tensor missing": (tampered(lambda update: update.tensors.pop(WEIGHT) and None), "missing"),
+    "a norm missing": (tampered(lambda update: update.tensors.pop(NORM) and None), "missing"),
     "all units": (put_tensor(WEIGHT, lambda x: ("F32", np.zeros((48, 33), np.uint32))), "expected F32"),
     "one unit less": (put_tensor(WEIGHT, lambda x: ("F32", x[1:])), "expected F32"),
     "turned": (put_tensor(WEIGHT, lambda x: ("F32", np.ascontiguousarray(x.T))), "expected F32"),
@@ -116,15 +116,18 @@ TENSORS: dict[str, tuple[Callable[[Place], None], str]] = {
     "empty": (put_tensor(WEIGHT, lambda x: ("F32", x[:0])), "expected F32"),
     "another dtype": (put_tensor(WEIGHT, lambda x: ("BF16", x.astype(np.uint16))), "expected F32"),
     "whole numbers": (put_tensor(WEIGHT, lambda x: ("I64", x.astype(np.int64))), "expected F32"),
-    "another precision than it says": (spoil(lambda update: update.manifest.update(precision="fp16")), "expected F16"),
+    "another precision than it says": (
+        tampered(lambda update: update.manifest.update(precision="fp16")),
+        "expected F16",
+    ),
 }
 
 
 @pytest.mark.parametrize("fault", TENSORS)
-def test_i11_an_update_whose_tensors_are_wrong_is_refused(fault: str, place: Place) -> None:
+def test_i11_an_update_whose_tensors_are_wrong_is_refused(fault: str, job: JobFolder) -> None:
     change, complaint = TENSORS[fault]
-    change(place)
-    refused(place, complaint)
+    change(job)
+    refused(job, complaint)
 
 
 # ---------------------------------------------------------------- the manifest of an update
@@ -186,9 +189,9 @@ MANIFESTS: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("fault", MANIFESTS)
-def test_i11_an_update_whose_manifest_is_wrong_is_refused(fault: str, place: Place) -> None:
-    MANIFESTS[fault](place.root / "u-ann")
-    refused(place, None)
+def test_i11_an_update_whose_manifest_is_wrong_is_refused(fault: str, job: JobFolder) -> None:
+    MANIFESTS[fault](job.root / "u-ann")
+    refused(job, None)
 
 
 # ---------------------------------------------------------------- the files of an update
@@ -201,9 +204,9 @@ def flip(update: Path, position: int) -> None:
 
 
 @pytest.mark.parametrize("position", [-1, -2, -1000, -9_000, 9, 100, 0])
-def test_i11_one_flipped_bit_anywhere_in_an_update_is_refused(position: int, place: Place) -> None:
-    flip(place.root / "u-ann", position)
-    refused(place, None)
+def test_i11_one_flipped_bit_anywhere_in_an_update_is_refused(position: int, job: JobFolder) -> None:
+    flip(job.root / "u-ann", position)
+    refused(job, None)
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
@@ -222,97 +225,97 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("file", ["update.safetensors", "update.json"])
-def test_i11_an_update_with_a_damaged_file_is_refused(file: str, damage: str, place: Place) -> None:
-    DAMAGES[damage](place.root / "u-ann" / file)
+def test_i11_an_update_with_a_damaged_file_is_refused(file: str, damage: str, job: JobFolder) -> None:
+    DAMAGES[damage](job.root / "u-ann" / file)
     if damage == "longer" and file == "update.json":
-        (place.root / "u-ann" / file).write_bytes(b"{} {}")
-    with nothing_written(place.root), pytest.raises((InputError, OSError)) as caught:
-        merged(place)
+        (job.root / "u-ann" / file).write_bytes(b"{} {}")
+    with nothing_written(job.root), pytest.raises((InputError, OSError)) as caught:
+        merged(job)
     assert isinstance(caught.value, InputError)
 
 
 # ---------------------------------------------------------------- foreign, stale, doubled
 
 
-def test_i11_an_update_given_twice_is_refused(place: Place) -> None:
-    shutil.copytree(place.root / "u-ann", place.root / "copy")
-    (place.root / "link").symlink_to(place.root / "u-ann")
+def test_i11_an_update_given_twice_is_refused(job: JobFolder) -> None:
+    shutil.copytree(job.root / "u-ann", job.root / "copy")
+    (job.root / "link").symlink_to(job.root / "u-ann")
     for other in ("u-ann", "copy", "link"):
-        refused(place, "more than one", "u-ann", other, error=RefusedUpdate)
+        refused(job, "more than one", "u-ann", other, error=RefusedUpdate)
 
 
-def test_i11_two_updates_of_one_client_are_refused_even_from_two_rounds(place: Place) -> None:
-    proxies = place.export(place.model, "second", round=2)
-    send(proxies / "ann", place.root / "u-again", noise(2))
-    refused(place, "more than one", "u-ann", "u-again", error=RefusedUpdate)
+def test_i11_two_updates_of_one_client_are_refused_even_from_two_rounds(job: JobFolder) -> None:
+    proxies = job.export(job.model, "second", round=2)
+    send(proxies / "ann", job.root / "u-again", noise(2))
+    refused(job, "more than one", "u-ann", "u-again", error=RefusedUpdate)
 
 
-def test_i11_an_update_of_the_last_round_is_stale_once_the_model_moved(place: Place) -> None:
+def test_i11_an_update_of_the_last_round_is_stale_once_the_model_moved(job: JobFolder) -> None:
     merge(
-        str(place.model),
-        [place.root / "u-ann"],
-        place.root / "moved",
-        key=place.key,
-        ledger=place.root / "ledger.jsonl",
+        str(job.model),
+        [job.root / "u-ann"],
+        job.root / "moved",
+        key=job.key,
+        ledger=job.root / "ledger.jsonl",
     )
-    with nothing_written(place.root), pytest.raises(RefusedUpdate, match="another model"):
+    with nothing_written(job.root), pytest.raises(RefusedUpdate, match="another model"):
         merge(
-            str(place.root / "moved"),
-            [place.root / "u-bob"],
-            place.root / "next",
-            key=place.key,
-            ledger=place.root / "ledger.jsonl",
+            str(job.root / "moved"),
+            [job.root / "u-bob"],
+            job.root / "next",
+            key=job.key,
+            ledger=job.root / "ledger.jsonl",
         )
-    proxies = place.export(place.root / "moved", "second", round=2)
-    send(proxies / "ann", place.root / "u-new", noise(2))
-    refused(place, "another model", "u-new", "u-bob", error=RefusedUpdate)
-    refused(place, "another model", "u-new", error=RefusedUpdate)
+    proxies = job.export(job.root / "moved", "second", round=2)
+    send(proxies / "ann", job.root / "u-new", noise(2))
+    refused(job, "another model", "u-new", "u-bob", error=RefusedUpdate)
+    refused(job, "another model", "u-new", error=RefusedUpdate)
 
 
-def test_i11_updates_of_another_job_are_refused(place: Place) -> None:
-    foreign = {"key": place.root / "other.key", "ledger": place.root / "other.jsonl"}
-    proxies = place.export(place.model, "foreign", **foreign)
-    send(proxies / "ann", place.root / "u-foreign", noise(1))
-    refused(place, "not in the ledger", "u-foreign", error=RefusedUpdate)
-    refused(place, "another job", "u-foreign", ledger=place.root / "other.jsonl", error=RefusedUpdate)
-    refused(place, "another job", "u-ann", key=place.root / "other.key", error=RefusedUpdate)
+def test_i11_updates_of_another_job_are_refused(job: JobFolder) -> None:
+    foreign = {"key": job.root / "other.key", "ledger": job.root / "other.jsonl"}
+    proxies = job.export(job.model, "foreign", **foreign)
+    send(proxies / "ann", job.root / "u-foreign", noise(1))
+    refused(job, "not in the ledger", "u-foreign", error=RefusedUpdate)
+    refused(job, "another job", "u-foreign", ledger=job.root / "other.jsonl", error=RefusedUpdate)
+    refused(job, "another job", "u-ann", key=job.root / "other.key", error=RefusedUpdate)
 
 
-def test_i11_an_update_for_another_clients_proxy_does_not_fit(place: Place) -> None:
+def test_i11_an_update_for_another_clients_proxy_does_not_fit(job: JobFolder) -> None:
     """A client that claims another's proxy id is caught by the digest of proxy.json."""
-    theirs = json.loads((place.root / "u-bob/update.json").read_text())
-    say(proxy_id=theirs["proxy_id"])(place.root / "u-ann")
-    refused(place, "another proxy.json", "u-ann", error=RefusedUpdate)
+    theirs = json.loads((job.root / "u-bob/update.json").read_text())
+    say(proxy_id=theirs["proxy_id"])(job.root / "u-ann")
+    refused(job, "another proxy.json", "u-ann", error=RefusedUpdate)
 
 
-def test_i11_more_examples_than_allowed_are_refused(place: Place) -> None:
-    refused(place, "max-examples", max_examples=9, error=RefusedUpdate)
-    merged(place, max_examples=10)
+def test_i11_more_examples_than_allowed_are_refused(job: JobFolder) -> None:
+    refused(job, "max-examples", max_examples=9, error=RefusedUpdate)
+    merged(job, max_examples=10)
 
 
-def test_i11_a_norm_over_the_limit_is_refused(place: Place) -> None:
-    norm = max(client.relative_norm for client in merged(place).clients)
-    shutil.rmtree(place.root / "next")
-    refused(place, "max-update-norm", max_update_norm=norm * 0.99, error=RefusedUpdate)
-    merged(place, max_update_norm=norm * 1.01)
+def test_i11_a_norm_over_the_limit_is_refused(job: JobFolder) -> None:
+    norm = max(client.relative_norm for client in merged(job).clients)
+    shutil.rmtree(job.root / "next")
+    refused(job, "max-update-norm", max_update_norm=norm * 0.99, error=RefusedUpdate)
+    merged(job, max_update_norm=norm * 1.01)
 
 
 @pytest.mark.parametrize("poisoned", ["u-ann", "u-bob"])
-def test_i11_one_bad_update_among_good_ones_is_named(poisoned: str, place: Place) -> None:
-    flip(place.root / poisoned, -1)
-    refused(place, poisoned, error=RefusedUpdate)
+def test_i11_one_bad_update_among_good_ones_is_named(poisoned: str, job: JobFolder) -> None:
+    flip(job.root / poisoned, -1)
+    refused(job, poisoned, error=RefusedUpdate)
 
 
 # ---------------------------------------------------------------- ledger and key
 
 
 @pytest.fixture
-def lines(place: Place) -> Iterator[list[bytes]]:
+def lines(job: JobFolder) -> Iterator[list[bytes]]:
     """Lines of the ledger; what the test leaves in the list is written back by `rewrite`."""
-    yield (place.root / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    yield (job.root / "ledger.jsonl").read_bytes().splitlines(keepends=True)
 
 
-def test_i11_a_broken_chain_in_the_ledger_is_refused(place: Place, lines: list[bytes]) -> None:
+def test_i11_a_broken_chain_in_the_ledger_is_refused(job: JobFolder, lines: list[bytes]) -> None:
     first, second = lines
     broken = [
         [second, first],
@@ -326,43 +329,41 @@ def test_i11_a_broken_chain_in_the_ledger_is_refused(place: Place, lines: list[b
         [first.replace(b'"round":1', b'"round":1,"round":1'), second],
     ]
     for content in broken:
-        (place.root / "ledger.jsonl").write_bytes(b"".join(content))
-        refused(place, "ledger.jsonl", error=FormatError)
+        (job.root / "ledger.jsonl").write_bytes(b"".join(content))
+        refused(job, "ledger.jsonl", error=FormatError)
 
 
-def test_i11_a_torn_last_line_of_the_ledger_was_never_a_release(place: Place, lines: list[bytes]) -> None:
+def test_i11_a_torn_last_line_of_the_ledger_was_never_a_release(job: JobFolder, lines: list[bytes]) -> None:
     """The head is written after the lines, so that of an export that was killed names the line before."""
     first, second = lines
     for length in (1, len(second) // 2, len(second) - 2):
-        write_head(
-            place.root / "ledger.jsonl", None, job_key.load(place.key), ["0" * 64, sha256(first[:-1]).hexdigest()]
-        )
-        (place.root / "ledger.jsonl").write_bytes(first + second[:length])
-        refused(place, "not in the ledger", error=RefusedUpdate)
-        merged(place, "u-ann")
-        shutil.rmtree(place.root / "next")
-        place.export(place.model, "again")  # writes the lost line once more
-        shutil.rmtree(place.root / "again")
-        assert (place.root / "ledger.jsonl").read_bytes() == first + second
+        write_head(job.root / "ledger.jsonl", None, job_key.load(job.key), ["0" * 64, sha256(first[:-1]).hexdigest()])
+        (job.root / "ledger.jsonl").write_bytes(first + second[:length])
+        refused(job, "not in the ledger", error=RefusedUpdate)
+        merged(job, "u-ann")
+        shutil.rmtree(job.root / "next")
+        job.export(job.model, "again")  # writes the lost line once more
+        shutil.rmtree(job.root / "again")
+        assert (job.root / "ledger.jsonl").read_bytes() == first + second
 
 
-def test_i11_an_empty_ledger_has_no_release(place: Place) -> None:
-    (place.root / "ledger.jsonl").write_bytes(b"")
-    refused(place, "releases were removed", error=FormatError)
-    (place.root / "ledger.jsonl.head").unlink()
-    refused(place, "not in the ledger", error=RefusedUpdate)
+def test_i11_an_empty_ledger_has_no_release(job: JobFolder) -> None:
+    (job.root / "ledger.jsonl").write_bytes(b"")
+    refused(job, "releases were removed", error=FormatError)
+    (job.root / "ledger.jsonl.head").unlink()
+    refused(job, "not in the ledger", error=RefusedUpdate)
 
 
-def test_i11_a_key_that_others_can_read_or_that_is_none_is_refused(place: Place) -> None:
+def test_i11_a_key_that_others_can_read_or_that_is_none_is_refused(job: JobFolder) -> None:
     for mode in (0o644, 0o640, 0o604, 0o660):
-        place.key.chmod(mode)
-        refused(place, "chmod 600", error=KeyFileError)
-    place.key.chmod(0o600)
-    place.key.write_text("not a key")
-    refused(place, None, error=KeyFileError)
+        job.key.chmod(mode)
+        refused(job, "chmod 600", error=KeyFileError)
+    job.key.chmod(0o600)
+    job.key.write_text("not a key")
+    refused(job, None, error=KeyFileError)
 
 
-def test_i11_a_taken_output_is_refused_before_anything_is_read(place: Place) -> None:
-    (place.root / "next").mkdir()
-    refused(place, "already exists")
-    refused(place, "not made by fedqsn", force=True)
+def test_i11_a_taken_output_is_refused_before_anything_is_read(job: JobFolder) -> None:
+    (job.root / "next").mkdir()
+    refused(job, "already exists")
+    refused(job, "not made by fedqsn", force=True)

@@ -24,36 +24,36 @@ from support.helpers import (
     send,
     write_model,
 )
-from support.scenario import KINDS, Place, World, few, placed, replaced, worlds
+from support.scenario import KINDS, JobFolder, Scenario, few, job_folder, replaced, scenarios
 
 
 @few(40)
-@given(worlds(), st.sampled_from(KINDS))
-def test_i1_hidden_weights_change_no_byte_of_any_proxy(world: World, kind: str) -> None:
-    with placed(world) as place:
-        proxies = contents(place.export(place.model, "proxies"))
-        changed = place.rewritten("changed", kind)
-        assert contents(place.export(changed, "again")) == proxies
-        assert len((place.root / "ledger.jsonl").read_bytes().splitlines()) == 2
+@given(scenarios(), st.sampled_from(KINDS))
+def test_i1_hidden_weights_change_no_byte_of_any_proxy(scenario: Scenario, kind: str) -> None:
+    with job_folder(scenario) as job:
+        proxies = contents(job.export(job.model, "proxies"))
+        changed = job.rewritten("changed", kind)
+        assert contents(job.export(changed, "again")) == proxies
+        assert len((job.root / "ledger.jsonl").read_bytes().splitlines()) == 2
 
 
 @few(25)
-@given(worlds(), st.sampled_from(KINDS))
-def test_i1_hidden_weights_change_no_byte_of_any_proxy_of_a_server_model(world: World, kind: str) -> None:
-    with placed(world) as place:
-        proxies = contents(place.export(place.model, "proxies"))
-        server = place.server(place.rewritten("changed", kind), "server")
-        assert contents(place.export(server, "again")) == proxies
-        packed = place.quantized(server, "packed")
-        assert contents(place.export(packed, "third")) == proxies
+@given(scenarios(), st.sampled_from(KINDS))
+def test_i1_hidden_weights_change_no_byte_of_any_proxy_of_a_server_model(scenario: Scenario, kind: str) -> None:
+    with job_folder(scenario) as job:
+        proxies = contents(job.export(job.model, "proxies"))
+        server = job.server(job.rewritten("changed", kind), "server")
+        assert contents(job.export(server, "again")) == proxies
+        packed = job.quantized(server, "packed")
+        assert contents(job.export(packed, "third")) == proxies
 
 
 @few(15)
-@given(worlds(), st.sampled_from(KINDS))
-def test_i1_hidden_weights_change_no_byte_of_the_server_model(world: World, kind: str) -> None:
-    with placed(world) as place:
-        server = contents(place.server(place.model, "server"))
-        again = contents(place.server(place.rewritten("changed", kind), "again"))
+@given(scenarios(), st.sampled_from(KINDS))
+def test_i1_hidden_weights_change_no_byte_of_the_server_model(scenario: Scenario, kind: str) -> None:
+    with job_folder(scenario) as job:
+        server = contents(job.server(job.model, "server"))
+        again = contents(job.server(job.rewritten("changed", kind), "again"))
         records = [json.loads(files.pop("fedqsn.json")) for files in (server, again)]
         for record in records:
             record["source"] = None  # says from which folder it was made
@@ -62,16 +62,16 @@ def test_i1_hidden_weights_change_no_byte_of_the_server_model(world: World, kind
 
 
 @few(10)
-@given(worlds(fill="zero", p1=0.5, p2=0.1, format="nf4"), st.sampled_from(KINDS))
-def test_i1_hidden_weights_change_no_byte_of_a_later_round(world: World, kind: str) -> None:
-    with placed(world) as place:
-        proxies = place.export(place.model, "proxies")
-        updates = [send(proxies / name, place.root / f"u-{name}", noise(len(name))) for name in ("ann", "bob")]
+@given(scenarios(fill="zero", p1=0.5, p2=0.1, format="nf4"), st.sampled_from(KINDS))
+def test_i1_hidden_weights_change_no_byte_of_a_later_round(scenario: Scenario, kind: str) -> None:
+    with job_folder(scenario) as job:
+        proxies = job.export(job.model, "proxies")
+        updates = [send(proxies / name, job.root / f"u-{name}", noise(len(name))) for name in ("ann", "bob")]
         rounds = []
-        for source in (place.model, place.rewritten("changed", kind)):
-            following = place.root / f"next-{source.name}"
-            merge(str(source), updates, following, key=place.key, ledger=place.root / "ledger.jsonl")
-            rounds.append(contents(place.export(following, f"second-{source.name}", round=2)))
+        for source in (job.model, job.rewritten("changed", kind)):
+            following = job.root / f"next-{source.name}"
+            merge(str(source), updates, following, key=job.key, ledger=job.root / "ledger.jsonl")
+            rounds.append(contents(job.export(following, f"second-{source.name}", round=2)))
         assert rounds[0] == rounds[1]
 
 
@@ -99,11 +99,11 @@ def test_i1_the_hidden_share_of_every_masked_tensor_is_absent_from_the_server_mo
 
 
 def test_i1_a_visible_weight_does_change_the_proxy(tmp_path: Path) -> None:
-    place = Place(World("bert", "F32", 64, 128, 1, "neuron", "nf4", None, 64, False, "zero", 0.5, 0.1), tmp_path)
-    make_model(place.model, "bert", hidden=64, inner=128)
-    proxies = contents(place.export(place.model, "proxies"))
+    job = JobFolder(Scenario("bert", "F32", 64, 128, 1, "neuron", "nf4", None, 64, False, "zero", 0.5, 0.1), tmp_path)
+    make_model(job.model, "bert", hidden=64, inner=128)
+    proxies = contents(job.export(job.model, "proxies"))
     other = make_model(tmp_path / "other", "bert", hidden=64, inner=128, seed=5)
-    assert contents(place.export(other, "again")) != proxies
+    assert contents(job.export(other, "again")) != proxies
 
 
 @pytest.mark.parametrize("kind", ["inf", "nan"])

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from support.helpers import Tensors, read_model, to_bits, to_floats, visible_elements
-from support.scenario import World, few, placed, worlds
+from support.scenario import Scenario, few, job_folder, scenarios
 
 Array = NDArray[Any]
 
@@ -86,31 +86,31 @@ def check_proxy(proxy: Path, whole: Path, block: int) -> None:
 
 
 @few(60)
-@given(worlds(), st.sampled_from([0.1, 0.5, 0.9]))
-def test_i2_every_proxy_is_selected_from_the_same_codes_and_scales(world: World, p2: float) -> None:
-    with placed(replace(world, p2=p2)) as place:
-        whole = place.export(place.model, "whole", clients=("owner",), p2=0.0, rescale=False) / "owner"
-        proxies = place.export(place.model, "proxies")
+@given(scenarios(), st.sampled_from([0.1, 0.5, 0.9]))
+def test_i2_every_proxy_is_selected_from_the_same_codes_and_scales(scenario: Scenario, p2: float) -> None:
+    with job_folder(replace(scenario, p2=p2)) as job:
+        whole = job.export(job.model, "whole", clients=("owner",), p2=0.0, rescale=False) / "owner"
+        proxies = job.export(job.model, "proxies")
         for client in ("ann", "bob"):
-            check_proxy(proxies / client, whole, world.block_size)
+            check_proxy(proxies / client, whole, scenario.block_size)
 
 
 @few(10)
-@given(worlds(p1=0.3, p2=0.3))
-def test_i2_clients_of_one_round_with_different_ratios_share_codes_too(world: World) -> None:
-    with placed(world) as place:
-        whole = place.export(place.model, "whole", clients=("owner",), p2=0.0, rescale=False) / "owner"
+@given(scenarios(p1=0.3, p2=0.3))
+def test_i2_clients_of_one_round_with_different_ratios_share_codes_too(scenario: Scenario) -> None:
+    with job_folder(scenario) as job:
+        whole = job.export(job.model, "whole", clients=("owner",), p2=0.0, rescale=False) / "owner"
         for p2 in (0.05, 0.6):
-            proxies = place.export(place.model, f"proxies-{p2}", clients=("ann",), p2=p2, round=2)
-            check_proxy(proxies / "ann", whole, world.block_size)
+            proxies = job.export(job.model, f"proxies-{p2}", clients=("ann",), p2=p2, round=2)
+            check_proxy(proxies / "ann", whole, scenario.block_size)
 
 
 @few(12)
-@given(worlds(p1=0.1, p2=0.5))
-def test_i2_clients_see_different_units_and_one_client_different_ones_each_round(world: World) -> None:
-    with placed(world) as place:
-        first = place.export(place.model, "first")
-        second = place.export(place.model, "second", clients=("ann",), round=2)
+@given(scenarios(p1=0.1, p2=0.5))
+def test_i2_clients_see_different_units_and_one_client_different_ones_each_round(scenario: Scenario) -> None:
+    with job_folder(scenario) as job:
+        first = job.export(job.model, "first")
+        second = job.export(job.model, "second", clients=("ann",), round=2)
         shown = [visible_elements(path) for path in (first / "ann", first / "bob", second / "ann")]
         masks = [np.concatenate([flags.reshape(-1) for flags in proxy.values()]) for proxy in shown]
         assert not np.array_equal(masks[0], masks[1])
@@ -118,24 +118,24 @@ def test_i2_clients_see_different_units_and_one_client_different_ones_each_round
 
 
 @few(12)
-@given(worlds(p1=0.1, p2=0.5))
-def test_i2_schedule_sticky_shows_a_client_the_same_units_in_every_round(world: World) -> None:
-    with placed(world) as place:
+@given(scenarios(p1=0.1, p2=0.5))
+def test_i2_schedule_sticky_shows_a_client_the_same_units_in_every_round(scenario: Scenario) -> None:
+    with job_folder(scenario) as job:
         sticky = {"schedule": "sticky", "clients": ("ann",)}
-        first, second = (place.export(place.model, f"r{number}", round=number, **sticky) / "ann" for number in (1, 2))
+        first, second = (job.export(job.model, f"r{number}", round=number, **sticky) / "ann" for number in (1, 2))
         for file in ("model.safetensors", "visible.safetensors"):
             assert (first / file).read_bytes() == (second / file).read_bytes()
         assert (first / "proxy.json").read_bytes() != (second / "proxy.json").read_bytes()
 
 
 @few(20)
-@given(worlds(fill="zero"))
-def test_i2_what_a_client_does_not_see_is_zero_in_its_proxy(world: World) -> None:
+@given(scenarios(fill="zero"))
+def test_i2_what_a_client_does_not_see_is_zero_in_its_proxy(scenario: Scenario) -> None:
     from fedqsn_cli.checkpoint import Checkpoint
     from fedqsn_cli.models.dense import load_dense
 
-    with placed(world) as place:
-        proxy = place.export(place.model, "proxies", clients=("ann",)) / "ann"
+    with job_folder(scenario) as job:
+        proxy = job.export(job.model, "proxies", clients=("ann",)) / "ann"
         with Checkpoint.open(proxy) as checkpoint:
             dense = load_dense(checkpoint)
         for name, flags in visible_elements(proxy).items():
@@ -143,14 +143,14 @@ def test_i2_what_a_client_does_not_see_is_zero_in_its_proxy(world: World) -> Non
 
 
 @few(20)
-@given(worlds(fill="base", p1=0.3, p2=0.3, layout="dense"))
-def test_i2_holes_of_a_dense_proxy_hold_the_quantized_public_base(world: World) -> None:
-    with placed(world) as place:
-        proxy = place.export(place.model, "proxies", clients=("ann",)) / "ann"
-        plain = {"fill": "zero", "public_base": None, "p1": 0.0, "p2": 0.0, "key": place.root / "other.key"}
-        base = place.export(place.root / "base", "base-proxy", clients=("ann",), **plain) / "ann"
+@given(scenarios(fill="base", p1=0.3, p2=0.3, layout="dense"))
+def test_i2_holes_of_a_dense_proxy_hold_the_quantized_public_base(scenario: Scenario) -> None:
+    with job_folder(scenario) as job:
+        proxy = job.export(job.model, "proxies", clients=("ann",)) / "ann"
+        plain = {"fill": "zero", "public_base": None, "p1": 0.0, "p2": 0.0, "key": job.root / "other.key"}
+        base = job.export(job.root / "base", "base-proxy", clients=("ann",), **plain) / "ann"
         tensors, public = read_model(proxy), read_model(base)
-        mine = place.export(place.model, "mine", clients=("ann",), p2=0.0) / "ann"
+        mine = job.export(job.model, "mine", clients=("ann",), p2=0.0) / "ann"
         server_holes, holes = visible_elements(mine), visible_elements(proxy)
         for name, flags in holes.items():
             only_client = (server_holes[name] & ~flags).reshape(tensors[name][1].shape)

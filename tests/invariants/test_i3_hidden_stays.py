@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedqsn_cli import mask, merge
 from support.helpers import hidden_elements, make_model, noise, read_file, read_model, send, visible_elements
-from support.scenario import KINDS, Place, World, few, placed, worlds
+from support.scenario import KINDS, JobFolder, Scenario, few, job_folder, scenarios
 
 
 def seen_by(proxies: list[Path]) -> dict[str, np.ndarray]:
@@ -33,45 +33,45 @@ def check_unseen(before: Path, after: Path, seen: dict[str, np.ndarray]) -> None
 
 
 @few(40)
-@given(worlds(), st.sampled_from(KINDS), st.sampled_from(["coverage", "clients"]))
-def test_i3_hidden_and_unseen_units_keep_their_bits(world: World, kind: str, normalize: str) -> None:
-    with placed(replace(world, p1=max(world.p1, 0.1))) as place:
-        proxies = place.export(place.model, "proxies")
-        updates = [send(proxies / name, place.root / f"u-{name}", noise(len(name), 0.02)) for name in ("ann", "bob")]
-        changed = place.rewritten("changed", kind)
+@given(scenarios(), st.sampled_from(KINDS), st.sampled_from(["coverage", "clients"]))
+def test_i3_hidden_and_unseen_units_keep_their_bits(scenario: Scenario, kind: str, normalize: str) -> None:
+    with job_folder(replace(scenario, p1=max(scenario.p1, 0.1))) as job:
+        proxies = job.export(job.model, "proxies")
+        updates = [send(proxies / name, job.root / f"u-{name}", noise(len(name), 0.02)) for name in ("ann", "bob")]
+        changed = job.rewritten("changed", kind)
         merge(
             str(changed),
             updates,
-            place.root / "next",
-            key=place.key,
-            ledger=place.root / "ledger.jsonl",
+            job.root / "next",
+            key=job.key,
+            ledger=job.root / "ledger.jsonl",
             normalize=normalize,
         )
         seen = seen_by([proxies / "ann", proxies / "bob"])
-        hidden = hidden_elements(place.model, place.key)
+        hidden = hidden_elements(job.model, job.key)
         assert not any((flags & hidden[name].reshape(flags.shape)).any() for name, flags in seen.items())
-        check_unseen(changed, place.root / "next", seen)
+        check_unseen(changed, job.root / "next", seen)
 
 
 @few(10)
-@given(worlds(p1=0.3, p2=0.5))
-def test_i3_a_server_model_keeps_its_holes(world: World) -> None:
-    with placed(world) as place:
-        server = place.server(place.model, "server")
-        proxies = place.export(server, "proxies")
-        updates = [send(proxies / name, place.root / f"u-{name}", noise(len(name), 0.02)) for name in ("ann", "bob")]
-        merge(str(server), updates, place.root / "next", key=place.key, ledger=place.root / "ledger.jsonl")
-        check_unseen(server, place.root / "next", seen_by([proxies / "ann", proxies / "bob"]))
+@given(scenarios(p1=0.3, p2=0.5))
+def test_i3_a_server_model_keeps_its_holes(scenario: Scenario) -> None:
+    with job_folder(scenario) as job:
+        server = job.server(job.model, "server")
+        proxies = job.export(server, "proxies")
+        updates = [send(proxies / name, job.root / f"u-{name}", noise(len(name), 0.02)) for name in ("ann", "bob")]
+        merge(str(server), updates, job.root / "next", key=job.key, ledger=job.root / "ledger.jsonl")
+        check_unseen(server, job.root / "next", seen_by([proxies / "ann", proxies / "bob"]))
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_i3_residuals_of_hidden_and_unseen_units_stay_zero(dtype: str, folder: Path) -> None:
-    place = Place(World("gpt2", dtype, 33, 51, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.5), folder)
-    model = make_model(place.model, "gpt2", dtype=dtype, hidden=33, inner=51)
+    job = JobFolder(Scenario("gpt2", dtype, 33, 51, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.5), folder)
+    model = make_model(job.model, "gpt2", dtype=dtype, hidden=33, inner=51)
     for number in (1, 2):
-        proxies = place.export(model, f"proxies-{number}", clients=("ann",), schedule="sticky", round=number)
+        proxies = job.export(model, f"proxies-{number}", clients=("ann",), schedule="sticky", round=number)
         update = send(proxies / "ann", folder / f"u-{number}", noise(number, 0.02))
-        merge(str(model), [update], folder / f"next-{number}", key=place.key, ledger=folder / "ledger.jsonl")
+        merge(str(model), [update], folder / f"next-{number}", key=job.key, ledger=folder / "ledger.jsonl")
         model = folder / f"next-{number}"
     residual = read_file(model / "fedqsn-residual.safetensors")
     for name, flags in visible_elements(proxies / "ann").items():

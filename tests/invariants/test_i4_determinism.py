@@ -36,7 +36,7 @@ from support.helpers import (
     send,
     write_model,
 )
-from support.scenario import Place, World, few, placed, worlds
+from support.scenario import JobFolder, Scenario, few, job_folder, scenarios
 
 SEVERAL = ("ann", "bob", "cleo")
 
@@ -77,43 +77,43 @@ def test_i4_the_patches_of_this_file_reach_what_they_patch(folder: Path, monkeyp
 
     for module in (pipeline, chunks, restore, residual):
         monkeypatch.setattr(module, "row_chunks", partial(spy, module.__name__.rpartition(".")[2]))
-    place = Place(World("llama", "BF16", 32, 48, 1, "neuron", "nf4", "bnb", 64, False, "zero", 0.3, 0.2), folder)
-    make_model(place.model, "llama", dtype="BF16")
+    job = JobFolder(Scenario("llama", "BF16", 32, 48, 1, "neuron", "nf4", "bnb", 64, False, "zero", 0.3, 0.2), folder)
+    make_model(job.model, "llama", dtype="BF16")
     with chunks_of(7), threads_of(5):
         assert threads.thread_count() == 5
-        place.quantized(place.server(place.model, "server"), "packed")
-        update = send(place.export(place.model, "proxies") / "ann", folder / "update", noise(1))
-        merge(str(place.model), [update], folder / "next", key=place.key, ledger=folder / "ledger.jsonl")
-        trained = place.server(folder / "next", "trained")
-        merge(str(place.model), [], folder / "whole", key=place.key, restore=str(trained))
+        job.quantized(job.server(job.model, "server"), "packed")
+        update = send(job.export(job.model, "proxies") / "ann", folder / "update", noise(1))
+        merge(str(job.model), [update], folder / "next", key=job.key, ledger=folder / "ledger.jsonl")
+        trained = job.server(folder / "next", "trained")
+        merge(str(job.model), [], folder / "whole", key=job.key, restore=str(trained))
     assert reached == {"pipeline": {7}, "chunks": {7}, "restore": {7}, "residual": {7}}
 
 
 @few(40)
-@given(worlds(), st.sampled_from([1, 100, 1000]))
-def test_i4_chunk_size_changes_no_byte_of_any_proxy(world: World, elements: int) -> None:
-    with placed(world) as place:
-        proxies = contents(place.export(place.model, "proxies"))
+@given(scenarios(), st.sampled_from([1, 100, 1000]))
+def test_i4_chunk_size_changes_no_byte_of_any_proxy(scenario: Scenario, elements: int) -> None:
+    with job_folder(scenario) as job:
+        proxies = contents(job.export(job.model, "proxies"))
         with chunks_of(elements):
-            assert contents(place.export(place.model, "again")) == proxies
+            assert contents(job.export(job.model, "again")) == proxies
 
 
 @few(15)
-@given(worlds())
-def test_i4_chunk_size_changes_no_byte_of_a_server_model(world: World) -> None:
-    with placed(world) as place:
-        server = place.server(place.model, "server")
-        packed = place.quantized(server, "packed")
+@given(scenarios())
+def test_i4_chunk_size_changes_no_byte_of_a_server_model(scenario: Scenario) -> None:
+    with job_folder(scenario) as job:
+        server = job.server(job.model, "server")
+        packed = job.quantized(server, "packed")
         before = contents(server), contents(packed)
         shutil.rmtree(server)
         shutil.rmtree(packed)
         with chunks_of(50):
-            place.server(place.model, "server")
-            place.quantized(server, "packed")
+            job.server(job.model, "server")
+            job.quantized(server, "packed")
         assert (contents(server), contents(packed)) == before
 
 
-LARGE = World("gpt2", "BF16", 192, 512, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2)
+LARGE = Scenario("gpt2", "BF16", 192, 512, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_oss"])
@@ -122,33 +122,33 @@ LARGE = World("gpt2", "BF16", 192, 512, 1, "neuron", "nf4", None, 64, False, "ze
 def test_i4_the_number_of_threads_changes_no_byte_of_any_proxy(
     family: str, format: str, axis: str, folder: Path
 ) -> None:
-    world = replace(LARGE, family=family, format=format, axis=axis)
-    place = Place(world, folder)
-    make_model(place.model, family, dtype="BF16", hidden=192, inner=512, vocabulary=301)
+    scenario = replace(LARGE, family=family, format=format, axis=axis)
+    job = JobFolder(scenario, folder)
+    make_model(job.model, family, dtype="BF16", hidden=192, inner=512, vocabulary=301)
     outcomes = []
     for count in (1, 2, 3):
         with threads_of(count):
-            outcomes.append(contents(place.export(place.model, f"p{count}")))
+            outcomes.append(contents(job.export(job.model, f"p{count}")))
     assert outcomes[0] == outcomes[1] == outcomes[2]
 
 
 @few(20)
-@given(worlds())
-def test_i4_shards_of_the_model_change_no_byte_of_any_proxy(world: World) -> None:
-    with placed(replace(world, shards=1)) as place:
-        tensors = make_tensors(world.family, dtype=world.dtype, hidden=world.hidden, inner=world.inner)
-        config = make_config(world.family, world.dtype)
-        sharded = write_model(place.root / "sharded", tensors, config, shards=4)
-        assert contents(place.export(sharded, "again")) == contents(place.export(place.model, "proxies"))
+@given(scenarios())
+def test_i4_shards_of_the_model_change_no_byte_of_any_proxy(scenario: Scenario) -> None:
+    with job_folder(replace(scenario, shards=1)) as job:
+        tensors = make_tensors(scenario.family, dtype=scenario.dtype, hidden=scenario.hidden, inner=scenario.inner)
+        config = make_config(scenario.family, scenario.dtype)
+        sharded = write_model(job.root / "sharded", tensors, config, shards=4)
+        assert contents(job.export(sharded, "again")) == contents(job.export(job.model, "proxies"))
 
 
 @few(8)
-@given(worlds(format="nf4"))
-def test_i4_shards_of_a_proxy_hold_the_same_tensors(world: World) -> None:
-    with placed(world) as place:
-        one = place.export(place.model, "one", clients=("ann",)) / "ann"
-        other = {"ledger": place.root / "other.jsonl", "max_shard_size": "4KB"}
-        many = place.export(place.model, "many", clients=("ann",), **other) / "ann"
+@given(scenarios(format="nf4"))
+def test_i4_shards_of_a_proxy_hold_the_same_tensors(scenario: Scenario) -> None:
+    with job_folder(scenario) as job:
+        one = job.export(job.model, "one", clients=("ann",)) / "ann"
+        other = {"ledger": job.root / "other.jsonl", "max_shard_size": "4KB"}
+        many = job.export(job.model, "many", clients=("ann",), **other) / "ann"
         assert (many / "model.safetensors.index.json").exists()
         first, second = read_model(one), read_model(many)
         assert first.keys() == second.keys()
@@ -156,46 +156,46 @@ def test_i4_shards_of_a_proxy_hold_the_same_tensors(world: World) -> None:
 
 
 @few(12)
-@given(worlds())
-def test_i4_other_clients_of_the_same_export_and_their_order_change_no_byte(world: World) -> None:
-    with placed(world) as place:
-        together = contents(place.export(place.model, "together", clients=SEVERAL))
-        backwards = contents(place.export(place.model, "backwards", clients=SEVERAL[::-1]))
+@given(scenarios())
+def test_i4_other_clients_of_the_same_export_and_their_order_change_no_byte(scenario: Scenario) -> None:
+    with job_folder(scenario) as job:
+        together = contents(job.export(job.model, "together", clients=SEVERAL))
+        backwards = contents(job.export(job.model, "backwards", clients=SEVERAL[::-1]))
         alone = {}
         for name in SEVERAL:
-            alone |= contents(place.export(place.model, "alone", clients=(name,)))
+            alone |= contents(job.export(job.model, "alone", clients=(name,)))
         assert together == backwards == alone
-        assert len((place.root / "ledger.jsonl").read_bytes().splitlines()) == len(SEVERAL)
+        assert len((job.root / "ledger.jsonl").read_bytes().splitlines()) == len(SEVERAL)
 
 
 @few(12)
-@given(worlds(p1=0.3, p2=0.3), st.sampled_from(["fp32", "bf16", "fp16"]), st.sampled_from(["coverage", "clients"]))
+@given(scenarios(p1=0.3, p2=0.3), st.sampled_from(["fp32", "bf16", "fp16"]), st.sampled_from(["coverage", "clients"]))
 def test_i4_order_chunks_and_shards_change_no_byte_of_a_merged_model(
-    world: World, precision: str, normalize: str
+    scenario: Scenario, precision: str, normalize: str
 ) -> None:
-    with placed(replace(world, shards=1)) as place:
-        proxies = place.export(place.model, "proxies", clients=SEVERAL)
+    with job_folder(replace(scenario, shards=1)) as job:
+        proxies = job.export(job.model, "proxies", clients=SEVERAL)
         updates = [
-            send(proxies / name, place.root / f"u-{name}", noise(index), examples=7 + index, precision=precision)
+            send(proxies / name, job.root / f"u-{name}", noise(index), examples=7 + index, precision=precision)
             for index, name in enumerate(SEVERAL)
         ]
-        job = {"key": place.key, "ledger": place.root / "ledger.jsonl", "normalize": normalize}
-        merge(str(place.model), updates, place.root / "next", **job)
+        records = {"key": job.key, "ledger": job.root / "ledger.jsonl", "normalize": normalize}
+        merge(str(job.model), updates, job.root / "next", **records)
         with chunks_of(300), threads_of(2):
-            merge(str(place.model), updates[::-1], place.root / "again", **job, max_shard_size="4KB")
-        one, other = read_model(place.root / "next"), read_model(place.root / "again")
-        assert len(contents(place.root / "again")) > len(contents(place.root / "next"))
+            merge(str(job.model), updates[::-1], job.root / "again", **records, max_shard_size="4KB")
+        one, other = read_model(job.root / "next"), read_model(job.root / "again")
+        assert len(contents(job.root / "again")) > len(contents(job.root / "next"))
         assert all(one[name][1].tobytes() == other[name][1].tobytes() for name in one)
-        if world.dtype != "F32":
-            rest = [read_file(place.root / name / "fedqsn-residual.safetensors") for name in ("next", "again")]
+        if scenario.dtype != "F32":
+            rest = [read_file(job.root / name / "fedqsn-residual.safetensors") for name in ("next", "again")]
             assert all(rest[0][name][1].tobytes() == rest[1][name][1].tobytes() for name in rest[0])
 
 
 def test_i4_updates_are_added_in_one_order_even_where_the_order_decides(folder: Path) -> None:
     """1e20 - 1e20 + 1 is 1, and 1e20 + 1 - 1e20 is 0."""
-    place = Place(replace(LARGE, dtype="F32", format="none", p1=0.0, p2=0.0), folder)
-    make_model(place.model, "gpt2", hidden=32)
-    proxies = place.export(place.model, "proxies", clients=SEVERAL)
+    job = JobFolder(replace(LARGE, dtype="F32", format="none", p1=0.0, p2=0.0), folder)
+    make_model(job.model, "gpt2", hidden=32)
+    proxies = job.export(job.model, "proxies", clients=SEVERAL)
     updates = [
         send(proxies / name, folder / name, lambda _, shape, x=x: np.full(shape, x, np.float32))
         for name, x in zip(SEVERAL, (1e20, -1e20, 1.0), strict=True)
@@ -203,10 +203,10 @@ def test_i4_updates_are_added_in_one_order_even_where_the_order_decides(folder: 
     outcomes = []
     for number, order in enumerate(itertools.permutations(updates)):
         merge(
-            str(place.model),
+            str(job.model),
             order,
             folder / f"n{number}",
-            key=place.key,
+            key=job.key,
             ledger=folder / "ledger.jsonl",
             max_update_norm=1e30,
         )
@@ -216,14 +216,14 @@ def test_i4_updates_are_added_in_one_order_even_where_the_order_decides(folder: 
 
 @pytest.mark.parametrize("axis", ["neuron", "input", "element"])
 def test_i4_the_number_of_threads_changes_no_byte_of_a_merged_model(axis: str, folder: Path) -> None:
-    place = Place(replace(LARGE, axis=axis), folder)
-    make_model(place.model, "gpt2", dtype="BF16", hidden=192, inner=512, vocabulary=301)
-    proxies = place.export(place.model, "proxies")
+    job = JobFolder(replace(LARGE, axis=axis), folder)
+    make_model(job.model, "gpt2", dtype="BF16", hidden=192, inner=512, vocabulary=301)
+    proxies = job.export(job.model, "proxies")
     updates = [send(proxies / name, folder / name, noise(3), examples=5) for name in ("ann", "bob")]
     outcomes = []
     for count in (1, 2, 3):
         with threads_of(count):
-            merge(str(place.model), updates, folder / f"n{count}", key=place.key, ledger=folder / "ledger.jsonl")
+            merge(str(job.model), updates, folder / f"n{count}", key=job.key, ledger=folder / "ledger.jsonl")
             outcomes.append(contents(folder / f"n{count}"))
     assert outcomes[0] == outcomes[1] == outcomes[2]
 

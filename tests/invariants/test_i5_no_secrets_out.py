@@ -22,15 +22,15 @@ from support.helpers import (
     HOST,
     USER,
     contents,
-    here,
     hidden_elements,
     make_model,
     make_tensors,
     read_model,
+    set_host_names,
     visible_elements,
     write_file,
 )
-from support.scenario import Place, World, few, placed, worlds
+from support.scenario import JobFolder, Scenario, few, job_folder, scenarios
 
 SECRET = "Zq7-owner-of-this-model"  # stands in every place that could be copied by mistake
 
@@ -38,21 +38,21 @@ SECRET = "Zq7-owner-of-this-model"  # stands in every place that could be copied
 @pytest.fixture(autouse=True, scope="module")
 def known_machine() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        here(patch)
+        set_host_names(patch)
         yield
 
 
 def needles(folder: Path, key: Path) -> dict[str, bytes]:
     """What must not be found anywhere."""
-    job = job_key.load(key)
+    loaded = job_key.load(key)
     found = {
-        "the key": job.key,
-        "the key in hex": job.key.hex().encode(),
-        "the key in capitals": job.key.hex().upper().encode(),
-        "the key in base64": base64.b64encode(job.key)[:40],
-        "half of the key": job.key[:16],
-        "a hash of the key": hashlib.sha256(job.key).digest(),
-        "its hash in hex": hashlib.sha256(job.key).hexdigest().encode(),
+        "the key": loaded.key,
+        "the key in hex": loaded.key.hex().encode(),
+        "the key in capitals": loaded.key.hex().upper().encode(),
+        "the key in base64": base64.b64encode(loaded.key)[:40],
+        "half of the key": loaded.key[:16],
+        "a hash of the key": hashlib.sha256(loaded.key).digest(),
+        "its hash in hex": hashlib.sha256(loaded.key).hexdigest().encode(),
         "the path": str(folder).encode(),
         "the folder's name": folder.name.encode(),
         "the marker": SECRET.encode(),
@@ -63,10 +63,12 @@ def needles(folder: Path, key: Path) -> dict[str, bytes]:
         "the host": HOST.encode(),
         "the user": USER.encode(),
     }
-    for group in job.groups:
+    for group in loaded.groups:
         for scope in (("server",), ("client", "ann-the-one", "1"), ("client", "bob-the-other", "1")):
             fields = [field.encode() for field in ("fedqsn/v1", *scope, group)]
-            seed = hmac.digest(job.key, b"".join(len(field).to_bytes(8, "big") + field for field in fields), "sha256")
+            seed = hmac.digest(
+                loaded.key, b"".join(len(field).to_bytes(8, "big") + field for field in fields), "sha256"
+            )
             found[f"seed {scope} {group}"] = seed
             found[f"seed in hex {scope} {group}"] = seed.hex().encode()
     return found
@@ -82,12 +84,12 @@ def check(files: dict[str, bytes], secrets: dict[str, bytes]) -> None:
 
 
 @few(25)
-@given(worlds())
-def test_i5_no_secret_is_in_any_byte_of_a_proxy(world: World) -> None:
-    with placed(world) as place:
-        dress(place.model)
-        proxies = place.export(place.model, "proxies", clients=("ann-the-one", "bob-the-other"))
-        check(contents(proxies / "ann-the-one"), needles(place.root, place.key))
+@given(scenarios())
+def test_i5_no_secret_is_in_any_byte_of_a_proxy(scenario: Scenario) -> None:
+    with job_folder(scenario) as job:
+        dress(job.model)
+        proxies = job.export(job.model, "proxies", clients=("ann-the-one", "bob-the-other"))
+        check(contents(proxies / "ann-the-one"), needles(job.root, job.key))
 
 
 def dress(model: Path) -> None:
@@ -109,23 +111,23 @@ def dress(model: Path) -> None:
 
 
 def test_i5_metadata_of_the_owners_files_stays_at_home(folder: Path) -> None:
-    place = Place(World("bert", "F32", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2), folder)
-    make_model(place.model, "bert", hidden=33)
-    write_file(place.model / "model.safetensors", make_tensors("bert", hidden=33), {"format": "pt", "run": SECRET})
-    dress(place.model)
-    proxy = place.export(place.model, "proxies", clients=("ann-the-one",)) / "ann-the-one"
-    check(contents(proxy), needles(folder, place.key))
+    job = JobFolder(Scenario("bert", "F32", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2), folder)
+    make_model(job.model, "bert", hidden=33)
+    write_file(job.model / "model.safetensors", make_tensors("bert", hidden=33), {"format": "pt", "run": SECRET})
+    dress(job.model)
+    proxy = job.export(job.model, "proxies", clients=("ann-the-one",)) / "ann-the-one"
+    check(contents(proxy), needles(folder, job.key))
 
 
 @pytest.mark.parametrize(("format", "double"), [("nf4", False), ("nf4", True), ("fp4", True), ("int8", False)])
 def test_i5_a_proxy_does_not_say_which_of_its_holes_the_server_made(format: str, double: bool, folder: Path) -> None:
     """Hidden units of the server and of the client look alike: the same codes, the same scale, one bit a unit."""
-    place = Place(World("bert", "F32", 64, 64, 1, "neuron", format, None, 64, double, "zero", 0.3, 0.3), folder)
-    make_model(place.model, "bert", hidden=64, inner=64)
-    proxy = place.export(place.model, "proxies", clients=("ann-the-one",)) / "ann-the-one"
+    job = JobFolder(Scenario("bert", "F32", 64, 64, 1, "neuron", format, None, 64, double, "zero", 0.3, 0.3), folder)
+    make_model(job.model, "bert", hidden=64, inner=64)
+    proxy = job.export(job.model, "proxies", clients=("ann-the-one",)) / "ann-the-one"
     manifest = json.loads((proxy / "proxy.json").read_bytes())
     assert not {"p1", "p2", "hidden", "model_digest", "plan", "client"} & set(json.dumps(manifest).split('"'))
-    server, shown = hidden_elements(place.model, place.key), visible_elements(proxy)
+    server, shown = hidden_elements(job.model, job.key), visible_elements(proxy)
     tensors, name = read_model(proxy), "bert.pooler.dense.weight"
     codes = tensors[name][1].reshape(64, -1)
     scales = tensors[f"{name}.absmax" if format != "int8" else "bert.pooler.dense.SCB"][1]
@@ -138,13 +140,13 @@ def test_i5_a_proxy_does_not_say_which_of_its_holes_the_server_made(format: str,
 
 @pytest.mark.parametrize("force", [False, True])
 def test_i5_the_place_and_time_of_an_export_change_no_byte(force: bool, folder: Path) -> None:
-    place = Place(World("gpt2", "BF16", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2), folder)
-    make_model(place.model, "gpt2", dtype="BF16", hidden=33)
-    first = contents(place.export(place.model, "proxies"))
+    job = JobFolder(Scenario("gpt2", "BF16", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2), folder)
+    make_model(job.model, "gpt2", dtype="BF16", hidden=33)
+    first = contents(job.export(job.model, "proxies"))
     (folder / "deep/er").mkdir(parents=True)
-    place.model.rename(folder / "deep/er/other-name")
+    job.model.rename(folder / "deep/er/other-name")
     time.sleep(1.1)
-    again = place.export(folder / "deep/er/other-name", "proxies" if force else "elsewhere", force=force)
+    again = job.export(folder / "deep/er/other-name", "proxies" if force else "elsewhere", force=force)
     assert contents(again) == first
 
 

@@ -34,7 +34,7 @@ from support.helpers import (
     to_floats,
     visible_elements,
 )
-from support.scenario import Place, World, few, placed, worlds
+from support.scenario import JobFolder, Scenario, few, job_folder, scenarios
 
 Doubles = NDArray[np.float64]
 WEIGHT = "bert.encoder.layer.0.attention.self.query.weight"
@@ -73,34 +73,34 @@ def parts_of(
 
 @few(25)
 @given(
-    st.sampled_from(["neuron", "input"]).flatmap(lambda axis: worlds(axis=axis)),
+    st.sampled_from(["neuron", "input"]).flatmap(lambda axis: scenarios(axis=axis)),
     st.lists(st.sampled_from([0, 1, 2, 5, 16]), min_size=1, max_size=3),
     st.sampled_from(["coverage", "clients"]),
     st.sampled_from(["fp32", "bf16", "fp16"]),
 )
 def test_the_merged_model_is_the_mean_of_the_products_and_of_full_updates(
-    world: World, ranks: list[int], normalize: str, precision: str
+    scenario: Scenario, ranks: list[int], normalize: str, precision: str
 ) -> None:
     """A rank of 0 stands for a full update."""
     clients = tuple(f"c{index}" for index in range(len(ranks)))
-    with placed(world) as place:
-        proxies = place.export(place.model, "proxies", clients=clients)
+    with job_folder(scenario) as job:
+        proxies = job.export(job.model, "proxies", clients=clients)
         drafts: list[AdapterUpdate | Update] = [
             draft_adapters(proxies / f"c{i}", i, rank=rank, examples=3 + i, precision=precision)
             if rank
             else draft(proxies / f"c{i}", noise(i), examples=3 + i, precision=precision)
             for i, rank in enumerate(ranks)
         ]
-        folders = [update.write(place.root / f"u{index}") for index, update in enumerate(drafts)]
+        folders = [update.write(job.root / f"u{index}") for index, update in enumerate(drafts)]
         merge(
-            str(place.model),
+            str(job.model),
             folders,
-            place.root / "next",
-            key=place.key,
-            ledger=place.root / "ledger.jsonl",
+            job.root / "next",
+            key=job.key,
+            ledger=job.root / "ledger.jsonl",
             normalize=normalize,
         )
-        before, after = read_model(place.model), read_model(place.root / "next")
+        before, after = read_model(job.model), read_model(job.root / "next")
         names = [name for name, (dtype, _) in before.items() if dtype != "I64"]
         parts = [parts_of(proxies / f"c{index}", update, names) for index, update in enumerate(drafts)]
         for name in names:
@@ -118,61 +118,63 @@ def test_the_merged_model_is_the_mean_of_the_products_and_of_full_updates(
 
 
 @pytest.fixture(scope="module")
-def original(module_folder: Path) -> Place:
+def original(module_folder: Path) -> JobFolder:
     """A job with two proxies, and adapters for one of them."""
-    place = Place(World("bert", "F32", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2), module_folder)
-    make_model(place.model, "bert", hidden=33)
-    place.export(place.model, "proxies")
-    return place
+    job = JobFolder(
+        Scenario("bert", "F32", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2), module_folder
+    )
+    make_model(job.model, "bert", hidden=33)
+    job.export(job.model, "proxies")
+    return job
 
 
 @pytest.fixture
-def place(original: Place, folder: Path) -> Place:
-    """A copy of it to spoil."""
+def job(original: JobFolder, folder: Path) -> JobFolder:
+    """A copy of it to tamper."""
     shutil.copytree(original.root, folder / "job")
     (folder / "job/job.key").chmod(0o600)
-    return Place(original.world, folder / "job")
+    return JobFolder(original.scenario, folder / "job")
 
 
-def merged(place: Place, *folders: Path, out: str = "next", **options: Any) -> Any:
-    usual = {"key": place.key, "ledger": place.root / "ledger.jsonl"}
-    return merge(str(place.model), folders, place.root / out, **usual | options)
+def merged(job: JobFolder, *folders: Path, out: str = "next", **options: Any) -> Any:
+    usual = {"key": job.key, "ledger": job.root / "ledger.jsonl"}
+    return merge(str(job.model), folders, job.root / out, **usual | options)
 
 
-def test_chunks_change_no_byte(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    update = draft_adapters(place.root / "proxies/ann", 1, rank=5).write(place.root / "u")
-    merged(place, update)
+def test_chunks_change_no_byte(job: JobFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    update = draft_adapters(job.root / "proxies/ann", 1, rank=5).write(job.root / "u")
+    merged(job, update)
     monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 100)
-    merged(place, update, out="again")
-    assert contents(place.root / "next") == contents(place.root / "again")
+    merged(job, update, out="again")
+    assert contents(job.root / "next") == contents(job.root / "again")
 
 
-def test_what_was_trained_in_full_beside_adapters_moves_as_in_a_full_update(place: Place) -> None:
-    proxy = place.root / "proxies/ann"
+def test_what_was_trained_in_full_beside_adapters_moves_as_in_a_full_update(job: JobFolder) -> None:
+    proxy = job.root / "proxies/ann"
     update = draft_adapters(proxy, 1, saved=HEAD)
     full = draft(proxy, lambda name, shape: np.zeros(shape))
     full.tensors |= update.saved
     for name in update.manifest["adapters"]:
-        shown = visible_elements(proxy)[name].reshape(read_model(place.model)[name][1].shape)
+        shown = visible_elements(proxy)[name].reshape(read_model(job.model)[name][1].shape)
         u = update.product(name).astype(np.float32)
         whole = {"row": u[shown.any(axis=1)], "column": u[:, shown.any(axis=0)]}
         axis = json.loads((proxy / "proxy.json").read_bytes())["tensors"][name]["axis"]
         full.tensors[name] = ("F32", to_bits(whole[axis], "F32"))
-    results = [merged(place, update.write(place.root / "u")), merged(place, full.write(place.root / "f"), out="other")]
-    assert contents(place.root / "next") == contents(place.root / "other")
+    results = [merged(job, update.write(job.root / "u")), merged(job, full.write(job.root / "f"), out="other")]
+    assert contents(job.root / "next") == contents(job.root / "other")
     assert results[0].clients == results[1].clients
     assert results[0].covered == results[1].covered
 
 
-def test_tensors_without_an_adapter_count_as_trained_by_zero(place: Place) -> None:
-    proxies = place.root / "proxies"
-    one = draft_adapters(proxies / "ann", 1, keep={WEIGHT: True}).write(place.root / "u-ann")
-    other = draft_adapters(proxies / "bob", 2, keep={"classifier.weight": True}).write(place.root / "u-bob")
-    alone, both = merged(place, one, out="alone"), merged(place, one, other)
+def test_tensors_without_an_adapter_count_as_trained_by_zero(job: JobFolder) -> None:
+    proxies = job.root / "proxies"
+    one = draft_adapters(proxies / "ann", 1, keep={WEIGHT: True}).write(job.root / "u-ann")
+    other = draft_adapters(proxies / "bob", 2, keep={"classifier.weight": True}).write(job.root / "u-bob")
+    alone, both = merged(job, one, out="alone"), merged(job, one, other)
     assert both.covered >= alone.covered > 0.4
-    before, after = read_model(place.model)[WEIGHT][1], read_model(place.root / "next")[WEIGHT][1]
+    before, after = read_model(job.model)[WEIGHT][1], read_model(job.root / "next")[WEIGHT][1]
     shown = [visible_elements(proxies / name)[WEIGHT].reshape(before.shape).any(axis=1) for name in ("ann", "bob")]
-    full = to_floats(read_model(place.root / "alone")[WEIGHT][1], "F32") - to_floats(before, "F32")
+    full = to_floats(read_model(job.root / "alone")[WEIGHT][1], "F32") - to_floats(before, "F32")
     step = to_floats(after, "F32") - to_floats(before, "F32")
     share = np.where(shown[1], 0.5, 1.0)[:, None]
     np.testing.assert_allclose(step, share * full, atol=1e-6)
@@ -191,18 +193,18 @@ def product_of(folder: Path, update: AdapterUpdate, name: str) -> Doubles:
 
 @few(10)
 @given(
-    st.sampled_from(["neuron", "input"]).flatmap(lambda axis: worlds(axis=axis, dtype="F32")),
+    st.sampled_from(["neuron", "input"]).flatmap(lambda axis: scenarios(axis=axis, dtype="F32")),
     st.sampled_from(["coverage", "clients"]),
 )
-def test_the_kept_adapter_is_the_step_of_the_merge(world: World, normalize: str) -> None:
-    with placed(world) as place:
-        proxies = place.export(place.model, "proxies")
+def test_the_kept_adapter_is_the_step_of_the_merge(scenario: Scenario, normalize: str) -> None:
+    with job_folder(scenario) as job:
+        proxies = job.export(job.model, "proxies")
         drafts = [draft_adapters(proxies / name, rank, rank=rank) for name, rank in (("ann", 2), ("bob", 5))]
-        folders = [update.write(place.root / f"u{number}") for number, update in enumerate(drafts)]
-        kept = place.root / "adapter"
-        result = merged(place, *folders, keep_adapter=kept, server_lr=0.5, normalize=normalize)
+        folders = [update.write(job.root / f"u{number}") for number, update in enumerate(drafts)]
+        kept = job.root / "adapter"
+        result = merged(job, *folders, keep_adapter=kept, server_lr=0.5, normalize=normalize)
         assert (result.adapter.rank, result.adapter.summed_rank, result.adapter.error) == (7, 7, 0)
-        before, after = read_model(place.model), read_model(place.root / "next")
+        before, after = read_model(job.model), read_model(job.root / "next")
         for name in drafts[0].manifest["adapters"]:
             old, new = (to_floats(model[name][1], "F32").astype(np.float64) for model in (before, after))
             step = product_of(kept, drafts[0], name)
@@ -210,30 +212,30 @@ def test_the_kept_adapter_is_the_step_of_the_merge(world: World, normalize: str)
             np.testing.assert_array_equal(step[old == new], 0)
 
 
-def test_a_smaller_rank_keeps_the_largest_singular_values(place: Place) -> None:
-    drafts = [draft_adapters(place.root / f"proxies/{name}", 1 + len(name), rank=3) for name in ("ann", "bob")]
-    folders = [update.write(place.root / f"u{number}") for number, update in enumerate(drafts)]
-    merged(place, *folders, keep_adapter=place.root / "whole")
-    result = merged(place, *folders, out="n2", keep_adapter=place.root / "cut", adapter_rank=2)
+def test_a_smaller_rank_keeps_the_largest_singular_values(job: JobFolder) -> None:
+    drafts = [draft_adapters(job.root / f"proxies/{name}", 1 + len(name), rank=3) for name in ("ann", "bob")]
+    folders = [update.write(job.root / f"u{number}") for number, update in enumerate(drafts)]
+    merged(job, *folders, keep_adapter=job.root / "whole")
+    result = merged(job, *folders, out="n2", keep_adapter=job.root / "cut", adapter_rank=2)
     dropped = squares = 0.0
     for name in drafts[0].manifest["adapters"]:
-        whole, cut = (product_of(place.root / folder, drafts[0], name) for folder in ("whole", "cut"))
+        whole, cut = (product_of(job.root / folder, drafts[0], name) for folder in ("whole", "cut"))
         u, sizes, v = np.linalg.svd(whole, full_matrices=False)
         np.testing.assert_allclose(cut, (u[:, :2] * sizes[:2]) @ v[:2], atol=1e-5)
         assert not cut[~whole.any(axis=1)].any() and not cut[:, ~whole.any(axis=0)].any()
         dropped, squares = dropped + (sizes[2:] ** 2).sum(), squares + (sizes**2).sum()
     assert (result.adapter.rank, result.adapter.summed_rank) == (2, 6)
     assert result.adapter.error == pytest.approx(np.sqrt(dropped / squares), rel=1e-4)
-    assert json.loads((place.root / "cut/adapter_config.json").read_text())["r"] == 2
+    assert json.loads((job.root / "cut/adapter_config.json").read_text())["r"] == 2
 
 
-def test_what_was_trained_in_full_is_in_the_kept_adapter_as_it_is_after_the_merge(place: Place) -> None:
-    update = draft_adapters(place.root / "proxies/ann", 1, saved=HEAD).write(place.root / "u")
-    merged(place, update, keep_adapter=place.root / "adapter")
-    kept, after = read_file(place.root / "adapter/adapter_model.safetensors"), read_model(place.root / "next")
+def test_what_was_trained_in_full_is_in_the_kept_adapter_as_it_is_after_the_merge(job: JobFolder) -> None:
+    update = draft_adapters(job.root / "proxies/ann", 1, saved=HEAD).write(job.root / "u")
+    merged(job, update, keep_adapter=job.root / "adapter")
+    kept, after = read_file(job.root / "adapter/adapter_model.safetensors"), read_model(job.root / "next")
     for name in HEAD:
         np.testing.assert_array_equal(kept[f"base_model.model.{name}"][1], after[name][1])
-    assert json.loads((place.root / "adapter/adapter_config.json").read_text())["modules_to_save"] == ["classifier"]
+    assert json.loads((job.root / "adapter/adapter_config.json").read_text())["modules_to_save"] == ["classifier"]
 
 
 @pytest.mark.parametrize(
@@ -243,28 +245,33 @@ def test_what_was_trained_in_full_is_in_the_kept_adapter_as_it_is_after_the_merg
         ({"keep_adapter": "next/adapter"}, "is inside of the output"),
         ({"adapter_rank": 3}, "no adapter is written"),
         ({"keep_adapter": "adapter", "control": "u-bob"}, "a control is no part of an adapter"),
+        ({"keep_adapter": "adapter", "rule": "median", "byzantine": 1}, "only a weighted average is an adapter"),
+        ({"keep_adapter": "adapter", "clip_norm": 1.0}, "only a weighted average is an adapter"),
+        ({"keep_adapter": "adapter", "server_optimizer": "adam", "server_lr": 0.001}, "a step of adam is no adapter"),
     ],
 )
-def test_a_step_that_is_no_adapter_is_refused(place: Place, options: dict[str, Any], message: str) -> None:
-    one = draft_adapters(place.root / "proxies/ann", 1).write(place.root / "u-ann")
-    other = send(place.root / "proxies/bob", place.root / "u-bob", noise(1, 0.01))
-    paths = {name: place.root / str(value) if name != "adapter_rank" else value for name, value in options.items()}
-    with nothing_written(place.root), pytest.raises(FedqsnError, match=message):
-        merged(place, one, other, **paths)
+def test_a_step_that_is_no_adapter_is_refused(job: JobFolder, options: dict[str, Any], message: str) -> None:
+    one = draft_adapters(job.root / "proxies/ann", 1).write(job.root / "u-ann")
+    other = send(job.root / "proxies/bob", job.root / "u-bob", noise(1, 0.01))
+    paths = {
+        name: job.root / value if name in ("keep_adapter", "control") else value for name, value in options.items()
+    }
+    with nothing_written(job.root), pytest.raises(FedqsnError, match=message):
+        merged(job, one, other, **paths)
 
 
-def test_clients_that_trained_different_modules_in_full_make_no_adapter(place: Place) -> None:
-    one = draft_adapters(place.root / "proxies/ann", 1, saved=HEAD).write(place.root / "u-ann")
-    other = draft_adapters(place.root / "proxies/bob", 1).write(place.root / "u-bob")
-    with nothing_written(place.root), pytest.raises(FedqsnError, match="trained different modules in full"):
-        merged(place, one, other, keep_adapter=place.root / "adapter")
+def test_clients_that_trained_different_modules_in_full_make_no_adapter(job: JobFolder) -> None:
+    one = draft_adapters(job.root / "proxies/ann", 1, saved=HEAD).write(job.root / "u-ann")
+    other = draft_adapters(job.root / "proxies/bob", 1).write(job.root / "u-bob")
+    with nothing_written(job.root), pytest.raises(FedqsnError, match="trained different modules in full"):
+        merged(job, one, other, keep_adapter=job.root / "adapter")
 
 
 # ---------------------------------------------------------------- refused
 
 
 def factor(update: AdapterUpdate, which: str) -> NDArray[np.float32]:
-    """A factor of the adapter of WEIGHT, to change in place."""
+    """A factor of the adapter of WEIGHT, to change in job."""
     return update.factors[f"{update.manifest['adapters'][WEIGHT]['module']}.lora_{which}.weight"][1].view(np.float32)
 
 
@@ -370,31 +377,31 @@ def both(update: AdapterUpdate) -> None:
     ],
 )
 def test_a_hostile_adapter_is_refused_in_one_line(
-    place: Place, change: Callable[[AdapterUpdate], object], message: str
+    job: JobFolder, change: Callable[[AdapterUpdate], object], message: str
 ) -> None:
-    update = draft_adapters(place.root / "proxies/ann", 1)
+    update = draft_adapters(job.root / "proxies/ann", 1)
     change(update)
-    folder = update.write(place.root / "u")
-    with nothing_written(place.root), pytest.raises(FedqsnError, match=message) as caught:
-        merged(place, folder)
+    folder = update.write(job.root / "u")
+    with nothing_written(job.root), pytest.raises(FedqsnError, match=message) as caught:
+        merged(job, folder)
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
-def test_a_file_that_was_changed_on_the_way_is_refused(place: Place, name: str) -> None:
-    folder = draft_adapters(place.root / "proxies/ann", 1).write(place.root / "u")
+def test_a_file_that_was_changed_on_the_way_is_refused(job: JobFolder, name: str) -> None:
+    folder = draft_adapters(job.root / "proxies/ann", 1).write(job.root / "u")
     data = bytearray((folder / name).read_bytes())
     data[-3] ^= 1
     (folder / name).write_bytes(data)
-    with nothing_written(place.root), pytest.raises(FedqsnError, match="sha256"):
-        merged(place, folder)
+    with nothing_written(job.root), pytest.raises(FedqsnError, match="sha256"):
+        merged(job, folder)
 
 
 def test_a_tensor_of_single_weights_can_have_no_adapter(folder: Path) -> None:
-    place = Place(World("bert", "F32", 33, 48, 1, "element", "nf4", None, 64, False, "zero", 0.3, 0.2), folder)
-    make_model(place.model, "bert", hidden=33)
-    proxy = place.export(place.model, "proxies") / "ann"
+    job = JobFolder(Scenario("bert", "F32", 33, 48, 1, "element", "nf4", None, 64, False, "zero", 0.3, 0.2), folder)
+    make_model(job.model, "bert", hidden=33)
+    proxy = job.export(job.model, "proxies") / "ann"
     update = draft_adapters(proxy, 1, keep={WEIGHT: True}).write(folder / "u")
     with pytest.raises(FedqsnError, match="can have no adapter"):
-        merged(place, update)
+        merged(job, update)

@@ -19,9 +19,9 @@ from fedqsn_cli.merging import chunks
 from fedqsn_cli.merging.stored_values import StoredValues, UpdateSlice
 from fedqsn_cli.quantization.runs import decode_run, encode_run
 from support.helpers import Update, contents, draft, make_model, noise, nothing_written
-from support.scenario import Place, World, few, placed, worlds
+from support.scenario import JobFolder, Scenario, few, job_folder, scenarios
 
-USUAL = World("bert", "F32", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2)
+USUAL = Scenario("bert", "F32", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2)
 WEIGHT, NORM = "bert.encoder.layer.0.intermediate.dense.weight", "bert.embeddings.LayerNorm.weight"
 
 
@@ -55,19 +55,19 @@ def pair(proxy: Path, form: str, seed: int) -> tuple[Update, Update]:
 
 
 @few(16)
-@given(worlds(shards=1), st.sampled_from(["int8", "nf4"]), st.sampled_from([1 << 20, 300]))
-def test_codes_merge_to_the_same_bits_as_the_values_that_they_stand_for(world: World, form: str, chunk: int) -> None:
-    with placed(world) as place, pytest.MonkeyPatch.context() as patch:
+@given(scenarios(shards=1), st.sampled_from(["int8", "nf4"]), st.sampled_from([1 << 20, 300]))
+def test_codes_merge_to_the_same_bits_as_the_values_they_stand_for(scenario: Scenario, form: str, chunk: int) -> None:
+    with job_folder(scenario) as job, pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "CHUNK_ELEMENTS", chunk)
-        proxies = place.export(place.model, "proxies")
+        proxies = job.export(job.model, "proxies")
         results = []
         for index, kind in enumerate(("codes", "values")):
             folders = [
-                pair(proxies / name, form, seed)[index].write(place.root / f"{kind}-{name}")
+                pair(proxies / name, form, seed)[index].write(job.root / f"{kind}-{name}")
                 for seed, name in enumerate(("ann", "bob"))
             ]
-            out = place.root / f"next-{kind}"
-            merge(str(place.model), folders, out, key=place.key, ledger=place.root / "ledger.jsonl")
+            out = job.root / f"next-{kind}"
+            merge(str(job.model), folders, out, key=job.key, ledger=job.root / "ledger.jsonl")
             results.append(contents(out))
         assert results[0] == results[1]
 
@@ -91,12 +91,12 @@ def test_a_slice_is_the_same_as_that_of_the_whole(size: int, data: st.DataObject
 
 
 @pytest.fixture(scope="module")
-def original(module_folder: Path) -> Place:
+def original(module_folder: Path) -> JobFolder:
     """A job with one proxy."""
-    place = Place(USUAL, module_folder / "job")
-    make_model(place.model, "bert", hidden=33)
-    place.export(place.model, "proxies", clients=("ann",))
-    return place
+    job = JobFolder(USUAL, module_folder / "job")
+    make_model(job.model, "bert", hidden=33)
+    job.export(job.model, "proxies", clients=("ann",))
+    return job
 
 
 def scale(value: float) -> Callable[[Update], None]:
@@ -132,7 +132,7 @@ FAULTS: dict[str, tuple[Callable[[Update], Any], str]] = {
 
 @pytest.mark.parametrize("form", ["int8", "nf4"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_malformed_coded_update_is_refused(original: Place, folder: Path, fault: str, form: str) -> None:
+def test_a_malformed_coded_update_is_refused(original: JobFolder, folder: Path, fault: str, form: str) -> None:
     change, complaint = FAULTS[fault]
     update, _ = pair(original.root / "proxies/ann", form, 1)
     change(update)
@@ -149,7 +149,7 @@ def test_a_malformed_coded_update_is_refused(original: Place, folder: Path, faul
 
 
 @pytest.mark.parametrize("form", ["int8", "nf4"])
-def test_a_coded_update_with_another_digest_is_refused(original: Place, folder: Path, form: str) -> None:
+def test_a_coded_update_with_another_digest_is_refused(original: JobFolder, folder: Path, form: str) -> None:
     update = pair(original.root / "proxies/ann", form, 1)[0].write(folder / "update")
     file = update / "update.safetensors"
     data = bytearray(file.read_bytes())

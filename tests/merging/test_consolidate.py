@@ -14,10 +14,10 @@ from torch import Tensor
 
 from fedqsn_cli import client_train, consolidate, evaluate, export_proxy, inspect, mask, merge
 from fedqsn_cli.errors import DataError, InputError, OutputExists
-from fedqsn_cli.merging.teachers import Distillation, Lesson, Said, kept_tokens, listen
 from fedqsn_cli.options import RecipeOptions
 from fedqsn_cli.progress import SILENT, Silent
 from fedqsn_cli.training.batching import IGNORED, Examples, Padding, collate
+from fedqsn_cli.training.teachers import Distillation, Lesson, Said, kept_tokens, listen
 from support.families import build
 from support.helpers import contents, nothing_written
 from support.processes import run
@@ -148,6 +148,15 @@ def test_what_does_not_go_together_is_refused(
         classifier.consolidate(tmp_path / "out", **data | options)
 
 
+def test_a_model_without_probabilities_is_refused(classifier: Job, tmp_path: Path) -> None:
+    shutil.copytree(classifier.home / "global", tmp_path / "global")
+    config = json.loads((tmp_path / "global" / "config.json").read_text())
+    (tmp_path / "global" / "config.json").write_text(json.dumps({**config, "problem_type": "regression"}))
+    options = classifier.options(own_data=classifier.data, transfer_data=classifier.data)
+    with nothing_written(tmp_path), pytest.raises(InputError, match="for regression, which cannot be consolidated"):
+        consolidate(tmp_path / "global", classifier.home / "server", tmp_path / "out", **options)
+
+
 def test_wrong_files_are_refused(classifier: Job, tmp_path: Path) -> None:
     both = {"own_data": classifier.data, "transfer_data": classifier.data}
     with pytest.raises(DataError, match="no such file"):
@@ -215,7 +224,7 @@ def reference(teacher: Tensor, student: Tensor) -> float:
 
 
 def test_the_loss_is_the_divergence_over_the_likeliest_tokens_and_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedqsn_cli.merging.teachers.LIKELIEST", KEPT)
+    monkeypatch.setattr("fedqsn_cli.training.teachers.LIKELIEST", KEPT)
     generator = torch.Generator().manual_seed(0)
     teacher, student = (torch.randn(6, 50, generator=generator) for _ in range(2))
     examples = texts([6, 4, 5], ignored=1)

@@ -31,10 +31,10 @@ from support.helpers import (
     visible_elements,
     write_model,
 )
-from support.scenario import Place, World, few, placed, worlds
+from support.scenario import JobFolder, Scenario, few, job_folder, scenarios
 
 Doubles = NDArray[np.float64]
-USUAL = World("bert", "F32", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2)
+USUAL = Scenario("bert", "F32", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2)
 
 
 def whole_update(proxy: Path, update: Update) -> dict[str, tuple[Doubles, NDArray[np.bool_], float]]:
@@ -73,32 +73,32 @@ def fedavg(before: Doubles, parts: list[Any], examples: list[int], normalize: st
 
 @few(30)
 @given(
-    worlds(),
+    scenarios(),
     st.lists(st.integers(1, 1000), min_size=1, max_size=3),
     st.sampled_from(["coverage", "clients"]),
     st.sampled_from([1.0, 0.5, 2.0]),
     st.sampled_from(["fp32", "bf16", "fp16"]),
 )
 def test_merge_is_the_average_over_the_clients_that_saw_a_unit(
-    world: World, examples: list[int], normalize: str, rate: float, precision: str
+    scenario: Scenario, examples: list[int], normalize: str, rate: float, precision: str
 ) -> None:
     clients = tuple(f"c{index}" for index in range(len(examples)))
-    with placed(world) as place:
-        proxies = place.export(place.model, "proxies", clients=clients)
+    with job_folder(scenario) as job:
+        proxies = job.export(job.model, "proxies", clients=clients)
         drafts = [draft(proxies / f"c{i}", noise(i), examples=n, precision=precision) for i, n in enumerate(examples)]
-        folders = [update.write(place.root / f"u{index}") for index, update in enumerate(drafts)]
+        folders = [update.write(job.root / f"u{index}") for index, update in enumerate(drafts)]
         merge(
-            str(place.model),
+            str(job.model),
             folders,
-            place.root / "next",
-            key=place.key,
-            ledger=place.root / "ledger.jsonl",
+            job.root / "next",
+            key=job.key,
+            ledger=job.root / "ledger.jsonl",
             normalize=normalize,
             server_lr=rate,
             max_examples=1000,
         )
         parts = [whole_update(proxies / f"c{index}", update) for index, update in enumerate(drafts)]
-        before, after = read_model(place.model), read_model(place.root / "next")
+        before, after = read_model(job.model), read_model(job.root / "next")
         for name in parts[0]:
             dtype, bits = before[name]
             old = to_floats(bits, dtype).astype(np.float64)
@@ -110,25 +110,25 @@ def test_merge_is_the_average_over_the_clients_that_saw_a_unit(
 
 
 @few(12)
-@given(worlds(shards=1, p2=0.3), st.sampled_from(["coverage", "clients"]))
+@given(scenarios(shards=1, p2=0.3), st.sampled_from(["coverage", "clients"]))
 def test_merging_into_the_server_model_moves_its_visible_part_like_the_global_model(
-    world: World, normalize: str
+    scenario: Scenario, normalize: str
 ) -> None:
-    with placed(world) as place:
-        server = place.server(place.model, "server")
-        proxies = place.export(server, "proxies")
-        updates = [send(proxies / name, place.root / f"u-{name}", noise(len(name))) for name in ("ann", "bob")]
-        job = {"key": place.key, "ledger": place.root / "ledger.jsonl", "normalize": normalize}
-        results = [merge(str(at), updates, place.root / f"n-{at.name}", **job) for at in (place.model, server)]
+    with job_folder(scenario) as job:
+        server = job.server(job.model, "server")
+        proxies = job.export(server, "proxies")
+        updates = [send(proxies / name, job.root / f"u-{name}", noise(len(name))) for name in ("ann", "bob")]
+        records = {"key": job.key, "ledger": job.root / "ledger.jsonl", "normalize": normalize}
+        results = [merge(str(at), updates, job.root / f"n-{at.name}", **records) for at in (job.model, server)]
         assert results[0].clients == results[1].clients
-        assert contents(place.export(place.root / "n-model", "round-2", round=2)) == contents(
-            place.export(place.root / "n-server", "again-2", round=2)
+        assert contents(job.export(job.root / "n-model", "round-2", round=2)) == contents(
+            job.export(job.root / "n-server", "again-2", round=2)
         )
 
 
-def rounds_of(place: Place, count: int, size: float) -> tuple[Path, dict[str, Doubles]]:
+def rounds_of(job: JobFolder, count: int, size: float) -> tuple[Path, dict[str, Doubles]]:
     """`count` rounds of small steps in one direction; the last model and the result in double precision."""
-    model = place.model
+    model = job.model
     exact = {
         name: to_floats(bits, dtype).astype(np.float64)
         for name, (dtype, bits) in read_model(model).items()
@@ -136,10 +136,10 @@ def rounds_of(place: Place, count: int, size: float) -> tuple[Path, dict[str, Do
     }
     steps = noise(1, size)
     for number in range(1, count + 1):
-        proxy = place.export(model, f"p{number}", clients=("ann",), round=number) / "ann"
-        update = send(proxy, place.root / f"u{number}", steps)
-        following = place.root / f"n{number}"
-        merge(str(model), [update], following, key=place.key, ledger=place.root / "ledger.jsonl")
+        proxy = job.export(model, f"p{number}", clients=("ann",), round=number) / "ann"
+        update = send(proxy, job.root / f"u{number}", steps)
+        following = job.root / f"n{number}"
+        merge(str(model), [update], following, key=job.key, ledger=job.root / "ledger.jsonl")
         exact = {name: w + to_floats(to_bits(steps(name, w.shape), "F32"), "F32") for name, w in exact.items()}
         model = following
     return model, exact
@@ -147,9 +147,9 @@ def rounds_of(place: Place, count: int, size: float) -> tuple[Path, dict[str, Do
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_fifty_rounds_of_tiny_updates_are_not_lost_in_a_16_bit_model(dtype: str, folder: Path) -> None:
-    place = Place(World("llama", dtype, 33, 48, 1, "neuron", "none", None, 64, False, "zero", 0.0, 0.0), folder)
-    make_model(place.model, "llama", dtype=dtype, hidden=33)
-    model, exact = rounds_of(place, 50, 2e-5)
+    job = JobFolder(Scenario("llama", dtype, 33, 48, 1, "neuron", "none", None, 64, False, "zero", 0.0, 0.0), folder)
+    make_model(job.model, "llama", dtype=dtype, hidden=33)
+    model, exact = rounds_of(job, 50, 2e-5)
     after, residual = read_model(model), read_file(model / "fedqsn-residual.safetensors")
     digits = {"F16": 10, "BF16": 7}[dtype]
     moved = 0
@@ -159,16 +159,16 @@ def test_fifty_rounds_of_tiny_updates_are_not_lost_in_a_16_bit_model(dtype: str,
         assert (np.abs(result - wanted) <= ulp).all()
         kept = to_floats(residual[name][1], "BF16")
         assert (np.abs(result + kept - wanted) <= ulp / 8 + 1e-7).all()
-        before = read_model(place.model)[name][1]
+        before = read_model(job.model)[name][1]
         moved += np.count_nonzero(before != after[name][1])
     assert moved > sum(wanted.size for wanted in exact.values()) / 2
 
 
 def test_a_plain_loader_sees_nothing_but_the_model(folder: Path) -> None:
-    place = Place(World("llama", "BF16", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2), folder)
-    make_model(place.model, "llama", dtype="BF16", hidden=33)
-    (place.model / "vocab.json").write_text("{}")
-    model, _ = rounds_of(place, 1, 0.01)
+    job = JobFolder(Scenario("llama", "BF16", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2), folder)
+    make_model(job.model, "llama", dtype="BF16", hidden=33)
+    (job.model / "vocab.json").write_text("{}")
+    model, _ = rounds_of(job, 1, 0.01)
     assert {path.name for path in model.iterdir()} == {
         "config.json",
         "fedqsn-residual.safetensors",
@@ -177,64 +177,64 @@ def test_a_plain_loader_sees_nothing_but_the_model(folder: Path) -> None:
         "vocab.json",
     }
     assert {name: bits.dtype for name, (_, bits) in read_model(model).items()} == dict.fromkeys(
-        read_model(place.model), np.dtype(np.uint16)
+        read_model(job.model), np.dtype(np.uint16)
     )
 
 
 def test_no_residual_leaves_the_owner(folder: Path) -> None:
-    place = Place(World("llama", "BF16", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2), folder)
-    make_model(place.model, "llama", dtype="BF16", hidden=33)
-    model, _ = rounds_of(place, 1, 0.01)
-    before = contents(place.export(model, "proxies", round=2))
+    job = JobFolder(Scenario("llama", "BF16", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2), folder)
+    make_model(job.model, "llama", dtype="BF16", hidden=33)
+    model, _ = rounds_of(job, 1, 0.01)
+    before = contents(job.export(model, "proxies", round=2))
     assert not any("residual" in name for name in before)
     (model / "fedqsn-residual.safetensors").unlink()
-    assert contents(place.export(model, "again", round=2)) == before
+    assert contents(job.export(model, "again", round=2)) == before
 
 
 # ---------------------------------------------------------------- results, options
 
 
 @pytest.fixture
-def place(folder: Path) -> Place:
+def job(folder: Path) -> JobFolder:
     """A small BERT with two proxies and two updates."""
     make_model(folder / "model", "bert", hidden=33)
-    place = Place(USUAL, folder)
-    proxies = place.export(place.model, "proxies")
+    job = JobFolder(USUAL, folder)
+    proxies = job.export(job.model, "proxies")
     for name, examples in (("ann", 30), ("bob", 10)):
         send(proxies / name, folder / f"u-{name}", noise(1), examples=examples)
-    return place
+    return job
 
 
-def merged(place: Place, *updates: str, source: Path | None = None, **options: Any) -> Any:
-    usual = {"key": place.key, "ledger": place.root / "ledger.jsonl"}
-    folders = [place.root / name for name in updates]
-    return merge(str(source or place.model), folders, place.root / "next", **usual | options)
+def merged(job: JobFolder, *updates: str, source: Path | None = None, **options: Any) -> Any:
+    usual = {"key": job.key, "ledger": job.root / "ledger.jsonl"}
+    folders = [job.root / name for name in updates]
+    return merge(str(source or job.model), folders, job.root / "next", **usual | options)
 
 
-def test_the_result_has_the_share_and_the_norm_of_each_client(place: Place) -> None:
-    result = merged(place, "u-bob", "u-ann")
+def test_the_result_has_the_share_and_the_norm_of_each_client(job: JobFolder) -> None:
+    result = merged(job, "u-bob", "u-ann")
     assert [client.client for client in result.clients] == ["ann", "bob"]
     assert [client.share for client in result.clients] == [0.75, 0.25]
     assert result.num_examples == 40
     assert result.clients[0].first_loss == 1.5
     assert 0 < result.clients[0].relative_norm < 1
-    shown = [visible_elements(place.root / "proxies" / name) for name in ("ann", "bob")]
+    shown = [visible_elements(job.root / "proxies" / name) for name in ("ann", "bob")]
     total = sum(bits.size for _, bits in make_tensors("bert", hidden=33).values())
     unseen = sum(int((~(shown[0][name] | shown[1][name])).sum()) for name in shown[0])
     assert result.covered == pytest.approx(1 - (unseen + 7) / total)  # 7 position ids are no weights
-    assert result.path == str(place.root / "next")
+    assert result.path == str(job.root / "next")
     assert result.kind == "global-model"
 
 
-def test_updates_are_divided_by_the_scale_of_the_proxy(place: Place) -> None:
+def test_updates_are_divided_by_the_scale_of_the_proxy(job: JobFolder) -> None:
     """The client computes with s · W, so its step is divided by s."""
-    merged(place, "u-ann")
-    proxy = place.root / "proxies/ann"
+    merged(job, "u-ann")
+    proxy = job.root / "proxies/ann"
     shown = visible_elements(proxy)
     name = "bert.pooler.dense.weight"
     flags = shown[name][0]
     s = 33 / int(flags.any(axis=1).sum())
-    before, after = (read_model(place.root / at)[name][1].view(np.float32) for at in ("model", "next"))
+    before, after = (read_model(job.root / at)[name][1].view(np.float32) for at in ("model", "next"))
     np.testing.assert_allclose((after - before)[flags], (noise(1)(name, (33, 33)) / s)[flags], atol=1e-7)
 
 
@@ -256,54 +256,54 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("options", "complaint"), WRONG, ids=lambda value: str(value)[:40])
 def test_i11_wrong_options_of_merge_are_refused_and_nothing_is_written(
-    options: dict[str, Any], complaint: str, place: Place
+    options: dict[str, Any], complaint: str, job: JobFolder
 ) -> None:
-    with nothing_written(place.root), pytest.raises(InputError, match=complaint):
-        merged(place, "u-ann", **options)
+    with nothing_written(job.root), pytest.raises(InputError, match=complaint):
+        merged(job, "u-ann", **options)
 
 
-def test_i11_no_update_no_key_and_no_ledger_are_refused(place: Place) -> None:
-    with nothing_written(place.root):
+def test_i11_no_update_no_key_and_no_ledger_are_refused(job: JobFolder) -> None:
+    with nothing_written(job.root):
         with pytest.raises(InputError, match="no update"):
-            merged(place)
+            merged(job)
         with pytest.raises(KeyFileError, match="no key"):
-            merged(place, "u-ann", key=place.root / "nowhere")
+            merged(job, "u-ann", key=job.root / "nowhere")
         with pytest.raises(InputError, match="no ledger"):
-            merged(place, "u-ann", ledger=place.root / "nowhere")
+            merged(job, "u-ann", ledger=job.root / "nowhere")
         with pytest.raises(InputError):
-            merged(place, "nowhere")
+            merged(job, "nowhere")
 
 
-def test_i11_quantized_models_proxies_and_updates_are_not_a_source(place: Place) -> None:
-    packed = place.quantized(place.server(place.model, "server"), "packed")
-    for source in (packed, place.root / "proxies/ann", place.root / "u-ann"):
-        with nothing_written(place.root), pytest.raises(InputError):
-            merged(place, "u-ann", source=source)
+def test_i11_quantized_models_proxies_and_updates_are_not_a_source(job: JobFolder) -> None:
+    packed = job.quantized(job.server(job.model, "server"), "packed")
+    for source in (packed, job.root / "proxies/ann", job.root / "u-ann"):
+        with nothing_written(job.root), pytest.raises(InputError):
+            merged(job, "u-ann", source=source)
 
 
-def test_i11_a_model_with_another_plan_or_other_visible_weights_is_refused(place: Place) -> None:
-    other = make_model(place.root / "other", "bert", hidden=33, seed=9)
-    smaller = make_model(place.root / "smaller", "bert", hidden=32)
+def test_i11_a_model_with_another_plan_or_other_visible_weights_is_refused(job: JobFolder) -> None:
+    other = make_model(job.root / "other", "bert", hidden=33, seed=9)
+    smaller = make_model(job.root / "smaller", "bert", hidden=32)
     tensors = make_tensors("bert", hidden=33)
     dtype, bits = tensors["bert.embeddings.LayerNorm.weight"]
     tensors["bert.embeddings.LayerNorm.weight"] = (dtype, bits ^ 1)
-    nearly = write_model(place.root / "nearly", tensors, make_config("bert"))
+    nearly = write_model(job.root / "nearly", tensors, make_config("bert"))
     for source in (other, smaller, nearly):
-        with nothing_written(place.root), pytest.raises(InputError):
-            merged(place, "u-ann", source=source)
+        with nothing_written(job.root), pytest.raises(InputError):
+            merged(job, "u-ann", source=source)
 
 
 def test_i11_a_merged_model_that_overflows_its_dtype_is_refused(folder: Path) -> None:
-    place = Place(World("llama", "F16", 33, 48, 1, "neuron", "none", None, 64, False, "zero", 0.0, 0.0), folder)
-    make_model(place.model, "llama", dtype="F16", hidden=33)
-    proxy = place.export(place.model, "proxies", clients=("ann",)) / "ann"
+    job = JobFolder(Scenario("llama", "F16", 33, 48, 1, "neuron", "none", None, 64, False, "zero", 0.0, 0.0), folder)
+    make_model(job.model, "llama", dtype="F16", hidden=33)
+    proxy = job.export(job.model, "proxies", clients=("ann",)) / "ann"
     update = send(proxy, folder / "u", lambda name, shape: np.full(shape, 6e4, np.float32))
     with nothing_written(folder), pytest.raises(InputError):
         merge(
-            str(place.model),
+            str(job.model),
             [update],
             folder / "next",
-            key=place.key,
+            key=job.key,
             ledger=folder / "ledger.jsonl",
             server_lr=2.0,
             max_update_norm=1e9,

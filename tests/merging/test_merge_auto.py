@@ -16,6 +16,7 @@ from fedqsn_cli.errors import DataError, GateFailed, InputError, RefusedUpdate
 from fedqsn_cli.merging.interpolate import Interpolation
 from fedqsn_cli.merging.results import MergeResult
 from support.helpers import (
+    as_strings,
     contents,
     draft,
     hidden_elements,
@@ -26,7 +27,6 @@ from support.helpers import (
     send,
     to_bits,
     to_floats,
-    words,
     write_model,
 )
 from support.processes import run
@@ -297,7 +297,7 @@ def test_i11_data_that_does_not_fit_and_outputs_that_are_taken_are_refused(bert:
 
 def command(job: Job, *more: str | Path) -> Any:
     options = ["--key", job.root / "key", "--device", "cpu"]
-    return run("merge", job.root / "model", *words([*more, *options]))
+    return run("merge", job.root / "model", *as_strings([*more, *options]))
 
 
 def test_the_command_prints_the_curve_and_marks_the_chosen_value(bert: Job, tmp_path: Path) -> None:

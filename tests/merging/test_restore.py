@@ -24,39 +24,39 @@ from support.helpers import (
     to_bits,
     to_floats,
 )
-from support.scenario import Place, World, few, placed, worlds
+from support.scenario import JobFolder, Scenario, few, job_folder, scenarios
 
-USUAL = World("bert", "F32", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2)
+USUAL = Scenario("bert", "F32", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2)
 
 
-def play(place: Place, rounds: int) -> tuple[Path, Path]:
+def play(job: JobFolder, rounds: int) -> tuple[Path, Path]:
     """Rounds merged into the global model and, side by side, into the server model; both as they end."""
-    whole, server = place.model, place.server(place.model, "server")
-    job = {"key": place.key, "ledger": place.root / "ledger.jsonl"}
+    whole, server = job.model, job.server(job.model, "server")
+    records = {"key": job.key, "ledger": job.root / "ledger.jsonl"}
     for number in range(1, rounds + 1):
-        proxies = place.export(server, f"p{number}", round=number)
+        proxies = job.export(server, f"p{number}", round=number)
         updates = [
-            send(proxies / name, place.root / f"u{number}-{name}", noise(number, 0.003), examples=number + len(name))
+            send(proxies / name, job.root / f"u{number}-{name}", noise(number, 0.003), examples=number + len(name))
             for name in ("ann", "bob")
         ]
-        merge(str(whole), updates, place.root / f"whole-{number}", **job)
-        merge(str(server), updates, place.root / f"server-{number}", **job)
-        whole, server = place.root / f"whole-{number}", place.root / f"server-{number}"
+        merge(str(whole), updates, job.root / f"whole-{number}", **records)
+        merge(str(server), updates, job.root / f"server-{number}", **records)
+        whole, server = job.root / f"whole-{number}", job.root / f"server-{number}"
     return whole, server
 
 
-def restored(place: Place, server: Path, **options: Any) -> Path:
-    out = place.root / f"restored{options.get('blend', '')}"
-    merge(str(place.model), [], out, key=place.key, restore=str(server), **options)
+def restored(job: JobFolder, server: Path, **options: Any) -> Path:
+    out = job.root / f"restored{options.get('blend', '')}"
+    merge(str(job.model), [], out, key=job.key, restore=str(server), **options)
     return out
 
 
 @few(20)
-@given(worlds(shards=1))
-def test_both_ways_to_the_end_of_a_job_give_byte_equal_models(world: World) -> None:
-    with placed(world) as place:
-        whole, server = play(place, 1)
-        one, other = contents(whole), contents(restored(place, server))
+@given(scenarios(shards=1))
+def test_both_ways_to_the_end_of_a_job_give_byte_equal_models(scenario: Scenario) -> None:
+    with job_folder(scenario) as job:
+        whole, server = play(job, 1)
+        one, other = contents(whole), contents(restored(job, server))
         del one["fedqsn.json"], other["fedqsn.json"]  # they say what they were made from
         assert one == other
 
@@ -65,48 +65,48 @@ def test_both_ways_to_the_end_of_a_job_give_byte_equal_models(world: World) -> N
 @pytest.mark.parametrize("fill", ["zero", "base"])
 def test_both_ways_are_equal_after_three_rounds_with_their_residuals(dtype: str, fill: str, folder: Path) -> None:
     sizes = {"dtype": dtype, "hidden": 33, "inner": 48}
-    place = Place(replace(USUAL, family="gpt2", dtype=dtype, fill=fill), folder)
-    make_model(place.model, "gpt2", **sizes)
+    job = JobFolder(replace(USUAL, family="gpt2", dtype=dtype, fill=fill), folder)
+    make_model(job.model, "gpt2", **sizes)
     make_model(folder / "base", "gpt2", seed=1, **sizes)
-    whole, server = play(place, 3)
-    one, other = contents(whole), contents(restored(place, server))
+    whole, server = play(job, 3)
+    one, other = contents(whole), contents(restored(job, server))
     del one["fedqsn.json"], other["fedqsn.json"]
     assert ("fedqsn-residual.safetensors" in one) == (dtype != "F32")
     assert one == other
 
 
 @few(8)
-@given(worlds(), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
-def test_a_blend_interpolates_hidden_weights_and_the_visible_scale(world: World, blend: float) -> None:
-    check_blend(world, blend)
+@given(scenarios(), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+def test_a_blend_interpolates_hidden_weights_and_the_visible_scale(scenario: Scenario, blend: float) -> None:
+    check_blend(scenario, blend)
 
 
 @few(5)
-@given(worlds(dtype="F32", p1=0.5, fill="zero"), st.sampled_from([0.25, 0.5]))
-def test_a_blend_of_an_fp32_model_is_exact(world: World, blend: float) -> None:
-    check_blend(world, blend)
+@given(scenarios(dtype="F32", p1=0.5, fill="zero"), st.sampled_from([0.25, 0.5]))
+def test_a_blend_of_an_fp32_model_is_exact(scenario: Scenario, blend: float) -> None:
+    check_blend(scenario, blend)
 
 
 @few(5)
-@given(worlds(dtype="F32", p1=0.5, fill="base"), st.sampled_from([0.25, 0.5]))
-def test_a_blend_with_a_public_base_is_exact(world: World, blend: float) -> None:
-    check_blend(world, blend)
+@given(scenarios(dtype="F32", p1=0.5, fill="base"), st.sampled_from([0.25, 0.5]))
+def test_a_blend_with_a_public_base_is_exact(scenario: Scenario, blend: float) -> None:
+    check_blend(scenario, blend)
 
 
-def check_blend(world: World, blend: float) -> None:
-    with placed(world) as place:
-        _, server = play(place, 1)
-        result = read_model(restored(place, server, blend=blend))
-        before, trained = read_model(place.model), read_model(server)
-        holes = read_model(place.root / "base") if world.fill == "base" else {}
-        for name, hidden in hidden_elements(place.model, place.key).items():
+def check_blend(scenario: Scenario, blend: float) -> None:
+    with job_folder(scenario) as job:
+        _, server = play(job, 1)
+        result = read_model(restored(job, server, blend=blend))
+        before, trained = read_model(job.model), read_model(server)
+        holes = read_model(job.root / "base") if scenario.fill == "base" else {}
+        for name, hidden in hidden_elements(job.model, job.key).items():
             dtype, bits = trained[name]
             if not hidden.any():
                 np.testing.assert_array_equal(result[name][1], bits)
                 continue
             w, x = (to_floats(model[name][1], dtype).astype(np.float64) for model in (before, trained))
             r = to_floats(holes[name][1], dtype).astype(np.float64) if holes else np.zeros_like(w)
-            s = share_factor(hidden) if world.fill == "zero" else 1.0
+            s = share_factor(hidden) if scenario.fill == "zero" else 1.0
             wanted = np.where(hidden, r + blend * (w - r), x * (s + blend * (1 - s))).astype(np.float32)
             expected = to_floats(to_bits(wanted, dtype), dtype)
             np.testing.assert_allclose(to_floats(result[name][1], dtype), expected, rtol=TOLERANCE[dtype], atol=1e-7)
@@ -125,9 +125,9 @@ def test_blend_0_is_the_trained_server_model_with_its_scale(folder: Path) -> Non
     from fedqsn_cli.models.dense import load_dense
 
     make_model(folder / "model", "llama", hidden=33)
-    place = Place(replace(USUAL, family="llama"), folder)
-    _, server = play(place, 1)
-    result = read_model(restored(place, server, blend=0.0))
+    job = JobFolder(replace(USUAL, family="llama"), folder)
+    _, server = play(job, 1)
+    result = read_model(restored(job, server, blend=0.0))
     with Checkpoint.open(server) as checkpoint:
         dense = load_dense(checkpoint)
     for name, (dtype, bits) in result.items():
@@ -136,13 +136,13 @@ def test_blend_0_is_the_trained_server_model_with_its_scale(folder: Path) -> Non
 
 @pytest.mark.parametrize("blend", [0.0, 1.0])
 def test_hidden_weights_that_are_not_finite_come_back_or_stay_out_whole(blend: float, folder: Path) -> None:
-    place = Place(replace(USUAL, family="llama", hidden=33), folder)
-    make_model(place.model, "llama", hidden=33)
-    server = place.server(place.model, "server")
-    broken = place.rewritten("broken", "all of it")
-    merge(str(broken), [], folder / "out", key=place.key, restore=str(server), blend=blend)
+    job = JobFolder(replace(USUAL, family="llama", hidden=33), folder)
+    make_model(job.model, "llama", hidden=33)
+    server = job.server(job.model, "server")
+    broken = job.rewritten("broken", "all of it")
+    merge(str(broken), [], folder / "out", key=job.key, restore=str(server), blend=blend)
     result, original = read_model(folder / "out"), read_model(broken)
-    for name, hidden in hidden_elements(place.model, place.key).items():
+    for name, hidden in hidden_elements(job.model, job.key).items():
         if blend == 1:
             np.testing.assert_array_equal(result[name][1], original[name][1])
         else:
@@ -165,37 +165,37 @@ def test_restoring_an_untrained_server_model_gives_the_global_model(folder: Path
 
 
 @pytest.fixture
-def place(folder: Path) -> Place:
+def job(folder: Path) -> JobFolder:
     make_model(folder / "model", "bert", hidden=33)
-    place = Place(USUAL, folder)
-    place.server(place.model, "server")
-    return place
+    job = JobFolder(USUAL, folder)
+    job.server(job.model, "server")
+    return job
 
 
 @pytest.mark.parametrize("blend", [-0.1, 1.1, float("nan"), float("inf")])
-def test_i11_a_blend_out_of_range_is_refused(blend: float, place: Place) -> None:
-    with nothing_written(place.root), pytest.raises(InputError, match="blend"):
-        restored(place, place.root / "server", blend=blend)
+def test_i11_a_blend_out_of_range_is_refused(blend: float, job: JobFolder) -> None:
+    with nothing_written(job.root), pytest.raises(InputError, match="blend"):
+        restored(job, job.root / "server", blend=blend)
 
 
-def test_i11_models_that_do_not_belong_together_are_not_restored(place: Place) -> None:
-    packed = place.quantized(place.root / "server", "packed")
-    proxy = place.export(place.model, "proxies") / "ann"
-    mask(str(place.model), place.root / "foreign", key=place.root / "other.key", p1=0.3)
-    other = make_model(place.root / "other", "bert", hidden=32)
-    with nothing_written(place.root):
-        for server in (packed, proxy, place.root / "foreign", place.model, place.root / "nowhere"):
+def test_i11_models_that_do_not_belong_together_are_not_restored(job: JobFolder) -> None:
+    packed = job.quantized(job.root / "server", "packed")
+    proxy = job.export(job.model, "proxies") / "ann"
+    mask(str(job.model), job.root / "foreign", key=job.root / "other.key", p1=0.3)
+    other = make_model(job.root / "other", "bert", hidden=32)
+    with nothing_written(job.root):
+        for server in (packed, proxy, job.root / "foreign", job.model, job.root / "nowhere"):
             with pytest.raises(InputError):
-                restored(place, server)
+                restored(job, server)
         with pytest.raises(InputError, match="server model"):
-            merge(str(place.root / "server"), [], place.root / "out", key=place.key, restore=str(place.root / "server"))
+            merge(str(job.root / "server"), [], job.root / "out", key=job.key, restore=str(job.root / "server"))
         with pytest.raises(KeyFileError):
             merge(
-                str(place.model),
+                str(job.model),
                 [],
-                place.root / "out",
-                key=place.root / "other.key",
-                restore=str(place.root / "server"),
+                job.root / "out",
+                key=job.root / "other.key",
+                restore=str(job.root / "server"),
             )
         with pytest.raises(InputError):
-            merge(str(other), [], place.root / "out", key=place.key, restore=str(place.root / "server"))
+            merge(str(other), [], job.root / "out", key=job.key, restore=str(job.root / "server"))

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedqsn_cli.errors import InputError, PlanError
-from fedqsn_cli.planning.overrides import load_overrides
+from fedqsn_cli.models.plan_file import load_overrides
 from fedqsn_cli.planning.placement import layers_text, parse_layers, parse_schedule, schedule_text
 from fedqsn_cli.planning.plan import Plan, make_plan
 from fedqsn_cli.planning.roles import LINEAR_ROLES, rules

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedqsn_cli.errors import InputError, PlanError
-from fedqsn_cli.planning.overrides import load_overrides
+from fedqsn_cli.models.plan_file import load_overrides
 from fedqsn_cli.planning.plan import Plan, make_plan
 from fedqsn_cli.planning.skip_modules import EXPERTS, fits, skip_modules
 from fedqsn_cli.planning.tensor_plan import MASK_AXES, TensorPlan

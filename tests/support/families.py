@@ -162,15 +162,16 @@ EVERY_HEAD = [(name, head) for name, family in FAMILIES.items() for head in fami
 
 
 def make_config(name: str, head: str | None = None, **options: Any) -> Any:
-    """A transformers config of a family; options override its arguments."""
+    """A transformers config of a family; options override its arguments, and `labels` the number of outputs."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import transformers
 
     family = FAMILIES[name]
+    labels = options.pop("labels", LABELS)
     config = getattr(transformers, family.config)(**{**family.arguments, **options})
     head = head or family.heads[0]
-    if "Classification" in head:
-        config.num_labels = LABELS
+    if "Classification" in head and "id2label" not in options:
+        config.num_labels = labels
     config.architectures = [head]
     return config
 

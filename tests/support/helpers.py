@@ -175,7 +175,7 @@ def with_sources(*folders: Path) -> str:
 HOST, USER = "Zq7-this-machine", "Zq7-this-user"
 
 
-def here(patch: Any) -> None:
+def set_host_names(patch: Any) -> None:
     """Give machine and user names that stand nowhere by chance; a real one may be a word of every model, or missing."""
     patch.setattr("socket.gethostname", lambda: HOST)
     patch.setattr("platform.node", lambda: HOST)
@@ -183,7 +183,7 @@ def here(patch: Any) -> None:
         patch.setenv(name, HOST if name == "HOSTNAME" else USER)
 
 
-def programs(folder: Path) -> str:
+def search_path(folder: Path) -> str:
     """A PATH on which `fedqsn` and `python` are those under test, with PYTHONPATH as `environment` has it.
 
     The programs beside the interpreter where there are: a temporary folder may be one in which nothing can be executed.
@@ -199,6 +199,6 @@ def programs(folder: Path) -> str:
     return f"{folder}{os.pathsep}{path}"
 
 
-def words(arguments: Sequence[str | Path]) -> list[str]:
+def as_strings(arguments: Sequence[str | Path]) -> list[str]:
     """Arguments of a command as text."""
     return [str(argument) for argument in arguments]

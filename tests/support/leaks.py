@@ -40,7 +40,7 @@ Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class World:
+class AuditedJob:
     """A model, a key, a ledger, and the proxies of a few clients, all in one folder."""
 
     home: Path
@@ -65,16 +65,16 @@ class World:
     def proxy(self, client: str = "alice") -> Path:
         return self.home / client
 
-    def copy(self, home: Path) -> World:
-        """The same world in another place, to be spoilt."""
+    def copy(self, home: Path) -> AuditedJob:
+        """The same job in another folder, to be tampered with."""
         shutil.copytree(self.home, home)
-        return World(home, self.clients)
+        return AuditedJob(home, self.clients)
 
     def hidden(self, tensor: str) -> np.ndarray[Any, Any]:
         """Hidden units of a tensor, as flags."""
-        job = job_key.load(self.key)
-        plan = open_model(str(self.truth), axis=job.axis, overrides=job.overrides).plan
-        mask = ServerMasks(job).hidden(next(one for one in plan.tensors if one.name == tensor))
+        loaded = job_key.load(self.key)
+        plan = open_model(str(self.truth), axis=loaded.axis, overrides=loaded.overrides).plan
+        mask = ServerMasks(loaded).hidden(next(one for one in plan.tensors if one.name == tensor))
         assert mask is not None
         return mask.flags.reshape(-1)
 
@@ -83,7 +83,7 @@ class World:
         return load_file(self.truth / "model.safetensors")
 
 
-def make_world(
+def make_job(
     home: Path,
     family: str = "bert",
     *,
@@ -95,7 +95,7 @@ def make_world(
     prepare: Callable[[Path], None] | None = None,
     key: int = 0,
     **options: Any,
-) -> World:
+) -> AuditedJob:
     """Build a model and export proxies of it.
 
     Args:
@@ -124,18 +124,18 @@ def make_world(
             p2=p2,
             **options,
         )
-    return World(home, tuple(clients))
+    return AuditedJob(home, tuple(clients))
 
 
 def audit(
-    world: World, *, clients: Sequence[str] | None = None, after: Path | None = None, blind: bool = False
+    job: AuditedJob, *, clients: Sequence[str] | None = None, after: Path | None = None, blind: bool = False
 ) -> Audit:
     """Apply all hard invariants; blind: with nothing but the proxies."""
     collector = Collector()
-    known: dict[str, Any] = {} if blind else {"truth": world.truth, "key": world.key, "ledger": world.ledger}
+    known: dict[str, Any] = {} if blind else {"truth": job.truth, "key": job.key, "ledger": job.ledger}
     if not blind:
-        known |= {"public_base": world.base, "after": after}
-    folders = [world.proxy(client) for client in clients or world.clients]
+        known |= {"public_base": job.base, "after": after}
+    folders = [job.proxy(client) for client in clients or job.clients]
     inputs = open_inputs(folders, collector, AuditOptions(**known))
     for check in CHECKS:
         check.run(inputs, collector)
@@ -152,8 +152,8 @@ def rules_of(found: Audit) -> set[str]:
     return rules - {"FQ012"}
 
 
-def spoil(
-    world: World,
+def tamper(
+    job: AuditedJob,
     change: Callable[[Tensors], None],
     client: str = "alice",
     *,
@@ -161,49 +161,49 @@ def spoil(
     file: str = "model.safetensors",
 ) -> None:
     """Change the tensors of a proxy, and sign it anew."""
-    path = world.proxy(client) / file
+    path = job.proxy(client) / file
     tensors = load_file(path)
     change(tensors)
     standard = METADATA if file == "model.safetensors" else {}
     save_file({name: x.contiguous() for name, x in tensors.items()}, path, {**standard, **(metadata or {})} or None)
-    sign(world, client)
+    sign(job, client)
 
 
-def spoil_file(world: World, name: str, change: Callable[[bytes], bytes], client: str = "alice") -> None:
+def tamper_file(job: AuditedJob, name: str, change: Callable[[bytes], bytes], client: str = "alice") -> None:
     """Change the bytes of a file of a proxy, and sign it anew."""
-    path = world.proxy(client) / name
+    path = job.proxy(client) / name
     path.write_bytes(change(path.read_bytes() if path.exists() else b""))
-    sign(world, client)
+    sign(job, client)
 
 
-def sign(world: World, client: str = "alice", **fields: Any) -> None:
+def sign(job: AuditedJob, /, client: str = "alice", **fields: Any) -> None:
     """Make proxy.json and the ledger agree with the files again."""
-    folder = world.proxy(client)
+    folder = job.proxy(client)
     document = json.loads((folder / "proxy.json").read_text()) | fields
     old = document["proxy_id"]
     names = [path.name for path in folder.iterdir() if path.name != "proxy.json"]
     document["files"] = {name: file_digest(folder / name) for name in names}
     (folder / "proxy.json").write_text(strictjson.pretty(document))
     previous, lines = "0" * 64, []
-    for text in world.ledger.read_text().splitlines():
+    for text in job.ledger.read_text().splitlines():
         line = json.loads(text)
         if line["proxy_id"] == old:
             line["proxy_sha256"] = file_digest(folder / "proxy.json")
         line["previous"] = previous
         lines.append(strictjson.dumps(line))
         previous = hashlib.sha256(lines[-1].encode()).hexdigest()
-    world.ledger.write_text("".join(line + "\n" for line in lines))
+    job.ledger.write_text("".join(line + "\n" for line in lines))
     digests = ["0" * 64, *(hashlib.sha256(line.encode()).hexdigest() for line in lines)]
-    write_head(world.ledger, None, job_key.load(world.key), digests)
+    write_head(job.ledger, None, job_key.load(job.key), digests)
 
 
-def requantize(world: World, client: str, *, masked_before: bool) -> None:
+def requantize(job: AuditedJob, client: str, *, masked_before: bool) -> None:
     """Write the proxy's weights again, with block scales of the unmasked weights, or of the client-masked ones."""
-    folder = world.proxy(client)
+    folder = job.proxy(client)
     manifest = read_manifest(folder, ProxyManifest)
     proxy = open_inputs([folder], Collector()).proxies[0]
-    job = job_key.load(world.key)
-    model = open_model(str(world.truth), axis=job.axis, overrides=job.overrides)
+    loaded = job_key.load(job.key)
+    model = open_model(str(job.truth), axis=loaded.axis, overrides=loaded.overrides)
 
     def unseen(tensor: TensorPlan) -> UnitMask | None:
         visible = proxy.visible(tensor.name)
@@ -214,17 +214,17 @@ def requantize(world: World, client: str, *, masked_before: bool) -> None:
 
     how = manifest.quantization
     todo = tensor_tasks(model, how, unseen if masked_before else nothing)
-    with ArtifactWriter(world.home / f"{client}-again", force=False) as writer:
+    with ArtifactWriter(job.home / f"{client}-again", force=False) as writer:
         sink = writer.tensors("model", tensor_specs(todo, how), max_shard_bytes=None, metadata=METADATA)
         output = ClientOutput(sink, how, nothing if masked_before else unseen, lambda tensor: proxy.factor(tensor.name))
         run(model, todo, how, [output], base=None, progress=Silent())
         sink.close()
         writer.publish()
-    shutil.move(world.home / f"{client}-again" / "model.safetensors", folder / "model.safetensors")
-    sign(world, client)
+    shutil.move(job.home / f"{client}-again" / "model.safetensors", folder / "model.safetensors")
+    sign(job, client)
 
 
-def shake(world: World, client: str, seed: int) -> None:
+def perturb_codes(job: AuditedJob, client: str, seed: int) -> None:
     """Round stochastically: move some visible 4-bit codes by one."""
     noise = np.random.default_rng(seed)
 
@@ -238,4 +238,4 @@ def shake(world: World, client: str, seed: int) -> None:
                 tensors[name].shape
             )
 
-    spoil(world, change, client)
+    tamper(job, change, client)

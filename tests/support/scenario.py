@@ -32,7 +32,7 @@ def few(count: int) -> settings:
 
 
 @dataclass(frozen=True)
-class World:
+class Scenario:
     """One job's options."""
 
     family: str
@@ -61,8 +61,8 @@ class World:
 
 
 @st.composite
-def worlds(draw: st.DrawFn, **fixed: Any) -> World:
-    """Any world; options that are given are fixed."""
+def scenarios(draw: st.DrawFn, **fixed: Any) -> Scenario:
+    """Any scenario; options that are given are fixed."""
 
     def one(name: str, values: Any) -> Any:
         return fixed[name] if name in fixed else draw(st.sampled_from(list(values)))
@@ -72,7 +72,7 @@ def worlds(draw: st.DrawFn, **fixed: Any) -> World:
     layout = one("layout", layouts if format != "none" else (None,))
     fill = one("fill", ("zero", "zero", "base"))
     packs = format in {"nf4", "fp4"} and layout != "dense" and fill == "zero"
-    return World(
+    return Scenario(
         family=one("family", SHAPES),
         dtype=one("dtype", ("F32", "F16", "BF16")),
         hidden=one("hidden", (32, 33, 47, 64)),
@@ -90,10 +90,10 @@ def worlds(draw: st.DrawFn, **fixed: Any) -> World:
 
 
 @dataclass(frozen=True)
-class Place:
-    """A world on disk: the global model, its public base, and shorthands for the commands."""
+class JobFolder:
+    """A scenario on disk: the global model, its public base, and shorthands for the commands."""
 
-    world: World
+    scenario: Scenario
     root: Path
 
     @property
@@ -107,7 +107,7 @@ class Place:
     @property
     def filled(self) -> dict[str, Any]:
         """Options about the fill."""
-        return {"fill": "base", "public_base": str(self.root / "base")} if self.world.fill == "base" else {}
+        return {"fill": "base", "public_base": str(self.root / "base")} if self.scenario.fill == "base" else {}
 
     def export(self, source: Path, name: str, *, clients: tuple[str, ...] = ("ann", "bob"), **options: Any) -> Path:
         """Export the proxies of one round into `name`/<client>; returns the folder of them all."""
@@ -120,10 +120,10 @@ class Place:
                 "round": 1,
                 "key": self.key,
                 "ledger": self.root / "ledger.jsonl",
-                "axis": self.world.axis,
-                "p1": self.world.p1,
-                "p2": self.world.p2,
-                **self.world.packing,
+                "axis": self.scenario.axis,
+                "p1": self.scenario.p1,
+                "p2": self.scenario.p2,
+                **self.scenario.packing,
                 **self.filled,
                 **options,
             },
@@ -132,34 +132,36 @@ class Place:
 
     def server(self, source: Path, name: str) -> Path:
         """The server model of a global model."""
-        mask(str(source), self.root / name, key=self.key, p1=self.world.p1, axis=self.world.axis, **self.filled)
+        mask(str(source), self.root / name, key=self.key, p1=self.scenario.p1, axis=self.scenario.axis, **self.filled)
         return self.root / name
 
     def quantized(self, source: Path, name: str) -> Path:
         """A quantized server model."""
-        quantize(str(source), self.root / name, **self.world.packing)
+        quantize(str(source), self.root / name, **self.scenario.packing)
         return self.root / name
 
     def rewritten(self, name: str, kind: str) -> Path:
         """The global model with every hidden weight changed to something else; needs the key."""
         hidden = hidden_elements(self.model, self.key)
-        world = self.world
-        tensors = make_tensors(world.family, dtype=world.dtype, hidden=world.hidden, inner=world.inner)
+        scenario = self.scenario
+        tensors = make_tensors(scenario.family, dtype=scenario.dtype, hidden=scenario.hidden, inner=scenario.inner)
         for tensor, (dtype, bits) in tensors.items():
             tensors[tensor] = (dtype, replaced(bits, dtype, hidden[tensor], kind))
-        return write_model(self.root / name, tensors, make_config(world.family, world.dtype), shards=world.shards)
+        return write_model(
+            self.root / name, tensors, make_config(scenario.family, scenario.dtype), shards=scenario.shards
+        )
 
 
 @contextmanager
-def placed(world: World) -> Iterator[Place]:
-    """Write a world into a directory that lasts as long as the block."""
+def job_folder(scenario: Scenario) -> Iterator[JobFolder]:
+    """Write a scenario into a directory that lasts as long as the block."""
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         root = Path(folder)
-        sizes = {"dtype": world.dtype, "hidden": world.hidden, "inner": world.inner}
-        make_model(root / "model", world.family, shards=world.shards, **sizes)
-        if world.fill == "base":
-            make_model(root / "base", world.family, seed=1, **sizes)
-        yield Place(world, root)
+        sizes = {"dtype": scenario.dtype, "hidden": scenario.hidden, "inner": scenario.inner}
+        make_model(root / "model", scenario.family, shards=scenario.shards, **sizes)
+        if scenario.fill == "base":
+            make_model(root / "base", scenario.family, seed=1, **sizes)
+        yield JobFolder(scenario, root)
 
 
 KINDS = ("zero", "random", "huge", "inf", "nan", "all of it")

@@ -1,4 +1,4 @@
-"""Small worlds for the tests of a client's side: checkpoints with a tokenizer, proxies of them, and data files."""
+"""Small jobs for the tests of a client's side: checkpoints with a tokenizer, proxies of them, and data files."""
 
 from __future__ import annotations
 

@@ -17,13 +17,14 @@ from fedqsn_cli import client_train, evaluate
 from fedqsn_cli.artifacts.manifests import UpdateManifest, file_digest, read_manifest
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.errors import DataError, FormatError, InputError, OutputExists
-from fedqsn_cli.models.torch_model import Loaded, build_model, load_tokenizer, task_of
+from fedqsn_cli.models.architecture import task_of
+from fedqsn_cli.models.torch_model import Loaded, build_model, load_tokenizer
 from fedqsn_cli.progress import Silent
 from fedqsn_cli.training.data import Encoder
 from fedqsn_cli.training.scoring import score
 from fedqsn_cli.training.tables import read_table
 from support.families import EVERY_HEAD
-from support.helpers import HOST, USER, here
+from support.helpers import HOST, USER, set_host_names
 from support.training_jobs import (
     data_for,
     dense_tensors,
@@ -49,10 +50,10 @@ TRAINABLE = [
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with model/, proxy/ and data.jsonl of a BERT classifier, not to be changed."""
-    here = tmp_path_factory.mktemp("bert")
-    make_proxy(small_model(here / "model"), here / "proxy")
-    labelled(here / "data.jsonl")
-    return here
+    set_host_names = tmp_path_factory.mktemp("bert")
+    make_proxy(small_model(set_host_names / "model"), set_host_names / "proxy")
+    labelled(set_host_names / "data.jsonl")
+    return set_host_names
 
 
 def loss_of(proxy: Path, tensors: dict[str, torch.Tensor], data: Path) -> float:
@@ -120,7 +121,7 @@ def evaluate_update(bert: Path, update: Path, data: Path, expected: float) -> An
     dense, change = dense_tensors(bert / "proxy"), whole_update(bert / "proxy", update)
     loss = loss_of(bert / "proxy", {name: dense[name] + change[name] for name in dense}, data)
     assert loss == pytest.approx(expected, abs=1e-5)
-    return Evaluation("classification", 24, expected, 1.0, 1.0, None)
+    return Evaluation("classification", 24, expected, 1.0, 1.0, None, mcc=1.0)
 
 
 def test_shapes_hold_visible_units_only_and_the_manifest_says_what_was_done(bert: Path, tmp_path: Path) -> None:
@@ -161,7 +162,7 @@ def test_the_same_seed_gives_the_same_bytes_wherever_it_runs(bert: Path, tmp_pat
 def test_an_update_says_nothing_about_where_and_by_whom_it_was_made(
     bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here(monkeypatch)
+    set_host_names(monkeypatch)
     client_train(bert / "proxy", tmp_path / "update", data=bert / "data.jsonl", **FAST)
     stored = (tmp_path / "update" / "update.safetensors").read_bytes()
     header = stored[8 : 8 + int.from_bytes(stored[:8], "little")]

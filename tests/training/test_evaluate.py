@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from fedqsn_cli import evaluate, mask, quantize
 from fedqsn_cli.errors import DataError, FormatError, InputError
-from fedqsn_cli.training.scoring import macro_f1
+from fedqsn_cli.training.metrics import of_classes
 from support.keys import known_key
 from support.training_jobs import labelled, make_proxy, plain_texts, small_model, write_lines
 
@@ -85,7 +85,7 @@ def test_a_decoder_with_a_classification_head_does_not_look_at_padding(tmp_path:
     ],
 )
 def test_macro_f1_is_the_mean_over_classes_that_occur(truths: list[int], answers: list[int], expected: float) -> None:
-    assert macro_f1(truths, answers) == pytest.approx(expected)
+    assert of_classes(truths, answers, [])["macro_f1"] == pytest.approx(expected)
 
 
 def test_a_server_model_a_quantized_one_and_a_proxy_that_hides_no_more_agree(bert: Path, tmp_path: Path) -> None:

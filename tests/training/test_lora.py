@@ -31,7 +31,7 @@ from fedqsn_cli.training.schedule import learning_rate, step_count, windows
 from fedqsn_cli.training.scoring import score
 from fedqsn_cli.training.tables import read_table
 from fedqsn_cli.training.visible import expanded
-from support.helpers import HOST, USER, contents, here
+from support.helpers import HOST, USER, contents, set_host_names
 from support.training_jobs import data_for, dense_tensors, make_proxy, small_model, visible_units
 
 FAST: dict[str, Any] = {
@@ -258,7 +258,7 @@ def test_a_16_bit_proxy_is_trained_in_its_format_with_a_head_in_fp32(tmp_path: P
 def test_the_same_seed_gives_the_same_bytes_and_nothing_of_this_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here(monkeypatch)
+    set_host_names(monkeypatch)
     case = Case("gpt2", proxy=(NF4,))
     proxy, data = world(tmp_path, case)
     train(tmp_path, case, proxy, data, lora_dropout=0.2)

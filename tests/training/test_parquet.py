@@ -106,25 +106,36 @@ def test_what_other_libraries_note_in_a_file_is_left_alone(tmp_path: Path, metad
     assert read(tmp_path, table).columns == {"text": ["a"]}
 
 
+BAD_VALUES: dict[str, tuple[str, Any, str]] = {
+    "not UTF-8": ("text", pyarrow.array([b"ok", b"\xff"]).view(pyarrow.string()), "row 2: .*a value of type string"),
+    "no such year": (
+        "text",
+        pyarrow.array([None, 2**62], pyarrow.timestamp("us")),
+        r"row 2: .*a value of type timestamp\[us\]",
+    ),
+    "key given twice": ("messages", json_documents("[]", '{"a": 1, "a": 2}'), "row 2: .*JSON key 'a' is given twice"),
+    "map key given twice": (
+        "messages",
+        pyarrow.array([[("a", 1), ("a", 2)]], pyarrow.map_(pyarrow.string(), pyarrow.int64())),
+        "row 1: .*a value of type map",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD_VALUES)
+def test_a_value_that_python_does_not_have_is_named_where_it_is_used(tmp_path: Path, what: str) -> None:
+    name, values, complaint = BAD_VALUES[what]
+    table = read(tmp_path, {name: values, "label": pyarrow.array([1] * len(values))})
+    assert table.values("label") == [1] * len(values)
+    with pytest.raises(DataError, match=complaint) as caught:
+        table.values(name)
+    assert f"column '{name}' cannot be read" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("columns", "complaint"),
     [
-        (
-            {"text": pyarrow.array([b"ok", b"\xff"]).view(pyarrow.string())},
-            "row 2: column 'text' holds a value of type string that cannot be read",
-        ),
-        (
-            {"text": pyarrow.array([None, 2**62], pyarrow.timestamp("us"))},
-            r"row 2: column 'text' holds a value of type timestamp\[us\] that cannot be read",
-        ),
-        (
-            {"messages": json_documents("[]", '{"a": 1, "a": 2}')},
-            r"row 2: column 'messages' .* cannot be read \(JSON key 'a' is given twice\)",
-        ),
-        (
-            {"messages": pyarrow.array([[("a", 1), ("a", 2)]], pyarrow.map_(pyarrow.string(), pyarrow.int64()))},
-            "row 1: column 'messages' .* cannot be read",
-        ),
         ({"text": pyarrow.array([], pyarrow.string())}, "data.parquet: the file has no rows"),
         ({}, "data.parquet: the file has no rows"),
         (
@@ -137,10 +148,6 @@ def test_what_other_libraries_note_in_a_file_is_left_alone(tmp_path: Path, metad
         ),
     ],
     ids=[
-        "not UTF-8",
-        "no such year",
-        "key given twice",
-        "map key given twice",
         "no rows",
         "no columns",
         "name",

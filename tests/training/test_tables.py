@@ -63,7 +63,6 @@ def test_one_relative_path_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("data.csv", "text,label\n", "no rows"),
         ("data.jsonl", '{"text": "a"}\n{"text": "b"\n', "line 2: not valid JSON"),
         ("data.jsonl", '{"text": "a"}\n["b"]\n', "line 2: a list, not a JSON object"),
-        ("data.jsonl", '{"text": "a", "text": "b"}\n', "line 1: JSON key 'text' is given twice"),
         ("data.json", '[{"text": "a"}, 3]', "row 2: a number, not a JSON object"),
         ("data.json", "[]", "no rows"),
         ("data.csv", 'text,label\na,"b\n', "not a readable CSV file"),
@@ -95,3 +94,55 @@ def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
         read_table(tmp_path / "absent.jsonl")
     with pytest.raises(DataError, match="not a file"):
         read_table(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("NaN", "JSON holds NaN, which is not a number"),
+        ("-Infinity", "JSON holds -Infinity"),
+        ('"a", "text": "b"', "JSON key 'text' is given twice"),
+        ('{"a": 1, "a": 2}', "JSON key 'a' is given twice"),
+        ("[1, [NaN]]", "JSON holds NaN"),
+    ],
+)
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
+def test_a_value_that_is_no_json_matters_only_where_it_is_used(
+    tmp_path: Path, name: str, value: str, reason: str
+) -> None:
+    rows = ['{"text": "a", "label": "x"}', f'{{"text": {value}, "label": "y"}}']
+    (tmp_path / name).write_text("\n".join(rows) if name.endswith("l") else f"[{','.join(rows)}]")
+    table = read_table(tmp_path / name)
+    assert table.texts("label") == ["x", "y"]
+    with pytest.raises(DataError, match=rf"row 2: column 'text' cannot be read \({reason}.*rename 'text'"):
+        table.texts("text")
+
+
+def test_columns_that_nobody_asked_for_are_known(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("text,label,id\na,1,x\n")
+    table = read_table(tmp_path / "data.csv")
+    table.texts("text")
+    assert table.unused == ("id", "label")
+
+
+def test_half_a_character_is_refused_with_its_row(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"text": "a"}\n{"text": "b\\ud800"}\n')
+    with pytest.raises(DataError, match=r"row 2: column 'text' holds U\+D800 at 1, which is no character"):
+        read_table(tmp_path / "data.jsonl").texts("text")
+
+
+@pytest.mark.parametrize(
+    ("value", "complaint"),
+    [
+        ("[1, NaN]", "no list in JSON"),
+        ("[1", "no list in JSON"),
+        ("{}", "text, not a list"),
+        (3, "a number, not a list"),
+    ],
+)
+def test_a_list_may_be_the_text_of_one(tmp_path: Path, value: object, complaint: str) -> None:
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"tags": tags}) + "\n" for tags in (["a"], ' ["b"]')))
+    assert read_table(tmp_path / "data.jsonl").lists("tags") == [["a"], ["b"]]
+    (tmp_path / "data.jsonl").write_text(json.dumps({"tags": value}) + "\n")
+    with pytest.raises(DataError, match=rf"row 1: column 'tags' holds .*{complaint}"):
+        read_table(tmp_path / "data.jsonl").lists("tags")

@@ -1,6 +1,6 @@
-"""The server's append-only record of every proxy it released.
+"""The server's append-only record of every proxy it released, and of every merge with noise.
 
-One JSON line a release. Each line holds the SHA-256 of the line before it, and a head beside the ledger seals where it
+One JSON line each. Each line holds the SHA-256 of the line before it, and a head beside the ledger seals where it
 ends (`ledger_head`), so that a line that was changed, removed or moved is detected. A release is recorded *before* its
 proxy appears: there is no proxy without a line.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from fedqsn_cli.artifacts.ledger_head import Sealer, check_end, head_path, read_
 from fedqsn_cli.artifacts.manifests import (
     Count,
     Fill,
+    PositiveNumber,
     Quantization,
     Ratio,
     ServerRatio,
@@ -30,10 +32,11 @@ from fedqsn_cli.artifacts.manifests import (
     Strict,
     TrainsFill,
 )
-from fedqsn_cli.checkpoint.header import open_regular_file
+from fedqsn_cli.checkpoint.files import open_regular_file
 from fedqsn_cli.errors import FormatError, InputError
 
 _NO_LINE = "0" * 64
+_LARGEST = 1 << 30  # bytes, a million releases
 _SAME_IN_A_JOB = ("p1", "p1_least", "plan")
 ClientId = Annotated[str, Field(pattern=f"^{validate.CLIENT_ID}$")]
 
@@ -61,6 +64,28 @@ class Release(Strict):
     previous: Sha256 = _NO_LINE
 
 
+class PrivateMerge(Strict):
+    """One merge with central differential privacy: what an accountant needs of it.
+
+    Args:
+        merge_id: HMAC of everything that the noise depends on: the same merge, made again, has the same noise.
+        model_digest: of the model before. clients: how many updates were merged.
+    """
+
+    format: Literal["fedqsn-private-merge/1"] = "fedqsn-private-merge/1"
+    merge_id: Sha256
+    job: Sha256
+    round: Count
+    model_digest: Sha256
+    clients: Count
+    clip_norm: PositiveNumber
+    noise_multiplier: PositiveNumber
+    previous: Sha256 = _NO_LINE
+
+
+Entry = Release | PrivateMerge
+
+
 def read(path: Path, job: Sealer | None = None) -> list[Release]:
     """All releases in order; checks the chain of lines, and that it ends where the head says.
 
@@ -70,15 +95,24 @@ def read(path: Path, job: Sealer | None = None) -> list[Release]:
     Raises:
         InputError: there is no such file. FormatError: a line is malformed, the chain is broken, or lines are missing.
     """
+    return _read(path, job).releases
+
+
+def read_merges(path: Path, job: Sealer) -> list[PrivateMerge]:
+    """All merges with noise of a job, in order. Raises as `read`."""
+    return _read(path, job).merges_of(job)
+
+
+def _read(path: Path, job: Sealer | None) -> _Lines:
     if not path.exists():
         if head_path(path).exists():
             raise InputError("the ledger is gone, but its head is here", where=path, hint="restore it from a backup")
         raise InputError("no ledger here", where=path, hint="it is written by 'fedqsn export-proxy --ledger'")
     with open(open_regular_file(path), "rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)  # line and head are written under the lock of the ledger
-        lines = _Lines.parse(file.read(), path)
+        lines = _Lines.parse(_read_all(file.fileno(), path), path)
         check_end(path, read_head(path), lines.jobs, lines.digests, job)
-    return lines.releases
+    return lines
 
 
 def check(path: Path, job: Sealer | None = None) -> None:
@@ -110,16 +144,46 @@ def record(
         FormatError: the ledger is damaged. InputError: the ledger has other content for the proxy id of a release, or
             another p1 or plan for its job.
     """
+
+    def new(known: _Lines) -> list[Release]:
+        if check is not None:
+            check(known.releases)
+        return list(_unknown(known.releases, releases, path))
+
+    _record(path, job, new, trust=trust)
+
+
+def record_merge(
+    path: Path, job: Sealer, merge: PrivateMerge, *, check: Callable[[Sequence[PrivateMerge]], None]
+) -> None:
+    """Append a merge with noise, flush it to disk and seal the end; one that the ledger has is not written again.
+
+    Args:
+        check: called with all merges of the job, this one included, under the ledger's lock; as for `record`.
+
+    Raises:
+        FormatError: the ledger is damaged.
+    """
+
+    def new(known: _Lines) -> list[PrivateMerge]:
+        before = known.merges_of(job)
+        added = [] if any(each.merge_id == merge.merge_id for each in before) else [merge]
+        check([*before, *added])
+        return added
+
+    _record(path, job, new, trust=False)
+
+
+def _record(path: Path, job: Sealer, choose: Callable[[_Lines], Sequence[Entry]], *, trust: bool) -> None:
+    """Append the lines that `choose` gives, and seal the end; nothing is written where it raises."""
     with _locked(path) as descriptor:
-        known = _Lines.parse(_read_all(descriptor), path)
+        known = _Lines.parse(_read_all(descriptor, path), path)
         head = read_head(path)
         if trust and (head is None or job.commitment not in head.jobs):
             write_head(path, head, job, known.digests)
             head = read_head(path)
         check_end(path, head, known.jobs, known.digests, job)
-        if check is not None:
-            check(known.releases)
-        new = list(_unknown(known.releases, releases, path))
+        new = choose(known)
         if head is None or job.commitment not in head.jobs:
             write_head(path, head, job, known.digests)  # before the first line: see `ledger_head`
         lines, digests = _chained(new, known.digests)
@@ -129,11 +193,11 @@ def record(
             write_head(path, read_head(path), job, digests)
 
 
-def _chained(releases: Sequence[Release], digests: Sequence[str]) -> tuple[bytes, list[str]]:
-    """The lines of new releases, and the digests of the ledger with them."""
+def _chained(entries: Sequence[Entry], digests: Sequence[str]) -> tuple[bytes, list[str]]:
+    """The lines of new entries, and the digests of the ledger with them."""
     lines, digests = b"", list(digests)
-    for release in releases:
-        linked = release.model_copy(update={"previous": digests[-1]})
+    for entry in entries:
+        linked = entry.model_copy(update={"previous": digests[-1]})
         line = strictjson.dumps(linked.model_dump(mode="json")).encode()
         digests.append(hashlib.sha256(line).hexdigest())
         lines += line + b"\n"
@@ -186,7 +250,13 @@ def _locked(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _read_all(descriptor: int) -> bytes:
+def _read_all(descriptor: int, path: Path) -> bytes:
+    """All bytes of an open ledger. Raises InputError, FormatError: it is no plain file, or larger than any ledger."""
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        raise InputError("not a regular file", where=path)
+    if found.st_size > _LARGEST:
+        raise FormatError(f"larger than {_LARGEST} bytes, which no ledger needs", where=path)
     with os.fdopen(os.dup(descriptor), "rb") as file:
         file.seek(0)
         return file.read()
@@ -201,31 +271,46 @@ class _Lines:
         open_end: is the last of them without its line feed?
     """
 
-    releases: list[Release]
+    entries: list[Entry]
     digests: list[str]
     size: int
     open_end: bool
 
     @property
     def jobs(self) -> list[str]:
-        return [release.job for release in self.releases]
+        return [entry.job for entry in self.entries]
+
+    @property
+    def releases(self) -> list[Release]:
+        return [entry for entry in self.entries if isinstance(entry, Release)]
+
+    def merges_of(self, job: Sealer) -> list[PrivateMerge]:
+        merges = [entry for entry in self.entries if isinstance(entry, PrivateMerge)]
+        return [entry for entry in merges if entry.job == job.commitment]
 
     @classmethod
     def parse(cls, data: bytes, path: Path) -> _Lines:
         """Check every line and the chain. Raises FormatError."""
         size = _whole(data)
-        releases: list[Release] = []
+        entries: list[Entry] = []
         digests = [_NO_LINE]
         for number, line in enumerate(data[:size].splitlines(), start=1):
             where = f"{path}:{number}"
-            release = Release.from_document(strictjson.loads(line, where), where)
-            if release.previous != digests[-1]:
+            entry = _entry(strictjson.loads(line, where), where)
+            if entry.previous != digests[-1]:
                 raise FormatError(
                     "the chain of the ledger is broken here", where=where, hint="restore it from a backup"
                 )
-            releases.append(release)
+            entries.append(entry)
             digests.append(hashlib.sha256(line).hexdigest())
-        return cls(releases, digests, size, data[:size][-1:] not in (b"\n", b""))
+        return cls(entries, digests, size, data[:size][-1:] not in (b"\n", b""))
+
+
+def _entry(document: object, where: str) -> Entry:
+    """A line of one of the two kinds. Raises FormatError."""
+    kind = document.get("format") if isinstance(document, dict) else None
+    is_merge = kind == PrivateMerge.model_fields["format"].default
+    return PrivateMerge.from_document(document, where) if is_merge else Release.from_document(document, where)
 
 
 def _whole(data: bytes) -> int:

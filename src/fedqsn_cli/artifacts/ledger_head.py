@@ -22,9 +22,10 @@ from pydantic import Field
 from fedqsn_cli import strictjson
 from fedqsn_cli.artifacts.manifests import Count, Sha256, Strict
 from fedqsn_cli.checkpoint import write_file_atomically
-from fedqsn_cli.checkpoint.header import open_regular_file
+from fedqsn_cli.checkpoint.files import read_file
 from fedqsn_cli.errors import FormatError
 
+_LARGEST = 16 << 20  # bytes; one job needs 300
 _RESTORE = "restore it and its .head file from a backup"
 _TRUST = (
     "restore its .head file from a backup; or, if nobody but you could write the ledger, run 'fedqsn export-proxy' "
@@ -72,8 +73,7 @@ def read_head(ledger: Path) -> Head | None:
     path = head_path(ledger)
     if not path.exists():
         return None
-    with open(open_regular_file(path), "rb") as file:
-        return Head.from_document(strictjson.loads(file.read(), path), path)
+    return Head.from_document(strictjson.loads(read_file(path, _LARGEST), path), path)
 
 
 def write_head(ledger: Path, head: Head | None, job: Sealer, digests: Sequence[str]) -> None:

@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from fedqsn_cli import strictjson, validate
-from fedqsn_cli.checkpoint.header import open_regular_file
+from fedqsn_cli.checkpoint.files import open_regular_file, read_file
 from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.planning.tensor_plan import MaskAxis, TensorPlan, UnitAxis
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 MODEL_MANIFEST = "fedqsn.json"
 PROXY_MANIFEST = "proxy.json"
 UPDATE_MANIFEST = "update.json"
+SIGNATURE = "model.sig"  # of a proxy or update, in it; the reference tool calls it so, too
 UPDATE_TENSORS = "update.safetensors"
 ADAPTER_TENSORS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -119,7 +120,7 @@ class Manifest(Strict):
 
     FILE: ClassVar[str]
     HINT: ClassVar[str]
-    LARGEST: ClassVar[int] = 256 * 2**20
+    LARGEST: ClassVar[int] = 64 << 20
 
 
 class Quantization(Strict):
@@ -165,6 +166,18 @@ class SourceRecord(Strict):
         return cls(reference=source.reference, revision=source.revision)
 
 
+class ServerStateRecord(Strict):
+    """Which state of a server optimizer belongs to a merged model.
+
+    Args:
+        merged_into: content digest of the model before; the state has it, too. model: that of the merged model.
+    """
+
+    optimizer: Literal["momentum", "adam", "yogi", "adagrad"]
+    merged_into: Sha256
+    model: Sha256
+
+
 class ModelManifest(Manifest):
     """`fedqsn.json`: what a model that stays with the owner is. Private, but holds no secret."""
 
@@ -187,6 +200,7 @@ class ModelManifest(Manifest):
     tensors: dict[str, Units]
     source: SourceRecord
     trained_fill: Literal[True] | None = None  # clients trained the public base's units in the holes
+    server_state: ServerStateRecord | None = None
 
     @classmethod
     def of(cls, plan: Plan, source: Source, **differs: Any) -> ModelManifest:
@@ -329,11 +343,7 @@ def read_manifest(folder: Path, kind: type[Kind]) -> Kind:
     path = folder / kind.FILE
     if not os.path.lexists(path):
         raise InputError(f"no {path.name} here", where=folder, hint=kind.HINT)
-    with open(open_regular_file(path), "rb") as file:
-        if os.fstat(file.fileno()).st_size > kind.LARGEST:
-            raise FormatError(f"manifest is larger than {kind.LARGEST} bytes", where=path)
-        data = file.read(kind.LARGEST)
-    return parse_manifest(data, kind, path)
+    return parse_manifest(read_file(path, kind.LARGEST), kind, path)
 
 
 def parse_manifest(data: bytes, kind: type[Kind], where: object) -> Kind:
@@ -347,8 +357,8 @@ def manifest_bytes(manifest: Manifest) -> bytes:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
+    """SHA-256 of a plain file's bytes, in hexadecimal. Raises InputError."""
+    with open(open_regular_file(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -8,6 +8,7 @@ visible.safetensors   a U8 tensor for each group, [ceil(units / 8)]: one bit a u
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,15 +24,15 @@ from fedqsn_cli.artifacts.manifests import (
     file_digest,
     read_manifest,
 )
-from fedqsn_cli.checkpoint import Checkpoint, FolderWriter, TensorSpec
-from fedqsn_cli.checkpoint.reader import COMPANIONS
+from fedqsn_cli.checkpoint import Checkpoint, FolderWriter, TensorSpec, read_header
+from fedqsn_cli.checkpoint.companions import MAX_COMPANION_BYTES, is_companion
+from fedqsn_cli.checkpoint.files import check_size
 from fedqsn_cli.errors import FormatError
 from fedqsn_cli.planning.tensor_plan import units_per_slice
 
 Bools = NDArray[np.bool_]
 
 _LARGE = 1 << 20  # units; of larger groups (single weights) only the last one read is kept in memory
-_LOADED = (*COMPANIONS, "config.json")
 _FETCH_AGAIN = "fetch the proxy again"
 
 
@@ -157,12 +158,20 @@ def verify_proxy(folder: Path) -> ProxyManifest:
     manifest = read_manifest(folder, ProxyManifest)
     for name, digest in sorted(manifest.files.items()):
         path = folder / name
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise FormatError("is missing, though proxy.json lists it", where=path, hint=_FETCH_AGAIN)
+        if name.endswith(".safetensors"):
+            read_header(path)  # before all of it is read: it tells how long the file may be
+        else:
+            check_size(path, MAX_COMPANION_BYTES)
         if file_digest(path) != digest:
             raise FormatError("is not the file that proxy.json lists (SHA-256 differs)", where=path, hint=_FETCH_AGAIN)
     for path in sorted(folder.iterdir()):
-        loaded = path.name in _LOADED or path.name.endswith((".safetensors", ".safetensors.index.json"))
+        loaded = (
+            path.name == "config.json"
+            or is_companion(path.name)
+            or path.name.endswith((".safetensors", ".safetensors.index.json"))
+        )
         if loaded and path.name not in manifest.files and path.name != PROXY_MANIFEST:
             raise FormatError("is not listed in proxy.json", where=path, hint=f"remove it, or {_FETCH_AGAIN}")
     return manifest

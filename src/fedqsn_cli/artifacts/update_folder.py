@@ -40,6 +40,7 @@ from typing import Literal, Protocol
 from fedqsn_cli.artifacts.manifests import (
     ADAPTER_CONFIG,
     ADAPTER_TENSORS,
+    SIGNATURE,
     UPDATE_MANIFEST,
     UPDATE_TENSORS,
     UpdateManifest,
@@ -50,7 +51,7 @@ from fedqsn_cli.errors import InputError
 SCALES = ".absmax"
 """What the name of a tensor of block scales ends with."""
 
-FILES = frozenset({UPDATE_MANIFEST, UPDATE_TENSORS, ADAPTER_CONFIG, ADAPTER_TENSORS})
+FILES = frozenset({UPDATE_MANIFEST, UPDATE_TENSORS, ADAPTER_CONFIG, ADAPTER_TENSORS, SIGNATURE})
 """All that an update may hold."""
 
 PEFT_PREFIX = "base_model.model."

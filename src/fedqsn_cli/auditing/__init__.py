@@ -6,6 +6,7 @@ registry.py      what a rule is: id, severity, needs, what, why and how to fix i
 completeness.py  FQ901 to FQ905, and where findings and checks are collected
 opened_proxy.py  one proxy, opened for inspection
 inputs.py        everything an audit opens: proxies, and the owner's side as far as it is given
+outbox.py        the proxies of a round, found by the ledger
 checks.py        how a check is run over proxies, with the inputs that it needs
 rows.py          rows of models and proxies side by side
 kernels.py       compiled comparisons
@@ -16,5 +17,6 @@ rules.py         all rules and checks, in their order
 policy_file.py   policy.toml, read and written
 gate.py          limits, what is required, and waivers: verdict and exit code
 report/          the seven formats
+attest.py        the verdict, signed
 run.py           the command audit
 """

@@ -143,12 +143,13 @@ class ModelScore(NamedTuple):
 
 
 class CurvePoint(NamedTuple):
-    """The attacked proxy after fine-tuning on so many public examples.
+    """The attacked proxy after training with so many public examples.
 
     Args:
-        rho: of this or of the fine-tuned base, whichever is better; so it holds what the examples alone teach.
-        base_loss: the public base after the same fine-tuning; None without a base that works.
+        rho: of this or of the trained base, whichever is better; so it holds what the examples alone teach.
+        base_loss: the public base after the same training; None without a base that works.
         gain: ρ with that for a floor: what the proxies add to the examples.
+        attack: weights and training that served the attacker best.
     """
 
     public_examples: int
@@ -157,6 +158,22 @@ class CurvePoint(NamedTuple):
     rho: float | None
     base_loss: float | None = None
     gain: float | None = None
+    attack: str | None = None
+
+
+class Attempt(NamedTuple):
+    """One attack on the function, at its best.
+
+    Args:
+        source: who describes it. public_examples: how many it used. steps: optimizer steps over all rates tried.
+    """
+
+    attack: str
+    source: str
+    public_examples: int
+    loss: float
+    accuracy: float | None
+    steps: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +186,8 @@ class FunctionRecovery:
         rho: (L_floor - L_attack) / (L_floor - L_global); 1 is all of it, None when the global model is no better than
             the floor.
         attack: which weights the attacker starts from.
-        curve: rho over the number of public examples that the attacker fine-tunes with.
+        curve: rho over the number of public examples that the attacker trains with.
+        attempts: everything that was tried. left_out: what was not, since the time was over.
     """
 
     scope: str
@@ -179,6 +197,8 @@ class FunctionRecovery:
     rho: float | None
     attack: str
     curve: tuple[CurvePoint, ...] = ()
+    attempts: tuple[Attempt, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from fedqsn_cli import strictjson
 from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, ProxyManifest, parse_manifest
 from fedqsn_cli.artifacts.proxy_folder import VisibleUnits, open_visible
 from fedqsn_cli.checkpoint import Checkpoint
+from fedqsn_cli.checkpoint.files import read_file
 from fedqsn_cli.dtypes import DTYPES, WEIGHT_DTYPES
 from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.masks.draw import rescale_factor
@@ -199,10 +201,9 @@ def open_proxy(folder: Path, scope: str) -> OpenedProxy:
     Raises:
         InputError: it is not there. FormatError: a file is malformed, or its files contradict each other.
     """
-    try:
-        data = (folder / PROXY_MANIFEST).read_bytes()
-    except OSError:
-        raise InputError("no proxy.json here", where=folder) from None
+    if not os.path.lexists(folder / PROXY_MANIFEST):
+        raise InputError("no proxy.json here", where=folder)
+    data = read_file(folder / PROXY_MANIFEST, ProxyManifest.LARGEST)
     manifest = parse_manifest(data, ProxyManifest, folder / PROXY_MANIFEST)
     checkpoint = Checkpoint.open(folder)
     tensors = model_tensors(checkpoint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 import tomllib
 from collections.abc import Iterable, Sequence
 from inspect import isclass
@@ -14,8 +15,10 @@ from pydantic import ValidationError
 
 from fedqsn_cli.auditing.policy import Policy, Scope, Table
 from fedqsn_cli.auditing.rules import RULES, SCOPES, required
+from fedqsn_cli.checkpoint.files import read_file
 from fedqsn_cli.errors import FormatError, InputError
 
+_LARGEST = 4 << 20  # bytes
 _UNKNOWN = "is not part of a policy"
 _BASE_GIVES_IT = (
     "limits nothing with threat.public_base = true: the base alone comes near it; limit delta_recovered and rho"
@@ -31,14 +34,12 @@ def load(path: str | Path) -> Policy:
     Raises:
         InputError: there is no such file. FormatError: it is not TOML, or a key or value in it is not valid.
     """
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        hint = "write one with 'fedqsn audit --init-policy'"
-        raise InputError("no such policy file", where=path, hint=hint) from None
+    if not os.path.lexists(path):
+        raise InputError("no such policy file", where=path, hint="write one with 'fedqsn audit --init-policy'")
+    data = read_file(Path(path), _LARGEST)
     try:
         document = tomllib.loads(data.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"not valid TOML ({error})", where=path) from None
     return parse(document, path).with_digest(hashlib.sha256(data).hexdigest())
 

@@ -18,6 +18,7 @@ from fedqsn_cli.auditing.invariants import (
     rebuild,
     reproduce,
     same_codes,
+    signed,
 )
 from fedqsn_cli.auditing.limits import companions, exposure, function, recovery, regression
 from fedqsn_cli.auditing.limits.measured import LimitCheck
@@ -28,6 +29,7 @@ T = TypeVar("T")
 
 MODULES = (
     contents,
+    signed,
     masks,
     reproduce,
     rebuild,

@@ -8,17 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedqsn_cli.artifacts.manifests import file_digest
+from fedqsn_cli.auditing.attest import write_attestation
 from fedqsn_cli.auditing.completeness import DOES_NOT_BELONG, Collector
 from fedqsn_cli.auditing.findings import Audit, FunctionRecovery
 from fedqsn_cli.auditing.gate import evaluate_policy
 from fedqsn_cli.auditing.inputs import EVAL_DATA, NO_OPTIONS, Inputs, open_inputs
 from fedqsn_cli.auditing.limits.function import FUNCTION_RECOVERY
 from fedqsn_cli.auditing.limits.measured import Measured
+from fedqsn_cli.auditing.outbox import proxies_of_round
 from fedqsn_cli.auditing.policy import Policy
 from fedqsn_cli.auditing.policy_file import load, summary, without_file
 from fedqsn_cli.auditing.recovery.weights import recover_weights
 from fedqsn_cli.auditing.report.json import read_measures
 from fedqsn_cli.auditing.rules import CHECKS
+from fedqsn_cli.crypto.keys import SigningKey, load_signing_key
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.exposure.expected import ExpectedExposure
 from fedqsn_cli.exposure.exposure import SIZES, exposure
@@ -53,9 +56,12 @@ def audit(
         >>> audit(["proxies/alice"], truth="global/", key="job.key", ledger="ledger.jsonl").verdict
     """
     proxies = [proxies] if isinstance(proxies, (str, Path)) else list(proxies or ())
+    collector = Collector()
+    if options.outbox is not None or options.round is not None:
+        proxies = proxies_of_round(proxies, options, collector)
     policy = _policy(proxies, options)
     baseline = read_measures(options.baseline) if options.baseline is not None else None
-    collector = Collector()
+    signer = _signer(proxies, options)
     inputs = open_inputs(proxies, collector, options, progress)
     if proxies or options.after is not None:
         for check in CHECKS:
@@ -69,7 +75,7 @@ def audit(
     )
     today = datetime.datetime.now(datetime.UTC).date()
     findings, checks = evaluate_policy(policy, measured, collector, today=today)
-    return Audit(
+    result = Audit(
         findings,
         checks,
         measured.recovery,
@@ -79,6 +85,9 @@ def audit(
         _digests(inputs),
         VERSION,
     )
+    if signer is not None:
+        write_attestation(Path(str(options.attest)), result, inputs, signer)
+    return result
 
 
 def _policy(proxies: Sequence[str | Path], options: AuditOptions) -> Policy:
@@ -90,6 +99,15 @@ def _policy(proxies: Sequence[str | Path], options: AuditOptions) -> Policy:
     return without_file(proxies=bool(proxies), ledger=options.ledger is not None)
 
 
+def _signer(proxies: Sequence[str | Path], options: AuditOptions) -> SigningKey | None:
+    """The key that signs the attestation, if there is to be one. Raises InputError."""
+    if options.attest is None or options.sign is None:
+        return None
+    if not proxies:
+        raise InputError("there is no proxy to attest", where="--attest", hint="name the proxies")
+    return load_signing_key(options.sign)
+
+
 def _function(inputs: Inputs, collector: Collector, policy: Policy) -> FunctionRecovery | None:
     eval_data, public_data = inputs.options.eval_data, inputs.options.public_data
     if eval_data is None:
@@ -97,7 +115,8 @@ def _function(inputs: Inputs, collector: Collector, policy: Policy) -> FunctionR
         return None
     from fedqsn_cli.auditing.recovery.function import FunctionOptions, recover_function  # needs torch
 
-    options = FunctionOptions(public_data=public_data, public_examples=policy.threat.public_examples)
+    sizes, minutes = policy.threat.public_examples, inputs.options.attack_minutes
+    options = FunctionOptions(public_data=public_data, public_examples=sizes, minutes=minutes)
     return recover_function(inputs, collector, eval_data, options)
 
 

@@ -1,7 +1,9 @@
 """Checkpoints on disk: strict reading, all-or-nothing writing, and where they come from.
 
+companions.py  the files of a tokenizer beside a model
 header.py     one safetensors header, read strictly or planned ahead
 direct_io.py  reading around the page cache
+model_config.py  config.json: types, and sizes against the tensors
 reader.py     config, index and shards -> tensors, whole or in chunks
 stream.py     background threads that write and hash
 files.py      staging names, locks and renames
@@ -14,7 +16,7 @@ from __future__ import annotations
 from fedqsn_cli.checkpoint.files import create_secret, write_file_atomically
 from fedqsn_cli.checkpoint.header import Header, TensorEntry, TensorSpec, plan_file, read_header
 from fedqsn_cli.checkpoint.reader import Checkpoint
-from fedqsn_cli.checkpoint.source import Source, push, resolve
+from fedqsn_cli.checkpoint.source import Source, check_reference, push, resolve
 from fedqsn_cli.checkpoint.stream import WriterThreads, allow_open_files
 from fedqsn_cli.checkpoint.writer import FILE_MODE, FILE_TIME, ArtifactWriter, FolderWriter, TensorSink
 
@@ -31,6 +33,7 @@ __all__ = [
     "TensorSink",
     "TensorSpec",
     "allow_open_files",
+    "check_reference",
     "create_secret",
     "plan_file",
     "push",

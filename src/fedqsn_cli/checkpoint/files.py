@@ -1,4 +1,7 @@
-"""Files and directories that appear complete or not at all.
+"""Opening files without trust, and files and directories that appear complete or not at all.
+
+Who may have written a file is never known: `open_regular_file` opens nothing but plain files, and `read_file` reads no
+more than a stated number of bytes.
 
 Everything is first built under a staging name next to its final path, `.NAME.fedqsn-` and 16 random hex digits,
 which its maker holds an flock on. A kill leaves the staging name behind; the next run that makes the same
@@ -15,10 +18,59 @@ import re
 import secrets
 import shutil
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from fedqsn_cli import linux
-from fedqsn_cli.errors import InputError
+from fedqsn_cli.errors import FormatError, InputError, KeyFileError, OutputExists
+
+
+def open_regular_file(path: Path) -> int:
+    """Open a regular file for reading and return its descriptor; never blocks on a pipe.
+
+    Raises:
+        InputError: there is no such file, it cannot be read, or it is a directory, pipe or device.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise InputError("there is no such file", where=path) from None
+    except OSError as error:
+        raise InputError(f"cannot be opened ({error.strerror})", where=path) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputError("not a regular file", where=path)
+    return descriptor
+
+
+def check_size(path: Path, most: int) -> None:
+    """Refuse what is no plain file of at most `most` bytes. Raises InputError, FormatError."""
+    descriptor = open_regular_file(path)
+    try:
+        _check_size(descriptor, path, most)
+    finally:
+        os.close(descriptor)
+
+
+def _check_size(descriptor: int, path: Path, most: int) -> None:
+    if os.fstat(descriptor).st_size > most:
+        raise FormatError(f"larger than {most} bytes, which no such file needs", where=path)
+
+
+def read_file(path: Path, most: int) -> bytes:
+    """All bytes of a plain file, which may also be reached through links.
+
+    Args:
+        most: a longer file is refused, also one that grows while it is read.
+
+    Raises:
+        InputError: as from `open_regular_file`. FormatError: the file is larger than `most` bytes.
+    """
+    with open(open_regular_file(path), "rb") as file:
+        _check_size(file.fileno(), path, most)
+        data = file.read(most)
+        _check_size(file.fileno(), path, len(data))
+    return data
 
 
 def write_file_atomically(path: Path, data: bytes, mode: int | None = None) -> None:
@@ -31,7 +83,7 @@ def write_file_atomically(path: Path, data: bytes, mode: int | None = None) -> N
         InputError: the directory is missing or cannot be written.
         OSError: the disk is full or failed.
     """
-    staging, descriptor = _stage_file(path, data, 0o666 if mode is None else mode, mode is not None)
+    staging, descriptor = _stage_file(path, [data], 0o666 if mode is None else mode, mode is not None)
     try:
         os.replace(staging, path)
         sync_directory(path.parent)
@@ -40,6 +92,65 @@ def write_file_atomically(path: Path, data: bytes, mode: int | None = None) -> N
     finally:
         remove_tree(staging)  # gone if all went well
         os.close(descriptor)
+
+
+def stream_new_file(path: Path, pieces: Iterable[bytes]) -> None:
+    """Write a file that is complete from the instant at which it appears, and never replaces anything.
+
+    Raises:
+        OutputExists: there is something at `path`. InputError: the directory is missing or cannot be written.
+        OSError: the disk is full or failed. What `pieces` raises; nothing is left behind then.
+    """
+    taken = OutputExists("already exists", where=path, hint="choose another path")
+    if os.path.lexists(path):
+        raise taken
+    staging, descriptor = _stage_file(path, pieces, 0o666, False)
+    try:
+        rename_exclusive(staging, path)
+        sync_directory(path.parent)
+    except FileExistsError:
+        raise taken from None
+    finally:
+        remove_tree(staging)  # gone if all went well
+        os.close(descriptor)
+
+
+def read_secret(path: str | Path, limit: int) -> bytes:
+    """Read a file that nobody but its owner can open.
+
+    It is opened first, and then looked at: a file that is swapped in between changes nothing.
+
+    Args:
+        limit: bytes that it may have.
+
+    Raises:
+        KeyFileError: it is missing, no regular file, another user's, open to others, or too large.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise KeyFileError("there is no key", where=path) from None
+    except OSError as error:
+        raise KeyFileError(f"cannot open the key ({error.strerror})", where=path) from None
+    try:
+        _check_private(os.fstat(descriptor), path)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            data = file.read(limit + 1)
+    finally:
+        os.close(descriptor)
+    if len(data) > limit:
+        raise KeyFileError("the file is too large for a key", where=path)
+    return data
+
+
+def _check_private(found: os.stat_result, path: str | Path) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise KeyFileError("the key must be a regular file", where=path)
+    if found.st_uid not in (os.geteuid(), 0):
+        raise KeyFileError("the key belongs to another user", where=path)
+    if found.st_mode & 0o077:
+        mode = stat.S_IMODE(found.st_mode)
+        raise KeyFileError(f"other users can open the key (mode {mode:04o})", where=path, hint=f"run: chmod 600 {path}")
 
 
 def create_secret(path: Path, data: bytes) -> None:
@@ -55,7 +166,7 @@ def create_secret(path: Path, data: bytes) -> None:
     """
     if _create_nameless(path, data):
         return
-    staging, descriptor = _stage_file(path, data, 0o600, True)
+    staging, descriptor = _stage_file(path, [data], 0o600, True)
     try:
         try:
             os.link(staging, path)
@@ -98,7 +209,7 @@ def _create_nameless(path: Path, data: bytes) -> bool:
     return True
 
 
-def _stage_file(path: Path, data: bytes, mode: int, exactly: bool) -> tuple[Path, int]:
+def _stage_file(path: Path, pieces: Iterable[bytes], mode: int, exactly: bool) -> tuple[Path, int]:
     """Write and sync the staging file of `path`; returns it with the descriptor that holds its lock."""
     sweep(path)
     while True:
@@ -113,7 +224,8 @@ def _stage_file(path: Path, data: bytes, mode: int, exactly: bool) -> tuple[Path
     try:
         if exactly:
             os.fchmod(descriptor, mode)
-        write_all(descriptor, data)
+        for piece in pieces:
+            write_all(descriptor, piece)
         os.fsync(descriptor)
     except BaseException:
         remove_tree(staging)

@@ -12,13 +12,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedqsn_cli import strictjson
+from fedqsn_cli.checkpoint.files import open_regular_file
 from fedqsn_cli.dtypes import DTYPES
 from fedqsn_cli.errors import FormatError, InputError
 
@@ -76,24 +76,6 @@ class TensorSpec:
     def nbytes(self) -> int:
         """Size of the data in bytes."""
         return math.prod(self.shape) * DTYPES[self.dtype].nbytes
-
-
-def open_regular_file(path: Path) -> int:
-    """Open a regular file for reading and return its descriptor; never blocks on a pipe.
-
-    Raises:
-        InputError: there is no such file, it cannot be read, or it is a directory, pipe or device.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise InputError("there is no such file", where=path) from None
-    except OSError as error:
-        raise InputError(f"cannot be opened ({error.strerror})", where=path) from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise InputError("not a regular file", where=path)
-    return descriptor
 
 
 def read_header(path: Path, most_bytes: int = MAX_HEADER_BYTES) -> Header:

@@ -20,8 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli import strictjson
+from fedqsn_cli.checkpoint.companions import find_companions
 from fedqsn_cli.checkpoint.direct_io import is_uncached, read_direct
-from fedqsn_cli.checkpoint.header import FileIdentity, Header, TensorEntry, name_problem, open_regular_file, read_header
+from fedqsn_cli.checkpoint.files import open_regular_file, read_file
+from fedqsn_cli.checkpoint.header import FileIdentity, Header, TensorEntry, name_problem, read_header
+from fedqsn_cli.checkpoint.model_config import check_config
 from fedqsn_cli.dtypes import DTYPES
 from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.linux import set_direct
@@ -30,23 +33,23 @@ MAX_OPEN_FILES = 64
 MAX_JSON_BYTES = 100_000_000
 READ_AHEAD = 1 << 20  # bytes before a chunk that are dropped with it: large pages may lie on both sides
 
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
+_CONVERT = "convert to safetensors first (save_pretrained writes them)"
+_PICKLE = "pickled weights, which are never loaded", _CONVERT
+FOREIGN = {  # by suffix: what a folder holds in place of safetensors files, and what to do
+    **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt", ".pkl"), _PICKLE),
+    ".gguf": ("weights for llama.cpp (GGUF)", "give the checkpoint that they were converted from"),
+    ".h5": ("weights for TensorFlow", _CONVERT),
+    ".msgpack": ("weights for Flax", _CONVERT),
+    ".onnx": ("an ONNX graph", "give the checkpoint that it was exported from"),
+    ".arrow": ("a data set", "give a model; data goes to --data"),
+    ".parquet": ("a data set", "give a model; data goes to --data"),
+}
+_ADAPTER = "adapter_config.json"
+_NO_ADAPTER = ("update.json", "model.safetensors", "model.safetensors.index.json")  # more than an adapter, then
+_MERGE_ADAPTER = (
+    'merge it into its base first: python -c "from peft import {loader} as A; '
+    "A.from_pretrained('{folder}').merge_and_unload().save_pretrained('merged')\""
 )
-
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class Checkpoint:
@@ -103,11 +106,15 @@ class Checkpoint:
         path = Path(path)
         if not path.is_dir():
             return cls(path, [read_header(path)])
+        _refuse_adapter(path)
         checkpoint = cls(path, _directory_headers(path))
         checkpoint.config = _read_json(path / "config.json")
+        if checkpoint.config is not None:
+            sizes = {name: entry.nbytes for name, entry in checkpoint.entries.items()}
+            check_config(checkpoint.config, sizes, path / "config.json")
         checkpoint.manifest = _read_json(path / "fedqsn.json")
         checkpoint.proxy_manifest = _read_json(path / "proxy.json")
-        checkpoint.companions = [path / name for name in COMPANIONS if (path / name).is_file()]
+        checkpoint.companions = find_companions(path)
         return checkpoint
 
     @property
@@ -198,6 +205,16 @@ def byte_view(data: memoryview | bytes | NDArray[Any]) -> memoryview:
     return view.cast("B") if view.nbytes else memoryview(b"")
 
 
+def _refuse_adapter(folder: Path) -> None:
+    """Refuse the folder that peft writes for an adapter: it has no model's weights. Raises InputError."""
+    if not os.path.lexists(folder / _ADAPTER) or any(os.path.lexists(folder / name) for name in _NO_ADAPTER):
+        return
+    task = (_read_json(folder / _ADAPTER) or {}).get("task_type")
+    loader = {"SEQ_CLS": "AutoPeftModelForSequenceClassification", "CAUSAL_LM": "AutoPeftModelForCausalLM"}
+    hint = _MERGE_ADAPTER.format(loader=loader.get(str(task), "AutoPeftModel"), folder=folder)
+    raise InputError("this is a LoRA adapter, not a model", where=folder, hint=hint)
+
+
 def _directory_headers(folder: Path) -> list[Header]:
     """Headers of the checkpoint in a directory, in shard order."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -213,12 +230,10 @@ def _directory_headers(folder: Path) -> list[Header]:
         return [read_header(files[0])]
     if files or indices:
         raise InputError("holds several safetensors files and no single index", where=folder)
-    if any(file.suffix in PICKLES for file in folder.iterdir()):
-        raise InputError(
-            "holds no safetensors file, only pickled weights, which are never loaded",
-            where=folder,
-            hint="convert to safetensors first (save_pretrained writes them)",
-        )
+    for file in sorted(folder.iterdir()):
+        if file.suffix in FOREIGN:
+            what, hint = FOREIGN[file.suffix]
+            raise InputError(f"holds no safetensors file, only {what}", where=folder, hint=hint)
     raise InputError("holds no safetensors file", where=folder)
 
 
@@ -266,11 +281,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object from a file, None if there is no such file."""
     if not os.path.lexists(path):
         return None
-    with open(open_regular_file(path), "rb") as file:
-        text = file.read(MAX_JSON_BYTES + 1)
-    if len(text) > MAX_JSON_BYTES:
-        raise FormatError(f"larger than {MAX_JSON_BYTES} bytes", where=path)
-    document = strictjson.loads(text, path)
+    document = strictjson.loads(read_file(path, MAX_JSON_BYTES), path)
     if type(document) is not dict:
         raise FormatError("not a JSON object", where=path)
     return document

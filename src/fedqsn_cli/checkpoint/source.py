@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedqsn_cli.checkpoint.reader import COMPANIONS
+from fedqsn_cli.checkpoint.companions import COMPANIONS
 from fedqsn_cli.errors import HubError, InputError
 
 SCHEME = "hf://"
 REFERENCE = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
 
 # What a checkpoint, proxy or update consists of: no pickles, no other frameworks, no code.
-WANTED = ("*.safetensors", "*.json", *COMPANIONS)
+WANTED = ("*.safetensors", "*.json", "*.sig", *COMPANIONS)
 UNWANTED = ("*/*", "consolidated*")  # subfolders, and a second copy of the weights in another layout
 
 # Exception of huggingface_hub -> what is wrong and what to do. The first that matches counts; older versions lack some.
@@ -106,6 +106,11 @@ def push(folder: Path, reference: str) -> str:
             delete_patterns="*",
         )
     return f"{SCHEME}{repository}@{commit.oid}"
+
+
+def check_reference(reference: str) -> None:
+    """Refuse what `push` could not push to, before there is anything to push. Raises HubError."""
+    _parse(reference)
 
 
 def _parse(reference: str) -> tuple[str, str | None]:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from fedqsn_cli import strictjson
 from fedqsn_cli.checkpoint import files
-from fedqsn_cli.checkpoint.header import TensorSpec, open_regular_file, plan_file
+from fedqsn_cli.checkpoint.header import TensorSpec, plan_file
 from fedqsn_cli.checkpoint.reader import byte_view, is_plain_file_name
 from fedqsn_cli.checkpoint.stream import BUFFER_BYTES, FileStream, WriterThreads
 from fedqsn_cli.errors import InputError, OutputExists
@@ -129,14 +129,11 @@ class ArtifactWriter:
     def _check_out(self) -> None:
         if not os.path.lexists(self.out):
             return
+        if not is_artifact(self.out):
+            what = "already exists and was not made by fedqsn, so it is never replaced"
+            raise OutputExists(what, where=self.out, hint="choose another path")
         if not self._force:
             raise OutputExists("already exists", where=self.out, hint="choose another path, or replace it with --force")
-        if not is_artifact(self.out):
-            raise OutputExists(
-                "already exists and was not made by fedqsn, so --force does not replace it",
-                where=self.out,
-                hint="choose another path",
-            )
 
     @property
     def digests(self) -> dict[str, str]:
@@ -172,7 +169,7 @@ class ArtifactWriter:
         Raises:
             OSError: the disk is full or failed.
         """
-        self._copy(name, [data])
+        self.add_pieces(name, [data])
 
     def add_file(self, name: str, source: Path) -> None:
         """Add a copy of a regular file; links are followed, never made.
@@ -181,10 +178,15 @@ class ArtifactWriter:
             InputError: the source cannot be read.
             OSError: the disk is full or failed.
         """
-        with open(open_regular_file(source), "rb") as file:
-            self._copy(name, iter(lambda: file.read(BUFFER_BYTES), b""))
+        with open(files.open_regular_file(source), "rb") as file:
+            self.add_pieces(name, iter(lambda: file.read(BUFFER_BYTES), b""))
 
-    def _copy(self, name: str, pieces: Iterable[bytes]) -> None:
+    def add_pieces(self, name: str, pieces: Iterable[bytes]) -> None:
+        """Add a file that comes in pieces.
+
+        Raises:
+            OSError: the disk is full or failed. What `pieces` raises.
+        """
         sha256 = hashlib.sha256()
         with open(self.place(name), "xb") as file:
             for piece in pieces:

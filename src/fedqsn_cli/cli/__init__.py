@@ -8,5 +8,5 @@ exit_codes.py    from an exception to one line and an exit code
 interrupts.py    signals end a run cleanly
 tables.py        parts of what commands print
 mask.py, quantize.py, export_proxy.py, client_train.py, merge.py, consolidate.py, inspect.py,
-evaluate.py, audit.py   a command each
+evaluate.py, audit.py, keygen.py, verify.py, seal.py, unseal.py   a command each
 """

@@ -17,6 +17,7 @@ from fedqsn_cli import COMMANDS, console
 from fedqsn_cli.cli import exit_codes, help_text
 from fedqsn_cli.cli.command import HELP_NAMES, build, function_of
 from fedqsn_cli.cli.interrupts import clean_shutdown
+from fedqsn_cli.errors import InputError
 from fedqsn_cli.linux import keep_freed_memory
 from fedqsn_cli.version import VERSION
 
@@ -114,6 +115,8 @@ def run(arguments: Sequence[str]) -> int:
 def _invoke(path: str, arguments: list[str]) -> int:
     if "_FEDQSN_COMPLETE" in os.environ:
         program().main(arguments, prog_name="fedqsn")  # a shell asks for completions; exits
+    if arguments[:1] == ["help"]:
+        return _help(arguments[1:])
     if path == "fedqsn":
         if not arguments or not arguments[0].startswith("-"):
             exit_codes.refuse_command("".join(arguments[:1]), list(COMMANDS))
@@ -126,6 +129,16 @@ def _invoke(path: str, arguments: list[str]) -> int:
         return 0
     except typer.Exit as leaving:
         return int(leaving.exit_code)
+
+
+def _help(names: list[str]) -> int:
+    """`fedqsn help [COMMAND]`: what --help shows."""
+    if len(names) > 1:
+        raise InputError(f"unexpected argument {names[1]}", hint="see 'fedqsn help'")
+    if names and names[0] not in COMMANDS:
+        exit_codes.refuse_command(names[0], list(COMMANDS))
+    console.text(help_of(names[0] if names else None))
+    return 0
 
 
 def _quieten_libraries(arguments: Sequence[str]) -> None:

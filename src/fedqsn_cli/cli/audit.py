@@ -36,6 +36,7 @@ def audit(
       fedqsn audit proxies/* --truth global/ --key job.key --ledger ledger.jsonl
       fedqsn audit proxy/ --truth global/ --key job.key --ledger ledger.jsonl --public-base hf://owner/base \\
           --policy policy.toml --report report.html --format sarif --output audit.sarif
+      fedqsn audit --outbox outbox/ --round 3 --truth global/ --key job.key --ledger ledger.jsonl
       fedqsn audit --ledger ledger.jsonl --key job.key --json
       fedqsn audit --init-policy
     """

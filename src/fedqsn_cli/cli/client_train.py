@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fedqsn_cli.options import TrainOptions
     from fedqsn_cli.training import TrainResult
     from fedqsn_cli.training.estimate import Estimate
+    from fedqsn_cli.training.shown import ShownExamples
 
 _DELTA = 1e-5  # for which ε of a noisy update is told
 
@@ -25,13 +26,15 @@ def client_train(
     """Train a proxy on private data and write the update to send back.
 
     All visible neurons are trained; hidden ones get no gradient, no decay and no optimizer state. The task is read from
-    the model's architecture. A line of data holds {"text", "label"}, {"text", "text_pair", "label"}, {"text"},
-    {"prompt", "completion"} (the loss counts the completion only) or {"messages"} (through the chat template).
+    the model's architecture. A line of data holds {"text", "label"} (with "text_pair" for pairs), {"tokens", "tags"},
+    {"text"}, {"prompt", "completion"} (the loss counts the completion only), {"messages"} (the assistant's turns count)
+    or {"source", "target"}. --show-examples prints what is learnt.
 
     Examples:
 
       fedqsn client-train proxy/ --out update/ --data train.jsonl
       fedqsn client-train proxy/ --out update/ --data train.csv --eval-data dev.csv --epochs 3 --lr 2e-5
+      fedqsn client-train proxy/ --out update/ --data train.jsonl --show-examples 2
       fedqsn client-train proxy/ --out update/ --data train.jsonl --dry-run
       fedqsn client-train proxy/ --out update/ --data train.jsonl --save-every 10m --log steps.jsonl
       fedqsn client-train proxy/ --out update/ --data train.jsonl --batch-size 4 --gradient-accumulation 8 \\
@@ -42,6 +45,9 @@ def client_train(
     from fedqsn_cli.training import client
     from fedqsn_cli.training.processes import launched
 
+    if view.show_examples is not None:
+        _show_examples(proxy, options, view, view.show_examples)
+        return
     with console.progress(view.mode if launched().is_first else "quiet") as progress:
         if view.dry_run:
             estimate = client.estimate_training(proxy, options, progress=progress)
@@ -53,6 +59,40 @@ def client_train(
         console.show(view.mode, estimate, essential=[estimate.peak_bytes], parts=[_estimated(estimate)])
     else:
         console.show(view.mode, result, essential=[result.path], parts=_parts(result))
+
+
+def _show_examples(proxy: str, options: TrainOptions, view: TrainView, count: int) -> None:
+    from fedqsn_cli.training.processes import launched
+    from fedqsn_cli.training.shown import show_examples
+
+    if not launched().is_first:
+        return
+    with console.progress(view.mode) as progress:
+        found = show_examples(proxy, options, count, progress=progress)
+    counted = [sum(token.counts for token in example.tokens) for example in found.shown]
+    console.show(view.mode, found, essential=counted, parts=_examples(found))
+
+
+def _examples(found: ShownExamples) -> list[console.Part]:
+    """Facts about all examples, then each shown one: a line a token."""
+    from fedqsn_cli.cli import tables
+
+    facts: list[tuple[str, object]] = [
+        ("task", found.task),
+        ("examples", text.number(found.examples)),
+        ("maximum length", f"{text.number(found.max_length)} tokens"),
+        *tables.rows_left_out(found.skipped, found.cut, found.unused_columns),
+    ]
+    parts: list[console.Part] = [console.Facts(facts)]
+    for number, example in enumerate(found.shown, 1):
+        label = "" if example.label is None else f", label {example.label}"
+        rows = [
+            (place, token.part, token.id, token.token, "counts" if token.counts else "", token.learns or "")
+            for place, token in enumerate(example.tokens)
+        ]
+        columns = ("position", "part", "id", "token", "counts", "to learn")
+        parts += [f"example {number}{label}", console.Table(columns, rows, frozenset({"position", "id"}))]
+    return parts
 
 
 def _estimated(estimate: Estimate) -> console.Part:
@@ -82,6 +122,7 @@ def _parts(result: TrainResult) -> list[console.Part]:
         ("steps", f"{text.number(result.steps)} in {result.seconds:.1f} s, {result.precision}"),
         ("training loss", f"{text.real(result.first_loss)} -> {text.real(result.last_loss)}"),
         ("numbers sent back", text.number(result.parameters)),
+        *tables.rows_left_out(0, result.cut, result.unused_columns),
         *_privacy(result),
     ]
     measured = [(when, e) for when, e in (("before", result.before), ("after", result.after)) if e is not None]

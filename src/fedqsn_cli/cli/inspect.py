@@ -84,7 +84,7 @@ def _facts(facts: Mapping[str, Any]) -> list[tuple[str, object]]:
         elif isinstance(value, bool):
             rows.append((words, "yes" if value else "no"))
         elif isinstance(value, Mapping):
-            rows += [(f"{words}: {inner.replace('_', ' ')}", item) for inner, item in value.items()]
+            rows += [(f"{words}: {inner}", item) for inner, item in _facts(value)]
         elif isinstance(value, list):
             rows.append((words, ", ".join(str(item) for item in value) or None))
         else:

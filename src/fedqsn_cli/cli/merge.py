@@ -29,6 +29,9 @@ def merge(
     refused, and then nothing is written; with --on-refused skip the others are merged without it. So is, among three
     or more, one that claims more than ten times the median number of examples, unless --max-examples allows it.
 
+    An average follows everyone, an attacker too. --rule takes a median or another rule that withstands --byzantine f of
+    them, each unit over the clients that saw it.
+
     A server model stays a server model. At the end of the job, 'fedqsn merge GLOBAL --restore SERVER' puts its trained
     neurons and the hidden ones of the global model together.
 
@@ -41,6 +44,8 @@ def merge(
       fedqsn merge server/ updates/* --out server-2/ --key job.key --ledger ledger.jsonl --normalize clients
       fedqsn merge global/ updates/* --out next/ --key job.key --ledger ledger.jsonl \\
           --server-lr auto --eval-data dev.jsonl --control own-update/
+      fedqsn merge global/ updates/* --out next/ --key job.key --ledger ledger.jsonl \\
+          --rule trimmed-mean --byzantine 2 --clip-norm auto
       fedqsn merge global/ --restore server-9/ --out final/ --key job.key --blend 0.5
       fedqsn merge global/ --restore server-9/ --out final/ --key job.key --blend auto --eval-data dev.jsonl
       fedqsn merge global/ --restore server-9/ --out final/ --key job.key --public-base hf://owner/base
@@ -61,6 +66,9 @@ def _parts(result: MergeResult) -> list[console.Part]:
             f"rank {result.adapter.rank} of {result.adapter.summed_rank}, error {text.percent(result.adapter.error)}"
         )
         facts += [("adapter", result.adapter.path), ("of that adapter", exact)]
+    if result.privacy is not None:
+        told = result.privacy
+        facts.append(("privacy of a client", f"ε = {told.epsilon:.4g} at δ = {told.delta:g}, {told.merges} merges"))
     parts: list[console.Part] = [_clients(result)] if result.clients else []
     parts += [_refused(result)] if result.refused else []
     parts += [_curve(result.search)] if result.search else []

@@ -20,6 +20,24 @@ _SHIPS = {
 }
 
 
+_MEASURES = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "mcc": "MCC",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+    "entity_precision": "entity precision",
+    "entity_recall": "entity recall",
+    "entity_f1": "entity F1",
+    "perplexity": "perplexity",
+    "bleu": "BLEU",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougel": "ROUGE-L",
+    "exact_match": "exact match",
+}
+
+
 def shares(shares: Mapping[str, float]) -> list[tuple[str, object]]:
     """How the parameters of a model ship, as shares of all of them."""
     return [(words, text.percent(shares[name])) for name, words in _SHIPS.items()]
@@ -52,16 +70,23 @@ def contents(totals: TensorTotals) -> list[tuple[str, object]]:
 
 def evaluations(measured: Sequence[tuple[str, Evaluation]]) -> console.Table:
     """Measurements under each other, with the columns that their task has."""
-    task = measured[0][1].task
     columns: dict[str, list[str]] = {
         "model": [name for name, _ in measured],
         "examples": [text.number(evaluation.examples) for _, evaluation in measured],
         "loss": [text.real(evaluation.loss) for _, evaluation in measured],
     }
-    if task == "classification":
-        columns["accuracy"] = [text.real(evaluation.accuracy) for _, evaluation in measured]
-        columns["macro F1"] = [text.real(evaluation.macro_f1) for _, evaluation in measured]
-    else:
-        columns["perplexity"] = [text.real(evaluation.perplexity) for _, evaluation in measured]
+    for field, title in _MEASURES.items():
+        values = [getattr(evaluation, field) for _, evaluation in measured]
+        if any(value is not None for value in values):
+            columns[title] = [text.real(value) for value in values]
     rows = list(zip(*columns.values(), strict=True))
     return console.Table(tuple(columns), rows, numbers=frozenset(columns) - {"model"})
+
+
+def rows_left_out(skipped: int, cut: int, unused: Sequence[str]) -> list[tuple[str, object]]:
+    """What of a data file was not learnt or measured; nothing where all of it was."""
+    return [
+        ("rows with nothing to learn", text.number(skipped) if skipped else None),
+        ("rows cut at the maximum length", text.number(cut) if cut else None),
+        ("columns not used", ", ".join(unused) or None),
+    ]

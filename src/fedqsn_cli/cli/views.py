@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from fedqsn_cli import validate
 from fedqsn_cli.console import View
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.options import Option, Options
@@ -45,6 +46,20 @@ class TrainView(ViewOptions):
     dry_run: Annotated[
         bool, Option("Print what it would take (memory, steps, bytes, time), and write nothing.", OUTPUT)
     ] = False
+    show_examples: Annotated[
+        int | None,
+        Option(
+            "Print this many examples as tokens, and which of them count, and write nothing.",
+            OUTPUT,
+            metavar="N",
+            check=validate.at_least_one,
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dry_run and self.show_examples is not None:
+            raise InputError("cannot be given together", where="--dry-run, --show-examples", hint="choose one")
 
 
 @dataclass(frozen=True, kw_only=True)

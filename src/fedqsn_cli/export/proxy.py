@@ -8,18 +8,21 @@ nothing but key, model and options, so a repeated export is the same release and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fedqsn_cli.artifacts import ledger as ledgers
 from fedqsn_cli.artifacts.ledger import Release
-from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, Quantization, TrainsFill, manifest_bytes
+from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, Quantization, TrainsFill, file_digest, manifest_bytes
 from fedqsn_cli.artifacts.proxy_folder import write_visible
-from fedqsn_cli.checkpoint import ArtifactWriter, FolderWriter, WriterThreads, allow_open_files
+from fedqsn_cli.checkpoint import ArtifactWriter, FolderWriter, WriterThreads, allow_open_files, check_reference
 from fedqsn_cli.checkpoint import push as push_to_hub
-from fedqsn_cli.errors import InputError
+from fedqsn_cli.errors import InputError, OutputExists
+from fedqsn_cli.export.advice import check_settings, refuse_untrainable, tell_of_second_proxies, tell_what_stays
 from fedqsn_cli.export.companions import write_public_companions
 from fedqsn_cli.export.outputs import METADATA, client_output, tensor_specs
 from fedqsn_cli.export.pipeline import run
@@ -93,24 +96,49 @@ def export_proxy(source: str | Path, options: ExportOptions, *, progress: Progre
     """
     ledger = Path(options.ledger)
     for target in options.targets:
-        keep_outside(target, key=options.key, ledger=ledger)
+        keep_outside(target, key=options.key, ledger=ledger, sign=options.sign)
+    for repository in options.repositories:
+        check_reference(repository)
+    sign = _signer(options)
     session = open_session(source, options)
+    untrainable = refuse_untrainable(session.model, options.allow_untrainable)
     ledgers.check(ledger, None if options.trust_records else session.job)
     train = _trained_fill(session, options)
     masks = [session.client_masks(client, options) for client in options.client]
     budget = _budget(session, masks, options)
-    budget.check(ledgers.read(ledger) if ledger.exists() else [])
+    past = ledgers.read(ledger) if ledger.exists() else []
+    of_job = [release for release in past if release.job == session.job.commitment]
+    check_settings(options, of_job)
+    budget.check(past)
     quantization = choose_quantization(session, options)
     export = ProxyExport.of(session, quantization, train, options.max_shard_bytes)
     with _writers(options) as writers:
         releases = export.write(writers, masks, progress)
+        published = _published_before(options, writers)
+        tell_what_stays(session.model, progress)
+        if untrainable is not None:
+            progress.note(f"no client can train a proxy of this model: {untrainable}")
+        tell_of_second_proxies(of_job, releases, progress)
+        sign(writers)
         session.save_key()
         # the budget is checked again: others may have released meanwhile
         ledgers.record(ledger, session.job, releases, check=budget.check, trust=options.trust_records)
-        folders = [writer.publish() for writer in writers]
-    commits = [_push(folder, client, options.push) for folder, client in zip(folders, options.client, strict=True)]
+        folders = [writer.out if writer.out in published else writer.publish() for writer in writers]
+    commits: list[str | None] = [None] * len(folders)
+    if options.push:
+        commits = [push_to_hub(folder, to) for folder, to in zip(folders, options.repositories, strict=True)]
     proxies = map(_exported, releases, folders, commits)
     return _result(export, masks[0], releases[0].model_digest, tuple(proxies))
+
+
+def _signer(options: ExportOptions) -> Callable[[Sequence[ArtifactWriter]], None]:
+    """What signs the proxies, if they are to be signed. Raises KeyFileError."""
+    if options.sign is None:
+        return lambda writers: None
+    from fedqsn_cli.crypto.keys import load_signing_key
+    from fedqsn_cli.crypto.signature import sign_artifacts
+
+    return partial(sign_artifacts, load_signing_key(options.sign))
 
 
 def _trained_fill(session: MaskingSession, options: ExportOptions) -> TrainsFill:
@@ -171,9 +199,30 @@ def _writers(options: ExportOptions) -> Iterator[list[ArtifactWriter]]:
         threads = WriterThreads(together)
         stack.callback(threads.stop)
         yield [
-            stack.enter_context(ArtifactWriter(target, force=options.force, pipeline=threads, uniform=True))
-            for target in options.targets
+            stack.enter_context(ArtifactWriter(target, force=force, pipeline=threads, uniform=True))
+            for target, force in zip(options.targets, _replaceable(options), strict=True)
         ]
+
+
+def _replaceable(options: ExportOptions) -> list[bool]:
+    """Which targets may be there already: with --force all; else proxies among targets of which others are missing.
+
+    So it is after a kill while several proxies were published. The same export run again completes them.
+    """
+    there = [(target / PROXY_MANIFEST).is_file() and not target.is_symlink() for target in options.targets]
+    return [options.force or (found and not all(there)) for found in there]
+
+
+def _published_before(options: ExportOptions, writers: Sequence[ArtifactWriter]) -> set[Path]:
+    """The targets that hold their proxy already, byte for byte. Raises OutputExists for one that holds another."""
+    published = set()
+    for writer in writers if not options.force else ():
+        if os.path.lexists(writer.out):
+            if file_digest(writer.out / PROXY_MANIFEST) != writer.digests[PROXY_MANIFEST]:
+                hint = "choose another path, or replace it with --force"
+                raise OutputExists("already exists, and is another proxy", where=writer.out, hint=hint)
+            published.add(writer.out)
+    return published
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,11 +275,6 @@ class ProxyExport:
         manifest = record.manifest(masks, writer.digests)
         writer.add_bytes(PROXY_MANIFEST, manifest_bytes(manifest))
         return record.release(masks, manifest.proxy_id, writer.digests[PROXY_MANIFEST])
-
-
-def _push(folder: Path, client: str, repository: str | None) -> str | None:
-    """Upload a proxy, if it is to be. Returns the commit."""
-    return push_to_hub(folder, repository.replace("{client}", client)) if repository else None
 
 
 def _exported(release: Release, folder: Path, commit: str | None) -> ExportedProxy:

@@ -11,16 +11,17 @@ from pathlib import Path
 from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, Quantization, manifest_bytes
 from fedqsn_cli.checkpoint import ArtifactWriter
 from fedqsn_cli.errors import InputError
+from fedqsn_cli.export.advice import refuse_untrainable, tell_what_stays
 from fedqsn_cli.export.companions import copy_companions, write_public_companions
 from fedqsn_cli.export.outputs import METADATA, ServerOutput, client_output, tensor_specs
 from fedqsn_cli.export.pipeline import run
 from fedqsn_cli.export.records import masked_manifest, quantized_manifest
 from fedqsn_cli.export.session import keep_outside, open_session
 from fedqsn_cli.models.model import OpenModel, open_model
+from fedqsn_cli.models.plan_file import load_overrides
 from fedqsn_cli.models.residual import copy_residual
 from fedqsn_cli.models.tensor_task import tensor_tasks
 from fedqsn_cli.options import MaskOptions, QuantizeOptions
-from fedqsn_cli.planning.overrides import load_overrides
 from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.quantization import layout
 
@@ -77,6 +78,7 @@ def mask(source: str | Path, options: MaskOptions, *, progress: Progress = SILEN
     model, quantization = session.model, session.stored_quantization
     if options.client is None and model.kind != "global-model":
         raise InputError("this is a server model already", where=source, hint="name a --client to hide more")
+    refuse_untrainable(model, options.allow_untrainable)
     masks = session.client_masks(options.client, options) if options.client is not None else None
     tasks = session.tasks(quantization)
     with ArtifactWriter(Path(options.out), force=options.force, hashed=False) as writer:
@@ -92,6 +94,7 @@ def mask(source: str | Path, options: MaskOptions, *, progress: Progress = SILEN
             write_public_companions(model, writer, quantization)
         manifest = masked_manifest(session, "server-model" if masks is None else "masked-model", digests)
         writer.add_bytes(MODEL_MANIFEST, manifest_bytes(manifest))
+        tell_what_stays(model, progress)
         session.save_key()
         path = writer.publish()
     by_server = sum(map(session.masks.hidden_elements, model.plan.tensors))

@@ -14,10 +14,11 @@ from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.masks.job_masks import ClientMasks, ServerMasks
 from fedqsn_cli.models.duplicates import refuse_duplicate_tensors
 from fedqsn_cli.models.model import OpenModel, open_model
+from fedqsn_cli.models.plan_file import load_overrides
 from fedqsn_cli.models.public_base import PublicBase, open_base
 from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
 from fedqsn_cli.options import ExportOptions, MaskingOptions, MaskOptions
-from fedqsn_cli.planning.overrides import canonical, load_overrides
+from fedqsn_cli.planning.overrides import canonical
 from fedqsn_cli.planning.placement import FIELDS, OPTIONS, describe, parse_placement
 
 Value = TypeVar("Value")

@@ -14,13 +14,13 @@ from __future__ import annotations
 import hmac
 import os
 import secrets
-import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedqsn_cli import strictjson, validate
+from fedqsn_cli.checkpoint.files import read_secret
 from fedqsn_cli.errors import FormatError, InputError, KeyFileError, OutputExists, PlanError
 from fedqsn_cli.masks.draw import KEY_BYTES, derive, hidden_count
 from fedqsn_cli.planning.overrides import canonical
@@ -247,35 +247,11 @@ def _another_job(held: str, asked: str, path: str | Path) -> KeyFileError:
 
 
 def _document(path: str | Path) -> Any:
-    """Open first, then look at what was opened: a file swapped in between changes nothing."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise KeyFileError("there is no key", where=path) from None
-    except OSError as error:
-        raise KeyFileError(f"cannot open the key ({error.strerror})", where=path) from None
-    try:
-        _check_private(os.fstat(descriptor), path)
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            data = file.read(MAX_BYTES + 1)
-    finally:
-        os.close(descriptor)
-    if len(data) > MAX_BYTES:
-        raise KeyFileError("the file is too large for a key", where=path)
+    data = read_secret(path, MAX_BYTES)
     try:
         return strictjson.loads(data, path)
     except FormatError as error:
         raise KeyFileError(error.what, where=path) from None
-
-
-def _check_private(found: os.stat_result, path: str | Path) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        raise KeyFileError("the key must be a regular file", where=path)
-    if found.st_uid not in (os.geteuid(), 0):
-        raise KeyFileError("the key belongs to another user", where=path)
-    if found.st_mode & 0o077:
-        mode = stat.S_IMODE(found.st_mode)
-        raise KeyFileError(f"other users can open the key (mode {mode:04o})", where=path, hint=f"run: chmod 600 {path}")
 
 
 def _key(value: object, path: str | Path) -> bytes:

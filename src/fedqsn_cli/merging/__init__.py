@@ -13,16 +13,23 @@ read_update.py    verify an update, then read its values once
 admission.py      which updates of a round are merged: claims and norms
 chunks.py         a model and updates read in step: one chunk of the model, then the same rows of every update
 cosines.py        how an update points in comparison with the merged step
-chunk_sum.py      one chunk of a weighted average
+server_optimizer.py  the average of a round -> its step, with a memory of earlier rounds
+noise.py          noise from the job's key
+chunk_sum.py      one chunk of a step, and of a weighted average
+order_rules.py    rules that put the values of one weight in order: median, trimmed mean
+chunk_stack.py    one chunk of all updates side by side
+distances.py      how far apart updates are
+survey.py         a pass before a merge, where updates must be known beforehand
+client_weights.py rules that decide what each update counts: krum, geometric median
+central_privacy.py  the noise of a merge, and its account in the ledger
+aggregation.py    how the updates of a round are put together
 merge_pass.py     the pass of a merge
 keep_adapter.py   the merged step as one adapter
-survey.py         a pass before it, where updates must be known beforehand
 line_search.py    the step or blend with the lowest loss
 interpolate.py    a loaded model moved along a line (imports torch)
 restore.py        trained visible part + hidden part -> the whole model
 page_updates.py   the part of the page that is about updates
 page.py           the page about updates and what a search tried (page.html.j2)
 merge.py          the command merge
-teachers.py       what models say about texts, and a student's distance from it (imports torch)
 consolidate.py    the command consolidate
 """

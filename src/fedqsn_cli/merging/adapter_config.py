@@ -18,7 +18,7 @@ from typing import Any
 from fedqsn_cli import strictjson
 from fedqsn_cli.artifacts.manifests import ADAPTER_CONFIG, UPDATE_MANIFEST, UpdateManifest
 from fedqsn_cli.artifacts.update_folder import PEFT_PREFIX, lora_scaling
-from fedqsn_cli.checkpoint.header import open_regular_file
+from fedqsn_cli.checkpoint.files import open_regular_file
 from fedqsn_cli.errors import RefusedUpdate
 
 _LARGEST = 1 << 24  # bytes, as of update.json

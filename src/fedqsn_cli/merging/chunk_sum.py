@@ -1,4 +1,4 @@
-"""One chunk of a weighted average: the sum of all updates in double precision, added once.
+"""One chunk of a step, and of a weighted average: the sum of all updates in double precision, added once.
 
 Every update's rows go into the sum and are gone; only of a few updates, or of a few rows of many, are they kept until
 the sum is complete, to measure how each of them points.
@@ -15,7 +15,9 @@ from fedqsn_cli.errors import RefusedUpdate
 from fedqsn_cli.merging import arithmetic
 from fedqsn_cli.merging.chunks import ModelChunk, UpdateChunk
 from fedqsn_cli.merging.cosines import KEPT, compare, first_rows
+from fedqsn_cli.merging.noise import Noise
 from fedqsn_cli.merging.read_update import UpdateReader
+from fedqsn_cli.merging.server_optimizer import ServerOptimizer
 from fedqsn_cli.planning.tensor_plan import TensorPlan, UnitAxis
 
 Doubles = NDArray[np.float64]
@@ -75,62 +77,95 @@ def rows_as_units(
     return axis, piece.part.index
 
 
-class ChunkSum:
-    """The sum of all updates over one chunk of the model: Σ n_k Δ_k [rows, cols] and Σ n_k for each unit.
+class ChunkStep:
+    """How far one chunk of the model moves: a total, and for each unit what it is divided by.
 
     Args:
-        clients: how many updates there are.
+        kept_rows: how many of the rows are compared with each update.
     """
 
-    def __init__(self, chunk: ModelChunk, scratch: Scratch, clients: int) -> None:
+    def __init__(self, chunk: ModelChunk, scratch: Scratch, kept_rows: int) -> None:
         self._chunk = chunk
         self._scratch = scratch
         self._total = scratch.zeros("total", chunk.values.shape)
-        self._examples = np.zeros(unit_count(chunk.task.plan.axis, *self._total.shape))
+        self._weights = np.zeros(unit_count(chunk.task.plan.axis, *self._total.shape))
         self._kept: list[tuple[UpdateReader, UpdateChunk]] = []
-        self._kept_rows = chunk.rows if clients <= KEPT else -(-chunk.rows * KEPT // clients)
-
-    def add(self, reader: UpdateReader, piece: UpdateChunk, weight: float, factor: float) -> None:
-        """Add one client's Δ_k, `factor` times, as one of `weight` examples. Raises RefusedUpdate for NaN, infinity."""
-        update, tensor = reader.update, self._chunk.task.plan
-        accumulate(self._total, self._chunk, reader, piece, weight * factor / update.scale(tensor))
-        self._examples[piece.part.index if update.axis(tensor) else slice(None)] += weight
-        self._kept.append((reader, first_rows(piece, update.axis(tensor), self._kept_rows, *self._total.shape)))
+        self._kept_rows = kept_rows
 
     def subtract(self, reader: UpdateReader, piece: UpdateChunk, weight: float) -> None:
-        """Take `weight` times the control's Δ off every client's: times the examples of those who saw the unit."""
+        """Take `weight` times the control's Δ off every client's: times the weights of those who saw the unit."""
         drift, tensor = self._scratch.zeros("drift", self._total.shape), self._chunk.task.plan
         accumulate(drift, self._chunk, reader, piece, 1.0 / reader.update.scale(tensor))
-        arithmetic.subtract(self._total, drift, self._examples, tensor.axis, weight)
+        arithmetic.subtract(self._total, drift, self._weights, tensor.axis, weight)
 
     @property
     def covered(self) -> int:
-        """Number of elements that at least one client trained."""
-        return int(np.count_nonzero(self._examples)) * (self._total.size // max(1, self._examples.size))
+        """Number of elements that move."""
+        return int(np.count_nonzero(self._weights)) * (self._total.size // max(1, self._weights.size))
 
     def compare(self) -> None:
-        """Measure how each update points in comparison with their average."""
+        """Measure how each update points in comparison with the step."""
         rows, axis = self._kept_rows, self._chunk.task.plan.axis
-        divisors = by_unit(self._examples, axis, self._total.shape)[:rows]
+        divisors = by_unit(self._weights, axis, self._total.shape)[:rows]
         mean = self._scratch.empty("mean", (rows, self._total.shape[1]))
-        np.divide(self._total[:rows], np.where(divisors > 0, divisors, 1.0), out=mean)
+        np.divide(self._total[:rows], np.where(divisors > 0, divisors, np.inf), out=mean)
         for reader, piece in self._kept:
             compare(mean, self._chunk.task.plan, reader, piece)
         self._kept.clear()
 
-    def move(self, rate: float, examples: float | None) -> None:
+    def disturb(self, noise: Noise) -> None:
+        """Add noise to the total."""
+        noise.add_to(self._total, self._chunk.task.name, self._chunk.first * self._chunk.task.layout.view[2])
+
+    def move(self, rate: float, divisor: float | None) -> None:
         """W' = W + η Δ in place.
 
         Args:
-            rate: η. examples: what to divide by; None divides each unit by the examples of the clients that saw it.
+            rate: η. divisor: what to divide by; None divides each unit by the weights of the clients that saw it.
 
         Raises:
             RefusedUpdate: the result is not finite.
         """
-        divisors = self._examples
-        if examples is not None:
-            divisors = np.where(divisors > 0, examples, 0.0)
-        move(self._chunk, self._total, divisors, rate)
+        move(self._chunk, self._total, self._divisors(divisor), rate)
+
+    def move_by(self, optimizer: ServerOptimizer, rate: float, divisor: float | None) -> None:
+        """The same with what an optimizer makes of Δ."""
+        divisors = by_unit(self._divisors(divisor), self._chunk.task.plan.axis, self._total.shape)
+        seen = divisors > 0
+        np.divide(self._total, np.where(seen, divisors, np.inf), out=self._total)
+        optimizer.advance(self._chunk, self._total, seen)
+        move(self._chunk, self._total, (self._weights > 0).astype(np.float64), rate)
+
+    def _divisors(self, divisor: float | None) -> Doubles:
+        return self._weights if divisor is None else np.where(self._weights > 0, divisor, 0.0)
+
+
+class ChunkSum(ChunkStep):
+    """The weighted sum of all updates over one chunk: Σ w_k Δ_k [rows, cols] and Σ w_k for each unit.
+
+    Args:
+        clients: how many updates there are. least: a unit that fewer of them saw stays.
+    """
+
+    def __init__(self, chunk: ModelChunk, scratch: Scratch, clients: int, least: int = 1) -> None:
+        super().__init__(chunk, scratch, chunk.rows if clients <= KEPT else -(-chunk.rows * KEPT // clients))
+        self._least = least
+        self._count = np.zeros(self._weights.size if least > 1 else 0, np.int64)
+
+    def add(self, reader: UpdateReader, piece: UpdateChunk, weight: float, factor: float) -> None:
+        """Add one client's Δ_k, `factor` times, with a weight. Raises RefusedUpdate for NaN, infinity."""
+        update, tensor = reader.update, self._chunk.task.plan
+        accumulate(self._total, self._chunk, reader, piece, weight * factor / update.scale(tensor))
+        seen = piece.part.index if update.axis(tensor) else slice(None)
+        self._weights[seen] += weight
+        if self._count.size:
+            self._count[seen] += 1
+        self._kept.append((reader, first_rows(piece, update.axis(tensor), self._kept_rows, *self._total.shape)))
+
+    def close(self) -> None:
+        """Leave units as they are that too few clients saw."""
+        if self._count.size:
+            self._weights[self._count < self._least] = 0.0
 
 
 def move(chunk: ModelChunk, total: Doubles, divisors: Doubles, rate: float) -> None:

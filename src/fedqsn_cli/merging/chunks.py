@@ -30,6 +30,7 @@ from fedqsn_cli.progress import Progress
 from fedqsn_cli.quantization.layout import row_chunks
 
 CHUNK_ELEMENTS = 1 << 20  # its double-precision sum takes 8 MiB
+STACK_ELEMENTS = 1 << 22  # of all updates together, where a pass holds them side by side: 32 MiB
 READERS = 3  # pieces that are read at once, from one file each perhaps: the disk is never idle
 
 Array = NDArray[Any]
@@ -106,6 +107,11 @@ class UpdateChunk:
         if isinstance(self.found, InputError):
             raise self.found
         return self.found
+
+
+def stack_elements(clients: int) -> int:
+    """About how many weights a chunk has where all updates of it are held side by side."""
+    return max(1, min(CHUNK_ELEMENTS, STACK_ELEMENTS // max(1, clients)))
 
 
 def joint_chunks(

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedqsn_cli.artifacts.manifests import file_digest
-from fedqsn_cli.checkpoint import ArtifactWriter
+from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint
 from fedqsn_cli.dtypes import DTYPES, WEIGHT_DTYPES
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.export.outputs import tensor_specs
@@ -28,12 +28,12 @@ from fedqsn_cli.export.session import keep_outside
 from fedqsn_cli.merging.chunks import InMemorySink
 from fedqsn_cli.merging.job_model import merged_manifest, model_sinks, publish
 from fedqsn_cli.merging.restore import RestoreInputs, open_restore_inputs, restore_into
-from fedqsn_cli.merging.teachers import Distillation, Lesson, listen
+from fedqsn_cli.models.architecture import task_of
 from fedqsn_cli.models.dense import TORCH_DTYPES, from_bytes
 from fedqsn_cli.models.torch_model import Loaded, choose_device, load_model, memory_errors, quiet, stored_tensors
 from fedqsn_cli.options import ConsolidateOptions, MergeOptions
 from fedqsn_cli.progress import SILENT, Progress
-from fedqsn_cli.training.batching import Examples
+from fedqsn_cli.training.batching import IGNORED, Examples
 from fedqsn_cli.training.compact import VisibleParameters
 from fedqsn_cli.training.data import Encoder
 from fedqsn_cli.training.loop import Surroundings, TrainingSummary, train
@@ -41,6 +41,7 @@ from fedqsn_cli.training.precision import repeatable
 from fedqsn_cli.training.scoring import Evaluation, score
 from fedqsn_cli.training.states import StateFolder
 from fedqsn_cli.training.tables import Table, read_table
+from fedqsn_cli.training.teachers import TAUGHT_TASKS, Distillation, Lesson, listen
 
 Array = NDArray[Any]
 
@@ -130,6 +131,7 @@ class _Consolidation:
             options.out, key=options.key, restore=trained, public_base=options.public_base, blend=options.blend
         )
         inputs = open_restore_inputs(source, trained, restore)
+        _check_task(inputs.whole.checkpoint)
         return cls(inputs, options, (own, transfer, dev), device, progress)
 
     def run(self, writer: ArtifactWriter) -> ConsolidateResult:
@@ -222,7 +224,7 @@ class _Consolidation:
         self.progress.finish()
         features = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
         kept = [{name: value for name, value in one.items() if name in loaded.inputs} for one in features]
-        return Examples("causal-lm", kept, rows)
+        return Examples("causal-lm", kept, [[IGNORED, *row[1:]] for row in rows])
 
     def _starts(self, loaded: Loaded, encoder: Encoder) -> list[list[int]]:
         """The first tokens of the given texts, a special one and the next; without texts any tokens."""
@@ -284,6 +286,14 @@ class _Consolidation:
                 else:  # positions, or a buffer that the architecture does not use
                     sink.write(task.name, 0, whole.checkpoint.read(task.name).reshape(-1).view(np.uint8))
         return publish(writer, whole, merged_manifest(whole, inputs.job))
+
+
+def _check_task(checkpoint: Checkpoint) -> None:
+    """Refuse a model whose answers are no probabilities of classes or next tokens. Raises InputError."""
+    task, architecture = task_of(checkpoint.config, checkpoint.path)
+    if task not in TAUGHT_TASKS:
+        what = f"{architecture} is a model for {task}, which cannot be consolidated"
+        raise InputError(what, where=checkpoint.path, hint="use fedqsn merge --restore")
 
 
 def _unlabelled(table: Table, loaded: Loaded) -> Table:

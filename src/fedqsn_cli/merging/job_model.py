@@ -63,15 +63,14 @@ def publish(writer: ArtifactWriter, model: OpenModel, manifest: ModelManifest) -
     return str(writer.publish())
 
 
-def merged_manifest(
-    model: OpenModel, job: JobKey, digest: str | None = None, *, trained_fill: bool = False
-) -> ModelManifest:
+def merged_manifest(model: OpenModel, job: JobKey, digest: str | None = None, **facts: object) -> ModelManifest:
     """`fedqsn.json` of what a model is merged or restored to; a server model stays one.
 
     Args:
-        digest: of the new server model. trained_fill: whether clients trained the fill of its hidden units.
+        digest: of the new server model. facts: other fields that differ.
     """
     if model.manifest is None or model.kind != "server-model":
-        return ModelManifest.of(model.plan, model.source, job=job.commitment, p1=job.p1)
-    facts = {"model_digest": digest, "source": SourceRecord.of(model.source)}
-    return model.manifest.model_copy(update=facts | ({"trained_fill": True} if trained_fill else {}))
+        return ModelManifest.of(model.plan, model.source, job=job.commitment, p1=job.p1, **facts)
+    return model.manifest.model_copy(
+        update={"model_digest": digest, "source": SourceRecord.of(model.source), "server_state": None, **facts}
+    )

@@ -5,6 +5,8 @@
                                                       or over all clients (normalize clients)
     W'  = W + η Δ                                     units that nobody saw keep their bits
 
+Other rules than this average are in `aggregation`.
+
 FedAvg (arXiv 1602.05629) is the case without masks and quantization. Memory holds one chunk, its sum and a few chunks
 read ahead, however many clients there are; only a search for η or λ needs the whole model in memory.
 
@@ -18,18 +20,22 @@ the fill; hidden weights are not in it, and get the difference when the job is r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedqsn_cli.artifacts.manifests import ServerStateRecord
 from fedqsn_cli.checkpoint import ArtifactWriter, write_file_atomically
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.export.outputs import tensor_specs
 from fedqsn_cli.export.session import keep_outside
 from fedqsn_cli.kernels.hash_threads import HashThreads
+from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.merging.admission import check_claims, check_norms, relative_norm, require_enough
+from fedqsn_cli.merging.aggregation import Aggregation, aggregation, compares
+from fedqsn_cli.merging.central_privacy import CentralPrivacy
 from fedqsn_cli.merging.chunks import InMemorySink, Sink, Weights, write_chunks
 from fedqsn_cli.merging.job_model import merged_manifest, model_sinks, open_job_model, publish
 from fedqsn_cli.merging.keep_adapter import KeptStep, Tee
@@ -39,7 +45,14 @@ from fedqsn_cli.merging.read_update import ClientUpdate, UpdateReader, UpdateVer
 from fedqsn_cli.merging.refusals import Refusals
 from fedqsn_cli.merging.restore import restore_model
 from fedqsn_cli.merging.results import MergedClient, MergeResult
-from fedqsn_cli.merging.survey import SurveyPass, require_model
+from fedqsn_cli.merging.server_optimizer import (
+    SavedState,
+    ServerOptimizer,
+    open_state,
+    require_tensors,
+    state_sink,
+)
+from fedqsn_cli.merging.survey import Survey, SurveyPass, require_model
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.residual import Residual, residual_specs
 from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
@@ -93,6 +106,9 @@ def _check_updates(updates: Sequence[str | Path], options: MergeOptions) -> None
         raise InputError("a restore takes no updates", where="--restore", hint="merge them first")
     if options.restore is None and not updates:
         raise InputError("no update was given", hint="name the update directories, or end the job with --restore")
+    several = len(updates) + (options.control is not None) > 1
+    if several and options.verify_key is not None and "{client}" not in str(options.verify_key):
+        raise InputError("is the same for several clients", where="--verify-key", hint='put "{client}" into it')
     if options.report is not None and not Path(options.report).absolute().parent.is_dir():
         raise InputError("there is no such folder", where=Path(options.report).parent, hint="make it first")
     if options.report is not None and Path(options.report).is_dir():
@@ -127,32 +143,40 @@ def merge_updates(
     """
     job, model = open_job_model(source, options.key)
     with ArtifactWriter(Path(options.out), force=options.force, hashed=False) as writer, ExitStack() as stack:
-        verifier = UpdateVerifier(job, model, options.required_ledger())
+        saved = open_state(model, job, options.server_optimizer)
+        verifier = UpdateVerifier(job, model, options.required_ledger(), options.verify_key_of)
         tasks = tensor_tasks(model, None, verifier.masks.hidden_on_the_way)
         refusals = Refusals(options.on_refused == "skip", [])
-        clients = _admitted(verifier, updates, model, tasks, refusals, options, progress)
+        clients, survey = _admitted(verifier, updates, model, tasks, refusals, options, progress)
+        private = CentralPrivacy(job, clients, options) if options.noise_multiplier is not None else None
+        how = aggregation(options, clients, survey, private.noise if private is not None else None)
         control = verifier.control(options.control, clients) if options.control is not None else None
         kept = _kept_step(stack, clients, tasks, options)
-        run = MergeRun(model, tasks, clients, control, options, progress)
+        run = MergeRun(job, model, tasks, clients, control, how, saved, options, progress)
         search = run.search(development) if development is not None else None
         rate = search.chosen if search else float(options.server_lr)
         merged = run.write(writer, rate, kept.saved if kept is not None else None)
         adapter = kept.publish(rate) if kept is not None else None
         digest = merged.digest_after()
-        trained_fill = any(update.moves_fill for update in clients)
-        path = publish(writer, model, merged_manifest(model, job, digest, trained_fill=trained_fill))
+        facts = {"trained_fill": True} if any(update.moves_fill for update in clients) else {}
+        account = private.record() if private is not None else None
+        path = publish(writer, model, merged_manifest(model, job, digest, **facts, **run.state_record(merged)))
     return MergeResult(
         path=path,
         kind=model.kind,
-        clients=tuple(_client(reader, merged) for reader in merged.clients),
-        num_examples=merged.examples,
+        clients=tuple(
+            _client(reader, merged, how.share(number), how.verdict(number))
+            for number, reader in enumerate(merged.clients)
+        ),
+        num_examples=sum(update.examples for update in clients),
         covered=merged.covered / merged.size,
-        model_digest=digest,
-        control=_client(merged.control, merged) if merged.control else None,
+        model_digest=digest if model.kind == "server-model" else None,
+        control=_client(merged.control, merged, 0.0, "control") if merged.control else None,
         server_lr=rate,
         search=search,
         refused=tuple(refusals.refused),
         adapter=adapter,
+        privacy=account,
     )
 
 
@@ -174,30 +198,34 @@ def _admitted(
     refusals: Refusals,
     options: MergeOptions,
     progress: Progress,
-) -> list[ClientUpdate]:
-    """The updates that are merged.
+) -> tuple[list[ClientUpdate], Survey | None]:
+    """The updates that are merged, and what a first pass found, if one was needed.
 
     Raises:
         RefusedUpdate: one is refused, and the merge does not go on without it; or too few are left.
     """
     clients = check_claims(verifier.updates(updates, refusals), options.max_examples, refusals)
     require_enough(clients, options.min_clients, refusals)
-    if options.on_refused == "skip":
-        with HashThreads() as hashing:
-            found = SurveyPass(model, tasks, clients, refusals, hashing).run(options, progress)
-        clients = list(found.updates)
-        require_enough(clients, options.min_clients, refusals)
-    return clients
+    if options.on_refused == "fail" and not compares(options) and options.clip_norm is None:
+        return clients, None
+    with HashThreads() as hashing:
+        survey_pass = SurveyPass(model, tasks, clients, refusals, hashing, compares=compares(options))
+        survey = survey_pass.run(options, progress)
+    require_enough(survey.updates, options.min_clients, refusals)
+    return list(survey.updates), survey
 
 
 @dataclass(frozen=True, slots=True)
 class MergeRun:
     """A model and what is merged into it. A search for η needs one more pass over all of it."""
 
+    job: JobKey
     model: OpenModel
     tasks: Sequence[TensorTask]
     updates: Sequence[ClientUpdate]
     control: ClientUpdate | None
+    how: Aggregation
+    saved: SavedState | None
     options: MergeOptions
     progress: Progress
 
@@ -208,8 +236,32 @@ class MergeRun:
             kept: gets some of the tensors, too.
         """
         limit = self.options.max_shard_bytes
-        with model_sinks(writer, self.model, self.tasks, limit, with_residual=True) as (sink, residual):
-            return self._merge_into(sink if kept is None else Tee(sink, kept), residual, rate)
+        with (
+            model_sinks(writer, self.model, self.tasks, limit, with_residual=True) as (sink, residual),
+            self._optimizer(writer) as optimizer,
+        ):
+            return self._merge_into(sink if kept is None else Tee(sink, kept), residual, rate, optimizer)
+
+    @contextmanager
+    def _optimizer(self, writer: ArtifactWriter) -> Iterator[ServerOptimizer | None]:
+        """The server optimizer, whose new state is complete when the block ends; None for plain steps."""
+        name = self.options.server_optimizer
+        if name == "sgd":
+            yield None
+            return
+        if self.saved is not None:
+            require_tensors(self.saved, self.tasks)
+        sink = state_sink(writer, self.tasks, self.job, name, self.updates[0].release.model_digest)
+        yield ServerOptimizer(self.options, self.saved, sink)
+        sink.close()
+
+    def state_record(self, merged: MergePass) -> dict[str, object]:
+        """What the manifest says about the state of the server optimizer."""
+        name, after = self.options.server_optimizer, merged.digest_after()
+        if name == "sgd" or after is None:
+            return {"server_state": None}
+        into = self.updates[0].release.model_digest
+        return {"server_state": ServerStateRecord(optimizer=name, merged_into=into, model=after)}
 
     def search(self, development: DevelopmentSet) -> Search:
         """Find η with the lowest loss. All checks of the updates are done before the model is evaluated."""
@@ -239,11 +291,14 @@ class MergeRun:
         residual = residual_specs(self.model.plan.tensors)
         return Weights(InMemorySink(tensor_specs(self.tasks, None)), InMemorySink(residual))
 
-    def _merge_into(self, sink: Sink, residual: Sink | None, rate: float) -> MergePass:
+    def _merge_into(
+        self, sink: Sink, residual: Sink | None, rate: float, optimizer: ServerOptimizer | None = None
+    ) -> MergePass:
         """One pass over everything, then the checks that need all of it. Raises RefusedUpdate."""
         self.progress.start("merging", self.model.checkpoint.total_bytes, "bytes")
         with HashThreads() as hashing:
-            merged = MergePass(self.model, self.tasks, self.updates, self.control, self.options, rate, hashing)
+            inputs = (self.model, self.tasks, self.updates, self.control)
+            merged = MergePass(*inputs, self.how, rate, optimizer, hashing)
             with closing(merged.chunks()) as chunks:  # its threads end here, whatever ends the loop
                 write_chunks(chunks, sink, residual, self.progress)
             self._check(merged)
@@ -254,26 +309,29 @@ class MergeRun:
         digest = merged.digest_before()
         for reader in merged.readers:
             require_model(reader.update, digest, self.model)
+        if self.saved is not None and self.saved.record.model != digest:
+            problem = "this state of a server optimizer belongs to other weights than the model's"
+            raise InputError(problem, where=self.saved.file.path, hint="take it out and begin anew")
         for reader in merged.readers:
             reader.finish()
             check_norms(reader.update, reader.measures, merged.sizes, self.options)
 
 
-def _client(reader: UpdateReader, merged: MergePass) -> MergedClient:
+def _client(reader: UpdateReader, merged: MergePass, share: float, verdict: str) -> MergedClient:
     update, measures = reader.update, reader.measures
     tensor, unit = measures.largest(merged.sizes)
     return MergedClient(
         client=update.client,
         round=update.release.round,
         num_examples=update.examples,
-        share=0.0 if reader is merged.control else update.examples / merged.examples,
+        share=share,
         norm=math.sqrt(measures.squares),
         relative_norm=relative_norm(measures, merged.sizes),
         cosine=measures.cosine,
         coverage=measures.seen / merged.size,
         largest_tensor=tensor,
         largest_unit=unit,
-        verdict="control" if reader is merged.control else "merged",
+        verdict=verdict,
         first_loss=update.manifest.losses.first,
         last_loss=update.manifest.losses.last,
     )

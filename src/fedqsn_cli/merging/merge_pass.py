@@ -9,16 +9,28 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 
+import numpy as np
+
 from fedqsn_cli.kernels.hash_threads import HashThreads
 from fedqsn_cli.merging import arithmetic
-from fedqsn_cli.merging.chunk_sum import ChunkSum, Scratch
-from fedqsn_cli.merging.chunks import ModelChunk, UpdateChunk, joint_chunks, visible_count, visible_rows
+from fedqsn_cli.merging.aggregation import Aggregation
+from fedqsn_cli.merging.chunk_stack import ChunkStack
+from fedqsn_cli.merging.chunk_sum import ChunkStep, ChunkSum, Scratch
+from fedqsn_cli.merging.chunks import (
+    ModelChunk,
+    UpdateChunk,
+    joint_chunks,
+    stack_elements,
+    visible_count,
+    visible_rows,
+)
 from fedqsn_cli.merging.measures import ModelSizes
+from fedqsn_cli.merging.order_rules import OrderRule
 from fedqsn_cli.merging.read_update import ClientUpdate, UpdateReader
+from fedqsn_cli.merging.server_optimizer import ServerOptimizer
 from fedqsn_cli.models.digest import ModelHash
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.tensor_task import TensorTask
-from fedqsn_cli.options import MergeOptions
 
 
 class MergePass:
@@ -27,7 +39,8 @@ class MergePass:
     Args:
         tasks: the tensors of `model`, in order.
         updates: of the clients. control: an update of the owner's own, taken off what the clients sent.
-        options: `normalize` and `control_weight` count here. rate: η.
+        how: the way in which updates are put together. rate: η.
+        optimizer: what makes a step of the average; None takes it as it is.
     """
 
     def __init__(
@@ -36,25 +49,26 @@ class MergePass:
         tasks: Sequence[TensorTask],
         updates: Sequence[ClientUpdate],
         control: ClientUpdate | None,
-        options: MergeOptions,
+        how: Aggregation,
         rate: float,
+        optimizer: ServerOptimizer | None,
         hashing: HashThreads,
     ) -> None:
         self._model = model
         self._tasks = tasks
-        self._options = options
+        self._how = how
         self._rate = rate
+        self._optimizer = optimizer
         self._scratch = Scratch()
         self.clients = [UpdateReader(update, hashing.queue()) for update in updates]
         self.control = UpdateReader(control, hashing.queue()) if control else None
-        self.examples = sum(update.examples for update in updates)
         self.size = sum(task.size for task in tasks)
         """Number of elements of the model."""
         self.covered = 0
         """Number of elements that at least one client trained."""
         self.sizes = ModelSizes()
         self._before = ModelHash(hashing.queue())
-        self._after = ModelHash(hashing.queue()) if model.kind == "server-model" else None
+        self._after = ModelHash(hashing.queue()) if model.kind == "server-model" or optimizer else None
 
     @property
     def readers(self) -> list[UpdateReader]:
@@ -68,7 +82,8 @@ class MergePass:
             RefusedUpdate: an update is not finite, or the merged model is not. Digests and norms are only known when
                 all chunks were taken.
         """
-        with closing(joint_chunks(self._model, self._tasks, self.readers)) as chunks:
+        elements = stack_elements(len(self.clients)) if self._how.order else None
+        with closing(joint_chunks(self._model, self._tasks, self.readers, elements)) as chunks:
             for chunk, pieces in chunks:
                 self._merge(chunk, pieces)
                 yield chunk
@@ -78,7 +93,7 @@ class MergePass:
         return self._before.hexdigest(self._tasks)
 
     def digest_after(self) -> str | None:
-        """Content digest of the merged model, as the next export will compute it; None for a global model."""
+        """Content digest of the merged model, as the next export will compute it; None where nobody needs it."""
         return self._after.hexdigest(self._tasks) if self._after else None
 
     def _merge(self, chunk: ModelChunk, pieces: Iterator[UpdateChunk]) -> None:
@@ -93,12 +108,31 @@ class MergePass:
             self._after.update(task.name, visible_rows(chunk, copy=False))
 
     def _step(self, chunk: ModelChunk, pieces: Iterator[UpdateChunk]) -> None:
-        """W' = W + η Δ: begin a sum, add every update, take the control off, move the rows."""
-        chunk_sum = ChunkSum(chunk, self._scratch, len(self.clients))
-        for reader in self.clients:
-            chunk_sum.add(reader, next(pieces), reader.update.examples, 1.0)
-        chunk_sum.compare()
+        """W' = W + η Δ: put all updates together, take the control off, move the rows."""
+        step = self._ordered(chunk, pieces, self._how.order) if self._how.order else self._summed(chunk, pieces)
+        step.compare()
+        if self._how.noise is not None:
+            step.disturb(self._how.noise)
         if self.control is not None:
-            chunk_sum.subtract(self.control, next(pieces), self._options.control_weight)
-        self.covered += chunk_sum.covered
-        chunk_sum.move(self._rate, float(self.examples) if self._options.normalize == "clients" else None)
+            step.subtract(self.control, next(pieces), self._how.control_weight)
+        self.covered += step.covered
+        if self._optimizer is not None:
+            step.move_by(self._optimizer, self._rate, self._how.divisor)
+        else:
+            step.move(self._rate, self._how.divisor)
+
+    def _summed(self, chunk: ModelChunk, pieces: Iterator[UpdateChunk]) -> ChunkStep:
+        """The weighted average of all updates."""
+        chunk_sum = ChunkSum(chunk, self._scratch, len(self.clients), self._how.least)
+        for reader, weight, factor in zip(self.clients, self._how.weights, self._how.factors, strict=True):
+            chunk_sum.add(reader, next(pieces), weight, factor)
+        chunk_sum.close()
+        return chunk_sum
+
+    def _ordered(self, chunk: ModelChunk, pieces: Iterator[UpdateChunk], rule: OrderRule) -> ChunkStep:
+        """What a rule makes of all updates side by side."""
+        stack = ChunkStack(chunk, self._scratch, len(self.clients))
+        for number, (reader, factor) in enumerate(zip(self.clients, self._how.factors, strict=True)):
+            stack.add(number, reader, next(pieces), factor)
+        stack.combine(rule, np.array(self._how.weights) > 0)
+        return stack

@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from fedqsn_cli.checkpoint import read_header
 from fedqsn_cli.checkpoint.header import FileIdentity
 from fedqsn_cli.checkpoint.reader import DESCRIPTORS, DirectFile
 from fedqsn_cli.dtypes import WEIGHT_DTYPES
-from fedqsn_cli.errors import RefusedUpdate
+from fedqsn_cli.errors import RefusedUpdate, SignatureError
 from fedqsn_cli.kernels.hash_threads import HashQueue
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.masks.job_masks import ClientMasks, ServerMasks
@@ -47,6 +47,8 @@ from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.planning.tensor_plan import TensorPlan, UnitAxis
 
 HASH_PIECE = 1 << 22
+
+_COMPARED = {UPDATE_TENSORS, ADAPTER_TENSORS}  # with their digests in update.json, while they are merged
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,12 +215,16 @@ class UpdateVerifier:
 
     Args:
         job: the job's key. model: what the updates are merged into. ledger: the record of all releases.
+        key_of: the public key that the update of a client must be signed with; None where it need not be signed.
     """
 
-    def __init__(self, job: JobKey, model: OpenModel, ledger: Path) -> None:
+    def __init__(
+        self, job: JobKey, model: OpenModel, ledger: Path, key_of: Callable[[str], Path | None] = lambda client: None
+    ) -> None:
         self.masks = ServerMasks(job)
         self._model = model
         self._ledger = ledger
+        self._key_of = key_of
         self._releases = {release.proxy_id: release for release in ledgers.read(ledger, job)}
 
     def updates(self, folders: Sequence[str | Path], refusals: Refusals) -> list[ClientUpdate]:
@@ -294,6 +300,7 @@ class UpdateVerifier:
         if manifest.files.keys() != files_of(manifest):
             names = ", ".join(sorted(files_of(manifest)))
             raise RefusedUpdate(f"it must list exactly {names}", where=folder / UPDATE_MANIFEST)
+        self._check_signature(folder, manifest, release.client)
         client = ClientMasks(self.masks, release.client, release.round, release.p2, release.schedule, release.rescale)
         stored, identities = self._values(folder, manifest, client, release)
         return ClientUpdate(folder, manifest, release, client, identities, stored)
@@ -321,6 +328,22 @@ class UpdateVerifier:
             adapters.finish()
             identities[ADAPTER_TENSORS] = adapters.identity
         return stored, identities
+
+    def _check_signature(self, folder: Path, manifest: UpdateManifest, client: str) -> None:
+        """Is it the client who got the proxy that sends the update? Raises RefusedUpdate."""
+        public = self._key_of(client)
+        if public is None:
+            return
+        from fedqsn_cli.crypto.keys import load_verify_key
+        from fedqsn_cli.crypto.signature import verify_folder
+
+        key = load_verify_key(public)
+        known = {name: manifest.files[name] for name in _COMPARED & manifest.files.keys()}
+        try:
+            verify_folder(folder, key, known)
+        except SignatureError as error:
+            hint = f"its proxy is that of client {client!r}, who must sign with the key of {public}"
+            raise RefusedUpdate(error.what, where=error.where, hint=hint) from None
 
 
 def _expected_shape(tensor: TensorPlan, client: ClientMasks, release: Release) -> tuple[int, ...]:

@@ -65,6 +65,22 @@ class KeptAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class MergePrivacy:
+    """What all merges of a job with noise tell about any one client, at most.
+
+    Args:
+        clip_norm, noise_multiplier: of this merge. merges: how many the ledger has, this one included.
+        epsilon, delta: of all of them together.
+    """
+
+    clip_norm: float
+    noise_multiplier: float
+    merges: int
+    epsilon: float
+    delta: float
+
+
+@dataclass(frozen=True, slots=True)
 class MergeResult:
     """The result of `merge`.
 
@@ -75,6 +91,7 @@ class MergeResult:
         server_lr: η of a merge. blend: λ of a restore.
         search: how that number was found, where it was auto.
         refused: updates that were left out.
+        privacy: what noise was added, and what it is worth.
         adapter: the step as one adapter, if asked for.
     """
 
@@ -89,4 +106,5 @@ class MergeResult:
     blend: float | None = None
     search: Search | None = None
     refused: tuple[RefusedClient, ...] = ()
+    privacy: MergePrivacy | None = None
     adapter: KeptAdapter | None = None

@@ -6,6 +6,10 @@ digest.py       the content digest of a model
 public_base.py  the public base under the model's own names, dtypes and shapes
 duplicates.py   refuse equal tensors under two names that would be masked apart
 residual.py     what 16-bit weights could not hold of a merge
+tokenizer_files.py  can texts be tokenized for a model, as far as its files tell
+plan_file.py    a user's plan file on disk
+child_process.py  work on strangers' files, with limits on time and memory
+architecture.py what a model is for, from its config.json
 dense.py        a model's tensors as dense torch tensors (imports torch)
 torch_model.py  the transformers model of a checkpoint (imports torch)
 stored_model.py the transformers model of a proxy, packed as it is (imports torch)

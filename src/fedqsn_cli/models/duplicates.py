@@ -1,4 +1,4 @@
-"""Copies of one tensor under two names that the plan takes for two tensors.
+"""Copies of one tensor under two names that the plan takes for two tensors, and two that config.json takes for one.
 
 Each would get a mask of its own, and what one hides the other would show. Tied embeddings are known to the plan; other
 copies (an untied config over equal weights, a layer saved twice) can only be found by looking at the weights.
@@ -15,6 +15,7 @@ from fedqsn_cli.dtypes import WEIGHT_DTYPES
 from fedqsn_cli.errors import PlanError
 from fedqsn_cli.planning.plan import Plan
 from fedqsn_cli.planning.tensor_plan import TensorPlan
+from fedqsn_cli.planning.tied import tie_word_embeddings
 
 _SAMPLE = 4096  # bytes from the start and from the middle tell nearly all tensors apart
 _PIECE = 1 << 22
@@ -34,6 +35,25 @@ def refuse_duplicate_tensors(checkpoint: Checkpoint, plan: Plan) -> None:
     for tensors in alike.values():
         if len({tensor.groups for tensor in tensors}) > 1 and any(tensor.masked for tensor in tensors):
             _compare(checkpoint, tensors)
+
+
+def false_tie(checkpoint: Checkpoint, plan: Plan) -> tuple[str, str] | None:
+    """Names of two tensors that differ though config.json ties them; None where there are none.
+
+    transformers would use one of them for both, or refuse the model.
+    """
+    if tie_word_embeddings(checkpoint.config or {}) is not True:
+        return None
+    tied: dict[tuple[str, ...], TensorPlan] = {}
+    for tensor in plan.tensors:
+        if len(tensor.shape) != 2 or not tensor.groups:
+            continue
+        first = tied.setdefault(tensor.groups, tensor)
+        if first is tensor or first.shape != tensor.shape:
+            continue
+        if _digest(checkpoint, first.name) != _digest(checkpoint, tensor.name):
+            return first.name, tensor.name
+    return None
 
 
 def _compare(checkpoint: Checkpoint, tensors: list[TensorPlan]) -> None:

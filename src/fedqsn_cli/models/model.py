@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fedqsn_cli.artifacts.manifests import ModelManifest, Quantization, read_manifest
 from fedqsn_cli.checkpoint import Checkpoint, Source, resolve
 from fedqsn_cli.dtypes import DTYPES, FROM_TORCH, WEIGHT_DTYPES
-from fedqsn_cli.errors import InputError
+from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.planning.plan import Plan, make_plan
 from fedqsn_cli.planning.roles import rules
 from fedqsn_cli.quantization.bnb_format import Packing, quantization_config
@@ -142,7 +142,28 @@ def open_model(reference: str, *, axis: str = "neuron", overrides: dict[str, Any
         raise InputError("this model was quantized elsewhere", where=reference, hint="start from its dense checkpoint")
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     plan = make_plan(shapes, checkpoint.config, axis=axis, overrides=overrides)
+    if manifest is not None:
+        _check_quantization(manifest.quantization, plan, tensors, source.path / manifest.FILE)
     return OpenModel(source, checkpoint, manifest, tensors, plan)
+
+
+def _check_quantization(
+    said: Quantization | None, plan: Plan, tensors: Mapping[str, ModelTensor], where: object
+) -> None:
+    """Refuse a manifest that says otherwise than the tensors how they are packed. Raises FormatError."""
+    packed = said is not None and said.layout == "bnb"
+    for planned in plan.tensors:
+        packing = tensors[planned.name].packing
+        if (packing is not None) != (packed and planned.quantized and planned.packable):
+            what = f"tensor {planned.name} is {'packed' if packing else 'not packed'}, which field quantization denies"
+            raise FormatError(what, where=where)
+        if packing is not None and said is not None and not _is_as_said(packing, said):
+            raise FormatError(f"tensor {planned.name} is packed otherwise than field quantization says", where=where)
+
+
+def _is_as_said(packing: Packing, said: Quantization) -> bool:
+    same_block = packing.kind == "pack8" or packing.block == said.block_size
+    return packing.format == said.format and same_block and packing.double == said.double_quant
 
 
 def open_source(reference: str) -> tuple[Source, Checkpoint, ModelManifest | None]:

@@ -17,8 +17,9 @@ from fedqsn_cli.artifacts.manifests import ProxyManifest
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.dtypes import DTYPES
 from fedqsn_cli.errors import FormatError
+from fedqsn_cli.models.architecture import task_of
 from fedqsn_cli.models.dense import from_bytes
-from fedqsn_cli.models.torch_model import Loaded, build_model, task_of, with_tokenizer
+from fedqsn_cli.models.torch_model import Loaded, build_model, with_tokenizer
 from fedqsn_cli.quantization.bnb_format import quantization_config
 
 

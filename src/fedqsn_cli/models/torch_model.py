@@ -14,25 +14,19 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.errors import InputError
+from fedqsn_cli.models.architecture import Task, has_tokenizer, task_of
+from fedqsn_cli.models.child_process import in_child
 from fedqsn_cli.models.dense import load_dense as load_dense
-
-Task = Literal["classification", "causal-lm", "masked-lm", "seq2seq"]
-
-# Ends of architecture names, and what such a model is for.
-TASKS: dict[str, Task] = {
-    "ForSequenceClassification": "classification",
-    "ForCausalLM": "causal-lm",
-    "LMHeadModel": "causal-lm",
-    "ForMaskedLM": "masked-lm",
-    "ForConditionalGeneration": "seq2seq",
-}
+from fedqsn_cli.planning.roles import rules
+from fedqsn_cli.planning.tied import model_type
 
 # Fields of config.json that would make transformers load code or kernels from elsewhere, or packed weights.
 _REFUSED_FIELDS = (
@@ -51,6 +45,7 @@ _REFUSED_FIELDS = (
 )
 
 _UNLIMITED = 1 << 30  # positions
+_SECONDS_TO_LOAD = 30  # a tokenizer of 33 MB takes two
 
 
 class Loaded(NamedTuple):
@@ -71,6 +66,17 @@ class Loaded(NamedTuple):
         return int(self.model.get_input_embeddings().weight.shape[0])
 
     @property
+    def pad_id(self) -> int:
+        """The id that pads batches, of tokenizer and model alike: a decoder's classifier finds a text's end by it.
+
+        The tokenizer's, the model's, or the end of text; if there is none of them, one that no text has, or 0.
+        """
+        config, tokenizer = self.model.config.get_text_config(), self.tokenizer
+        known = [getattr(tokenizer, "pad_token_id", None), config.pad_token_id]
+        known += [getattr(tokenizer, "eos_token_id", None), len(tokenizer) if tokenizer is not None else None]
+        return next((one for one in known if type(one) is int and 0 <= one < self.vocabulary), 0)
+
+    @property
     def positions(self) -> int:
         """Longest input in tokens."""
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -80,25 +86,6 @@ class Loaded(NamedTuple):
             if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
                 return max(1, positions - int(module.padding_idx) - 1)
         return positions
-
-
-def task_of(config: Mapping[str, Any] | None, where: object) -> tuple[Task, str]:
-    """The task and the architecture of a model, from its config.json.
-
-    Raises:
-        InputError: there is no config.json, or its architecture is for something else.
-    """
-    if config is None:
-        raise InputError("there is no config.json", where=where, hint="give the folder that save_pretrained made")
-    architectures = config.get("architectures")
-    name = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
-    if not isinstance(name, str):
-        raise InputError("config.json does not name one architecture", where=where, hint="save the model with its head")
-    for ending, task in TASKS.items():
-        if name.endswith(ending):
-            return task, name
-    hint = f"known heads: {', '.join(TASKS)}"
-    raise InputError(f"architecture {name} has no head that can be used", where=where, hint=hint)
 
 
 def load_model(
@@ -120,13 +107,29 @@ def load_model(
     return with_tokenizer(model, checkpoint, task)
 
 
+def load_outline(checkpoint: Checkpoint) -> Loaded:
+    """The model of a checkpoint without its weights, and its tokenizer: enough to encode data. Raises InputError."""
+    task, architecture = task_of(checkpoint.config, checkpoint.path)
+    with quiet():
+        kind = _model_class(architecture, checkpoint.path)
+        try:
+            with torch.device("meta"):
+                model = kind(_clean_config(checkpoint.config or {}, kind))
+        except Exception as error:  # a config may ask for anything
+            raise _cannot_build(error, checkpoint.path) from None
+    return with_tokenizer(model, checkpoint, task)
+
+
 def with_tokenizer(model: Any, checkpoint: Checkpoint, task: Task) -> Loaded:
-    """A model with the tokenizer of its checkpoint, from which it gets a padding id if it has none."""
-    tokenizer = load_tokenizer(checkpoint)
-    if model.config.get_text_config().pad_token_id is None and tokenizer is not None:
-        known = tokenizer.pad_token_id is not None
-        model.config.pad_token_id = tokenizer.pad_token_id if known else tokenizer.eos_token_id
-    return Loaded(model, tokenizer, task)
+    """A model with the tokenizer of its checkpoint, and with one padding id for both."""
+    loaded = Loaded(model, load_tokenizer(checkpoint), task)
+    for config in {id(one): one for one in (model.config, model.config.get_text_config())}.values():
+        config.pad_token_id = loaded.pad_id
+    return loaded
+
+
+def _cannot_build(error: Exception, where: object) -> InputError:
+    return InputError(f"transformers cannot build the model ({first_line(error)})", where=where)
 
 
 def build_model(
@@ -164,8 +167,8 @@ def build_model(
                 **packed,
             )
         except Exception as error:  # a config may ask for anything
-            raise InputError(f"transformers cannot build the model ({first_line(error)})", where=where) from None
-    _check_report(report, state, where)
+            raise _cannot_build(error, where) from None
+    _check_report(report, state, model_type(config), where)
     return model
 
 
@@ -191,18 +194,26 @@ def _without_refused(value: Any) -> Any:
     return value
 
 
-def _check_report(report: Mapping[str, Any], state: Mapping[str, Tensor], where: object) -> None:
+def _check_report(
+    report: Mapping[str, Any], state: Mapping[str, Tensor], model_type: str | None, where: object
+) -> None:
     """Refuse a model whose tensors are not those of the checkpoint. Raises InputError."""
-    floats = {name for name, tensor in state.items() if tensor.is_floating_point()}
+    weights = {name for name, tensor in state.items() if not _is_buffer(name, tensor, model_type)}
     for key, text in (("missing_keys", "lacks"), ("mismatched_keys", "has another shape for")):
         names = sorted(str(item[0] if isinstance(item, tuple) else item) for item in report.get(key) or ())
         if names:
             raise InputError(f"the checkpoint {text} {_some(names)}", where=where, hint="save the model with its head")
-    extra = sorted(name for name in report.get("unexpected_keys") or () if name in floats or name not in state)
+    extra = sorted(name for name in report.get("unexpected_keys") or () if name in weights or name not in state)
     if extra:
         raise InputError(f"the architecture has no {_some(extra)}", where=where, hint="check config.json")
     if report.get("error_msgs"):
         raise InputError(f"the tensors do not fit ({report['error_msgs'][0]})", where=where)
+
+
+def _is_buffer(name: str, tensor: Tensor, model_type: str | None) -> bool:
+    """Is it no weight, but a constant that older checkpoints store beside them? The owner's plan says the same."""
+    role = rules().role(name, tensor.dim(), model_type)
+    return not tensor.is_floating_point() or (role is not None and role.name == "buffer")
 
 
 def _some(names: list[str]) -> str:
@@ -267,15 +278,41 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     Raises:
         InputError: its files cannot be used, or they need code from elsewhere.
     """
-    if not any(path.name != "generation_config.json" for path in checkpoint.companions):
+    if not has_tokenizer(checkpoint):
         return None
+    path = checkpoint.path
     with quiet():
-        try:
-            from transformers import AutoTokenizer
+        in_child(lambda: _tried(path), what="loading the tokenizer", where=path, seconds=_SECONDS_TO_LOAD)
+        return _tokenizer(path)
 
-            return AutoTokenizer.from_pretrained(str(checkpoint.path), local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # tokenizer files may hold anything
-            raise InputError(f"the tokenizer cannot be loaded ({first_line(error)})", where=checkpoint.path) from None
+
+def _tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except MemoryError:
+        raise
+    except BaseException as error:  # its files may hold anything, and Rust code panics with no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise InputError(f"the tokenizer cannot be loaded ({first_line(error)})", where=path) from None
+
+
+def _tried(path: Path) -> None:
+    """Load a tokenizer and ask what everybody asks it. Raises InputError for one that knows no word."""
+    tokenizer = _tokenizer(path)
+    try:
+        words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
+        tokenizer("text")
+        len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, int(tokenizer.model_max_length)
+    except MemoryError:
+        raise
+    except BaseException as error:
+        raise InputError(f"the tokenizer cannot be used ({first_line(error)})", where=path) from None
+    if not words:
+        hint = "add the file of its vocabulary to the folder"
+        raise InputError("the tokenizer knows no word but special tokens", where=path, hint=hint)
 
 
 def choose_device(name: str) -> torch.device:
@@ -292,11 +329,11 @@ def choose_device(name: str) -> torch.device:
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turn an accelerator's lack of memory into an InputError that says what helps."""
+    """Turn an accelerator's lack of memory into Python's own; the command line says what helps for each command."""
     try:
         yield
     except torch.OutOfMemoryError:
-        raise InputError("the device has too little memory", hint="lower --batch-size or --max-length") from None
+        raise MemoryError("the device has too little memory") from None
 
 
 @contextmanager
@@ -317,7 +354,7 @@ def quiet() -> Iterator[None]:
             chatter.enable_progress_bar()
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error message, of at most 300 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:300]

@@ -8,6 +8,7 @@ commands.py     the options of each command
 aggregation.py  those of merge about which updates count, and how they are put together
 merge.py        the others of merge, and which of them go together
 consolidate.py  those of consolidate
+keys.py         those of keys, signatures and sealed folders
 keywords.py     Python functions that take the options as keywords
 """
 
@@ -32,6 +33,7 @@ from fedqsn_cli.options.groups import (
     Schedule,
     Train,
 )
+from fedqsn_cli.options.keys import KeygenOptions, SealOptions, UnsealOptions, VerifyOptions
 from fedqsn_cli.options.merge import MergeOptions
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "EvaluateOptions",
     "ExportOptions",
     "InspectOptions",
+    "KeygenOptions",
     "MaskOptions",
     "MaskingOptions",
     "MergeOptions",
@@ -52,7 +55,10 @@ __all__ = [
     "QuantizeOptions",
     "RecipeOptions",
     "Schedule",
+    "SealOptions",
     "Train",
     "TrainOptions",
+    "UnsealOptions",
+    "VerifyOptions",
     "options_of",
 ]

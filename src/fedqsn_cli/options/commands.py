@@ -29,6 +29,8 @@ from fedqsn_cli.options.groups import (
     OWNER,
     PLAN,
     PLAN_FILE,
+    SIGN,
+    SIGNATURES,
     Format,
     Layout,
     MaskingOptions,
@@ -49,6 +51,13 @@ from fedqsn_cli.options.groups import (
 from fedqsn_cli.options.lora import LoraOptions
 from fedqsn_cli.options.privacy import PrivacyOptions
 from fedqsn_cli.planning.tensor_plan import MaskAxis
+
+
+def _minutes(value: float, flag: str) -> float:
+    """A time, not negative."""
+    if not 0 <= value < float("inf"):
+        raise InputError(f"{value} is not a number of minutes", where=flag, hint="0 tries no training at all")
+    return value
 
 
 def _round(value: int, flag: str) -> int:
@@ -156,6 +165,7 @@ class ExportOptions(QuantizationOptions, MaskingOptions, ModelOutputOptions):
             metavar="hf://OWNER/NAME",
         ),
     ] = None
+    sign: Annotated[str | Path | None, SIGN] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -169,6 +179,11 @@ class ExportOptions(QuantizationOptions, MaskingOptions, ModelOutputOptions):
     def targets(self) -> list[Path]:
         """The folder of each client."""
         return [Path(str(self.out).replace("{client}", name)) for name in self.client]
+
+    @property
+    def repositories(self) -> list[str]:
+        """The hub repository of each client; none where nothing is pushed."""
+        return [self.push.replace("{client}", name) for name in self.client] if self.push else []
 
 
 @dataclass(frozen=True)
@@ -196,6 +211,11 @@ class TrainOptions(PrivacyOptions, LoraOptions, RecipeOptions):
         str | Path | None, Option("Write loss, learning rate and speed for TensorBoard.", OUTPUT, metavar="DIR")
     ] = None
     force: Annotated[bool, FORCE] = False
+    sign: Annotated[str | Path | None, SIGN] = None
+    verify_key: Annotated[
+        str | Path | None,
+        Option("Refuse a proxy that the owner of this public key did not sign.", SIGNATURES, metavar="PUBLIC"),
+    ] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -266,6 +286,12 @@ class EvaluateOptions(Options):
 
     data: Annotated[str | Path, Option("Evaluation data: JSONL, CSV or Parquet.", DATA)]
     max_length: Annotated[int, max_length_option(DATA)] = 256
+    generate: Annotated[
+        bool, Option("Let a language model answer the prompts too: BLEU, ROUGE and exact matches.", COMPUTING)
+    ] = False
+    max_new_tokens: Annotated[
+        int, Option("Longest answer in tokens, for --generate.", COMPUTING, check=validate.at_least_one)
+    ] = 64
     batch_size: Annotated[int, batch_size_option(COMPUTING)] = 32
     device: Annotated[str, device_option(COMPUTING)] = "auto"
 
@@ -274,6 +300,11 @@ class EvaluateOptions(Options):
 class AuditOptions(Options):
     """`audit`."""
 
+    outbox: Annotated[
+        str | Path | None,
+        Option("Audit the proxies of --round in this folder, by the ledger, instead of PROXY...", OWNER, metavar="DIR"),
+    ] = None
+    round: Annotated[int | None, Option("Number of the round, for --outbox.", OWNER, check=_round)] = None
     truth: Annotated[
         str | Path | None,
         Option("The global model that they were exported from.", OWNER, metavar="GLOBAL"),
@@ -305,9 +336,29 @@ class AuditOptions(Options):
     public_data: Annotated[str | Path | None, Option("Examples that an attacker fine-tunes the proxy with.", DATA)] = (
         None
     )
+    attack_minutes: Annotated[
+        float | None,
+        Option("Begin no more attacks on the function after so many; tells what was left out.", DATA, check=_minutes),
+    ] = None
     policy: Annotated[str | Path | None, Option("Limits, in TOML: what may leak, and what must be checked.", GATE)] = (
         None
     )
     baseline: Annotated[str | Path | None, Option("An earlier audit (JSON): nothing may be worse than then.", GATE)] = (
         None
     )
+    verify_key: Annotated[
+        str | Path | None,
+        Option(
+            "Public key that the proxies must be signed with.", SIGNATURES, metavar="PUBLIC", shown="that of --sign"
+        ),
+    ] = None
+    attest: Annotated[str | Path | None, Option("Write the verdict as a signed attestation.", SIGNATURES)] = None
+    sign: Annotated[
+        str | Path | None, Option("Your private key: signs the attestation.", SIGNATURES, metavar="PRIVATE")
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for flag, value, why in (("--sign", self.sign, "name the key"), ("--policy", self.policy, "name the limits")):
+            if self.attest is not None and value is None:
+                raise InputError(f"needs {flag}", where="--attest", hint=why)

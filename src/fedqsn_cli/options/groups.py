@@ -14,6 +14,7 @@ from fedqsn_cli.planning.tensor_plan import MaskAxis, Where
 CLIENT, COMPUTING, DATA, GATE, JOB, LIMITS = "Client mask", "Computing", "Data", "Gate", "Job", "Limits"
 MASKING, MERGING, OUTPUT, OWNER, PLAN = "Masking", "Merging", "Output", "What only the owner has", "Plan"
 QUANTIZATION, RESTORING, SEARCHING, TRAINING = "Quantization", "Restoring", "Searching (auto)", "Training"
+SIGNATURES = "Signatures"
 
 Fill = Literal["zero", "base"]
 Format = Literal["nf4", "fp4", "int8", "nf3", "nf2", "none"]
@@ -95,6 +96,7 @@ DOUBLE_QUANT = Option("Quantize the scales too (nf4 and fp4 in layout bnb).", QU
 
 OUT = Option("Folder to write.", OUTPUT, metavar="DIR")
 FORCE = Option("Replace what is at --out, if fedqsn wrote it.", OUTPUT)
+SIGN = Option("Sign the output with this private key, from 'fedqsn keygen'.", SIGNATURES, metavar="PRIVATE")
 PLAN_FILE = Option("TOML rules for tensors that need other treatment.", MASKING, aliases=("--plan",))
 AXIS = Option(
     "What to hide in linear layers: output neurons, input features, or single weights.",
@@ -230,6 +232,13 @@ class MaskingOptions(FillOptions, HidingOptions, KeyOptions):
     Raises:
         InputError: the preset needs a public base, and there is none.
     """
+
+    allow_untrainable: Annotated[
+        bool,
+        Option(
+            "Accept a model though no client could train its proxies, for lack of a tokenizer for instance.", MASKING
+        ),
+    ] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

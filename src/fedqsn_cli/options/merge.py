@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fedqsn_cli import validate
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.options.aggregation import AdmissionOptions
+from fedqsn_cli.options.aggregation import (
+    AdmissionOptions,
+    Auto,
+    CentralPrivacyOptions,
+    ServerOptimizerOptions,
+    number_or_auto,
+    positive_or_auto,
+)
 from fedqsn_cli.options.declare import Option
 from fedqsn_cli.options.groups import (
     JOB,
@@ -18,14 +25,12 @@ from fedqsn_cli.options.groups import (
     OUTPUT,
     RESTORING,
     SEARCHING,
+    SIGNATURES,
     ModelOutputOptions,
     batch_size_option,
     device_option,
     max_length_option,
 )
-
-Auto = Literal["auto"]
-Normalize = Literal["coverage", "clients"]
 
 
 def _share(value: float, flag: str) -> float:
@@ -33,41 +38,26 @@ def _share(value: float, flag: str) -> float:
     return validate.up_to_one(validate.more_than_zero(value, flag), flag)
 
 
-def _number_or_auto(word: str, flag: str) -> float | str:
-    try:
-        return word if word == "auto" else float(word)
-    except ValueError:
-        raise InputError(f"{word!r} is neither a number nor auto", where=flag) from None
-
-
-def _rate_or_auto(value: float | str, flag: str) -> float | str:
-    number = _number_or_auto(value, flag) if isinstance(value, str) else value
-    return number if isinstance(number, str) else validate.more_than_zero(number, flag)
-
-
-def _blend_or_auto(value: float | str, flag: str) -> float | str:
-    number = _number_or_auto(value, flag) if isinstance(value, str) else value
-    return number if isinstance(number, str) else validate.up_to_one(number, flag)
+def _blend_or_auto(value: float | str, flag: str) -> float | Auto:
+    number = number_or_auto(value, flag)
+    return "auto" if number == "auto" else validate.up_to_one(number, flag)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeOptions(AdmissionOptions, ModelOutputOptions):
+class MergeOptions(AdmissionOptions, ServerOptimizerOptions, CentralPrivacyOptions, ModelOutputOptions):
     """`merge`: of updates, or, with `restore`, of a trained server model and the global one."""
 
     key: Annotated[str | Path, Option("The job's secret.", JOB, env=KEY)]
     ledger: Annotated[
         str | Path | None, Option("Record of all releases; needed to merge updates.", JOB, env=LEDGER)
     ] = None
-    normalize: Annotated[Normalize, Option("Average a neuron over the clients that saw it, or over all.", MERGING)] = (
-        "coverage"
-    )
     server_lr: Annotated[
         float | Auto,
         Option(
             "Step size: 1 takes the average as it is; auto looks for the best.",
             MERGING,
             metavar="X|auto",
-            check=_rate_or_auto,
+            check=positive_or_auto,
         ),
     ] = 1.0
     allow_worse: Annotated[bool, Option("With auto: take the best step even if the model gets worse.", MERGING)] = False
@@ -132,6 +122,15 @@ class MergeOptions(AdmissionOptions, ModelOutputOptions):
         str | Path | None, Option("Write a page about the updates and what auto tried: one HTML file.", OUTPUT)
     ] = None
 
+    verify_key: Annotated[
+        str | Path | None,
+        Option(
+            "Refuse an update that its client did not sign; {client} in it stands for the client's name.",
+            SIGNATURES,
+            metavar="PUBLIC",
+        ),
+    ] = None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.restore is not None:
@@ -153,7 +152,18 @@ class MergeOptions(AdmissionOptions, ModelOutputOptions):
             raise InputError("merging updates needs the ledger of their releases", where="--ledger", hint=hint)
         return Path(self.ledger)
 
+    def verify_key_of(self, client: str) -> Path | None:
+        """The public key of a client; None where updates need no signature."""
+        return None if self.verify_key is None else Path(str(self.verify_key).replace("{client}", client))
+
     def _check_restore(self) -> None:
+        if self.verify_key is not None:
+            raise InputError("a restore takes no updates", where="--verify-key", hint="give it when you merge them")
+        self.check_no_rule()
+        if self.server_optimizer != "sgd":
+            raise InputError("a restore takes no step", where="--server-optimizer", hint="leave it out")
+        if self.noise_multiplier is not None:
+            raise InputError("a restore takes no updates", where="--noise-multiplier", hint="leave it out")
         if self.server_lr == "auto":
             raise InputError("a restore takes no step", where="--server-lr", hint="did you mean --blend auto?")
         if self.control is not None:
@@ -161,6 +171,9 @@ class MergeOptions(AdmissionOptions, ModelOutputOptions):
 
     def _check_merge(self) -> None:
         self.required_ledger()
+        self.check_rule()
+        self.check_privacy()
+        self.check_optimizer(self.server_lr)
         if self.blend != 1.0:
             raise InputError("only a restore blends", where="--blend", hint="use it with --restore")
         if self.public_base is not None:
@@ -173,6 +186,12 @@ class MergeOptions(AdmissionOptions, ModelOutputOptions):
             raise InputError("no adapter is written", where="--adapter-rank", hint="give it with --keep-adapter")
         if self.keep_adapter is not None and self.restore is not None:
             raise InputError("a restore is no step", where="--keep-adapter", hint="use it when updates are merged")
+        if self.keep_adapter is not None and (self.rule != "fedavg" or self.clip_norm is not None):
+            what = "only a weighted average is an adapter"
+            raise InputError(what, where="--keep-adapter", hint="leave out --rule and --clip-norm")
+        if self.keep_adapter is not None and self.server_optimizer != "sgd":
+            what = f"a step of {self.server_optimizer} is no adapter"
+            raise InputError(what, where="--keep-adapter", hint="leave out --server-optimizer")
         if self.keep_adapter is not None and self.control is not None:
             raise InputError("a control is no part of an adapter", where="--keep-adapter", hint="leave out --control")
 

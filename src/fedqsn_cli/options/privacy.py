@@ -12,7 +12,7 @@ from fedqsn_cli.options.declare import Option, Options
 PRIVACY = "Privacy of the data"
 
 
-def _delta(value: float, flag: str) -> float:
+def probability(value: float, flag: str) -> float:
     """A probability above 0 and below 1."""
     if not 0 < value < 1:
         raise InputError(f"{value:g} is not a probability", where=flag, hint="give a number such as 1e-5")
@@ -31,9 +31,9 @@ class PrivacyOptions(Options):
         float | None,
         Option("Train with differential privacy (DP-SGD), up to this ε.", PRIVACY, check=validate.more_than_zero),
     ] = None
-    dp_delta: Annotated[float | None, Option("δ of --dp-epsilon; less than 1 / examples.", PRIVACY, check=_delta)] = (
-        None
-    )
+    dp_delta: Annotated[
+        float | None, Option("δ of --dp-epsilon; less than 1 / examples.", PRIVACY, check=probability)
+    ] = None
     dp_clip: Annotated[
         float | None,
         Option("Clip the gradient of each example to this norm.", PRIVACY, check=validate.more_than_zero),

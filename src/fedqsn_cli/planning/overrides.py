@@ -18,7 +18,6 @@ import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import translate
-from pathlib import Path
 from typing import Any
 
 from fedqsn_cli.errors import InputError, PlanError
@@ -39,24 +38,24 @@ class Override:
     sources: tuple[str, ...] = field(default=())
 
 
-def load_overrides(path: str | Path) -> dict[str, Any]:
-    """Read a TOML plan file.
+def parse_overrides(data: bytes, path: object) -> dict[str, Any]:
+    """Read the text of a TOML plan file.
+
+    Args:
+        path: of the file, for error messages.
 
     Returns:
         The canonical form: {"rule": [{"match": glob, "role"?: str, "masked"?: bool, "quantized"?: bool, "p1"?: ratio},
         ...], "where"?: str, "layers"?: str, "p1"?: {layers: ratio}}.
 
     Raises:
-        InputError: the file cannot be read.
         PlanError: it is not TOML, or holds something that a plan file cannot say.
     """
     try:
-        document = tomllib.loads(Path(path).read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the plan file ({error.strerror})", where=path) from None
+        document = tomllib.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise PlanError(f"the plan file is not UTF-8 text (byte {error.start})", where=path) from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise PlanError(f"the plan file is not valid TOML ({error})", where=path) from None
     return canonical(document, where=path)
 

@@ -2,7 +2,16 @@
 
 tables.py          a JSONL, CSV or Parquet file -> rows
 parquet.py         the columns of a Parquet file
-data.py            rows -> token ids and targets
+examples.py        what a model takes, and what the loss counts
+tokenizing.py      texts -> token ids
+labelled.py        rows with labels -> examples
+chat.py            conversations -> token ids
+language.py        rows for language models -> examples
+losses.py          the loss of each task
+metrics.py         the measures of each task
+tasks.py           the table of tasks: columns, targets, loss, measures
+data.py            rows -> examples, for one model
+shown.py           examples for people to look at
 batching.py        examples -> batches; their loss
 packing.py         several texts in one row
 visible.py         which elements of a model's parameters are visible
@@ -18,8 +27,10 @@ journal.py         the figures of every step
 loop.py            step by step
 secure_random.py   random numbers that nobody can repeat
 private_loop.py    the same with differential privacy of the examples (DP-SGD, opacus)
+teachers.py        what models say about texts, and a student's distance from it
 estimate.py        what a training would take
-scoring.py         loss, accuracy, macro F1, perplexity
+scoring.py         loss and measures of a model
+generation.py      texts that a model writes, and their measures
 update_noise.py    clipping of the whole update, and noise on it
 error_feedback.py  what encoding loses, kept for the next round
 update.py          U = T − P on disk

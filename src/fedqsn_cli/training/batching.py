@@ -1,59 +1,20 @@
-"""Encoded examples, and batches of them: examples of similar length, padded on the right."""
+"""Batches of examples of similar length, padded on the right, and the loss of a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from fedqsn_cli.models.torch_model import Task
+from fedqsn_cli.models.architecture import Task
+from fedqsn_cli.training.examples import IGNORED as IGNORED
+from fedqsn_cli.training.examples import Examples as Examples
+from fedqsn_cli.training.examples import Padding as Padding
+from fedqsn_cli.training.tasks import TASKS
 
-IGNORED = -100  # a target that the loss does not count
 _POOL = 50  # batches whose examples are sorted by length together: little padding, and still shuffled
-
-
-@dataclass(frozen=True, slots=True)
-class Examples:
-    """Examples as a model takes them.
-
-    Args:
-        task: decides what targets are.
-        features: for each example, integers [tokens] by input name.
-        targets: for each example a class id (classification), or ids [tokens] of which the loss counts those that are
-            not IGNORED (causal-lm; the model predicts the id at position t from position t - 1).
-        skipped: number of rows without a target that counts, which are not among the examples.
-        texts: how many texts each example was packed from; None where each is one.
-    """
-
-    task: Task
-    features: Sequence[dict[str, list[int]]]
-    targets: Sequence[int] | Sequence[list[int]]
-    skipped: int = 0
-    texts: Sequence[int] | None = None
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def texts_in(self, rows: Iterable[int]) -> int:
-        """How many texts are in some examples."""
-        return sum(1 if self.texts is None else self.texts[row] for row in rows)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each example."""
-        return [len(feature["input_ids"]) for feature in self.features]
-
-
-@dataclass(frozen=True, slots=True)
-class Padding:
-    """Ids appended to the shorter examples of a batch."""
-
-    token: int
-    token_type: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +23,7 @@ class Batch:
 
     Args:
         inputs: int64 [batch, tokens] by input name.
-        targets: int64, class ids [batch] or token ids [batch, tokens].
+        targets: as the task stacks them (`losses`).
         count: how many targets the loss counts.
     """
 
@@ -76,35 +37,28 @@ class Batch:
 
 
 def collate(examples: Examples, rows: Sequence[int], padding: Padding) -> Batch:
-    """Stack the examples of some rows, padded on the right to the longest of them."""
+    """Stack the examples of some rows, each input padded on the right to the longest of them."""
+    fills = {"input_ids": padding.token, "decoder_input_ids": padding.token, "token_type_ids": padding.token_type}
     features = [examples.features[row] for row in rows]
-    length = max(len(feature["input_ids"]) for feature in features)
-    fills = {"input_ids": padding.token, "token_type_ids": padding.token_type}
-    inputs = {name: _pad([feature[name] for feature in features], length, fills.get(name, 0)) for name in features[0]}
-    if examples.task == "classification":
-        targets = torch.tensor([examples.targets[row] for row in rows], dtype=torch.int64)
-        return Batch(inputs, targets, len(rows))
-    texts: list[Any] = [examples.targets[row] for row in rows]
-    targets = _pad(texts, length, IGNORED)
-    return Batch(inputs, targets, int((targets != IGNORED).sum()))
+    inputs = {name: _pad([feature[name] for feature in features], fills.get(name, 0)) for name in features[0]}
+    targets = TASKS[examples.task].stack([examples.targets[row] for row in rows])
+    count = len(rows) if targets.is_floating_point() else int((targets != IGNORED).sum())
+    return Batch(inputs, targets, count)
 
 
-def _pad(rows: Sequence[list[int]], length: int, fill: int) -> Tensor:
+def _pad(rows: Sequence[list[int]], fill: int) -> Tensor:
+    length = max(map(len, rows))
     return torch.tensor([row + [fill] * (length - len(row)) for row in rows], dtype=torch.int64)
 
 
 def loss_sum(task: Task, logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum of the negative log-likelihoods (nats) of all targets that count, in fp32.
+    """Sum of the losses of all targets that count, in fp32 nats (squared error for regression).
 
     Args:
-        logits: [batch, classes], or [batch, tokens, vocabulary].
-        targets: [batch], or [batch, tokens] with IGNORED where nothing counts.
+        logits: [batch, outputs], or [batch, tokens, classes].
+        targets: of a batch.
     """
-    if task == "classification":
-        return functional.cross_entropy(logits.float(), targets, reduction="sum")
-    following = targets[:, 1:]  # position t - 1 predicts the token at t
-    counts = following != IGNORED
-    return functional.cross_entropy(logits[:, :-1][counts].float(), following[counts], reduction="sum")
+    return TASKS[task].loss(logits, targets)
 
 
 def in_order(lengths: Sequence[int], size: int) -> Iterator[list[int]]:

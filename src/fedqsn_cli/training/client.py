@@ -12,6 +12,7 @@ import torch
 
 from fedqsn_cli.artifacts.manifests import (
     PROXY_MANIFEST,
+    UPDATE_MANIFEST,
     PrivacyRecord,
     ProxyManifest,
     TrainingPrivacy,
@@ -19,8 +20,11 @@ from fedqsn_cli.artifacts.manifests import (
 )
 from fedqsn_cli.artifacts.proxy_folder import verify_proxy
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, resolve
+from fedqsn_cli.crypto.keys import SigningKey, load_signing_key, load_verify_key
+from fedqsn_cli.crypto.signature import sign_artifacts, verify_folder
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.models.torch_model import Loaded, Task, choose_device, memory_errors, quiet
+from fedqsn_cli.models.architecture import Task
+from fedqsn_cli.models.torch_model import Loaded, choose_device, memory_errors, quiet
 from fedqsn_cli.options import TrainOptions
 from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.text import size
@@ -48,6 +52,7 @@ __all__ = ["Estimate", "TrainResult", "client_train", "estimate_training"]
 
 NOT_BINDING = frozenset(
     {"out", "data", "eval_data", "device", "save_every", "log", "tensorboard", "force"}
+    | {"sign", "verify_key"}
     | {"update_format", "residual", "clip_norm", "noise_multiplier"}
 )
 """Options that a training may be continued with other values of; `data` counts by its content."""
@@ -59,8 +64,9 @@ class TrainResult:
 
     Args:
         path: the update's folder, to send back. proxy_id: the proxy it belongs to.
-        task: classification or causal-lm.
-        examples: different examples trained on. skipped: rows with nothing to learn from.
+        task: what the model is for.
+        examples: different examples trained on. skipped: rows with nothing to learn from. cut: rows that were too long
+            and lost a part. unused_columns: columns of the data that nothing was made of.
         steps: optimizer steps. parameters: numbers in the update.
         first_loss, last_loss: mean loss in nats over the first and the last tenth of the steps.
         before, after: the model on the evaluation data, None without it.
@@ -74,6 +80,8 @@ class TrainResult:
     task: Task
     examples: int
     skipped: int
+    cut: int
+    unused_columns: tuple[str, ...]
     steps: int
     parameters: int
     first_loss: float
@@ -102,6 +110,7 @@ def client_train(proxy: str | Path, options: TrainOptions, *, progress: Progress
     Example:
         >>> client_train("proxy/", "update/", data="train.jsonl", epochs=3).last_loss
     """
+    signer = _signer(options)
     with _writer(options) as writer, quiet(), memory_errors(), _prepared(proxy, options, progress) as ready:
         ready.tell_plan(progress)
         before = ready.measure(progress)
@@ -110,6 +119,9 @@ def client_train(proxy: str | Path, options: TrainOptions, *, progress: Progress
         path = str(Path(options.out).absolute())
         if writer is not None:
             _write_update(writer, ready, trained, before, after)
+            if signer is not None:
+                sign_artifacts(signer, [writer])
+            ready.method.prepare(Path(path), writer.digests[UPDATE_MANIFEST])
             path = str(writer.publish())
             ready.method.sent()
             if ready.states is not None:
@@ -120,6 +132,8 @@ def client_train(proxy: str | Path, options: TrainOptions, *, progress: Progress
             task=ready.method.loaded.task,
             examples=trained.examples,
             skipped=ready.examples.skipped,
+            cut=ready.examples.cut,
+            unused_columns=ready.examples.unused,
             steps=trained.steps,
             parameters=ready.method.numbers_sent,
             first_loss=trained.first_loss,
@@ -130,6 +144,15 @@ def client_train(proxy: str | Path, options: TrainOptions, *, progress: Progress
             privacy=privacy_record(ready.options, ready.private),
             seconds=trained.seconds,
         )
+
+
+def _signer(options: TrainOptions) -> SigningKey | None:
+    """The key that signs the update, if one was given. Raises KeyFileError; InputError: it would be sent, too."""
+    if options.sign is None:
+        return None
+    if Path(options.sign).resolve().is_relative_to(Path(options.out).resolve()):
+        raise InputError("is inside of the output", where="--sign", hint="it is private, and not to be sent")
+    return load_signing_key(options.sign)
 
 
 def estimate_training(proxy: str | Path, options: TrainOptions, *, progress: Progress = SILENT) -> Estimate:
@@ -221,6 +244,9 @@ def _prepared(proxy: str | Path, options: TrainOptions, progress: Progress) -> I
     tables = read_table(options.data), read_table(options.eval_data) if options.eval_data is not None else None
     folder = resolve(str(proxy)).path
     manifest = verify_proxy(folder)
+    if options.verify_key is not None:
+        known = manifest.files | {PROXY_MANIFEST: file_digest(folder / PROXY_MANIFEST)}
+        verify_folder(folder, load_verify_key(options.verify_key), known)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(Checkpoint.open(folder))
         processes = stack.enter_context(joined(device))
@@ -261,7 +287,7 @@ def _encode(
 ) -> tuple[Encoder, Examples, Examples | None]:
     """The data as token ids."""
     encoder = Encoder.of(loaded, options.max_length)
-    examples = encoder.encode(tables[0], progress)
+    examples = replace(encoder, seed=options.seed).encode(tables[0], progress)
     if options.packing:
         if loaded.task != "causal-lm":
             raise InputError("is for causal language models", where="--packing", hint="train without it")

@@ -5,10 +5,14 @@
 
 e is in the model's own coordinates, so that rounds with other masks, and with another scale s, add up. It is made of
 private data: its file can be read by its owner only, and is never sent.
+
+The new e is on disk, as FILE.next, before the update is published, and takes its name afterwards. FILE.next says which
+update it goes with; so the next round that finds one, after a kill, knows whether that update is there.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedqsn_cli.checkpoint import Checkpoint, write_file_atomically
+from fedqsn_cli.artifacts.manifests import UPDATE_MANIFEST, file_digest
+from fedqsn_cli.checkpoint import Checkpoint, TensorSpec, plan_file, write_file_atomically
+from fedqsn_cli.checkpoint.files import sync_directory
 from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.training.visible import put_visible, visible_part
@@ -50,12 +56,52 @@ class ErrorFeedback:
         """Keep V − decode(encode(V)) of one tensor."""
         put_visible(self.errors[name], self.visible.get(name), error / self.scales.get(name, 1.0))
 
-    def save(self) -> None:
-        """Replace the file, for its owner's eyes only; call it once the update is out."""
-        from safetensors.torch import save
+    def prepare(self, out: Path, digest: str) -> None:
+        """Write the new file beside the old one, for its owner's eyes only; call it before the update is published.
 
+        Args:
+            out: where the update will be. digest: SHA-256 of its update.json.
+        """
         metadata = {"format": FORMAT, "job": self.job, "proxy_id": self.proxy_id}
-        write_file_atomically(self.path, save(self.errors, metadata), mode=0o600)
+        pending = {"update": str(out.absolute()), "update_sha256": digest}
+        specs = [TensorSpec(name, "F32", tuple(error.shape)) for name, error in self.errors.items()]
+        head, _ = plan_file(specs, metadata | pending)  # safetensors' own writer shuffles the metadata
+        values = (error.contiguous().numpy().tobytes() for error in self.errors.values())
+        write_file_atomically(_next(self.path), head + b"".join(values), mode=0o600)
+
+    def replace(self) -> None:
+        """Let the new file take the place of the old one; call it once the update is published."""
+        os.replace(_next(self.path), self.path)
+        sync_directory(self.path.parent)
+
+
+def settle(path: Path, proxy_id: str) -> None:
+    """Finish what a killed round left: its new file counts if its update was published, and only then.
+
+    Args:
+        proxy_id: of the proxy that is about to be trained; if it is the same one, there is no update of it yet.
+
+    Raises:
+        InputError: the update that the new file goes with was moved or never published, and nobody knows which.
+        FormatError: the new file is malformed.
+    """
+    pending = _next(path)
+    if not os.path.lexists(pending):
+        return
+    with Checkpoint.open(pending) as stored:
+        found = stored.metadata
+    manifest = Path(found.get("update", "")) / UPDATE_MANIFEST
+    if manifest.is_file() and file_digest(manifest) == found.get("update_sha256"):
+        os.replace(pending, path)
+    elif found.get("proxy_id") == proxy_id:
+        os.unlink(pending)
+    else:
+        hint = f"if that update was sent, run: mv {pending} {path}; if not, delete {pending}"
+        raise InputError("a killed round left it, and its update is not where it was made", where=pending, hint=hint)
+
+
+def _next(path: Path) -> Path:
+    return path.with_name(f"{path.name}.next")
 
 
 def read_errors(path: Path, job: str, proxy_id: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -68,6 +114,7 @@ def read_errors(path: Path, job: str, proxy_id: str, shapes: Mapping[str, tuple[
         InputError: the file is of another job, or has what an update of this proxy left over.
         FormatError: it is malformed.
     """
+    settle(path, proxy_id)
     if not path.exists():
         return {name: torch.zeros(shape) for name, shape in shapes.items()}
     with Checkpoint.open(path) as stored:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from fedqsn_cli.artifacts.proxy_folder import verify_proxy
@@ -10,6 +11,7 @@ from fedqsn_cli.models.torch_model import choose_device, load_model, memory_erro
 from fedqsn_cli.options import EvaluateOptions
 from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.training.data import Encoder
+from fedqsn_cli.training.generation import Prompts, measure_texts, require_libraries
 from fedqsn_cli.training.scoring import Evaluation, score
 from fedqsn_cli.training.tables import read_table
 
@@ -17,7 +19,7 @@ __all__ = ["Evaluation", "evaluate"]
 
 
 def evaluate(source: str | Path, options: EvaluateOptions, *, progress: Progress = SILENT) -> Evaluation:
-    """Measure a model in fp32: loss, and accuracy and macro F1 (classification) or perplexity (language models).
+    """Measure a model in fp32: its loss, and the measures of its task.
 
     Args:
         source: a path or hf:// reference to a model or proxy. A server model's rescale factor is applied, packed
@@ -31,6 +33,8 @@ def evaluate(source: str | Path, options: EvaluateOptions, *, progress: Progress
     Example:
         >>> evaluate("global/", data="dev.jsonl").loss
     """
+    if options.generate:
+        require_libraries()
     device = choose_device(options.device)
     table = read_table(options.data)
     folder = resolve(str(source)).path
@@ -39,6 +43,12 @@ def evaluate(source: str | Path, options: EvaluateOptions, *, progress: Progress
             verify_proxy(folder)
         loaded = load_model(checkpoint)
         encoder = Encoder.of(loaded, options.max_length)
+        prompts = Prompts.of(encoder, table, options.max_new_tokens) if options.generate else None
         examples = encoder.encode(table, progress)
-        model = loaded.model.to(device)
-        return score(model, examples, batch_size=options.batch_size, padding=encoder.padding, progress=progress)
+        loaded.model.to(device)
+        result = score(
+            loaded.model, examples, batch_size=options.batch_size, padding=encoder.padding, progress=progress
+        )
+        if prompts is None:
+            return result
+        return replace(result, **measure_texts(loaded.model, encoder, prompts, options, progress))

@@ -92,10 +92,15 @@ class FullMethod:
         update.write_tensors(writer, differences, options.update_format, noise, self.feedback)
         return {}
 
+    def prepare(self, out: Path, digest: str) -> None:
+        """Write down what the format lost."""
+        if self.feedback is not None:
+            self.feedback.prepare(out, digest)
+
     def sent(self) -> None:
         """Keep what the format lost."""
         if self.feedback is not None:
-            self.feedback.save()
+            self.feedback.replace()
 
 
 def _feedback(

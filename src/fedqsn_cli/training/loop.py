@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.models.torch_model import Task
+from fedqsn_cli.models.architecture import Task
 from fedqsn_cli.options import RecipeOptions
 from fedqsn_cli.progress import Progress
 from fedqsn_cli.training.batching import Batch, Examples, Padding, collate, loss_sum

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -106,6 +107,9 @@ class LoraMethod:
             update.write_tensors(writer, differences, options.update_format)
         saved = {tensor: PEFT_PREFIX + name for name, tensor in self._saved_names()}
         return {"adapters": self.records(), "saved": saved or None}
+
+    def prepare(self, out: Path, digest: str) -> None:
+        """Nothing is kept."""
 
     def sent(self) -> None:
         """Nothing is kept."""

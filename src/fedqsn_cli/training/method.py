@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
 from fedqsn_cli.checkpoint import ArtifactWriter
@@ -27,6 +28,13 @@ class Method(Protocol):
 
     def write(self, writer: ArtifactWriter, options: TrainOptions) -> dict[str, Any]:
         """Write the update's tensors. Returns fields of update.json that only this method has."""
+
+    def prepare(self, out: Path, digest: str) -> None:
+        """Write down what the next round needs of this one, before the update is there: a kill may come between.
+
+        Args:
+            out: where the update will be. digest: SHA-256 of its update.json.
+        """
 
     def sent(self) -> None:
         """Remember, once the update is there, what the next round needs of this one."""

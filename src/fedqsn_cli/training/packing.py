@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,11 +46,10 @@ def packed(examples: Examples, length: int) -> Examples:
         rows[row].append(text)
         bisect.insort(free, (space - lengths[text], row))
     targets: list[Any] = list(examples.targets)
-    return Examples(
-        examples.task,
-        [_features([examples.features[text]["input_ids"] for text in row]) for row in rows],
-        [_targets([targets[text] for text in row]) for row in rows],
-        examples.skipped,
+    return replace(
+        examples,
+        features=[_features([examples.features[text]["input_ids"] for text in row]) for row in rows],
+        targets=[_targets([targets[text] for text in row]) for row in rows],
         texts=[len(row) for row in rows],
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,19 @@ from fedqsn_cli import strictjson
 from fedqsn_cli.errors import DataError, FormatError
 
 
-def read_columns(path: Path, wanted: Sequence[str]) -> tuple[tuple[str, ...], dict[str, list[Any]], int]:
+def read_columns(
+    path: Path, wanted: Sequence[str], problem: Callable[[str], Any]
+) -> tuple[tuple[str, ...], dict[str, list[Any]], int]:
     """Read the wanted columns that a file has; no other column is decoded.
+
+    Args:
+        problem: makes what stands for a value that has no equivalent in Python, from the reason.
 
     Returns:
         Names of all columns of the file, values by column name (one list item a row), number of rows.
 
     Raises:
-        DataError: the file is damaged or encrypted, or a value has no equivalent in Python.
+        DataError: the file is damaged or encrypted.
     """
     with path.open("rb") as stream:
         try:
@@ -34,23 +39,22 @@ def read_columns(path: Path, wanted: Sequence[str]) -> tuple[tuple[str, ...], di
             raise DataError(f"not a readable Parquet file ({_reason(error)})", where=path) from None
     if len(set(names)) != len(names):
         raise DataError("two columns have the same name", where=path)
-    return names, {name: _values(table.column(name), name, path) for name in found}, file.metadata.num_rows
+    return names, {name: _values(table.column(name), problem) for name in found}, file.metadata.num_rows
 
 
-def _values(column: Any, name: str, path: Path) -> list[Any]:
-    """A column as Python objects: dictionaries are decoded, JSON documents parsed, null is None. Raises DataError."""
+def _values(column: Any, problem: Callable[[str], Any]) -> list[Any]:
+    """A column as Python objects: dictionaries are decoded, JSON documents parsed, null is None."""
     has_json = _has_json(column.type)
     values: list[Any] = []
-    try:
-        for scalar in column:
+    for scalar in column:
+        try:
             value = scalar.as_py(maps_as_pydicts="strict")
             values.append(_parsed(value, column.type) if has_json else value)
-    except MemoryError:
-        raise
-    except (pyarrow.ArrowException, FormatError, ValueError, ArithmeticError, KeyError, ImportError) as error:
-        # Text that is not UTF-8, JSON that is not valid, a time that Python cannot hold, a map with a key given twice.
-        what = f"column {name!r} holds a value of type {column.type} that cannot be read ({_reason(error)})"
-        raise DataError(what, where=f"{path}: row {len(values) + 1}") from None
+        except MemoryError:
+            raise
+        except (pyarrow.ArrowException, FormatError, ValueError, ArithmeticError, KeyError, ImportError) as error:
+            # Text that is not UTF-8, JSON that is not valid, a time that Python cannot hold, a map with a key twice.
+            values.append(problem(f"a value of type {column.type}: {_reason(error)}"))
     return values
 
 

@@ -34,6 +34,7 @@ FORMAT = "fedqsn-training-state/1"
 KEPT = 2
 """States that are kept: the last one, and the one before, should the last one be damaged."""
 
+_LARGEST = 4 << 20  # bytes of a document
 _TENSORS, _DOCUMENT = "state.safetensors", "state.json"
 _STORED = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
@@ -174,7 +175,10 @@ class StateFolder:
         return None
 
     def _read(self, path: Path) -> State:
-        document = strictjson.loads((path / _DOCUMENT).read_bytes(), path / _DOCUMENT)
+        try:
+            document = strictjson.loads(files.read_file(path / _DOCUMENT, _LARGEST), path / _DOCUMENT)
+        except InputError as error:
+            raise FormatError(error.what, where=path / _DOCUMENT) from None
         try:
             if document["format"] != FORMAT:
                 raise FormatError(f"has the format {document['format']!r}, not {FORMAT}", where=path)

@@ -5,17 +5,22 @@ from __future__ import annotations
 import codecs
 import csv
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedqsn_cli import strictjson
 from fedqsn_cli.errors import DataError, FormatError
 
-COLUMNS = ("text", "text_pair", "label", "prompt", "completion", "messages")
+COLUMNS = (
+    *("text", "text_pair", "label", "tokens", "tags"),
+    *("prompt", "completion", "messages", "source", "target"),
+)
+"""Names of all columns that some task uses (`tasks`); others are not kept in memory."""
 
 _TYPE_NAMES: dict[type, str] = {
     type(None): "nothing",
+    str: "text",
     bool: "a boolean",
     int: "a number",
     float: "a number",
@@ -25,35 +30,86 @@ _TYPE_NAMES: dict[type, str] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Unusable:
+    """Stands for a value that cannot be used, in a column that may never be asked for."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Table:
-    """The columns of a data file that fedqsn uses.
+    """The columns of a data file that some task uses.
 
     Args:
         path: the file, for error messages.
-        columns: values by column name, one list item a row.
+        columns: values by column name, one list item a row; see `values` for those that can be used.
         names: all column names of the file.
         rows: number of rows, at least one.
+        used: columns that someone asked for.
     """
 
     path: Path
     columns: dict[str, list[Any]]
     names: tuple[str, ...]
     rows: int
+    used: set[str] = field(default_factory=set, compare=False)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Names of the columns that nobody asked for."""
+        return tuple(sorted(set(self.names) - self.used))
 
     def require(self, *names: str, why: str) -> None:
         """Check that the file has these columns. Raises DataError, with `why` as its hint."""
         missing = [name for name in names if name not in self.columns]
         if missing:
-            found = ", ".join(self.names) or "none"
+            found = ", ".join(name.encode(errors="backslashreplace").decode() for name in self.names) or "none"
             raise self.error(f"column {missing[0]!r} is missing (found: {found})", hint=why)
 
-    def texts(self, name: str) -> list[str]:
-        """A column that holds a string in every row. Raises DataError, naming the first row that does not."""
+    def values(self, name: str) -> list[Any]:
+        """A column whose values can all be used. Raises DataError, naming the first row whose value cannot."""
         values = self.columns[name]
+        self.used.add(name)
+        for row, value in enumerate(values):
+            reason = _reason(value)
+            if reason is not None:
+                hint = f"only columns that are used matter: rename {name!r} if it is not meant"
+                raise self.error(f"column {name!r} cannot be read ({reason})", row=row, hint=hint)
+        return values
+
+    def texts(self, name: str) -> list[str]:
+        """A column that holds a text in every row. Raises DataError, naming the first row that does not."""
+        values = self.values(name)
         for row, value in enumerate(values):
             if type(value) is not str:
-                raise self.error(f"column {name!r} holds {_type_name(value)}, not text", row=row)
+                raise self.error(f"column {name!r} holds {type_name(value)}, not text", row=row)
+            if not value.isascii():
+                self.check_characters(name, row, value)
         return values
+
+    def lists(self, name: str) -> list[list[Any]]:
+        """A column that holds a list in every row, or the text of one in JSON. Raises DataError as `texts`."""
+        return [self.listed(name, row, value) for row, value in enumerate(self.values(name))]
+
+    def listed(self, name: str, row: int, value: Any) -> list[Any]:
+        """A value that is a list, or the text of one in JSON. Raises DataError."""
+        if type(value) is str and value.lstrip().startswith("["):
+            try:
+                value = strictjson.loads(value, name)
+            except FormatError as error:
+                what = f"column {name!r} holds text that is no list in JSON ({error.what})"
+                raise self.error(what, row=row) from None
+        if not isinstance(value, list):
+            raise self.error(f"column {name!r} holds {type_name(value)}, not a list", row=row)
+        return value
+
+    def check_characters(self, name: str, row: int, value: str) -> None:
+        """Refuse half of a UTF-16 pair, which JSON can hold, but which is no character. Raises DataError."""
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            what = f"column {name!r} holds U+{ord(value[error.start]):04X} at {error.start}, which is no character"
+            raise self.error(what, row=row) from None
 
     def error(self, what: str, *, row: int | None = None, hint: str | None = None) -> DataError:
         """An error about this file, or about one of its rows (numbered from 0 here, from 1 in the message)."""
@@ -108,14 +164,14 @@ def _read_json(path: Path) -> Table:
 
 def _json(text: bytes, where: str) -> Any:
     try:
-        return strictjson.loads(text, where)
+        return strictjson.loads_with(text, where, Unusable)
     except FormatError as error:
         raise DataError(error.what, where=where) from None
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f"{_type_name(value)}, not a JSON object", where=where)
+        raise DataError(f"{type_name(value)}, not a JSON object", where=where)
     return value
 
 
@@ -153,7 +209,7 @@ def _read_csv(path: Path) -> Table:
 def _read_parquet(path: Path) -> Table:
     from fedqsn_cli.training import parquet  # pyarrow takes long to import
 
-    names, columns, rows = parquet.read_columns(path, COLUMNS)
+    names, columns, rows = parquet.read_columns(path, COLUMNS, Unusable)
     return Table(path, columns, names, rows)
 
 
@@ -166,6 +222,16 @@ READERS: dict[str, Callable[[Path], Table]] = {
 }
 
 
-def _type_name(value: object) -> str:
+def _reason(value: object) -> str | None:
+    """Why a value, or a part of it, cannot be used; None if all of it can."""
+    if isinstance(value, Unusable):
+        return value.reason
+    if isinstance(value, (list, dict)):
+        parts = value.values() if isinstance(value, dict) else value
+        return next((reason for reason in map(_reason, parts) if reason is not None), None)
+    return None
+
+
+def type_name(value: object) -> str:
     """A value's type in words."""
     return _TYPE_NAMES.get(type(value), type(value).__name__)

@@ -1,7 +1,8 @@
-"""The hard rules FQ001 to FQ012: a proxy that breaks one must not be sent.
+"""The hard rules FQ001 to FQ013: a proxy that breaks one must not be sent.
 
 contents.py         FQ006, FQ010: files, manifests and secrets
 secrets.py          what must not be in any byte, and how it is recognised
+signed.py           FQ013: a signature is the owner's, and holds nothing else
 masks.py            FQ004, FQ005, FQ011: the masks are those of the key, the ratios those of the job
 weak_seeds.py       masks that a seeded generator could have drawn
 reproduce.py        FQ012: the whole folder, made again by the export itself

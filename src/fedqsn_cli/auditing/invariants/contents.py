@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, VISIBLE_TENSORS
+from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, SIGNATURE, VISIBLE_TENSORS
 from fedqsn_cli.auditing.checks import check, each_folder
 from fedqsn_cli.auditing.findings import Entry, Finding
 from fedqsn_cli.auditing.inputs import KEY, LEDGER, PROXY, TRUTH, Inputs, ProxyFolder
@@ -19,13 +19,17 @@ from fedqsn_cli.auditing.invariants.secrets import (
 )
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.registry import EXPORT_AGAIN, Rule
-from fedqsn_cli.checkpoint.reader import COMPANIONS
+from fedqsn_cli.checkpoint import read_header
+from fedqsn_cli.checkpoint.companions import MAX_COMPANION_BYTES, is_companion
+from fedqsn_cli.checkpoint.files import open_regular_file
+from fedqsn_cli.errors import FedqsnError
 from fedqsn_cli.export.outputs import tensor_specs
 from fedqsn_cli.models.tensor_task import tensor_tasks
 from fedqsn_cli.quantization.bnb_format import state_name
 
 _MODEL_FILE = re.compile(r"model(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _PIECE = 1 << 22
+_NOT_READ = "-"  # in place of a digest
 _TOLD_TWICE = ("job", "round", "quantization", "fill", "train", "rescale")  # in proxy.json and in the ledger
 
 
@@ -72,6 +76,12 @@ def _secrets(folder: ProxyFolder, patterns: SecretPatterns, digests: dict[str, s
         if not path.is_file():
             continue
         name = str(path.relative_to(folder.folder))
+        if is_oversized(path):
+            digests[name] = _NOT_READ
+            yield SECRET_IN_BYTES.finding(
+                folder.scope, f"{_shown(name)} is larger than any such file, and was not read"
+            )
+            continue
         digests[name], key_inside = _read_through(path, patterns)
         problems = list(dict.fromkeys(find_problems(path, patterns)))
         if key_inside and not any("key" in problem for problem in problems):
@@ -92,6 +102,16 @@ def _secrets(folder: ProxyFolder, patterns: SecretPatterns, digests: dict[str, s
             yield SECRET_IN_BYTES.finding(proxy.scope, "visible.safetensors sets bits after the last unit of a group")
 
 
+def is_oversized(path: Path) -> bool:
+    """Is a file larger than any that goes with a model? One of tensors may be, if its header says so."""
+    if path.stat().st_size <= MAX_COMPANION_BYTES:
+        return False
+    try:
+        return path.suffix != ".safetensors" or not read_header(path).entries
+    except FedqsnError:
+        return True
+
+
 def _shown(name: str) -> str:
     """A file's name, if it is an ordinary one; a path or a key could be in it."""
     return name if re.fullmatch(r"[A-Za-z0-9._-]{1,60}", name) else "a file"
@@ -100,7 +120,7 @@ def _shown(name: str) -> str:
 def _read_through(path: Path, patterns: SecretPatterns) -> tuple[str, bool]:
     """SHA-256 of a file, and whether the key is in it."""
     sha256, inside, tail = hashlib.sha256(), False, b""
-    with path.open("rb") as file:
+    with open(open_regular_file(path), "rb") as file:
         while piece := file.read(_PIECE):
             sha256.update(piece)
             if patterns.raw and not inside:
@@ -117,10 +137,11 @@ def _listing(folder: ProxyFolder, proxy: OpenedProxy, digests: Mapping[str, str]
             yield UNLISTED_CONTENT.finding(scope, f"{_shown(name)} is listed in proxy.json, but missing")
         elif digests[name] != digest:
             yield UNLISTED_CONTENT.finding(scope, f"{_shown(name)} is not the file that proxy.json lists")
-        if name not in (*COMPANIONS, "config.json", VISIBLE_TENSORS) and not _MODEL_FILE.fullmatch(name):
+        known = is_companion(name) or name in ("config.json", VISIBLE_TENSORS) or _MODEL_FILE.fullmatch(name)
+        if not known:
             yield UNLISTED_CONTENT.finding(scope, f"{_shown(name)} is not part of a proxy")
     for name in digests:
-        if name not in listed and name != PROXY_MANIFEST:
+        if name not in listed and name not in (PROXY_MANIFEST, SIGNATURE):
             yield UNLISTED_CONTENT.finding(scope, f"{_shown(name)} is not listed in proxy.json")
     for path in folder.folder.iterdir():
         if path.is_dir() or not path.exists():

@@ -13,12 +13,14 @@ from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, VISIBLE_TENSORS
 from fedqsn_cli.auditing.checks import Together, check, each_proxy
 from fedqsn_cli.auditing.findings import Entry, Finding
 from fedqsn_cli.auditing.inputs import TRUTH, Inputs
+from fedqsn_cli.auditing.invariants.contents import is_oversized
 from fedqsn_cli.auditing.invariants.holes import CLEAR_COPY, HIDDEN_UNIT_PRESENT
 from fedqsn_cli.auditing.invariants.sketches import SHORTEST, Sketches, add_vectors, cosine, similar, window
 from fedqsn_cli.auditing.invariants.truth_index import TruthIndex, fetch, matrix_view, origins, sketch
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.registry import Rule
 from fedqsn_cli.checkpoint import Checkpoint
+from fedqsn_cli.checkpoint.files import open_regular_file
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.quantization.layout import TensorLayout
 
@@ -178,7 +180,8 @@ def _unexpected(truth: TruthIndex, proxy: OpenedProxy) -> Iterator[tuple[str, Re
                 yield name, _entry_reader(checkpoint, name), entry.nbytes
     own = {entry.file for entry in (*proxy.checkpoint.entries.values(), *proxy.units.stored.entries.values())}
     for path in sorted(proxy.folder.rglob("*")):
-        if path.is_file() and path not in own and path.name not in {PROXY_MANIFEST, VISIBLE_TENSORS, "config.json"}:
+        listed = path in own or path.name in {PROXY_MANIFEST, VISIBLE_TENSORS, "config.json"}
+        if path.is_file() and not listed and not is_oversized(path):
             yield path.name, _file_reader(path), path.stat().st_size
 
 
@@ -193,7 +196,7 @@ def _entry_reader(checkpoint: Checkpoint, name: str) -> ReadBytes:
 
 def _file_reader(path: Path) -> ReadBytes:
     def read(start: int, count: int) -> bytes:
-        with path.open("rb") as file:
+        with open(open_regular_file(path), "rb") as file:
             file.seek(start)
             return file.read(count)
 

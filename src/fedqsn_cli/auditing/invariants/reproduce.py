@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedqsn_cli.artifacts.ledger import Release
+from fedqsn_cli.artifacts.manifests import SIGNATURE
 from fedqsn_cli.auditing.checks import Together, check
 from fedqsn_cli.auditing.completeness import DOES_NOT_BELONG
 from fedqsn_cli.auditing.findings import Entry, Finding
@@ -32,7 +33,7 @@ NOT_REPRODUCED = Rule(
     "not-reproduced",
     "hard",
     what="The release is made again from truth, key, ledger line and public base; names, kinds, modes and times of all "
-    "files of the folder, and every byte in them, must be the same.",
+    "files of the folder, and every byte in them, must be the same; of a signature, FQ013 checks the bytes.",
     why="An export has nothing to choose. What it does not explain can carry anything, in any encoding.",
     fix=EXPORT_AGAIN + " If it happens again, do not trust the tool that exported it.",
     scope="invariants",
@@ -124,8 +125,9 @@ def _judge(inputs: Inputs, proxy: OpenedProxy, folder: ComparedFolder, made: Rel
         yield DOES_NOT_BELONG.finding(scope, message)
         yield NOT_REPRODUCED.not_run(scope, "the truth is not the model of this release")
         return
+    names = folder.names | {SIGNATURE} if (proxy.folder / SIGNATURE).exists() else folder.names
     downloaded = next(one.downloaded for one in inputs.folders if one.scope == scope)
-    problems = list(entry_problems(proxy.folder, folder.names, downloaded=downloaded))
+    problems = list(entry_problems(proxy.folder, names, downloaded=downloaded))
     found = list(_first(scope, folder.differences(), problems))
     if not found and line.model_copy(update={"previous": made.previous}) != made:
         found = [NOT_REPRODUCED.finding(scope, "its ledger line is not the one that an export writes")]

@@ -32,20 +32,15 @@ from fedqsn_cli.artifacts.manifests import (
     manifest_bytes,
     parse_manifest,
 )
-from fedqsn_cli.artifacts.sanitize import PRIVATE_FIELDS
+from fedqsn_cli.artifacts.sanitize import PRIVATE_FIELDS, PRIVATE_NAME
 from fedqsn_cli.auditing.inputs import KEY, PROXY
 from fedqsn_cli.auditing.registry import Rule
+from fedqsn_cli.checkpoint.files import open_regular_file
 from fedqsn_cli.errors import FormatError
 from fedqsn_cli.masks.draw import SERVER, seed
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.quantization.bnb_format import companion_specs
 
-_WORDS = (
-    r"seeds?|rng|manual_seed|host|host_?name|machine|node_name|user|user_?name|author|login|cwd|home|hf_token|api_key|"
-    r"secret|password|private_key|(?:job|mask|master|secret)_key|key|created|created_at|timestamp|time|date|datetime|"
-    r"mtime|ctime|started_at|finished_at|exported_at|clients?"
-)
-_FIELD = re.compile(rf"(?:{_WORDS})|.*_(?:seeds?|timestamp|hostname|username)|seed_.*", re.IGNORECASE)
 _ROOTS = (
     "home|Users|root|mnt|tmp|var|data|opt|srv|work|workspace|scratch|content|private|media|usr|etc|nfs|gpfs|lustre|"
     "shared"
@@ -74,6 +69,12 @@ _VOCABULARIES = frozenset(
         "tokenizer.model",
         "spiece.model",
         "sentencepiece.bpe.model",
+        "spm.model",
+        "source.spm",
+        "target.spm",
+        "bpe.codes",
+        "vocab.bpe",
+        "tekken.json",
         "chat_template.jinja",
         "chat_template.json",
     }
@@ -138,10 +139,11 @@ def find_problems(path: Path, patterns: SecretPatterns) -> Iterator[str]:
     if path.suffix == ".safetensors":
         yield from _header_problems(path, patterns)
         return
-    data = path.read_bytes()[:_LARGEST_TEXT]
+    with open(open_regular_file(path), "rb") as file:
+        data = file.read(_LARGEST_TEXT)
     if patterns.in_text(data):
         yield "holds the job's key or the seed of a mask"
-    if path.name in _VOCABULARIES:
+    if path.name in _VOCABULARIES or path.suffix == ".tiktoken":
         return
     if path.suffix == ".json":
         yield from _json_problems(path, data)
@@ -195,7 +197,7 @@ def _document_problems(value: Any, field: str, names: tuple[str, ...] | None = N
             name = f"{field}.{key}".lstrip(".")
             if key in PRIVATE_FIELDS and item not in (None, ""):
                 yield f"{_at(name)} is one that exports remove"
-            elif _FIELD.fullmatch(key) and not isinstance(item, dict):
+            elif PRIVATE_NAME.fullmatch(key) and not isinstance(item, dict):
                 yield f"{_at(name)} has a name like that of a secret, a seed, a machine or a time"
             elif key in _PUBLIC_TEXT:
                 continue
@@ -236,7 +238,7 @@ def machine_names() -> tuple[str, ...]:
 
 def _header_problems(path: Path, patterns: SecretPatterns) -> Iterator[str]:
     """The header of a safetensors file: nothing but {"format": "pt"}, and in the one spelling that exports write."""
-    with path.open("rb") as file:
+    with open(open_regular_file(path), "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         data = file.read(min(length, 1 << 27))
     if patterns.in_text(data):
@@ -259,7 +261,7 @@ def _header_problems(path: Path, patterns: SecretPatterns) -> Iterator[str]:
 
 def _state_problems(path: Path, document: dict[str, Any], start: int) -> Iterator[str]:
     """Texts inside of a safetensors file: the JSON of packed tensors, also where the file is otherwise unusable."""
-    with path.open("rb") as file:
+    with open(open_regular_file(path), "rb") as file:
         for name, entry in document.items():
             try:
                 begin, end = map(int, entry["data_offsets"])

@@ -17,7 +17,7 @@ from fedqsn_cli.auditing.findings import Entry, Finding
 from fedqsn_cli.auditing.inputs import PROXY, Inputs
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.registry import Rule
-from fedqsn_cli.checkpoint.reader import COMPANIONS
+from fedqsn_cli.checkpoint.files import read_file
 
 UNUSUAL_COMPANION = Rule(
     "FQ104",
@@ -39,12 +39,18 @@ _LARGEST = {  # bytes; about twice the largest of well-known models
     "tokenizer.model": 16 << 20,
     "spiece.model": 16 << 20,
     "sentencepiece.bpe.model": 16 << 20,
+    "spm.model": 16 << 20,
+    "source.spm": 16 << 20,
+    "target.spm": 16 << 20,
+    "bpe.codes": 16 << 20,
+    "vocab.bpe": 16 << 20,
+    "tekken.json": 32 << 20,
     "tokenizer_config.json": 4 << 20,
     "chat_template.jinja": 128 << 10,
     "chat_template.json": 128 << 10,
 }
 _OTHERS = 1 << 20
-_BINARY = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+_BINARY = (".model", ".spm")
 _RUN = re.compile(rb"[A-Za-z0-9+/=_-]{200,}")  # of base64 or hexadecimal digits
 _RANDOM = 3.5  # bits a character; hexadecimal digits of weights have nearly 4, base64 nearly 6, repeated signs below 2
 
@@ -52,8 +58,12 @@ _RANDOM = 3.5  # bits a character; hexadecimal digits of weights have nearly 4, 
 @check(UNUSUAL_COMPANION, each_proxy, problem="cannot be read")
 def companions(inputs: Inputs, proxy: OpenedProxy) -> Iterator[Entry]:
     """Look at every companion of a proxy."""
-    found = [finding for name in ("config.json", *COMPANIONS) for finding in _problems(proxy, proxy.folder / name)]
+    found = [finding for path in _paths(proxy) for finding in _problems(proxy, path)]
     yield from UNUSUAL_COMPANION.checked(proxy.scope, "sizes and long texts of all companions were looked at", found)
+
+
+def _paths(proxy: OpenedProxy) -> list[Path]:
+    return [proxy.folder / "config.json", *proxy.checkpoint.companions]
 
 
 def _problems(proxy: OpenedProxy, path: Path) -> Iterator[Finding]:
@@ -63,8 +73,8 @@ def _problems(proxy: OpenedProxy, path: Path) -> Iterator[Finding]:
     if size > most:
         message = f"{path.name} has {size} bytes; well-known models need no more than {most}"
         yield UNUSUAL_COMPANION.finding(proxy.scope, message, value=float(size), limit=float(most))
-    elif path.name not in _BINARY:
-        longest = max((len(run) for run in _RUN.findall(path.read_bytes()) if entropy(run) > _RANDOM), default=0)
+    elif not path.name.endswith(_BINARY):
+        longest = max((len(run) for run in _RUN.findall(read_file(path, most)) if entropy(run) > _RANDOM), default=0)
         if longest:
             message = f"{path.name} holds {longest} characters in one piece that are as good as random"
             yield UNUSUAL_COMPANION.finding(proxy.scope, message, value=float(longest), limit=199.0)

@@ -54,6 +54,8 @@ def _after_tuning(limits: Limits, found: FunctionRecovery) -> Iterator[Entry]:
     tuned = [(point.rho, point.public_examples) for point in found.curve if point.rho is not None]
     gains = [(point.gain, point.public_examples) for point in found.curve if point.gain is not None]
     entries: list[Entry] = []
+    if not found.curve and found.left_out:
+        entries.append(rule.not_run(scope, "no attack was trained within --attack-minutes"))
     if tuned:
         best, examples = max(tuned, key=lambda pair: pair[0])
         what = f"{PHRASES['rho']} after {examples} public examples"

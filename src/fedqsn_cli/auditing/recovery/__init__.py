@@ -6,5 +6,6 @@ metrics.py    how close an estimate is to the truth
 attacks.py    estimates of a tensor from what an attacker holds
 low_rank.py   attacks that use the low rank of a fine-tune
 weights.py    all attacks on all tensors
+attackers/    attacks on the function, a file each
 function.py   what the recovered model can do: loss, accuracy, learning from few examples
 """

@@ -25,8 +25,10 @@ def headline(audit: Audit) -> list[Line]:
     scores = {score.model: score for score in found.scores}
     lines = [("skill without examples", _without_examples(found, scores.get("attacked")))]
     lines += [(f"skill with {point.public_examples} public examples", _with_examples(point)) for point in found.curve]
-    if not found.curve:
+    if not found.curve and not found.left_out:
         lines.append(("skill with public examples", "not measured (needs --public-data)"))
+    if found.left_out:
+        lines.append(("not tried, for lack of time", f"{len(found.left_out)} attacks (--attack-minutes)"))
     compared = [
         (name, scores[model])
         for name, model in (("the owner's model", "global"), ("the public base", "base"))
@@ -63,7 +65,8 @@ def _with_examples(point: CurvePoint) -> str:
     rho = "rho not defined" if point.rho is None else f"rho {point.rho:.3f}"
     gain = "" if point.gain is None else f", of which the proxies add {percent(max(point.gain, 0.0))} over the base"
     accuracy = "" if point.accuracy is None else f", accuracy {real(point.accuracy)}"
-    return f"{rho}{gain}; loss {real(point.loss)}{accuracy}"
+    attack = "" if point.attack is None else f" ({point.attack})"
+    return f"{rho}{gain}; loss {real(point.loss)}{accuracy}{attack}"
 
 
 def _score(score: ModelScore) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from fedqsn_cli.auditing.findings import AttackScore, Audit
 from fedqsn_cli.auditing.report.headline import headline, is_skill_known
 from fedqsn_cli.auditing.report.html_plots import plots
-from fedqsn_cli.auditing.report.sections import MEASURES
+from fedqsn_cli.auditing.report.sections import MEASURES, attempts
 from fedqsn_cli.auditing.report.wording import (
     LOWER_BOUND,
     NOT_SKILL,
@@ -51,6 +51,7 @@ def render(audit: Audit) -> str:
         audit=audit,
         verdict=_banner(audit),
         headline=headline(audit),
+        attempts=attempts(audit.function),
         counts=dict.fromkeys(STATUSES, 0) | Counter(check.status for check in audit.checked),
         figures=_figures(audit),
         findings=ordered(audit),

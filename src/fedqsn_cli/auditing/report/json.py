@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 from fedqsn_cli import strictjson
@@ -11,6 +12,8 @@ from fedqsn_cli.auditing.findings import Audit, FunctionRecovery, Recovery
 from fedqsn_cli.auditing.limits.regression import measures
 from fedqsn_cli.auditing.report.headline import headline
 from fedqsn_cli.auditing.report.wording import meaning, unchecked
+from fedqsn_cli.checkpoint.files import read_file
+from fedqsn_cli.checkpoint.reader import MAX_JSON_BYTES
 from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.text import plain
 
@@ -46,8 +49,10 @@ def _recovery(recovery: Recovery) -> dict[str, object]:
 def _function(function: FunctionRecovery | None) -> dict[str, object] | None:
     if function is None:
         return None
-    scores, curve = ([plain(value._asdict()) for value in values] for values in (function.scores, function.curve))
-    return {**plain(function), "scores": scores, "curve": curve}
+    scores, curve, attempts = (
+        [plain(value._asdict()) for value in values] for values in (function.scores, function.curve, function.attempts)
+    )
+    return {**plain(function), "scores": scores, "curve": curve, "attempts": attempts}
 
 
 def render(audit: Audit) -> str:
@@ -61,11 +66,9 @@ def read_measures(path: str | Path) -> dict[str, float]:
     Raises:
         InputError: there is no such file. FormatError: it is not the JSON of an audit.
     """
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise InputError("no such baseline", where=path, hint="save one with 'fedqsn audit --format json'") from None
-    document = strictjson.loads(data, path)
+    if not os.path.lexists(path):
+        raise InputError("no such baseline", where=path, hint="save one with 'fedqsn audit --format json'")
+    document = strictjson.loads(read_file(Path(path), MAX_JSON_BYTES), path)
     measured = document.get("measures") if isinstance(document, dict) and document.get("format") == FORMAT else None
     if not isinstance(measured, dict):
         raise FormatError(f"not an audit of format {FORMAT}", where=path, hint="save one with --format json")

@@ -35,7 +35,9 @@ MOST_FINDINGS = 100
 MEASURES = ("known exactly", "error", "error of what is shown", "cosine", "weight difference", "its direction")
 """The columns of an attack's score."""
 
-_NUMBERS = frozenset({*MEASURES, "shown", "proxies", "first", "now", "loss", "accuracy", "public examples", "rho"})
+_NUMBERS = frozenset(
+    {*MEASURES, "shown", "proxies", "first", "now", "loss", "accuracy", "public examples", "rho", "steps"}
+)
 _CURVE = ("public examples", "loss", "accuracy", "rho", "base alone, loss", "gain over base")
 
 
@@ -179,7 +181,19 @@ def _function(function: FunctionRecovery) -> list[Part]:
             for point in function.curve
         ]
         parts.append(Table(_CURVE, points, frozenset(_CURVE)))
-    return parts
+    if function.attempts:
+        parts.append(attempts(function))
+    return [*parts, *(f"Not tried, for lack of time: {name}" for name in function.left_out)]
+
+
+def attempts(function: FunctionRecovery | None) -> Table:
+    """Every attack that was tried on the function: by the examples that it used, the best first."""
+    tried = function.attempts if function is not None else ()
+    best = sorted(tried, key=lambda attempt: (attempt.public_examples, attempt.loss))
+    rows = [
+        (one.attack, one.public_examples, real(one.loss), real(one.accuracy), one.steps, one.source) for one in best
+    ]
+    return Table(("attack on the function", "public examples", "loss", "accuracy", "steps", "source"), rows, _NUMBERS)
 
 
 def _count(audit: Audit) -> str:

@@ -18,11 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedqsn_cli.models.torch_model import Task
+from fedqsn_cli.models.architecture import Task
 from fedqsn_cli.options import RecipeOptions
 from fedqsn_cli.progress import Progress
 from fedqsn_cli.training.batching import IGNORED, Batch, Examples, Padding, collate, in_order
 from fedqsn_cli.training.loop import extra_inputs
+
+TAUGHT_TASKS: tuple[Task, ...] = ("classification", "causal-lm")
+"""What teachers know to speak about."""
 
 LIKELIEST = 1024
 """Tokens that are kept for each position at most; the others count together. A flat distribution needs many."""

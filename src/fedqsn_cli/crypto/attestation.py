@@ -1,0 +1,135 @@
+"""A signed verdict of an audit: an in-toto statement of the predicate test-result, in an envelope (`dsse`).
+
+    subject        one for each proxy, "proxy 1" and so on, in the order of their digests: no client, no path
+    result         PASSED, or FAILED for every other verdict
+    configuration  the policy with its digest, and the tool with its version and its word for the verdict
+    passedTests, failedTests   ids of the rules that were applied; what could not be checked is in neither
+
+The digest of a proxy is that of its whole folder: SHA-256 of what `LC_ALL=C sha256sum *` prints in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedqsn_cli import strictjson
+from fedqsn_cli.artifacts.manifests import file_digest
+from fedqsn_cli.checkpoint.files import open_regular_file
+from fedqsn_cli.crypto import dsse
+from fedqsn_cli.crypto.keys import SigningKey, VerifyKey
+from fedqsn_cli.errors import FormatError, GateFailed, InputError, SignatureError
+from fedqsn_cli.version import VERSION
+
+PREDICATE = "https://in-toto.io/attestation/test-result/v0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Attestation:
+    """What an attestation says.
+
+    Args:
+        result: PASSED or FAILED. verdict: the same as the tool words it. tool: name and version.
+        policy: SHA-256 of the policy file. proxies: digests of their folders.
+        passed, failed: rules.
+    """
+
+    result: str
+    verdict: str
+    tool: str
+    policy: str
+    proxies: Mapping[str, str]
+    passed: Sequence[str]
+    failed: Sequence[str]
+
+
+def attestation_bytes(told: Attestation, key: SigningKey) -> bytes:
+    """The text of an attestation file. The names of `told.proxies` are not in it."""
+    subjects = [
+        {"name": f"proxy {number}", "digest": {"sha256": digest}}
+        for number, digest in enumerate(sorted(told.proxies.values()), start=1)
+    ]
+    tool = {"name": "fedqsn", "annotations": {"version": VERSION, "verdict": told.verdict}}
+    predicate = {
+        "result": told.result,
+        "configuration": [{"name": "policy", "digest": {"sha256": told.policy}}, tool],
+        "passedTests": sorted(told.passed),
+        "failedTests": sorted(told.failed),
+    }
+    payload = dsse.statement(subjects, PREDICATE, predicate)
+    return strictjson.dumps(dsse.envelope(payload, dsse.sign(payload, key))).encode() + b"\n"
+
+
+def read_attestation(path: Path, key: VerifyKey) -> Attestation:
+    """What an attestation says, verified.
+
+    Raises:
+        InputError: there is no such file. SignatureError: it was not signed with the key. FormatError: it is malformed.
+    """
+    with open(open_regular_file(path), "rb") as file:
+        document = strictjson.loads(file.read(dsse.LARGEST), path)
+    told, _ = dsse.opened(document, key, PREDICATE, path)
+    try:
+        return _attestation(told)
+    except (KeyError, TypeError, ValueError):
+        raise FormatError("the signed statement is not that of an audit", where=path) from None
+
+
+def _attestation(told: dict[str, Any]) -> Attestation:
+    predicate = told["predicate"]
+    policy, tool = predicate["configuration"]
+    annotations = tool["annotations"]
+    return Attestation(
+        result=predicate["result"],
+        verdict=annotations["verdict"],
+        tool=f"{tool['name']} {annotations['version']}",
+        policy=policy["digest"]["sha256"],
+        proxies={one["name"]: one["digest"]["sha256"] for one in told["subject"]},
+        passed=predicate["passedTests"],
+        failed=predicate["failedTests"],
+    )
+
+
+def require_attested(
+    path: Path, key: VerifyKey, folders: Sequence[Path], policy: str | Path | None = None
+) -> Attestation:
+    """Check that an audit passed, and that it was one of exactly these folders, as they are now.
+
+    Args:
+        folders: proxies; those of an audit may be fewer than it looked at.
+        policy: the file that it must have been held against; None for any.
+
+    Raises:
+        SignatureError: the attestation was not signed with the key, or a folder is not among what was audited.
+        GateFailed: the audit did not pass. InputError: there is no attestation, or it is of another policy.
+    """
+    told = read_attestation(path, key)
+    if told.result != "PASSED":
+        raise GateFailed(f"the audit did not pass ({told.verdict})", where=path, hint="do not send these proxies")
+    if policy is not None and told.policy != file_digest(Path(policy)):
+        raise InputError("the audit was held against another policy", where=path, hint=f"audit with {policy}")
+    for folder in folders:
+        if folder_digest(file_digests(folder)) not in told.proxies.values():
+            hint = "it was changed since, or is another proxy: audit it"
+            raise SignatureError("is not one of the folders that were audited", where=folder, hint=hint)
+    return told
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files of a flat folder, by name. Raises InputError: it holds something else."""
+    digests = {}
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if not entry.is_file():
+            raise InputError("is not a file", where=entry.path, hint="remove it")
+        digests[entry.name] = file_digest(Path(entry.path))
+    return digests
+
+
+def folder_digest(digests: Mapping[str, str]) -> str:
+    """SHA-256 of a folder: of its files' digests and names, as sha256sum prints them."""
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,0 +1,105 @@
+"""What an owner should hear before a release: what is not carried along, and why no client could train a proxy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from fedqsn_cli.artifacts.ledger import Release
+from fedqsn_cli.checkpoint.companions import left_behind
+from fedqsn_cli.errors import InputError
+from fedqsn_cli.models.architecture import is_known_architecture, task_of
+from fedqsn_cli.models.duplicates import false_tie
+from fedqsn_cli.models.model import OpenModel
+from fedqsn_cli.models.tokenizer_files import tokenizer_problem
+from fedqsn_cli.options import ExportOptions
+from fedqsn_cli.planning.roles import rules
+from fedqsn_cli.progress import Progress
+
+ALLOW_UNTRAINABLE = "FEDQSN_ALLOW_UNTRAINABLE"
+
+
+def tell_what_stays(model: OpenModel, progress: Progress) -> None:
+    """Name the files beside a model that are not carried along."""
+    names = left_behind(model.source.path)
+    if names:
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        progress.note(f"not carried along: {', '.join(names[:8])}{more}")
+
+
+def refuse_untrainable(model: OpenModel, allowed: bool) -> str | None:
+    """Refuse a model whose proxies no client could train, as far as its files tell.
+
+    Args:
+        allowed: by an option. The environment can say the same for all commands.
+
+    Returns:
+        Why no client could train it, where that is allowed; None where nothing is known to be wrong.
+
+    Raises:
+        InputError: it is not allowed. FormatError: a file of its tokenizer is malformed.
+    """
+    problem = _problem(model)
+    if problem is not None and not (allowed or os.environ.get(ALLOW_UNTRAINABLE, "") not in ("", "0")):
+        what = f"no client can train a proxy of this model: {problem}"
+        raise InputError(what, where=model.source.path, hint="correct it, or give --allow-untrainable")
+    return problem
+
+
+def _problem(model: OpenModel) -> str | None:
+    try:
+        _, architecture = task_of(model.checkpoint.config, model.source.path)
+    except InputError as error:
+        return error.what
+    if not is_known_architecture(architecture):
+        return f"transformers has no architecture {architecture}, and code that comes with a model is never run"
+    tied = false_tie(model.checkpoint, model.plan)
+    if tied is not None:
+        return f"{tied[1]} differs from {tied[0]}, though config.json ties the two"
+    return tokenizer_problem(model.checkpoint.companions, _tokens(model))
+
+
+def _tokens(model: OpenModel) -> int | None:
+    """Number of tokens that the input embedding has."""
+    inputs = rules().tied_inputs
+    return max((t.shape[0] for t in model.plan.tensors if len(t.shape) == 2 and inputs.search(t.name)), default=None)
+
+
+def tell_of_second_proxies(past: Sequence[Release], new: Sequence[Release], progress: Progress) -> None:
+    """Name the clients that have another proxy of the same round already: both count as released.
+
+    Args:
+        past: earlier releases of the same job. new: those that are about to be recorded.
+    """
+    known = {(release.client, release.round): release.proxy_id for release in past}
+    for release in new:
+        other = known.get((release.client, release.round), release.proxy_id)
+        if other != release.proxy_id:
+            progress.note(
+                f"client {release.client} has another proxy of round {release.round} already ({other[:12]}); "
+                "with this one it sees what either shows"
+            )
+
+
+def check_settings(options: ExportOptions, past: Sequence[Release]) -> None:
+    """Refuse to fall back to a default where a client's last release had another setting.
+
+    A preset that is forgotten in the second round would else show more than the first did, without a word.
+
+    Args:
+        past: earlier releases of the same job.
+
+    Raises:
+        InputError: a setting that the last release of one of the clients had was not given.
+    """
+    last = {release.client: release for release in past if release.client in options.client}
+    for client, release in last.items():
+        for flag, asked, held, usual in (
+            ("--schedule", options.schedule, release.schedule, "fresh"),
+            ("--train", options.train, release.train or "visible", "visible"),
+        ):
+            if asked is None and held != usual:
+                hint = f"repeat {flag} {held} or the job's --preset, or change it with {flag} {usual}"
+                raise InputError(
+                    f"was {held} in the last release for {client}, and is not given", where=flag, hint=hint
+                )

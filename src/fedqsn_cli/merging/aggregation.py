@@ -1,0 +1,113 @@
+"""How the updates of a round are put together: what each of them counts, and by which rule."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedqsn_cli.errors import InputError
+from fedqsn_cli.merging import client_weights
+from fedqsn_cli.merging.noise import Noise
+from fedqsn_cli.merging.order_rules import KINDS, OrderRule
+from fedqsn_cli.merging.read_update import ClientUpdate
+from fedqsn_cli.merging.survey import Survey
+from fedqsn_cli.options import MergeOptions
+
+Doubles = NDArray[np.float64]
+
+_WEIGHTS: dict[str, Callable[[Doubles, int], Doubles]] = {
+    "krum": lambda distances, f: client_weights.krum(distances, f, 1),
+    "multi-krum": lambda distances, f: client_weights.krum(distances, f, len(distances) - f),
+    "geometric-median": lambda distances, f: client_weights.geometric_median(distances),
+    "bulyan": client_weights.bulyan,
+}
+
+_LEAST: dict[str, tuple[int, int]] = {"krum": (2, 3), "multi-krum": (2, 3), "bulyan": (4, 3)}
+"""a and b: the rule is proven for a f + b updates or more. The others need 2 f + 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregation:
+    """How the updates of a round are put together.
+
+    Args:
+        weights: what each update counts in an average; 0 leaves it out. factors: what each Δ_k is multiplied by.
+        divisor: what each unit's sum is divided by; None for the weights of the clients that saw it.
+        order: the rule that puts values in order; None for an average.
+        least: how many clients must have seen a unit that is averaged.
+        noise: what is added to each sum; None for none.
+    """
+
+    weights: tuple[float, ...]
+    factors: tuple[float, ...]
+    divisor: float | None
+    order: OrderRule | None
+    least: int
+    control_weight: float
+    noise: Noise | None
+
+    def share(self, number: int) -> float:
+        """What an update counts, as a share of all."""
+        return self.weights[number] / sum(self.weights)
+
+    def verdict(self, number: int) -> str:
+        """What happened to an update, in a word or two."""
+        if self.weights[number] == 0:
+            return "left out"
+        return "merged" if self.factors[number] == 1 else f"clipped to {self.factors[number]:.2g}"
+
+
+def compares(options: MergeOptions) -> bool:
+    """Whether the rule needs distances between whole updates."""
+    return options.rule in _WEIGHTS
+
+
+def aggregation(
+    options: MergeOptions, updates: Sequence[ClientUpdate], survey: Survey | None, noise: Noise | None
+) -> Aggregation:
+    """Decide what each update counts.
+
+    Args:
+        survey: what a first pass found; needed to clip, and by rules that compare whole updates.
+
+    Raises:
+        InputError: there are too few updates for the rule. RefusedUpdate: two of them cannot be compared.
+    """
+    _require_enough(options, len(updates))
+    factors = clip_factors(survey.norms, options.clip_norm) if survey and options.clip_norm else [1.0] * len(updates)
+    by_examples, f = options.rule == "fedavg" and noise is None, options.byzantine or 0
+    weights = [float(update.examples) if by_examples else 1.0 for update in updates]
+    if survey is not None and compares(options):
+        weights = _WEIGHTS[options.rule](survey.distances(factors), f).tolist()
+    return Aggregation(
+        weights=tuple(weights),
+        factors=tuple(factors),
+        divisor=sum(weights) if options.normalize == "clients" else None,
+        order=OrderRule(options.rule, f) if options.rule in KINDS else None,
+        least=2 * f + 1 if options.rule == "geometric-median" else 1,
+        control_weight=options.control_weight,
+        noise=noise,
+    )
+
+
+def clip_factors(norms: Sequence[float], limit: float | str) -> list[float]:
+    """What Δ_k is multiplied by so that its norm is `limit` at most; auto is the median of the norms."""
+    most = statistics.median(norms) if isinstance(limit, str) else limit
+    return [min(1.0, most / norm) if norm > 0 else 1.0 for norm in norms]
+
+
+def _require_enough(options: MergeOptions, count: int) -> None:
+    if options.byzantine is None:
+        return
+    times, more = _LEAST.get(options.rule, (2, 1))
+    least = times * options.byzantine + more
+    if count < least:
+        raise InputError(
+            f"{options.rule} withstands {options.byzantine} attackers among {least} updates or more; there are {count}",
+            where="--byzantine",
+            hint="give a smaller number, or more updates",
+        )

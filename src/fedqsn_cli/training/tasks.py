@@ -1,0 +1,125 @@
+"""Everything that differs between tasks, a row a task: a task is added here, and in `models.architecture`.
+
+task                   columns                    target                              loss
+classification         text, label                a class id                          cross-entropy
+regression             text, label                a number for each output            squared error
+multi-label            text, label (a list)       a flag for each label               binary cross-entropy
+token-classification   tokens, tags (lists)       a class id for a word's first token cross-entropy
+causal-lm              messages; prompt and       the token itself, where it counts   cross-entropy of t from t - 1
+completion; text
+masked-lm              text                       the token behind a gap              cross-entropy
+seq2seq                source, target             the tokens to write                 cross-entropy
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fedqsn_cli.models.architecture import Task
+from fedqsn_cli.progress import Progress
+from fedqsn_cli.training import labelled, language, losses, metrics
+from fedqsn_cli.training.examples import Examples
+from fedqsn_cli.training.tables import Table
+from fedqsn_cli.training.tokenizing import Encoding
+
+
+@dataclass(frozen=True, slots=True)
+class TaskKind:
+    """How a task is learnt and measured.
+
+    Args:
+        name: for messages. columns: all that its data may have; which of them, `encode` knows.
+        encode: rows to examples.
+        stack: targets of some examples to a tensor; what is IGNORED in it does not count.
+        loss: sum over a batch of logits and targets.
+        constant_loss: of a model that gives the best answer that does not depend on the text.
+        answers: right and given answers of a batch. measure: the measures of all answers.
+        perplexity: whether exp(loss) means something.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    encode: Callable[[Encoding, Table, Progress], Examples]
+    stack: Callable[[Sequence[Any]], Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    constant_loss: Callable[[Sequence[Any]], float]
+    answers: Callable[[Tensor, Tensor], tuple[list[Any], list[Any]]] = metrics.no_answers
+    measure: metrics.Measure = metrics.none
+    perplexity: bool = False
+
+
+_TEXTS = ("text", "text_pair", "label")
+
+TASKS: dict[Task, TaskKind] = {
+    "classification": TaskKind(
+        name="classifiers",
+        columns=_TEXTS,
+        encode=labelled.classes,
+        stack=losses.whole_numbers,
+        loss=losses.cross_entropy,
+        constant_loss=losses.entropy_of_classes,
+        answers=metrics.largest,
+        measure=metrics.of_classes,
+    ),
+    "regression": TaskKind(
+        name="models of a number",
+        columns=_TEXTS,
+        encode=labelled.amounts,
+        stack=losses.numbers,
+        loss=losses.squared_error,
+        constant_loss=losses.variance,
+        answers=metrics.outputs,
+        measure=metrics.of_numbers,
+    ),
+    "multi-label": TaskKind(
+        name="classifiers with several labels a text",
+        columns=_TEXTS,
+        encode=labelled.sets,
+        stack=losses.numbers,
+        loss=losses.binary_cross_entropy,
+        constant_loss=losses.entropy_of_labels,
+        answers=metrics.likely,
+        measure=metrics.of_sets,
+    ),
+    "token-classification": TaskKind(
+        name="classifiers of words",
+        columns=("tokens", "tags"),
+        encode=labelled.tags,
+        stack=losses.sequences,
+        loss=losses.token_cross_entropy,
+        constant_loss=losses.entropy_of_tokens,
+        answers=metrics.words,
+        measure=metrics.of_words,
+    ),
+    "causal-lm": TaskKind(
+        name="causal language models",
+        columns=("messages", "prompt", "completion", "text"),
+        encode=language.language,
+        stack=losses.sequences,
+        loss=losses.next_token_cross_entropy,
+        constant_loss=losses.entropy_of_tokens,
+        perplexity=True,
+    ),
+    "masked-lm": TaskKind(
+        name="masked language models",
+        columns=("text",),
+        encode=language.gaps,
+        stack=losses.sequences,
+        loss=losses.token_cross_entropy,
+        constant_loss=losses.entropy_of_tokens,
+        perplexity=True,
+    ),
+    "seq2seq": TaskKind(
+        name="sequence-to-sequence models",
+        columns=("source", "target"),
+        encode=language.sources,
+        stack=losses.sequences,
+        loss=losses.token_cross_entropy,
+        constant_loss=losses.entropy_of_tokens,
+        perplexity=True,
+    ),
+}

@@ -1,0 +1,275 @@
+"""Damage every file of a small job, give it to every parser and command, and count how they end.
+
+    python -m attacks.fuzz --seconds 60 --seed 1 --save FOLDER
+
+A good end is a result, or an error that fedqsn raises on purpose. Anything else is a fault: an exception of another
+class (exit 70), more than five seconds of processor time, or more than a GiB. Each new kind of fault is saved as a
+file, by the place in the code where it arose; `corpus/` holds those that were found and mended, which `test_fuzz.py`
+plays again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attacks.mutations import damaged
+from fedqsn_cli import strictjson
+from fedqsn_cli.artifacts import ledger
+from fedqsn_cli.artifacts.ledger_head import read_head
+from fedqsn_cli.artifacts.manifests import ModelManifest, ProxyManifest, UpdateManifest, read_manifest
+from fedqsn_cli.auditing import policy_file
+from fedqsn_cli.auditing.report.json import read_measures
+from fedqsn_cli.checkpoint import Checkpoint, read_header
+from fedqsn_cli.cli import exit_codes
+from fedqsn_cli.errors import FedqsnError
+from fedqsn_cli.masks import job_key
+from fedqsn_cli.models.model import model_tensors, open_model
+from fedqsn_cli.models.plan_file import load_overrides
+from support.attacks import World, make_world
+from support.processes import run
+
+CORPUS = Path(__file__).parent / "corpus"
+SECONDS, WAITING = 5, 60  # of processor time, and by the clock, for one input
+MEMORY = 1 << 20  # KiB that all inputs together may add to the peak
+
+
+class Hang(BaseException):
+    """An input took too long. No `except Exception` may catch it."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Something that reads a file.
+
+    Args:
+        name: of the entry point. file: which file of the job is damaged, by its path in it.
+        call: is given the job.
+    """
+
+    name: str
+    file: str
+    call: Callable[[World], object]
+
+    @property
+    def key(self) -> str:
+        return f"{self.name} {self.file}"
+
+
+def _command(*words: str) -> Callable[[World], object]:
+    """A command on paths in the job; `OUT` stands for an output that is removed again."""
+
+    def call(world: World) -> object:
+        out = world.root / "out"
+        try:
+            return run(*(_word(word, world) for word in words))
+        finally:
+            shutil.rmtree(out, ignore_errors=True)
+
+    return call
+
+
+def _word(word: str, world: World) -> str:
+    return str(world.root / word[1:]) if word.startswith("@") else word
+
+
+_JOB = ("--key", "@job.key", "--ledger", "@ledger.jsonl")
+_OUT = ("--out", "@out")
+_CLIENT = ("--client", "alice", "--round", "1", "--p2", "0.25")
+_DATA = ("--data", "@data.jsonl")
+_TRUTH = ("--truth", "@model", *_JOB)
+
+PARSERS: dict[str, tuple[Callable[[World], object], tuple[str, ...]]] = {
+    "json": (lambda w: strictjson.loads((w.root / "model/config.json").read_bytes(), "file"), ("model/config.json",)),
+    "header": (lambda w: read_header(w.proxy / "model.safetensors"), ("proxy/model.safetensors",)),
+    "fedqsn.json": (lambda w: read_manifest(w.root / "server", ModelManifest), ("server/fedqsn.json",)),
+    "proxy.json": (lambda w: read_manifest(w.proxy, ProxyManifest), ("proxy/proxy.json",)),
+    "update.json": (lambda w: read_manifest(w.update, UpdateManifest), ("update/update.json",)),
+    "ledger": (lambda w: ledger.read(w.ledger), ("ledger.jsonl", "ledger.jsonl.head")),
+    "ledger head": (lambda w: read_head(w.ledger), ("ledger.jsonl.head",)),
+    "key": (lambda w: job_key.load(w.key), ("job.key",)),
+    "plan file": (lambda w: load_overrides(w.root / "plan.toml"), ("plan.toml",)),
+    "policy": (lambda w: policy_file.load(w.root / "policy.toml"), ("policy.toml",)),
+    "baseline": (lambda w: read_measures(w.root / "baseline.json"), ("baseline.json",)),
+    "packed tensors": (
+        lambda w: model_tensors(Checkpoint.open(w.root / "quantized")),
+        ("quantized/model.safetensors", "quantized/config.json"),
+    ),
+    "model": (
+        lambda w: open_model(str(w.root / "server")),
+        ("server/config.json", "server/fedqsn.json", "server/model.safetensors"),
+    ),
+}
+
+_OF_A_MODEL = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
+_OF_A_PROXY = (*_OF_A_MODEL, "proxy.json", "visible.safetensors")
+
+COMMANDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "inspect model": (
+        ("inspect", "@server", "--show-plan"),
+        tuple(f"server/{x}" for x in (*_OF_A_MODEL, "fedqsn.json")),
+    ),
+    "inspect proxy": (("inspect", "@proxy", "--show-plan"), tuple(f"proxy/{x}" for x in _OF_A_PROXY)),
+    "inspect update": (("inspect", "@update"), ("update/update.json", "update/update.safetensors")),
+    "inspect key": (("inspect", "@job.key"), ("job.key",)),
+    "inspect ledger": (("inspect", "@ledger.jsonl"), ("ledger.jsonl", "ledger.jsonl.head")),
+    "mask": (("mask", "@model", *_OUT, "--key", "@job.key"), (*(f"model/{x}" for x in _OF_A_MODEL), "job.key")),
+    "quantize": (("quantize", "@server", *_OUT, "--format", "nf4"), ("server/config.json", "server/fedqsn.json")),
+    "export-proxy": (
+        ("export-proxy", "@quantized", *_OUT, *_CLIENT, *_JOB),
+        (*(f"quantized/{x}" for x in (*_OF_A_MODEL, "fedqsn.json")), "job.key", "ledger.jsonl", "ledger.jsonl.head"),
+    ),
+    "client-train": (
+        ("client-train", "@proxy", *_OUT, *_DATA, "--max-steps", "1"),
+        (*(f"proxy/{x}" for x in _OF_A_PROXY), "data.jsonl"),
+    ),
+    "evaluate": (("evaluate", "@model", *_DATA), (*(f"model/{x}" for x in _OF_A_MODEL), "data.jsonl")),
+    "merge": (
+        ("merge", "@model", "@update", *_OUT, *_JOB),
+        ("update/update.json", "update/update.safetensors", "model/config.json", "ledger.jsonl", "job.key"),
+    ),
+    "audit": (
+        ("audit", "@proxy", *_TRUTH, "--policy", "@policy.toml", "--baseline", "@baseline.json"),
+        (*(f"proxy/{x}" for x in _OF_A_PROXY), "policy.toml", "baseline.json", "ledger.jsonl", "job.key"),
+    ),
+}
+
+ENTRIES = [
+    *(Entry(name, file, call) for name, (call, files) in PARSERS.items() for file in files),
+    *(Entry(name, file, _command(*words)) for name, (words, files) in COMMANDS.items() for file in files),
+]
+
+
+def prepared(root: Path) -> World:
+    """A job to damage, with a plan file, a policy and a baseline beside it."""
+    world = make_world(root)
+    (root / "plan.toml").write_text('where = "all"\n\n[[rule]]\nmatch = "*.query.*"\nmasked = true\np1 = 0.5\n')
+    (root / "policy.toml").write_text(policy_file.template())
+    audited = run("audit", world.proxy, *(_word(word, world) for word in _TRUTH), "--format", "json")
+    (root / "baseline.json").write_text(audited.out)
+    return world
+
+
+@contextmanager
+def _alarmed() -> Iterator[None]:
+    def ring(*_: Any) -> None:
+        raise Hang
+
+    clocks = ((signal.SIGPROF, signal.ITIMER_PROF, SECONDS), (signal.SIGALRM, signal.ITIMER_REAL, WAITING))
+    before = [signal.signal(number, ring) for number, _, _ in clocks]
+    for _, clock, seconds in clocks:
+        signal.setitimer(clock, seconds)
+    try:
+        yield
+    finally:
+        for (number, clock, _), handler in zip(clocks, before, strict=True):
+            signal.setitimer(clock, 0)
+            signal.signal(number, handler)
+
+
+def outcome(entry: Entry, world: World, data: bytes) -> tuple[str, str | None]:
+    """How an entry point ends on a damaged file, in a word; and the kind of its fault, if it is one."""
+    path = world.root / entry.file
+    whole, mode = path.read_bytes(), path.stat().st_mode
+    bugs: list[BaseException] = []
+
+    def watched(error: BaseException, command: str) -> tuple[str, int]:
+        line, code = exit_codes_of(error, command)
+        if code == exit_codes.EXIT_BUG or isinstance(error, Hang):
+            bugs.append(error)
+        return line, code
+
+    exit_codes_of, exit_codes.error_to_exit = exit_codes.error_to_exit, watched
+    try:
+        path.write_bytes(data)
+        with _alarmed():
+            ended = entry.call(world)
+    except FedqsnError:
+        return "refused", None
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        bugs.append(error)
+    finally:
+        exit_codes.error_to_exit = exit_codes_of
+        path.write_bytes(whole)
+        path.chmod(mode)
+    if bugs:
+        return "hang" if isinstance(bugs[0], Hang) else "crash", _kind(bugs[0])
+    code = getattr(ended, "code", 0)
+    return {0: "accepted", 2: "refused"}.get(code, f"exit {code}"), None
+
+
+def _kind(error: BaseException) -> str:
+    """The class of an error, and the last line of fedqsn that it came through."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "fedqsn_cli" in frame.filename]
+    place = f"{Path(frames[-1].filename).stem}.{frames[-1].name}" if frames else "elsewhere"
+    return f"{type(error).__name__} in {place}"
+
+
+def fuzz(
+    world: World, entries: list[Entry], seconds: float, seed: int, save: Path | None
+) -> tuple[Counter[Any], set[str]]:
+    """Damage files until the time is over. Returns how often each entry point ended how, and the kinds of faults."""
+    draw, counts, kinds = random.Random(seed), Counter[tuple[str, str]](), set[str]()
+    whole = {entry.file: (world.root / entry.file).read_bytes() for entry in entries}
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        entry = draw.choice(entries)
+        data = damaged(whole[entry.file], draw)
+        ended, kind = outcome(entry, world, data)
+        counts[entry.name, ended] += 1
+        if kind is not None and kind not in kinds:
+            kinds.add(kind)
+            if save is not None:
+                save_case(save, entry, data, kind)
+    return counts, kinds
+
+
+def save_case(folder: Path, entry: Entry, data: bytes, kind: str) -> None:
+    """Write an input that an entry point failed on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    case = {"entry": entry.key, "kind": kind, "data": base64.b64encode(data).decode()}
+    name = "".join(c if c.isalnum() else "-" for c in f"{entry.name} {kind}")
+    (folder / f"{name}.json").write_text(json.dumps(case, indent=1) + "\n")
+
+
+def main() -> int:
+    """Fuzz all entry points; exit 1 if there was a fault."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--only", default="", help="entry points whose name begins so")
+    parser.add_argument("--save", type=Path, default=Path("fuzz-faults"), help="folder for new kinds of faults")
+    asked = parser.parse_args()
+    entries = [entry for entry in ENTRIES if entry.key.startswith(asked.only)]
+    with tempfile.TemporaryDirectory() as folder:
+        world = prepared(Path(folder))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        counts, kinds = fuzz(world, entries, asked.seconds, asked.seed, asked.save)
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    for (name, ended), count in sorted(counts.items()):
+        print(f"{name:16s} {ended:10s} {count:8d}")
+    print(f"seed {asked.seed}: {sum(counts.values())} inputs, {len(kinds)} kinds of faults, memory grew by {grown} KiB")
+    for kind in sorted(kinds):
+        print(f"  {kind}")
+    return int(bool(kinds) or grown > MEMORY)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

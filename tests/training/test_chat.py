@@ -1,0 +1,130 @@
+"""Conversations: the assistant's turns count, whatever the chat template looks like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedqsn_cli.errors import DataError
+from fedqsn_cli.progress import Silent
+from fedqsn_cli.training.data import Encoder
+from fedqsn_cli.training.examples import IGNORED, Examples
+from fedqsn_cli.training.tables import Table
+from support.tokenizers import KINDS, tokenizer
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA2 = (
+    "{{ '<s>' }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+PLAIN = "{% for m in messages %}{{ m.role }} says: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant says: {% endif %}"  # noqa: E501
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}assistant says: {% generation %}{{ m.content }}\n"
+    "{% endgeneration %}{% else %}{{ m.role }} says: {{ m.content }}\n{% endif %}{% endfor %}"
+)
+FORGETFUL = "{% for m in messages %}{% if loop.last %}{{ m.content }}{% else %}...{% endif %}{% endfor %}"
+ELSEWHERE = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
+
+TURNS = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "What is it?"},
+    {"role": "assistant", "content": "It is a fox."},
+    {"role": "user", "content": "hello world"},
+    {"role": "assistant", "content": "hello there!"},
+]
+
+
+def encoder(kind: str, template: str, **options: Any) -> Encoder:
+    made = tokenizer(kind)
+    made.chat_template = template
+    fields = {"label_ids": {}, "labels": 0, "max_length": 256, "positions": 1024, "vocabulary": 10**6, **options}
+    return Encoder(task="causal-lm", tokenizer=made, inputs=frozenset({"input_ids"}), **fields)
+
+
+def encode(given: Encoder, *conversations: Any) -> Examples:
+    table = Table(Path("data.jsonl"), {"messages": list(conversations)}, ("messages",), len(conversations))
+    return given.encode(table, Silent())
+
+
+def counted(given: Encoder, examples: Examples) -> list[str]:
+    """The texts that count, one for each run of tokens."""
+    runs: list[list[int]] = []
+    before = IGNORED
+    for target in examples.targets[0]:
+        if target != IGNORED:
+            if before == IGNORED:
+                runs.append([])
+            runs[-1].append(target)
+        before = target
+    return [given.tokenizer.decode(run) for run in runs]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "word-piece"])
+def test_turns_of_the_assistant_are_found_by_rendering_prefixes(kind: str) -> None:
+    given = encoder(kind, CHATML)
+    examples = encode(given, TURNS)
+    text = given.tokenizer.apply_chat_template(TURNS, tokenize=False)
+    assert examples.features[0]["input_ids"] == given.tokenizer(text, add_special_tokens=False)["input_ids"]
+    first, second = counted(given, examples)
+    assert (first.strip(), second.strip()) == ("It is a fox.<|im_end|>", "hello there!<|im_end|>")
+
+
+def test_a_template_without_a_generation_prompt_works_too() -> None:
+    given = encoder("byte-level", LLAMA2)
+    assert counted(given, encode(given, TURNS[1:])) == [" It is a fox.</s>", " hello there!</s>"]
+
+
+def test_the_line_break_that_ends_a_turn_counts_where_no_special_token_does() -> None:
+    given = encoder("byte-level", PLAIN)
+    assert counted(given, encode(given, TURNS)) == [" It is a fox.\n", " hello there!\n"]  # tokens hold the space
+
+
+def test_marks_of_a_template_are_believed() -> None:
+    given = encoder("byte-level", MARKED)
+    assert [text.strip() for text in counted(given, encode(given, TURNS))] == ["It is a fox.", "hello there!"]
+
+
+def test_a_conversation_in_which_the_assistant_says_nothing_is_skipped() -> None:
+    given = encoder("byte-level", CHATML)
+    examples = encode(given, TURNS[:2], TURNS)
+    assert (len(examples), examples.skipped) == (1, 1)
+
+
+def test_conversations_may_be_the_text_of_json() -> None:
+    import json
+
+    given = encoder("byte-level", CHATML)
+    assert encode(given, json.dumps(TURNS)) == encode(given, TURNS)
+
+
+def test_a_long_conversation_is_cut_and_counted() -> None:
+    given = encoder("byte-level", CHATML, max_length=30)
+    examples = encode(given, TURNS, TURNS[1:3])
+    assert examples.cut == 1
+    assert max(examples.lengths) == 30
+
+
+@pytest.mark.parametrize(
+    ("template", "complaint"),
+    [
+        (FORGETFUL, "renders turn 3 otherwise than behind its own generation prompt"),
+        (ELSEWHERE, "renders turn 3 otherwise than behind its own generation prompt"),
+        (
+            CHATML.replace(
+                "{{ m.content }}", "{{ m.content[:2] if m.role == 'assistant' and not loop.last else m.content }}"
+            ),
+            "renders turn 3 otherwise once other turns follow",
+        ),
+        ("{{ raise_exception('roles must alternate') }}", "does not accept the conversation .roles must alternate"),
+        ("{% for m in messages %}{{ m.x.y }}{% endfor %}", "does not accept the conversation"),
+    ],
+)
+def test_a_template_that_does_not_tell_what_to_learn_is_refused(template: str, complaint: str) -> None:
+    with pytest.raises(DataError, match=rf"data\.jsonl: row 1: column 'messages': .*{complaint}") as caught:
+        encode(encoder("byte-level", template), TURNS)
+    assert "\n" not in str(caught.value)
