@@ -15,6 +15,7 @@ from fedqsn_cli.auditing.findings import FunctionRecovery
 from fedqsn_cli.auditing.inputs import Inputs, open_inputs
 from fedqsn_cli.auditing.recovery.attackers import attack as attacks
 from fedqsn_cli.auditing.recovery.attackers.assembly import Assembly
+from fedqsn_cli.auditing.recovery.attackers.attack import Training
 from fedqsn_cli.auditing.recovery.attackers.base_fill import BASE_FILL
 from fedqsn_cli.auditing.recovery.attackers.catalogue import STARTS, TRAININGS
 from fedqsn_cli.auditing.recovery.attackers.direction import DIRECTION
@@ -139,6 +140,23 @@ def test_every_attack_of_the_catalogue_is_tried_and_reported_with_its_source(job
     assert all(one.steps > 0 and one.source for one in trained)
     best = min(trained, key=lambda one: one.loss)
     assert (found.curve[0].attack, found.curve[0].loss) == (best.attack, best.loss)
+
+
+@pytest.mark.parametrize("training", TRAININGS, ids=lambda training: training.name)
+def test_every_training_is_repeatable(job: AuditedJob, tmp_path: Path, training: Training) -> None:
+    data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
+    inputs, _ = opened(job)
+    assert inputs.truth is not None
+    attack = FunctionAttack.on(inputs, inputs.truth, data, FunctionOptions(public_data=public, device="cpu"))
+    start = attack.starts["union, base fill"]
+    losses = set()
+    for seed in (1, 2):  # whatever the process drew before
+        torch.manual_seed(seed)
+        lab = attack.lab(lambda: attack.load(start.build(attack.assembly)), attack.public(8))
+        trained = training.run(lab, 1e-3)
+        assert trained is not None
+        losses.add(attack.evaluation.score("attacked", trained.loaded).loss)
+    assert len(losses) == 1
 
 
 def test_healing_moves_only_what_no_proxy_shows(job: AuditedJob, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from fedqsn_cli.auditing.recovery.attackers.attack import Lab, Trained, Training
 from fedqsn_cli.models.architecture import CLASSIFIERS
 from fedqsn_cli.training.compact import VisibleParameters
 from fedqsn_cli.training.loop import train
+from fedqsn_cli.training.precision import repeatable
 
 RANK = 16
 
@@ -37,7 +38,8 @@ def _adapted(lab: Lab, rate: float) -> Trained | None:
     ]
     saved = heads if loaded.task in CLASSIFIERS else None
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", modules_to_save=saved)
-    adapted: Any = get_peft_model(loaded.model, config)
+    with repeatable(loaded.model.device, 0):  # adapters begin with random numbers, and an audit must be repeatable
+        adapted: Any = get_peft_model(loaded.model, config)
     trainable = VisibleParameters(_Trained(adapted), {})
     summary = train(adapted, lab.examples, trainable, lab.recipe(rate), lab.padding, lab.progress)
     return Trained(loaded._replace(model=adapted.merge_and_unload()), summary.steps)
