@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedqsn_cli.errors import DataError
 from fedqsn_cli.progress import Silent
 from fedqsn_cli.training.data import Encoder
 from fedqsn_cli.training.examples import IGNORED, Examples
@@ -130,3 +131,32 @@ def test_special_tokens_are_never_hidden() -> None:
     examples = encode(given, text=["hello"] * 50)
     assert {ids["input_ids"][0] for ids in examples.features} == {given.tokenizer.convert_tokens_to_ids("<s>")}
     assert {targets[0] for targets in examples.targets} == {IGNORED}
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "named"),
+    [
+        ("causal-lm", {"text": ["fox", "bad", "dog"]}, "column 'text'"),
+        ("causal-lm", {"prompt": ["fox", "b", "dog"], "completion": ["fox", "ad", "dog"]}, "column 'prompt' with"),
+        ("masked-lm", {"text": ["fox", "bad", "dog"]}, "column 'text'"),
+    ],
+)
+@pytest.mark.parametrize("error", [ValueError, BaseException, KeyError])
+def test_a_row_that_cannot_be_tokenized_is_named(
+    task: str, columns: dict[str, Any], named: str, error: type[BaseException]
+) -> None:
+    given = encoder("byte-level", task)
+
+    class Fails:
+        """Tokenizers written in Rust may end with what is no Exception."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(given.tokenizer, name)
+
+        def __call__(self, text: Any, **options: Any) -> Any:
+            if "bad" in text:
+                raise error("no")
+            return given.tokenizer(text, **options)
+
+    with pytest.raises(DataError, match=rf"data\.jsonl: row 2: {named}.* cannot be tokenized \(.*no"):
+        encode(dataclasses.replace(given, tokenizer=Fails()), **columns)

@@ -125,6 +125,9 @@ def with_tokenizer(model: Any, checkpoint: Checkpoint, task: Task) -> Loaded:
     loaded = Loaded(model, load_tokenizer(checkpoint), task)
     for config in {id(one): one for one in (model.config, model.config.get_text_config())}.values():
         config.pad_token_id = loaded.pad_id
+    embedding = model.get_input_embeddings()
+    if getattr(embedding, "padding_idx", None) is not None:  # its row would get no gradient, padding or not
+        embedding.padding_idx = loaded.pad_id
     return loaded
 
 
