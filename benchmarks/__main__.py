@@ -24,6 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, f"{root}/src", os.environ.get("PYTHONPATH")]))
     os.environ["FEDQSN_ALLOW_UNTRAINABLE"] = "1"  # synthetic models have no tokenizer
     options.work.mkdir(parents=True, exist_ok=True)
+    if options.courier is not None:
+        from benchmarks import courier
+
+        return courier.main(options.work.resolve(), options.out, options.courier or courier.SIZES)
     place = Place(
         options.work.resolve(),
         options.runs,
@@ -91,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--updates", type=int, default=8, help="updates a merge takes (default 8)")
     result.add_argument("--update-format", choices=("bf16", "fp32"), default="bf16", help="precision of the updates")
     result.add_argument("--millions", type=float, default=64, help="numbers a kernel quantizes, in 2^20 (default 64)")
+    result.add_argument("--courier", nargs="*", type=float, metavar="GIB", help="measure the courier only")
     result.add_argument("--keep", action="store_true", help="keep models and outputs for the next time")
     return result
 

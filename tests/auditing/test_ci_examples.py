@@ -38,9 +38,17 @@ def scripts() -> dict[str, str]:
 @pytest.mark.parametrize("system", ["github", "gitlab"])
 def test_every_command_of_a_workflow_is_one_that_fedqsn_accepts(system: str) -> None:
     found = commands(scripts()[system])
-    assert [words[0] for words in found] == ["export-proxy", "audit"]
+    assert [words[0] for words in found] == ["export-proxy", "audit", *(["seal"] if system == "github" else [])]
     for words in found:
         build(words[0]).make_context(f"fedqsn {words[0]}", words[1:])
+
+
+def test_a_workflow_uploads_no_proxy_that_is_not_sealed() -> None:
+    """Whoever can read a repository can read what its workflows upload."""
+    github = yaml.safe_load((CI / "github.yml").read_text())
+    steps = [step for job in github["jobs"].values() for step in job["steps"]]
+    uploads = [step["with"]["path"] for step in steps if "upload-artifact" in step.get("uses", "")]
+    assert uploads == ["report.html", "sealed/\naudit.intoto.json\n"]
 
 
 @pytest.fixture

@@ -11,4 +11,5 @@ mask.py, quantize.py, export_proxy.py, client_train.py, merge.py, consolidate.py
 evaluate.py, audit.py, keygen.py, verify.py, seal.py, unseal.py, courier_init.py, courier_join.py,
 courier_approve.py, courier_serve.py, courier_stop.py, courier_status.py, courier_send.py
                  a command each
+commit_hooks.py  checks of files before a commit
 """

@@ -1,0 +1,22 @@
+# The owner's commands in a small image without torch: mask, export-proxy, audit (weights and exposure), merge, sign, seal.
+#
+#   docker build -t fedqsn .
+#   docker run --rm --network none -v "$PWD:/work" fedqsn export-proxy global --out proxy ...
+#
+# Clients train with `python -m pip install fedqsn-cli`, which has torch.
+FROM python:3.12-slim
+
+COPY constraints.txt pyproject.toml README.md LICENSE /source/
+COPY src /source/src
+# What the owner's commands import, at the pinned versions; then the package itself, without what only training needs.
+RUN python -m pip install --no-cache-dir -c /source/constraints.txt \
+        cryptography huggingface_hub Jinja2 numba numpy pydantic rich safetensors scipy typer \
+    && python -m pip install --no-cache-dir --no-deps /source \
+    && rm -rf /source
+
+RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin fedqsn
+USER fedqsn
+WORKDIR /work
+ENV NUMBA_CACHE_DIR=/tmp/numba PYTHONDONTWRITEBYTECODE=1
+ENTRYPOINT ["fedqsn"]
+CMD ["--help"]
