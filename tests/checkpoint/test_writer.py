@@ -95,7 +95,7 @@ def existing(tmp_path: Path, kind: str) -> Path:
 def test_what_fedqsn_did_not_make_is_never_replaced(force: bool, kind: str, tmp_path: Path) -> None:
     out = existing(tmp_path, kind)
     before = sorted(path for path in tmp_path.rglob("*"))
-    with pytest.raises(OutputExists, match="not made by fedqsn" if force else "already exists.*--force"):
+    with pytest.raises(OutputExists, match="not made by fedqsn"):
         ArtifactWriter(out, force=force)
     assert sorted(path for path in tmp_path.rglob("*")) == before
 

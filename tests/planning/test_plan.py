@@ -537,7 +537,7 @@ def test_a_plan_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_plan_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot read"):
+    with pytest.raises(InputError, match="there is no such file"):
         load_overrides(tmp_path / "none.toml")
 
 

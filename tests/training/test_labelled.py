@@ -103,7 +103,7 @@ def test_words_that_cannot_be_used_are_refused(words: Any, tags: Any, complaint:
 
 def test_a_tokenizer_without_offsets_is_refused_for_words() -> None:
     given = encoder("token-classification")
-    slow = type("Slow", (), {"is_fast": False})()
+    slow = type("Slow", (), {"is_fast": False, "name_or_path": "slow"})()
     with pytest.raises(InputError, match="does not tell which word a token belongs to"):
         encode(Encoder(**{**_fields(given), "tokenizer": slow}), tokens=[["fox"]], tags=[["O"]])
 
