@@ -35,7 +35,7 @@ def check_secrets(path: Path) -> None:
         data = file.read(_BEGINNING)
     for pattern, problem in _PRIVATE.items():
         if re.search(pattern, data):
-            raise InputError(problem, where=path, hint="take it out of the commit: git rm --cached")
+            raise InputError(problem, where=path, hint="take it out of the commit with git rm or git restore")
 
 
 HOOKS: dict[str, Callable[[Path], None]] = {"policy": check_policy, "secrets": check_secrets}
