@@ -47,7 +47,7 @@ def test_the_default_limits_refuse_what_is_far_too_large(attack: str, played: Ro
 
 @pytest.mark.parametrize("attack", ["x100", "noise", "one unit"])
 def test_an_average_follows_the_attackers(attack: str, played: Round, without: float) -> None:
-    assert played.accuracy(played.updates(attack)) < without - 0.1
+    assert played.accuracy(played.updates(attack)) < without - 0.05
 
 
 def test_a_backdoor_gets_into_an_average_and_not_past_a_rule(played: Round) -> None:
