@@ -51,7 +51,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
     },
     "a pattern that tries everything": {"pre_tokenizer": split("(a+)+$")},
     "a pattern with a huge count": {"pre_tokenizer": split("((a{1,999}){1,999}){1,999}")},
-    "a pattern that is none": {"pre_tokenizer": split("(")},
+    "an invalid pattern": {"pre_tokenizer": split("(")},
     "ids out of range": {"model": {"type": "WordLevel", "vocab": {"a": -1}, "unk_token": "a"}},
     "no model": {"model": None},
     "an unknown part": {"normalizer": {"type": "Nothing"}},

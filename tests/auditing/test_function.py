@@ -152,8 +152,8 @@ def test_every_training_is_repeatable(job: AuditedJob, tmp_path: Path, training:
     losses = set()
     for seed in (1, 2):  # whatever the process drew before
         torch.manual_seed(seed)
-        lab = attack.lab(lambda: attack.load(start.build(attack.assembly)), attack.public(8))
-        trained = training.run(lab, 1e-3)
+        given = attack.training_inputs(lambda: attack.load(start.build(attack.assembly)), attack.public())
+        trained = training.run(given, 1e-3)
         assert trained is not None
         losses.add(attack.evaluation.score("attacked", trained.loaded).loss)
     assert len(losses) == 1
@@ -168,7 +168,7 @@ def test_healing_moves_only_what_no_proxy_shows(job: AuditedJob, tmp_path: Path)
     assert holes
     start = attack.starts["union, base fill"].build(attack.assembly)
     before = {name: value.detach().clone() for name, value in attack.load(dict(start)).model.named_parameters()}
-    trained = HEALING.run(attack.lab(lambda: attack.load(dict(start)), attack.public(16)), 1e-3)
+    trained = HEALING.run(attack.training_inputs(lambda: attack.load(dict(start)), attack.public()), 1e-3)
     assert trained is not None and trained.steps > 0
     moved = {name for name, value in trained.loaded.model.named_parameters() if not value.equal(before[name])}
     assert moved and moved <= set(holes)

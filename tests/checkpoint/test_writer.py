@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, TensorSpec, files, stream
-from fedqsn_cli.checkpoint.writer import split_into_shards
+from fedqsn_cli.checkpoint.tensor_sink import split_into_shards
 from fedqsn_cli.errors import InputError, OutputExists
 from support.checkpoints import BYTES, SPECS, fill, make
 

@@ -1,12 +1,13 @@
 """Checkpoints on disk: strict reading, all-or-nothing writing, and where they come from.
 
+files.py      plain files: opened with limits, replaced and locked
 companions.py  the files of a tokenizer beside a model
 header.py     one safetensors header, read strictly or planned ahead
 direct_io.py  reading around the page cache
 model_config.py  config.json: types, and sizes against the tensors
 reader.py     config, index and shards -> tensors, whole or in chunks
 stream.py     background threads that write and hash
-files.py      staging names, locks and renames
+tensor_sink.py  the tensors of a folder on their way into files
 writer.py     a directory of tensors and small files, published with one rename
 source.py     a path or hf://owner/name[@revision] -> a local path, and back
 """
@@ -18,7 +19,8 @@ from fedqsn_cli.checkpoint.header import Header, TensorEntry, TensorSpec, plan_f
 from fedqsn_cli.checkpoint.reader import Checkpoint
 from fedqsn_cli.checkpoint.source import Source, check_reference, push, resolve
 from fedqsn_cli.checkpoint.stream import WriterThreads, allow_open_files
-from fedqsn_cli.checkpoint.writer import FILE_MODE, FILE_TIME, ArtifactWriter, FolderWriter, TensorSink
+from fedqsn_cli.checkpoint.tensor_sink import FolderWriter, TensorSink
+from fedqsn_cli.checkpoint.writer import FILE_MODE, FILE_TIME, ArtifactWriter
 
 __all__ = [
     "FILE_MODE",

@@ -10,23 +10,6 @@ from fedqsn_cli.checkpoint.files import check_size
 MAX_COMPANION_BYTES = 256 << 20
 """The largest tokenizer.json of well-known models has 33 MB."""
 
-VOCABULARIES = (
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "spm.model",
-    "bpe.codes",
-    "vocab.bpe",
-    "source.spm",
-    "target.spm",
-    "tekken.json",
-    "*.tiktoken",
-)
-"""Files that hold the words of a tokenizer. A star stands for any beginning."""
-
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -49,7 +32,19 @@ COMPANIONS = (
     "tekken.json",
     "*.tiktoken",
 )
-"""All of them, in the order in which they are written."""
+"""All of them, in the order in which they are written. A star stands for any beginning."""
+
+_WITHOUT_WORDS = frozenset(
+    {
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "merges.txt",
+        "generation_config.json",
+        "chat_template.jinja",
+        "chat_template.json",
+    }
+)
 
 _OURS = ("config.json", "fedqsn.json", "proxy.json", "update.json")
 _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt", ".pkl")
@@ -59,6 +54,11 @@ _ABOUT = (".md", ".txt", ".png", ".jpg", ".pdf")  # what people read; vocabulari
 def is_companion(name: str) -> bool:
     """Whether a file of that name goes with a model."""
     return name in COMPANIONS or name.endswith(".tiktoken")
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a companion holds the words of a tokenizer."""
+    return is_companion(name) and name not in _WITHOUT_WORDS
 
 
 def find_companions(folder: Path) -> list[Path]:

@@ -2,7 +2,7 @@
 
 The owner's, private:
 
-    courier.json            project, server, clients; owner.pub beside it
+    invitation.json         project, server and the owner's public keys, for all sites
     ca/                     the certificate authority of the project
     server/, admin/         FLARE's start-up kits of the server and of the owner's session
     keys/CLIENT.pub         public keys of the sites
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fedqsn_cli import strictjson, validate
-from fedqsn_cli.checkpoint.files import open_regular_file
+from fedqsn_cli.checkpoint.files import read_file
 from fedqsn_cli.errors import FormatError, InputError
 
 FORMAT = "fedqsn-courier/1"
@@ -67,8 +67,7 @@ class Invitation:
 
 def read_json(path: Path) -> Any:
     """A small JSON file. Raises InputError, FormatError."""
-    with open(open_regular_file(path), "rb") as file:
-        return strictjson.loads(file.read(_LARGEST), path)
+    return strictjson.loads(read_file(path, _LARGEST), path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from fedqsn_cli import validate
+from fedqsn_cli.checkpoint.files import read_file
 from fedqsn_cli.courier.recipe import Bounds
 from fedqsn_cli.errors import FormatError, InputError
+
+_LARGEST = 1 << 20  # bytes of site.toml
 
 TEMPLATE = """\
 # What this site trains with. The owner of the model cannot change any of it, and never sees it.
@@ -50,9 +53,7 @@ class SiteSettings:
             FormatError: they are malformed, or have a field that is not known. InputError: there is no such file.
         """
         try:
-            document = tomllib.loads(path.read_text("utf-8"))
-        except FileNotFoundError:
-            raise InputError("there is no such file", where=path) from None
+            document = tomllib.loads(read_file(path, _LARGEST).decode())
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise FormatError(f"not valid TOML ({error})", where=path) from None
         try:

@@ -19,7 +19,7 @@ from typing import Any
 
 from fedqsn_cli import strictjson
 from fedqsn_cli.artifacts.manifests import file_digest
-from fedqsn_cli.checkpoint.files import open_regular_file
+from fedqsn_cli.checkpoint.files import read_file
 from fedqsn_cli.crypto import dsse
 from fedqsn_cli.crypto.keys import SigningKey, VerifyKey
 from fedqsn_cli.errors import FormatError, GateFailed, InputError, SignatureError
@@ -70,8 +70,7 @@ def read_attestation(path: Path, key: VerifyKey) -> Attestation:
     Raises:
         InputError: there is no such file. SignatureError: it was not signed with the key. FormatError: it is malformed.
     """
-    with open(open_regular_file(path), "rb") as file:
-        document = strictjson.loads(file.read(dsse.LARGEST), path)
+    document = strictjson.loads(read_file(path, dsse.LARGEST), path)
     told, _ = dsse.opened(document, key, PREDICATE, path)
     try:
         return _attestation(told)

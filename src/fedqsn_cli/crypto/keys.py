@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
-from fedqsn_cli.checkpoint.files import create_secret, open_regular_file, read_secret, write_file_atomically
+from fedqsn_cli.checkpoint.files import create_secret, read_file, read_secret, write_file_atomically
 from fedqsn_cli.errors import KeyFileError, OutputExists
 from fedqsn_cli.options import KeygenOptions
 
@@ -124,9 +124,7 @@ def _private_keys(path: str | Path) -> list[Any]:
 
 
 def _public_keys(path: str | Path) -> list[Any]:
-    with open(open_regular_file(Path(path)), "rb") as file:
-        data = file.read(_LIMIT)
-    return _keys(data, b"PUBLIC KEY", serialization.load_pem_public_key, path)
+    return _keys(read_file(Path(path), _LIMIT), b"PUBLIC KEY", serialization.load_pem_public_key, path)
 
 
 def _keys(data: bytes, label: bytes, load: Callable[[bytes], Any], path: str | Path) -> list[Any]:

@@ -16,7 +16,7 @@ from typing import Any
 from fedqsn_cli import strictjson
 from fedqsn_cli.artifacts.manifests import SIGNATURE, file_digest
 from fedqsn_cli.checkpoint import ArtifactWriter
-from fedqsn_cli.checkpoint.files import open_regular_file
+from fedqsn_cli.checkpoint.files import read_file
 from fedqsn_cli.checkpoint.reader import is_plain_file_name
 from fedqsn_cli.crypto import dsse
 from fedqsn_cli.crypto.keys import SigningKey, VerifyKey, fingerprint
@@ -62,8 +62,7 @@ def signed_statement(path: Path, key: VerifyKey) -> tuple[dict[str, Any], bytes]
     """The verified statement of a model.sig, and its signature. Raises SignatureError, FormatError."""
     if not os.path.lexists(path):
         raise SignatureError("is not signed", where=path.parent, hint=f"there is no {SIGNATURE} in it")
-    with open(open_regular_file(path), "rb") as file:
-        document = strictjson.loads(file.read(dsse.LARGEST), path)
+    document = strictjson.loads(read_file(path, dsse.LARGEST), path)
     if not isinstance(document, dict) or document.get("mediaType") != BUNDLE:
         raise FormatError(f"is no {BUNDLE}", where=path)
     if _hint(document, path) not in (None, fingerprint(key)):

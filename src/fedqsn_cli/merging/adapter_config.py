@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,10 +17,9 @@ from typing import Any
 from fedqsn_cli import strictjson
 from fedqsn_cli.artifacts.manifests import ADAPTER_CONFIG, UPDATE_MANIFEST, UpdateManifest
 from fedqsn_cli.artifacts.update_folder import PEFT_PREFIX, lora_scaling
-from fedqsn_cli.checkpoint.files import open_regular_file
+from fedqsn_cli.checkpoint.files import read_file
 from fedqsn_cli.errors import RefusedUpdate
 
-_LARGEST = 1 << 24  # bytes, as of update.json
 _LARGEST_NUMBER = 2**64
 _OFF: tuple[object, ...] = (None, False, "none")
 _NAMES = ("target_modules", "modules_to_save")
@@ -57,7 +55,7 @@ def read_config(folder: Path, manifest: UpdateManifest) -> Mapping[str, Any]:
         FormatError, InputError: it is no JSON, or cannot be read.
     """
     path = folder / ADAPTER_CONFIG
-    data = _read(path)
+    data = read_file(path, UpdateManifest.LARGEST)
     if hashlib.sha256(data).hexdigest() != manifest.files[ADAPTER_CONFIG]:
         raise RefusedUpdate(f"its sha256 is not the one in {UPDATE_MANIFEST}", where=path, hint="send it again")
     document = strictjson.loads(data, path)
@@ -74,13 +72,6 @@ def read_config(folder: Path, manifest: UpdateManifest) -> Mapping[str, Any]:
 def _is_off(value: object) -> bool:
     """Whether an option is not used."""
     return value in ([], {}, "") or any(value is off or value == off for off in _OFF)
-
-
-def _read(path: Path) -> bytes:
-    with open(open_regular_file(path), "rb") as file:
-        if os.fstat(file.fileno()).st_size > _LARGEST:
-            raise RefusedUpdate(f"is larger than {_LARGEST} bytes", where=path)
-        return file.read(_LARGEST)
 
 
 def _check_scaling(document: Mapping[str, Any], manifest: UpdateManifest, path: Path) -> None:

@@ -62,9 +62,7 @@ def add(
     """
     bits, kind = as_bits(u, dtype)
     rows, cols = total.shape
-    mode = ELEMENTS if axis == "row" and cols == 1 else MODES[axis]
-    width = {FLAT: RUN, ROWS: cols, COLUMNS: u.size // max(rows, 1), ELEMENTS: RUN}[mode]
-    parts = -(-u.size // max(width, 1))
+    mode, width, parts = parts_of(u.size, axis, rows, cols)
     squares = np.zeros(parts)
     columns = np.zeros((-(-parts // STRIPE), width) if mode == COLUMNS else (0, 0))
 
@@ -79,6 +77,13 @@ def add(
         sums = columns.sum(axis=0)
         return PieceSquares(float(sums.sum()), sums, rows, index)
     return _of_numbers(float(squares.sum()), bits, kind, index if axis else None)
+
+
+def parts_of(size: int, axis: UnitAxis | None, rows: int, cols: int) -> tuple[int, int, int]:
+    """How `size` numbers of U are gone through for rows [rows, cols]: the mode, the width of a part, and how many."""
+    mode = ELEMENTS if axis == "row" and cols == 1 else MODES[axis]
+    width = {FLAT: RUN, ROWS: cols, COLUMNS: size // max(rows, 1), ELEMENTS: RUN}[mode]
+    return mode, width, -(-size // max(width, 1))
 
 
 def _of_numbers(total: float, bits: Array, kind: int, index: NDArray[np.int64] | None) -> PieceSquares:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.kernels.jit import as_bits, kernel, widen
 from fedqsn_cli.kernels.threads import run_ranges
-from fedqsn_cli.merging.arithmetic import COLUMNS, ELEMENTS, FLAT, GRAIN, MODES, PIECE, ROWS, RUN, STRIPE
+from fedqsn_cli.merging.arithmetic import COLUMNS, ELEMENTS, GRAIN, PIECE, ROWS, STRIPE, parts_of
 from fedqsn_cli.merging.chunks import UpdateChunk
 from fedqsn_cli.merging.read_update import UpdateReader
 from fedqsn_cli.merging.stored_values import ReadValues
@@ -46,9 +46,7 @@ def compare(mean: Doubles, tensor: TensorPlan, reader: UpdateReader, piece: Upda
     read, axis = piece.read, reader.update.axis(tensor)
     bits, kind = as_bits(read.values, read.dtype)
     rows, cols = mean.shape
-    mode = ELEMENTS if axis == "row" and cols == 1 else MODES[axis]
-    width = {FLAT: RUN, ROWS: cols, COLUMNS: bits.size // max(rows, 1), ELEMENTS: RUN}[mode]
-    parts = -(-bits.size // max(width, 1))
+    mode, width, parts = parts_of(bits.size, axis, rows, cols)
     sums, flat, index = np.zeros((-(-parts // STRIPE), 3)), mean.reshape(-1), piece.part.index
 
     def work(start: int, stop: int) -> None:

@@ -20,7 +20,8 @@ REFUSED_COLUMNS = ("update", "client", "why")
 def pictures(result: MergeResult) -> list[Picture]:
     """Sizes and directions of updates; of many those that point furthest from the merged step."""
     shown = sorted(result.clients, key=_direction)[:MOST_BARS]
-    least = f"The {MOST_BARS} of {len(result.clients)} that point furthest from it." if len(result.clients) > 40 else ""
+    count = len(result.clients)
+    least = f"The {MOST_BARS} of {count} that point furthest from it." if count > MOST_BARS else ""
     return [
         Picture(
             "Where updates point",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedqsn_cli import strictjson
-from fedqsn_cli.checkpoint.companions import MAX_COMPANION_BYTES, VOCABULARIES, is_companion
+from fedqsn_cli.checkpoint.companions import MAX_COMPANION_BYTES, is_vocabulary
 from fedqsn_cli.checkpoint.files import read_file
 from fedqsn_cli.errors import FormatError
 
@@ -28,16 +28,12 @@ def tokenizer_problem(companions: Iterable[Path], rows: int | None) -> str | Non
     files = {path.name: path for path in companions}
     if not files.keys() - {"generation_config.json"}:
         return "it has no tokenizer"
-    if not any(_is_vocabulary(name) for name in files):
+    if not any(is_vocabulary(name) for name in files):
         named = _document(files.get("tokenizer_config.json")).get("tokenizer_class")
         if isinstance(named, str) and named.startswith(_WITHOUT_VOCABULARY):
             return None
         return f"its tokenizer ({named or 'of no class'}) has no vocabulary file"
     return _problem_of_words(_document(files.get("tokenizer.json")), rows)
-
-
-def _is_vocabulary(name: str) -> bool:
-    return name in VOCABULARIES or (is_companion(name) and name.endswith(".tiktoken"))
 
 
 def _document(path: Path | None) -> Mapping[str, Any]:

@@ -173,6 +173,9 @@ class MergeOptions(AdmissionOptions, ServerOptimizerOptions, CentralPrivacyOptio
         self.required_ledger()
         self.check_rule()
         self.check_privacy()
+        if self.noise_multiplier is not None and self.on_refused == "skip":
+            what = "with noise, how many updates count must not depend on what is in them"
+            raise InputError(what, where="--on-refused", hint="leave it out, and name the updates to merge")
         self.check_optimizer(self.server_lr)
         if self.blend != 1.0:
             raise InputError("only a restore blends", where="--blend", hint="use it with --restore")

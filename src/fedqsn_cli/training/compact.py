@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedqsn_cli.planning.tensor_plan import UnitAxis
 
@@ -38,6 +38,22 @@ class Trainable(Protocol):
 
     def drop_gradients(self) -> None:
         """Drop all gradients; called after the optimizer's step."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedPart:
+    """The parameters of a model that have gradients, as `VisibleParameters` asks for them."""
+
+    parameters: Mapping[str, nn.Parameter]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> TrainedPart:
+        """Those of a model of which a part is frozen."""
+        return cls({name: value for name, value in model.named_parameters() if value.requires_grad})
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters, in the order of the model."""
+        yield from self.parameters.items()
 
 
 @dataclass(frozen=True, slots=True)

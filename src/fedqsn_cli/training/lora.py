@@ -10,7 +10,7 @@ beside them, are fp32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -29,7 +29,7 @@ from fedqsn_cli.models.stored_model import load_stored
 from fedqsn_cli.models.torch_model import Loaded
 from fedqsn_cli.options import TrainOptions
 from fedqsn_cli.training import update
-from fedqsn_cli.training.compact import VisibleParameters
+from fedqsn_cli.training.compact import TrainedPart, VisibleParameters
 from fedqsn_cli.training.lora_modules import ChosenModules, TargetModule, choose_modules
 from fedqsn_cli.training.precision import repeatable
 from fedqsn_cli.training.visible import expanded, read_visible
@@ -78,7 +78,7 @@ class LoraMethod:
         with repeatable(self.device, self.options.seed):
             _insert(model, self._config(), self.chosen)
         masks = {name: mask.to(self.device) for name, mask in self._masks()}
-        trained = _TrainedPart({name: p for name, p in model.named_parameters() if p.requires_grad})
+        trained = TrainedPart.of(model)
         with torch.no_grad():
             for name, mask in masks.items():
                 if name.endswith((_a_suffix(), _b_suffix())):
@@ -198,17 +198,6 @@ class LoraMethod:
                 sink.write(name, 0, data)
         sink.close()
         writer.add_bytes(ADAPTER_CONFIG, strictjson.pretty(_public(self._config())).encode())
-
-
-@dataclass(frozen=True, slots=True)
-class _TrainedPart:
-    """The parameters of a model that are trained, as `VisibleParameters` asks for them."""
-
-    parameters: Mapping[str, nn.Parameter]
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters, in the order of the model."""
-        yield from self.parameters.items()
 
 
 def _insert(model: Any, config: Any, chosen: ChosenModules) -> None:

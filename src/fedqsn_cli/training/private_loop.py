@@ -158,7 +158,7 @@ def _losses(model: Any, examples: Examples, rows: list[int], padding: Padding) -
 
 
 def _positions(model: Any, batch: Batch) -> dict[str, Tensor]:
-    """Position ids for each example: a model makes one row of its own for all, and its gradient would be nobody's.
+    """Position ids for each example: a model makes one row for all of them, whose gradient belongs to no single one.
 
     RoBERTa and its like, whose table has a padding id, count otherwise, and for each example.
     """
@@ -212,7 +212,7 @@ class PerExample:
 
         try:
             self._watched: Any = GradSampleModule(self._model, loss_reduction="sum", strict=False)
-        except (NotImplementedError, ValueError, RuntimeError) as error:
+        except (NotImplementedError, ValueError) as error:
             what = f"opacus cannot train this model ({str(error).splitlines()[0]})"
             raise InputError(what, where="--dp-epsilon") from None
         self._hooks = [p.register_hook(partial(self._saw, name)) for name, p in self._names.items()]

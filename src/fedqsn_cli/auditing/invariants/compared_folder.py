@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fedqsn_cli.checkpoint import FILE_MODE, FILE_TIME, TensorSink, TensorSpec
-from fedqsn_cli.checkpoint.writer import split_into_shards
+from fedqsn_cli.checkpoint.tensor_sink import split_into_shards
 
 _OF_THE_SYSTEM = frozenset({"security.selinux", "security.ima", "security.evm"})  # attributes that no user sets
 _MISSING = "0" * 64  # in place of a digest

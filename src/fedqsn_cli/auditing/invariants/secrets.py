@@ -35,6 +35,7 @@ from fedqsn_cli.artifacts.manifests import (
 from fedqsn_cli.artifacts.sanitize import PRIVATE_FIELDS, PRIVATE_NAME
 from fedqsn_cli.auditing.inputs import KEY, PROXY
 from fedqsn_cli.auditing.registry import Rule
+from fedqsn_cli.checkpoint.companions import is_companion
 from fedqsn_cli.checkpoint.files import open_regular_file
 from fedqsn_cli.errors import FormatError
 from fedqsn_cli.masks.draw import SERVER, seed
@@ -60,25 +61,9 @@ _GENERIC = re.compile(
     re.IGNORECASE,
 )
 _SAFE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")
-_VOCABULARIES = frozenset(
-    {
-        "vocab.json",
-        "vocab.txt",
-        "added_tokens.json",
-        "merges.txt",
-        "tokenizer.model",
-        "spiece.model",
-        "sentencepiece.bpe.model",
-        "spm.model",
-        "source.spm",
-        "target.spm",
-        "bpe.codes",
-        "vocab.bpe",
-        "tekken.json",
-        "chat_template.jinja",
-        "chat_template.json",
-    }
-)
+_SEARCHED_COMPANIONS = frozenset(
+    {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"}
+)  # the others hold words and templates, in which anything may be a name
 _LONGEST_STATE = 1 << 16  # bytes
 _LARGEST_TEXT = 1 << 26  # bytes of a file that is read as text
 
@@ -143,7 +128,7 @@ def find_problems(path: Path, patterns: SecretPatterns) -> Iterator[str]:
         data = file.read(_LARGEST_TEXT)
     if patterns.in_text(data):
         yield "holds the job's key or the seed of a mask"
-    if path.name in _VOCABULARIES or path.suffix == ".tiktoken":
+    if is_companion(path.name) and path.name not in _SEARCHED_COMPANIONS:
         return
     if path.suffix == ".json":
         yield from _json_problems(path, data)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -21,8 +21,9 @@ from torch import Tensor
 from fedqsn_cli.auditing.completeness import Collector
 from fedqsn_cli.auditing.findings import Attempt, CurvePoint, FunctionRecovery, ModelScore
 from fedqsn_cli.auditing.inputs import Inputs
+from fedqsn_cli.auditing.recovery.attackers.as_sent import AS_SENT
 from fedqsn_cli.auditing.recovery.attackers.assembly import Assembly, State
-from fedqsn_cli.auditing.recovery.attackers.attack import Lab, Start, Training
+from fedqsn_cli.auditing.recovery.attackers.attack import Start, Training, TrainingInputs
 from fedqsn_cli.auditing.recovery.attackers.catalogue import STARTS, TRAININGS
 from fedqsn_cli.auditing.recovery.attackers.evaluation import Evaluation, rho
 from fedqsn_cli.errors import InputError
@@ -120,12 +121,12 @@ class FunctionAttack:
         scores = [self.whole]
         if owner is not None:
             scores.append(self._built("server", assembly.server(owner)))
-        scores.append(self._built("proxy", assembly.as_sent()))
+        results = {name: self._start(name) for name in self.starts}
+        scores.append(results[AS_SENT.name(assembly)]._replace(model="proxy"))
         floor, floor_loss = "averages", math.nan
         if base is not None:
             scores.append(self._built("base", assembly.base(base)))
             floor, floor_loss = "base", scores[-1].loss
-        results = {name: self._start(name) for name in self.starts}
         best = min(results, key=lambda name: results[name].loss)
         scores.append(results[best])
         if base is None:
@@ -171,7 +172,7 @@ class FunctionAttack:
         sizes = SIZES if self.options.public_examples is None else self.options.public_examples
         public = self.public()
         for count in _counts(len(public), sizes):
-            part = Examples(public.task, public.features[:count], public.targets[:count])
+            part = _first(public, count)
             best = self._trained(attack, part)
             if best is None:
                 continue
@@ -181,17 +182,18 @@ class FunctionAttack:
             reached = rho(floor_loss, least, self.whole.loss)
             yield CurvePoint(count, best.loss, best.accuracy, reached, base_loss, gain, best.attack)
 
-    def public(self, most: int | None = None) -> Examples:
-        """The attacker's examples, the first of them. Raises InputError, DataError."""
+    def public(self) -> Examples:
+        """The attacker's examples. Raises InputError, DataError."""
         if self.options.public_data is None:
             raise InputError("the attacker has no examples", where="--public-data")
-        public = self.evaluation.encoder.encode(read_table(self.options.public_data), self.evaluation.progress)
-        return Examples(public.task, public.features[:most], public.targets[:most])
+        return self.evaluation.encoder.encode(read_table(self.options.public_data), self.evaluation.progress)
 
-    def lab(self, build: Callable[[], Loaded], examples: Examples) -> Lab:
+    def training_inputs(self, build: Callable[[], Loaded], examples: Examples) -> TrainingInputs:
         """What a training may use."""
         padding, progress = self.evaluation.encoder.padding, self.evaluation.progress
-        return Lab(build, examples, padding, self.holes, lambda: self.load(self.assembly.as_sent()), progress)
+        return TrainingInputs(
+            build, examples, padding, self.holes, lambda: self.load(self.assembly.as_sent()), progress
+        )
 
     def _trained(self, attack: str, examples: Examples) -> Attempt | None:
         """The best that training with examples makes of the proxies; None where the time was over before."""
@@ -208,11 +210,8 @@ class FunctionAttack:
 
     def _tried(self, training: Training, start: str, examples: Examples) -> Attempt | None:
         """One way of training one start; None where it does not apply, or where the time is over."""
-        name = f"{start}, {training.name}"
-        if self._is_over():
-            self.left_out.append(f"{name}, {len(examples)} examples")
-            return None
         build = self.starts[start].build
+        name = f"{start}, {training.name}"
         attempt = self._best_rate(name, training, examples, lambda: self.load(build(self.assembly)))
         if attempt is not None:
             self.attempts.append(attempt)
@@ -221,10 +220,13 @@ class FunctionAttack:
     def _best_rate(
         self, name: str, training: Training, examples: Examples, build: Callable[[], Loaded]
     ) -> Attempt | None:
-        """A training at the rate that serves the attacker best."""
-        lab, results = self.lab(build, examples), []
+        """A training at the rate that serves the attacker best; None where it does not apply, or the time is over."""
+        if self._is_over():
+            self.left_out.append(f"{name}, {len(examples)} examples")
+            return None
+        given, results = self.training_inputs(build, examples), []
         for rate in training.rates:
-            trained = training.run(lab, rate)
+            trained = training.run(given, rate)
             if trained is None:
                 return None
             score = self.evaluation.score("attacked", trained.loaded)
@@ -242,9 +244,8 @@ class FunctionAttack:
     def _base_loss(self, examples: Examples) -> float | None:
         """Loss of the public base after the same trainings, at its best."""
         count, base = len(examples), self.assembly.working_base()
-        known = dict(self.options.base_losses)
-        if count in known:
-            return known[count]
+        if count in self.options.base_losses:
+            return self.options.base_losses[count]
         if base is None:
             return None
         found = [
@@ -252,11 +253,15 @@ class FunctionAttack:
             for training in TRAININGS
             if training.of_base
         ]
-        return min(attempt.loss for attempt in found if attempt is not None)
+        return min((attempt.loss for attempt in found if attempt is not None), default=None)
 
     def _is_over(self) -> bool:
         minutes = self.options.minutes
         return minutes is not None and time.monotonic() - self._begin > 60 * minutes
+
+
+def _first(examples: Examples, count: int) -> Examples:
+    return replace(examples, features=examples.features[:count], targets=examples.targets[:count])
 
 
 def _counts(available: int, sizes: Sequence[int]) -> Sequence[int]:

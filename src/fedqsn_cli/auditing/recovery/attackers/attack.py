@@ -37,7 +37,7 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
-class Lab:
+class TrainingInputs:
     """What a training may use.
 
     Args:
@@ -83,5 +83,5 @@ class Training:
     name: str
     source: str
     rates: tuple[float, ...]
-    run: Callable[[Lab, float], Trained | None]
+    run: Callable[[TrainingInputs, float], Trained | None]
     of_base: bool = True

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fedqsn_cli.auditing.recovery.attackers.attack import Lab, Trained, Training
+from fedqsn_cli.auditing.recovery.attackers.attack import Trained, Training, TrainingInputs
 from fedqsn_cli.auditing.recovery.attackers.full import fitted
 from fedqsn_cli.training.compact import VisibleParameters
 from fedqsn_cli.training.loop import Surroundings, train
@@ -18,18 +18,18 @@ from fedqsn_cli.training.teachers import TAUGHT_TASKS, Distillation, Lesson, lis
 _BATCH = 32
 
 
-def _distilled(lab: Lab, rate: float) -> Trained | None:
-    if lab.examples.task not in TAUGHT_TASKS:
+def _distilled(given: TrainingInputs, rate: float) -> Trained | None:
+    if given.examples.task not in TAUGHT_TASKS:
         return None
-    loaded = lab.build()
-    teacher: Any = lab.teacher().model.to(loaded.model.device).eval()
+    loaded = given.build()
+    teacher: Any = given.teacher().model.to(loaded.model.device).eval()
     with torch.no_grad():
-        said = listen(teacher, lab.examples, _BATCH, lab.padding, lab.progress)
+        said = listen(teacher, given.examples, _BATCH, given.padding, given.progress)
     del teacher
-    lesson = Distillation([Lesson(lab.examples, said, 1.0)])
+    lesson = Distillation([Lesson(given.examples, said, 1.0)])
     around, trainable = Surroundings(backward=lesson.backward), VisibleParameters(loaded.model, {})
-    first = train(loaded.model, lesson.examples, trainable, lab.recipe(rate), lab.padding, lab.progress, around)
-    then = fitted(lab, loaded, rate)
+    first = train(loaded.model, lesson.examples, trainable, given.recipe(rate), given.padding, given.progress, around)
+    then = fitted(given, loaded, rate)
     return Trained(then.loaded, first.steps + then.steps)
 
 

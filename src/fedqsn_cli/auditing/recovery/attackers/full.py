@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from fedqsn_cli.auditing.recovery.attackers.attack import Lab, Trained, Training
+from fedqsn_cli.auditing.recovery.attackers.attack import Trained, Training, TrainingInputs
 from fedqsn_cli.models.torch_model import Loaded
 from fedqsn_cli.training.compact import VisibleParameters
 from fedqsn_cli.training.loop import train
 
 
-def fitted(lab: Lab, loaded: Loaded, rate: float) -> Trained:
+def fitted(given: TrainingInputs, loaded: Loaded, rate: float) -> Trained:
     """Train every weight of a model."""
     trainable = VisibleParameters(loaded.model, {})
-    summary = train(loaded.model, lab.examples, trainable, lab.recipe(rate), lab.padding, lab.progress)
+    summary = train(loaded.model, given.examples, trainable, given.recipe(rate), given.padding, given.progress)
     return Trained(loaded, summary.steps)
 
 
@@ -19,5 +19,5 @@ FULL = Training(
     name="fine-tuning",
     source="plain fine-tuning",
     rates=(1e-4, 3e-4, 1e-3),
-    run=lambda lab, rate: fitted(lab, lab.build(), rate),
+    run=lambda given, rate: fitted(given, given.build(), rate),
 )

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from fedqsn_cli.auditing.recovery.attackers.attack import Lab, Trained, Training
+from fedqsn_cli.auditing.recovery.attackers.attack import Trained, Training, TrainingInputs
 from fedqsn_cli.training.compact import VisibleParameters
 from fedqsn_cli.training.loop import train
 
 
-def _healed(lab: Lab, rate: float) -> Trained | None:
-    holes = lab.holes()
+def _healed(given: TrainingInputs, rate: float) -> Trained | None:
+    holes = given.holes()
     if not holes:
         return None
-    loaded = lab.build()
+    loaded = given.build()
     for name, parameter in loaded.model.named_parameters():
         parameter.requires_grad_(name in holes)
     trainable = VisibleParameters(loaded.model, holes)
-    summary = train(loaded.model, lab.examples, trainable, lab.recipe(rate), lab.padding, lab.progress)
+    summary = train(loaded.model, given.examples, trainable, given.recipe(rate), given.padding, given.progress)
     return Trained(loaded, summary.steps)
 
 

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
-
-from fedqsn_cli.auditing.recovery.attackers.attack import Lab, Trained, Training
+from fedqsn_cli.auditing.recovery.attackers.attack import Trained, Training, TrainingInputs
 from fedqsn_cli.models.architecture import CLASSIFIERS
-from fedqsn_cli.training.compact import VisibleParameters
+from fedqsn_cli.training.compact import TrainedPart, VisibleParameters
 from fedqsn_cli.training.loop import train
 from fedqsn_cli.training.precision import repeatable
 
 RANK = 16
 
 
-class _Trained:
-    """The parameters of a model that have gradients."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, value) for name, value in self._model.named_parameters() if value.requires_grad)
-
-
-def _adapted(lab: Lab, rate: float) -> Trained | None:
+def _adapted(given: TrainingInputs, rate: float) -> Trained | None:
     """Train adapters beside the head, and put them into the weights."""
     from peft import LoraConfig, get_peft_model
 
-    loaded = lab.build()
+    loaded = given.build()
     heads = [
         name
         for name, part in loaded.model.named_children()
@@ -40,8 +27,8 @@ def _adapted(lab: Lab, rate: float) -> Trained | None:
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", modules_to_save=saved)
     with repeatable(loaded.model.device, 0):  # adapters begin with random numbers, and an audit must be repeatable
         adapted: Any = get_peft_model(loaded.model, config)
-    trainable = VisibleParameters(_Trained(adapted), {})
-    summary = train(adapted, lab.examples, trainable, lab.recipe(rate), lab.padding, lab.progress)
+    trainable = VisibleParameters(TrainedPart.of(adapted), {})
+    summary = train(adapted, given.examples, trainable, given.recipe(rate), given.padding, given.progress)
     return Trained(loaded._replace(model=adapted.merge_and_unload()), summary.steps)
 
 
