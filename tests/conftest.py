@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from support.untrainable import accept_untrainable_models
+
 # What users, CI systems and parent processes leave in the environment and what would change outcomes. What the product
 # has to stand stays as it is: locale, time zone, umask, HOME, TMPDIR, hash seed, instruction sets.
 FOREIGN = {
@@ -58,9 +60,9 @@ def settle() -> None:
         "HF_HOME": cache,
         "CUDA_VISIBLE_DEVICES": "",
         "HIP_VISIBLE_DEVICES": "",  # --device auto would find other numbers there
-        "FEDQSN_ALLOW_UNTRAINABLE": "1",  # most models of the tests have no tokenizer, and need none
         "TORCHDYNAMO_DISABLE": "1",  # bitsandbytes compiles some of its code where there is a C++ compiler
     }
+    accept_untrainable_models()
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test for a core: torch's threads would wait for each other
 

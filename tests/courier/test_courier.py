@@ -165,12 +165,27 @@ def test_what_the_site_does_not_allow_is_no_update_and_a_deadline_ends_it(desk: 
     assert "refused" in log and "epochs 1000, and the site allows 10" in log
 
 
+def test_a_set_up_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keygen(tmp_path / "owner.key")
+
+    def fail(*_: object) -> str:
+        raise InputError("no room")
+
+    monkeypatch.setattr(kits, "make_authority", fail)
+    with nothing_written(tmp_path), pytest.raises(InputError, match="no room"):
+        courier_init(tmp_path / "courier", key=tmp_path / "owner.pub")
+    (tmp_path / "remark.pub").write_bytes("Schlüssel\n".encode() + (tmp_path / "owner.pub").read_bytes())
+    with nothing_written(tmp_path), pytest.raises(FormatError, match="more than keys in PEM"):
+        courier_init(tmp_path / "courier", key=tmp_path / "remark.pub")
+
+
 def test_what_goes_between_owner_and_site_is_read_strictly(desk: Desk, tmp_path: Path) -> None:
     invitation = desk.courier / "invitation.json"
     with pytest.raises(OutputExists):
         courier_init(desk.courier, key=desk.home / "owner.pub")
+    (tmp_path / "other.json").write_text("{}")
     with nothing_written(tmp_path), pytest.raises(FormatError, match="no invitation"):
-        courier_join(desk.home / "1.json", tmp_path / "site", name="bob", data="x")
+        courier_join(tmp_path / "other.json", tmp_path / "site", name="bob", data="x")
     with pytest.raises(InputError, match="--data: is needed"):
         courier_join(invitation, tmp_path / "site", name="bob")
     made = courier_join(invitation, tmp_path / "site", name="bob", data="x.jsonl")

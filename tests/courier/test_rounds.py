@@ -11,7 +11,7 @@ from fedqsn_cli import export_proxy, seal
 from fedqsn_cli.artifacts import ledger
 from fedqsn_cli.courier.layout import Owner
 from fedqsn_cli.courier.recipe import Recipe
-from fedqsn_cli.courier.rounds import Errand, errands
+from fedqsn_cli.courier.rounds import Delivery, deliveries
 from fedqsn_cli.crypto.keys import load_signing_key
 from fedqsn_cli.errors import InputError, RefusedUpdate
 from support.helpers import contents, make_model, send
@@ -37,21 +37,21 @@ def people(tmp_path: Path) -> dict[str, Party]:
     return made
 
 
-def errands_of(home: Path, *folders: Path) -> dict[str, Errand]:
+def errands_of(home: Path, *folders: Path) -> dict[str, Delivery]:
     releases = ledger.read(home / "ledger")
     key = load_signing_key(home / "owner.key")
-    made = errands(Owner.open(home / "courier"), folders, home / "in", releases, RECIPE, key)
-    return {errand.client: errand for errand in made}
+    made = deliveries(Owner.open(home / "courier"), folders, home / "in", releases, RECIPE, key)
+    return {delivery.client: delivery for delivery in made}
 
 
-def both(home: Path) -> dict[str, Errand]:
+def both(home: Path) -> dict[str, Delivery]:
     return errands_of(home, home / "out/alice", home / "out/bob")
 
 
-def reply(errand: Errand, signer: Party, to: Party, proxy: Path | None = None) -> None:
+def reply(delivery: Delivery, signer: Party, to: Party, proxy: Path | None = None) -> None:
     """An update as it comes back sealed."""
-    folder = send(proxy or errand.folder, errand.carried.with_name("update"))
-    seal(sign_folder(folder, signer), errand.sealed_update, to=to.public)
+    folder = send(proxy or delivery.folder, delivery.carried.with_name("update"))
+    seal(sign_folder(folder, signer), delivery.sealed_update, to=to.public)
     shutil.rmtree(folder)
 
 
@@ -62,8 +62,8 @@ def test_the_ledger_says_whom_a_proxy_is_for_whatever_its_folder_is_called(
     (tmp_path / "out/bob").rename(tmp_path / "out/alice")
     made = errands_of(tmp_path, tmp_path / "out/x", tmp_path / "out/alice")
     assert made["alice"].folder.name == "x" and made["bob"].folder.name == "alice"
-    for errand in made.values():
-        errand.prepare()
+    for delivery in made.values():
+        delivery.prepare()
     first = made["alice"].sealed_proxy.read_bytes()
     made["alice"].prepare()
     assert made["alice"].sealed_proxy.read_bytes() == first  # sealed once: an interrupted transfer goes on
@@ -71,11 +71,11 @@ def test_the_ledger_says_whom_a_proxy_is_for_whatever_its_folder_is_called(
 
 
 def test_an_answer_of_its_client_is_taken(tmp_path: Path, people: dict[str, Party]) -> None:
-    errand = both(tmp_path)["alice"]
-    reply(errand, people["alice"], people["owner"])
-    errand.take(tmp_path / "owner.key")
-    assert errand.done and "update.json" in contents(tmp_path / "in/alice")
-    assert not errand.sealed_update.exists()
+    delivery = both(tmp_path)["alice"]
+    reply(delivery, people["alice"], people["owner"])
+    delivery.take(tmp_path / "owner.key")
+    assert delivery.done and "update.json" in contents(tmp_path / "in/alice")
+    assert not delivery.sealed_update.exists()
 
 
 @pytest.mark.parametrize(
@@ -89,21 +89,21 @@ def test_an_answer_of_its_client_is_taken(tmp_path: Path, people: dict[str, Part
 def test_another_answer_is_refused(
     tmp_path: Path, people: dict[str, Party], signer: str, to: str, proxy: str | None, why: str
 ) -> None:
-    errand = both(tmp_path)["alice"]
-    reply(errand, people[signer], people[to], tmp_path / proxy if proxy else None)
+    delivery = both(tmp_path)["alice"]
+    reply(delivery, people[signer], people[to], tmp_path / proxy if proxy else None)
     with pytest.raises(RefusedUpdate, match=why):
-        errand.take(tmp_path / "owner.key")
-    assert not errand.done and not errand.sealed_update.exists()
+        delivery.take(tmp_path / "owner.key")
+    assert not delivery.done and not delivery.sealed_update.exists()
 
 
 def test_a_byte_that_the_courier_changed_is_found(tmp_path: Path, people: dict[str, Party]) -> None:
-    errand = both(tmp_path)["alice"]
-    reply(errand, people["alice"], people["owner"])
-    data = bytearray(errand.sealed_update.read_bytes())
+    delivery = both(tmp_path)["alice"]
+    reply(delivery, people["alice"], people["owner"])
+    data = bytearray(delivery.sealed_update.read_bytes())
     data[len(data) // 2] ^= 1
-    errand.sealed_update.write_bytes(data)
+    delivery.sealed_update.write_bytes(data)
     with pytest.raises(RefusedUpdate, match="cut off, or changed"):
-        errand.take(tmp_path / "owner.key")
+        delivery.take(tmp_path / "owner.key")
 
 
 def test_a_proxy_that_is_not_in_the_ledger_or_of_a_stranger_is_not_sent(

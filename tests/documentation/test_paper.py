@@ -17,10 +17,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from fedqsn_cli.export.advice import ALLOW_UNTRAINABLE
 from support.helpers import search_path, with_sources
 from support.tokenizers import tokenizer
 from support.training_jobs import small_model
+from support.untrainable import VARIABLE
 from support.warm_processes import warm_fedqsn
 
 ROOT = Path(__file__).parents[2]
@@ -142,7 +142,7 @@ def test_files_of_the_hub_are_chosen_by_config_and_split(prepare: Any, monkeypat
 def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """An environment in which `fedqsn` and `python` are those under test, as strict as for everybody else."""
     environment = os.environ | {"PYTHONPATH": with_sources(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop(ALLOW_UNTRAINABLE)
+    environment.pop(VARIABLE)
     path = search_path(tmp_path_factory.mktemp("bin"))
     with warm_fedqsn(tmp_path_factory.mktemp("warm")) as folder:
         yield environment | {"PATH": f"{folder}{os.pathsep}{path}"}

@@ -12,17 +12,17 @@ import pytest
 
 from fedqsn_cli import export_proxy, mask
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.export.advice import ALLOW_UNTRAINABLE
 from fedqsn_cli.models.architecture import is_known_architecture
 from support.families import EVERY_HEAD, build
 from support.helpers import nothing_written
 from support.processes import run
+from support.untrainable import VARIABLE, refuse_untrainable_models
 
 
 @pytest.fixture(autouse=True)
 def strict(monkeypatch: pytest.MonkeyPatch) -> None:
     """As it is for everybody else: most tests allow what no client can train."""
-    monkeypatch.delenv(ALLOW_UNTRAINABLE)
+    refuse_untrainable_models(monkeypatch)
 
 
 def edit(folder: Path, **fields: Any) -> Path:
@@ -116,7 +116,7 @@ def test_the_command_ends_with_one_line(tmp_path: Path, monkeypatch: pytest.Monk
     assert (ended.code, len(ended.err.splitlines())) == (2, 1)
     assert "correct it, or give --allow-untrainable" in ended.err
     assert run(*words, "--allow-untrainable").code == 0
-    monkeypatch.setenv(ALLOW_UNTRAINABLE, "1")
+    monkeypatch.setenv(VARIABLE, "1")
     assert run(*words, "--force").code == 0
 
 

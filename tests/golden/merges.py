@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedqsn_cli import export_proxy, mask, merge
+from fedqsn_cli import merge
 from golden.inputs import draft, make_model, noise
-from golden.running import SECRET, Files, Job, Records, digests, fixed_key
+from golden.running import SECRET, Files, Job, Records, digests, export_proxy, fixed_key, mask
 from support.raw_safetensors import read_model
 
 KEY, LEDGER = Path("job.key"), Path("ledger.jsonl")

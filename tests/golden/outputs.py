@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from fedqsn_cli import export_proxy, mask, quantize
+from fedqsn_cli import quantize
 from golden.inputs import SHAPES, make_config, make_model, make_tensors
-from golden.running import SECRET, Files, Job, Records, attempt, digests, fixed_key, sha256
+from golden.running import SECRET, Files, Job, Records, attempt, digests, export_proxy, fixed_key, mask, sha256
 from support.raw_safetensors import Tensors, to_bits, to_floats, write_model
 
 FORMATS = ("nf4", "fp4", "int8", "nf3", "nf2", "none")

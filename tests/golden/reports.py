@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fedqsn_cli import export_proxy, mask, merge
+from fedqsn_cli import merge
 from golden.inputs import draft, make_config, make_model, noise, visible_elements
 from golden.running import (
     OTHER_SECRET,
@@ -21,8 +21,10 @@ from golden.running import (
     Job,
     Outcome,
     Records,
+    export_proxy,
     fedqsn,
     fixed_key,
+    mask,
     sha256,
     steady,
     succeed,

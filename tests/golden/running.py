@@ -16,9 +16,12 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+import fedqsn_cli
 
 Records = dict[str, str]
 """Entries of one line each: what it is -> what was made of it."""
@@ -31,11 +34,14 @@ Job = Callable[[], Files]
 
 SECRET, OTHER_SECRET = (hashlib.sha256(words).hexdigest() for words in (b"golden", b"another job"))
 
+mask = partial(fedqsn_cli.mask, allow_untrainable=True)  # most models of the corpus have no tokenizer
+export_proxy = partial(fedqsn_cli.export_proxy, allow_untrainable=True)
+
 _KEPT = ("HOME", "LD_LIBRARY_PATH", "PATH", "PYTHONPATH", "TMPDIR")  # of the environment
 _SURROUNDINGS = {
     "COLUMNS": "100",
     "CUDA_VISIBLE_DEVICES": "",
-    "FEDQSN_ALLOW_UNTRAINABLE": "1",  # most models of the corpus have no tokenizer
+    "FEDQSN_ALLOW_UNTRAINABLE": "1",  # the same for the commands
     "HF_HUB_OFFLINE": "1",
     "LANG": "C.UTF-8",
     "NO_COLOR": "1",

@@ -14,9 +14,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedqsn_cli import export_proxy, mask, merge, quantize
+from fedqsn_cli import merge, quantize
 from golden.inputs import Update, draft, make_model, noise
-from golden.running import OTHER_SECRET, SECRET, fixed_key
+from golden.running import OTHER_SECRET, SECRET, export_proxy, fixed_key, mask
 from support.raw_safetensors import read_model
 
 KEY, LEDGER = Path("job.key"), Path("ledger.jsonl")

@@ -15,8 +15,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedqsn_cli import client_train, export_proxy, mask, merge
-from golden.running import SECRET, Files, Job, Records, fedqsn, fixed_key, sha256, succeed, transcript
+from fedqsn_cli import client_train, merge
+from golden.running import (
+    SECRET,
+    Files,
+    Job,
+    Records,
+    export_proxy,
+    fedqsn,
+    fixed_key,
+    mask,
+    sha256,
+    succeed,
+    transcript,
+)
 from golden.trainable import model
 from support.raw_safetensors import read_file, to_bits, to_floats, write_file
 

@@ -49,10 +49,8 @@ def original(module_folder: Path) -> JobFolder:
 
 @pytest.fixture
 def job(original: JobFolder, folder: Path) -> JobFolder:
-    """A copy of it to tamper."""
-    shutil.copytree(original.root, folder / "job")
-    (folder / "job/job.key").chmod(0o600)
-    return JobFolder(original.scenario, folder / "job")
+    """A copy of it, to be changed."""
+    return original.copied(folder / "job")
 
 
 def merged(job: JobFolder, *names: str, out: str = "next", **options: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +46,7 @@ def original(module_folder: Path) -> JobFolder:
 @pytest.fixture
 def job(original: JobFolder, folder: Path) -> JobFolder:
     """A copy of it, with a ledger of its own."""
-    shutil.copytree(original.root, folder / "job")
-    (folder / "job/job.key").chmod(0o600)
-    return JobFolder(original.scenario, folder / "job")
+    return original.copied(folder / "job")
 
 
 def run(job: JobFolder, out: str = "next", updates: tuple[str, ...] = CLIENTS, **options: Any) -> Any:
@@ -184,6 +181,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"noise_multiplier": None, "delta": None, "epsilon": 3.0}, "--epsilon: there is no noise"),
     ({"rule": "median", "byzantine": 1}, "--noise-multiplier: noise is made for a sum"),
     ({"keep_adapter": "adapter"}, "--keep-adapter"),
+    ({"on_refused": "skip"}, "--on-refused: with noise, how many updates count must not depend"),
     ({"restore": "model"}, "no updates"),
 ]
 

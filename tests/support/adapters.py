@@ -14,14 +14,11 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.artifacts.manifests import (
     AdapterRecord,
-    Losses,
-    UpdateManifest,
     file_digest,
-    manifest_bytes,
 )
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.models.model import model_tensors
-from support.helpers import Tensors, seen, to_bits, to_floats, visible_elements
+from support.helpers import Tensors, claims, seen, to_bits, to_floats, visible_elements
 from support.raw_safetensors import write_file
 
 Doubles = NDArray[np.float64]
@@ -122,19 +119,14 @@ def draft_adapters(
             records[name] = AdapterRecord(module=module, rank=rank, scaling=alpha / rank, transposed=transposed)
     update.config["target_modules"] = [record.module.removeprefix("base_model.model.") for record in records.values()]
     update.config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in saved}) or None
-    facts = UpdateManifest(
-        proxy_id=told["proxy_id"],
-        proxy_sha256=file_digest(proxy / "proxy.json"),
+    update.manifest = claims(
+        proxy,
+        told["proxy_id"],
         num_examples=examples,
-        steps=3,
-        losses=Losses(first=1.5, last=1.25, eval_before=None, eval_after=None),
         precision=precision,
-        tool="test",
         adapters=records,
         saved={name: _saved(name) for name in update.saved} or None,
-        files={},
     )
-    update.manifest = json.loads(manifest_bytes(facts))
     return update
 
 

@@ -138,17 +138,22 @@ def draft(proxy: Path, values: Values, *, examples: int = 10, precision: str = "
         if name in shown and manifest.get("train") is None:
             whole = seen(whole, shown[name], manifest["tensors"][name]["axis"])
         tensors[name] = (dtype, to_bits(whole, dtype))
-    facts = UpdateManifest(
-        proxy_id=manifest["proxy_id"],
+    return Update(tensors, claims(proxy, manifest["proxy_id"], num_examples=examples, precision=precision))
+
+
+def claims(proxy: Path, proxy_id: str, **facts: Any) -> dict[str, Any]:
+    """What update.json says about an update of a proxy; the digests of its files come when it is written."""
+    told = UpdateManifest(
+        proxy_id=proxy_id,
         proxy_sha256=file_digest(proxy / "proxy.json"),
-        num_examples=examples,
         steps=3,
         losses=Losses(first=1.5, last=1.25, eval_before=None, eval_after=None),
-        precision=precision,
         tool="test",
         files={},
+        **facts,
     )
-    return Update(tensors, json.loads(manifest_bytes(facts)))
+    document: dict[str, Any] = json.loads(manifest_bytes(told))
+    return document
 
 
 def send(proxy: Path, folder: Path, values: Values | None = None, **options: Any) -> Path:

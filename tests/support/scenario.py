@@ -104,6 +104,12 @@ class JobFolder:
     def key(self) -> Path:
         return self.root / "job.key"
 
+    def copied(self, root: Path) -> JobFolder:
+        """The same in another place, to be changed."""
+        shutil.copytree(self.root, root)
+        (root / "job.key").chmod(0o600)
+        return JobFolder(self.scenario, root)
+
     @property
     def filled(self) -> dict[str, Any]:
         """Options about the fill."""

@@ -27,7 +27,7 @@ class Unreachable(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Errand:
+class Delivery:
     """One client's proxy, and where its update is to be.
 
     Args:
@@ -87,26 +87,26 @@ class Errand:
         opened.rename(self.update)
 
 
-def errands(
+def deliveries(
     owner: Owner, folders: Sequence[Path], inbox: Path, releases: Sequence[Release], recipe: Recipe, key: SigningKey
-) -> list[Errand]:
+) -> list[Delivery]:
     """What is to be sent to whom: the ledger says it, whatever the folders are called.
 
     Raises:
         InputError: a proxy is not in the ledger, two are for one client, or a client has not joined.
     """
     known = {release.proxy_id: release for release in releases}
-    made = [_errand(owner, folder, inbox, known, recipe, key) for folder in folders]
-    clients = [errand.client for errand in made]
+    made = [_delivery(owner, folder, inbox, known, recipe, key) for folder in folders]
+    clients = [delivery.client for delivery in made]
     doubled = next((client for client in clients if clients.count(client) > 1), None)
     if doubled is not None:
         raise InputError(f"two proxies are for client {doubled!r}", where="PROXY", hint="send one round at a time")
     return made
 
 
-def _errand(
+def _delivery(
     owner: Owner, folder: Path, inbox: Path, known: Mapping[str, Release], recipe: Recipe, key: SigningKey
-) -> Errand:
+) -> Delivery:
     manifest, digest = read_manifest(folder, ProxyManifest), file_digest(folder / PROXY_MANIFEST)
     release = known.get(manifest.proxy_id)
     if release is None or release.proxy_sha256 != digest:
@@ -114,4 +114,4 @@ def _errand(
     client = release.client
     carried = owner.carried / manifest.proxy_id[:32]
     public = owner.public_key(client)
-    return Errand(client, folder, digest, public, inbox / client, carried, recipe.signed(digest, key))
+    return Delivery(client, folder, digest, public, inbox / client, carried, recipe.signed(digest, key))

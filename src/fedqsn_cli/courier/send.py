@@ -16,7 +16,7 @@ from fedqsn_cli.artifacts import ledger as ledgers
 from fedqsn_cli.courier import kits
 from fedqsn_cli.courier.layout import Owner
 from fedqsn_cli.courier.recipe import Recipe
-from fedqsn_cli.courier.rounds import Errand, Unreachable, errands
+from fedqsn_cli.courier.rounds import Delivery, Unreachable, deliveries
 from fedqsn_cli.crypto.attestation import require_attested
 from fedqsn_cli.crypto.keys import load_signing_key
 from fedqsn_cli.errors import GateFailed, InputError, RefusedUpdate
@@ -82,12 +82,12 @@ def courier_send(
     require_attested(Path(options.attestation), key.public_key(), folders, options.policy)
     recipe = Recipe(options.epochs, options.lr, options.batch_size, options.update_format)
     releases = ledgers.read(Path(options.ledger))
-    known = errands(owner, folders, Path(options.into), releases, recipe, key)
+    known = deliveries(owner, folders, Path(options.into), releases, recipe, key)
     from fedqsn_cli.courier.flare.session import Session
 
     session = Session(owner.admin)
     try:
-        return Sending(session, [_Client(errand) for errand in known], Path(options.key), progress).run(
+        return Sending(session, [_Client(delivery) for delivery in known], Path(options.key), progress).run(
             least, options.seconds
         )
     finally:
@@ -96,7 +96,7 @@ def courier_send(
 
 @dataclass(slots=True)
 class _Client:
-    errand: Errand
+    delivery: Delivery
     job: str | None = None
     jobs: int = 0
     next: float = 0.0
@@ -105,11 +105,11 @@ class _Client:
 
     @property
     def state(self) -> str:
-        return "arrived" if self.errand.done else "refused" if self.refused else "waiting"
+        return "arrived" if self.delivery.done else "refused" if self.refused else "waiting"
 
     def result(self) -> SentClient:
-        update = str(self.errand.update) if self.errand.done else None
-        return SentClient(self.errand.client, self.state, update, self.jobs)
+        update = str(self.delivery.update) if self.delivery.done else None
+        return SentClient(self.delivery.client, self.state, update, self.jobs)
 
 
 @dataclass(slots=True)
@@ -126,7 +126,7 @@ class Sending:
     def run(self, least: int, seconds: float) -> SendResult:
         """Wait until enough have answered. Raises GateFailed: too few did in time."""
         for client in self.clients:
-            client.errand.prepare()
+            client.delivery.prepare()
         while self.arrived < least and any(c.state == "waiting" for c in self.clients):
             if time.monotonic() - self._began > seconds:
                 break
@@ -139,7 +139,7 @@ class Sending:
             time.sleep(_POLL)
         self._end_others()
         if self.arrived < least:
-            told = ", ".join(f"{client.errand.client} {client.state}" for client in self.clients)
+            told = ", ".join(f"{client.delivery.client} {client.state}" for client in self.clients)
             hint = "run the same command again: it goes on where it was"
             raise GateFailed(f"{self.arrived} of {least} updates came in time ({told})", hint=hint)
         return SendResult(tuple(c.result() for c in self.clients), self.arrived, time.monotonic() - self._began)
@@ -147,11 +147,11 @@ class Sending:
     @property
     def arrived(self) -> int:
         """How many updates were taken."""
-        return sum(client.errand.done for client in self.clients)
+        return sum(client.delivery.done for client in self.clients)
 
     def _look(self, client: _Client) -> None:
         """Take what has come; submit the job if there is none, or if it has failed. Raises Unreachable."""
-        if client.errand.sealed_update.exists():
+        if client.delivery.sealed_update.exists():
             self._take(client)
         elif client.job is None:
             if time.monotonic() >= client.next:
@@ -170,7 +170,7 @@ class Sending:
         try:
             at_work = self.session.at_work()
             for client in [c for c in self.clients if c.state == "waiting" and c.job is not None]:
-                self._judge(client, at_work.get(client.errand.client))
+                self._judge(client, at_work.get(client.delivery.client))
         except Unreachable as error:
             self.progress.note(f"the server does not answer ({error})")
 
@@ -185,8 +185,8 @@ class Sending:
 
     def _take(self, client: _Client) -> None:
         try:
-            client.errand.take(self.key)
-            self.progress.note(f"the update of {client.errand.client} has come")
+            client.delivery.take(self.key)
+            self.progress.note(f"the update of {client.delivery.client} has come")
         except RefusedUpdate as error:
             client.refused = True
             self.progress.note(error.what)
@@ -194,10 +194,10 @@ class Sending:
     def _submit(self, client: _Client) -> None:
         from fedqsn_cli.courier.flare.job import write_job
 
-        errand = client.errand
+        delivery = client.delivery
         with tempfile.TemporaryDirectory() as place:
             job = write_job(
-                Path(place) / "job", errand.client, errand.sealed_proxy, errand.sealed_update, errand.recipe
+                Path(place) / "job", delivery.client, delivery.sealed_proxy, delivery.sealed_update, delivery.recipe
             )
             client.job = self.session.submit(job)
         client.jobs += 1
@@ -207,13 +207,13 @@ class Sending:
         first, most = _RETRY
         wait = min(most, first * 2.0 ** min(client.jobs, 10))
         client.job, client.idle, client.next = None, 0, time.monotonic() + wait
-        self.progress.note(f"{client.errand.client}: {why}; again in {wait:.0f} s")
+        self.progress.note(f"{client.delivery.client}: {why}; again in {wait:.0f} s")
 
     def _end_others(self) -> None:
         """Jobs that nobody waits for any more."""
         for client in self.clients:
-            if client.job is not None and not client.errand.done:
+            if client.job is not None and not client.delivery.done:
                 try:
                     self.session.abort(client.job)
                 except Unreachable as error:
-                    self.progress.note(f"{client.errand.client}: its job could not be ended ({error})")
+                    self.progress.note(f"{client.delivery.client}: its job could not be ended ({error})")

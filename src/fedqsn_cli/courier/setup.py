@@ -6,11 +6,13 @@ import io
 import json
 import shutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedqsn_cli import validate
-from fedqsn_cli.checkpoint.files import open_regular_file, write_file_atomically
+from fedqsn_cli.checkpoint.files import open_regular_file, read_file, write_file_atomically
 from fedqsn_cli.courier import kits
 from fedqsn_cli.courier.layout import INVITATION, Invitation, Owner, Site
 from fedqsn_cli.courier.site import TEMPLATE, SiteSettings
@@ -55,20 +57,39 @@ def courier_init(path: str | Path, options: CourierInitOptions) -> CourierSetup:
         raise OutputExists("already exists", where=home, hint="choose another folder")
     public = Path(options.key)
     signer = fingerprint(load_verify_key(public))
-    home.mkdir(parents=True, mode=0o700)
-    owner = Owner(home)
-    for folder in (home / "keys", owner.carried):
-        folder.mkdir(mode=0o700)
     host, port = options.address
-    draft = Invitation(options.project, host, port, "", public.read_text("ascii"))
-    root = kits.make_authority(owner.authority, draft)
-    invitation = Invitation(draft.project, host, port, root, draft.owner)
-    write_file_atomically(owner.invitation, invitation.to_bytes())
-    _make_kit(owner, invitation, host, "server", owner.server)
-    _make_kit(owner, invitation, kits.ADMIN, "admin", owner.admin)
-    for client in options.local or ():
-        _join_here(owner, client)
+    draft = Invitation(options.project, host, port, "", _text(public))
+    owner = Owner(home)
+    with _new_folder(home):
+        for folder in (home / "keys", owner.carried):
+            folder.mkdir(mode=0o700)
+        root = kits.make_authority(owner.authority, draft)
+        invitation = Invitation(draft.project, host, port, root, draft.owner)
+        write_file_atomically(owner.invitation, invitation.to_bytes())
+        _make_kit(owner, invitation, host, "server", owner.server)
+        _make_kit(owner, invitation, kits.ADMIN, "admin", owner.admin)
+        for client in options.local or ():
+            _join_here(owner, client)
     return CourierSetup(str(home), str(owner.invitation), signer)
+
+
+@contextmanager
+def _new_folder(home: Path) -> Iterator[None]:
+    """Make a private folder, which is removed again if what fills it fails: kits hold its path, so it cannot move."""
+    home.mkdir(parents=True, mode=0o700)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(home)
+        raise
+
+
+def _text(public: Path) -> str:
+    """The public keys of a file. Raises FormatError: there is something else in it."""
+    try:
+        return read_file(public, _LARGEST).decode("ascii")
+    except UnicodeDecodeError:
+        raise FormatError("holds more than keys in PEM", where=public, hint="give it without remarks") from None
 
 
 def _make_kit(owner: Owner, invitation: Invitation, name: str, kind: kits.Kind, kit: Path) -> None:
@@ -117,16 +138,16 @@ def courier_join(path: str | Path, options: CourierJoinOptions) -> CourierSetup:
 def _request(site: Site, invitation: Invitation, options: CourierJoinOptions) -> CourierSetup:
     if site.home.exists():
         raise OutputExists("already exists", where=site.home, hint="choose another folder, or give the --approval")
-    site.home.mkdir(parents=True, mode=0o700)
-    site.rounds.mkdir(mode=0o700)
-    write_file_atomically(site.home / INVITATION, invitation.to_bytes())
-    site.owner_key.write_text(invitation.owner)
-    pair = keygen(site.private_key, KeygenOptions())
-    site.settings.write_text(_settings(options), encoding="utf-8")
-    SiteSettings.read(site.settings)
-    asked = kits.request(site.home / "request", invitation, options.name, "client")
-    packed = site.home / f"{options.name}.request"
-    _pack(packed, {_ASKED: asked.read_bytes(), _KEY: Path(pair.public).read_bytes()})
+    with _new_folder(site.home):
+        site.rounds.mkdir(mode=0o700)
+        write_file_atomically(site.home / INVITATION, invitation.to_bytes())
+        site.owner_key.write_text(invitation.owner)
+        pair = keygen(site.private_key, KeygenOptions())
+        site.settings.write_text(_settings(options), encoding="utf-8")
+        SiteSettings.read(site.settings)
+        asked = kits.request(site.home / "request", invitation, options.name, "client")
+        packed = site.home / f"{options.name}.request"
+        _pack(packed, {_ASKED: asked.read_bytes(), _KEY: Path(pair.public).read_bytes()})
     return CourierSetup(str(site.home), str(packed), pair.fingerprint)
 
 

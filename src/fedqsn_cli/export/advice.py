@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from fedqsn_cli.artifacts.ledger import Release
@@ -15,8 +14,6 @@ from fedqsn_cli.models.tokenizer_files import tokenizer_problem
 from fedqsn_cli.options import ExportOptions
 from fedqsn_cli.planning.roles import rules
 from fedqsn_cli.progress import Progress
-
-ALLOW_UNTRAINABLE = "FEDQSN_ALLOW_UNTRAINABLE"
 
 
 def tell_what_stays(model: OpenModel, progress: Progress) -> None:
@@ -31,7 +28,7 @@ def refuse_untrainable(model: OpenModel, allowed: bool) -> str | None:
     """Refuse a model whose proxies no client could train, as far as its files tell.
 
     Args:
-        allowed: by an option. The environment can say the same for all commands.
+        allowed: by an option.
 
     Returns:
         Why no client could train it, where that is allowed; None where nothing is known to be wrong.
@@ -40,7 +37,7 @@ def refuse_untrainable(model: OpenModel, allowed: bool) -> str | None:
         InputError: it is not allowed. FormatError: a file of its tokenizer is malformed.
     """
     problem = _problem(model)
-    if problem is not None and not (allowed or os.environ.get(ALLOW_UNTRAINABLE, "") not in ("", "0")):
+    if problem is not None and not allowed:
         what = f"no client can train a proxy of this model: {problem}"
         raise InputError(what, where=model.source.path, hint="correct it, or give --allow-untrainable")
     return problem

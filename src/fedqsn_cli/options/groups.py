@@ -236,7 +236,9 @@ class MaskingOptions(FillOptions, HidingOptions, KeyOptions):
     allow_untrainable: Annotated[
         bool,
         Option(
-            "Accept a model though no client could train its proxies, for lack of a tokenizer for instance.", MASKING
+            "Accept a model though no client could train its proxies, for lack of a tokenizer for instance.",
+            MASKING,
+            env="FEDQSN_ALLOW_UNTRAINABLE",
         ),
     ] = False
 
