@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedqsn_cli import client_train
+from fedqsn_cli import client_train, merge
 from fedqsn_cli.artifacts.manifests import ProxyManifest, UpdateManifest, file_digest, read_manifest
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.errors import InputError
@@ -33,6 +33,8 @@ from fedqsn_cli.training.tables import read_table
 from fedqsn_cli.training.visible import expanded
 from support.helpers import HOST, USER, contents, set_host_names
 from support.training_jobs import data_for, dense_tensors, make_proxy, small_model, visible_units
+from training.test_tasks import CASES as TASKS
+from training.test_tasks import make_job
 
 FAST: dict[str, Any] = {
     "method": "lora",
@@ -308,6 +310,21 @@ def test_gradient_checkpointing_and_rank_stabilised_scaling_and_16_bit_factors(
     manifest = read_manifest(tmp_path / "update", UpdateManifest)
     assert {adapter.scaling for adapter in (manifest.adapters or {}).values()} == {6.0 / 2}
     assert {t.dtype for t in load_file(tmp_path / "update" / "adapter_model.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["multi-label", "words", "gaps", "sources"])
+def test_every_task_is_learnt_with_adapters_and_merged(tmp_path: Path, name: str) -> None:
+    job = make_job(tmp_path, replace(TASKS[name], export={"format": "nf4"}))
+    data, options = job / "data.jsonl", {"epochs": 10, "lr": 2e-2, "batch_size": 16, "precision": "fp32"}
+    result = client_train(job / "proxy", job / "update", data=data, eval_data=data, method="lora", lora_r=4, **options)
+    assert result.before is not None and result.after is not None
+    assert result.after.loss < 0.97 * result.before.loss
+    merged = merge(job / "model", [job / "update"], job / "next", key=job / "key", ledger=job / "proxy.jsonl")
+    assert merged.clients[0].relative_norm > 0
+    assert all(
+        not product[~expanded(visible_units(job / "proxy")[tensor], tuple(product.shape))].any()
+        for tensor, product in products(job / "update").items()
+    )
 
 
 @pytest.mark.parametrize("options", [{"packing": True}, {"optimizer": "adamw-8bit"}, {"optimizer": "sgd", "lr": 1.0}])
