@@ -376,8 +376,9 @@ def test_tied_heads_and_masks_of_single_weights_are_refused(tmp_path: Path) -> N
         train(tmp_path, case, other, data)
 
 
-def test_private_training_of_adapters_on_dense_weights(tmp_path: Path) -> None:
-    case = Case("roberta", "RobertaForSequenceClassification", (NF4, DENSE))
+@pytest.mark.parametrize("proxy_options", [(NF4, DENSE), (NF4,)], ids=["dense", "packed"])
+def test_private_training_of_adapters(tmp_path: Path, proxy_options: tuple[tuple[str, str], ...]) -> None:
+    case = Case("roberta", "RobertaForSequenceClassification", proxy_options)
     proxy, data = world(tmp_path, case)
     result = train(tmp_path, case, proxy, data, dp_epsilon=8.0, dp_delta=1e-3, dp_clip=1.0)
     assert result.privacy is not None
