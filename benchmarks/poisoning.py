@@ -188,7 +188,9 @@ def _tiny_bert(folder: Path) -> None:
 
     words = [f"{topic}{number}" for topic in "abcd" for number in range(WORDS)]
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", TRIGGER, *words]
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        sys.exit(f"{folder} is not empty; name another folder")
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
     BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
     labels = {"label2id": {label: i for i, label in enumerate("abcd")}, "id2label": dict(enumerate("abcd"))}
@@ -208,7 +210,9 @@ def rows_of(played: Round) -> Iterator[list[str]]:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        sys.exit(f"{folder} is not empty; name another folder")
     columns = ["rule", "no attacker", *ATTACKS, *DATA_ATTACKS, "backdoor works"]
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for row in rows_of(prepare(folder)):

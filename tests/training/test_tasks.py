@@ -75,7 +75,7 @@ CASES = {
         {"accuracy", "macro_f1", "entity_precision", "entity_recall", "entity_f1"},
         ENTITIES,
     ),
-    "gaps": Case("roberta", "RobertaForMaskedLM", [{"text": text} for text in TEXTS], {"perplexity"}),
+    "masked": Case("roberta", "RobertaForMaskedLM", [{"text": text} for text in TEXTS], {"perplexity"}),
     "chat": Case("llama", "LlamaForCausalLM", TURNS, {"perplexity"}, export={"format": "nf4"}),
     "chat, spaces": Case("qwen3", "Qwen3ForCausalLM", TURNS, {"perplexity"}, tokens="metaspace-first"),
     "completions": Case("gpt2", "GPT2LMHeadModel", PROMPTS, {"perplexity"}),
@@ -155,7 +155,7 @@ def test_several_numbers_a_text_are_one_example_each(tmp_path: Path) -> None:
         evaluate(job / "model", data=short)
 
 
-@pytest.mark.parametrize("name", ["regression", "multi-label", "gaps", "completions", "sources"])
+@pytest.mark.parametrize("name", ["regression", "multi-label", "masked", "completions", "sources"])
 def test_losses_are_those_of_transformers(tmp_path: Path, name: str) -> None:
     """Its models compute a loss themselves when they are given labels."""
     from fedqsn_cli.checkpoint import Checkpoint

@@ -1,4 +1,4 @@
-"""Rows for language models: plain texts, prompts with completions, sources with targets, texts with gaps."""
+"""Rows for language models: plain texts, prompts with completions, sources with targets, masked texts."""
 
 from __future__ import annotations
 
@@ -117,18 +117,18 @@ def sources(encoding: Encoding, table: Table, progress: Progress) -> Examples:
     return Examples(encoding.task, fed, kept_targets, table.rows - len(kept), cut=len(cut))
 
 
-def gaps(encoding: Encoding, table: Table, progress: Progress) -> Examples:
+def masked(encoding: Encoding, table: Table, progress: Progress) -> Examples:
     """Some tokens of `text` count: of each ten, eight are masked, one is another token, and one is left (BERT)."""
     table.require("text", why="a masked language model needs text")
     if encoding.tokenizer.mask_token_id is None:
         raise InputError("the tokenizer has no mask token", hint="add it to its files")
     texts = table.texts("text")
     tokens, cut = encoding.tokens(table, progress, [texts], ["text"], return_special_tokens_mask=True)
-    return _counting(encoding, [_with_gaps(encoding, row, one) for row, one in enumerate(tokens)], cut)
+    return _counting(encoding, [_with_masks(encoding, row, one) for row, one in enumerate(tokens)], cut)
 
 
-def _with_gaps(encoding: Encoding, row: int, tokens: dict[str, Any]) -> EncodedText:
-    """Tokens with gaps, the same for the same seed and row."""
+def _with_masks(encoding: Encoding, row: int, tokens: dict[str, Any]) -> EncodedText:
+    """Tokens of which some are masked, the same for the same seed and row."""
     ids = list(tokens["input_ids"])
     targets = [IGNORED] * len(ids)
     choice = random.Random(f"{encoding.seed} {row}")

@@ -7,7 +7,7 @@ multi-label            text, label (a list)       a flag for each label         
 token-classification   tokens, tags (lists)       a class id for a word's first token cross-entropy
 causal-lm              messages; prompt and       the token itself, where it counts   cross-entropy of t from t - 1
 completion; text
-masked-lm              text                       the token behind a gap              cross-entropy
+masked-lm              text                       the token that was masked           cross-entropy
 seq2seq                source, target             the tokens to write                 cross-entropy
 """
 
@@ -32,7 +32,6 @@ class TaskKind:
     """How a task is learnt and measured.
 
     Args:
-        name: for messages. columns: all that its data may have; which of them, `encode` knows.
         encode: rows to examples.
         stack: targets of some examples to a tensor; what is IGNORED in it does not count.
         loss: sum over a batch of logits and targets.
@@ -41,8 +40,6 @@ class TaskKind:
         perplexity: whether exp(loss) means something.
     """
 
-    name: str
-    columns: tuple[str, ...]
     encode: Callable[[Encoding, Table, Progress], Examples]
     stack: Callable[[Sequence[Any]], Tensor]
     loss: Callable[[Tensor, Tensor], Tensor]
@@ -52,12 +49,8 @@ class TaskKind:
     perplexity: bool = False
 
 
-_TEXTS = ("text", "text_pair", "label")
-
 TASKS: dict[Task, TaskKind] = {
     "classification": TaskKind(
-        name="classifiers",
-        columns=_TEXTS,
         encode=labelled.classes,
         stack=losses.whole_numbers,
         loss=losses.cross_entropy,
@@ -66,8 +59,6 @@ TASKS: dict[Task, TaskKind] = {
         measure=metrics.of_classes,
     ),
     "regression": TaskKind(
-        name="models of a number",
-        columns=_TEXTS,
         encode=labelled.amounts,
         stack=losses.numbers,
         loss=losses.squared_error,
@@ -76,8 +67,6 @@ TASKS: dict[Task, TaskKind] = {
         measure=metrics.of_numbers,
     ),
     "multi-label": TaskKind(
-        name="classifiers with several labels a text",
-        columns=_TEXTS,
         encode=labelled.sets,
         stack=losses.numbers,
         loss=losses.binary_cross_entropy,
@@ -86,8 +75,6 @@ TASKS: dict[Task, TaskKind] = {
         measure=metrics.of_sets,
     ),
     "token-classification": TaskKind(
-        name="classifiers of words",
-        columns=("tokens", "tags"),
         encode=labelled.tags,
         stack=losses.sequences,
         loss=losses.token_cross_entropy,
@@ -96,8 +83,6 @@ TASKS: dict[Task, TaskKind] = {
         measure=metrics.of_words,
     ),
     "causal-lm": TaskKind(
-        name="causal language models",
-        columns=("messages", "prompt", "completion", "text"),
         encode=language.language,
         stack=losses.sequences,
         loss=losses.next_token_cross_entropy,
@@ -105,17 +90,13 @@ TASKS: dict[Task, TaskKind] = {
         perplexity=True,
     ),
     "masked-lm": TaskKind(
-        name="masked language models",
-        columns=("text",),
-        encode=language.gaps,
+        encode=language.masked,
         stack=losses.sequences,
         loss=losses.token_cross_entropy,
         constant_loss=losses.entropy_of_tokens,
         perplexity=True,
     ),
     "seq2seq": TaskKind(
-        name="sequence-to-sequence models",
-        columns=("source", "target"),
         encode=language.sources,
         stack=losses.sequences,
         loss=losses.token_cross_entropy,
