@@ -65,11 +65,15 @@ def test_a_former_name_is_neither_suggested_nor_completed() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_job_key_and_ledger_may_come_from_the_environment(command: str) -> None:
+def test_what_every_command_of_a_job_needs_may_come_from_the_environment(command: str) -> None:
     options = options_of(options_classes(function_of(command))["options"])
     known = [declared for declared in options if declared.option.panel != SIGNATURES]  # where a key is somebody's own
     variables = {declared.name: declared.option.env for declared in known if declared.option.env}
-    expected = {"key": "FEDQSN_KEY", "ledger": "FEDQSN_LEDGER"}
+    expected = {
+        "key": "FEDQSN_KEY",
+        "ledger": "FEDQSN_LEDGER",
+        "allow_untrainable": "FEDQSN_ALLOW_UNTRAINABLE",
+    }
     assert variables == {name: expected[name] for name in (declared.name for declared in known) if name in expected}
     for variable in variables.values():
         assert f"[env: {variable}]" in help_of(command)

@@ -262,7 +262,8 @@ def test_i4_order_of_tensors_in_the_file_changes_no_byte(family: str, axis: str,
 EXPORT = """
 import sys
 from fedqsn_cli import export_proxy
-export_proxy("model", sys.argv[1], client=["ann", "bob"], round=1, key="key", p1=0.3, p2=0.2, ledger="ledger.jsonl")
+export_proxy("model", sys.argv[1], client=["ann", "bob"], round=1, key="key", p1=0.3, p2=0.2, ledger="ledger.jsonl",
+    allow_untrainable=True)
 """
 
 
