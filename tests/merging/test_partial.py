@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedqsn_cli import merge
+from fedqsn_cli import inspect, merge
 from fedqsn_cli.artifacts.manifests import file_digest, manifest_bytes, read_manifest
 from fedqsn_cli.artifacts.partial_folder import PARTIAL_TENSORS, PartialManifest
 from fedqsn_cli.errors import FedqsnError, InputError, RefusedUpdate
@@ -329,6 +329,13 @@ def test_a_partial_sum_of_an_earlier_round_is_stale(job: JobFolder) -> None:
     usual = {"key": job.key, "ledger": job.root / "ledger.jsonl"}
     with nothing_written(job.root), pytest.raises(RefusedUpdate, match="trained on proxies of another model"):
         merge(str(job.root / "next"), [job.root / "u-sum"], job.root / "third", **usual)
+
+
+def test_inspect_says_what_is_in_a_partial_sum(job: JobFolder) -> None:
+    found = inspect(str(job.root / "u-sum"))
+    assert (found.kind, found.facts["clients"], found.facts["examples"]) == ("partial sum", 2, 21)
+    with pytest.raises(InputError, match="this is the manifest of a partial"):
+        inspect(str(job.root / "u-sum/partial.json"))
 
 
 def test_a_partial_sum_is_replaced_with_force_only(job: JobFolder) -> None:

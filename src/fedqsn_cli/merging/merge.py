@@ -5,7 +5,8 @@
                                                       or over all clients (normalize clients)
     W'  = W + η Δ                                     units that nobody saw keep their bits
 
-Other rules than this average are in `aggregation`.
+Sums are exact (`exact_sum`), so a round may also be added up in parts (`add_up`). Other rules than this average are in
+`aggregation`.
 
 FedAvg (arXiv 1602.05629) is the case without masks and quantization. Memory holds one chunk, its sum and a few chunks
 read ahead, however many clients there are; only a search for η or λ needs the whole model in memory.
@@ -72,7 +73,7 @@ def merge(
     η is `server_lr`, γ `control_weight`, λ `blend`.
 
     Args:
-        source: the model that the proxies were made of. updates: update directories.
+        source: the model that the proxies were made of. updates: directories of updates, and of partial sums.
         options: see `MergeOptions`.
         progress: told of bytes and examples.
 
