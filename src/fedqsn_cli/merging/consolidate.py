@@ -98,10 +98,10 @@ def consolidate(
     keep_outside(Path(options.out), **{name.replace("_", "-"): getattr(options, name) for name in outside})
     with ArtifactWriter(Path(options.out), force=options.force, hashed=False) as writer, quiet(), memory_errors():
         result = _Consolidation.of(source, trained, options, progress).run(writer)
-    if options.report is not None:
+    if options.report is not None and result.search is not None:
         from fedqsn_cli.merging.page_weights import render
 
-        write_file_atomically(Path(options.report), render(result).encode())
+        write_file_atomically(Path(options.report), render(result.search).encode())
     return result
 
 

@@ -9,7 +9,6 @@ import math
 
 from fedqsn_cli.html import charts, pages
 from fedqsn_cli.html.charts import Level, Line, Picture, Plot
-from fedqsn_cli.merging.consolidate import ConsolidateResult
 from fedqsn_cli.merging.page import TEMPLATE
 from fedqsn_cli.merging.weight_search import WeightSearch
 from fedqsn_cli.text import number, real
@@ -18,10 +17,8 @@ from fedqsn_cli.version import VERSION
 _OWN, _CLIENTS, _LIMIT = "#8aa5dd", "#2456c8", "#17693f"
 
 
-def render(result: ConsolidateResult) -> str:
-    """The whole page, of a consolidation that looked for its weight."""
-    search = result.search
-    assert search is not None
+def render(search: WeightSearch) -> str:
+    """The whole page."""
     taken = next(trial for trial in search.trials if trial.weight == search.chosen)
     figures = [
         (f"{search.chosen:g}", "was taken for --transfer-weight"),
