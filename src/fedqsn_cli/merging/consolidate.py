@@ -20,6 +20,7 @@ import torch
 
 from fedqsn_cli.artifacts.manifests import file_digest
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, write_file_atomically
+from fedqsn_cli.checkpoint.files import require_file_target
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.export.session import keep_outside
 from fedqsn_cli.merging.job_model import merged_manifest, model_sinks, publish
@@ -96,6 +97,8 @@ def consolidate(
     """
     outside = ("key", "eval_data", "own_eval_data", "report", *_FILES)
     keep_outside(Path(options.out), **{name.replace("_", "-"): getattr(options, name) for name in outside})
+    if options.report is not None:
+        require_file_target(options.report)
     with ArtifactWriter(Path(options.out), force=options.force, hashed=False) as writer, quiet(), memory_errors():
         result = _Consolidation.of(source, trained, options, progress).run(writer)
     if options.report is not None and result.search is not None:
