@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.kernels.jit import INFINITY, MAGNITUDE, as_bits, kernel, narrow, narrow_brain, to_bits, to_float, widen
 from fedqsn_cli.kernels.threads import run_ranges
-from fedqsn_cli.merging.exact_sum import Digits, add_run, add_scattered
+from fedqsn_cli.merging.exact_sum import FINE, Digits, add_run, add_scattered
 from fedqsn_cli.planning.tensor_plan import UnitAxis
 from fedqsn_cli.quantization.kernels import narrowed, widened
 
@@ -206,7 +206,8 @@ def _fold(sums: Any) -> float:
 def subtract(total: Doubles, drift: Doubles, weights: Array, axis: UnitAxis | None, coefficient: float) -> None:
     """total -= coefficient * weights * drift, unit by unit; `drift` holds that product afterwards.
 
-    Where a weight is 0, no client saw the unit, and its sum stays as it is.
+    It is rounded as the terms of `total` were: a client that sent the same is cancelled to the last bit. Where a weight
+    is 0, no client saw the unit, and its sum stays as it is.
 
     Args:
         total, drift: [rows, cols]. weights: as for `step`.
@@ -218,7 +219,8 @@ def subtract(total: Doubles, drift: Doubles, weights: Array, axis: UnitAxis | No
         "column": (1, -1),
         "element": drift.shape,
     }
-    np.multiply(drift, factors.reshape(shapes[axis]), out=drift)
+    np.multiply(drift, factors.reshape(shapes[axis]) / FINE, out=drift)
+    np.multiply(np.rint(drift, out=drift), FINE, out=drift)
     np.subtract(total, drift, out=total)
 
 
