@@ -232,7 +232,9 @@ def test_under_a_low_limit_of_open_files_fewer_proxies_are_written_at_a_time(job
     whole = contents(job.export(job.model, "whole", clients=clients))
     with at_most_open(64):
         assert contents(job.export(job.model, "in-turns", clients=clients)) == whole
-    refused = pytest.raises(InputError, match=r"40 proxies need 5\d open files, .* may open (49|50) more; raise the limit")
+    refused = pytest.raises(
+        InputError, match=r"40 proxies need 5\d open files, .* may open (49|50) more; raise the limit"
+    )
     with at_most_open(50), nothing_written(job.root), refused:
         job.export(job.model, "none", clients=clients, round=2)
 
