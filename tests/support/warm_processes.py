@@ -18,7 +18,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 STREAMS = 3  # stdin, stdout, stderr
 
@@ -35,17 +37,43 @@ sys.exit(answer[0] if answer else 70)
 """
 
 
+def write_program(folder: Path) -> None:
+    """Write a `fedqsn` that passes everything to whoever listens at `socket` in the folder."""
+    program = folder / "fedqsn"
+    program.write_text(CLIENT.format(python=sys.executable, address=str(folder / "socket")))
+    program.chmod(0o755)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A command: its words, its environment, its working directory, and descriptors of its standard streams."""
+
+    arguments: list[str]
+    environment: dict[str, str]
+    folder: str
+    streams: list[int]
+
+    @classmethod
+    def received(cls, connection: socket.socket) -> Self:
+        """What a client sends."""
+        streams = array.array("i")
+        head, ancillary, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(STREAMS * streams.itemsize))
+        streams.frombytes(ancillary[0][2][: STREAMS * streams.itemsize])
+        length = int.from_bytes(head, "big")
+        request = b""
+        while len(request) < length:
+            request += connection.recv(length - len(request))
+        return cls(*json.loads(request.decode("utf-8", "surrogateescape")), streams.tolist())
+
+
 @contextmanager
 def warm_fedqsn(folder: Path) -> Iterator[str]:
     """A folder for the front of PATH with a `fedqsn` that a warm server runs; the server ends with the block."""
     folder.mkdir(parents=True, exist_ok=True)
-    address = str(folder / "socket")
-    program = folder / "fedqsn"
-    program.write_text(CLIENT.format(python=sys.executable, address=address))
-    program.chmod(0o755)
+    write_program(folder)
     sources = Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(sources.parent / "src"), str(sources)])}
-    command = [sys.executable, "-m", "support.warm_processes", address]
+    command = [sys.executable, "-m", "support.warm_processes", str(folder / "socket")]
     server = subprocess.Popen(command, env=environment | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE)
     try:
         assert server.stdout is not None
@@ -80,25 +108,17 @@ def serve(address: str) -> None:
 def _become_fedqsn(connection: socket.socket) -> None:
     """Run one command with the streams of its client, and answer with the exit code."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    size = STREAMS * array.array("i").itemsize
-    head, ancillary, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(size))
-    streams = array.array("i")
-    streams.frombytes(ancillary[0][2][:size])
-    for target, stream in enumerate(streams):
+    request = Request.received(connection)
+    for target, stream in enumerate(request.streams):
         os.dup2(stream, target)
         os.close(stream)
-    length = int.from_bytes(head, "big")
-    request = b""
-    while len(request) < length:
-        request += connection.recv(length - len(request))
-    arguments, environment, folder = json.loads(request.decode("utf-8", "surrogateescape"))
-    os.chdir(folder)
+    os.chdir(request.folder)
     os.environ.clear()
-    os.environ.update(environment)
+    os.environ.update(request.environment)
     from fedqsn_cli.cli.app import main
 
     try:
-        code = main(arguments)
+        code = main(request.arguments)
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 1
     connection.sendall(bytes([code]))
