@@ -1,20 +1,22 @@
-"""Shell scripts whose `fedqsn` commands run in the process of the test, which has imported and compiled everything.
+"""Shell scripts whose programs run in the process of the test, which has imported and compiled everything.
 
     with Scripts(folder) as scripts:
         scripts.run(["bash", "-c", "fedqsn inspect model"], desk, os.environ)
 
-bash and make are real processes; the `fedqsn` on their PATH passes its arguments, environment, working directory and
-standard streams to this process, and ends with the exit code. Commands that a script starts at the same time run one
-after the other.
+bash and make are real processes; the `fedqsn` and `python` on their PATH pass arguments, environment, working directory
+and standard streams to this process, and end with the exit code. Commands that a script starts at the same time run one
+after the other. Of `python` that holds for files, `python script.py`.
 """
 
 from __future__ import annotations
 
 import os
+import runpy
 import select
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
@@ -25,9 +27,11 @@ from fedqsn_cli.cli import app
 from support.processes import Outcome
 from support.warm_processes import Request, write_program
 
+PYTHON = "python"
+
 
 class Scripts:
-    """Runs scripts; a folder of its own holds the `fedqsn` that they find."""
+    """Runs scripts; a folder of its own holds the programs that they find."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -36,6 +40,7 @@ class Scripts:
         self._listener.bind(str(folder / "socket"))
         self._listener.listen(64)
         write_program(folder)
+        write_program(folder, "python", [PYTHON])
 
     def __enter__(self) -> Self:
         return self
@@ -84,8 +89,29 @@ class Scripts:
             _, out, err = (os.fdopen(stream, mode) for stream, mode in zip(request.streams, "rww", strict=True))
             told = redirect_stdout(out), redirect_stderr(err)
             with out, err, told[0], told[1], chdir(request.folder), surroundings(request.environment):
-                code = app.run(request.arguments)
+                code = run_here(request)
             connection.sendall(bytes([code]))
+
+
+def run_here(request: Request) -> int:
+    """Run a command in this process. Returns the exit code."""
+    if request.arguments[:1] != [PYTHON]:
+        return app.run(request.arguments)
+    words = request.arguments[1:]
+    if not words[0].endswith(".py"):
+        return subprocess.run([sys.executable, *words], stdout=sys.stdout, stderr=sys.stderr).returncode
+    before = sys.argv, sys.path
+    sys.argv = words
+    sys.path = [request.folder, *request.environment["PYTHONPATH"].split(os.pathsep), *sys.path]
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+        return 0
+    except SystemExit as leaving:
+        if isinstance(leaving.code, str):
+            print(leaving.code, file=sys.stderr)
+        return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    finally:
+        sys.argv, sys.path = before
 
 
 @contextmanager

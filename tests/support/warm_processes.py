@@ -16,7 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ CLIENT = """#!{python} -IS
 import array, json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
-    request = json.dumps([sys.argv[1:], dict(os.environ), os.getcwd()]).encode("utf-8", "surrogateescape")
+    request = json.dumps([{first} + sys.argv[1:], dict(os.environ), os.getcwd()]).encode("utf-8", "surrogateescape")
     streams = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))
     server.sendmsg([len(request).to_bytes(8, "big")], [streams])
     server.sendall(request)
@@ -37,10 +37,14 @@ sys.exit(answer[0] if answer else 70)
 """
 
 
-def write_program(folder: Path) -> None:
-    """Write a `fedqsn` that passes everything to whoever listens at `socket` in the folder."""
-    program = folder / "fedqsn"
-    program.write_text(CLIENT.format(python=sys.executable, address=str(folder / "socket")))
+def write_program(folder: Path, name: str = "fedqsn", first: Sequence[str] = ()) -> None:
+    """Write a program that passes everything to whoever listens at `socket` in the folder.
+
+    Args:
+        first: words that go before its arguments.
+    """
+    program = folder / name
+    program.write_text(CLIENT.format(python=sys.executable, address=str(folder / "socket"), first=list(first)))
     program.chmod(0o755)
 
 
