@@ -79,9 +79,13 @@ def settle() -> None:
 
 
 def tame_hypothesis() -> None:
-    """No time limits, and the same examples everywhere; `--hypothesis-profile explore` draws new ones."""
+    """No time limits, and the same examples everywhere: all that tests ask for with `--hypothesis-profile soak`.
+
+    `--hypothesis-profile explore` draws new ones.
+    """
     common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "database": None}
-    settings.register_profile("tests", derandomize=True, **common)
+    settings.register_profile("tests", derandomize=True, max_examples=40, **common)
+    settings.register_profile("soak", derandomize=True, max_examples=100, **common)
     settings.register_profile("explore", derandomize=False, max_examples=200, **common)
     settings.load_profile("tests")
 
