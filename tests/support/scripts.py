@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Self
 
 from fedqsn_cli.cli import app
+from support.forwarded import Request, write_program
 from support.processes import Outcome
-from support.warm_processes import Request, write_program
 
 PYTHON = "python"
 
@@ -39,8 +39,8 @@ class Scripts:
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(folder / "socket"))
         self._listener.listen(64)
-        write_program(folder)
-        write_program(folder, "python", [PYTHON])
+        write_program(folder / "fedqsn", folder / "socket")
+        write_program(folder / "python", folder / "socket", [PYTHON])
 
     def __enter__(self) -> Self:
         return self
