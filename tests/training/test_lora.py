@@ -320,7 +320,13 @@ def test_gradient_checkpointing_and_rank_stabilised_scaling_and_16_bit_factors(
 
 
 @pytest.mark.parametrize(
-    "name", ["words", "sources", *(pytest.param(n, marks=pytest.mark.soak) for n in ("multi-label", "masked"))]
+    "name",
+    [
+        "words",
+        "sources",
+        pytest.param("multi-label", marks=pytest.mark.soak),
+        pytest.param("masked", marks=pytest.mark.soak),
+    ],
 )
 def test_every_task_is_learnt_with_adapters_and_merged(tmp_path: Path, name: str) -> None:
     job = make_job(tmp_path, replace(TASKS[name], export={"format": "nf4"}))
