@@ -1,17 +1,20 @@
 """How kernels are compiled, and the bits of floats: 16-bit ones to fp32 and back.
 
-No kernel may depend on fused or reordered arithmetic: fastmath stays off. numba looks for changes only in the file of a
-kernel that it keeps on disk, not in the files of kernels that it calls: after a change here, touch the callers.
+No kernel may depend on fused or reordered arithmetic: fastmath stays off.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable
+from types import CodeType
 from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
 from numba.core.caching import FunctionCache
+from numba.core.dispatcher import Dispatcher
 from numba.core.runtime import rtsys
 from numpy.typing import NDArray
 
@@ -37,6 +40,34 @@ class _Cache(FunctionCache):  # type: ignore[misc]
         rtsys.initialize(target_context)  # memory for arrays that kernels make
         with self._guard_against_spurious_io_errors():
             return self._load_overload(sig, target_context)
+
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        """As the original has it, and what is compiled in from other files, in which numba looks for no changes."""
+        return *super()._index_key(sig, codegen), compiled_in(self._py_func)
+
+
+@functools.cache
+def compiled_in(function: Callable[..., Any]) -> str:
+    """SHA-256 (hex) of the code of all kernels that a kernel calls, and of the constants that they all use."""
+    digest, pending, seen = hashlib.sha256(), [function], {function}
+    while pending:
+        current = pending.pop()
+        code = current.__code__
+        parts = [code, *(value for value in code.co_consts if isinstance(value, CodeType))]  # comprehensions, too
+        for part in parts:
+            constants = [value for value in part.co_consts if not isinstance(value, CodeType)]  # those show an address
+            digest.update(repr((part.co_code, constants, part.co_names, part.co_varnames)).encode())
+        for name in sorted({name for part in parts for name in part.co_names}):
+            value = current.__globals__.get(name)
+            if isinstance(value, Dispatcher):
+                if value.py_func not in seen:
+                    seen.add(value.py_func)
+                    pending.append(value.py_func)
+            elif isinstance(value, np.ndarray):
+                digest.update(repr((name, value.dtype.str, value.shape)).encode() + value.tobytes())
+            elif isinstance(value, int | float | tuple | np.generic):
+                digest.update(repr((name, value)).encode())
+    return digest.hexdigest()
 
 
 def kernel(function: F) -> F:
