@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from types import CodeType
 from typing import Any, TypeVar, cast
 
@@ -48,8 +49,8 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
 @functools.cache
 def compiled_in(function: Callable[..., Any]) -> str:
-    """SHA-256 (hex) of the code of all kernels that a kernel calls, and of the constants that they all use."""
-    digest, pending, seen = hashlib.sha256(), [function], {function}
+    """SHA-256 (hex) of this file, and of the code and the constants of all kernels that a kernel calls."""
+    digest, pending, seen = hashlib.sha256(Path(__file__).read_bytes()), [function], {function}
     while pending:
         current = pending.pop()
         code = current.__code__
@@ -76,13 +77,18 @@ def kernel(function: F) -> F:
     numba keeps it next to the source, or in the user's cache directory where that is read-only. Where nothing can be
     written it compiles in every process.
     """
-    options = {"nogil": True, "error_model": "numpy"}
+    return compiled(function)
+
+
+def compiled(function: F, **more: Any) -> F:
+    """A kernel with more options of numba."""
+    options = {"nogil": True, "error_model": "numpy", **more}
     try:
-        compiled = numba.njit(cache=True, **options)(function)
-        compiled._cache = _Cache(function)
+        made = numba.njit(cache=True, **options)(function)
+        made._cache = _Cache(function)
     except RuntimeError:  # numba found no directory for its cache
-        compiled = numba.njit(**options)(function)
-    return cast(F, compiled)
+        made = numba.njit(**options)(function)
+    return cast(F, made)
 
 
 def as_bits(x: NDArray[Any], dtype: str) -> tuple[Bits, int]:
