@@ -98,7 +98,7 @@ def consolidate(
     """
     given = {name.replace("_", "-"): getattr(options, name) for name in ("key", "eval_data", *_FILES)}
     keep_outside(Path(options.out), **given)
-    with ArtifactWriter(Path(options.out), force=options.force, hashed=False) as writer, quiet(), memory_errors():
+    with ArtifactWriter(Path(options.out), force=options.force, digest=None) as writer, quiet(), memory_errors():
         work = _Consolidation.of(source, trained, options, progress)
         return work.run(writer)
 

@@ -6,7 +6,6 @@ are finite, and computes the digest of the file and the norm of the client's ste
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections import Counter
@@ -33,6 +32,7 @@ from fedqsn_cli.checkpoint.header import FileIdentity
 from fedqsn_cli.checkpoint.reader import DESCRIPTORS, DirectFile
 from fedqsn_cli.dtypes import WEIGHT_DTYPES
 from fedqsn_cli.errors import RefusedUpdate, SignatureError
+from fedqsn_cli.kernels.digests import Algorithm, algorithm_of, new_hash, written
 from fedqsn_cli.kernels.hash_threads import HashQueue
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.masks.job_masks import ClientMasks, ServerMasks
@@ -103,7 +103,8 @@ class UpdateReader:
     def __init__(self, update: ClientUpdate, queue: HashQueue) -> None:
         self.update = update
         self._hashes = {
-            name: FileHash(update.folder / name, identity, queue) for name, identity in update.identities.items()
+            name: FileHash(update.folder / name, identity, queue, algorithm_of(update.manifest.files[name]))
+            for name, identity in update.identities.items()
         }
         self._visible: tuple[str, UnitMask | None] = ("", None)
         self.measures = UpdateMeasures()
@@ -148,23 +149,24 @@ class UpdateReader:
             RefusedUpdate: one is not the file that update.json describes.
         """
         for name, digest in self._hashes.items():
-            if digest.hexdigest() != self.update.manifest.files[name]:
+            if digest.recorded() != self.update.manifest.files[name]:
                 where = self.update.folder / name
-                raise RefusedUpdate("its sha256 is not the one in update.json", where=where, hint="send it again")
+                raise RefusedUpdate("its digest is not the one in update.json", where=where, hint="send it again")
 
 
 class FileHash:
-    """Reads pieces of a file and computes the SHA-256 of all of it on the way, in a background thread.
+    """Reads pieces of a file and computes the digest of all of it on the way, in a background thread.
 
     Pieces that are taken in file order are hashed as they were read; what is between them is read for the hash alone.
     """
 
-    def __init__(self, path: Path, identity: FileIdentity, queue: HashQueue) -> None:
+    def __init__(self, path: Path, identity: FileIdentity, queue: HashQueue, algorithm: Algorithm) -> None:
         self._path = path
         self._identity = identity
         self._direct = DirectFile(path, identity)
         self._queue = queue
-        self._sha256 = hashlib.sha256()
+        self._algorithm = algorithm
+        self._digest = new_hash(algorithm)
         self._submitted = 0  # bytes handed to the hash: all before this offset
         self._last: Future[None] | None = None
 
@@ -175,12 +177,12 @@ class FileHash:
         if known < data.size:
             self._submit(data[known:])
 
-    def hexdigest(self) -> str:
-        """SHA-256 of the whole file; reads what was not read yet."""
+    def recorded(self) -> str:
+        """The digest of the whole file, as update.json has it; reads what was not read yet."""
         self._catch_up(self._identity.size)
         if self._last is not None:
             self._last.result()
-        return self._sha256.hexdigest()
+        return written(self._algorithm, self._digest)
 
     def _catch_up(self, stop: int) -> None:
         while self._submitted < stop:
@@ -188,7 +190,7 @@ class FileHash:
 
     def _submit(self, data: NDArray[np.uint8]) -> None:
         self._submitted += data.size
-        self._last = self._queue.submit(self._sha256.update, data.data)
+        self._last = self._queue.submit(self._digest.update, data.data)
 
     def read(self, start: int, count: int) -> NDArray[np.uint8]:
         """`count` bytes from absolute offset `start` on, in a fresh array; from any thread.
@@ -338,7 +340,8 @@ class UpdateVerifier:
         from fedqsn_cli.crypto.signature import verify_folder
 
         key = load_verify_key(public)
-        known = {name: manifest.files[name] for name in _COMPARED & manifest.files.keys()}
+        listed = {name: manifest.files[name] for name in _COMPARED & manifest.files.keys()}
+        known = {name: digest for name, digest in listed.items() if algorithm_of(digest) == "sha256"}
         try:
             verify_folder(folder, key, known)
         except SignatureError as error:
