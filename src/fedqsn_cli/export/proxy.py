@@ -29,6 +29,7 @@ from fedqsn_cli.export.pipeline import run
 from fedqsn_cli.export.records import ProxyRecord
 from fedqsn_cli.export.session import MaskingSession, keep_outside, open_session
 from fedqsn_cli.exposure.budget import Budget, Planned
+from fedqsn_cli.kernels.digests import Algorithm, algorithm_of
 from fedqsn_cli.masks.job_masks import ClientMasks
 from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.options import ExportOptions, QuantizationOptions
@@ -113,7 +114,8 @@ def export_proxy(source: str | Path, options: ExportOptions, *, progress: Progre
     quantization = choose_quantization(session, options)
     export = ProxyExport.of(session, quantization, train, options.max_shard_bytes)
     with _writers(options) as writers:
-        releases = export.write(writers, masks, progress)
+        algorithm = algorithm_of(of_job[-1].model_digest if of_job else None)  # a job keeps its own
+        releases = export.write(writers, masks, algorithm, progress)
         published = _published_before(options, writers)
         tell_what_stays(session.model, progress)
         if untrainable is not None:
@@ -246,8 +248,14 @@ class ProxyExport:
         """The export of a session's model."""
         return cls(session, quantization, session.tasks(quantization), train, max_shard_bytes)
 
-    def write(self, writers: Sequence[FolderWriter], masks: Sequence[ClientMasks], progress: Progress) -> list[Release]:
-        """Write all proxies, as many in one pass over the model as `CLIENTS_A_PASS`. Returns their ledger lines."""
+    def write(
+        self, writers: Sequence[FolderWriter], masks: Sequence[ClientMasks], algorithm: Algorithm, progress: Progress
+    ) -> list[Release]:
+        """Write all proxies, as many in one pass over the model as `CLIENTS_A_PASS`. Returns their ledger lines.
+
+        Args:
+            algorithm: of the digest of the model.
+        """
         specs = tensor_specs(self.tasks, self.quantization)
         releases = []
         for first in range(0, len(masks), CLIENTS_A_PASS):
@@ -260,7 +268,13 @@ class ProxyExport:
                 client_output(sink, self.quantization, mask) for sink, mask in zip(sinks, masks[part], strict=True)
             ]
             digests = run(
-                self.session.model, self.tasks, self.quantization, outputs, base=self.session.base, progress=progress
+                self.session.model,
+                self.tasks,
+                self.quantization,
+                outputs,
+                base=self.session.base,
+                algorithm=algorithm,
+                progress=progress,
             )
             record = ProxyRecord(self.session, self.quantization, self.train, self.max_shard_bytes, digests)
             for writer, sink, mask in zip(writers[part], sinks, masks[part], strict=True):
