@@ -400,13 +400,13 @@ def test_i11_a_key_or_ledger_inside_of_an_output_is_refused(job: JobFolder) -> N
         {"key": job.root / "link/job.key"},
         {"ledger": proxies / "ann/deep/er.jsonl"},
     ):
-        with nothing_written(job.root), pytest.raises(InputError, match="inside of the output"):
+        with nothing_written(job.root), pytest.raises(InputError, match="is inside of "):
             job.export(job.model, "proxies", clients=("ann",), force=True, **options)
-    with nothing_written(job.root), pytest.raises(InputError, match="inside of the output"):
+    with nothing_written(job.root), pytest.raises(InputError, match="is inside of "):
         mask(str(job.model), proxies / "ann", key=proxies / "ann/job.key", force=True)
     for options in ({"key": proxies / "ann/job.key"}, {"ledger": proxies / "ann/ledger.jsonl"}):
         usual = {"key": job.key, "ledger": job.root / "ledger.jsonl"}
-        with nothing_written(job.root), pytest.raises(InputError, match="inside of the output"):
+        with nothing_written(job.root), pytest.raises(InputError, match="is inside of "):
             merge(str(job.model), [job.root / "u"], proxies / "ann", force=True, **usual | options)
 
 

@@ -30,6 +30,7 @@ from fedqsn_cli.export.pipeline import run
 from fedqsn_cli.export.records import ProxyRecord
 from fedqsn_cli.export.session import MaskingSession, keep_outside, open_session
 from fedqsn_cli.exposure.budget import Budget, Planned
+from fedqsn_cli.kernels.digests import Algorithm, algorithm_of
 from fedqsn_cli.masks.job_masks import ClientMasks
 from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.options import ExportOptions, QuantizationOptions
@@ -116,7 +117,8 @@ def export_proxy(source: str | Path, options: ExportOptions, *, progress: Progre
     export = ProxyExport.of(session, quantization, train, options.max_shard_bytes)
     together = _proxies_a_pass(session, options)
     with _writers(options, together) as writers:
-        releases = export.write(writers, masks, progress, together=together)
+        algorithm = algorithm_of(of_job[-1].model_digest if of_job else None)  # a job keeps its own
+        releases = export.write(writers, masks, algorithm, progress, together=together)
         published = _published_before(options, writers)
         tell_what_stays(session.model, progress)
         if untrainable is not None:
@@ -278,11 +280,16 @@ class ProxyExport:
         self,
         writers: Sequence[FolderWriter],
         masks: Sequence[ClientMasks],
+        algorithm: Algorithm,
         progress: Progress,
         *,
         together: int = CLIENTS_A_PASS,
     ) -> list[Release]:
-        """Write all proxies, `together` of them in one pass over the model. Returns their ledger lines."""
+        """Write all proxies, `together` of them in one pass over the model. Returns their ledger lines.
+
+        Args:
+            algorithm: of the digest of the model.
+        """
         specs = tensor_specs(self.tasks, self.quantization)
         releases = []
         for first in range(0, len(masks), together):
@@ -295,7 +302,13 @@ class ProxyExport:
                 client_output(sink, self.quantization, mask) for sink, mask in zip(sinks, masks[part], strict=True)
             ]
             digests = run(
-                self.session.model, self.tasks, self.quantization, outputs, base=self.session.base, progress=progress
+                self.session.model,
+                self.tasks,
+                self.quantization,
+                outputs,
+                base=self.session.base,
+                algorithm=algorithm,
+                progress=progress,
             )
             record = ProxyRecord(self.session, self.quantization, self.train, self.max_shard_bytes, digests)
             for writer, sink, mask in zip(writers[part], sinks, masks[part], strict=True):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.kernels.jit import as_bits, kernel, widen
 from fedqsn_cli.kernels.threads import run_ranges
+from fedqsn_cli.kernels.values import total
 from fedqsn_cli.merging.arithmetic import COLUMNS, ELEMENTS, GRAIN, PIECE, ROWS, STRIPE, parts_of
 from fedqsn_cli.merging.read_update import UpdateChunk, UpdateReader
 from fedqsn_cli.merging.stored_values import ReadValues
@@ -94,9 +95,9 @@ def _products(
                 begin = (index[part] * cols if mode == ROWS else first) + inside
                 _multiply(values[:count], mean[begin : begin + count], dots, owns, means)
         if (part + 1) % STRIPE == 0 or part + 1 == stop:
-            sums[part // STRIPE, 0] = dots.sum()
-            sums[part // STRIPE, 1] = owns.sum()
-            sums[part // STRIPE, 2] = means.sum()
+            sums[part // STRIPE, 0] = total(dots)
+            sums[part // STRIPE, 1] = total(owns)
+            sums[part // STRIPE, 2] = total(means)
 
 
 @kernel

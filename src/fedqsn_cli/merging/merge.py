@@ -145,7 +145,7 @@ def merge_updates(
         RefusedUpdate, GateFailed, InputError: as `merge`.
     """
     job, model = open_job_model(source, options.key)
-    with ArtifactWriter(Path(options.out), force=options.force, hashed=False) as writer, ExitStack() as stack:
+    with ArtifactWriter(Path(options.out), force=options.force, digest=None) as writer, ExitStack() as stack:
         saved = open_state(model, job, options.server_optimizer)
         late = options.staleness_discount is not None
         verifier = UpdateVerifier(job, model, options.required_ledger(), options.verify_key_of, takes_late=late)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.errors import InputError, RefusedUpdate
+from fedqsn_cli.kernels.digests import algorithm_of
 from fedqsn_cli.kernels.hash_threads import HashThreads
 from fedqsn_cli.merging import arithmetic
 from fedqsn_cli.merging.admission import check_claims, check_norms, check_partials, require_enough, require_summable
@@ -92,7 +93,8 @@ class SurveyPass:
         self._scratch = Scratch()
         self._readers = [UpdateReader(update, hashing.queue()) for update in updates]
         self._bad: set[str] = set()
-        self._digest = ModelHash(hashing.queue())
+        released = next((update.model_digest for update in updates), None)  # there may be partial sums alone
+        self._digest = ModelHash(hashing.queue(), algorithm_of(released))
         self._sizes = ModelSizes()
         self._pairs = PairSums(len(updates)) if compares else None
 
@@ -105,7 +107,7 @@ class SurveyPass:
                 self._take(chunk, pieces)
                 progress.advance(chunk.values.nbytes)
         progress.finish()
-        digest = self._digest.hexdigest(self._tasks)
+        digest = self._digest.digest(self._tasks)
         for reader in self._readers:
             update = reader.update
             with self._refusals.noting(update.folder, update.client):

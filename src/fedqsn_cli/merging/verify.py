@@ -21,6 +21,7 @@ from fedqsn_cli.checkpoint import read_header
 from fedqsn_cli.checkpoint.header import FileIdentity
 from fedqsn_cli.dtypes import WEIGHT_DTYPES
 from fedqsn_cli.errors import RefusedUpdate, SignatureError
+from fedqsn_cli.kernels.digests import algorithm_of
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.masks.job_masks import ClientMasks, ServerMasks
 from fedqsn_cli.merging.adapters import AdapterFolder
@@ -228,7 +229,8 @@ class UpdateVerifier:
         from fedqsn_cli.crypto.signature import verify_folder
 
         key = load_verify_key(public)
-        known = {name: manifest.files[name] for name in _COMPARED & manifest.files.keys()}
+        listed = {name: manifest.files[name] for name in _COMPARED & manifest.files.keys()}
+        known = {name: digest for name, digest in listed.items() if algorithm_of(digest) == "sha256"}
         try:
             verify_folder(folder, key, known)
         except SignatureError as error:
