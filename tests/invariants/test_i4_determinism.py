@@ -116,7 +116,7 @@ def test_i4_chunk_size_changes_no_byte_of_a_server_model(scenario: Scenario) -> 
 LARGE = Scenario("gpt2", "BF16", 192, 512, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_oss"])
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.soak), "gpt_oss"])
 @pytest.mark.parametrize("format", ["nf4", "int8", "nf3", "none"])
 @pytest.mark.parametrize("axis", ["neuron", "element"])
 def test_i4_the_number_of_threads_changes_no_byte_of_any_proxy(
