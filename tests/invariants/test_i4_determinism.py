@@ -192,13 +192,13 @@ def test_i4_order_chunks_and_shards_change_no_byte_of_a_merged_model(
 
 
 def test_i4_updates_are_added_in_one_order_even_where_the_order_decides(folder: Path) -> None:
-    """In doubles 1e7 - 1e7 + 1e-10 is 1e-10, and 1e7 + 1e-10 - 1e7 is 0."""
+    """In doubles 1e5 - 1e5 + 1e-12 is 1e-12, and 1e5 + 1e-12 - 1e5 is 0."""
     job = JobFolder(replace(LARGE, dtype="F32", format="none", p1=0.0, p2=0.0), folder)
     make_model(job.model, "gpt2", hidden=32)
     proxies = job.export(job.model, "proxies", clients=SEVERAL)
     updates = [
         send(proxies / name, folder / name, lambda _, shape, x=x: np.full(shape, x, np.float32))
-        for name, x in zip(SEVERAL, (1e7, -1e7, 1e-10), strict=True)
+        for name, x in zip(SEVERAL, (1e5, -1e5, 1e-12), strict=True)
     ]
     outcomes = []
     for number, order in enumerate(itertools.permutations(updates)):
