@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from dataclasses import dataclass, replace
@@ -204,9 +205,9 @@ def test_the_loss_falls_and_peft_computes_the_same_and_hidden_units_stay(tmp_pat
         tensor.numel() for path in update.glob("*.safetensors") for tensor in load_file(path).values()
     )
     assert set(manifest.files) == {path.name for path in update.iterdir()} - {"update.json"}
-    assert manifest.files == {
-        name: f"blake3:{blake3((update / name).read_bytes()).hexdigest()}" for name in manifest.files
-    }
+    for name, digest in manifest.files.items():
+        content = (update / name).read_bytes()
+        assert digest in (hashlib.sha256(content).hexdigest(), f"blake3:{blake3(content).hexdigest()}")
     assert bool(manifest.saved) == (case.classifies or bool(case.saved))
 
 
