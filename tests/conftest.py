@@ -99,6 +99,7 @@ def pytest_collection_finish() -> None:
     """Never look again at what imports have made: the garbage collector would, in each training and each child."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
 
 
 @pytest.fixture
