@@ -14,7 +14,15 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-HEADINGS = ("p1", "never sent", "attacker", "own, restored", "own, consolidated", "clients', restored", "consolidated")
+HEADINGS = (
+    "p1",
+    "never sent",
+    "attacker",
+    "own, restored",
+    "own, consolidated",
+    "clients', restored",
+    "clients', consolidated",
+)
 NOTES = """\
 never sent   share of all parameters that no client ever gets
 attacker     share of your own skill, in loss, that the best attack on the first round's proxies gets without examples:

@@ -76,7 +76,7 @@ def test_the_recipe_plays_a_job_and_keeps_it(tmp_path: Path) -> None:
     job = tmp_path / "work" / "p1-1"
     assert json.loads((job / "audit.json").read_text())["function"]["scores"]
     table = shown[0][shown[0].index("your model") :].splitlines()
-    assert re.match(r" +1 +100.0 % +(-|[\d.]+ %)( +[\d.]+ %){4}$", table[1]), table
+    assert re.match(r" +1 +100.0 % +(-|-?[\d.]+ %)( +[\d.]+ %){4}$", table[1]), table
     assert "p1 = 1" in shown[0] and "p1 = 1" not in shown[1], "what is complete is kept"
     assert {path.name for path in (tmp_path / "work" / "data").iterdir()} >= {"own.jsonl", "client-1.jsonl"}
     assert not (tmp_path / "work" / "unfinished").exists()
