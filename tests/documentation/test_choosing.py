@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
-import subprocess
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from support.families import build
-from support.helpers import search_path, with_sources
+from support.scripts import Scripts
 from support.training_jobs import labelled
-from support.warm_processes import warm_fedqsn
 
 ROOT = Path(__file__).parents[2]
 CHOOSING = ROOT / "examples" / "choosing"
@@ -57,22 +54,17 @@ def test_the_table_has_a_row_for_each_job_in_the_order_of_p1(
 
 
 @pytest.mark.timeout(600)
-def test_the_recipe_plays_a_job_and_keeps_it(tmp_path: Path) -> None:
+def test_the_recipe_plays_a_job_and_keeps_it(shell: dict[str, str], scripts: Scripts, tmp_path: Path) -> None:
     for name, seed in (("global", 3), ("base", 11)):
         build("bert", tmp_path / name, tokenizer=True, seed=seed)
     data = str(labelled(tmp_path / "data.jsonl"))
     settings = {"GLOBAL": "global", "BASE": "base", "OWN": data, "OTHER": data, "TRANSFER": data, "P1S": "1"}
     small = {"CLIENTS": "1", "ROUNDS": "1", "STEPS": "2", "MINUTES": "0.001", "MAX_LENGTH": "16"}
-    (tmp_path / "warm").mkdir()
-    with warm_fedqsn(tmp_path / "warm") as warm:
-        (tmp_path / "bin").mkdir()
-        environment = os.environ | settings | small
-        environment |= {
-            "PATH": f"{warm}{os.pathsep}{search_path(tmp_path / 'bin')}",
-            "PYTHONPATH": with_sources(ROOT / "src"),
-            "OMP_NUM_THREADS": "1",
-        }
-        shown = [_run(tmp_path, environment) for _ in range(2)]
+    shown = []
+    for _ in range(2):
+        done = scripts.run([str(CHOOSING / "run.sh")], tmp_path, shell | settings | small)
+        assert done.code == 0, done.err
+        shown.append(done.out)
     job = tmp_path / "work" / "p1-1"
     assert json.loads((job / "audit.json").read_text())["function"]["scores"]
     table = shown[0][shown[0].index("your model") :].splitlines()
@@ -80,9 +72,3 @@ def test_the_recipe_plays_a_job_and_keeps_it(tmp_path: Path) -> None:
     assert "p1 = 1" in shown[0] and "p1 = 1" not in shown[1], "what is complete is kept"
     assert {path.name for path in (tmp_path / "work" / "data").iterdir()} >= {"own.jsonl", "client-1.jsonl"}
     assert not (tmp_path / "work" / "unfinished").exists()
-
-
-def _run(folder: Path, environment: dict[str, str]) -> str:
-    done = subprocess.run([CHOOSING / "run.sh"], cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout

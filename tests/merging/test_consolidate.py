@@ -170,7 +170,7 @@ def test_wrong_files_are_refused(classifier: Job, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(InputError, match="not a server model"):
         consolidate(classifier.home / "global", classifier.home / "global", tmp_path / "out", **classifier.options())
-    with pytest.raises(InputError, match="inside of the output"):
+    with pytest.raises(InputError, match="--key: is inside of"):
         classifier.consolidate(classifier.home, **both)
 
 

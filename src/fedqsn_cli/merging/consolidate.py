@@ -96,7 +96,9 @@ def consolidate(
     """
     outside = ("key", "eval_data", "own_eval_data", "report", *_FILES)
     keep_outside(Path(options.out), **{name.replace("_", "-"): getattr(options, name) for name in outside})
-    with ArtifactWriter(Path(options.out), force=options.force, hashed=False) as writer, quiet(), memory_errors():
+    if options.report is not None:
+        files.require_file_target(options.report)
+    with ArtifactWriter(Path(options.out), force=options.force, digest=None) as writer, quiet(), memory_errors():
         result = _Consolidation.of(source, trained, options, writer.place("student"), progress).run(writer)
     if options.report is not None and result.search is not None:
         from fedqsn_cli.merging.page_weights import render

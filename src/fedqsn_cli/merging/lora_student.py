@@ -68,7 +68,7 @@ class LoraStudent:
         """
         restored, packed = folder / "restored", folder / "packed"
         if not packed.is_dir():
-            with ArtifactWriter(restored, force=False, hashed=False) as writer:
+            with ArtifactWriter(restored, force=False, digest=None) as writer:
                 write_restored(writer, inputs, options.blend, options.max_shard_bytes, progress)
             quantize(restored, QuantizeOptions(packed, format="nf4"), progress=progress)
         model = open_model(str(packed))
