@@ -389,7 +389,9 @@ def test_tied_heads_and_masks_of_single_weights_are_refused(tmp_path: Path) -> N
         train(tmp_path, case, other, data)
 
 
-@pytest.mark.parametrize("proxy_options", [(NF4, DENSE), (NF4,)], ids=["dense", "packed"])
+@pytest.mark.parametrize(
+    "proxy_options", [pytest.param((NF4, DENSE), marks=pytest.mark.soak), (NF4,)], ids=["dense", "packed"]
+)
 def test_private_training_of_adapters(tmp_path: Path, proxy_options: tuple[tuple[str, str], ...]) -> None:
     case = Case("roberta", "RobertaForSequenceClassification", proxy_options)
     proxy, data = world(tmp_path, case)
