@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 
 from fedqsn_cli.artifacts.manifests import ServerStateRecord
 from fedqsn_cli.checkpoint import ArtifactWriter, write_file_atomically
+from fedqsn_cli.checkpoint.files import require_file_target
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.export.outputs import tensor_specs
 from fedqsn_cli.export.session import keep_outside
@@ -109,10 +110,8 @@ def _check_updates(updates: Sequence[str | Path], options: MergeOptions) -> None
     several = len(updates) + (options.control is not None) > 1
     if several and options.verify_key is not None and "{client}" not in str(options.verify_key):
         raise InputError("is the same for several clients", where="--verify-key", hint='put "{client}" into it')
-    if options.report is not None and not Path(options.report).absolute().parent.is_dir():
-        raise InputError("there is no such folder", where=Path(options.report).parent, hint="make it first")
-    if options.report is not None and Path(options.report).is_dir():
-        raise InputError("is a directory", where=options.report, hint="name a file")
+    if options.report is not None:
+        require_file_target(options.report)
 
 
 def _development(options: MergeOptions) -> DevelopmentSet | None:
