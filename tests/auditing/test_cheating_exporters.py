@@ -147,6 +147,7 @@ CONTENTS: dict[str, Cheat] = {
     "a bit in a config": document("config.json", lambda content: content.update(vocab_size=98)),
     "white space of a config": document("config.json", lambda content: None, compact),
     "order of a config": document("config.json", lambda content: None, reordered),
+    "space in the header of the units": lambda job: rewrite(job.proxy() / "visible.safetensors", dict, spaces=64),
     "a byte after a tokenizer": lambda job: append(job.proxy() / "tokenizer.json", b"\n"),
 }
 

@@ -198,6 +198,49 @@ def test_a_time_limit_leaves_out_attacks_and_says_which(job: AuditedJob, tmp_pat
     assert found.left_out and all(name.endswith(" examples") for name in found.left_out)
 
 
+def test_an_audit_that_was_killed_goes_on_where_it_was(
+    job: AuditedJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
+    options: dict[str, Any] = {"public_data": public, "public_examples": (16,), "base_losses": {16: 9.0}}
+    whole, _ = measure(job, data, **options)
+    options["state"] = tmp_path / "attacks.json"
+    trained: list[str] = []
+
+    def killed(self: FunctionAttack, training: Training, *given: Any) -> Any:
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append(training.name)
+        return finished(self, training, *given)
+
+    finished = FunctionAttack._trained_at_best
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FunctionAttack, "_trained_at_best", killed)
+        measure(job, data, **options)
+    assert options["state"].stat().st_mode & 0o777 == 0o600
+    late, _ = measure(job, data, minutes=0.0, **options)
+    assert late is not None and late.curve and late.left_out, "what is known costs no time"
+    again: list[str] = []
+    monkeypatch.setattr(
+        FunctionAttack,
+        "_trained_at_best",
+        lambda self, training, *given: again.append(training.name) or finished(self, training, *given),
+    )
+    resumed, _ = measure(job, data, **options)
+    assert resumed == whole and again and len(trained) + len(again) == len(TRAININGS) + 1  # fine-tuning of two starts
+    labelled(data, rows=20)  # other inputs
+    other, _ = measure(job, data, minutes=0.0, **options)
+    assert other is not None and not other.curve
+
+
+def test_a_file_that_holds_something_else_is_not_replaced(job: AuditedJob, tmp_path: Path) -> None:
+    state = tmp_path / "policy.json"
+    state.write_text('{"limits": {}}')
+    found, collector = measure(job, labelled(tmp_path / "dev.jsonl"), state=state)
+    assert found is None and [finding.rule for finding in collector.findings] == ["FQ903"]
+    assert state.read_text() == '{"limits": {}}'
+
+
 def test_data_that_cannot_be_used_makes_the_audit_incomplete(job: AuditedJob, tmp_path: Path) -> None:
     found, collector = measure(job, tmp_path / "nothing.jsonl")
     assert found is None and [finding.rule for finding in collector.findings] == ["FQ903"]

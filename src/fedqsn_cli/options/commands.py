@@ -340,6 +340,10 @@ class AuditOptions(Options):
         float | None,
         Option("Begin no more attacks on the function after so many; tells what was left out.", DATA, check=_minutes),
     ] = None
+    attack_state: Annotated[
+        str | Path | None,
+        Option("Keep the results of attacks on the function in this file; a later run goes on from it.", DATA),
+    ] = None
     policy: Annotated[str | Path | None, Option("Limits, in TOML: what may leak, and what must be checked.", GATE)] = (
         None
     )

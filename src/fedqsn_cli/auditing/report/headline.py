@@ -18,7 +18,8 @@ NO_BASE = (
 NO_LIMIT = "No limit was set for the skill that an attacker gets (rho)."
 PROXY_ALONE = (
     "whether hidden weights or the key are in it, whether its masks follow from the key, what an attacker recovers, "
-    "and what clients have seen: that needs the owner's --truth, --key and --ledger. Its own files were compared, no more."
+    "and what clients have seen: that needs the owner's --truth, --key and --ledger. Its own files were compared, "
+    "no more."
 )
 
 Line = tuple[str, str]
