@@ -336,6 +336,10 @@ class AuditOptions(Options):
     public_data: Annotated[str | Path | None, Option("Examples that an attacker fine-tunes the proxy with.", DATA)] = (
         None
     )
+    earlier: Annotated[
+        Sequence[str | Path],
+        Option("A proxy of an earlier round that attackers have too; give it again for more.", DATA, metavar="DIR"),
+    ] = ()
     attack_minutes: Annotated[
         float | None,
         Option("Begin no more attacks on the function after so many; tells what was left out.", DATA, check=_minutes),

@@ -84,7 +84,8 @@ class AttackState:
 def _digest(inputs: Inputs, settings: tuple[object, ...]) -> str:
     """SHA-256 over the content of all models, proxies and data, and over the settings."""
     models = (inputs.truth, inputs.server, inputs.base)
-    places = [model.source.path for model in models if model is not None] + [one.folder for one in inputs.folders]
+    places = [model.source.path for model in models if model is not None]
+    places += [proxy.folder for proxy in (*inputs.proxies, *inputs.earlier)]
     job = inputs.job.commitment if inputs.job is not None else None
     parts = [VERSION, job, *(list(_files(place)) for place in places)]
     for one in settings:
