@@ -174,7 +174,7 @@ def open_inputs(
     base = collector.attempt(lambda: _matched_base(options.public_base, truth, folders, collector, whole), "base")
     server = model(options.server, "server")
     folders = tuple(_compatible_proxy(folder, truth) for folder in folders)
-    earlier = tuple(_earlier(options.earlier, truth, collector))
+    earlier = tuple(_earlier(options.earlier or (), truth, collector))
     return Inputs(folders, base, truth, after, server, job, releases, earlier, options, progress)
 
 

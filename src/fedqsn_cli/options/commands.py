@@ -335,9 +335,9 @@ class AuditOptions(Options):
         None
     )
     earlier: Annotated[
-        Sequence[str | Path],
+        Sequence[str | Path] | None,
         Option("A proxy of an earlier round that attackers have too; give it again for more.", DATA, metavar="DIR"),
-    ] = ()
+    ] = None
     attack_minutes: Annotated[
         float | None,
         Option("Begin no more attacks on the function after so many; tells what was left out.", DATA, check=_minutes),
