@@ -47,12 +47,14 @@ FOREIGN_STARTS = (
 )
 
 
-MEMORY, ROOM = "/dev/shm", 8 << 30  # bytes; containers often have 64 MiB there
+MEMORY, ROOM = "/dev/shm", 4 << 30  # bytes; containers often have 64 MiB there
 
 
 def room_in_memory() -> bool:
-    """Whether all that tests write fits into memory, where fsync costs nothing: half of their time on a disk."""
-    return os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM
+    """Whether all that tests write, programs too, has room in memory: fsync costs nothing there."""
+    if not os.access(MEMORY, os.W_OK) or os.statvfs(MEMORY).f_flag & os.ST_NOEXEC:
+        return False
+    return shutil.disk_usage(MEMORY).free > ROOM
 
 
 def settle() -> None:
@@ -74,8 +76,7 @@ def settle() -> None:
     if room_in_memory():
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY)
     accept_untrainable_models()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test for a core: torch's threads would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads would wait for each other, and forks have none
 
 
 def tame_hypothesis() -> None:

@@ -281,10 +281,15 @@ class FileStream:
         self._descriptor = self._cached_descriptor = -1
 
 
-def allow_open_files(count: int) -> None:
-    """Raise this process's limit of open files, as far as it may, so that it can open `count` more."""
+def allow_open_files(count: int) -> int:
+    """Raise this process's limit of open files, as far as it may, so that it can open `count` more.
+
+    Returns:
+        How many more it can open.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + OPEN_FILES
+    limit, wanted = soft, count + OPEN_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
+        limit = max(soft, wanted if hard == resource.RLIM_INFINITY else min(wanted, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    return count if limit == resource.RLIM_INFINITY else limit - len(os.listdir("/proc/self/fd"))

@@ -91,7 +91,7 @@ def _products(
                 _gather(mean, index[at : at + count], step)
             else:
                 begin = (index[part] * cols if mode == ROWS else first) + inside
-                step[:count] = mean[begin : begin + count]
+                _copy(mean[begin : begin + count], step)
             for i in range(count):
                 x = np.float64(values[i])
                 lanes[0, i] += x * step[i]
@@ -100,6 +100,12 @@ def _products(
         if (part + 1) % STRIPE == 0 or part + 1 == stop:
             for row in range(3):
                 sums[part // STRIPE, row] = total(lanes[row])
+
+
+@kernel
+def _copy(source: Any, out: Any) -> None:
+    for i in range(source.size):  # numba compiles an assignment of slices with all that its error message needs
+        out[i] = source[i]
 
 
 @kernel

@@ -104,6 +104,11 @@ class PartialSum:
         return sum(count for _, count in self.claims)
 
     @property
+    def round(self) -> int:
+        """The latest round that one of its updates answers."""
+        return max(release.round for release in self.releases)
+
+    @property
     def model_digest(self) -> str:
         """Content digest of the model that it is for."""
         return self.manifest.model_digest

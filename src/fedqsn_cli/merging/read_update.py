@@ -39,6 +39,7 @@ class ClientUpdate:
         masks: of its client in its round.
         identities: of the files of tensors, by name, so that another file in the place of one is noticed.
         stored: the U of each float tensor.
+        late: how many rounds ago its proxy was made, if that was of an earlier model than the one that is merged into.
     """
 
     folder: Path
@@ -47,6 +48,7 @@ class ClientUpdate:
     masks: ClientMasks
     identities: Mapping[str, FileIdentity]
     stored: Mapping[str, TensorValues]
+    late: int = 0
 
     @property
     def client(self) -> str:
@@ -62,6 +64,11 @@ class ClientUpdate:
     def claims(self) -> tuple[tuple[str, int], ...]:
         """Whose examples these are, and how many."""
         return ((self.client, self.examples),)
+
+    @property
+    def round(self) -> int:
+        """The round that it answers."""
+        return self.release.round
 
     @property
     def model_digest(self) -> str:

@@ -34,7 +34,7 @@ from fedqsn_cli.merging.measures import ModelSizes
 from fedqsn_cli.merging.partial_sum import PartialReader
 from fedqsn_cli.merging.read_update import ClientUpdate, UpdateChunk, UpdateReader
 from fedqsn_cli.merging.refusals import Refusals
-from fedqsn_cli.merging.verify import Round, Sent, UpdateVerifier
+from fedqsn_cli.merging.verify import Round, Sent, UpdateVerifier, is_late
 from fedqsn_cli.models.digest import ModelHash
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.tensor_task import TensorTask
@@ -191,6 +191,8 @@ def admit(
         survey = survey_pass.run(options, progress)
     left = Round(survey.updates, found.partials)
     require_enough(left.clients, options.min_clients, refusals)
+    if all(is_late(each) for each in left):
+        raise RefusedUpdate("every update that is left was trained on an earlier model", where=model.source.reference)
     return left, survey
 
 
@@ -221,8 +223,8 @@ def check_read(
 
 
 def require_model(update: Sent, digest: str, model: OpenModel) -> None:
-    """Refuse an update that was trained on a proxy of another model. Raises RefusedUpdate."""
-    if update.model_digest != digest:
+    """Refuse an update that was trained on a proxy of another model, unless it may be late. Raises RefusedUpdate."""
+    if update.model_digest != digest and not is_late(update):
         raise RefusedUpdate(
             "the updates were trained on proxies of another model",
             where=model.source.reference,
