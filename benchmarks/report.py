@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Sample
+from fedqsn_cli.version import VERSION
 
 PACKAGES = ("numpy", "numba", "torch", "transformers", "bitsandbytes", "safetensors", "huggingface_hub")
 FLAT = 0.10  # how much peaks of one command may differ from size to size
@@ -127,9 +129,17 @@ def document(rows: Sequence[Row], settings: dict[str, Any], work: Path) -> dict[
     return {
         "format": "fedqsn-benchmark/1",
         "settings": settings,
+        "fedqsn": revision(),
         "machine": machine(work),
         "rows": [asdict(row) for row in rows],
     }
+
+
+def revision() -> str:
+    """The commit that was measured, with -dirty where files differ from it; without a repository the version."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or VERSION
 
 
 def machine(work: Path) -> dict[str, Any]:

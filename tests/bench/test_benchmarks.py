@@ -49,6 +49,7 @@ def test_figures_of_our_own_are_measured_and_written_down(tmp_path: Path) -> Non
 
     assert figures["format"] == "fedqsn-benchmark/1"
     assert figures["machine"]["processors"] >= 1
+    assert figures["fedqsn"]
     rows = {row["figure"]: row for row in figures["rows"]}
     assert rows["merge of 2 updates (bf16) tiny"]["ratio"] > 0
     assert all(row["figure"] in table for row in figures["rows"])

@@ -29,6 +29,7 @@ secure_random.py   random numbers that nobody can repeat
 private_loop.py    the same with differential privacy of the examples (DP-SGD, opacus)
 teachers.py        what models say about texts, and a student's distance from it
 estimate.py        what a training would take
+one_by_one.py      batches that give what each example alone would
 scoring.py         loss and measures of a model
 generation.py      texts that a model writes, and their measures
 update_noise.py    clipping of the whole update, and noise on it

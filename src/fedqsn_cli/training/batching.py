@@ -68,6 +68,16 @@ def in_order(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
         yield order[first : first + size]
 
 
+def of_one_length(examples: Examples, size: int) -> Iterator[list[int]]:
+    """Batches of row numbers in which nothing is padded, the longest first; in any size in the same order of rows."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for row in sorted(range(len(examples)), key=lambda row: -examples.lengths[row]):
+        alike.setdefault(tuple(map(len, examples.features[row].values())), []).append(row)
+    for rows in alike.values():
+        for first in range(0, len(rows), size):
+            yield rows[first : first + size]
+
+
 def shuffled(lengths: Sequence[int], size: int, *, seed: int, epoch: int) -> list[list[int]]:
     """Batches of row numbers for one epoch of training: random, with similar lengths together.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.models.architecture import Task
 from fedqsn_cli.progress import Progress
-from fedqsn_cli.training.batching import Examples, Padding, collate, in_order, loss_sum
+from fedqsn_cli.training.batching import Examples, Padding, collate, in_order, loss_sum, of_one_length
 from fedqsn_cli.training.loop import extra_inputs
+from fedqsn_cli.training.one_by_one import OneByOne
 from fedqsn_cli.training.tasks import TASKS
 
 
@@ -65,25 +67,31 @@ class Evaluation:
 def score(model: Any, examples: Examples, *, batch_size: int, padding: Padding, progress: Progress) -> Evaluation:
     """Measure a model, in its own precision and on its own device.
 
+    On a CPU, the result does not depend on `batch_size`, to the last bit: see `one_by_one`.
+
     Raises:
         InputError: the loss is not finite.
     """
     kind = TASKS[examples.task]
     progress.start("evaluating", len(examples), "examples")
+    losses: list[float] = []
     total, count = 0.0, 0
     right: list[Any] = []
     given: list[Any] = []
     model.eval()
-    for rows in in_order(examples.lengths, batch_size):
+    on_cpu = model.device.type == "cpu"
+    for rows in of_one_length(examples, batch_size) if on_cpu else in_order(examples.lengths, batch_size):
         batch = collate(examples, rows, padding).to(model.device)
-        logits = model(**batch.inputs, **extra_inputs(model)).logits
-        total += loss_sum(examples.task, logits, batch.targets).item()
-        count += batch.count
+        with OneByOne(len(rows)) if on_cpu else nullcontext():
+            logits = model(**batch.inputs, **extra_inputs(model)).logits
+        each = [loss_sum(examples.task, logits[i : i + 1], batch.targets[i : i + 1]) for i in range(len(rows))]
+        losses += torch.stack(each).tolist()
+        total, count = total + sum(losses[-len(rows) :]), count + batch.count
         for answers, more in zip((right, given), kind.answers(logits, batch.targets), strict=True):
             answers += more
         progress.advance(len(rows), loss=total / count)
     progress.finish()
-    loss = total / count
+    loss = math.fsum(losses) / count
     if not math.isfinite(loss):
         raise InputError(f"the model's loss is {loss}", hint="its weights may be damaged")
     measures: dict[str, Any] = dict(kind.measure(right, given, _names(model)))
