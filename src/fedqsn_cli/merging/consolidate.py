@@ -36,11 +36,12 @@ from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.training.batching import IGNORED, Examples
 from fedqsn_cli.training.compact import VisibleParameters
 from fedqsn_cli.training.data import Encoder
+from fedqsn_cli.training.data_files import read_table
 from fedqsn_cli.training.loop import Surroundings, TrainingSummary, train
 from fedqsn_cli.training.precision import repeatable
 from fedqsn_cli.training.scoring import Evaluation, score
 from fedqsn_cli.training.states import StateFolder
-from fedqsn_cli.training.tables import Table, read_table
+from fedqsn_cli.training.tables import Table
 from fedqsn_cli.training.teachers import TAUGHT_TASKS, Distillation, Lesson, listen
 
 Array = NDArray[Any]
