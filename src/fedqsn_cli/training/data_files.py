@@ -20,6 +20,7 @@ from fedqsn_cli.training.tables import COLUMNS, Table, Unusable, type_name
 FILE_BYTES, ARRAY_BYTES, ROW_BYTES = 16_000_000_000, 1_000_000_000, 8_000_000
 """The most that a file, a file that is one JSON array, and a row may have."""
 
+_KEPT = frozenset(COLUMNS)
 _PEEKED = 1 << 16  # bytes in which a file must show whether it is an array
 _LINES_BETWEEN_CHECKS = 4096  # that a file which grows has not outrun its reader
 _AS_LINES = "write it as .jsonl, which is read row by row"
@@ -129,9 +130,11 @@ def _from_objects(path: Path, rows: Iterable[dict[str, Any]]) -> Table:
     count = 0
     for row in rows:
         names.update(dict.fromkeys(row))
-        for name in COLUMNS:
-            if name in row or name in columns:
-                columns.setdefault(name, [None] * count).append(row.get(name))
+        for name in _KEPT & row.keys():
+            if name not in columns:
+                columns[name] = [None] * count
+        for name, values in columns.items():
+            values.append(row.get(name))
         count += 1
     ordered = {name: columns[name] for name in COLUMNS if name in columns}
     return Table(path, ordered, tuple(names), count)
