@@ -73,6 +73,22 @@ def read_file(path: Path, most: int) -> bytes:
     return data
 
 
+def require_file_target(path: str | Path) -> None:
+    """Refuse, before any work is done, a path at which no file can be written.
+
+    A device or pipe is refused too: the file would take its place, and /dev/null would be gone from the machine.
+
+    Raises:
+        InputError: its directory is missing, or something that is not a plain file is there.
+    """
+    if not Path(path).absolute().parent.is_dir():
+        raise InputError("there is no such folder", where=Path(path).parent, hint="make it first")
+    if os.path.isdir(path):
+        raise InputError("is a directory", where=path, hint="name a file")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError("is not a plain file", where=path, hint="name another file")
+
+
 def write_file_atomically(path: Path, data: bytes, mode: int | None = None) -> None:
     """Write a file so that `path` is the old one or the new one at any instant, whatever happens.
 
@@ -87,8 +103,6 @@ def write_file_atomically(path: Path, data: bytes, mode: int | None = None) -> N
     try:
         os.replace(staging, path)
         sync_directory(path.parent)
-    except IsADirectoryError:
-        raise InputError("is a directory", where=path) from None
     finally:
         remove_tree(staging)  # gone if all went well
         os.close(descriptor)
@@ -115,13 +129,15 @@ def stream_new_file(path: Path, pieces: Iterable[bytes]) -> None:
         os.close(descriptor)
 
 
-def read_secret(path: str | Path, limit: int) -> bytes:
+def read_secret(path: str | Path, limit: int, mark: bytes) -> bytes:
     """Read a file that nobody but its owner can open.
 
     It is opened first, and then looked at: a file that is swapped in between changes nothing.
 
     Args:
         limit: bytes that it may have.
+        mark: what any such file holds; one that others can open and that lacks it is no key, and nobody is asked to
+            close it.
 
     Raises:
         KeyFileError: it is missing, no regular file, another user's, open to others, or too large.
@@ -133,22 +149,29 @@ def read_secret(path: str | Path, limit: int) -> bytes:
     except OSError as error:
         raise KeyFileError(f"cannot open the key ({error.strerror})", where=path) from None
     try:
-        _check_private(os.fstat(descriptor), path)
+        found = os.fstat(descriptor)
+        _check_owner(found, path)
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             data = file.read(limit + 1)
     finally:
         os.close(descriptor)
+    _check_mode(found, mark in data, path)
     if len(data) > limit:
         raise KeyFileError("the file is too large for a key", where=path)
     return data
 
 
-def _check_private(found: os.stat_result, path: str | Path) -> None:
+def _check_owner(found: os.stat_result, path: str | Path) -> None:
     if not stat.S_ISREG(found.st_mode):
         raise KeyFileError("the key must be a regular file", where=path)
     if found.st_uid not in (os.geteuid(), 0):
         raise KeyFileError("the key belongs to another user", where=path)
+
+
+def _check_mode(found: os.stat_result, is_key: bool, path: str | Path) -> None:
     if found.st_mode & 0o077:
+        if not is_key:
+            raise KeyFileError("not a key file", where=path)
         mode = stat.S_IMODE(found.st_mode)
         raise KeyFileError(f"other users can open the key (mode {mode:04o})", where=path, hint=f"run: chmod 600 {path}")
 
@@ -211,6 +234,7 @@ def _create_nameless(path: Path, data: bytes) -> bool:
 
 def _stage_file(path: Path, pieces: Iterable[bytes], mode: int, exactly: bool) -> tuple[Path, int]:
     """Write and sync the staging file of `path`; returns it with the descriptor that holds its lock."""
+    require_file_target(path)
     sweep(path)
     while True:
         staging = staging_path(path)

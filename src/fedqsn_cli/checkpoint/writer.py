@@ -26,7 +26,12 @@ FILE_MODE, FILE_TIME = 0o644, 315_532_800
 """Mode, and seconds since 1970 of the last change, of every file of a proxy: 1980-01-01, as in reproducible archives.
 They tell nothing about the owner's umask and clock, and what is the same in all proxies can carry nothing."""
 
-MANIFESTS = ("fedqsn.json", "proxy.json", "update.json")  # a directory that holds one is ours to replace
+MANIFESTS = (
+    "fedqsn.json",
+    "proxy.json",
+    "update.json",
+    "partial.json",
+)  # a directory that holds one is ours to replace
 
 
 class ArtifactWriter:

@@ -69,7 +69,11 @@ def keygen(path: str | Path, options: KeygenOptions) -> KeyPair:
         raise OutputExists(
             "already exists", where=private, hint="keys are never replaced; choose another name"
         ) from None
-    write_file_atomically(public, public_pem(signing.public_key()) + public_pem(sealing.public_key()))
+    try:
+        write_file_atomically(public, public_pem(signing.public_key()) + public_pem(sealing.public_key()))
+    except BaseException:  # a private key without its public one is of no use, and would be in the way of the next try
+        private.unlink()
+        raise
     return KeyPair(str(private), str(public), fingerprint(signing.public_key()))
 
 
@@ -118,9 +122,9 @@ def _private_pem(key: SigningKey | X25519PrivateKey) -> bytes:
 
 
 def _private_keys(path: str | Path) -> list[Any]:
-    return _keys(
-        read_secret(path, _LIMIT), b"PRIVATE KEY", lambda pem: serialization.load_pem_private_key(pem, None), path
-    )
+    label = b"PRIVATE KEY"
+    data = read_secret(path, _LIMIT, label)
+    return _keys(data, label, lambda pem: serialization.load_pem_private_key(pem, None), path)
 
 
 def _public_keys(path: str | Path) -> list[Any]:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from fedqsn_cli.checkpoint.files import require_file_target
 from fedqsn_cli.errors import InputError
 
 
@@ -58,6 +59,7 @@ class LogFile:
         Raises:
             InputError: it cannot be written, or something else is there.
         """
+        require_file_target(path)
         try:
             with path.open("a+", encoding="utf-8") as file:
                 log = cls(path, file)
@@ -72,7 +74,7 @@ class LogFile:
         lines = [line for line in self._file if line.endswith("\n")]
         try:
             return [(int(json.loads(line)["step"]), line) for line in lines]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise InputError("is no log of client-train", where=self._path, hint="choose another --log") from None
 
     def begin(self, done: int) -> None:
