@@ -74,8 +74,7 @@ def settle() -> None:
     if room_in_memory():
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY)
     accept_untrainable_models()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test for a core: torch's threads would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads would wait for each other, and forks have none
 
 
 def tame_hypothesis() -> None:

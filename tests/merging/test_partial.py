@@ -222,7 +222,7 @@ HOSTILE: dict[str, tuple[Callable[[JobFolder], object], str]] = {
         rewrite(lambda tensors: tensors[f"{NAME}.weight.weights"][1].__setitem__(0, -1)),
         "or fewer than none",
     ),
-    "a changed file": (lambda job: flip(job.root / "u-sum" / PARTIAL_TENSORS), "its sha256 is not the one"),
+    "a changed file": (lambda job: flip(job.root / "u-sum" / PARTIAL_TENSORS), "its digest is not the one"),
     "a file that is too short": (lambda job: shorten(job.root / "u-sum" / PARTIAL_TENSORS), "safetensors"),
 }
 

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from fedqsn_cli.artifacts.ledger import ClientId
 from fedqsn_cli.artifacts.ledger_head import Sealer
-from fedqsn_cli.artifacts.manifests import FileName, Manifest, PositiveNumber, Sha256, Strict, manifest_bytes
+from fedqsn_cli.artifacts.manifests import Digest, FileName, Manifest, PositiveNumber, Sha256, Strict, manifest_bytes
 from fedqsn_cli.checkpoint import TensorSpec
 from fedqsn_cli.planning.tensor_plan import TensorPlan, UnitAxis
 
@@ -79,11 +79,11 @@ class PartialManifest(Manifest):
     format: Literal["fedqsn-partial/1"] = "fedqsn-partial/1"
     job: Sha256
     plan: Sha256
-    model_digest: Sha256
+    model_digest: Digest
     clip_norm: PositiveNumber | None
     signed: bool
     clients: tuple[SummedClient, ...] = Field(strict=False, min_length=1)
-    files: dict[FileName, Sha256]
+    files: dict[FileName, Digest]
     seal: Sha256 = _UNSEALED
 
     def sealed(self, job: Sealer) -> PartialManifest:

@@ -10,9 +10,13 @@ from fedqsn_cli.errors import InputError
 from fedqsn_cli.merging import client_weights
 from fedqsn_cli.merging.noise import Noise
 from fedqsn_cli.merging.order_rules import KINDS, OrderRule
+from fedqsn_cli.merging.read_update import ClientUpdate
 from fedqsn_cli.merging.survey import Survey
 from fedqsn_cli.merging.verify import Round
 from fedqsn_cli.options import MergeOptions
+
+LEAST_WEIGHT = 2.0**-20
+"""What an update that is late counts at least."""
 
 _LEAST: dict[str, tuple[int, int]] = {"krum": (2, 3), "multi-krum": (2, 3), "bulyan": (4, 3)}
 """a and b: the rule is proven for a f + b updates or more. The others need 2 f + 1."""
@@ -28,7 +32,7 @@ class Aggregation:
         order: the rule that puts values in order; None for an average.
         least: how many clients must have seen a unit that is averaged.
         noise: what is added to each sum; None for none.
-        others: what all updates in partial sums count together.
+        others: what all updates in partial sums count together. late: how many rounds late each update is.
     """
 
     weights: tuple[float, ...]
@@ -39,6 +43,7 @@ class Aggregation:
     control_weight: float
     noise: Noise | None
     others: float
+    late: tuple[int, ...]
 
     @property
     def whole(self) -> float:
@@ -53,7 +58,8 @@ class Aggregation:
         """What happened to an update, in a word or two."""
         if self.weights[number] == 0:
             return "left out"
-        return clipped(self.factors[number])
+        late = self.late[number]
+        return clipped(self.factors[number]) + (f", {late} round{'s' * (late > 1)} late" if late else "")
 
 
 def clipped(factor: float) -> str:
@@ -74,7 +80,7 @@ def aggregation(options: MergeOptions, found: Round, survey: Survey | None, nois
     _require_enough(options, len(updates))
     factors = clip_factors(survey.norms, options.clip_norm) if survey and options.clip_norm else [1.0] * len(updates)
     by_examples, f = options.rule == "fedavg" and noise is None, options.byzantine or 0
-    weights = [float(update.examples) if by_examples else 1.0 for update in updates]
+    weights = [_examples(update, options.staleness_discount) if by_examples else 1.0 for update in updates]
     if survey is not None and client_weights.compares(options):
         weights = client_weights.RULES[options.rule](survey.distances(factors), f).tolist()
     return Aggregation(
@@ -86,7 +92,19 @@ def aggregation(options: MergeOptions, found: Round, survey: Survey | None, nois
         control_weight=options.control_weight,
         noise=noise,
         others=others,
+        late=tuple(update.late for update in updates),
     )
+
+
+def _examples(update: ClientUpdate, discount: float | None) -> float:
+    """n_k, times (1 + r)^-a of an update that is r rounds late (Xie et al. 2019, arXiv 1903.03934, polynomial).
+
+    It is rounded to a multiple of `LEAST_WEIGHT`, so that sums of such numbers do not depend on their order.
+    """
+    if not update.late or discount is None:
+        return float(update.examples)
+    counted: float = update.examples * (1.0 + update.late) ** -discount
+    return max(1, round(counted / LEAST_WEIGHT)) * LEAST_WEIGHT
 
 
 def clip_factors(norms: Sequence[float], limit: float | str) -> list[float]:

@@ -100,7 +100,7 @@ def consolidate(
     keep_outside(Path(options.out), **{name.replace("_", "-"): getattr(options, name) for name in outside})
     if options.report is not None:
         require_file_target(options.report)
-    with ArtifactWriter(Path(options.out), force=options.force, hashed=False) as writer, quiet(), memory_errors():
+    with ArtifactWriter(Path(options.out), force=options.force, digest=None) as writer, quiet(), memory_errors():
         result = _Consolidation.of(source, trained, options, progress).run(writer)
     if options.report is not None and result.search is not None:
         from fedqsn_cli.merging.page_weights import render

@@ -1,8 +1,7 @@
-"""A file that is read in pieces, and its SHA-256 on the way."""
+"""A file that is read in pieces, and its digest on the way."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from concurrent.futures import Future
 from pathlib import Path
@@ -13,23 +12,25 @@ from numpy.typing import NDArray
 from fedqsn_cli.checkpoint.header import FileIdentity
 from fedqsn_cli.checkpoint.reader import DESCRIPTORS, DirectFile
 from fedqsn_cli.errors import RefusedUpdate
+from fedqsn_cli.kernels.digests import Algorithm, new_hash, written
 from fedqsn_cli.kernels.hash_threads import HashQueue
 
 HASH_PIECE = 1 << 22
 
 
 class FileHash:
-    """Reads pieces of a file and computes the SHA-256 of all of it on the way, in a background thread.
+    """Reads pieces of a file and computes the digest of all of it on the way, in a background thread.
 
     Pieces that are taken in file order are hashed as they were read; what is between them is read for the hash alone.
     """
 
-    def __init__(self, path: Path, identity: FileIdentity, queue: HashQueue) -> None:
+    def __init__(self, path: Path, identity: FileIdentity, queue: HashQueue, algorithm: Algorithm) -> None:
         self._path = path
         self._identity = identity
         self._direct = DirectFile(path, identity)
         self._queue = queue
-        self._sha256 = hashlib.sha256()
+        self._algorithm = algorithm
+        self._digest = new_hash(algorithm)
         self._submitted = 0  # bytes handed to the hash: all before this offset
         self._last: Future[None] | None = None
 
@@ -40,12 +41,12 @@ class FileHash:
         if known < data.size:
             self._submit(data[known:])
 
-    def hexdigest(self) -> str:
-        """SHA-256 of the whole file; reads what was not read yet."""
+    def recorded(self) -> str:
+        """The digest of the whole file, as manifests have it; reads what was not read yet."""
         self._catch_up(self._identity.size)
         if self._last is not None:
             self._last.result()
-        return self._sha256.hexdigest()
+        return written(self._algorithm, self._digest)
 
     def _catch_up(self, stop: int) -> None:
         while self._submitted < stop:
@@ -53,7 +54,7 @@ class FileHash:
 
     def _submit(self, data: NDArray[np.uint8]) -> None:
         self._submitted += data.size
-        self._last = self._queue.submit(self._sha256.update, data.data)
+        self._last = self._queue.submit(self._digest.update, data.data)
 
     def read(self, start: int, count: int) -> NDArray[np.uint8]:
         """`count` bytes from absolute offset `start` on, in a fresh array; from any thread.

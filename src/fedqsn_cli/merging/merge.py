@@ -145,9 +145,10 @@ def merge_updates(
         RefusedUpdate, GateFailed, InputError: as `merge`.
     """
     job, model = open_job_model(source, options.key)
-    with ArtifactWriter(Path(options.out), force=options.force, hashed=False) as writer, ExitStack() as stack:
+    with ArtifactWriter(Path(options.out), force=options.force, digest=None) as writer, ExitStack() as stack:
         saved = open_state(model, job, options.server_optimizer)
-        verifier = UpdateVerifier(job, model, options.required_ledger(), options.verify_key_of)
+        late = options.staleness_discount is not None
+        verifier = UpdateVerifier(job, model, options.required_ledger(), options.verify_key_of, takes_late=late)
         tasks = tensor_tasks(model, None, verifier.masks.hidden_on_the_way)
         refusals = Refusals(options.on_refused == "skip", [])
         found, survey = admit(verifier, updates, model, tasks, refusals, options, progress)

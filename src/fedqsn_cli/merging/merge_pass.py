@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fedqsn_cli.kernels.digests import algorithm_of
 from fedqsn_cli.kernels.hash_threads import HashThreads
 from fedqsn_cli.merging import arithmetic
 from fedqsn_cli.merging.aggregation import Aggregation
@@ -72,8 +73,9 @@ class MergePass:
         self.covered = 0
         """Number of elements that at least one client trained."""
         self.sizes = ModelSizes()
-        self._before = ModelHash(hashing.queue())
-        self._after = ModelHash(hashing.queue()) if model.kind == "server-model" or optimizer else None
+        algorithm = algorithm_of(found.model_digest)
+        self._before = ModelHash(hashing.queue(), algorithm)
+        self._after = ModelHash(hashing.queue(), algorithm) if model.kind == "server-model" or optimizer else None
 
     @property
     def readers(self) -> list[UpdateReader]:
@@ -96,11 +98,11 @@ class MergePass:
 
     def digest_before(self) -> str:
         """Content digest of the model that was read."""
-        return self._before.hexdigest(self._tasks)
+        return self._before.digest(self._tasks)
 
     def digest_after(self) -> str | None:
         """Content digest of the merged model, as the next export will compute it; None where nobody needs it."""
-        return self._after.hexdigest(self._tasks) if self._after else None
+        return self._after.digest(self._tasks) if self._after else None
 
     def _merge(self, chunk: ModelChunk, pieces: Iterator[Any]) -> None:
         """Move a chunk in place, and hash it before and after; the next pieces are the same rows of every update."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.artifacts.partial_folder import SUM, WEIGHTS, unit_run
 from fedqsn_cli.checkpoint import TensorSink
+from fedqsn_cli.kernels.digests import algorithm_of
 from fedqsn_cli.kernels.hash_threads import HashThreads
 from fedqsn_cli.merging import arithmetic
 from fedqsn_cli.merging.aggregation import Aggregation
@@ -42,7 +43,7 @@ class PartialPass:
         self._tasks = tasks
         self._how = how
         self._scratch = Scratch()
-        self._digest = ModelHash(hashing.queue())
+        self._digest = ModelHash(hashing.queue(), algorithm_of(found.model_digest))
         self.clients = [UpdateReader(update, hashing.queue()) for update in found.updates]
         self.partials = [PartialReader(each, hashing.queue()) for each in found.partials]
         self.sizes = ModelSizes()
@@ -72,7 +73,7 @@ class PartialPass:
 
     def digest(self) -> str:
         """Content digest of the model that was read."""
-        return self._digest.hexdigest(self._tasks)
+        return self._digest.digest(self._tasks)
 
     def _store(self, sink: TensorSink, chunk: ModelChunk, chunk_sum: ChunkSum) -> None:
         """Write the sums of a chunk, and what its units count unless an earlier chunk had the same units."""

@@ -31,6 +31,7 @@ from fedqsn_cli.checkpoint import read_header
 from fedqsn_cli.checkpoint.header import FileIdentity
 from fedqsn_cli.dtypes import WEIGHT_DTYPES
 from fedqsn_cli.errors import InputError, RefusedUpdate
+from fedqsn_cli.kernels.digests import algorithm_of
 from fedqsn_cli.kernels.hash_threads import HashQueue
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.merging.exact_sum import Digits, Doubles
@@ -103,6 +104,11 @@ class PartialSum:
         return sum(count for _, count in self.claims)
 
     @property
+    def round(self) -> int:
+        """The latest round that one of its updates answers."""
+        return max(release.round for release in self.releases)
+
+    @property
     def model_digest(self) -> str:
         """Content digest of the model that it is for."""
         return self.manifest.model_digest
@@ -146,7 +152,8 @@ class PartialReader:
 
     def __init__(self, partial_sum: PartialSum, queue: HashQueue) -> None:
         self.sum = partial_sum
-        self._hash = FileHash(partial_sum.folder / PARTIAL_TENSORS, partial_sum.identity, queue)
+        algorithm = algorithm_of(partial_sum.manifest.files[PARTIAL_TENSORS])
+        self._hash = FileHash(partial_sum.folder / PARTIAL_TENSORS, partial_sum.identity, queue, algorithm)
 
     def prepare(self, task: TensorTask, first: int, rows: int) -> Callable[[], PartialChunk | InputError]:
         """A call that reads what belongs to rows `first` .. `first + rows` of a tensor; from any thread."""
@@ -181,6 +188,6 @@ class PartialReader:
 
     def finish(self) -> None:
         """Check the digest of the whole file. Raises RefusedUpdate."""
-        if self._hash.hexdigest() != self.sum.manifest.files[PARTIAL_TENSORS]:
+        if self._hash.recorded() != self.sum.manifest.files[PARTIAL_TENSORS]:
             where = self.sum.folder / PARTIAL_TENSORS
-            raise RefusedUpdate(f"its sha256 is not the one in {PARTIAL_MANIFEST}", where=where, hint="make it again")
+            raise RefusedUpdate(f"its digest is not the one in {PARTIAL_MANIFEST}", where=where, hint="make it again")

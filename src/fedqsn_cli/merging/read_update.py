@@ -19,6 +19,7 @@ from fedqsn_cli.artifacts.ledger import Release
 from fedqsn_cli.artifacts.manifests import UpdateManifest
 from fedqsn_cli.checkpoint.header import FileIdentity
 from fedqsn_cli.errors import InputError, RefusedUpdate
+from fedqsn_cli.kernels.digests import algorithm_of
 from fedqsn_cli.kernels.hash_threads import HashQueue
 from fedqsn_cli.masks.job_masks import ClientMasks
 from fedqsn_cli.masks.unit_mask import UnitMask
@@ -38,6 +39,7 @@ class ClientUpdate:
         masks: of its client in its round.
         identities: of the files of tensors, by name, so that another file in the place of one is noticed.
         stored: the U of each float tensor.
+        late: how many rounds ago its proxy was made, if that was of an earlier model than the one that is merged into.
     """
 
     folder: Path
@@ -46,6 +48,7 @@ class ClientUpdate:
     masks: ClientMasks
     identities: Mapping[str, FileIdentity]
     stored: Mapping[str, TensorValues]
+    late: int = 0
 
     @property
     def client(self) -> str:
@@ -61,6 +64,11 @@ class ClientUpdate:
     def claims(self) -> tuple[tuple[str, int], ...]:
         """Whose examples these are, and how many."""
         return ((self.client, self.examples),)
+
+    @property
+    def round(self) -> int:
+        """The round that it answers."""
+        return self.release.round
 
     @property
     def model_digest(self) -> str:
@@ -107,7 +115,8 @@ class UpdateReader:
     def __init__(self, update: ClientUpdate, queue: HashQueue) -> None:
         self.update = update
         self._hashes = {
-            name: FileHash(update.folder / name, identity, queue) for name, identity in update.identities.items()
+            name: FileHash(update.folder / name, identity, queue, algorithm_of(update.manifest.files[name]))
+            for name, identity in update.identities.items()
         }
         self._visible: tuple[str, UnitMask | None] = ("", None)
         self.measures = UpdateMeasures()
@@ -162,9 +171,9 @@ class UpdateReader:
             RefusedUpdate: one is not the file that update.json describes.
         """
         for name, digest in self._hashes.items():
-            if digest.hexdigest() != self.update.manifest.files[name]:
+            if digest.recorded() != self.update.manifest.files[name]:
                 where = self.update.folder / name
-                raise RefusedUpdate("its sha256 is not the one in update.json", where=where, hint="send it again")
+                raise RefusedUpdate("its digest is not the one in update.json", where=where, hint="send it again")
 
 
 def slice_rows(visible: UnitMask, first: int, rows: int) -> UpdateSlice:

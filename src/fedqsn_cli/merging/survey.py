@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.errors import InputError, RefusedUpdate
+from fedqsn_cli.kernels.digests import algorithm_of
 from fedqsn_cli.kernels.hash_threads import HashThreads
 from fedqsn_cli.merging import arithmetic
 from fedqsn_cli.merging.admission import check_claims, check_norms, check_partials, require_enough, require_summable
@@ -33,7 +34,7 @@ from fedqsn_cli.merging.measures import ModelSizes
 from fedqsn_cli.merging.partial_sum import PartialReader
 from fedqsn_cli.merging.read_update import ClientUpdate, UpdateChunk, UpdateReader
 from fedqsn_cli.merging.refusals import Refusals
-from fedqsn_cli.merging.verify import Round, Sent, UpdateVerifier
+from fedqsn_cli.merging.verify import Round, Sent, UpdateVerifier, is_late
 from fedqsn_cli.models.digest import ModelHash
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.tensor_task import TensorTask
@@ -92,7 +93,8 @@ class SurveyPass:
         self._scratch = Scratch()
         self._readers = [UpdateReader(update, hashing.queue()) for update in updates]
         self._bad: set[str] = set()
-        self._digest = ModelHash(hashing.queue())
+        released = next((update.model_digest for update in updates), None)  # there may be partial sums alone
+        self._digest = ModelHash(hashing.queue(), algorithm_of(released))
         self._sizes = ModelSizes()
         self._pairs = PairSums(len(updates)) if compares else None
 
@@ -105,7 +107,7 @@ class SurveyPass:
                 self._take(chunk, pieces)
                 progress.advance(chunk.values.nbytes)
         progress.finish()
-        digest = self._digest.hexdigest(self._tasks)
+        digest = self._digest.digest(self._tasks)
         for reader in self._readers:
             update = reader.update
             with self._refusals.noting(update.folder, update.client):
@@ -189,6 +191,8 @@ def admit(
         survey = survey_pass.run(options, progress)
     left = Round(survey.updates, found.partials)
     require_enough(left.clients, options.min_clients, refusals)
+    if all(is_late(each) for each in left):
+        raise RefusedUpdate("every update that is left was trained on an earlier model", where=model.source.reference)
     return left, survey
 
 
@@ -219,8 +223,8 @@ def check_read(
 
 
 def require_model(update: Sent, digest: str, model: OpenModel) -> None:
-    """Refuse an update that was trained on a proxy of another model. Raises RefusedUpdate."""
-    if update.model_digest != digest:
+    """Refuse an update that was trained on a proxy of another model, unless it may be late. Raises RefusedUpdate."""
+    if update.model_digest != digest and not is_late(update):
         raise RefusedUpdate(
             "the updates were trained on proxies of another model",
             where=model.source.reference,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedqsn_cli.artifacts import ledger as ledgers
@@ -21,6 +21,7 @@ from fedqsn_cli.checkpoint import read_header
 from fedqsn_cli.checkpoint.header import FileIdentity
 from fedqsn_cli.dtypes import WEIGHT_DTYPES
 from fedqsn_cli.errors import RefusedUpdate, SignatureError
+from fedqsn_cli.kernels.digests import algorithm_of
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.masks.job_masks import ClientMasks, ServerMasks
 from fedqsn_cli.merging.adapters import AdapterFolder
@@ -34,6 +35,11 @@ from fedqsn_cli.planning.tensor_plan import TensorPlan
 Sent = ClientUpdate | PartialSum
 
 _COMPARED = {UPDATE_TENSORS, ADAPTER_TENSORS}  # with their digests in update.json, while they are merged
+
+
+def is_late(each: Sent) -> bool:
+    """Whether it answers a proxy of an earlier model, and is merged all the same."""
+    return isinstance(each, ClientUpdate) and each.late > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +72,8 @@ class Round:
 
     @property
     def model_digest(self) -> str:
-        """Content digest of the model that all of them are for."""
-        return next(iter(self)).model_digest
+        """Content digest of the model that all of them are for, but those that are late."""
+        return next(each for each in self if not is_late(each)).model_digest
 
     @property
     def moves_fill(self) -> bool:
@@ -81,15 +87,23 @@ class UpdateVerifier:
     Args:
         job: the job's key. model: what the updates are merged into. ledger: the record of all releases.
         key_of: the public key that the update of a client must be signed with; None where it need not be signed.
+        takes_late: whether updates of earlier rounds are taken, too.
     """
 
     def __init__(
-        self, job: JobKey, model: OpenModel, ledger: Path, key_of: Callable[[str], Path | None] = lambda client: None
+        self,
+        job: JobKey,
+        model: OpenModel,
+        ledger: Path,
+        key_of: Callable[[str], Path | None] = lambda client: None,
+        *,
+        takes_late: bool = False,
     ) -> None:
         self.masks = ServerMasks(job)
         self._model = model
         self._ledger = ledger
         self._key_of = key_of
+        self._takes_late = takes_late
         self._releases = {release.proxy_id: release for release in ledgers.read(ledger, job)}
 
     def round(self, folders: Sequence[str | Path], refusals: Refusals) -> Round:
@@ -104,6 +118,9 @@ class UpdateVerifier:
             with refusals.noting(folder):
                 opened.append(self._open_partial(Path(folder)) if is_partial(folder) else self._open(Path(folder)))
         opened.sort(key=lambda each: each.client)
+        newest = max(opened, key=lambda each: each.round, default=None) if self._takes_late else None
+        if newest is not None:
+            opened = [_aged(each, newest) for each in opened]
         last = {client: each for each in opened for client, _ in each.claims}
         sent = Counter(client for each in opened for client, _ in each.claims)
         for each in opened:
@@ -112,12 +129,12 @@ class UpdateVerifier:
                 if twice is not None:
                     raise RefusedUpdate(f"client {twice!r} sent more than one update", where=last[twice].folder)
                 if not refusals.skip:  # otherwise the model itself tells which of them are stale
-                    self._check_model(each, opened[0])
+                    self._check_model(each, newest or opened[0])
                 self._check_fill(each)
         return Round.of(refusals.without(opened))
 
     def _check_model(self, each: Sent, first: Sent) -> None:
-        if each.model_digest != first.model_digest:
+        if each.model_digest != first.model_digest and not is_late(each):
             raise RefusedUpdate(
                 f"it was trained on another model than the update in {first.folder}",
                 where=each.folder,
@@ -212,12 +229,20 @@ class UpdateVerifier:
         from fedqsn_cli.crypto.signature import verify_folder
 
         key = load_verify_key(public)
-        known = {name: manifest.files[name] for name in _COMPARED & manifest.files.keys()}
+        listed = {name: manifest.files[name] for name in _COMPARED & manifest.files.keys()}
+        known = {name: digest for name, digest in listed.items() if algorithm_of(digest) == "sha256"}
         try:
             verify_folder(folder, key, known)
         except SignatureError as error:
             hint = f"its proxy is that of client {client!r}, who must sign with the key of {public}"
             raise RefusedUpdate(error.what, where=error.where, hint=hint) from None
+
+
+def _aged(each: Sent, newest: Sent) -> Sent:
+    """An update with the number of rounds that it is late, where it was trained on an earlier model than the newest."""
+    if not isinstance(each, ClientUpdate) or each.model_digest == newest.model_digest:
+        return each
+    return replace(each, late=max(0, newest.round - each.round))
 
 
 def _expected_shape(tensor: TensorPlan, client: ClientMasks, release: Release) -> tuple[int, ...]:

@@ -173,6 +173,7 @@ class MergeOptions(AdmissionOptions, ServerOptimizerOptions, CentralPrivacyOptio
             ("--clip-norm", self.clip_norm == "auto", "the median of all norms is not known yet", "give a number"),
             ("--noise-multiplier", self.noise_multiplier is not None, "noise needs all updates at once", "merge them"),
             ("--normalize", self.normalize != "coverage", "a sum is not divided yet", last),
+            ("--staleness-discount", self.staleness_discount is not None, "a sum is of one round", last),
             ("--server-lr", self.server_lr != 1.0, "a sum takes no step", last),
             ("--server-optimizer", self.server_optimizer != "sgd", "a sum takes no step", last),
             ("--control", self.control is not None, "nothing is taken off a sum", last),
@@ -219,6 +220,9 @@ class MergeOptions(AdmissionOptions, ServerOptimizerOptions, CentralPrivacyOptio
         if self.keep_adapter is not None and (self.rule != "fedavg" or self.clip_norm is not None):
             what = "only a weighted average is an adapter"
             raise InputError(what, where="--keep-adapter", hint="leave out --rule and --clip-norm")
+        if self.keep_adapter is not None and self.staleness_discount is not None:
+            what = "an adapter is made of the updates of one round"
+            raise InputError(what, where="--keep-adapter", hint="leave out --staleness-discount")
         if self.keep_adapter is not None and self.server_optimizer != "sgd":
             what = f"a step of {self.server_optimizer} is no adapter"
             raise InputError(what, where="--keep-adapter", hint="leave out --server-optimizer")
