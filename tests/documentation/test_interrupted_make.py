@@ -44,12 +44,12 @@ def test_an_interrupted_make_leaves_whole_folders(tmp_path: Path) -> None:
         (tmp_path / made).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / made).touch()
     (tmp_path / "interrupts").write_text("again\n" * 5)
-    target = tmp_path / "work/make/r1/global/config.json"
+    target = tmp_path / "work/fedqsn/r1/server/config.json"
     surroundings = os.environ | {"PATH": f"{program.parent}:{os.environ['PATH']}", "MAKEFLAGS": ""}
     words = ["make", "--silent", str(target.relative_to(tmp_path)), "CLIENTS=alice", "ROUNDS=1"]
     for _ in range(6):
         ended = subprocess.run(words, cwd=tmp_path, env=surroundings, capture_output=True, text=True, timeout=60)
-        artifacts = [path.parent for path in (tmp_path / "work/make").rglob("proxy.json")]
+        artifacts = [path.parent for path in (tmp_path / "work/fedqsn").rglob("proxy.json")]
         assert artifacts
         for folder in artifacts:
             assert {path.name for path in folder.iterdir()} == ARTIFACT, (folder, ended.stderr)
