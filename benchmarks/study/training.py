@@ -50,7 +50,7 @@ class Trainee:
         """The first examples of a file, or all."""
         from fedqsn_cli.progress import Silent
         from fedqsn_cli.training.batching import Examples
-        from fedqsn_cli.training.tables import read_table
+        from fedqsn_cli.training.data_files import read_table
 
         found = self.encoder.encode(read_table(data), Silent())
         return found if most is None else Examples(found.task, found.features[:most], found.targets[:most])

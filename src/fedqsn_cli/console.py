@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from fedqsn_cli.progress import Progress, Silent
 from fedqsn_cli.text import clean, plain, size
@@ -172,7 +172,7 @@ class Bar:
 def _render_for_stdout(parts: Sequence[Part]) -> str:
     from rich.console import Console
 
-    screen = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+    screen = Console(file=sys.stdout, highlight=False, markup=False, emoji=False, **_style(sys.stdout))
     if sys.stdout is None or not sys.stdout.isatty():  # rich would believe FORCE_COLOR, which CI systems set
         screen.width = _UNLIMITED
     return _render(parts, screen)
@@ -185,6 +185,11 @@ def _render(parts: Sequence[Part], screen: Console) -> str:
                 screen.print()
             screen.print(clean(part) if isinstance(part, str) else _renderable(part), soft_wrap=isinstance(part, str))
     return "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines())
+
+
+def _style(stream: TextIO | None) -> dict[str, Any]:
+    """What rich is told where nothing may be bold, dim or coloured: by itself it only drops colours for NO_COLOR."""
+    return {} if wants_style(stream) else {"color_system": None}
 
 
 def _renderable(part: Facts | Table) -> RenderableType:
@@ -221,7 +226,7 @@ def _rich_progress() -> RichProgress:
         TextColumn("{task.fields[amount]}", markup=False),
         TextColumn("{task.fields[figures]}", style="dim", markup=False),
         TimeRemainingColumn(compact=True),
-        console=Console(stderr=True),
+        console=Console(stderr=True, **_style(sys.stderr)),
         transient=True,
     )
 

@@ -36,8 +36,7 @@ def loads(text: str | bytes, where: object) -> Any:
     def refuse(reason: str) -> NoReturn:
         raise FormatError(reason, where=where)
 
-    signs: Sequence[Any] = (b",", b"[", b"{") if isinstance(text, bytes) else ",[{"
-    if sum(text.count(sign) for sign in signs) > MOST_VALUES:
+    if has_too_many_values(text):
         refuse(f"JSON of more than {MOST_VALUES} values")
     document = loads_with(text, where, refuse)
     try:
@@ -46,6 +45,12 @@ def loads(text: str | bytes, where: object) -> Any:
     except UnicodeEncodeError:
         refuse("JSON holds half of a character (a lone surrogate), which cannot be printed")
     return document
+
+
+def has_too_many_values(text: str | bytes) -> bool:
+    """Whether a document may hold more values than are read at once."""
+    signs: Sequence[Any] = (b",", b"[", b"{") if isinstance(text, bytes) else ",[{"
+    return sum(text.count(sign) for sign in signs) > MOST_VALUES
 
 
 def loads_with(text: str | bytes, where: object, problem: Problem) -> Any:

@@ -28,6 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+from pyarrow import parquet
+
 from attacks.mutations import damaged
 from fedqsn_cli import strictjson
 from fedqsn_cli.artifacts import ledger
@@ -41,6 +44,7 @@ from fedqsn_cli.errors import FedqsnError
 from fedqsn_cli.masks import job_key
 from fedqsn_cli.models.model import model_tensors, open_model
 from fedqsn_cli.models.plan_file import load_overrides
+from fedqsn_cli.training.data_files import read_table
 from support.attacks import World, make_world
 from support.processes import run
 
@@ -106,6 +110,10 @@ PARSERS: dict[str, tuple[Callable[[World], object], tuple[str, ...]]] = {
     "plan file": (lambda w: load_overrides(w.root / "plan.toml"), ("plan.toml",)),
     "policy": (lambda w: policy_file.load(w.root / "policy.toml"), ("policy.toml",)),
     "baseline": (lambda w: read_measures(w.root / "baseline.json"), ("baseline.json",)),
+    "data": (
+        lambda w: [read_table(path) for path in sorted(w.root.glob("data.*"))],
+        ("data.jsonl", "data.json", "data.csv", "data.parquet"),
+    ),
     "packed tensors": (
         lambda w: model_tensors(Checkpoint.open(w.root / "quantized")),
         ("quantized/model.safetensors", "quantized/config.json"),
@@ -160,6 +168,10 @@ def prepared(root: Path) -> World:
     world = make_world(root)
     (root / "plan.toml").write_text('where = "all"\n\n[[rule]]\nmatch = "*.query.*"\nmasked = true\np1 = 0.5\n')
     (root / "policy.toml").write_text(policy_file.template())
+    rows = [json.loads(line) for line in world.data.read_text().splitlines()]
+    (root / "data.json").write_text(json.dumps(rows))
+    (root / "data.csv").write_text("text,label\n" + "".join(f'"{row["text"]}",{row["label"]}\n' for row in rows))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), root / "data.parquet")
     audited = run("audit", world.proxy, *(_word(word, world) for word in _TRUTH), "--format", "json")
     (root / "baseline.json").write_text(audited.out)
     return world

@@ -17,8 +17,12 @@ VALUES: tuple[Any, ...] = (
     2**31,
     2**53,
     2**63,
+    -(2**63),
+    2**64,
     10**30,
     1e308,
+    5e-324,
+    -0.0,
     -0.5,
     "",
     "x",
@@ -26,6 +30,9 @@ VALUES: tuple[Any, ...] = (
     "{client}",
     "../x",
     "\u202e",
+    "e\u0301",
+    "\ufdfa" * 18,
+    "\U0010ffff",
     "0" * 64,
     [],
     {},
@@ -41,9 +48,9 @@ PIECES = (b"", b"{", b"}", b",", b'"', b"\n", b"null", *RAW)
 
 def damaged(data: bytes, draw: random.Random) -> bytes:
     """A file with something wrong in it, somewhere."""
-    kinds: tuple[Callable[[bytes, random.Random], bytes], ...] = (_bytes, _bytes)
+    kinds: tuple[Callable[[bytes, random.Random], bytes], ...] = (_bytes, _bytes, _long)
     if data[:1] in (b"{", b"["):
-        kinds = (_document, _document, _document, _raw, _bytes)
+        kinds = (_document, _mixed, _document, _document, _raw, _bytes)
     elif data[8:9] == b"{":
         kinds = (_header, _header, _bytes)
     return draw.choice(kinds)(data, draw)
@@ -64,6 +71,43 @@ def _bytes(data: bytes, draw: random.Random) -> bytes:
             data[:start] + draw.randbytes(len(found)) + data[stop:],
         )
     )
+
+
+def _long(data: bytes, draw: random.Random) -> bytes:
+    """A piece of a file many times over, up to some megabytes."""
+    start = draw.randrange(len(data) + 1)
+    piece = data[start : start + draw.choice((1, 16, 1024))] or b"0"
+    return data[:start] + piece * (draw.choice((1 << 12, 1 << 18, 1 << 22)) // len(piece)) + data[start:]
+
+
+def _mixed(data: bytes, draw: random.Random) -> bytes:
+    """JSON in which two values have changed places, or one is the text, the list or the object of itself."""
+    try:
+        document = json.loads(data)
+    except ValueError:
+        return _document(data, draw)
+    places = list(_places(document))
+    if not places:
+        return _bytes(data, draw)
+    first, second = draw.choice(places), draw.choice(places)
+    values = _at(document, first), _at(document, second)
+    if draw.random() < 0.5:
+        _put(document, first, json.loads(json.dumps(values[1])))
+        if first != second[: len(first)]:  # else the second place is gone
+            _put(document, second, json.loads(json.dumps(values[0])))
+    else:
+        _put(document, first, draw.choice((str(values[0]), [values[0]], {"value": values[0]}, [values[0]] * 3)))
+    return json.dumps(document).encode()
+
+
+def _at(document: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        document = document[key]
+    return document
+
+
+def _put(document: Any, path: tuple[Any, ...], value: Any) -> None:
+    _at(document, path[:-1])[path[-1]] = value
 
 
 def _raw(data: bytes, draw: random.Random) -> bytes:
@@ -111,8 +155,7 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 
 
 def _change(document: Any, path: tuple[Any, ...], draw: random.Random) -> None:
-    for key in path[:-1]:
-        document = document[key]
+    document = _at(document, path[:-1])
     key, kind = path[-1], draw.random()
     if kind < 0.1:
         del document[key]

@@ -20,7 +20,8 @@ SLOW = 40.0  # seconds, on a machine that is busy
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedqsn_cli.training.data.SECONDS", 1)
+    monkeypatch.setattr("fedqsn_cli.training.tokenizing.SECONDS", 1)
+    monkeypatch.setattr("fedqsn_cli.training.tokenizing.MEMORY", 1 << 27)
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +98,56 @@ def test_an_update_of_a_hostile_proxy_is_not_written(world: World, tmp_path: Pat
     words = ("client-train", tmp_path / "proxy", "--out", tmp_path / "update", "--data", world.data)
     assert run(*words, "--max-steps", "1").code == 2
     assert not list(tmp_path.glob("*update*"))
+
+
+ENTRIES = {
+    "client-train": "client-train {proxy} --out {out} --data {data} --max-steps 1",
+    "client-train --show-examples": "client-train {proxy} --out {out} --data {data} --show-examples 1",
+    "client-train --dry-run": "client-train {proxy} --out {out} --data {data} --dry-run",
+    "evaluate": "evaluate {model} --data {data}",
+    "consolidate": "consolidate {model} {server} --out {out} --key {key} --own-data {data} --transfer-data {data} "
+    "--steps 1",
+    "merge --blend auto": "merge {model} --restore {server} --out {out} --key {key} --blend auto --eval-data {data}",
+    "audit": "audit {proxy} --truth {model} --key {key} --ledger {ledger} --eval-data {data} --public-data {data}",
+}
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A job whose model came with a tokenizer that doubles every text."""
+    world = make_world(tmp_path_factory.mktemp("hostile"))
+    with_parts(world.model, normalizer=DOUBLING)
+    for name, words in {
+        "server": ["mask", world.model, "--out", world.root / "server", "--key", world.key, "--force"],
+        "proxy": [*world.export(world.model, world.root, p1=None), "--force"],
+    }.items():
+        assert run(*words).code == 0, name
+    return world
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_every_command_that_tokenizes_ends_with_one_line(entry: str, hostile: World, tmp_path: Path) -> None:
+    places = {name: hostile.root / name for name in ("model", "server", "proxy")}
+    words = ENTRIES[entry].format(
+        **places, out=tmp_path / "out", data=hostile.data, key=hostile.key, ledger=hostile.ledger
+    )
+    started = time.monotonic()
+    ended = run(*words.split())
+    if entry == "audit":  # it goes on to what can be checked, and says what cannot
+        assert ended.code == 3, ended
+    else:
+        assert (ended.code, len(ended.err.strip().splitlines())) == (2, 1), ended
+    assert "takes too" in ended.out + ended.err
+    assert not list(tmp_path.iterdir())
+    assert time.monotonic() - started < SLOW
+
+
+@pytest.mark.parametrize("part", ["normalizer", "decoder"])
+def test_texts_that_a_model_writes_are_tokenized_and_decoded_with_limits(part: str, tmp_path: Path) -> None:
+    model = build("llama", tmp_path / "model", tokenizer=True)
+    parts = {"normalizer": DOUBLING, "decoder": {"type": "Sequence", "decoders": DOUBLING["normalizers"]}}
+    with_parts(model, **{part: parts[part]})
+    data = write_lines(tmp_path / "data.jsonl", [{"prompt": "w3 w4", "completion": "w5"}])
+    ended = run("evaluate", model, "--data", data, "--generate", "--max-new-tokens", "4")
+    assert (ended.code, len(ended.err.strip().splitlines())) == (2, 1), ended
+    assert "takes too" in ended.err

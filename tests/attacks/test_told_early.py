@@ -16,6 +16,7 @@ from fedqsn_cli.models.tokenizer_files import tokenizer_problem
 from support.attacks import World, make_world
 from support.families import build
 from support.processes import run
+from support.training_jobs import write_lines
 
 
 @pytest.fixture(scope="module")
@@ -242,3 +243,15 @@ def test_what_fedqsn_did_not_make_has_one_message_with_or_without_force(world: W
         plain, forced = run(*words), run(*words, "--force")
         assert plain == forced
         assert "never replaced; choose another path" in plain.err
+
+
+def test_data_in_place_of_a_model_is_no_safetensors_file(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "data.jsonl", [{"text": "a", "label": 1}])
+    for words in (("evaluate", data, "--data", data), ("mask", data, "--out", tmp_path / "o", "--key", tmp_path / "k")):
+        ended = run(*words)
+        assert ended.code == 2 and "not a safetensors file: it does not begin as one" in ended.err
+
+
+def test_a_policy_is_made_with_a_result_in_json(tmp_path: Path) -> None:
+    ended = run("audit", "--init-policy", "--policy", tmp_path / "policy.toml", "--json")
+    assert json.loads(ended.out) == {"policy": str(tmp_path / "policy.toml")}

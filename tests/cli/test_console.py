@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -145,3 +146,16 @@ def test_a_terminal_sees_progress_with_amounts_and_figures() -> None:
 def test_quiet_and_dumb_terminals_see_no_progress() -> None:
     assert on_a_terminal("quiet") == ""
     assert on_a_terminal("table", TERM="dumb") == ""
+
+
+def test_no_color_leaves_no_code_for_style_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for value, styled in (("", True), ("1", False)):
+        monkeypatch.setenv("NO_COLOR", value)
+        monkeypatch.setenv("TERM", "xterm-256color")
+        monkeypatch.setattr(sys, "stdout", screen := Terminal())
+        console.show("table", SAMPLE, essential=[], parts=PARTS)
+        assert ("\x1b[" in screen.getvalue()) == styled

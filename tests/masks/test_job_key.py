@@ -163,6 +163,14 @@ def test_a_key_that_others_can_open_is_refused_with_the_command_that_helps(path:
     assert f"chmod 600 {path}" in str(raised.value)
 
 
+def test_nobody_is_asked_to_close_a_file_that_is_no_key(path: Path) -> None:
+    path.write_text('{"text": "a", "label": 1}')
+    path.chmod(0o644)
+    with pytest.raises(KeyFileError, match="not a key file") as raised:
+        job_key.load(path)
+    assert raised.value.hint is None
+
+
 @pytest.mark.parametrize("mode", [0o600, 0o400])
 def test_a_key_that_only_its_owner_can_open_is_read(path: Path, mode: int) -> None:
     job = start(path)

@@ -87,7 +87,7 @@ def test_what_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="takes too long"):
         ran(waiting)
     monkeypatch.undo()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 40  # seconds, on a machine that is busy
 
 
 def test_a_child_changes_nothing_here(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from fedqsn_cli.models.architecture import task_of
 from fedqsn_cli.models.torch_model import Loaded, build_model, load_tokenizer
 from fedqsn_cli.progress import Silent
 from fedqsn_cli.training.data import Encoder
+from fedqsn_cli.training.data_files import read_table
 from fedqsn_cli.training.scoring import score
-from fedqsn_cli.training.tables import read_table
 from support.families import EVERY_HEAD, rest_in_soak
 from support.helpers import HOST, USER, set_host_names
 from support.training_jobs import (

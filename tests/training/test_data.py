@@ -21,7 +21,7 @@ from fedqsn_cli.models.torch_model import Loaded, load_model
 from fedqsn_cli.progress import Silent
 from fedqsn_cli.training.batching import IGNORED, Examples
 from fedqsn_cli.training.data import Encoder
-from fedqsn_cli.training.tables import read_table
+from fedqsn_cli.training.data_files import read_table
 from support.scenario import MEMORY, few
 from support.training_jobs import small_model, write_lines
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedqsn_cli.errors import DataError
-from fedqsn_cli.training.tables import read_table
+from fedqsn_cli.training.data_files import read_table
 
 JSONL = '{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n'
 
@@ -92,7 +92,7 @@ def test_a_csv_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
 def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         read_table(tmp_path / "absent.jsonl")
-    with pytest.raises(DataError, match="not a file"):
+    with pytest.raises(DataError, match="not a regular file"):
         read_table(tmp_path)
 
 

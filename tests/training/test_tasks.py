@@ -163,7 +163,7 @@ def test_losses_are_those_of_transformers(tmp_path: Path, name: str) -> None:
     from fedqsn_cli.progress import Silent
     from fedqsn_cli.training.batching import collate
     from fedqsn_cli.training.data import Encoder
-    from fedqsn_cli.training.tables import read_table
+    from fedqsn_cli.training.data_files import read_table
 
     job = make_job(tmp_path, CASES[name])
     with Checkpoint.open(job / "model") as checkpoint:

@@ -129,13 +129,15 @@ def stream_new_file(path: Path, pieces: Iterable[bytes]) -> None:
         os.close(descriptor)
 
 
-def read_secret(path: str | Path, limit: int) -> bytes:
+def read_secret(path: str | Path, limit: int, mark: bytes) -> bytes:
     """Read a file that nobody but its owner can open.
 
     It is opened first, and then looked at: a file that is swapped in between changes nothing.
 
     Args:
         limit: bytes that it may have.
+        mark: what any such file holds; one that others can open and that lacks it is no key, and nobody is asked to
+            close it.
 
     Raises:
         KeyFileError: it is missing, no regular file, another user's, open to others, or too large.
@@ -147,22 +149,29 @@ def read_secret(path: str | Path, limit: int) -> bytes:
     except OSError as error:
         raise KeyFileError(f"cannot open the key ({error.strerror})", where=path) from None
     try:
-        _check_private(os.fstat(descriptor), path)
+        found = os.fstat(descriptor)
+        _check_owner(found, path)
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             data = file.read(limit + 1)
     finally:
         os.close(descriptor)
+    _check_mode(found, mark in data, path)
     if len(data) > limit:
         raise KeyFileError("the file is too large for a key", where=path)
     return data
 
 
-def _check_private(found: os.stat_result, path: str | Path) -> None:
+def _check_owner(found: os.stat_result, path: str | Path) -> None:
     if not stat.S_ISREG(found.st_mode):
         raise KeyFileError("the key must be a regular file", where=path)
     if found.st_uid not in (os.geteuid(), 0):
         raise KeyFileError("the key belongs to another user", where=path)
+
+
+def _check_mode(found: os.stat_result, is_key: bool, path: str | Path) -> None:
     if found.st_mode & 0o077:
+        if not is_key:
+            raise KeyFileError("not a key file", where=path)
         mode = stat.S_IMODE(found.st_mode)
         raise KeyFileError(f"other users can open the key (mode {mode:04o})", where=path, hint=f"run: chmod 600 {path}")
 

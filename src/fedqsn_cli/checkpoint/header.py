@@ -107,10 +107,12 @@ def read_header(path: Path, most_bytes: int = MAX_HEADER_BYTES) -> Header:
 
 def _header_text(descriptor: int, size: int, most: int, path: Path) -> bytes:
     """The header's JSON with its padding: one object, from the first byte on, that fits into the file."""
-    prefix = os.pread(descriptor, 8, 0)
-    if len(prefix) < 8:
+    prefix = os.pread(descriptor, 9, 0)
+    if len(prefix) < 9:
         raise FormatError(f"not a safetensors file: only {size} bytes long", where=path)
-    length = int.from_bytes(prefix, "little")
+    length = int.from_bytes(prefix[:8], "little")
+    if prefix[8:] != b"{" and length > size:
+        raise FormatError("not a safetensors file: it does not begin as one", where=path)
     if length > most:
         raise FormatError(f"header of {length} bytes is over the limit of {most}", where=path)
     if 8 + length > size:

@@ -93,4 +93,5 @@ def _write_policy(path: str | Path | None, view: AuditView) -> None:
     if Path(path).exists():
         raise OutputExists("a file is already there", where=path, hint="choose another name with --policy")
     write_file_atomically(Path(path), template().encode())
-    console.show("quiet" if view.quiet else "table", None, essential=[path], parts=[console.Facts([("policy", path)])])
+    mode: console.View = "quiet" if view.quiet else "json" if view.format_name == "json" else "table"
+    console.show(mode, {"policy": str(path)}, essential=[path], parts=[console.Facts([("policy", path)])])

@@ -122,9 +122,9 @@ def _private_pem(key: SigningKey | X25519PrivateKey) -> bytes:
 
 
 def _private_keys(path: str | Path) -> list[Any]:
-    return _keys(
-        read_secret(path, _LIMIT), b"PRIVATE KEY", lambda pem: serialization.load_pem_private_key(pem, None), path
-    )
+    label = b"PRIVATE KEY"
+    data = read_secret(path, _LIMIT, label)
+    return _keys(data, label, lambda pem: serialization.load_pem_private_key(pem, None), path)
 
 
 def _public_keys(path: str | Path) -> list[Any]:

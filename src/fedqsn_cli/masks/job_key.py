@@ -247,7 +247,7 @@ def _another_job(held: str, asked: str, path: str | Path) -> KeyFileError:
 
 
 def _document(path: str | Path) -> Any:
-    data = read_secret(path, MAX_BYTES)
+    data = read_secret(path, MAX_BYTES, b"fedqsn-key/")
     try:
         return strictjson.loads(data, path)
     except FormatError as error:

@@ -33,10 +33,11 @@ from fedqsn_cli.options import ConsolidateOptions, MergeOptions
 from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.training.batching import Examples
 from fedqsn_cli.training.data import Encoder
+from fedqsn_cli.training.data_files import read_table
 from fedqsn_cli.training.loop import Surroundings, TrainingSummary, train
 from fedqsn_cli.training.scoring import Evaluation, score
 from fedqsn_cli.training.states import StateFolder
-from fedqsn_cli.training.tables import Table, read_table
+from fedqsn_cli.training.tables import Table
 from fedqsn_cli.training.teachers import TAUGHT_TASKS, Distillation, Lesson, listen
 
 _MEASURING = frozenset({"eval_data", "own_eval_data", "own_tolerance", "report"})

@@ -27,8 +27,9 @@ from fedqsn_cli.models.dense import TORCH_DTYPES, from_bytes, rescale_factors
 from fedqsn_cli.models.torch_model import build_model, choose_device, load_model, memory_errors, quiet
 from fedqsn_cli.progress import Progress, Silent
 from fedqsn_cli.training.data import Encoder
+from fedqsn_cli.training.data_files import read_table
 from fedqsn_cli.training.scoring import score
-from fedqsn_cli.training.tables import Table, read_table
+from fedqsn_cli.training.tables import Table
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
-"""Work on what strangers wrote (tokenizers, chat templates) in a child process that is killed when it takes too much.
+"""Work on what strangers wrote (tokenizers, templates, packed data) in a child process, killed when it takes too much.
 
-A normalizer can double a text forty times, a regular expression can need years, a template can loop: libraries that run
-them know no limit, and code in Rust cannot be interrupted. The child is a copy of this process (fork); it may take so
-much processor time and memory, writes no file, and sends its result, as JSON, through a pipe.
+A normalizer can double a text forty times, a regular expression can need years, a template can loop, a small file can
+inflate to terabytes: libraries that run them know no limit, and compiled code cannot be interrupted. The child is a
+copy of this process (fork); it may take so much processor time and memory, writes no file, and sends its result through
+a pipe: bytes as they are, all else as JSON.
 """
 
 from __future__ import annotations
@@ -26,17 +27,19 @@ MEMORY = 1 << 30
 """Bytes that a child may take beyond what it begins with."""
 
 _PIECE = 1 << 20
-_TOO_LONG, _TOO_MUCH = "takes too long", "takes too much memory, or crashes the tokenizers library"
+_BYTES, _JSON = b"B", b"J"  # what the first byte of a result says of the rest
+_TOO_LONG, _TOO_MUCH = "takes too long", "takes too much memory, or crashes the library that reads it"
 
 
-def in_child(work: Callable[[], Any], *, what: str, where: object, seconds: float) -> Any:
+def in_child(work: Callable[[], Any], *, what: str, where: object, seconds: float, memory: int = MEMORY) -> Any:
     """Call a function in a child process, and return its result.
 
     Args:
-        work: returns what JSON can hold; it may read files, but what it changes is lost.
+        work: returns bytes, or what JSON can hold; it may read files, but what it changes is lost.
         what: names the work in an error message, as in "loading the tokenizer".
         where: the file or folder that decides what it takes.
         seconds: of processor time that it may take; waiting, twice as long.
+        memory: bytes that it may take beyond what this process has.
 
     Raises:
         InputError: it took too much time or memory, or it crashed.
@@ -46,7 +49,7 @@ def in_child(work: Callable[[], Any], *, what: str, where: object, seconds: floa
     child = os.fork()
     if child == 0:
         os.close(reading)
-        _run(work, writing, seconds)
+        _run(work, writing, seconds, memory)
     os.close(writing)
     try:
         data, status = _received(reading, child, time.monotonic() + 2 * seconds + 5)
@@ -78,8 +81,10 @@ def _received(reading: int, child: int, deadline: float) -> tuple[bytes | None, 
 
 def _result(data: bytes, what: str, where: object) -> Any:
     """The result that a child sent; or the error that it sent is raised."""
+    if data[:1] == _BYTES:
+        return memoryview(data)[1:]
     try:
-        sent = json.loads(data)
+        sent = json.loads(data[1:])
     except ValueError:
         raise InputError(f"{what} {_TOO_MUCH}", where=where) from None
     if "result" in sent:
@@ -92,13 +97,13 @@ def _result(data: bytes, what: str, where: object) -> Any:
     raise kind(sent["what"], where=sent["where"], hint=sent["hint"])
 
 
-def _run(work: Callable[[], Any], writing: int, seconds: float) -> NoReturn:
+def _run(work: Callable[[], Any], writing: int, seconds: float, memory: int) -> NoReturn:
     """The child: never returns, and runs nothing that the parent would run at its end."""
     code = 1
     try:
         end_with_parent()
         faulthandler.disable()
-        _limit(seconds)
+        _limit(seconds, memory)
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
         os.dup2(silence, 2)  # a panic of Rust code is a page of text
@@ -109,10 +114,11 @@ def _run(work: Callable[[], Any], writing: int, seconds: float) -> NoReturn:
         os._exit(code)
 
 
-def _outcome(work: Callable[[], Any]) -> dict[str, Any]:
-    """The result of the work, or what it raised, as JSON can hold it."""
+def _outcome(work: Callable[[], Any]) -> bytes | dict[str, Any]:
+    """The result of the work if it is bytes; else it, or what was raised, as JSON can hold it."""
     try:
-        return {"result": work()}
+        result = work()
+        return result if isinstance(result, bytes) else {"result": result}
     except FedqsnError as error:
         where = None if error.where is None else str(error.where)
         kind = type(error).__name__
@@ -124,18 +130,21 @@ def _outcome(work: Callable[[], Any]) -> dict[str, Any]:
         return {"kind": None, "what": first[:300], "memory": False}
 
 
-def _send(writing: int, outcome: dict[str, Any]) -> None:
+def _send(writing: int, outcome: bytes | dict[str, Any]) -> None:
     with os.fdopen(writing, "wb") as pipe:
-        pipe.write(json.dumps(outcome, separators=(",", ":")).encode("utf-8", "backslashreplace"))
+        if isinstance(outcome, bytes):
+            pipe.writelines((_BYTES, outcome))
+        else:
+            pipe.write(_JSON + json.dumps(outcome, separators=(",", ":")).encode("utf-8", "backslashreplace"))
 
 
-def _limit(seconds: float) -> None:
+def _limit(seconds: float, memory: int) -> None:
     """Limit what this process may take from here on."""
     with open("/proc/self/statm", encoding="ascii") as file:
         now = int(file.read().split()[0]) * resource.getpagesize()
     whole = max(1, round(seconds))
     for kind, most in (
-        (resource.RLIMIT_AS, now + MEMORY),
+        (resource.RLIMIT_AS, now + memory),
         (resource.RLIMIT_CPU, whole),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_FSIZE, 0),

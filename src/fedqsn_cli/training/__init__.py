@@ -1,6 +1,7 @@
 """The client's side: read data, train the visible units of a proxy, write the update; and evaluate a model.
 
-tables.py          a JSONL, CSV or Parquet file -> rows
+tables.py          the columns of a data file
+data_files.py      a JSONL, JSON, CSV or Parquet file -> columns
 parquet.py         the columns of a Parquet file
 examples.py        what a model takes, and what the loss counts
 tokenizing.py      texts -> token ids

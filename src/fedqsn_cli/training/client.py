@@ -32,6 +32,7 @@ from fedqsn_cli.training import update
 from fedqsn_cli.training.batching import Examples
 from fedqsn_cli.training.compact import Trainable
 from fedqsn_cli.training.data import Encoder
+from fedqsn_cli.training.data_files import read_table
 from fedqsn_cli.training.estimate import Estimate, measured
 from fedqsn_cli.training.full import FullMethod
 from fedqsn_cli.training.journal import journals
@@ -45,7 +46,7 @@ from fedqsn_cli.training.private_loop import plan_privacy, require_opacus, train
 from fedqsn_cli.training.processes import Processes, joined, launched, own_device
 from fedqsn_cli.training.scoring import Evaluation, score
 from fedqsn_cli.training.states import StateFolder
-from fedqsn_cli.training.tables import Table, read_table
+from fedqsn_cli.training.tables import Table
 from fedqsn_cli.version import VERSION
 
 __all__ = ["Estimate", "TrainResult", "client_train", "estimate_training"]

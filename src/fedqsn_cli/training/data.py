@@ -10,15 +10,12 @@ import torch
 
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.models.architecture import CLASSIFIERS
-from fedqsn_cli.models.child_process import in_child
 from fedqsn_cli.models.torch_model import Loaded
 from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.training.examples import Examples, Ids, Padding
 from fedqsn_cli.training.tables import Table
 from fedqsn_cli.training.tasks import TASKS
 from fedqsn_cli.training.tokenizing import Encoding
-
-SECONDS, SECONDS_A_ROW = 10, 0.05  # of processor time for tokenizing a file; usual rows take a thousandth of it
 
 
 class Encoder(Encoding):
@@ -68,11 +65,10 @@ class Encoder(Encoding):
         kind = TASKS[self.task]
         progress.start(f"reading {table.path.name}", table.rows, "examples")
         examples = Examples.from_plain(
-            in_child(
+            self.guarded(
                 lambda: replace(kind.encode(self, table, SILENT), unused=table.unused).to_plain(),
                 what=f"tokenizing {table.path.name}",
-                where=self.tokenizer.name_or_path,
-                seconds=SECONDS + table.rows * SECONDS_A_ROW,
+                rows=table.rows,
             )
         )
         progress.advance(table.rows)

@@ -11,9 +11,9 @@ from fedqsn_cli.models.torch_model import choose_device, load_model, memory_erro
 from fedqsn_cli.options import EvaluateOptions
 from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.training.data import Encoder
+from fedqsn_cli.training.data_files import read_table
 from fedqsn_cli.training.generation import Prompts, measure_texts, require_libraries
 from fedqsn_cli.training.scoring import Evaluation, score
-from fedqsn_cli.training.tables import read_table
 
 __all__ = ["Evaluation", "evaluate"]
 

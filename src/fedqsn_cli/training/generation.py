@@ -58,7 +58,11 @@ class Prompts:
         for text, answer in zip(table.texts(prompt), table.texts(reply), strict=True):
             right.setdefault(text, []).append(answer)
         first = {text: row for row, text in reversed(list(enumerate(table.columns[prompt])))}
-        tokens = [prompt_ids(encoding, table, first[text], text, prompt, new) for text in right]
+        tokens = encoding.guarded(
+            lambda: [prompt_ids(encoding, table, first[text], text, prompt, new) for text in right],
+            what=f"tokenizing {table.path.name}",
+            rows=len(right),
+        )
         return cls(tokens, list(right.values()))
 
 
@@ -66,7 +70,7 @@ def measure_texts(
     model: Any, encoding: Encoding, prompts: Prompts, options: EvaluateOptions, progress: Progress
 ) -> dict[str, Any]:
     """BLEU, ROUGE and exact matches of what a model writes; fields of `Evaluation`."""
-    texts = list(written(model, encoding, prompts.tokens, options, progress))
+    texts = written(model, encoding, prompts.tokens, options, progress)
     right = prompts.references
     return {
         "generated": len(texts),
@@ -77,17 +81,30 @@ def measure_texts(
     }
 
 
-@torch.inference_mode()
 def written(
     model: Any, encoding: Encoding, prompts: Sequence[Ids], options: EvaluateOptions, progress: Progress
-) -> Iterator[str]:
-    """What the model writes for each prompt: the likeliest token each time, without white space around the text.
+) -> list[str]:
+    """What the model writes for each prompt: the likeliest token each time, without white space around the text."""
+    answers = _answers(model, encoding, prompts, options, progress)
+    texts: list[str] = encoding.guarded(
+        lambda: [text.strip() for text in encoding.tokenizer.batch_decode(answers, skip_special_tokens=True)],
+        what="decoding the answers",
+        rows=len(answers),
+    )
+    return texts
+
+
+@torch.inference_mode()
+def _answers(
+    model: Any, encoding: Encoding, prompts: Sequence[Ids], options: EvaluateOptions, progress: Progress
+) -> list[Ids]:
+    """The tokens that the model writes for each prompt.
 
     Only prompts of the same length go through the model together: nothing is padded, so batches change nothing.
     """
     model.eval()
     progress.start("writing", len(prompts), "texts")
-    found: dict[int, str] = {}
+    found: dict[int, Ids] = {}
     for rows in _alike(prompts, options.batch_size):
         ids = torch.tensor([prompts[row] for row in rows], device=model.device)
         output = model.generate(
@@ -100,11 +117,10 @@ def written(
             **({} if encoding.tokenizer.eos_token_id is None else {"eos_token_id": encoding.tokenizer.eos_token_id}),
         )
         new = output if encoding.task == "seq2seq" else output[:, ids.shape[1] :]
-        texts = encoding.tokenizer.batch_decode(new, skip_special_tokens=True)
-        found |= {row: text.strip() for row, text in zip(rows, texts, strict=True)}
+        found |= dict(zip(rows, new.tolist(), strict=True))
         progress.advance(len(rows))
     progress.finish()
-    return (found[row] for row in range(len(prompts)))
+    return [found[row] for row in range(len(prompts))]
 
 
 def _alike(prompts: Sequence[Ids], size: int) -> Iterator[list[int]]:

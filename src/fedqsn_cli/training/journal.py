@@ -74,7 +74,7 @@ class LogFile:
         lines = [line for line in self._file if line.endswith("\n")]
         try:
             return [(int(json.loads(line)["step"]), line) for line in lines]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise InputError("is no log of client-train", where=self._path, hint="choose another --log") from None
 
     def begin(self, done: int) -> None:

@@ -13,8 +13,8 @@ from fedqsn_cli.models.torch_model import load_outline, quiet
 from fedqsn_cli.options import TrainOptions
 from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.training.data import Encoder
+from fedqsn_cli.training.data_files import read_table
 from fedqsn_cli.training.examples import IGNORED, Examples, Ids
-from fedqsn_cli.training.tables import read_table
 
 
 @dataclass(frozen=True, slots=True)

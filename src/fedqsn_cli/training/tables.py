@@ -1,10 +1,7 @@
-"""Training and evaluation files, read whole into memory: JSONL, CSV or Parquet. Nothing is fetched, no code is run."""
+"""The columns of training and evaluation files, in memory, and errors that name their rows."""
 
 from __future__ import annotations
 
-import codecs
-import csv
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,8 @@ COLUMNS = (
     *("prompt", "completion", "messages", "source", "target"),
 )
 """Names of all columns that some task uses (`tasks`); others are not kept in memory."""
+
+_SHOWN = 20  # names of columns in a message
 
 _TYPE_NAMES: dict[type, str] = {
     type(None): "nothing",
@@ -63,8 +62,9 @@ class Table:
         """Check that the file has these columns. Raises DataError, with `why` as its hint."""
         missing = [name for name in names if name not in self.columns]
         if missing:
-            found = ", ".join(name.encode(errors="backslashreplace").decode() for name in self.names) or "none"
-            raise self.error(f"column {missing[0]!r} is missing (found: {found})", hint=why)
+            found = [name.encode(errors="backslashreplace").decode() for name in self.names[:_SHOWN]] or ["none"]
+            more = f" and {len(self.names) - _SHOWN} more" if len(self.names) > _SHOWN else ""
+            raise self.error(f"column {missing[0]!r} is missing (found: {', '.join(found)}{more})", hint=why)
 
     def values(self, name: str) -> list[Any]:
         """A column whose values can all be used. Raises DataError, naming the first row whose value cannot."""
@@ -117,118 +117,15 @@ class Table:
         return DataError(what, where=where, hint=hint)
 
 
-def read_table(path: str | Path) -> Table:
-    """Read a data file.
-
-    The text of JSON and CSV is taken as it is; other readers guess that "007" is a number and "2020-01-01" a date.
-
-    Args:
-        path: a .jsonl, .json (one array), .csv (with a header line) or .parquet file.
-
-    Raises:
-        DataError: it is missing, empty, malformed, or of another format.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError("no such file" if not path.exists() else "not a file", where=path)
-    read = READERS.get(path.suffix.lower())
-    if read is None:
-        raise DataError(f"unsupported file type {path.suffix!r}", where=path, hint="use .jsonl, .csv or .parquet")
-    if path.stat().st_size == 0:
-        raise DataError("the file is empty", where=path)
-    table = read(path)
-    if table.rows == 0:
-        raise DataError("the file has no rows", where=path)
-    return table
-
-
-def _read_lines(path: Path) -> Table:
-    """One JSON object a line; blank lines are skipped."""
-    rows = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if text.strip():
-                rows.append(_object(_json(text, f"{path}: line {number}"), f"{path}: line {number}"))
-    return _from_objects(path, rows)
-
-
-def _read_json(path: Path) -> Table:
-    """One JSON array of objects, or one object a line."""
-    text = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    if not text.lstrip().startswith(b"["):
-        return _read_lines(path)
-    rows = _json(text, str(path))
-    return _from_objects(path, [_object(row, f"{path}: row {number}") for number, row in enumerate(rows, 1)])
-
-
-def _json(text: bytes, where: str) -> Any:
-    try:
-        return strictjson.loads_with(text, where, Unusable)
-    except FormatError as error:
-        raise DataError(error.what, where=where) from None
-
-
-def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise DataError(f"{type_name(value)}, not a JSON object", where=where)
-    return value
-
-
-def _from_objects(path: Path, rows: list[dict[str, Any]]) -> Table:
-    names = tuple(dict.fromkeys(name for row in rows for name in row))
-    columns = {name: [row.get(name) for row in rows] for name in COLUMNS if name in names}
-    return Table(path, columns, names, len(rows))
-
-
-def _read_csv(path: Path) -> Table:
-    """Comma-separated values under a header line; every cell is text."""
-    largest = csv.field_size_limit(2**31 - 1)
-    rows: list[list[str]] = []
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = csv.reader(file, strict=True)
-            header = next(lines, [])
-            for fields in lines:
-                if fields and len(fields) != len(header):
-                    what = f"{len(fields)} fields, but the header has {len(header)}"
-                    raise DataError(
-                        what, where=f"{path}: line {lines.line_num}", hint="quote fields that contain commas"
-                    )
-                rows += [fields] if fields else []
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"not a readable CSV file ({error})", where=path) from None
-    finally:
-        csv.field_size_limit(largest)
-    if len(set(header)) != len(header):
-        raise DataError("two columns have the same name", where=path)
-    columns = {name: [fields[header.index(name)] for fields in rows] for name in COLUMNS if name in header}
-    return Table(path, columns, tuple(header), len(rows))
-
-
-def _read_parquet(path: Path) -> Table:
-    from fedqsn_cli.training import parquet  # pyarrow takes long to import
-
-    names, columns, rows = parquet.read_columns(path, COLUMNS, Unusable)
-    return Table(path, columns, names, rows)
-
-
-READERS: dict[str, Callable[[Path], Table]] = {
-    ".jsonl": _read_lines,
-    ".ndjson": _read_lines,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
-
-
 def _reason(value: object) -> str | None:
     """Why a value, or a part of it, cannot be used; None if all of it can."""
-    if isinstance(value, Unusable):
-        return value.reason
-    if isinstance(value, (list, dict)):
-        parts = value.values() if isinstance(value, dict) else value
-        return next((reason for reason in map(_reason, parts) if reason is not None), None)
+    parts = [value]
+    while parts:  # no recursion: JSON may be nested as deeply as Python reads it
+        part = parts.pop()
+        if isinstance(part, Unusable):
+            return part.reason
+        if isinstance(part, (list, dict)):
+            parts += part.values() if isinstance(part, dict) else part
     return None
 
 

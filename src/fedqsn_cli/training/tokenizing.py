@@ -9,11 +9,14 @@ from typing import Any
 
 from fedqsn_cli.errors import DataError
 from fedqsn_cli.models.architecture import Task
+from fedqsn_cli.models.child_process import MEMORY, in_child
 from fedqsn_cli.models.torch_model import first_line
 from fedqsn_cli.progress import Progress
 from fedqsn_cli.training.examples import Ids
 from fedqsn_cli.training.tables import Table
 
+SECONDS, SECONDS_A_ROW = 10, 0.05  # of processor time for all that tokenizes; usual rows take a thousandth of it
+_BYTES_A_TOKEN = 128  # that a token takes in Python and in JSON
 _CHUNK = 1000  # rows per call of the tokenizer
 _NOT_OURS = (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, DataError)
 
@@ -46,6 +49,23 @@ class Encoding:
     end: int | None = None
     decoder_inputs: Callable[[Ids], Ids] | None = None
     seed: int = 0
+
+    def guarded(self, work: Callable[[], Any], *, what: str, rows: int) -> Any:
+        """Call what uses the tokenizer in a child process, with limits that grow with the data; returns its result.
+
+        Args:
+            work, what: as for `in_child`. rows: how many texts it reads or writes.
+
+        Raises:
+            InputError: it took too much time or memory. FedqsnError: whatever `work` raised.
+        """
+        return in_child(
+            work,
+            what=what,
+            where=self.tokenizer.name_or_path,
+            seconds=SECONDS + rows * SECONDS_A_ROW,
+            memory=MEMORY + rows * self.max_length * _BYTES_A_TOKEN,
+        )
 
     def features(self, table: Table, progress: Progress, *columns: str) -> tuple[list[dict[str, Ids]], set[int]]:
         """Inputs of all rows, cut to `max_length` tokens; and which rows were cut."""

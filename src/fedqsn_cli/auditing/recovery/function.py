@@ -32,7 +32,7 @@ from fedqsn_cli.models.dense import load_dense
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.torch_model import Loaded, load_model, memory_errors, quiet
 from fedqsn_cli.training.batching import Examples
-from fedqsn_cli.training.tables import read_table
+from fedqsn_cli.training.data_files import read_table
 
 SIZES = (8, 32, 128, 512, 2048, 8192)
 """Numbers of public examples on the curve, as far as there are so many."""

@@ -12,8 +12,8 @@ from fedqsn_cli.models.torch_model import Loaded, choose_device
 from fedqsn_cli.progress import Progress
 from fedqsn_cli.training.batching import Examples
 from fedqsn_cli.training.data import Encoder
+from fedqsn_cli.training.data_files import read_table
 from fedqsn_cli.training.scoring import score
-from fedqsn_cli.training.tables import read_table
 from fedqsn_cli.training.tasks import TASKS
 
 
