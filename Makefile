@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(READY) ## run a federated job on a real model (4 to 7 minutes)
+demo: $(READY) ## run a federated job on a real model (some minutes)
 	@PATH="$(BIN):$$PATH" examples/quickstart/run.sh
 
 audit: $(READY) ## hold what `make demo` left behind against its policy
@@ -37,7 +37,7 @@ deps: ## look up known holes in the pinned dependencies (needs a network)
 	@PYTHON=$(PYTHON) .ci/deps
 
 soak: matrix ## run all that is run before a release: the matrix, and tests that take minutes or much disk
-	@$(BIN)/python -m pytest -q -m soak $(ARGS) || test $$? = 5 # 5: there are none
+	@$(BIN)/python -m pytest -q -m soak --hypothesis-profile soak $(ARGS) || test $$? = 5 # 5: there are none
 
 golden: $(READY) ## compare all outputs with the golden corpus; ARGS="--write" records them anew
 	@cd tests && PYTHONPATH=../src $(BIN)/python -m golden.corpus $(ARGS)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file
 
 from fedqsn_cli import client_train, evaluate
@@ -23,7 +24,7 @@ from fedqsn_cli.progress import Silent
 from fedqsn_cli.training.data import Encoder
 from fedqsn_cli.training.scoring import score
 from fedqsn_cli.training.tables import read_table
-from support.families import EVERY_HEAD
+from support.families import EVERY_HEAD, rest_in_soak
 from support.helpers import HOST, USER, set_host_names
 from support.training_jobs import (
     data_for,
@@ -66,7 +67,7 @@ def loss_of(proxy: Path, tensors: dict[str, torch.Tensor], data: Path) -> float:
     return score(model, examples, batch_size=8, padding=encoder.padding, progress=Silent()).loss
 
 
-@pytest.mark.parametrize(("name", "head"), TRAINABLE)
+@pytest.mark.parametrize(("name", "head"), rest_in_soak(TRAINABLE))
 def test_the_proxy_plus_the_update_is_the_model_that_was_trained(tmp_path: Path, name: str, head: str) -> None:
     proxy = make_proxy(small_model(tmp_path / "model", name, head=head), tmp_path / "proxy")
     data = data_for(head, tmp_path)
@@ -141,7 +142,8 @@ def test_shapes_hold_visible_units_only_and_the_manifest_says_what_was_done(bert
     assert result.parameters == sum(tensor.numel() for tensor in stored.values())
     manifest = read_manifest(tmp_path / "update", UpdateManifest)
     assert manifest.proxy_sha256 == file_digest(bert / "proxy" / "proxy.json")
-    assert manifest.files == {"update.safetensors": file_digest(tmp_path / "update" / "update.safetensors")}
+    content = (tmp_path / "update" / "update.safetensors").read_bytes()
+    assert manifest.files == {"update.safetensors": f"blake3:{blake3(content).hexdigest()}"}
     assert (manifest.num_examples, manifest.steps, manifest.precision) == (24, 3, "fp32")
     assert (manifest.losses.first, manifest.losses.eval_before) == (result.first_loss, None)
     assert sorted(path.name for path in (tmp_path / "update").iterdir()) == ["update.json", "update.safetensors"]

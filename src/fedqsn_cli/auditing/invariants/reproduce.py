@@ -17,11 +17,12 @@ from fedqsn_cli.auditing.checks import Together, check
 from fedqsn_cli.auditing.completeness import DOES_NOT_BELONG
 from fedqsn_cli.auditing.findings import Entry, Finding
 from fedqsn_cli.auditing.inputs import BASE, LEDGER, OWNER, PROXY, Inputs, pair
-from fedqsn_cli.auditing.invariants.compared_folder import ComparedFolder, Difference, entry_problems
+from fedqsn_cli.auditing.invariants.compared_folder import ComparedFolder, Difference, Owners, entry_problems
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.registry import EXPORT_AGAIN, Need, Rule
 from fedqsn_cli.export.proxy import ProxyExport
 from fedqsn_cli.export.session import MaskingSession
+from fedqsn_cli.kernels.digests import algorithm_of
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.masks.job_masks import ClientMasks, ServerMasks
 from fedqsn_cli.models.model import OpenModel
@@ -32,8 +33,9 @@ NOT_REPRODUCED = Rule(
     "FQ012",
     "not-reproduced",
     "hard",
-    what="The release is made again from truth, key, ledger line and public base; names, kinds, modes and times of all "
-    "files of the folder, and every byte in them, must be the same; of a signature, FQ013 checks the bytes.",
+    what="The release is made again from truth, key, ledger line and public base; names, kinds, modes, owners and "
+    "times of the folder and all files in it, and every byte in them, must be the same; of a signature, FQ013 checks "
+    "the bytes.",
     why="An export has nothing to choose. What it does not explain can carry anything, in any encoding.",
     fix=EXPORT_AGAIN + " If it happens again, do not trust the tool that exported it.",
     scope="invariants",
@@ -54,7 +56,8 @@ def each_release(inputs: Inputs) -> list[Together]:
     for proxy in inputs.proxies:
         line = inputs.release(proxy)
         common = line and (line.quantization, line.fill, line.train, line.rescale, line.max_shard_bytes)
-        kinds.setdefault(f"{common} {_reference(proxy)}" if line else "", []).append(proxy)
+        kind = f"{common} {_reference(proxy)} {algorithm_of(line.model_digest)}" if line else ""
+        kinds.setdefault(kind, []).append(proxy)
     return [Together(tuple(proxy.scope for proxy in proxies), tuple(proxies)) for proxies in kinds.values()]
 
 
@@ -99,7 +102,7 @@ def _export(
     session = MaskingSession(origin, job, Path(), False, server, first.fill, base, first.rescale)
     export = ProxyExport.of(session, first.quantization, first.train, first.max_shard_bytes or USUAL_SHARD_BYTES)
     masks = [ClientMasks(server, line.client, line.round, line.p2, line.schedule, line.rescale) for line in lines]
-    return export.write(folders, masks, inputs.progress)
+    return export.write(folders, masks, algorithm_of(first.model_digest), inputs.progress)
 
 
 def _reference(proxy: OpenedProxy) -> str | None:
@@ -127,9 +130,10 @@ def _judge(inputs: Inputs, proxy: OpenedProxy, folder: ComparedFolder, made: Rel
         return
     names = folder.names | {SIGNATURE} if (proxy.folder / SIGNATURE).exists() else folder.names
     downloaded = next(one.downloaded for one in inputs.folders if one.scope == scope)
-    problems = list(entry_problems(proxy.folder, names, downloaded=downloaded))
+    owners = None if downloaded else Owners.of(Path(str(inputs.options.ledger)))
+    problems = list(entry_problems(proxy.folder, names, owners))
     found = list(_first(scope, folder.differences(), problems))
-    if not found and line.model_copy(update={"previous": made.previous}) != made:
+    if not found and not line.same_as(made):
         found = [NOT_REPRODUCED.finding(scope, "its ledger line is not the one that an export writes")]
     if inputs.base is not None and inputs.base.source.revision is None and _reference(proxy) is not None:
         why = "the proxy names the commit that its public base is from; give that as --public-base to verify it"
