@@ -336,6 +336,7 @@ def test_kills_at_random_instants_lose_nothing_and_double_nothing(tmp_path: Path
     log = (job.courier / "sites/alice/courier.log").read_text()
     assert len(job.secrets["ledger"].read_text().splitlines()) == number
     assert log.count("is ready") == number  # each round was trained to its end once
+    assert not processes_of(job.courier)  # and no worker whose parent was killed is left
 
 
 def ip(*words: str) -> None:
