@@ -3,8 +3,10 @@
 #   docker build -t fedqsn .
 #   docker run --rm --network none -v "$PWD:/work" fedqsn export-proxy global --out proxy ...
 #
-# Clients train with `python -m pip install fedqsn-cli`, which has torch.
-FROM python:3.12-slim
+# Clients train with `python -m pip install fedqsn-cli`, which has torch. Tags of images move: to build the same image
+# again, give the digest that you have checked: --build-arg BASE=python@sha256:...
+ARG BASE=python:3.12-slim
+FROM $BASE
 
 COPY constraints.txt pyproject.toml README.md LICENSE /source/
 COPY src /source/src

@@ -43,12 +43,22 @@ def test_every_command_of_a_workflow_is_one_that_fedqsn_accepts(system: str) -> 
         build(words[0]).make_context(f"fedqsn {words[0]}", words[1:])
 
 
-def test_a_workflow_uploads_no_proxy_that_is_not_sealed() -> None:
-    """Whoever can read a repository can read what its workflows upload."""
-    github = yaml.safe_load((CI / "github.yml").read_text())
-    steps = [step for job in github["jobs"].values() for step in job["steps"]]
-    uploads = [step["with"]["path"] for step in steps if "upload-artifact" in step.get("uses", "")]
-    assert uploads == ["report.html", "sealed/\naudit.intoto.json\n"]
+def test_a_workflow_hands_out_sealed_files_and_keeps_the_rest_on_the_runner() -> None:
+    """What is uploaded can be read by everybody who can read the repository."""
+    (job,) = yaml.safe_load((CI / "github.yml").read_text())["jobs"].values()
+    steps = job["steps"]
+    uploaded = [step["with"]["path"].split() for step in steps if "upload-artifact" in step.get("uses", "")]
+    assert uploaded == [["sealed/", "audit.intoto.json"]]
+    (checkout,) = [step for step in steps if "checkout" in step.get("uses", "")]
+    assert checkout["with"]["persist-credentials"] is False
+    assert steps[-1]["if"] == "always()" and "rm -rf proxies" in steps[-1]["run"]
+    assert not any("${{" in step.get("run", "") for step in steps)
+
+
+def test_the_job_for_gitlab_is_one_command_a_line_and_keeps_the_report_on_the_runner() -> None:
+    job = yaml.safe_load((CI / "gitlab.yml").read_text())["release-proxies"]
+    assert all(line.startswith("fedqsn ") and "\\" not in line for line in job["script"])
+    assert "paths" not in job["artifacts"] and job["artifacts"]["access"] == "developer"
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -70,13 +71,52 @@ def test_the_hooks_name_what_there_is() -> None:
 def test_keys_and_job_files_stop_a_commit(job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keygen(tmp_path / "owner.key")
     bad = [job / "job.key", job / "ledger.jsonl", job / "ledger.jsonl.head", tmp_path / "owner.key"]
-    good = [tmp_path / "owner.pub", job / "global/model.safetensors", ROOT / "README.md"]
+    bad += [job / "proxies/alice/proxy.json"]
+    (tmp_path / "empty").touch()
+    good = [tmp_path / "owner.pub", tmp_path / "empty", job / "global/model.safetensors", ROOT / "README.md"]
     assert commit_hooks.main(["secrets", *map(str, [*bad, *good])]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(bad) and all("take it out of the commit" in line for line in lines)
     assert commit_hooks.main(["secrets", *map(str, good)]) == 0
     renamed = shutil.copy(job / "job.key", tmp_path / "notes.txt")
     assert commit_hooks.main(["secrets", str(renamed)]) == 1
+
+
+@pytest.mark.parametrize(
+    "disguise",
+    [
+        lambda data: data,
+        lambda data: b"x" * (1 << 21) + b"\n" + data,  # behind much else
+        lambda data: data.replace(b'":', b'" :\n'),  # written by another program
+    ],
+)
+def test_git_refuses_a_commit_with_a_key_in_it(job: Path, tmp_path: Path, disguise: Callable[[bytes], bytes]) -> None:
+    """A real repository; its hook does what pre-commit does: it passes the files of the commit to the entry."""
+    (secrets,) = [
+        one for one in yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text()) if one["id"] == "fedqsn-secrets"
+    ]
+    repository = tmp_path / "repository"
+    environment = os.environ | {"PATH": search_path(tmp_path / "bin"), "PYTHONPATH": with_sources(SOURCES)}
+    environment |= {f"GIT_{who}_{what}": "x@y" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    environment |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        words = ("git", "-C", str(repository), *words)
+        return subprocess.run(words, env=environment, capture_output=True, text=True)
+
+    repository.mkdir()
+    assert git("init").returncode == 0
+    hook = repository / ".git/hooks/pre-commit"
+    hook.write_text(f"#!/bin/sh\ngit diff --cached --name-only --diff-filter=d -z | xargs -0 {secrets['entry']}\n")
+    hook.chmod(0o755)
+    (repository / "notes.txt").write_text("nothing\n")
+    assert git("add", ".").returncode == git("commit", "-m", "good").returncode == 0
+    (repository / "more").mkdir()
+    (repository / "more/a b.txt").write_bytes(disguise((job / "job.key").read_bytes()))
+    git("add", ".")
+    refused = git("commit", "-m", "bad")
+    assert refused.returncode != 0 and "a b.txt: is a job's key" in refused.stderr
+    assert git("log", "--format=%s").stdout == "good\n"
 
 
 def test_a_policy_with_a_mistake_stops_a_commit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,14 +92,15 @@ class Job:
         return courier_send(self.courier, outbox, **given | {"deadline": "250s"} | options)
 
 
-def make_job(home: Path, *clients: str) -> Job:
+def make_job(home: Path, *clients: str, server: str | None = None) -> Job:
     home.mkdir(parents=True, exist_ok=True)
     small_model(home / "global")
     keygen(home / "owner.key")
     (home / "policy.toml").write_text('[scope]\nrequire = ["invariants"]\n')
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kits, "_nvflare", forked_nvflare)
-        courier_init(home / "courier", key=home / "owner.pub", server=f"localhost:{free_port()}", local=list(clients))
+        address = server or f"localhost:{free_port()}"
+        courier_init(home / "courier", key=home / "owner.pub", server=address, local=list(clients))
     for client in clients:
         labelled(home / "courier/sites" / client / f"{client}.jsonl", rows=8)
     return Job(home)
@@ -303,8 +304,12 @@ def processes_of(folder: Path) -> dict[str, list[int]]:
 
 @pytest.mark.soak
 def test_kills_at_random_instants_lose_nothing_and_double_nothing(tmp_path: Path) -> None:
-    """kill -9 of servers, sites and workers until there were KILLS of them (by default 12), round after round."""
+    """kill -9 of servers, sites and workers until there were KILLS of them (by default 12), round after round.
+
+    In each round for KILL_SECONDS (by default 60); then it must end, whatever was killed before.
+    """
     wanted, draw, kills = int(os.environ.get("KILLS", "12")), random.Random(0), Counter[str]()
+    seconds = float(os.environ.get("KILL_SECONDS", "60"))
     job, ended = make_job(tmp_path / "job", "alice"), threading.Event()
 
     def kill() -> None:
@@ -323,7 +328,7 @@ def test_kills_at_random_instants_lose_nothing_and_double_nothing(tmp_path: Path
             outbox = job.pack(number, "alice", lr=1e-3)
             ended.clear()
             killer.start()
-            threading.Timer(60, ended.set).start()  # then a round must end, whatever was killed before
+            threading.Timer(seconds, ended.set).start()
             assert job.send(outbox, deadline="280s").arrived == 1
             ended.set()
             killer.join()
@@ -331,6 +336,69 @@ def test_kills_at_random_instants_lose_nothing_and_double_nothing(tmp_path: Path
     log = (job.courier / "sites/alice/courier.log").read_text()
     assert len(job.secrets["ledger"].read_text().splitlines()) == number
     assert log.count("is ready") == number  # each round was trained to its end once
+    assert not processes_of(job.courier)  # and no worker whose parent was killed is left
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@contextmanager
+def two_machines(name: str, addresses: tuple[str, str]) -> Iterator[tuple[str, str]]:
+    """Two network namespaces with a line between them, as on two machines; skips where that is not allowed."""
+    spaces = f"{name}-host", f"{name}-site"
+    try:
+        for space in spaces:
+            ip("netns", "add", space)
+        ip(
+            "link",
+            "add",
+            f"{name}0",
+            "netns",
+            spaces[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            f"{name}1",
+            "netns",
+            spaces[1],
+        )
+        for number, (space, address) in enumerate(zip(spaces, addresses, strict=True)):
+            ip("-n", space, "address", "add", f"{address}/24", "dev", f"{name}{number}")
+            for device in ("lo", f"{name}{number}"):
+                ip("-n", space, "link", "set", device, "up")
+        yield spaces
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no network namespaces here: they need root and iproute2 ({error})")
+    finally:
+        for space in spaces:
+            subprocess.run(["ip", "netns", "del", space], capture_output=True)
+
+
+@pytest.mark.soak
+def test_a_round_between_two_network_namespaces(tmp_path: Path) -> None:
+    """The site reaches the host by one address and port, and nothing else: there is no route to anywhere."""
+    host, port = "10.203.77.1", free_port()
+    with two_machines(f"fq{os.getpid()}", (host, "10.203.77.2")) as (here, there):
+        job = make_job(tmp_path / "job", "alice", server=f"{host}:{port}")
+        outbox, site = job.pack(1, "alice"), job.courier / "sites/alice"
+        served = [("courier", "serve", job.courier, "--server-only", "-q"), ("courier", "serve", site, "-q")]
+        running = [
+            subprocess.Popen(["ip", "netns", "exec", space, *command(*words)], env=environment(**FAST), stdout=-3)
+            for space, words in zip((here, there), served, strict=True)
+        ]
+        try:
+            words = command("courier", "send", job.courier, outbox, "--into", tmp_path / "inbox", "--deadline", "250s")
+            done = subprocess.run(
+                ["ip", "netns", "exec", here, *words], env=environment(**FAST), capture_output=True, text=True
+            )
+        finally:
+            for folder in (job.courier, site):
+                courier_stop(folder)
+            for process in running:
+                process.wait()
+    assert done.returncode == 0 and (tmp_path / "inbox/alice.update").exists(), done.stderr
 
 
 @pytest.mark.soak

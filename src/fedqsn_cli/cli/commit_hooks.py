@@ -5,6 +5,8 @@ Files are told by what is in them, not by their names.
 
 from __future__ import annotations
 
+import mmap
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -13,12 +15,13 @@ from pathlib import Path
 from fedqsn_cli import console
 from fedqsn_cli.errors import InputError
 
-_BEGINNING = 1 << 20  # bytes of a file that are looked at
 _PRIVATE = {
     rb"-----BEGIN [A-Z ]*PRIVATE KEY-----": "holds a private key",
-    rb'"format": ?"fedqsn-key/': "is a job's key",
-    rb'"format": ?"fedqsn-ledger(-head)?/': "is a ledger, or its head",
-    rb'"format": ?"fedqsn-model/': "is the manifest of a model that stays with its owner",
+    rb'"format"\s*:\s*"fedqsn-key/': "is a job's key",
+    rb'"format"\s*:\s*"fedqsn-ledger(-head)?/': "is a ledger, or its head",
+    rb'"format"\s*:\s*"fedqsn-model/': "is the manifest of a model that stays with its owner",
+    rb'"format"\s*:\s*"fedqsn-proxy/': "is that of a proxy, which is for one client alone",
+    rb'"format"\s*:\s*"fedqsn-update/': "is that of an update, which is for the owner alone",
 }
 
 
@@ -32,10 +35,12 @@ def check_policy(path: Path) -> None:
 def check_secrets(path: Path) -> None:
     """Refuse a file that no repository should hold. Raises InputError."""
     with path.open("rb") as file:
-        data = file.read(_BEGINNING)
-    for pattern, problem in _PRIVATE.items():
-        if re.search(pattern, data):
-            raise InputError(problem, where=path, hint="take it out of the commit with git rm or git restore")
+        if not os.fstat(file.fileno()).st_size:
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            found = next((problem for pattern, problem in _PRIVATE.items() if re.search(pattern, data)), None)
+    if found is not None:
+        raise InputError(found, where=path, hint="take it out of the commit with git rm --cached or git restore")
 
 
 HOOKS: dict[str, Callable[[Path], None]] = {"policy": check_policy, "secrets": check_secrets}

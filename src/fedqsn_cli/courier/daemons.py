@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,13 @@ _CLIENT = "nvflare.private.fed.app.client.client_train"
 _ORGANISATION = "org=fedqsn"
 _RESTART = 2.0  # seconds between the end of a process and its next start
 _GRACE = 10.0  # seconds that processes have to end by themselves
-_ENVIRONMENT = {"MALLOC_ARENA_MAX": "2", "NVFLARE_ENABLE_JEMALLOC_PRELOAD": "false"}  # fewer arenas hold less
+_ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "2",  # fewer arenas hold less
+    "NVFLARE_ENABLE_JEMALLOC_PRELOAD": "false",
+    "NVFLARE_STREAMING_MAX_BLOB_SIZE": str(
+        64 << 20
+    ),  # bytes of a message; by default, a host may make a site hold 4 GiB
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,7 @@ class Daemon:
 
     def start(self) -> subprocess.Popen[bytes]:
         """Start it, in a process group of its own; what it prints goes into kit/daemon.log."""
+        self.end_workers()
         with (self.kit / "daemon.log").open("ab") as output:
             return subprocess.Popen(
                 self.words,
@@ -71,6 +78,17 @@ class Daemon:
                 start_new_session=True,
             )
 
+    def end_workers(self) -> None:
+        """End what an earlier process of this kit has left.
+
+        Workers have groups of their own. One whose parent was killed never ends: it tries again and again to reach it.
+        """
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                words = (process / "cmdline").read_bytes().split(b"\0")
+                if bytes(self.kit) in words and any(word.startswith(b"nvflare.private.") for word in words):
+                    os.kill(int(process.name), signal.SIGKILL)
+
 
 def keep_alive(daemons: Sequence[Daemon], ended: threading.Event) -> None:
     """Run processes until `ended` is set; those that die are started again."""
@@ -79,7 +97,7 @@ def keep_alive(daemons: Sequence[Daemon], ended: threading.Event) -> None:
         while not ended.wait(_RESTART):
             for daemon, process in running.items():
                 if process.poll() is not None:
-                    _end_group(process)  # workers that it left
+                    _end_group(process)
                     running[daemon] = daemon.start()
     finally:
         for process in running.values():
@@ -87,8 +105,9 @@ def keep_alive(daemons: Sequence[Daemon], ended: threading.Event) -> None:
         deadline = time.monotonic() + _GRACE
         while time.monotonic() < deadline and any(process.poll() is None for process in running.values()):
             time.sleep(0.1)
-        for process in running.values():
+        for daemon, process in running.items():
             _end_group(process)
+            daemon.end_workers()
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
