@@ -133,7 +133,7 @@ def _assembled(
     The numbers of their elements, taken the way back to the checkpoint, say which element came from where.
     """
     elements = {name: math.prod(shape) for name, shape in parameters.items()}
-    numbers = torch.arange(sum(elements.values())).split(list(elements.values()))
+    numbers = torch.split(torch.arange(sum(elements.values())), list(elements.values()))
     state = {name: part.view(parameters[name]) for name, part in zip(elements, numbers, strict=True)}
     seen = torch.zeros(sum(elements.values()), dtype=torch.uint8)
     shown = torch.ones(len(seen), dtype=torch.bool)
@@ -143,7 +143,7 @@ def _assembled(
         seen[origin.reshape(-1)] += 1
     if not bool((seen == 1).all()):
         raise InputError("transformers mixes the tensors of the proxy, so they cannot be trained", where=where)
-    parts = shown.split(list(elements.values()))
+    parts = torch.split(shown, list(elements.values()))
     return {name: part.view(parameters[name]) for name, part in zip(elements, parts, strict=True) if not part.all()}
 
 
