@@ -2,6 +2,7 @@
 
 tables.py          a JSONL, CSV or Parquet file -> rows
 parquet.py         the columns of a Parquet file
+stored_examples.py  examples in memory or in a file, read one at a time
 examples.py        what a model takes, and what the loss counts
 tokenizing.py      texts -> token ids
 labelled.py        rows with labels -> examples

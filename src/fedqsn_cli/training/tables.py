@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import codecs
 import csv
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Table:
         names: all column names of the file.
         rows: number of rows, at least one.
         used: columns that someone asked for.
+        first: number of its first row in the file, where it is a part of one.
     """
 
     path: Path
@@ -53,6 +54,14 @@ class Table:
     names: tuple[str, ...]
     rows: int
     used: set[str] = field(default_factory=set, compare=False)
+    first: int = 0
+
+    def parts(self, rows: int) -> Iterator[Table]:
+        """The table in parts of at most so many rows."""
+        for first in range(0, self.rows, rows):
+            columns = {name: values[first : first + rows] for name, values in self.columns.items()}
+            count = min(rows, self.rows - first)
+            yield replace(self, columns=columns, rows=count, first=self.first + first)
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -113,7 +122,7 @@ class Table:
 
     def error(self, what: str, *, row: int | None = None, hint: str | None = None) -> DataError:
         """An error about this file, or about one of its rows (numbered from 0 here, from 1 in the message)."""
-        where = f"{self.path}: row {row + 1}" if row is not None else str(self.path)
+        where = f"{self.path}: row {self.first + row + 1}" if row is not None else str(self.path)
         return DataError(what, where=where, hint=hint)
 
 
