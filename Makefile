@@ -37,7 +37,7 @@ deps: ## look up known holes in the pinned dependencies (needs a network)
 	@PYTHON=$(PYTHON) .ci/deps
 
 soak: matrix ## run all that is run before a release: the matrix, and tests that take minutes or much disk
-	@$(BIN)/python -m pytest -q -m soak $(ARGS) || test $$? = 5 # 5: there are none
+	@$(BIN)/python -m pytest -q -m soak --hypothesis-profile soak $(ARGS) || test $$? = 5 # 5: there are none
 
 golden: $(READY) ## compare all outputs with the golden corpus; ARGS="--write" records them anew
 	@cd tests && PYTHONPATH=../src $(BIN)/python -m golden.corpus $(ARGS)

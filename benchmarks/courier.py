@@ -1,8 +1,10 @@
 """The courier's way down and up: `python -m benchmarks --courier`.
 
-A sealed file goes to a site and another one of its size comes back, by FLARE with real processes and mutual TLS.
-Nothing is trained: the site has its answer already. Next to it: `cp` and SHA-256 of the same bytes on the same disk,
-the least that a verified transfer does. The peak of every process is its own high-water mark (VmHWM).
+A sealed proxy goes to a site, is opened and verified there, and an update of its size is sealed and comes back, by
+FLARE with real processes and mutual TLS. Nothing is trained: the update lies there already. Down and up are timed, and
+what the site does in between (open, verify, seal) apart. Next to them: `cp` and SHA-256 of the same bytes on the same
+disk, the least that a verified transfer does. The peak of every process is its own high-water mark (VmHWM); its
+processor time is that of its last look before it ended.
 """
 
 from __future__ import annotations
@@ -22,10 +24,18 @@ from pathlib import Path
 from typing import Any
 
 from fedqsn_cli import courier_init, courier_stop, keygen
+from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, SIGNATURE, UPDATE_MANIFEST, file_digest
+from fedqsn_cli.checkpoint.files import remove_tree, stream_new_file
 from fedqsn_cli.courier.layout import Owner, Site
-from fedqsn_cli.courier.parts import Offer
+from fedqsn_cli.courier.orders import Order
+from fedqsn_cli.courier.outbox import Consignment
+from fedqsn_cli.courier.parts import PartDigests, Parts
 from fedqsn_cli.courier.rounds import Unreachable
 from fedqsn_cli.courier.work import SiteRound
+from fedqsn_cli.crypto.keys import load_recipient, load_signing_key
+from fedqsn_cli.crypto.seal import sealed_pieces
+from fedqsn_cli.crypto.signature import signed_bytes
+from fedqsn_cli.options import ProposalOptions
 
 GIB = 1 << 30
 SIZES = (0.3, 3.0, 10.0)
@@ -36,12 +46,14 @@ CLIENT = "alice"
 
 @dataclass
 class Transfer:
-    """One size: seconds of the courier and of cp with SHA-256, both ways; peaks in MiB by process."""
+    """One size: seconds down and up, between the two, and of cp with SHA-256, both ways; MiB and CPU s by process."""
 
     gib: float
     courier: float
+    between: float
     copied: float
     peaks: dict[str, int] = field(default_factory=dict)
+    processor: dict[str, float] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -49,7 +61,9 @@ class Transfer:
 
     def row(self) -> str:
         peak = ", ".join(f"{name} {size}" for name, size in sorted(self.peaks.items()))
-        return f"| {self.gib:g} | {self.courier:.1f} | {self.copied:.1f} | {self.ratio:.2f}x | {peak} |"
+        used = ", ".join(f"{name} {seconds:.1f}" for name, seconds in sorted(self.processor.items()))
+        times = f"{self.courier:.1f} | {self.between:.1f} | {self.copied:.1f} | {self.ratio:.2f}x"
+        return f"| {self.gib:g} | {times} | {peak} | {used} |"
 
 
 def random_file(path: Path, size: int) -> Path:
@@ -74,21 +88,28 @@ def copied(source: Path, target: Path) -> float:
     return seconds
 
 
-def peaks(home: Path) -> dict[str, int]:
-    """High-water marks of the processes of a courier, in MiB."""
-    found: dict[str, int] = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_bytes().split(b"\0")
-            status = (process / "status").read_text()
-        except OSError:
-            continue
-        module = next((word.decode() for word in words if word.startswith(b"nvflare.private")), None)
-        if module is None or not any(str(home).encode() in word for word in words) or "VmHWM" not in status:
-            continue
-        name = module.rsplit(".", 1)[-1]
-        found[name] = max(found.get(name, 0), int(status.split("VmHWM:")[1].split()[0]) >> 10)
-    return found
+@dataclass
+class Watch:
+    """High-water marks in MiB, and processor seconds, of the processes of a courier."""
+
+    home: Path
+    peaks: dict[str, int] = field(default_factory=dict)
+    processor: dict[str, float] = field(default_factory=dict)
+
+    def look(self) -> None:
+        """Take down what the processes have used so far."""
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (process / "cmdline").read_bytes().split(b"\0")
+                status, times = (process / "status").read_text(), (process / "stat").read_text().rsplit(")", 1)[1]
+            except OSError:
+                continue
+            module = next((word.decode() for word in words if word.startswith(b"nvflare.private")), None)
+            if module is None or not any(bytes(self.home) in word for word in words) or "VmHWM" not in status:
+                continue
+            name, used = module.rsplit(".", 1)[-1], times.split()
+            self.peaks[name] = max(self.peaks.get(name, 0), int(status.split("VmHWM:")[1].split()[0]) >> 10)
+            self.processor[name] = (int(used[11]) + int(used[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
@@ -105,47 +126,77 @@ def running(home: Path) -> Iterator[Owner]:
         server.wait()
 
 
+def signed_folder(folder: Path, manifest: str, size: int, key: Path) -> Path:
+    """A folder with a manifest, random bytes, and a signature."""
+    folder.mkdir()
+    (folder / manifest).write_text("{}")
+    random_file(folder / "random.safetensors", size)
+    digests = {path.name: file_digest(path) for path in folder.iterdir()}
+    (folder / SIGNATURE).write_bytes(signed_bytes(digests, load_signing_key(key)))
+    return folder
+
+
+def consignment(owner: Owner, size: int) -> Consignment:
+    """A proxy of random bytes, sealed and ordered."""
+    key = owner.home.with_name("owner.key")
+    folder = signed_folder(owner.home / "proxy", PROXY_MANIFEST, size, key)
+    sealed, parts = owner.home / "sealed.proxy", PartDigests()
+    stream_new_file(sealed, parts.through(sealed_pieces(folder, load_recipient(owner.public_key(CLIENT)))))
+    digest = file_digest(folder / PROXY_MANIFEST)
+    shutil.rmtree(folder)
+    order = Order(CLIENT, digest, "0" * 64, Parts(parts.finish()), ProposalOptions())
+    return Consignment(order, order.signed(load_signing_key(key)), sealed)
+
+
 def transfer(owner: Owner, gib: float) -> Transfer:
     """Send one file down and one up."""
     from fedqsn_cli.courier.flare.job import write_job
     from fedqsn_cli.courier.flare.session import Session
 
-    size, carried = int(gib * GIB), owner.carried / "file"
-    proxy, update = random_file(carried.with_suffix(".proxy"), size), carried.with_suffix(".update")
-    round = SiteRound.of(Site(owner.home / "sites" / CLIENT), Offer.of(proxy, lambda path, part: ""))
-    shutil.copyfile(proxy, round.sealed_update)  # its answer
-    baseline = sum(copied(proxy, carried.with_suffix(".copy")) for _ in range(2))
-    session, high = Session(owner.admin), {}
+    size, update = int(gib * GIB), owner.host.carried / "file.update"
+    sent, site = consignment(owner, size), Site(owner.home / "sites" / CLIENT)
+    round = SiteRound.of(site, sent.text)
+    signed_folder(round.folder / "update", UPDATE_MANIFEST, size, site.private_key)
+    baseline = sum(copied(sent.sealed, owner.home / "copy") for _ in range(2))
+    session, watch, seen = Session(owner.host.admin), Watch(owner.home), dict[str, float]()
     with tempfile.TemporaryDirectory() as place:
-        job = write_job(Path(place) / "job", CLIENT, proxy, update, "")
+        job = write_job(Path(place) / "job", sent, update)
         while True:
             try:
                 session.submit(job)
                 break
             except Unreachable:
                 time.sleep(1)
-    begin: float | None = None
+    events = {
+        "down": round.folder / "proxy.sealed.part",
+        "opened": round.sealed_proxy,
+        "up": round.sealed_update,
+    }
     while not update.exists():
-        time.sleep(0.1)
-        begin = begin or (time.perf_counter() if list(round.folder.glob("proxy.sealed*")) else None)
-        high = {name: max(size, high.get(name, 0)) for name, size in {**high, **peaks(owner.home)}.items()}
-    seconds = time.perf_counter() - (begin or time.perf_counter())
+        time.sleep(0.05)
+        for name, path in events.items():
+            if name not in seen and path.exists():
+                seen[name] = time.perf_counter()
+        watch.look()
+    end = time.perf_counter()
     session.close()
-    assert update.stat().st_size == size
-    for path in (proxy, update):
+    for path in (sent.sealed, update):
         path.unlink()
-    shutil.rmtree(round.folder)
-    return Transfer(gib, seconds, baseline, high)
+    for path in (round.folder, round.folder.with_name(round.folder.name + ".answered")):
+        remove_tree(path)
+    courier = seen["opened"] - seen["down"] + end - seen["up"]
+    return Transfer(gib, courier, seen["up"] - seen["opened"], baseline, watch.peaks, watch.processor)
 
 
 def main(work: Path, out: Path | None, sizes: Sequence[float] = SIZES) -> int:
     """Measure and print. Returns 0."""
     results: list[dict[str, Any]] = []
-    print("| GiB each way | courier, s | cp and SHA-256, s | ratio | peak, MiB |\n|---|---|---|---|---|", flush=True)
+    columns = ("GiB each way", "courier, s", "open and seal, s", "cp and SHA-256, s", "ratio", "peak, MiB", "CPU, s")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
     with tempfile.TemporaryDirectory(dir=work) as name, running(Path(name)) as owner:
         for gib in sizes:
-            if shutil.disk_usage(work).free < 5 * gib * GIB:
-                print(f"| {gib:g} | skipped: the disk has no room for five such files | | | |")
+            if shutil.disk_usage(work).free < 6 * gib * GIB:
+                print(f"| {gib:g} | skipped: the disk has no room for six such files | | | | | |")
                 continue
             made = transfer(owner, gib)
             print(made.row(), flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -46,6 +47,14 @@ FOREIGN_STARTS = (
 )
 
 
+MEMORY, ROOM = "/dev/shm", 8 << 30  # bytes; containers often have 64 MiB there
+
+
+def room_in_memory() -> bool:
+    """Whether all that tests write fits into memory, where fsync costs nothing: half of their time on a disk."""
+    return os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM
+
+
 def settle() -> None:
     """Make the environment of this process and of its children one that decides nothing.
 
@@ -62,21 +71,32 @@ def settle() -> None:
         "HIP_VISIBLE_DEVICES": "",  # --device auto would find other numbers there
         "TORCHDYNAMO_DISABLE": "1",  # bitsandbytes compiles some of its code where there is a C++ compiler
     }
+    if room_in_memory():
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY)
     accept_untrainable_models()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test for a core: torch's threads would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads would wait for each other, and forks have none
 
 
 def tame_hypothesis() -> None:
-    """No time limits, and the same examples everywhere; `--hypothesis-profile explore` draws new ones."""
+    """No time limits, and the same examples everywhere: all that tests ask for with `--hypothesis-profile soak`.
+
+    `--hypothesis-profile explore` draws new ones.
+    """
     common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "database": None}
-    settings.register_profile("tests", derandomize=True, **common)
+    settings.register_profile("tests", derandomize=True, max_examples=40, **common)
+    settings.register_profile("soak", derandomize=True, max_examples=100, **common)
     settings.register_profile("explore", derandomize=False, max_examples=200, **common)
     settings.load_profile("tests")
 
 
 settle()
 tame_hypothesis()
+
+
+def pytest_collection_finish() -> None:
+    """Never look again at what imports have made: the garbage collector would, in each training and each child."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

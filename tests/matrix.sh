@@ -42,7 +42,7 @@ in_memory() {
 on no-avx2 env ATEN_CPU_CAPABILITY=default "$python" -m pytest -q -n auto --dist worksteal "${numbers[@]}"
 on avx2 env ATEN_CPU_CAPABILITY=avx2 "$python" -m pytest -q -n auto --dist worksteal "${numbers[@]}"
 on one-core one_core "${system[@]}" "${numbers[@]}"
-on four-workers try -n 4 tests
+on four-workers try -n 4 --hypothesis-profile soak tests
 on c-locale env LC_ALL=C PYTHONUTF8=0 "$python" -m pytest -q -n auto --dist worksteal "${system[@]}" tests/training
 on umask-nohup shut -n auto "${system[@]}"
 on memory in_memory -n auto tests/checkpoint tests/cli tests/export/test_server_model.py tests/export/test_proxy.py

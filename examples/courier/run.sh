@@ -55,12 +55,15 @@ for ((n = 1; n <= ROUNDS; n++)); do
     fedqsn audit "$WORK/round-$n/proxies"/* --truth "$WORK/model-$((n - 1))" "${secrets[@]}" --policy policy.toml \
         --sign "$WORK/owner.key" --attest "$WORK/round-$n/audit.intoto.json" --quiet
 
+    say "Round $n: they are sealed for their clients, with what these are asked to train"
+    fedqsn courier pack "$WORK/courier" "$WORK/round-$n/proxies"/* --out "$WORK/round-$n/outbox" \
+        --key "$WORK/owner.key" --ledger "$WORK/ledger.jsonl" --policy policy.toml \
+        --attestation "$WORK/round-$n/audit.intoto.json" --epochs "$EPOCHS" --lr 1e-3
+
     say "Round $n: proxies go out, and updates come back; two of three are enough"
     if ((n == 1)); then kill_in_the_middle "$WORK/courier/sites/bob" & fi
-    fedqsn courier send "$WORK/courier" "$WORK/round-$n/proxies"/* --into "$WORK/round-$n/updates" \
-        --key "$WORK/owner.key" --ledger "$WORK/ledger.jsonl" --policy policy.toml \
-        --attestation "$WORK/round-$n/audit.intoto.json" \
-        --at-least 2 --deadline "$DEADLINE" --epochs "$EPOCHS" --lr 1e-3
+    fedqsn courier send "$WORK/courier" "$WORK/round-$n/outbox" --into "$WORK/round-$n/updates" \
+        --key "$WORK/owner.key" --at-least 2 --deadline "$DEADLINE"
 
     say "Round $n: the owner merges what the two clients have signed"
     fedqsn merge "$WORK/model-$((n - 1))" "$WORK/round-$n/updates"/* --out "$WORK/model-$n" "${secrets[@]}" \

@@ -17,6 +17,7 @@ from fedqsn_cli.version import VERSION
 if TYPE_CHECKING:  # the same as what __getattr__ makes from the table
     from fedqsn_cli import options
     from fedqsn_cli.auditing import run
+    from fedqsn_cli.courier import outbox as _outbox
     from fedqsn_cli.courier import send as _send
     from fedqsn_cli.courier import serve as _serve
     from fedqsn_cli.courier import setup as _setup
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # the same as what __getattr__ makes from the table
     courier_approve = with_keywords(_setup.courier_approve, options.CourierApproveOptions)
     courier_init = with_keywords(_setup.courier_init, options.CourierInitOptions)
     courier_join = with_keywords(_setup.courier_join, options.CourierJoinOptions)
+    courier_pack = with_keywords(_outbox.courier_pack, options.CourierPackOptions)
     courier_send = with_keywords(_send.courier_send, options.CourierSendOptions)
     courier_serve = with_keywords(_serve.courier_serve, options.CourierServeOptions)
     courier_status = with_keywords(_serve.courier_status, options.CourierStatusOptions)
@@ -61,6 +63,7 @@ __all__ = [
     "courier_approve",
     "courier_init",
     "courier_join",
+    "courier_pack",
     "courier_send",
     "courier_serve",
     "courier_status",
@@ -97,6 +100,7 @@ COMMANDS = {  # in the order of use: what implements a command, and the class of
     "courier-serve": ("fedqsn_cli.courier.serve", "CourierServeOptions"),
     "courier-stop": ("fedqsn_cli.courier.serve", "CourierStopOptions"),
     "courier-status": ("fedqsn_cli.courier.serve", "CourierStatusOptions"),
+    "courier-pack": ("fedqsn_cli.courier.outbox", "CourierPackOptions"),
     "courier-send": ("fedqsn_cli.courier.send", "CourierSendOptions"),
 }
 

@@ -2,7 +2,8 @@
 
 path                                      is
 model folder, single .safetensors file    global model, server model, masked model, quantized or not
-folder with proxy.json, update.json       proxy, update
+folder with proxy.json, update.json,
+partial.json                              proxy, update, partial sum of updates
 visible.safetensors, update.safetensors,
 adapter_model.safetensors                 a part of those
 JSON file that names its format           job key, ledger, manifest
@@ -21,6 +22,7 @@ import numpy as np
 
 from fedqsn_cli.artifacts import ledger, manifests
 from fedqsn_cli.artifacts.manifests import ModelManifest, ProxyManifest, Quantization, UpdateManifest
+from fedqsn_cli.artifacts.partial_folder import PARTIAL_MANIFEST, PARTIAL_TENSORS, PartialManifest
 from fedqsn_cli.artifacts.proxy_folder import open_visible
 from fedqsn_cli.artifacts.update_folder import files_of
 from fedqsn_cli.checkpoint import Checkpoint, Header, Source, read_header, resolve
@@ -37,7 +39,7 @@ from fedqsn_cli.planning.tensor_plan import TensorPlan
 from fedqsn_cli.quantization.layout import clear_shares
 
 _LAYER_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a component that is a number, as in layers.11.mlp
-_FORMAT = re.compile(rb'"format"\s*:\s*"fedqsn-(key|ledger|model|proxy|update)/\d+"')
+_FORMAT = re.compile(rb'"format"\s*:\s*"fedqsn-(key|ledger|model|partial|proxy|update)/\d+"')
 _FORMAT_WITHIN = 1 << 16  # first bytes of a file, which must name its format
 _DEFAULT_QUANTIZATION = Quantization(format="nf4", block_size=64, double_quant=False, layout="bnb")
 _DEFAULTS = InspectOptions()
@@ -140,6 +142,8 @@ def _inspect(source: Source, options: InspectOptions) -> Inspection:
         return _proxy(source)
     if (path / manifests.UPDATE_MANIFEST).is_file():
         return _update(source)
+    if (path / PARTIAL_MANIFEST).is_file():
+        return _partial(source)
     if path.name == manifests.VISIBLE_TENSORS and path.is_file():
         header = read_header(path)
         facts = {"groups": len(header.entries), "meaning": "one bit a unit, set when the proxy shows it"}
@@ -217,6 +221,15 @@ def _update(source: Source) -> Inspection:
     names = sorted(files_of(manifest) - {manifests.ADAPTER_CONFIG})
     totals = TensorTotals.of_files(*(read_header(source.path / name) for name in names))
     return Inspection("update", source.reference, facts, totals)
+
+
+def _partial(source: Source) -> Inspection:
+    manifest = manifests.read_manifest(source.path, PartialManifest)
+    facts = manifest.model_dump(mode="json", exclude={"format", "files", "clients", "seal"})
+    facts["clients"] = len(manifest.clients)
+    facts["examples"] = sum(client.num_examples for client in manifest.clients)
+    totals = TensorTotals.of_files(read_header(source.path / PARTIAL_TENSORS))
+    return Inspection("partial sum", source.reference, facts, totals)
 
 
 def _proxy(source: Source) -> Inspection:

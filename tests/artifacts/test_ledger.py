@@ -199,7 +199,7 @@ BAD_FIELDS: list[dict[str, Any]] = [
     {"schedule": "daily"},
     {"fill": "ones"},
     {"rescale": 1},
-    {"format": "fedqsn-ledger/2"},
+    {"format": "fedqsn-ledger/3"},
     {"more": 1},
     {"quantization": {"format": "nf4"}},
     {"p2": None},

@@ -26,7 +26,7 @@ def test_an_input_that_was_found_ends_well(path: Path, world: World) -> None:
 
 
 def test_damage_anywhere_ends_well(world: World, tmp_path: Path) -> None:
-    counts, kinds = fuzz(world, ENTRIES, seconds=8, seed=1, save=tmp_path / "faults")
+    counts, kinds = fuzz(world, ENTRIES, seconds=4, seed=1, save=tmp_path / "faults")
     assert not kinds, [path.read_text()[:2000] for path in (tmp_path / "faults").iterdir()]
-    assert sum(counts.values()) > 20
+    assert sum(counts.values()) > 10
     assert {ended for _, ended in counts} <= {"accepted", "refused", "exit 1", "exit 3", "exit 4"}

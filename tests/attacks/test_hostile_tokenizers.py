@@ -20,7 +20,7 @@ SLOW = 40.0  # seconds, on a machine that is busy
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedqsn_cli.training.data.SECONDS", 2)
+    monkeypatch.setattr("fedqsn_cli.training.data.SECONDS", 1)
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from attacks.killing import COMMANDS
+from attacks.killing import COMMANDS, kills
+from support.attacks import make_world
 from support.helpers import with_sources
 from support.processes import SOURCES, environment
 
-QUICK = ("export-proxy", "client-train")
-
 
 def kill(*words: str) -> list[dict[str, object]]:
-    """What `attacks.killing` counts, in a process of its own: it forks."""
+    """What `attacks.killing` counts, in a process of its own."""
     command = [sys.executable, "-m", "attacks.killing", *words]
     surroundings = environment(OMP_NUM_THREADS="1", PYTHONPATH=with_sources(SOURCES, Path(__file__).parents[1]))
     ended = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=7000)
@@ -26,8 +25,9 @@ def kill(*words: str) -> list[dict[str, object]]:
     return [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
 
 
-def test_commands_that_were_killed_end_as_if_they_had_not_been() -> None:
-    assert [found["command"] for found in kill(*QUICK, "--kills", "3", "--seed", "1")] == list(QUICK)
+@pytest.mark.parametrize("name", ["export-proxy", "merge"])
+def test_a_command_that_was_killed_ends_as_if_it_had_not_been(name: str, tmp_path: Path) -> None:
+    assert kills(name, make_world(tmp_path / "world"), tmp_path, count=3, seed=1).total() == 3
 
 
 @pytest.mark.soak

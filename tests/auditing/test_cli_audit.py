@@ -24,7 +24,7 @@ from fedqsn_cli.cli.views import AuditView
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.masks import job_key
 from fedqsn_cli.masks.draw import hidden_units
-from support.helpers import make_model, read_file, read_model, send, to_floats, write_file
+from support.helpers import make_model, nothing_written, read_file, read_model, send, to_floats, write_file
 from support.keys import known_key
 from support.processes import Outcome, environment, run
 
@@ -229,6 +229,22 @@ def test_output_and_report_are_files_and_text_is_printed_beside_them(job: Path, 
     assert outcome.out.startswith("verdict  passed")
     assert json.loads((tmp_path / "a.sarif").read_text())["version"] == "2.1.0"
     assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize("option", ["--report", "--output"])
+def test_where_no_report_can_be_written_nothing_is_audited(
+    job: Path, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedqsn_cli.auditing.run.open_inputs", None)
+    outcome = audit(job, option, job / "missing/report.html")
+    assert (outcome.code, outcome.err) == (2, f"fedqsn: error: {job}/missing: there is no such folder; make it first\n")
+
+
+def test_a_report_inside_of_a_proxy_would_be_sent(job: Path) -> None:
+    proxy = job / "r1/ann"
+    with nothing_written(proxy):
+        outcome = run("audit", proxy, "--report", proxy / "report.html")
+    assert (outcome.code, outcome.err) == (2, f"fedqsn: error: --report: is inside of {proxy}; keep it elsewhere\n")
 
 
 def test_quiet_prints_the_verdict_and_json_one_document(job: Path) -> None:

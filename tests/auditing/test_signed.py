@@ -22,7 +22,7 @@ from fedqsn_cli.auditing.findings import Audit
 from fedqsn_cli.auditing.inputs import open_inputs
 from fedqsn_cli.auditing.rules import CHECKS
 from fedqsn_cli.crypto import dsse
-from fedqsn_cli.crypto.attestation import PREDICATE, folder_digest, read_attestation, require_attested
+from fedqsn_cli.crypto.attestation import PREDICATE, file_digests, folder_digest, read_attestation, read_passed
 from fedqsn_cli.crypto.keys import load_signing_key, load_verify_key
 from fedqsn_cli.crypto.signature import bundle_bytes
 from fedqsn_cli.errors import FormatError, GateFailed, InputError, SignatureError
@@ -140,6 +140,10 @@ def attested(job: AuditedJob, **options: Any) -> tuple[Audit, Path]:
     return audited(job, sign=job.home / "owner.key", attest=path, **options), path
 
 
+def digest_of(folder: Path) -> str:
+    return folder_digest(file_digests(folder))
+
+
 def test_a_verdict_travels_with_the_digests_of_the_proxies_and_without_any_name(signed: AuditedJob) -> None:
     found, path = attested(signed)
     key = load_verify_key(signed.home / "owner.pub")
@@ -149,7 +153,9 @@ def test_a_verdict_travels_with_the_digests_of_the_proxies_and_without_any_name(
     assert "FQ012" in told.passed and not told.failed
     text = base64.b64decode(json.loads(path.read_bytes())["payload"]).decode()
     assert not any(word in text for word in ("alice", "bob", str(signed.home), "policy.toml"))
-    require_attested(path, key, [signed.proxy(name) for name in signed.clients], signed.home / "policy.toml")
+    passed = read_passed(path, key, signed.home / "policy.toml")
+    for name in signed.clients:
+        passed.require(digest_of(signed.proxy(name)), name)
     assert verify(path, key=signed.home / "owner.pub").verdict == "passed"
 
 
@@ -167,12 +173,12 @@ def test_a_folder_that_was_changed_or_never_audited_is_refused(job: AuditedJob) 
     key = load_verify_key(job.home / "owner.pub")
     (job.proxy() / "notes.txt").write_text("weights")
     with pytest.raises(SignatureError, match="not one of the folders that were audited"):
-        require_attested(path, key, [job.proxy()])
+        read_passed(path, key).require(digest_of(job.proxy()), "alice")
     with pytest.raises(SignatureError, match="not one of the folders"):
-        require_attested(path, key, [job.truth])
+        read_passed(path, key).require(digest_of(job.truth), "model")
     (job.home / "policy.toml").write_text(POLICY + "# changed\n")
     with pytest.raises(InputError, match="another policy"):
-        require_attested(path, key, [job.proxy("bob")], job.home / "policy.toml")
+        read_passed(path, key, job.home / "policy.toml")
 
 
 def test_an_audit_that_did_not_pass_is_refused(job: AuditedJob) -> None:
@@ -181,7 +187,7 @@ def test_an_audit_that_did_not_pass_is_refused(job: AuditedJob) -> None:
     assert found.exit_code == 4
     key = load_verify_key(job.home / "owner.pub")
     with pytest.raises(GateFailed, match=r"did not pass \(broken\)"):
-        require_attested(path, key, [job.proxy("bob")])
+        read_passed(path, key)
     assert "FQ010" in read_attestation(path, key).failed
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from benchmarks.uplink import CLIENTS, VARIANTS, play, table
 
 from support.training_jobs import labelled, small_model
 
 
+@pytest.mark.soak
 def test_a_job_with_few_bits_and_a_residual_sends_a_fraction(tmp_path: Path) -> None:
     (tmp_path / "work" / "data").mkdir(parents=True)
     small_model(tmp_path / "work" / "owner")

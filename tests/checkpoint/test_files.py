@@ -14,6 +14,7 @@ import pytest
 from fedqsn_cli import linux
 from fedqsn_cli.checkpoint import create_secret, files, write_file_atomically
 from fedqsn_cli.errors import InputError
+from support.helpers import nothing_written
 
 
 @pytest.fixture
@@ -128,13 +129,22 @@ def test_a_secret_is_created_where_there_are_no_hard_links(tmp_path: Path, monke
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    for write in (write_file_atomically, create_secret):
-        with pytest.raises(InputError, match="missing/file: cannot be written"):
-            write(tmp_path / "missing" / "file", b"")
+    with pytest.raises(InputError, match="missing/file: cannot be written"):
+        create_secret(tmp_path / "missing" / "file", b"")
+    with pytest.raises(InputError, match="missing: there is no such folder"):
+        write_file_atomically(tmp_path / "missing" / "file", b"")
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match="is a directory"):
         write_file_atomically(tmp_path / "folder", b"")
     assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_file_takes_the_place_of_no_device_and_no_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for name in ("pipe", "link"):
+        with nothing_written(tmp_path), pytest.raises(InputError, match="is not a plain file"):
+            write_file_atomically(tmp_path / name, b"")
 
 
 def test_a_failure_before_the_rename_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

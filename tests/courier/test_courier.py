@@ -7,12 +7,14 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,18 +27,22 @@ from fedqsn_cli import (
     courier_approve,
     courier_init,
     courier_join,
+    courier_pack,
     courier_send,
+    courier_serve,
     courier_status,
     courier_stop,
     export_proxy,
     keygen,
     merge,
+    unseal,
 )
 from fedqsn_cli.cli.command import build
 from fedqsn_cli.courier import kits
-from fedqsn_cli.courier.layout import Invitation
+from fedqsn_cli.courier.layout import Host, Invitation
 from fedqsn_cli.courier.send import SendResult
-from fedqsn_cli.errors import FormatError, GateFailed, InputError, OutputExists, SignatureError
+from fedqsn_cli.errors import FormatError, GateFailed, InputError, OutputExists
+from support.courier import forked_nvflare
 from support.helpers import nothing_written, search_path
 from support.processes import command, environment
 from support.training_jobs import labelled, small_model
@@ -54,7 +60,7 @@ def free_port() -> int:
 
 
 @dataclass(frozen=True)
-class Desk:
+class Job:
     """An owner's folder with a courier, and signed and attested proxies of a round."""
 
     home: Path
@@ -67,102 +73,83 @@ class Desk:
     def secrets(self) -> dict[str, Path]:
         return {"key": self.home / "job.key", "ledger": self.home / "ledger.jsonl"}
 
-    def proxies(self, number: int, *clients: str) -> list[Path]:
-        """Export, audit and attest."""
+    def pack(self, number: int, *clients: str, **options: object) -> Path:
+        """Export, audit, attest and pack a round; returns the outbox."""
         folders = [self.home / f"out-{number}" / client for client in clients]
-        model = self.home / "global"
+        model, owner = self.home / "global", self.home / "owner.key"
         export_proxy(
-            model, self.home / f"out-{number}/{{client}}", client=clients, round=number, p1=0.1, p2=0.1,
-            sign=self.home / "owner.key", **self.secrets,
+            model, self.home / f"out-{number}/{{client}}", client=clients, round=number, p1=0.1, p2=0.1, sign=owner,
+            **self.secrets,
         )  # fmt: skip
-        audit(
-            folders, truth=model, policy=self.home / "policy.toml", sign=self.home / "owner.key",
-            attest=self.home / f"{number}.json", **self.secrets,
-        )  # fmt: skip
-        return folders
+        attestation, policy = self.home / f"{number}.json", self.home / "policy.toml"
+        audit(folders, truth=model, policy=policy, sign=owner, attest=attestation, **self.secrets)
+        given = {"key": owner, "ledger": self.secrets["ledger"], "attestation": attestation, "policy": policy}
+        return Path(courier_pack(self.courier, folders, self.home / f"outbox-{number}", **given | options).path)
 
-    def send(self, number: int, folders: list[Path], **options: object) -> SendResult:
-        given = {"into": self.home / f"in-{number}", "key": self.home / "owner.key", "deadline": "200s"}
-        given |= {"attestation": self.home / f"{number}.json", "ledger": self.secrets["ledger"]}
-        return courier_send(self.courier, folders, **given | options)
+    def send(self, outbox: Path, **options: object) -> SendResult:
+        """Send it, and open what comes back."""
+        given = {"into": outbox.with_name(outbox.name.replace("out", "in")), "key": self.home / "owner.key"}
+        return courier_send(self.courier, outbox, **given | {"deadline": "250s"} | options)
 
 
-def make_desk(home: Path, *clients: str) -> Desk:
+def make_job(home: Path, *clients: str) -> Job:
     home.mkdir(parents=True, exist_ok=True)
     small_model(home / "global")
     keygen(home / "owner.key")
     (home / "policy.toml").write_text('[scope]\nrequire = ["invariants"]\n')
-    courier_init(home / "courier", key=home / "owner.pub", server=f"localhost:{free_port()}", local=list(clients))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kits, "_nvflare", forked_nvflare)
+        courier_init(home / "courier", key=home / "owner.pub", server=f"localhost:{free_port()}", local=list(clients))
     for client in clients:
-        labelled(home / "courier/sites" / client / f"{client}.jsonl")
-    return Desk(home)
+        labelled(home / "courier/sites" / client / f"{client}.jsonl", rows=8)
+    return Job(home)
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[None]:
-    process = subprocess.Popen(command("courier", "serve", folder, "-q"), env=environment(**FAST), stdout=-3)
+def served(*folders: Path) -> Iterator[None]:
+    words = [command("courier", "serve", folder, "-q") for folder in folders]
+    processes = [subprocess.Popen(each, env=environment(**FAST), stdout=subprocess.DEVNULL) for each in words]
     try:
         yield
     finally:
-        courier_stop(folder)
-        assert process.wait() == 0
+        for folder in folders:
+            courier_stop(folder)
+        assert [process.wait() for process in processes] == [0] * len(folders)
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
-    made = make_desk(tmp_path_factory.mktemp("courier") / "desk", "alice")
-    with served(made.courier):
-        yield made
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return make_job(tmp_path_factory.mktemp("courier") / "job", "alice")
 
 
-def test_a_round_travels_sealed_and_only_what_is_a_sites_own_reaches_it(desk: Desk) -> None:
-    folders = desk.proxies(1, "alice")
-    result = desk.send(1, folders, lr=1e-3)
-    assert [(client.client, client.state) for client in result.clients] == [("alice", "arrived")]
-    merged = merge(
-        desk.home / "global", [desk.home / "in-1/alice"], desk.home / "next",
-        verify_key=desk.courier / "keys/{client}.pub", **desk.secrets,
-    )  # fmt: skip
-    assert [client.client for client in merged.clients] == ["alice"]
-    status = courier_status(desk.courier)
-    assert status.connected == ("alice",) and status.joined == ("alice",) and status.process is not None
+def test_a_round_over_a_host_and_a_site_that_are_machines_of_their_own(job: Job, tmp_path: Path) -> None:
+    """Owner, host and site have nothing in common: folders are moved apart, as to other machines."""
+    host = shutil.copytree(job.courier / "host", tmp_path / "host")
+    site = shutil.move(job.courier / "sites/alice", tmp_path / "alice")
+    outbox = shutil.move(job.pack(1, "alice", lr=1e-3, method="lora", lora_r=2), tmp_path / "usb")
+    strongroom = job.home.rename(job.home.with_name("hidden"))
+    try:
+        with served(host, site):
+            sent = courier_send(host, outbox, into=tmp_path / "inbox", deadline="250s")
+            status = courier_status(host)
+    finally:
+        strongroom.rename(job.home)
+    assert [(one.client, one.state) for one in sent.clients] == [("alice", "arrived")]
+    assert status.role == "host" and status.connected == ("alice",) and status.process is not None
+    owner = {"key": job.home / "owner.key", "verify_key": job.courier / "keys/alice.pub"}
+    unseal(tmp_path / "inbox/alice.update", tmp_path / "update", **owner)
+    merged = merge(job.home / "global", [tmp_path / "update"], job.home / "next", **job.secrets)
+    assert [one.client for one in merged.clients] == ["alice"]
+    assert "--method=lora --lora-r=2" in (site / "courier.log").read_text()
 
-    site = desk.courier / "sites/alice"
     texts = {path: path.read_bytes() for path in (site / "kit").rglob("*.json")}
     assert any(path.name == "config_fed_client.json" for path in texts)  # FLARE keeps the jobs that ran
     assert not any(path.name == "config_fed_server.json" for path in texts)
-    assert not any(str(desk.courier / "carried").encode() in text for text in texts.values())
-    secret = (folders[0] / "visible.safetensors").read_bytes()[-40:]
-    assert not any(secret in path.read_bytes() for path in desk.courier.glob("carried/*"))
-    assert "asked to train" in (site / "courier.log").read_text()
-
-    started = time.monotonic()  # the same command again: all is there, and nothing is trained or sent
-    assert desk.send(1, folders).arrived == 1 and time.monotonic() - started < 10
-    assert (site / "courier.log").read_text().count("asked to train") == 1
-
-
-def test_what_was_not_audited_or_changed_since_is_not_sent(desk: Desk) -> None:
-    folders = desk.proxies(2, "alice")
-    (folders[0] / "notes.txt").write_text("weights")
-    with pytest.raises(SignatureError, match="not one of the folders that were audited"):
-        desk.send(2, folders)
-    (folders[0] / "notes.txt").unlink()
-    with pytest.raises(InputError, match="--at-least: there are 1 proxies"):
-        desk.send(2, folders, at_least=2)
-    (desk.home / "other.toml").write_text("")
-    with pytest.raises(InputError, match="another policy"):
-        desk.send(2, folders, policy=desk.home / "other.toml")
-    keygen(desk.home / "eve.key")
-    with pytest.raises(SignatureError, match="another key"):
-        desk.send(2, folders, key=desk.home / "eve.key")
-
-
-def test_what_the_site_does_not_allow_is_no_update_and_a_deadline_ends_it(desk: Desk) -> None:
-    folders = desk.proxies(3, "alice")
-    with pytest.raises(GateFailed, match="0 of 1 updates came in time"):
-        desk.send(3, folders, epochs=1000, deadline="12s")
-    log = (desk.courier / "sites/alice/courier.log").read_text()
-    assert "refused" in log and "epochs 1000, and the site allows 10" in log
+    paths = [bytes(path) for path in (host, outbox, tmp_path / "inbox")]
+    assert not any(path in text for text in texts.values() for path in paths)
+    weights = (job.home / "out-1/alice/visible.safetensors").read_bytes()[-40:]
+    assert not any(weights in path.read_bytes() for path in host.rglob("*") if path.is_file())
+    shutil.move(site, job.courier / "sites/alice")
 
 
 def test_a_set_up_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,10 +166,19 @@ def test_a_set_up_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: 
         courier_init(tmp_path / "courier", key=tmp_path / "remark.pub")
 
 
-def test_what_goes_between_owner_and_site_is_read_strictly(desk: Desk, tmp_path: Path) -> None:
-    invitation = desk.courier / "invitation.json"
+def test_what_the_tool_of_flare_says_is_told(tmp_path: Path) -> None:
+    """Its own process, as users run it."""
+    with nothing_written(tmp_path), pytest.raises(InputError, match=r"nvflare cert approve"):
+        kits.approve(tmp_path / "ca", Invitation("x", "localhost", 1, "", ""), tmp_path / "no.zip", tmp_path / "signed")
+
+
+def test_what_goes_between_owner_and_site_is_read_strictly(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kits, "_nvflare", forked_nvflare)
+    invitation = job.courier / "invitation.json"
     with pytest.raises(OutputExists):
-        courier_init(desk.courier, key=desk.home / "owner.pub")
+        courier_init(job.courier, key=job.home / "owner.pub")
     (tmp_path / "other.json").write_text("{}")
     with nothing_written(tmp_path), pytest.raises(FormatError, match="no invitation"):
         courier_join(tmp_path / "other.json", tmp_path / "site", name="bob", data="x")
@@ -190,17 +186,15 @@ def test_what_goes_between_owner_and_site_is_read_strictly(desk: Desk, tmp_path:
         courier_join(invitation, tmp_path / "site", name="bob")
     made = courier_join(invitation, tmp_path / "site", name="bob", data="x.jsonl")
     with pytest.raises(InputError, match="has not approved this site"):
-        from fedqsn_cli import courier_serve
-
         courier_serve(tmp_path / "site")
     with pytest.raises(FormatError, match="no request or approval"):
-        courier_approve(desk.courier, invitation, tmp_path / "approval")
+        courier_approve(job.courier, invitation, tmp_path / "approval")
     (tmp_path / "site/alice.request").write_bytes(Path(str(made.next)).read_bytes())  # by another name
-    approved = courier_approve(desk.courier, tmp_path / "site/alice.request", tmp_path / "approval")
-    assert approved.fingerprint == made.fingerprint and (desk.courier / "keys/bob.pub").exists()
+    approved = courier_approve(job.courier, tmp_path / "site/alice.request", tmp_path / "approval")
+    assert approved.fingerprint == made.fingerprint and (job.courier / "keys/bob.pub").exists()
     again = courier_join(invitation, tmp_path / "again", name="bob", data="x.jsonl")
     with pytest.raises(InputError, match="has joined with another key"):
-        courier_approve(desk.courier, str(again.next), tmp_path / "second")
+        courier_approve(job.courier, str(again.next), tmp_path / "second")
     with pytest.raises(InputError):  # of another request: its private key does not belong to it
         courier_join(invitation, tmp_path / "again", name="bob", approval=approved.next)
     courier_join(invitation, tmp_path / "site", name="bob", approval=approved.next)
@@ -210,6 +204,15 @@ def test_what_goes_between_owner_and_site_is_read_strictly(desk: Desk, tmp_path:
     assert rights["lead"]["byoc"] == rights["lead"]["shell_commands"] == "none"
 
 
+def test_a_host_holds_no_key_of_the_strongroom(job: Job) -> None:
+    """FLARE's own keys for its connections are there; what signs, opens, and makes sites is not."""
+    keys = {path for path in job.courier.rglob("*") if path.is_file() and b"PRIVATE KEY" in path.read_bytes()}
+    assert job.courier / "ca/rootCA.key" in keys
+    secret = {path.read_bytes() for path in keys if "requests" not in path.parts and "host" not in path.parts}
+    held = {path for path in keys if path.is_relative_to(Host.open(job.courier).home)}
+    assert {path.parent.name for path in held} == {"startup"} and not {path.read_bytes() for path in held} & secret
+
+
 def test_the_courier_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "nvflare", None)
     with nothing_written(tmp_path), pytest.raises(InputError, match=r"fedqsn-cli\[flare\]"):
@@ -217,8 +220,10 @@ def test_the_courier_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_nothing_else_imports_flare() -> None:
-    script = "import sys; import fedqsn_cli.courier.send, fedqsn_cli.courier.serve, fedqsn_cli.courier.work; "
-    script += "print('nvflare' in sys.modules)"
+    modules = ("outbox", "send", "serve", "setup", "work")
+    script = (
+        f"import sys, {', '.join(f'fedqsn_cli.courier.{name}' for name in modules)}; print('nvflare' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -227,8 +232,9 @@ def test_every_command_of_the_page_is_one_that_fedqsn_accepts() -> None:
     """The example runs them; here their options are parsed."""
     text = (ROOT / "docs/courier.md").read_text()
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.startswith("fedqsn")]
-    assert len(lines) >= 12
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line for line in lines if line.startswith("fedqsn")]
+    assert len(lines) >= 15
     for line in lines:
         words = shlex.split(line.removesuffix("&"))[1:]
         name = "-".join(words[:2]) if words[0] == "courier" else words[0]
@@ -254,42 +260,87 @@ def test_the_example_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-def test_a_site_with_the_certificate_of_another_authority_cannot_connect(desk: Desk, tmp_path: Path) -> None:
-    other = make_desk(tmp_path / "other", "alice")
-    mine = Invitation.read(desk.courier / "invitation.json")
+def test_what_a_site_refuses_is_no_update_and_the_same_command_goes_on(job: Job) -> None:
+    with served(job.courier):
+        outbox = job.pack(2, "alice", epochs=1000)
+        with pytest.raises(GateFailed, match="0 of 1 updates came in time"):
+            job.send(outbox, deadline="12s")
+        log = job.courier / "sites/alice/courier.log"
+        assert "epochs 1000.0, and the site allows 10" in log.read_text()
+        outbox = job.pack(3, "alice")
+        assert job.send(outbox).arrived == 1
+        started = time.monotonic()  # all is there: nothing is trained or sent
+        assert job.send(outbox).arrived == 1 and time.monotonic() - started < 10
+        assert log.read_text().count("is ready") == 1
+
+
+@pytest.mark.soak
+def test_a_site_with_the_certificate_of_another_authority_cannot_connect(job: Job, tmp_path: Path) -> None:
+    other = make_job(tmp_path / "other", "alice")
+    mine = Invitation.read(job.courier / "invitation.json")
     config = other.courier / "sites/alice/kit/startup/fed_client.json"
     theirs = Invitation.read(other.courier / "invitation.json")
     config.write_text(config.read_text().replace(f":{theirs.port}", f":{mine.port}"))
-    with served(other.courier / "sites/alice"):
+    with served(job.courier, other.courier / "sites/alice"):
         time.sleep(20)
         log = (other.courier / "sites/alice/kit/daemon.log").read_text()
+        assert courier_status(job.courier).connected == ("alice",)
     assert "Successfully registered" not in log
+
+
+def processes_of(folder: Path) -> dict[str, list[int]]:
+    """FLARE's processes below a folder, by what they are."""
+    kinds = {"server_train": "server", "client_train": "site", "runner_process": "server's worker"}
+    found: dict[str, list[int]] = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (process / "cmdline").read_bytes().decode().split("\0")
+            if any(word.startswith(str(folder)) for word in words):
+                kind = next((known for part, known in kinds.items() if any(part in word for word in words)), "worker")
+                found.setdefault(kind, []).append(int(process.name))
+    return found
 
 
 @pytest.mark.soak
 def test_kills_at_random_instants_lose_nothing_and_double_nothing(tmp_path: Path) -> None:
-    """kill -9 of the server's and the site's processes, again and again, while two rounds are on their way."""
-    desk, draw = make_desk(tmp_path / "desk", "alice"), random.Random(0)
-    ended = threading.Event()
+    """kill -9 of servers, sites and workers until there were KILLS of them (by default 12), round after round."""
+    wanted, draw, kills = int(os.environ.get("KILLS", "12")), random.Random(0), Counter[str]()
+    job, ended = make_job(tmp_path / "job", "alice"), threading.Event()
 
     def kill() -> None:
-        while not ended.wait(draw.uniform(4, 14)):
-            found = subprocess.run(["pgrep", "-f", str(desk.courier)], capture_output=True, text=True).stdout.split()
-            served_by = courier_status(desk.courier).process
-            victims = [int(number) for number in found if int(number) not in (os.getpid(), served_by)]
-            if victims:
+        while not ended.wait(draw.uniform(1, 9)):
+            found = processes_of(job.courier)
+            if found:
+                kind = draw.choice(sorted(found))
                 with suppress(ProcessLookupError):
-                    os.kill(draw.choice(victims), signal.SIGKILL)
+                    os.kill(draw.choice(found[kind]), signal.SIGKILL)
+                    kills[kind] += 1
 
-    with served(desk.courier):
-        killer = threading.Thread(target=kill)
-        killer.start()
-        threading.Timer(90, ended.set).start()
-        for number in (1, 2):
-            folders = desk.proxies(number, "alice")
-            assert desk.send(number, folders, deadline="280s", lr=1e-3).arrived == 1
-        ended.set()
-        killer.join()
-    log = (desk.courier / "sites/alice/courier.log").read_text()
-    assert len(desk.secrets["ledger"].read_text().splitlines()) == 2
-    assert log.count("is ready") == 2  # each round was trained to its end once
+    number = 0
+    with served(job.courier):
+        while kills.total() < wanted:
+            number, killer = number + 1, threading.Thread(target=kill)
+            outbox = job.pack(number, "alice", lr=1e-3)
+            ended.clear()
+            killer.start()
+            threading.Timer(60, ended.set).start()  # then a round must end, whatever was killed before
+            assert job.send(outbox, deadline="280s").arrived == 1
+            ended.set()
+            killer.join()
+            print(f"round {number}: {kills.total()} kills so far ({dict(kills)})", flush=True)
+    log = (job.courier / "sites/alice/courier.log").read_text()
+    assert len(job.secrets["ledger"].read_text().splitlines()) == number
+    assert log.count("is ready") == number  # each round was trained to its end once
+
+
+@pytest.mark.soak
+def test_twenty_sites_on_one_machine(tmp_path: Path) -> None:
+    clients = [f"site-{number:02}" for number in range(int(os.environ.get("SITES", "20")))]
+    job = make_job(tmp_path / "job", *clients)
+    started = time.monotonic()
+    with served(job.courier):
+        sent = job.send(job.pack(1, *clients), deadline="540s")
+    assert sent.arrived == len(clients)
+    print(f"{len(clients)} sites: {time.monotonic() - started:.0f} s", flush=True)
+    merged = merge(job.home / "global", sorted((job.home / "inbox-1").iterdir()), job.home / "next", **job.secrets)
+    assert len(merged.clients) == len(clients)

@@ -7,119 +7,124 @@ from pathlib import Path
 
 import pytest
 
-from fedqsn_cli import export_proxy, seal
-from fedqsn_cli.artifacts import ledger
-from fedqsn_cli.courier.layout import Owner
-from fedqsn_cli.courier.recipe import Recipe
-from fedqsn_cli.courier.rounds import Delivery, deliveries
-from fedqsn_cli.crypto.keys import load_signing_key
-from fedqsn_cli.errors import InputError, RefusedUpdate
-from support.helpers import contents, make_model, send
-from support.signing import Party, party, sign_folder
-
-RECIPE = Recipe(1.0, 1e-3, 8, "fp32")
+from fedqsn_cli import courier_send, seal
+from fedqsn_cli.courier.outbox import read_outbox
+from fedqsn_cli.courier.rounds import Opened, Sealed
+from fedqsn_cli.crypto.keys import load_verify_key
+from fedqsn_cli.errors import GateFailed, InputError, RefusedUpdate
+from support.courier import Carrier, Desk
+from support.helpers import contents, nothing_written, send
+from support.signing import Party, sign_folder
 
 
-@pytest.fixture
-def people(tmp_path: Path) -> dict[str, Party]:
-    """A courier's folder with two clients who have joined, and their proxies."""
-    home = tmp_path / "courier"
-    for name in ("ca", "keys", "carried"):
-        (home / name).mkdir(parents=True)
-    made = {name: party(tmp_path, name) for name in ("owner", "alice", "bob")}
-    for name in ("alice", "bob"):
-        shutil.copy(made[name].public, home / "keys" / f"{name}.pub")
-    model = make_model(tmp_path / "model", "bert")
-    export_proxy(
-        model, tmp_path / "out/{client}", client=["alice", "bob"], round=1, key=tmp_path / "key",
-        ledger=tmp_path / "ledger", p1=0.1, p2=0.1, format="none", sign=made["owner"].private,
-    )  # fmt: skip
+def deliveries(desk: Desk, number: int = 1, inbox: str = "in") -> dict[str, Opened]:
+    """As `courier_send` makes them where the owner's key is."""
+    made, owner = {}, desk.owner
+    for sent in read_outbox(desk.pack(f"outbox-{number}", number=number), load_verify_key(desk.key.public)):
+        client = sent.order.client
+        place = desk.home.parent / inbox
+        made[client] = Opened(sent, owner.host.carried, place, desk.key.private, owner.public_key(client))
+        place.mkdir(exist_ok=True)
     return made
 
 
-def errands_of(home: Path, *folders: Path) -> dict[str, Delivery]:
-    releases = ledger.read(home / "ledger")
-    key = load_signing_key(home / "owner.key")
-    made = deliveries(Owner.open(home / "courier"), folders, home / "in", releases, RECIPE, key)
-    return {delivery.client: delivery for delivery in made}
+def party_of(desk: Desk, name: str) -> Party:
+    return desk.key if name == "owner" else Party(desk.site(name).private_key, desk.site(name).home / "site.pub")
 
 
-def both(home: Path) -> dict[str, Delivery]:
-    return errands_of(home, home / "out/alice", home / "out/bob")
-
-
-def reply(delivery: Delivery, signer: Party, to: Party, proxy: Path | None = None) -> None:
+def reply(desk: Desk, delivery: Opened, signer: str, to: str, proxy: Path) -> None:
     """An update as it comes back sealed."""
-    folder = send(proxy or delivery.folder, delivery.carried.with_name("update"))
-    seal(sign_folder(folder, signer), delivery.sealed_update, to=to.public)
+    folder = sign_folder(send(proxy, desk.home / "update"), party_of(desk, signer))
+    seal(folder, delivery.sealed_update, to=party_of(desk, to).public)
     shutil.rmtree(folder)
 
 
-def test_the_ledger_says_whom_a_proxy_is_for_whatever_its_folder_is_called(
-    tmp_path: Path, people: dict[str, Party]
-) -> None:
-    (tmp_path / "out/alice").rename(tmp_path / "out/x")
-    (tmp_path / "out/bob").rename(tmp_path / "out/alice")
-    made = errands_of(tmp_path, tmp_path / "out/x", tmp_path / "out/alice")
-    assert made["alice"].folder.name == "x" and made["bob"].folder.name == "alice"
-    for delivery in made.values():
-        delivery.prepare()
-    first = made["alice"].sealed_proxy.read_bytes()
-    made["alice"].prepare()
-    assert made["alice"].sealed_proxy.read_bytes() == first  # sealed once: an interrupted transfer goes on
-    assert first != made["bob"].sealed_proxy.read_bytes()
-
-
-def test_an_answer_of_its_client_is_taken(tmp_path: Path, people: dict[str, Party]) -> None:
-    delivery = both(tmp_path)["alice"]
-    reply(delivery, people["alice"], people["owner"])
-    delivery.take(tmp_path / "owner.key")
-    assert delivery.done and "update.json" in contents(tmp_path / "in/alice")
-    assert not delivery.sealed_update.exists()
+def test_an_answer_of_its_client_is_taken(desk: Desk) -> None:
+    delivery = deliveries(desk)["alice"]
+    reply(desk, delivery, "alice", "owner", desk.proxy("alice"))
+    delivery.take()
+    delivery.check()
+    assert delivery.done and "update.json" in contents(delivery.update)
+    assert not delivery.sealed_update.exists() and [path.name for path in delivery.inbox.iterdir()] == ["alice"]
 
 
 @pytest.mark.parametrize(
     ("signer", "to", "proxy", "why"),
     [
-        ("bob", "owner", None, "another key"),  # bob answers for alice
-        ("alice", "bob", None, "sealed for another key"),
-        ("alice", "owner", "out/bob", "update of another proxy"),  # swapped, or of another round
+        ("bob", "owner", "out-1/alice", "another key"),  # bob answers for alice
+        ("alice", "bob", "out-1/alice", "sealed for another key"),
+        ("alice", "owner", "out-1/bob", "update of another proxy"),  # swapped
+        ("alice", "owner", "out-2/alice", "update of another proxy"),  # replayed
     ],
 )
-def test_another_answer_is_refused(
-    tmp_path: Path, people: dict[str, Party], signer: str, to: str, proxy: str | None, why: str
-) -> None:
-    delivery = both(tmp_path)["alice"]
-    reply(delivery, people[signer], people[to], tmp_path / proxy if proxy else None)
+def test_another_answer_is_refused(desk: Desk, signer: str, to: str, proxy: str, why: str) -> None:
+    if "out-2" in proxy:
+        desk.export(2)
+    delivery = deliveries(desk)["alice"]
+    reply(desk, delivery, signer, to, desk.home / proxy)
     with pytest.raises(RefusedUpdate, match=why):
-        delivery.take(tmp_path / "owner.key")
-    assert not delivery.done and not delivery.sealed_update.exists()
+        delivery.take()
+    assert not delivery.done and not delivery.sealed_update.exists() and not list(delivery.inbox.iterdir())
 
 
-def test_a_byte_that_the_courier_changed_is_found(tmp_path: Path, people: dict[str, Party]) -> None:
-    delivery = both(tmp_path)["alice"]
-    reply(delivery, people["alice"], people["owner"])
+def test_a_byte_that_the_host_changed_in_an_update_is_found(desk: Desk) -> None:
+    delivery = deliveries(desk)["alice"]
+    reply(desk, delivery, "alice", "owner", desk.proxy("alice"))
     data = bytearray(delivery.sealed_update.read_bytes())
     data[len(data) // 2] ^= 1
     delivery.sealed_update.write_bytes(data)
     with pytest.raises(RefusedUpdate, match="cut off, or changed"):
-        delivery.take(tmp_path / "owner.key")
+        delivery.take()
 
 
-def test_a_proxy_that_is_not_in_the_ledger_or_of_a_stranger_is_not_sent(
-    tmp_path: Path, people: dict[str, Party]
-) -> None:
-    (tmp_path / "courier/keys/bob.pub").unlink()
-    with pytest.raises(InputError, match="client 'bob' has not joined"):
-        both(tmp_path)
-    with pytest.raises(InputError, match="two proxies are for client 'alice'"):
-        errands_of(tmp_path, tmp_path / "out/alice", tmp_path / "out/alice")
-    path = tmp_path / "out/alice/proxy.json"
-    path.write_bytes(path.read_bytes() + b"\n")
-    with pytest.raises(InputError, match="no proxy of this ledger"):
-        errands_of(tmp_path, tmp_path / "out/alice")
+def test_an_inbox_takes_one_round(desk: Desk) -> None:
+    """Else the update of an earlier round would count as the answer."""
+    desk.export(2)
+    first, second = deliveries(desk)["alice"], deliveries(desk, 2)["alice"]
+    reply(desk, first, "alice", "owner", desk.proxy("alice"))
+    first.take()
+    with pytest.raises(InputError, match="update of another proxy"):
+        second.check()
+    sealed = [Sealed(one.sent, one.carried, desk.home.parent / "sealed") for one in (first, second)]
+    reply(desk, first, "alice", "owner", desk.proxy("alice"))
+    sealed[0].take()
+    sealed[0].check()
+    with pytest.raises(InputError, match="answer to another order"):
+        sealed[1].check()
 
 
-def test_a_folder_that_is_no_courier_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="not the owner's folder"):
-        Owner.open(tmp_path)
+def test_a_round_is_sent_and_taken_and_sent_again_without_any_training(desk: Desk, carrier: Carrier) -> None:
+    outbox = desk.pack()
+    for _ in range(2):
+        result = courier_send(desk.owner.home, outbox, into=desk.home / "in", key=desk.key.private, deadline="1m")
+        assert [(one.client, one.state) for one in result.clients] == [("alice", "arrived"), ("bob", "arrived")]
+        assert len(carrier.jobs) == 2
+    assert contents(desk.home / "in/alice")["update.json"] and not list(desk.owner.host.carried.iterdir())
+    with pytest.raises(InputError, match="--at-least: there are 2 proxies"):
+        courier_send(desk.owner.home, outbox, into=desk.home / "in", at_least=3)
+    shutil.rmtree(desk.home / "in")
+    desk.export(2)
+    later = desk.pack("later", number=2)
+    (carrier.sites["bob"].settings).write_text(carrier.sites["bob"].settings.read_text().replace("= 10\n", "= 0.5\n"))
+    with pytest.raises(GateFailed, match=r"1 of 2 updates came in time \(alice arrived, bob waiting\)"):
+        courier_send(desk.owner.home, later, into=desk.home / "in-2", key=desk.key.private, deadline="1s")
+    assert "epochs 1.0, and the site allows 0.5" in carrier.problems[0]
+
+
+def test_a_site_cannot_answer_for_another(desk: Desk, carrier: Carrier) -> None:
+    carrier.sites["bob"] = carrier.sites["alice"]  # alice's machine answers for bob, too
+    with pytest.raises(GateFailed, match="bob waiting"):
+        courier_send(desk.owner.home, desk.pack(), into=desk.home / "in", key=desk.key.private, deadline="1s")
+    assert "does not open" in carrier.problems[0]
+
+
+def test_the_key_is_looked_at_before_anything_is_sent(desk: Desk, carrier: Carrier) -> None:
+    outbox = desk.pack()
+    with nothing_written(desk.home.parent):
+        with pytest.raises(InputError, match="there is no key"):
+            courier_send(desk.owner.home, outbox, into=desk.home / "in", key=desk.home / "no.key")
+        with pytest.raises(InputError, match="not the owner's folder"):
+            courier_send(desk.owner.host.home, outbox, into=desk.home / "in", key=desk.key.private)
+        with pytest.raises(InputError, match="no folder of a courier"):
+            courier_send(desk.home, outbox, into=desk.home / "in")
+    assert not carrier.jobs

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
-import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,15 +17,17 @@ import pytest
 from fedqsn_cli import seal, unseal, verify
 from fedqsn_cli.courier import work
 from fedqsn_cli.courier.layout import Site
-from fedqsn_cli.courier.parts import Offer, Part
-from fedqsn_cli.courier.recipe import Recipe
+from fedqsn_cli.courier.orders import Order
+from fedqsn_cli.courier.parts import Parts
 from fedqsn_cli.courier.site import TEMPLATE, SiteSettings
 from fedqsn_cli.courier.work import NoUpdate, SiteRound
-from fedqsn_cli.crypto.keys import load_signing_key, load_verify_key
+from fedqsn_cli.crypto.keys import load_signing_key
 from fedqsn_cli.errors import FormatError, InputError, SignatureError
+from fedqsn_cli.options import ProposalOptions
+from support.courier import answer, carry, write_settings
 from support.signing import Party, party, sign_folder
 
-RECIPE = Recipe(epochs=2.0, lr=1e-3, batch_size=8, update_format="fp32")
+PROPOSAL = ProposalOptions(epochs=2.0, lr=1e-3, batch_size=8)
 
 TRAINER = """
 import json, os, sys, time
@@ -34,6 +36,7 @@ sys.path.insert(0, {tests!r})
 words = sys.argv[1:]
 Path({calls!r}).open("a").write(json.dumps(words) + "\\n")
 time.sleep(float(os.environ.get("TRAINING_TAKES", "0")))
+bytearray(int(os.environ.get("TRAINING_TAKES_BYTES", "0")))
 if "TRAINING_FAILS" in os.environ:
     os.kill(os.getpid(), 9)
 out = Path(words[words.index("--out") + 1])
@@ -59,7 +62,7 @@ def site(tmp_path: Path, owner: Party, monkeypatch: pytest.MonkeyPatch) -> Site:
     keys = party(home, "site")
     assert keys.private == Site(home).private_key
     Site(home).owner_key.write_bytes(owner.public.read_bytes())
-    Site(home).settings.write_text(TEMPLATE.format(data='"a.jsonl"', eval_data="", device='"cpu"', max_length=32))
+    write_settings(Site(home))
     program = tmp_path / "trainer.py"
     program.write_text(TRAINER.format(tests=str(Path(__file__).parents[1]), calls=str(tmp_path / "calls")))
     monkeypatch.setattr(work, "_PROGRAM", [sys.executable, str(program)])
@@ -72,54 +75,70 @@ def calls(site: Site) -> list[list[str]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def sent(site: Site, owner: Party, signer: Party | None = None) -> tuple[SiteRound, str]:
-    """A proxy that has come sealed, and what is asked for."""
-    proxy = site.home.parent / "proxy"
+@dataclass(frozen=True)
+class Sent:
+    """A proxy that is on its way, and the order for it."""
+
+    site: Site
+    sealed: Path
+    order: Order
+    key: Party
+
+    def answer(self, order: Order | None = None, key: Party | None = None) -> SiteRound:
+        """What the site does; returns the round."""
+        text = (order or self.order).signed(load_signing_key((key or self.key).private))
+        round = SiteRound.of(self.site, text)
+        answer(round, carry(self.sealed))
+        return round
+
+
+@pytest.fixture
+def sent(site: Site, owner: Party) -> Sent:
+    return send_to(site, owner, owner)
+
+
+def send_to(site: Site, owner: Party, signer: Party) -> Sent:
+    proxy, sealed = site.home.parent / "proxy", site.home.parent / "proxy.sealed"
     proxy.mkdir()
     (proxy / "proxy.json").write_text("{}")
-    sign_folder(proxy, signer or owner)
-    round = SiteRound.of(site, Offer(1, (Part(0, 1, "0" * 64),)))
-    seal(proxy, round.sealed_proxy, to=site.home / "site.pub")
-    return round, RECIPE.signed(hashlib.sha256(b"{}").hexdigest(), load_signing_key(owner.private))
+    sign_folder(proxy, signer)
+    seal(proxy, sealed, to=site.home / "site.pub")
+    order = Order("alice", hashlib.sha256(b"{}").hexdigest(), "0" * 64, Parts.of(sealed, 100), PROPOSAL)
+    return Sent(site, sealed, order, owner)
 
 
-def answer(round: SiteRound, recipe: str) -> None:
-    with round.alone(lambda: False) as held:
-        round.answer(recipe, held, lambda: False)
-
-
-def test_a_site_opens_trains_signs_and_seals(site: Site, owner: Party, tmp_path: Path) -> None:
-    round, recipe = sent(site, owner)
-    answer(round, recipe)
+def test_a_site_fetches_opens_trains_signs_and_seals(sent: Sent, owner: Party, tmp_path: Path) -> None:
+    site, round = sent.site, sent.answer()
     unseal(round.sealed_update, tmp_path / "update", key=owner.private, verify_key=site.home / "site.pub")
     assert verify(tmp_path / "update", key=site.home / "site.pub").files
     (words,) = calls(site)
     assert words[0] == "client-train" and words[words.index("--data") + 1] == str(site.home / "a.jsonl")
-    assert words[words.index("--epochs") + 1] == "2.0" and words[words.index("--max-length") + 1] == "32"
-    assert "--epochs 2.0 --lr 0.001" in site.log.read_text()
+    assert "--epochs=2.0" in words and words[words.index("--max-length") + 1] == "32"
+    assert "--epochs=2.0 --lr=0.001" in site.log.read_text()
     before = round.sealed_update.read_bytes()
-    answer(round, recipe)
+    sent.answer()
     assert len(calls(site)) == 1 and round.sealed_update.read_bytes() == before  # asked twice, trained once
 
 
+def test_a_proxy_that_comes_again_after_its_answer_was_removed_is_not_trained_again(sent: Sent) -> None:
+    shutil.rmtree(sent.answer().folder)
+    with pytest.raises(NoUpdate, match="was answered before"):
+        sent.answer()
+    assert len(calls(sent.site)) == 1
+
+
 def test_a_proxy_of_somebody_else_is_not_trained(site: Site, owner: Party, tmp_path: Path) -> None:
-    round, recipe = sent(site, owner, party(tmp_path, "eve"))
     with pytest.raises(SignatureError):
-        answer(round, recipe)
+        send_to(site, owner, party(tmp_path, "eve")).answer()
     assert not calls(site)
 
 
-def test_what_somebody_else_asks_for_and_what_is_for_another_proxy_is_refused(
-    site: Site, owner: Party, tmp_path: Path
-) -> None:
-    round, _ = sent(site, owner)
-    digest = hashlib.sha256(b"{}").hexdigest()
-    eve = party(tmp_path, "eve")
+def test_what_somebody_else_asks_for_and_what_is_for_another_proxy_is_refused(sent: Sent, tmp_path: Path) -> None:
     with pytest.raises(SignatureError):
-        answer(round, RECIPE.signed(digest, load_signing_key(eve.private)))
-    with pytest.raises(FormatError, match="for another proxy"):
-        answer(round, RECIPE.signed("0" * 64, load_signing_key(owner.private)))
-    assert not calls(site)
+        sent.answer(key=party(tmp_path, "eve"))
+    with pytest.raises(FormatError, match="not the proxy of its order"):
+        sent.answer(replace(sent.order, proxy_sha256="1" * 64))
+    assert not calls(sent.site)
 
 
 @pytest.mark.parametrize(
@@ -128,70 +147,99 @@ def test_what_somebody_else_asks_for_and_what_is_for_another_proxy_is_refused(
         ({"epochs": 11.0}, "epochs 11.0, and the site allows 10"),
         ({"lr": 0.5}, "lr 0.5"),
         ({"batch_size": 10**6}, "batch_size"),
-        ({"epochs": float("nan")}, "JSON|nan|NaN|Out of range"),
-        ({"epochs": -1.0}, "epochs -1.0"),
-        ({"update_format": "--data=/etc/passwd"}, "no updates in"),
+        ({"update_format": "nf4"}, "no updates in nf4"),
+        ({"method": "lora", "lora_r": 65}, "lora_r 65, and the site allows 64"),
     ],
 )
-def test_the_site_bounds_what_the_owner_asks_for(
-    site: Site, owner: Party, change: dict[str, float | str], message: str
-) -> None:
-    round, _ = sent(site, owner)
-    with pytest.raises((InputError, ValueError), match=message):
-        digest = hashlib.sha256(b"{}").hexdigest()
-        answer(round, replace(RECIPE, **change).signed(digest, load_signing_key(owner.private)))  # type: ignore[arg-type]
-    assert not calls(site)
+def test_the_site_bounds_what_the_owner_asks_for(sent: Sent, change: dict[str, float | str], message: str) -> None:
+    site = sent.site
+    site.settings.write_text(site.settings.read_text().replace(', "nf4"', ""))
+    with pytest.raises(InputError, match=message):
+        sent.answer(replace(sent.order, proposal=replace(PROPOSAL, **change)))  # type: ignore[arg-type]
+    assert not calls(site) and not site.rounds.exists()  # refused before a byte was fetched
+    assert "asked to train" in site.log.read_text()
+
+
+def test_a_site_may_allow_one_method_and_the_rank_that_is_meant_is_bounded(sent: Sent) -> None:
+    site, lora = sent.site, replace(sent.order, proposal=replace(PROPOSAL, method="lora"))
+    good = site.settings.read_text()
+    site.settings.write_text(good.replace('methods = ["full", "lora"]', 'methods = ["full"]'))
+    with pytest.raises(InputError, match="does not train with the method lora"):
+        sent.answer(lora)
+    site.settings.write_text(good.replace("lora_r = 64", "lora_r = 7"))
+    with pytest.raises(InputError, match="lora_r 8, and the site allows 7"):
+        sent.answer(lora)
+    site.settings.write_text(good)
+    sent.answer(lora)
+    assert "--method=lora" in calls(site)[0] and "--method=lora" in site.log.read_text()
+
+
+def test_words_of_the_owner_stay_words_and_its_lines_stay_lines(sent: Sent) -> None:
+    names = ("--data=/etc/passwd", "a\n2026-01-01 refused: nothing")
+    sent.answer(replace(sent.order, proposal=replace(PROPOSAL, method="lora", target_modules=names)))
+    assert f"--target-modules={names[0]}" in calls(sent.site)[0] and names[0] not in calls(sent.site)[0]
+    assert len(sent.site.log.read_text().splitlines()) == 2
 
 
 def test_a_training_that_is_killed_is_no_update_and_the_next_one_may_be(
-    site: Site, owner: Party, monkeypatch: pytest.MonkeyPatch
+    sent: Sent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    round, recipe = sent(site, owner)
     monkeypatch.setenv("TRAINING_FAILS", "1")
     with pytest.raises(NoUpdate, match="exit code -9"):
-        answer(round, recipe)
+        sent.answer()
     monkeypatch.delenv("TRAINING_FAILS")
-    answer(round, recipe)
-    assert round.sealed_update.exists()
+    assert sent.answer().sealed_update.exists()
 
 
-def test_a_training_ends_with_its_time_and_with_those_who_wait(
-    site: Site, owner: Party, monkeypatch: pytest.MonkeyPatch
+def test_a_training_that_takes_more_memory_than_the_site_gives_is_no_update(
+    sent: Sent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    round, recipe = sent(site, owner)
+    settings = sent.site.settings
+    settings.write_text(settings.read_text().replace('# max_memory = "16GB"', 'max_memory = "200MB"'))
+    monkeypatch.setenv("TRAINING_TAKES_BYTES", str(10**9))
+    with pytest.raises(NoUpdate, match="exit code 1"):
+        sent.answer()
+    monkeypatch.setenv("TRAINING_TAKES_BYTES", str(10**6))
+    assert sent.answer().sealed_update.exists()
+
+
+def test_a_training_ends_with_its_time_and_with_those_who_wait(sent: Sent, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = sent.site
     monkeypatch.setenv("TRAINING_TAKES", "60")
-    site.settings.write_text(site.settings.read_text().replace('"6h"', '"1s"'))
+    site.settings.write_text(site.settings.read_text().replace('"6h"', '"0.3s"'))
     with pytest.raises(NoUpdate, match="longer than the site allows"):
-        answer(round, recipe)
+        sent.answer()
+    round = SiteRound.of(site, sent.order.signed(load_signing_key(sent.key.private)))
     with round.alone(lambda: False) as held, pytest.raises(NoUpdate, match="was ended"):
-        round.answer(recipe, held, lambda: True)
+        round.answer(carry(sent.sealed), held, lambda: True)
 
 
-def test_a_training_that_outlives_a_killed_worker_is_waited_for(site: Site, owner: Party, tmp_path: Path) -> None:
+def test_a_training_that_outlives_a_killed_worker_is_waited_for(
+    sent: Sent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The lock is the child's, too: the next worker finds the update instead of training beside it."""
-    round, recipe = sent(site, owner)
-    script = (
-        "import sys; from pathlib import Path; from fedqsn_cli.courier import work; "
-        f"work._PROGRAM = [sys.executable, {str(tmp_path / 'trainer.py')!r}]; "
-        "from fedqsn_cli.courier.layout import Site; from fedqsn_cli.courier.work import SiteRound\n"
-        f"round = SiteRound(Site(Path({str(site.home)!r})), Path({str(round.folder)!r}))\n"
-        f"with round.alone(lambda: False) as held: round.answer({recipe!r}, held, lambda: False)"
-    )
-    worker = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"TRAINING_TAKES": "3"})
+    site = sent.site
+    monkeypatch.setenv("TRAINING_TAKES", "1")
+    worker = os.fork()
+    if not worker:
+        sent.answer()
+        os._exit(0)
     while not calls(site):
-        time.sleep(0.05)
-    worker.send_signal(signal.SIGKILL)
-    worker.wait()
-    answer(round, recipe)
-    assert len(calls(site)) == 1 and round.sealed_update.exists()
+        time.sleep(0.02)
+    os.kill(worker, signal.SIGKILL)
+    os.waitpid(worker, 0)
+    assert sent.answer().sealed_update.exists() and len(calls(site)) == 1
 
 
 def test_settings_are_read_strictly(tmp_path: Path) -> None:
     path = tmp_path / "site.toml"
     good = TEMPLATE.format(data='"a.jsonl"', eval_data='eval_data = "b.jsonl"\n', device='"cpu"', max_length=32)
     path.write_text(good)
-    assert SiteSettings.read(path).words()[-2:] == ["--eval-data", str(tmp_path / "b.jsonl")]
+    read = SiteSettings.read(path)
+    assert read.words()[-2:] == ["--eval-data", str(tmp_path / "b.jsonl")]
+    assert (read.max_bytes, read.max_memory) == (20 * 10**9, None)
     wrong = [good.replace("data =", "dta =", 1), good.replace("[bounds]", "[limits]"), good + "more = 1\n", "x", "\xff"]
+    wrong += [good.replace('"20GB"', '"much"'), good.replace("max_bytes", "bytes"), good.replace("methods", "method")]
     for text in [*wrong, good.replace('"6h"', "6"), good.replace("epochs", "epoch")]:
         path.write_text(text, "latin-1")
         with pytest.raises(InputError):
@@ -201,11 +249,3 @@ def test_settings_are_read_strictly(tmp_path: Path) -> None:
         SiteSettings.read(path)
     with pytest.raises(InputError, match="no such file"):
         SiteSettings.read(tmp_path / "nowhere")
-
-
-def test_a_recipe_holds_numbers_and_nothing_else(owner: Party) -> None:
-    key, digest = load_signing_key(owner.private), "0" * 64
-    for wrong in ({"epochs": "2"}, {"lr": [1]}, {"update_format": 3}):
-        text = replace(RECIPE, **wrong).signed(digest, key)  # type: ignore[arg-type]
-        with pytest.raises(FormatError, match="malformed"):
-            Recipe.opened(text, digest, load_verify_key(owner.public))

@@ -53,6 +53,11 @@ def test_the_public_key_is_not_written_over_the_private_one(tmp_path: Path) -> N
         keygen(tmp_path / "alice.pub")
 
 
+def test_a_pair_whose_public_file_cannot_be_written_leaves_no_private_one(tmp_path: Path) -> None:
+    with nothing_written(tmp_path), pytest.raises(InputError, match="there is no such folder"):
+        keygen(tmp_path / "bob.key", public=tmp_path / "missing/bob.pub")
+
+
 def test_a_private_key_that_others_can_read_is_refused(alice: Party) -> None:
     alice.private.chmod(0o640)
     with pytest.raises(KeyFileError, match="other users can open the key"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -181,6 +182,14 @@ def test_a_folder_with_something_else_in_it_is_refused(
     with nothing_written(tmp_path), pytest.raises(InputError, match="not a regular file"):
         seal(proxy, tmp_path / "a.sealed", to=alice.public)
     (proxy / "more").rmdir()
+    os.mkfifo(proxy / "more")
+    with nothing_written(tmp_path), pytest.raises(InputError, match="not a regular file"):
+        seal(proxy, tmp_path / "a.sealed", to=alice.public)
+    (proxy / "more").unlink()
+    (proxy / "more").symlink_to(alice.private)
+    with nothing_written(tmp_path), pytest.raises(InputError, match="is a link"):
+        seal(proxy, tmp_path / "a.sealed", to=alice.public)
+    (proxy / "more").unlink()
     (proxy / ".hidden").write_bytes(b"")
     with nothing_written(tmp_path), pytest.raises(InputError, match="name that is not taken"):
         seal(proxy, tmp_path / "a.sealed", to=alice.public)
@@ -207,6 +216,8 @@ def hostile(files: object, data: bytes = b"", format: str = FORMAT) -> Iterator[
         [{"name": "x", "size": True}],
         [{"name": "x", "size": 0.0}],
         [{"name": "x", "size": 0}, {"name": "x", "size": 0}],
+        [{"name": "x", "size": 0, "link": "/etc/passwd"}],
+        [{"name": "x", "size": 0, "mode": 0o60660, "device": 1}],
         [{"name": "x"}],
         [{"name": "x", "size": 1}],
         {"name": "x"},

@@ -5,10 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,17 +14,14 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from support.helpers import search_path, with_sources
+from support.scripts import Scripts
 from support.tokenizers import tokenizer
 from support.training_jobs import small_model
 from support.untrainable import VARIABLE
-from support.warm_processes import warm_fedqsn
 
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "examples" / "paper"
 TEXT = "the quick brown fox jumps over the lazy dog; hello world"
-
-pytestmark = pytest.mark.timeout(900)
 
 
 def glue(number: int, *columns: str) -> dict[str, Any]:
@@ -138,29 +132,19 @@ def test_files_of_the_hub_are_chosen_by_config_and_split(prepare: Any, monkeypat
     assert [str(path) for path in found] == ["/rte/train/0000.parquet", "/rte/train/0001.parquet"]
 
 
-@pytest.fixture(scope="module")
-def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """An environment in which `fedqsn` and `python` are those under test, as strict as for everybody else."""
-    environment = os.environ | {"PYTHONPATH": with_sources(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop(VARIABLE)
-    path = search_path(tmp_path_factory.mktemp("bin"))
-    with warm_fedqsn(tmp_path_factory.mktemp("warm")) as folder:
-        yield environment | {"PATH": f"{folder}{os.pathsep}{path}"}
-
-
 @pytest.mark.parametrize(
     "name", [name if name in ("rte", "viggo") else pytest.param(name, marks=pytest.mark.soak) for name in NAMES]
 )
 def test_the_script_plays_a_job_from_files_to_measures(
-    name: str, prepare: Any, source: Path, shell: dict[str, str], tmp_path: Path
+    name: str, prepare: Any, source: Path, scripts: Scripts, shell: dict[str, str], tmp_path: Path
 ) -> None:
     model = "roberta" if prepare.DATA_SETS[name].labels else "gpt2"
     settings = {"SOURCE": str(source), "MODEL": str(source / model), "WORK": str(tmp_path), "ROUNDS": "1"}
     settings |= {"CLIENTS": "ann", "MAX_LENGTH": "60"}
-    done = subprocess.run(
-        [str(PAPER / "run.sh"), name], env=shell | settings, capture_output=True, text=True, timeout=800
-    )
-    assert done.returncode == 0, done.stderr
-    assert ("MCC" if model == "roberta" else "BLEU") in done.stdout
+    environment = shell | settings
+    environment.pop(VARIABLE)  # as strict as for everybody else
+    done = scripts.run([str(PAPER / "run.sh"), name], tmp_path, environment)
+    assert done.code == 0, done.err
+    assert ("MCC" if model == "roberta" else "BLEU") in done.out
     assert (tmp_path / name / "final" / "fedqsn.json").is_file()
     assert len((tmp_path / name / "ledger.jsonl").read_text().splitlines()) == 1

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +21,7 @@ from hypothesis import given
 from fedqsn_cli import export_proxy, mask, merge, quantize
 from fedqsn_cli.artifacts import ledger
 from fedqsn_cli.artifacts.manifests import file_digest
+from fedqsn_cli.checkpoint import stream
 from fedqsn_cli.errors import FedqsnError, InputError, KeyFileError, OutputExists
 from fedqsn_cli.masks import job_key
 from support.helpers import (
@@ -201,6 +206,39 @@ def test_several_clients_each_get_a_directory(option: str, job: JobFolder) -> No
         assert (job.root / option.replace("{client}", name) / "proxy.json").is_file()
 
 
+@contextmanager
+def at_most_open(more: int) -> Iterator[None]:
+    """No more files can be opened than `more`, and the limit cannot be raised."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = len(os.listdir("/proc/self/fd")) + more
+    stuck = SimpleNamespace(
+        RLIMIT_NOFILE=resource.RLIMIT_NOFILE,
+        RLIM_INFINITY=resource.RLIM_INFINITY,
+        getrlimit=lambda what: (limit, limit),
+        setrlimit=lambda what, limits: None,
+    )
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stream, "resource", stuck)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files")
+def test_under_a_low_limit_of_open_files_fewer_proxies_are_written_at_a_time(job: JobFolder) -> None:
+    clients = tuple(f"c{number}" for number in range(40))
+    whole = contents(job.export(job.model, "whole", clients=clients))
+    with at_most_open(64):
+        assert contents(job.export(job.model, "in-turns", clients=clients)) == whole
+    refused = pytest.raises(
+        InputError, match=r"40 proxies need 5\d open files, .* may open (49|50) more; raise the limit"
+    )
+    with at_most_open(50), nothing_written(job.root), refused:
+        job.export(job.model, "none", clients=clients, round=2)
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"client": ["../x"]}, "client id"),
     ({"client": [""]}, "client id"),
@@ -362,13 +400,13 @@ def test_i11_a_key_or_ledger_inside_of_an_output_is_refused(job: JobFolder) -> N
         {"key": job.root / "link/job.key"},
         {"ledger": proxies / "ann/deep/er.jsonl"},
     ):
-        with nothing_written(job.root), pytest.raises(InputError, match="inside of the output"):
+        with nothing_written(job.root), pytest.raises(InputError, match="is inside of "):
             job.export(job.model, "proxies", clients=("ann",), force=True, **options)
-    with nothing_written(job.root), pytest.raises(InputError, match="inside of the output"):
+    with nothing_written(job.root), pytest.raises(InputError, match="is inside of "):
         mask(str(job.model), proxies / "ann", key=proxies / "ann/job.key", force=True)
     for options in ({"key": proxies / "ann/job.key"}, {"ledger": proxies / "ann/ledger.jsonl"}):
         usual = {"key": job.key, "ledger": job.root / "ledger.jsonl"}
-        with nothing_written(job.root), pytest.raises(InputError, match="inside of the output"):
+        with nothing_written(job.root), pytest.raises(InputError, match="is inside of "):
             merge(str(job.model), [job.root / "u"], proxies / "ann", force=True, **usual | options)
 
 

@@ -11,22 +11,32 @@ from pathlib import Path
 
 import pytest
 
-from golden.corpus import RECORDED, SECTIONS, Made, as_lines, differences, texts
+from golden.corpus import MEASURING, RECORDED, SECTIONS, Made, as_lines, differences, texts
 from golden.inputs import SHAPES
 from golden.outputs import FORMATS, grid
 from golden.running import steady
 
 TESTS = Path(__file__).parents[1]
 LARGEST = 200_000  # bytes of a recorded file
-SLOW = "training"  # imports torch; and its numbers are torch's, alike on all machines but where they are rounded
+QUICK = ("help", "errors", "transcripts", "merges", "outputs")
 
 
-@pytest.mark.parametrize("section", [pytest.param(one, marks=[pytest.mark.soak] * (one == SLOW)) for one in SECTIONS])
-def test_everything_is_as_it_was_recorded(section: str) -> None:
-    command = [sys.executable, "-m", "golden.corpus", "--only", section, "--processes", "1"]
+def compare(*options: str) -> None:
+    command = [sys.executable, "-m", "golden.corpus", "--processes", "1", *options]
     paths = os.pathsep.join(map(str, (TESTS.parent / "src", TESTS)))
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}{done.stderr}\nIs that meant? make golden ARGS=--write records it"
+
+
+@pytest.mark.parametrize("section", QUICK)
+def test_what_measures_nothing_is_as_it_was_recorded(section: str) -> None:
+    compare("--quick", "--only", section)
+
+
+@pytest.mark.soak  # kernels are compiled anew, for any processor
+@pytest.mark.parametrize("section", MEASURING)
+def test_everything_is_as_it_was_recorded(section: str) -> None:
+    compare("--only", section)
 
 
 def test_every_recorded_file_is_of_a_section_small_and_without_a_place_on_this_machine() -> None:

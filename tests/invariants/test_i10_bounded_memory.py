@@ -54,16 +54,16 @@ def job(folder: Path) -> list[str | Path]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two models, of 20 MB and of 200 MB."""
+    """Two models, of 20 MB and of 100 MB."""
     folder = tmp_path_factory.mktemp("models")
     small = make_model(folder / "small", "llama", dtype="BF16", hidden=1024, inner=2048, vocabulary=1024)
-    large = make_model(folder / "large", "llama", dtype="BF16", hidden=2048, inner=8192, vocabulary=12288)
+    large = make_model(folder / "large", "llama", dtype="BF16", hidden=1536, inner=5632, vocabulary=6144)
     return {"small": small, "large": large}
 
 
 @linux
 @pytest.mark.parametrize("command", ["mask", "quantize", "export-proxy", "merge"])
-def test_a_model_ten_times_as_large_takes_no_more_memory_and_nothing_imports_torch(
+def test_a_model_five_times_as_large_takes_no_more_memory_and_nothing_imports_torch(
     command: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
     peaks = {}
@@ -102,7 +102,7 @@ def test_a_public_base_of_another_dtype_and_vocabulary_goes_by_in_chunks(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
     peaks = {}
-    for size, (hidden, inner, vocabulary) in {"small": (1024, 2048, 1000), "large": (2048, 8192, 12000)}.items():
+    for size, (hidden, inner, vocabulary) in {"small": (1024, 2048, 1000), "large": (1536, 5632, 6000)}.items():
         sizes = {"hidden": hidden, "inner": inner, "vocabulary": vocabulary}
         base = make_model(tmp_path / size / "base", "llama", dtype="F32", seed=1, **sizes)
         options = ["--p1", "0.5", "--fill", "base", "--public-base", base, "--key", tmp_path / size / "job.key"]
@@ -114,7 +114,7 @@ def test_a_public_base_of_another_dtype_and_vocabulary_goes_by_in_chunks(
 
 
 @linux
-@pytest.mark.parametrize("command", ["quantize", "export-proxy", "merge"])
+@pytest.mark.parametrize("command", [pytest.param("quantize", marks=pytest.mark.soak), "export-proxy", "merge"])
 def test_many_cores_take_little_more_memory_than_one(command: str, models: dict[str, Path], tmp_path: Path) -> None:
     """However many there are, few chunks are worked on at once."""
     model = models["large"]
@@ -137,9 +137,9 @@ def test_many_cores_take_little_more_memory_than_one(command: str, models: dict[
 
 
 @linux
-def test_a_hundred_clients_take_little_more_memory_than_one(models: dict[str, Path], tmp_path: Path) -> None:
+def test_many_clients_take_little_more_memory_than_one(models: dict[str, Path], tmp_path: Path) -> None:
     peaks = {}
-    for count in (1, 100):
+    for count in (1, 40):
         folder = tmp_path / str(count)
         folder.mkdir()
         clients = [word for number in range(count) for word in ("--client", f"c{number}")]
@@ -147,12 +147,12 @@ def test_a_hundred_clients_take_little_more_memory_than_one(models: dict[str, Pa
         told = run("export-proxy", models["small"], "--out", folder / "{client}", *clients, *options)
         peaks[count] = float(told["peak"])
 
-    assert peaks[100] <= peaks[1] + 2 * SLACK
+    assert peaks[40] <= peaks[1] + 2 * SLACK
 
 
-def test_three_hundred_updates_are_merged_with_few_open_files(tmp_path: Path) -> None:
+def test_many_updates_are_merged_with_few_open_files(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", "llama", dtype="F32")
-    clients = [f"c{number:03d}" for number in range(300)]
+    clients = [f"c{number:03d}" for number in range(120)]
     export_proxy(
         str(model),
         str(tmp_path / "proxy-{client}"),
@@ -173,7 +173,7 @@ def test_three_hundred_updates_are_merged_with_few_open_files(tmp_path: Path) ->
 
 def test_more_clients_than_one_pass_takes_get_the_same_proxies(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", "llama", dtype="BF16")
-    clients = [word for number in range(150) for word in ("--client", f"c{number}")]
+    clients = [word for number in range(130) for word in ("--client", f"c{number}")]
     ratios = ["--round", "1", "--p1", "0.1", "--p2", "0.1"]
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 
@@ -189,7 +189,7 @@ def test_more_clients_than_one_pass_takes_get_the_same_proxies(tmp_path: Path) -
         hard=str(hard),
         threads=64,
     )
-    run("export-proxy", model, "--out", tmp_path / "alone", "--client", "c149", *ratios, *job(tmp_path))
+    run("export-proxy", model, "--out", tmp_path / "alone", "--client", "c129", *ratios, *job(tmp_path))
 
-    assert contents(tmp_path / "c149") == contents(tmp_path / "alone")
+    assert contents(tmp_path / "c129") == contents(tmp_path / "alone")
     assert contents(tmp_path / "c0").keys() == contents(tmp_path / "c127").keys()

@@ -239,7 +239,7 @@ def test_what_was_trained_in_full_is_in_the_kept_adapter_as_it_is_after_the_merg
     ("options", "message"),
     [
         ({"keep_adapter": "adapter"}, "the update of client 'bob' is not one of adapters"),
-        ({"keep_adapter": "next/adapter"}, "is inside of the output"),
+        ({"keep_adapter": "next/adapter"}, "is inside of"),
         ({"adapter_rank": 3}, "no adapter is written"),
         ({"keep_adapter": "adapter", "control": "u-bob"}, "a control is no part of an adapter"),
         ({"keep_adapter": "adapter", "rule": "median", "byzantine": 1}, "only a weighted average is an adapter"),

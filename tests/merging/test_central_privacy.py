@@ -127,7 +127,7 @@ def test_a_merge_that_is_made_again_has_the_same_noise_and_counts_once(job: JobF
 
 def test_epsilon_is_what_the_ledger_says(job: JobFolder) -> None:
     results = [run(job, f"n{i}", noise_multiplier=z) for i, z in enumerate((1.0, 2.0, 0.7))]
-    recorded = [line for line in lines(job) if line["format"] == "fedqsn-private-merge/1"]
+    recorded = [line for line in lines(job) if line["format"] == "fedqsn-private-merge/2"]
     assert [line["noise_multiplier"] for line in recorded] == [1.0, 2.0, 0.7]
     for count, result in enumerate(results, start=1):
         by_hand = gaussian_epsilon([line["noise_multiplier"] for line in recorded[:count]], 1e-3)

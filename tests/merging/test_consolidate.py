@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from fedqsn_cli import client_train, consolidate, evaluate, export_proxy, inspect, mask, merge
-from fedqsn_cli.errors import DataError, InputError, OutputExists
+from fedqsn_cli.errors import DataError, GateFailed, InputError, OutputExists
+from fedqsn_cli.merging.weight_search import WEIGHTS, WeightTrial, rank
 from fedqsn_cli.options import RecipeOptions
 from fedqsn_cli.progress import SILENT, Silent
 from fedqsn_cli.training.batching import IGNORED, Examples, Padding, collate
+from fedqsn_cli.training.scoring import Evaluation
 from fedqsn_cli.training.teachers import Distillation, Lesson, Said, kept_tokens, listen
 from support.families import build
 from support.helpers import contents, nothing_written
@@ -167,8 +169,115 @@ def test_wrong_files_are_refused(classifier: Job, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(InputError, match="not a server model"):
         consolidate(classifier.home / "global", classifier.home / "global", tmp_path / "out", **classifier.options())
-    with pytest.raises(InputError, match="inside of the output"):
+    with pytest.raises(InputError, match="--key: is inside of"):
         classifier.consolidate(classifier.home, **both)
+
+
+# ----------------------------------------------------------------------------------------------- the weight by auto
+
+
+AUTO: dict[str, Any] = {"transfer_weight": "auto", "steps": 3}
+
+
+@pytest.fixture(scope="module")
+def both_skills(language: Job, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Development data: the first and the last texts of the data."""
+    lines = language.data.read_text().splitlines(keepends=True)
+    folder = tmp_path_factory.mktemp("dev")
+    (folder / "own.jsonl").write_text("".join(lines[:4]))
+    (folder / "clients.jsonl").write_text("".join(lines[-4:]))
+    return {"own_eval_data": folder / "own.jsonl", "eval_data": folder / "clients.jsonl"}
+
+
+def test_auto_writes_what_the_weight_that_it_takes_gives(
+    language: Job, both_skills: dict[str, Path], tmp_path: Path
+) -> None:
+    data = {"own_data": language.data, **both_skills}
+    found = language.consolidate(tmp_path / "out", **data, **AUTO, own_tolerance=1.0, report=tmp_path / "page.html")
+    search = found.search
+    assert [trial.weight for trial in search.trials] == list(WEIGHTS)
+    assert search.chosen == found.transfer_weight == min(search.trials, key=lambda trial: trial.clients.loss).weight
+    del data["own_eval_data"]
+    known = language.consolidate(tmp_path / "known", **data, transfer_weight=search.chosen, steps=3)
+    assert contents(tmp_path / "out") == contents(tmp_path / "known")
+    assert (known.after, known.before, known.last_loss) == (found.after, found.before, found.last_loss)
+    page = (tmp_path / "page.html").read_text()
+    assert "fedqsn consolidate" in page and f"{search.chosen:g} was taken" in page and "<script" not in page
+
+
+def test_auto_asks_each_teacher_once(
+    language: Job, both_skills: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def counted(model: Any, examples: Examples, *rest: Any) -> list[Said]:
+        asked.append(len(examples))
+        return listen(model, examples, *rest)
+
+    monkeypatch.setattr("fedqsn_cli.merging.consolidate.listen", counted)
+    language.consolidate(tmp_path / "out", own_data=language.data, **both_skills, **AUTO, own_tolerance=1.0)
+    assert asked == [12, 24]
+
+
+def test_auto_writes_nothing_where_every_weight_loses_the_owners_skill(
+    language: Job, both_skills: dict[str, Path], tmp_path: Path
+) -> None:
+    with nothing_written(tmp_path), pytest.raises(GateFailed, match="loses more than 0 on the owner's skill"):
+        data = {"transfer_data": language.data, "own_data": language.data, **both_skills}
+        language.consolidate(tmp_path / "out", **data, **AUTO | {"lr": 0.5}, own_tolerance=0)
+
+
+def test_of_weights_that_keep_the_skill_the_one_that_learnt_most_is_first() -> None:
+    def trial(weight: float, own: float, clients: float) -> WeightTrial:
+        return WeightTrial(weight, *(Evaluation("causal-lm", 1, loss) for loss in (own, clients)))
+
+    keeps, learns, loses, loses_more = trial(0.5, 1.0, 2.0), trial(1, 1.1, 1.5), trial(2, 1.2, 0.1), trial(4, 1.3, 0)
+    ordered = sorted([loses_more, keeps, loses, learns], key=lambda one: rank(one, 1.1))
+    assert ordered == [learns, keeps, loses, loses_more]
+
+
+def test_auto_goes_on_where_it_was(language: Job, both_skills: dict[str, Path], tmp_path: Path) -> None:
+    class Ended(Silent):
+        steps = 0
+
+        def advance(self, amount: float = 1, **facts: float) -> None:
+            if "lr" in facts:
+                self.steps += 1
+                if self.steps == 8:  # in the third training
+                    raise KeyboardInterrupt
+
+    same = {"own_data": language.data, **both_skills, **AUTO, "own_tolerance": 1.0}
+    language.consolidate(tmp_path / "whole", **same)
+    with pytest.raises(KeyboardInterrupt):
+        language.consolidate(tmp_path / "out", **same, save_every="1", progress=Ended())
+    again = Ended()
+    again.steps = -100
+    language.consolidate(tmp_path / "out", **same, save_every="1", progress=again)
+    assert again.steps == -100 + 8  # one of the third training, and two trainings
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"own_eval_data": None}, "--own-eval-data"),
+        ({"eval_data": None}, "--eval-data"),
+        ({"transfer_weight": 1.0}, "nothing to search for"),
+        ({"transfer_weight": "some"}, "neither a number nor auto"),
+        ({"transfer_weight": 1.0, "own_eval_data": None, "own_tolerance": 0.1}, "--own-tolerance"),
+        ({"transfer_weight": 1.0, "own_eval_data": None, "report": "page.html"}, "--report"),
+        ({"own_tolerance": -1.0}, "--own-tolerance"),
+    ],
+)
+def test_options_of_auto_go_with_auto(
+    language: Job, both_skills: dict[str, Path], tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with nothing_written(tmp_path), pytest.raises(InputError, match=message):
+        language.consolidate(tmp_path / "out", own_data=language.data, **both_skills | AUTO | options)
+
+
+# ------------------------------------------------------------------------------------------------- the command line
 
 
 def test_as_a_command(language: Job, tmp_path: Path) -> None:

@@ -77,7 +77,10 @@ def make_job(root: Path, family: str, dtype: str) -> Job:
     return job
 
 
-@pytest.fixture(scope="module", params=["bert-float32", "llama-bfloat16", "gpt2-float16", "mixtral-float32"])
+IN_SOAK = [pytest.param(name, marks=pytest.mark.soak) for name in ("gpt2-float16", "mixtral-float32")]
+
+
+@pytest.fixture(scope="module", params=["bert-float32", "llama-bfloat16", *IN_SOAK])
 def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Job:
     family, dtype = request.param.split("-")
     return make_job(tmp_path_factory.mktemp(family), family, dtype)

@@ -68,7 +68,7 @@ def test_tensors_that_were_exchanged_are_refused(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with nothing_written(tmp_path), pytest.raises(RefusedUpdate, match="sha256 is not the one in update.json"):
+    with nothing_written(tmp_path), pytest.raises(RefusedUpdate, match="digest is not the one in update.json"):
         merged(tmp_path)
 
 

@@ -194,16 +194,13 @@ def test_code_that_comes_with_a_model_is_never_run_and_kernels_are_never_fetched
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_tokenizer_that_needs_code_is_refused(tmp_path: Path) -> None:
+def test_no_code_of_a_tokenizer_is_run(tmp_path: Path) -> None:
     folder = small_model(tmp_path / "model")
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
     path = folder / "tokenizer_config.json"
     document = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
     path.write_text(json.dumps(json.loads(path.read_text()) | document))
-    try:
-        load(folder)
-    except InputError as error:
-        assert "the tokenizer cannot be loaded" in str(error)
+    assert load(folder).tokenizer is not None  # transformers has a class of its own for such files
     assert not (tmp_path / "ran").exists()
 
 

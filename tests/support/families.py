@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,28 @@ FAMILIES: dict[str, Family] = {
 }
 
 EVERY_HEAD = [(name, head) for name, family in FAMILIES.items() for head in family.heads]
+
+REPRESENTATIVE = {  # every way in which a family stores or ties its weights; the others are variations
+    "BertForSequenceClassification",  # an encoder with a pooler
+    "BertForMaskedLM",  # tied, with a bias of its own
+    "GPT2LMHeadModel",  # transposed weights, fused attention, tied
+    "LlamaForCausalLM",  # grouped attention, nothing tied
+    "LlamaForSequenceClassification",  # a decoder that classifies
+    "Phi3ForCausalLM",  # fused gate and up projections
+    "MixtralForCausalLM",  # experts that a file holds one by one and transformers stacks
+    "GptOssForCausalLM",  # experts in one tensor, with biases
+    "T5ForConditionalGeneration",  # two towers that share their embedding
+    "T5ForSequenceClassification",
+}
+
+
+def rest_in_soak(heads: Iterable[tuple[str, str]] = EVERY_HEAD) -> list[Any]:
+    """Cases (name, head) of a test: the representative ones for `make test`, all others for `make soak`."""
+    import pytest
+
+    return [
+        pytest.param(name, head, marks=[] if head in REPRESENTATIVE else [pytest.mark.soak]) for name, head in heads
+    ]
 
 
 def make_config(name: str, head: str | None = None, **options: Any) -> Any:

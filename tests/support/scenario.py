@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from fedqsn_cli import export_proxy, mask, quantize
 from support.helpers import SHAPES, hidden_elements, make_config, make_model, make_tensors, write_model
 
+FAST_PROFILE = "tests"  # of hypothesis, in tests/conftest.py
 ENOUGH = 2 << 30  # bytes; containers often have 64 MiB there
 MEMORY = (  # where fsync costs nothing
     "/dev/shm" if os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > ENOUGH else None
@@ -27,8 +28,9 @@ RATIOS = (0.0, 0.1, 0.5, 0.9)
 
 
 def few(count: int) -> settings:
-    """Settings for tests that write files: no deadline, the same examples in every run."""
-    return settings(max_examples=count, deadline=None, derandomize=True, print_blob=False)
+    """Settings for tests that write files: so many examples in `make soak`, and a third of them in `make test`."""
+    fast = settings.get_current_profile_name() == FAST_PROFILE
+    return settings(max_examples=max(4, count // 3) if fast else count, print_blob=False)
 
 
 @dataclass(frozen=True)

@@ -1,67 +1,85 @@
-"""Real `fedqsn` processes that start in milliseconds: forked from one that has imported torch, transformers and numba.
+"""Processes of `fedqsn` that start in milliseconds: forked from one that has imported all that training needs.
 
-    with warm_fedqsn(folder) as path:                       # a PATH on which `fedqsn` is the fast one
-        subprocess.run(["bash", "-c", "fedqsn inspect model"], env=environment(PATH=path))
-
-The program on the PATH passes its arguments, environment, working directory and standard streams to the server, which
-forks. Everything else is as in a process of its own; only signals do not reach it, so tests of signals do not use it.
+with WarmServer(folder) as server:
+    child = server.start("client-train", "proxy", ..., err=file)
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
 """
 
 from __future__ import annotations
 
-import array
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Self
 
-STREAMS = 3  # stdin, stdout, stderr
+from support.forwarded import Request
+from support.processes import environment
 
-CLIENT = """#!{python} -IS
-import array, json, os, socket, sys
-with socket.socket(socket.AF_UNIX) as server:
-    server.connect({address!r})
-    request = json.dumps([sys.argv[1:], dict(os.environ), os.getcwd()]).encode("utf-8", "surrogateescape")
-    streams = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))
-    server.sendmsg([len(request).to_bytes(8, "big")], [streams])
-    server.sendall(request)
-    answer = server.recv(1)
-sys.exit(answer[0] if answer else 70)
-"""
+_PID_BYTES = 8
 
 
-@contextmanager
-def warm_fedqsn(folder: Path) -> Iterator[str]:
-    """A folder for the front of PATH with a `fedqsn` that a warm server runs; the server ends with the block."""
-    folder.mkdir(parents=True, exist_ok=True)
-    address = str(folder / "socket")
-    program = folder / "fedqsn"
-    program.write_text(CLIENT.format(python=sys.executable, address=address))
-    program.chmod(0o755)
-    sources = Path(__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(sources.parent / "src"), str(sources)])}
-    command = [sys.executable, "-m", "support.warm_processes", address]
-    server = subprocess.Popen(command, env=environment | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE)
-    try:
-        assert server.stdout is not None
-        assert server.stdout.readline() == b"ready\n"
-        yield str(folder)
-    finally:
-        server.kill()
-        server.wait()
+@dataclass(frozen=True)
+class WarmProcess:
+    """A process at work."""
+
+    pid: int
+    connection: socket.socket
+
+    def wait(self) -> int:
+        """The exit code once it has ended; -SIGKILL if a signal ended it."""
+        with self.connection:
+            code = self.connection.recv(1)
+        return code[0] if code else -signal.SIGKILL
+
+
+class WarmServer:
+    """A process that forks others; it ends with its block."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._address = str(folder / "socket")
+        sources = Path(__file__).parents[1]
+        path = os.pathsep.join([str(sources.parent / "src"), str(sources)])
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "support.warm_processes", self._address],
+            env=environment(PYTHONPATH=path, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"),
+            stdout=subprocess.PIPE,
+        )
+        assert self._server.stdout is not None
+        assert self._server.stdout.readline() == b"ready\n"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.kill()
+        self._server.communicate()
+
+    def start(self, *words: str | Path, err: IO[str], folder: Path | None = None, **environ: str) -> WarmProcess:
+        """Start a command; what it prints goes into `err`."""
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(self._address)
+        with open(os.devnull, "rb") as nothing:
+            streams = [nothing.fileno(), err.fileno(), err.fileno()]
+            surroundings = environment(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", **environ)
+            Request([*map(str, words)], surroundings, str(folder or Path.cwd()), streams).send(connection)
+            pid = int.from_bytes(connection.recv(_PID_BYTES), "big")
+        return WarmProcess(pid, connection)
 
 
 def serve(address: str) -> None:
     """Import what takes long, then fork a process for each connection."""
     import numba  # noqa: F401
-    import pydantic  # noqa: F401
+    import sklearn.metrics  # noqa: F401
     import torch  # noqa: F401
-    import transformers
+    import transformers.models.bert.modeling_bert
+
+    import fedqsn_cli.training.client  # noqa: F401
 
     transformers.AutoConfig, transformers.AutoTokenizer  # noqa: B018  (loaded lazily)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ended children vanish by themselves
@@ -78,27 +96,15 @@ def serve(address: str) -> None:
 
 
 def _become_fedqsn(connection: socket.socket) -> None:
-    """Run one command with the streams of its client, and answer with the exit code."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    size = STREAMS * array.array("i").itemsize
-    head, ancillary, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(size))
-    streams = array.array("i")
-    streams.frombytes(ancillary[0][2][:size])
-    for target, stream in enumerate(streams):
-        os.dup2(stream, target)
-        os.close(stream)
-    length = int.from_bytes(head, "big")
-    request = b""
-    while len(request) < length:
-        request += connection.recv(length - len(request))
-    arguments, environment, folder = json.loads(request.decode("utf-8", "surrogateescape"))
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(environment)
+    """Tell one's process id, run one command, and answer with the exit code."""
     from fedqsn_cli.cli.app import main
 
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    request = Request.received(connection)
+    connection.sendall(os.getpid().to_bytes(_PID_BYTES, "big"))
+    request.adopt()
     try:
-        code = main(arguments)
+        code = main(list(request.arguments))
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 1
     connection.sendall(bytes([code]))

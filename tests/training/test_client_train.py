@@ -23,7 +23,7 @@ from fedqsn_cli.progress import Silent
 from fedqsn_cli.training.data import Encoder
 from fedqsn_cli.training.scoring import score
 from fedqsn_cli.training.tables import read_table
-from support.families import EVERY_HEAD
+from support.families import EVERY_HEAD, rest_in_soak
 from support.helpers import HOST, USER, set_host_names
 from support.training_jobs import (
     data_for,
@@ -66,7 +66,7 @@ def loss_of(proxy: Path, tensors: dict[str, torch.Tensor], data: Path) -> float:
     return score(model, examples, batch_size=8, padding=encoder.padding, progress=Silent()).loss
 
 
-@pytest.mark.parametrize(("name", "head"), TRAINABLE)
+@pytest.mark.parametrize(("name", "head"), rest_in_soak(TRAINABLE))
 def test_the_proxy_plus_the_update_is_the_model_that_was_trained(tmp_path: Path, name: str, head: str) -> None:
     proxy = make_proxy(small_model(tmp_path / "model", name, head=head), tmp_path / "proxy")
     data = data_for(head, tmp_path)

@@ -67,7 +67,7 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: str) ->
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="nowhere/log: cannot be written"):
+    with pytest.raises(InputError, match="nowhere: there is no such folder"):
         write(tmp_path / "nowhere" / "log", 0, range(1, 3))
 
 

@@ -177,7 +177,14 @@ def test_an_estimate_counts_the_bytes_of_the_factors(tmp_path: Path, llama: tupl
     assert not (tmp_path / "no").exists()
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([case.family, *map(str, dict(case.proxy).values())]))
+IN_SOAK = {1, 2, 5, 7}  # one of each format, layout, axis and head is left
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.soak] * (number in IN_SOAK)) for number, case in enumerate(CASES)],
+    ids=lambda case: "-".join([case.family, *map(str, dict(case.proxy).values())]),
+)
 def test_the_loss_falls_and_peft_computes_the_same_and_hidden_units_stay(tmp_path: Path, case: Case) -> None:
     proxy, data = world(tmp_path, case)
     result = train(tmp_path, case, proxy, data, eval_data=data)
@@ -312,7 +319,15 @@ def test_gradient_checkpointing_and_rank_stabilised_scaling_and_16_bit_factors(
     assert {t.dtype for t in load_file(tmp_path / "update" / "adapter_model.safetensors").values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("name", ["multi-label", "words", "masked", "sources"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "words",
+        "sources",
+        pytest.param("multi-label", marks=pytest.mark.soak),
+        pytest.param("masked", marks=pytest.mark.soak),
+    ],
+)
 def test_every_task_is_learnt_with_adapters_and_merged(tmp_path: Path, name: str) -> None:
     job = make_job(tmp_path, replace(TASKS[name], export={"format": "nf4"}))
     data, options = job / "data.jsonl", {"epochs": 10, "lr": 2e-2, "batch_size": 16, "precision": "fp32"}

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedqsn_cli import client_train, evaluate, merge
-from support.families import EVERY_HEAD
+from support.families import EVERY_HEAD, rest_in_soak
 from support.training_jobs import data_for, labelled, make_proxy, plain_texts, small_model, write_lines
 
 # Qwen2's own tokenizer class splits words of the tests' word list into nothing; qwen3 stands for it.
@@ -41,7 +41,7 @@ def losses(model: Path, data: Path) -> list[float]:
     return [evaluate(model, data=data, batch_size=size, device="cpu").loss for size in (1, 3, 32)]
 
 
-@pytest.mark.parametrize(("name", "head"), HEADS)
+@pytest.mark.parametrize(("name", "head"), rest_in_soak(HEADS))
 def test_the_size_of_batches_changes_no_loss(tmp_path: Path, name: str, head: str) -> None:
     model = small_model(tmp_path / "model", name, head=head)
     edit(model / "tokenizer_config.json", mask_token="w96")
@@ -50,7 +50,7 @@ def test_the_size_of_batches_changes_no_loss(tmp_path: Path, name: str, head: st
 
 
 @pytest.mark.parametrize("pad", [-1, 7, 1])
-@pytest.mark.parametrize(("name", "head"), DECODERS)
+@pytest.mark.parametrize(("name", "head"), rest_in_soak(DECODERS))
 def test_another_padding_id_in_the_config_changes_nothing(tmp_path: Path, name: str, head: str, pad: int) -> None:
     model, data = small_model(tmp_path / "model", name, head=head), labelled(tmp_path / "data.jsonl")
     expected = losses(model, data)[0]
@@ -58,7 +58,9 @@ def test_another_padding_id_in_the_config_changes_nothing(tmp_path: Path, name: 
     assert losses(model, data) == pytest.approx([expected] * 3, rel=2e-5)
 
 
-@pytest.mark.parametrize(("name", "head"), [*DECODERS, ("llama", "LlamaForCausalLM"), ("gpt2", "GPT2LMHeadModel")])
+@pytest.mark.parametrize(
+    ("name", "head"), rest_in_soak([*DECODERS, ("llama", "LlamaForCausalLM"), ("gpt2", "GPT2LMHeadModel")])
+)
 def test_a_tokenizer_without_padding_and_end_is_enough(tmp_path: Path, name: str, head: str) -> None:
     model, data = small_model(tmp_path / "model", name, head=head), data_for(head, tmp_path)
     expected = losses(model, data)[0]

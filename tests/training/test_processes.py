@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,54 +18,62 @@ from fedqsn_cli import client_train
 from fedqsn_cli.training.processes import ALONE, Processes, launched, own_device
 from support.processes import environment
 from support.training_jobs import labelled, make_proxy, small_model
+from support.warm_processes import WarmServer
 
 EXACT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-def test_two_processes_take_the_steps_of_one_with_twice_the_batch(tmp_path: Path) -> None:
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    """A folder with a proxy, data.jsonl, and the update and the log of one process with batches of 8."""
     proxy = make_proxy(small_model(tmp_path / "model", **EXACT), tmp_path / "proxy")
     data = labelled(tmp_path / "data.jsonl", rows=25)  # the last batch has one row: none for the second process
-    usual = f"--data {data} --eval-data {data} --device cpu --precision fp32 --epochs 2 --lr 1e-3".split()
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        "0",
-        "-m",
-        "fedqsn_cli",
-    ]
-    two = ["client-train", str(proxy), "--out", "two", "--batch-size", "4", "--log", "two.jsonl", "--save-every", "3"]
+    given: dict[str, Any] = {"device": "cpu", "precision": "fp32", "epochs": 2, "lr": 1e-3, "batch_size": 8}
+    one = client_train(proxy, tmp_path / "one", data=data, eval_data=data, log=tmp_path / "one.jsonl", **given)
+    assert one.steps == 8
+    return tmp_path
+
+
+WORDS = shlex.split(
+    "client-train proxy --out two --data data.jsonl --eval-data data.jsonl --device cpu --precision fp32 --epochs 2 "
+    "--lr 1e-3 --batch-size 4 --log two.jsonl --save-every 3"
+)
+
+
+def check(job: Path, printed: str) -> None:
+    """Two processes have done what one did, and one of them has said so."""
+    assert printed.count("update  ") == 1
+    assert printed.count("fedqsn: training") == 1
+    assert losses(job / "two.jsonl") == pytest.approx(losses(job / "one.jsonl"), abs=1e-5)
+    ours, theirs = (load_file(job / name / "update.safetensors") for name in ("two", "one"))
+    for name, values in theirs.items():
+        torch.testing.assert_close(ours[name], values, rtol=1e-2, atol=2e-5)  # AdamW's first steps are of size lr
+    assert sorted(path.name for path in job.glob(".two*")) == []
+
+
+def test_two_processes_take_the_steps_of_one_with_twice_the_batch(job: Path, warm_server: WarmServer) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with (job / "printed").open("w") as printed:
+        ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank), **common} for rank in range(2))
+        both = [warm_server.start(*WORDS, err=printed, folder=job, **rank) for rank in ranks]
+        assert [child.wait() for child in both] == [0, 0], (job / "printed").read_text()
+    check(job, (job / "printed").read_text())
+
+
+@pytest.mark.soak
+def test_accelerate_launches_them(job: Path) -> None:
+    launch = shlex.split("accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port 0 -m fedqsn_cli")
     done = subprocess.run(
-        [sys.executable, *launch, *two, *usual],
-        cwd=tmp_path,
+        [sys.executable, "-m", *launch, *WORDS],
+        cwd=job,
         env=environment(OMP_NUM_THREADS="1"),
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("update  ") == 1
-    assert done.stderr.count("fedqsn: training") == 1
-    one = client_train(
-        proxy,
-        tmp_path / "one",
-        data=data,
-        eval_data=data,
-        device="cpu",
-        precision="fp32",
-        epochs=2,
-        lr=1e-3,
-        batch_size=8,
-        log=tmp_path / "one.jsonl",
-    )
-    assert one.steps == 8
-    assert losses(tmp_path / "two.jsonl") == pytest.approx(losses(tmp_path / "one.jsonl"), abs=1e-5)
-    ours, theirs = (load_file(tmp_path / name / "update.safetensors") for name in ("two", "one"))
-    for name, values in theirs.items():
-        torch.testing.assert_close(ours[name], values, rtol=1e-2, atol=2e-5)  # AdamW's first steps are of size lr
-    assert sorted(path.name for path in tmp_path.glob(".two*")) == []
+    check(job, done.stdout + done.stderr)
 
 
 def losses(log: Path) -> list[float]:

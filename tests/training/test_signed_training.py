@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from fedqsn_cli import client_train, verify
 from fedqsn_cli.errors import InputError, SignatureError
@@ -28,13 +31,19 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_update_is_signed_and_otherwise_the_same(home: Path) -> None:
+    """But for the digest of its tensors: other programs check one that is signed, and they know SHA-256."""
     common = {"data": home / "data.jsonl", **FAST}
     client_train(home / "proxy", home / "plain", **common)
     client_train(home / "proxy", home / "update", sign=home / "alice.key", verify_key=home / "owner.pub", **common)
     assert verify(home / "update", key=home / "alice.pub").files.keys() == {"update.json", "update.safetensors"}
-    signed = contents(home / "update")
+    signed, plain = contents(home / "update"), contents(home / "plain")
     del signed["model.sig"]
-    assert signed == contents(home / "plain")
+    data = signed["update.safetensors"]
+    by_sha256, by_blake3 = (json.loads(update.pop("update.json")) for update in (signed, plain))
+    assert signed == plain
+    assert by_sha256.pop("files") == {"update.safetensors": hashlib.sha256(data).hexdigest()}
+    assert by_blake3.pop("files") == {"update.safetensors": f"blake3:{blake3(data).hexdigest()}"}
+    assert by_sha256 == by_blake3
 
 
 def test_a_proxy_of_somebody_else_is_not_trained(home: Path, tmp_path: Path) -> None:

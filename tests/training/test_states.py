@@ -6,8 +6,6 @@ import os
 import random
 import signal
 import stat
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +27,9 @@ from fedqsn_cli.training.interrupts import held_signals
 from fedqsn_cli.training.journal import StepFigures
 from fedqsn_cli.training.loop import Surroundings, TrainingSummary
 from fedqsn_cli.training.states import KEPT, StateFolder
-from support.processes import environment, run
+from support.processes import run
 from support.training_jobs import labelled, make_proxy, small_model
+from support.warm_processes import WarmServer
 
 CPU = {"device": "cpu", "precision": "fp32"}
 RECIPE = RecipeOptions(epochs=3, batch_size=4, lr=1e-2)
@@ -285,57 +284,6 @@ def test_a_state_of_another_training_is_refused(
     assert not (tmp_path / "update").exists()
 
 
-FORKED = """
-import os, sys
-import torch, transformers, numba
-from fedqsn_cli import client_train
-from fedqsn_cli.cli.app import main
-import fedqsn_cli.training.client
-print("ready", flush=True)
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        os.dup2(2, 1)
-        os._exit(main(line.split()))
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-class Forking:
-    """Starts `fedqsn` in processes that have imported everything already."""
-
-    def __init__(self) -> None:
-        self.server = subprocess.Popen(
-            [sys.executable, "-c", FORKED],
-            env=environment(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self._line() == "ready"
-
-    def _line(self) -> str:
-        assert self.server.stdout is not None
-        return self.server.stdout.readline().strip()
-
-    def start(self, words: list[str]) -> int:
-        """Start a command; returns its process id."""
-        assert self.server.stdin is not None
-        self.server.stdin.write(" ".join(words) + "\n")
-        self.server.stdin.flush()
-        return int(self._line())
-
-    def exit_code(self) -> int:
-        """Wait for its end."""
-        return int(self._line())
-
-    def end(self) -> str:
-        """End the server; returns all that was printed on stderr."""
-        return self.server.communicate(timeout=60)[1]
-
-
 def words(job: Path, out: Path, *more: str) -> list[str]:
     """The command whose training is that of `options`."""
     data = str(job / "data.jsonl")
@@ -343,36 +291,33 @@ def words(job: Path, out: Path, *more: str) -> list[str]:
     return ["client-train", str(job / "proxy"), "--out", str(out), "--device", "cpu", "--precision", "fp32", *given]
 
 
-def test_kills_at_any_instant_and_a_polite_end_change_no_byte(job: Path, tmp_path: Path) -> None:
+def test_kills_at_any_instant_and_a_polite_end_change_no_byte(
+    job: Path, tmp_path: Path, warm_server: WarmServer
+) -> None:
     rng = random.Random(5)
-    forking = Forking()
-    states = tmp_path / ".update.fedqsn-states"
-    forking.start(words(job, tmp_path / "whole"))  # in such a process too: other numbers of threads round otherwise
-    ends = [forking.exit_code()]
-    for _ in range(4):
-        child = forking.start(words(job, tmp_path / "update", "--save-every", "1"))
-        wait_for_a_state(states, child)
-        time.sleep(rng.uniform(0, 0.03))
-        os.kill(child, signal.SIGKILL)
-        ends.append(forking.exit_code())
-    assert ends == [0] + [-signal.SIGKILL] * 4
-    (tmp_path / "polite").mkdir()
-    child = forking.start(
-        words(job, tmp_path / "polite" / "update", "--save-every", "100", "--log", str(tmp_path / "log"))
-    )
-    while not (tmp_path / "log").exists() or not (tmp_path / "log").read_text():
-        time.sleep(0.001)
-    os.kill(child, signal.SIGTERM)
-    assert forking.exit_code() == 130
-    assert len(list((tmp_path / "polite" / ".update.fedqsn-states").glob("step-*"))) == 1
-    for out in (tmp_path / "update", tmp_path / "polite" / "update"):
-        if not out.exists():
-            forking.start(words(job, out, "--save-every", "100"))
-            assert forking.exit_code() == 0
-        assert update_bytes(out) == update_bytes(tmp_path / "whole")
-    told = forking.end()
-    assert "fedqsn: going on after step" in told
-    assert "fedqsn: interrupted" in told
+    states, update, polite = tmp_path / ".update.fedqsn-states", tmp_path / "update", tmp_path / "polite" / "update"
+    with (tmp_path / "told").open("w") as told:
+        for _ in range(2):
+            child = warm_server.start(*words(job, update, "--save-every", "1"), err=told)
+            wait_for_a_state(states, child.pid)
+            time.sleep(rng.uniform(0, 0.03))
+            os.kill(child.pid, signal.SIGKILL)
+            assert child.wait() == -signal.SIGKILL
+        polite.parent.mkdir()
+        log = tmp_path / "log"
+        child = warm_server.start(*words(job, polite, "--save-every", "100", "--log", str(log)), err=told)
+        while not log.exists() or not log.read_text():
+            time.sleep(0.001)
+        os.kill(child.pid, signal.SIGTERM)
+        assert child.wait() == 130
+        assert len(list((polite.parent / ".update.fedqsn-states").glob("step-*"))) == 1
+        for out in (tmp_path / "whole", update, polite):  # "whole" there too: other numbers of threads round otherwise
+            if not out.exists():
+                assert warm_server.start(*words(job, out, "--save-every", "100"), err=told).wait() == 0
+            assert update_bytes(out) == update_bytes(tmp_path / "whole")
+    text = (tmp_path / "told").read_text()
+    assert "fedqsn: going on after step" in text
+    assert "fedqsn: interrupted" in text
     assert not states.exists()
 
 

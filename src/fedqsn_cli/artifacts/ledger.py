@@ -23,6 +23,7 @@ from fedqsn_cli import strictjson, validate
 from fedqsn_cli.artifacts.ledger_head import Sealer, check_end, head_path, read_head, write_head
 from fedqsn_cli.artifacts.manifests import (
     Count,
+    Digest,
     Fill,
     PositiveNumber,
     Quantization,
@@ -44,7 +45,7 @@ ClientId = Annotated[str, Field(pattern=f"^{validate.CLIENT_ID}$")]
 class Release(Strict):
     """One released proxy."""
 
-    format: Literal["fedqsn-ledger/1"] = "fedqsn-ledger/1"
+    format: Literal["fedqsn-ledger/1", "fedqsn-ledger/2"] = "fedqsn-ledger/2"  # 1: before digests by BLAKE3
     client: ClientId
     round: Count
     schedule: Literal["fresh", "sticky"]
@@ -59,9 +60,13 @@ class Release(Strict):
     max_shard_bytes: Count | None = None  # where it is not the usual one: an audit makes the same files again
     quantization: Quantization | None
     plan: Sha256
-    model_digest: Sha256
+    model_digest: Digest
     job: Sha256
     previous: Sha256 = _NO_LINE
+
+    def same_as(self, other: Release) -> bool:
+        """Whether both are the same release, wherever in the ledger it is and whichever version wrote the line."""
+        return self == other.model_copy(update={"format": self.format, "previous": self.previous})
 
 
 class PrivateMerge(Strict):
@@ -72,11 +77,11 @@ class PrivateMerge(Strict):
         model_digest: of the model before. clients: how many updates were merged.
     """
 
-    format: Literal["fedqsn-private-merge/1"] = "fedqsn-private-merge/1"
+    format: Literal["fedqsn-private-merge/1", "fedqsn-private-merge/2"] = "fedqsn-private-merge/2"
     merge_id: Sha256
     job: Sha256
     round: Count
-    model_digest: Sha256
+    model_digest: Digest
     clients: Count
     clip_norm: PositiveNumber
     noise_multiplier: PositiveNumber
@@ -219,7 +224,7 @@ def _unknown(known: Sequence[Release], releases: Sequence[Release], path: Path) 
         old = by_id.get(release.proxy_id)
         if old is None:
             yield release
-        elif old.model_copy(update={"previous": _NO_LINE}) != release.model_copy(update={"previous": _NO_LINE}):
+        elif not old.same_as(release):
             raise InputError(
                 f"proxy {release.proxy_id[:12]} for client {release.client!r} was released before with other content",
                 where=path,
@@ -309,7 +314,7 @@ class _Lines:
 def _entry(document: object, where: str) -> Entry:
     """A line of one of the two kinds. Raises FormatError."""
     kind = document.get("format") if isinstance(document, dict) else None
-    is_merge = kind == PrivateMerge.model_fields["format"].default
+    is_merge = isinstance(kind, str) and kind.startswith("fedqsn-private-merge/")
     return PrivateMerge.from_document(document, where) if is_merge else Release.from_document(document, where)
 
 

@@ -46,6 +46,7 @@ VISIBLE_TENSORS = "visible.safetensors"
 
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Digest = Annotated[str, Field(pattern=r"^(blake3:)?[0-9a-f]{64}$")]  # see `digests`
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Fill = Literal["zero", "base"]
 TrainsFill = Literal["all"] | None  # None: clients train visible units only, and no field is written
@@ -136,7 +137,7 @@ class PublicBaseRecord(Strict):
     """The public checkpoint whose units fill the holes."""
 
     reference: str | None  # hf://owner/name@commit; None when it was a local folder, whose path stays private
-    sha256: Sha256  # content digest of the tensors used
+    sha256: Sha256  # content digest of the tensors used, by SHA-256
 
 
 class Units(Strict):
@@ -174,8 +175,8 @@ class ServerStateRecord(Strict):
     """
 
     optimizer: Literal["momentum", "adam", "yogi", "adagrad"]
-    merged_into: Sha256
-    model: Sha256
+    merged_into: Digest
+    model: Digest
 
 
 class ModelManifest(Manifest):
@@ -184,7 +185,7 @@ class ModelManifest(Manifest):
     FILE = MODEL_MANIFEST
     HINT = "make a server model with 'fedqsn mask'"
 
-    format: Literal["fedqsn-model/1"] = "fedqsn-model/1"
+    format: Literal["fedqsn-model/1", "fedqsn-model/2"] = "fedqsn-model/2"  # 1: before digests by BLAKE3
     kind: Literal["global-model", "server-model", "masked-model"]
     job: Sha256 | None
     p1: ServerRatio
@@ -194,7 +195,7 @@ class ModelManifest(Manifest):
     public_base: PublicBaseRecord | None
     plan: Sha256
     overrides: dict[str, object]  # the user's plan rules, so that later commands need no --plan-file
-    model_digest: Sha256 | None
+    model_digest: Digest | None
     quantization: Quantization | None
     groups: dict[str, GroupCount]
     tensors: dict[str, Units]
@@ -312,7 +313,7 @@ class UpdateManifest(Manifest):
     HINT = "make an update with 'fedqsn client-train'"
     LARGEST = 1 << 24  # a model of 700 billion parameters has 50,000 matrices that may have an adapter
 
-    format: Literal["fedqsn-update/1"] = "fedqsn-update/1"
+    format: Literal["fedqsn-update/1", "fedqsn-update/2"] = "fedqsn-update/2"  # 1: before digests by BLAKE3
     proxy_id: Sha256
     proxy_sha256: Sha256
     num_examples: Annotated[int, Field(ge=1, le=2**53)]
@@ -323,7 +324,7 @@ class UpdateManifest(Manifest):
     privacy: PrivacyRecord | None = None
     adapters: dict[str, AdapterRecord] | None = None
     saved: dict[str, str] | None = None
-    files: dict[FileName, Sha256]
+    files: dict[FileName, Digest]
 
 
 def unit_table(tensors: Iterable[TensorPlan]) -> dict[str, Units]:

@@ -6,19 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from fedqsn_cli.kernels.jit import F, kernel
+from fedqsn_cli.kernels.jit import F, compiled, kernel
 
 
 def loose(function: F) -> F:
     """Compile with reordered sums, which the compiler needs to add several numbers at once."""
-    import numba
-
-    options = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
-    try:
-        compiled: F = numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # numba found no directory for its cache
-        compiled = numba.njit(**options)(function)
-    return compiled
+    return compiled(function, fastmath={"reassoc", "contract", "nsz"})
 
 
 @kernel

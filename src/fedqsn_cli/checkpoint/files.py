@@ -73,6 +73,22 @@ def read_file(path: Path, most: int) -> bytes:
     return data
 
 
+def require_file_target(path: str | Path) -> None:
+    """Refuse, before any work is done, a path at which no file can be written.
+
+    A device or pipe is refused too: the file would take its place, and /dev/null would be gone from the machine.
+
+    Raises:
+        InputError: its directory is missing, or something that is not a plain file is there.
+    """
+    if not Path(path).absolute().parent.is_dir():
+        raise InputError("there is no such folder", where=Path(path).parent, hint="make it first")
+    if os.path.isdir(path):
+        raise InputError("is a directory", where=path, hint="name a file")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError("is not a plain file", where=path, hint="name another file")
+
+
 def write_file_atomically(path: Path, data: bytes, mode: int | None = None) -> None:
     """Write a file so that `path` is the old one or the new one at any instant, whatever happens.
 
@@ -87,8 +103,6 @@ def write_file_atomically(path: Path, data: bytes, mode: int | None = None) -> N
     try:
         os.replace(staging, path)
         sync_directory(path.parent)
-    except IsADirectoryError:
-        raise InputError("is a directory", where=path) from None
     finally:
         remove_tree(staging)  # gone if all went well
         os.close(descriptor)
@@ -211,6 +225,7 @@ def _create_nameless(path: Path, data: bytes) -> bool:
 
 def _stage_file(path: Path, pieces: Iterable[bytes], mode: int, exactly: bool) -> tuple[Path, int]:
     """Write and sync the staging file of `path`; returns it with the descriptor that holds its lock."""
+    require_file_target(path)
     sweep(path)
     while True:
         staging = staging_path(path)

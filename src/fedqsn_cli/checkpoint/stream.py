@@ -1,7 +1,7 @@
 """Writing files in the background: past the page cache, hashed on the way, in constant memory.
 
     write() --copy--> aligned buffer --+--> writer thread: pwrite, O_DIRECT where the file system can
-                                       +--> hasher thread: sha256, in file order
+                                       +--> hasher thread: digest, in file order
 
 At most `IN_FLIGHT_BYTES` wait for the two threads; then write() waits too. Going past the page cache matters because
 filling it costs more processor time than the copy, the hash and the disk together. Many files can share the threads
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import bisect
 import errno
-import hashlib
 import mmap
 import os
 import resource
@@ -22,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fedqsn_cli.kernels.digests import Algorithm, Hash, new_hash
 from fedqsn_cli.linux import PAGE, reserve, set_direct
 
 BUFFER_BYTES = 4 << 20
@@ -47,16 +47,16 @@ class WriterThreads:
 
     Args:
         files: how many files are written at the same time, about.
-        hashed: whether anybody wants to know the SHA-256 of the files.
+        digest: of the files; None where nobody wants to know it.
     """
 
-    def __init__(self, files: int = 1, *, hashed: bool = True) -> None:
+    def __init__(self, files: int = 1, *, digest: Algorithm | None = "sha256") -> None:
         share = 1 << max(HELD_BYTES // max(files, 1), 1).bit_length() - 1
         self.buffer_bytes = max(SMALLEST_BUFFER, min(BUFFER_BYTES, share))
-        self.hashed = hashed
+        self.digest = digest
         self._most = IN_FLIGHT_BYTES // self.buffer_bytes
         self._changed = threading.Condition()
-        self._jobs: tuple[Callable[[_Chunk], None], ...] = (_write, _hash) if hashed else (_write,)
+        self._jobs: tuple[Callable[[_Chunk], None], ...] = (_write,) if digest is None else (_write, _hash)
         self._queues: tuple[deque[_Chunk], ...] = tuple(deque() for _ in self._jobs)
         self._free: list[mmap.mmap] = []
         self._in_flight = 0
@@ -147,7 +147,8 @@ def _write(chunk: _Chunk) -> None:
 
 
 def _hash(chunk: _Chunk) -> None:
-    chunk.stream.sha256.update(memoryview(chunk.buffer)[: chunk.length])
+    assert chunk.stream.digest is not None  # the thread runs where there is one
+    chunk.stream.digest.update(memoryview(chunk.buffer)[: chunk.length])
 
 
 @dataclass(slots=True)
@@ -162,7 +163,7 @@ class FileStream:
     path: Path
     size: int
     threads: WriterThreads
-    sha256: hashlib._Hash = field(default_factory=hashlib.sha256)
+    digest: Hash | None = field(init=False)
     _descriptor: int = -1
     _cached_descriptor: int = -1  # a second descriptor, through the page cache
     _direct: bool = False
@@ -170,6 +171,9 @@ class FileStream:
     _out_of_order: list[tuple[int, int]] = field(default_factory=list)  # [start, end) beyond that, sorted
     _buffer: mmap.mmap | None = None
     _stored: int = 0
+
+    def __post_init__(self) -> None:
+        self.digest = new_hash(self.threads.digest) if self.threads.digest is not None else None
 
     def create(self) -> None:
         """Create the file and reserve its space, so that a full disk is known now; its mode follows the umask.
@@ -277,10 +281,15 @@ class FileStream:
         self._descriptor = self._cached_descriptor = -1
 
 
-def allow_open_files(count: int) -> None:
-    """Raise this process's limit of open files, as far as it may, so that it can open `count` more."""
+def allow_open_files(count: int) -> int:
+    """Raise this process's limit of open files, as far as it may, so that it can open `count` more.
+
+    Returns:
+        How many more it can open.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + OPEN_FILES
+    limit, wanted = soft, count + OPEN_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
+        limit = max(soft, wanted if hard == resource.RLIM_INFINITY else min(wanted, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    return count if limit == resource.RLIM_INFINITY else limit - len(os.listdir("/proc/self/fd"))

@@ -21,12 +21,18 @@ from fedqsn_cli.checkpoint.reader import is_plain_file_name
 from fedqsn_cli.checkpoint.stream import BUFFER_BYTES, FileStream, WriterThreads
 from fedqsn_cli.checkpoint.tensor_sink import TensorSink, split_into_shards
 from fedqsn_cli.errors import InputError, OutputExists
+from fedqsn_cli.kernels.digests import Algorithm, written
 
 FILE_MODE, FILE_TIME = 0o644, 315_532_800
 """Mode, and seconds since 1970 of the last change, of every file of a proxy: 1980-01-01, as in reproducible archives.
 They tell nothing about the owner's umask and clock, and what is the same in all proxies can carry nothing."""
 
-MANIFESTS = ("fedqsn.json", "proxy.json", "update.json")  # a directory that holds one is ours to replace
+MANIFESTS = (
+    "fedqsn.json",
+    "proxy.json",
+    "update.json",
+    "partial.json",
+)  # a directory that holds one is ours to replace
 
 
 class ArtifactWriter:
@@ -39,7 +45,7 @@ class ArtifactWriter:
         force: replace an artifact of fedqsn that stands there. Any other directory is never touched.
         pipeline: the background threads, for several writers that are filled at the same time and given up together;
             None for threads of its own.
-        hashed: whether `digests` has to tell those of tensor files too; with a given pipeline, that one decides.
+        digest: how `digests` tells those of tensor files; None if it need not. A given pipeline decides for itself.
         uniform: give every file `FILE_MODE` and `FILE_TIME`. The folder itself follows umask and clock.
 
     Raises:
@@ -53,7 +59,7 @@ class ArtifactWriter:
         *,
         force: bool,
         pipeline: WriterThreads | None = None,
-        hashed: bool = True,
+        digest: Algorithm | None = "sha256",
         uniform: bool = False,
     ) -> None:
         self.out = Path(os.path.abspath(out))
@@ -66,7 +72,7 @@ class ArtifactWriter:
         self._digests: dict[str, str] = {}
         self._sinks: list[TensorSink] = []
         self._shared = pipeline is not None
-        self._pipeline = pipeline or WriterThreads(hashed=hashed)
+        self._pipeline = pipeline or WriterThreads(digest=digest)
         self._finished = False
         try:
             self._staging, self._lock = files.make_staging_directory(self.out)
@@ -85,7 +91,7 @@ class ArtifactWriter:
 
     @property
     def digests(self) -> dict[str, str]:
-        """SHA-256, in hex, of each file that is finished; without tensor files if those are not hashed."""
+        """The recorded digest of each file that is finished: SHA-256, of tensor files as asked for."""
         return dict(self._digests)
 
     def tensors(
@@ -152,8 +158,8 @@ class ArtifactWriter:
 
     def finished(self, stream: FileStream) -> None:
         """Take down the digest of a file that is complete and synced."""
-        if self._pipeline.hashed:
-            self._digests[stream.path.name] = stream.sha256.hexdigest()
+        if self._pipeline.digest is not None and stream.digest is not None:
+            self._digests[stream.path.name] = written(self._pipeline.digest, stream.digest)
 
     def file(self, path: Path, size: int) -> FileStream:
         """A file of tensors, written in the background."""

@@ -10,6 +10,7 @@ from fedqsn_cli.cli.command import argument
 if TYPE_CHECKING:
     from fedqsn_cli.cli.views import ViewOptions
     from fedqsn_cli.merging.consolidate import ConsolidateResult
+    from fedqsn_cli.merging.weight_search import WeightSearch
     from fedqsn_cli.options import ConsolidateOptions
 
 
@@ -25,11 +26,17 @@ def consolidate(
     does, and on transfer texts as the server model does, which clients trained. A language model writes the texts that
     you do not give, as it would answer. No client takes part, and nothing is sent.
 
+    With --transfer-weight auto a student is trained with each of five weights. Of those that keep your own skill,
+    measured on --own-eval-data, the one with the lowest loss on --eval-data is written; if none keeps it, nothing is
+    written and the exit code is 1.
+
     Examples:
 
       fedqsn consolidate global/ server-9/ --out final/ --key job.key --own-data own.jsonl
       fedqsn consolidate global/ server-9/ --out final/ --key job.key --own-data own.jsonl \\
           --transfer-data texts.jsonl --public-base hf://owner/base --eval-data dev.jsonl
+      fedqsn consolidate global/ server-9/ --out final/ --key job.key --own-data own.jsonl \\
+          --transfer-weight auto --own-eval-data own-dev.jsonl --eval-data dev.jsonl
     """
     from fedqsn_cli.merging.consolidate import consolidate as run
 
@@ -46,9 +53,27 @@ def _parts(result: ConsolidateResult) -> list[console.Part]:
         ("global model", result.path),
         ("own texts", f"{text.number(result.own_texts)}{written[result.own_written]}"),
         ("transfer texts", f"{text.number(result.transfer_texts)}{written[result.transfer_written]}"),
+        ("transfer weight", f"{result.transfer_weight:g}"),
         ("steps", f"{text.number(result.steps)} in {result.seconds:.1f} s"),
         ("divergence", f"{text.real(result.first_loss)} -> {text.real(result.last_loss)}"),
     ]
     named = {"global": result.before, f"restored, blend {result.blend:g}": result.restored, "final": result.after}
     measured = [(when, one) for when, one in named.items() if one is not None]
-    return [console.Facts(facts), *([tables.evaluations(measured)] if measured else [])]
+    parts: list[console.Part] = [console.Facts(facts)]
+    parts += [tables.evaluations(measured)] if measured else []
+    return parts + ([_trials(result.search)] if result.search is not None else [])
+
+
+def _trials(search: WeightSearch) -> console.Table:
+    """What auto tried, with a mark at what it took."""
+    names = ("transfer weight", "loss on own skill", "on what clients teach")
+    rows = [
+        (
+            f"{trial.weight:g}",
+            text.real(trial.own.loss),
+            text.real(trial.clients.loss),
+            "<- taken" if trial.weight == search.chosen else "",
+        )
+        for trial in search.trials
+    ]
+    return console.Table((*names, ""), rows, numbers=frozenset(names))

@@ -20,7 +20,9 @@ def merge(
     ],
     options: MergeOptions,
     view: ViewOptions,
-    updates: Annotated[list[str] | None, argument("UPDATE...", "Updates to merge: folders.")] = None,
+    updates: Annotated[
+        list[str] | None, argument("UPDATE...", "Updates, or partial sums of updates, to merge: folders.")
+    ] = None,
 ) -> None:
     """Merge clients' updates into a model.
 
@@ -31,6 +33,9 @@ def merge(
 
     An average follows everyone, an attacker too. --rule takes a median or another rule that withstands --byzantine f of
     them, each unit over the clients that saw it.
+
+    With --partial the updates are added up only. The sum is given to another merge in place of the updates in it, and
+    however they are grouped, the model is the same to the last byte: many machines can share the work.
 
     A server model stays a server model. At the end of the job, 'fedqsn merge GLOBAL --restore SERVER' puts its trained
     neurons and the hidden ones of the global model together.
@@ -46,6 +51,8 @@ def merge(
           --server-lr auto --eval-data dev.jsonl --control own-update/
       fedqsn merge global/ updates/* --out next/ --key job.key --ledger ledger.jsonl \\
           --rule trimmed-mean --byzantine 2 --clip-norm auto
+      fedqsn merge global/ updates/a* --partial --out sum-a/ --key job.key --ledger ledger.jsonl
+      fedqsn merge global/ sum-*/ --out next/ --key job.key --ledger ledger.jsonl
       fedqsn merge global/ --restore server-9/ --out final/ --key job.key --blend 0.5
       fedqsn merge global/ --restore server-9/ --out final/ --key job.key --blend auto --eval-data dev.jsonl
       fedqsn merge global/ --restore server-9/ --out final/ --key job.key --public-base hf://owner/base

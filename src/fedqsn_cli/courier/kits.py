@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from fedqsn_cli.checkpoint.files import write_file_atomically
 from fedqsn_cli.courier.layout import Invitation
 from fedqsn_cli.errors import InputError
 
@@ -72,35 +73,41 @@ def package(signed: Path, requested: Path, invitation: Invitation, kit: Path, ki
         words = ("--request-dir", str(requested), "--fingerprint", invitation.root)
         _nvflare("package", str(signed), "-w", place, *words)
         (made,) = (Path(place) / invitation.project).glob("prod_*/*")
-        _settle(made / "local", kind, kit.absolute())
+        _settle(made / "local", kind)
         shutil.move(made, kit)
     os.chmod(kit, 0o700)
 
 
-def _settle(local: Path, kind: Kind, kit: Path) -> None:
-    """No code in jobs, no shell, no logs that leave, only our classes; state in the kit, not in /tmp."""
+def place_server(kit: Path) -> None:
+    """Let a server keep its state in its kit, not in /tmp, wherever the kit lies now."""
+    path = kit / "local" / "resources.json"
+    document = json.loads(path.read_text())
+    document["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(kit / "snapshots")
+    jobs = next(one for one in document["components"] if one["id"] == "job_manager")
+    jobs["args"] = jobs.get("args", {}) | {"uri_root": str(kit / "jobs")}
+    write_file_atomically(path, json.dumps(document, indent=2).encode())
+
+
+def _settle(local: Path, kind: Kind) -> None:
+    """No code in jobs, no shell, no logs that leave, only our classes."""
     for name in ("resources.json", "authorization.json"):
         default = local / f"{name}.default"
         if default.exists():
             document = json.loads(default.read_text())
-            settled = _resources(document, kind, kit) if name == "resources.json" else _authorization(document)
+            settled = _resources(document, kind) if name == "resources.json" else _authorization(document)
             (local / name).write_text(json.dumps(settled, indent=2))
 
 
-def _resources(document: dict[str, Any], kind: Kind, kit: Path) -> dict[str, Any]:
+def _resources(document: dict[str, Any], kind: Kind) -> dict[str, Any]:
     if kind == "admin":
         return document
     document |= {"class_list_enforcement_mode": "enforce", "class_allow_list": ALLOWED}
     if kind == "client":
         kept = [one for one in document["components"] if one["id"] != "site_log_streamer"]
         return document | {"allow_log_streaming": False, "components": kept}
-    settings = {
-        "job_scheduler": {"max_jobs": 10_000, "min_schedule_interval": 1.0, "max_schedule_interval": 15.0},
-        "job_manager": {"uri_root": str(kit / "jobs")},
-    }
-    document["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(kit / "snapshots")
-    for one in document["components"]:
-        one["args"] = one.get("args", {}) | settings.get(one["id"], {})
+    scheduler = next(one for one in document["components"] if one["id"] == "job_scheduler")
+    often = {"max_jobs": 10_000, "min_schedule_interval": 1.0, "max_schedule_interval": 15.0}
+    scheduler["args"] = scheduler.get("args", {}) | often
     return document
 
 

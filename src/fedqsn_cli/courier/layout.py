@@ -1,19 +1,24 @@
 """The folders of the courier: what lies where.
 
-The owner's, private:
+The owner's, private (in the strongroom, if there is one):
 
     invitation.json         project, server and the owner's public keys, for all sites
     ca/                     the certificate authority of the project
-    server/, admin/         FLARE's start-up kits of the server and of the owner's session
     keys/CLIENT.pub         public keys of the sites
-    carried/                sealed files on their way, ID.proxy and ID.update
+    host/                   what the server's machine needs: it serves it here, or is given a copy
     sites/CLIENT            with --local: the sites, on the same machine
+
+The host's, where the server runs; nothing in it opens a proxy or an update:
+
+    invitation.json, owner.pub
+    server/, admin/         FLARE's start-up kits of the server and of the owner's session
+    carried/                sealed updates on their way, ID.update
 
 A site's, private:
 
     invitation.json         what the owner gave; site.toml: the site's own settings; site.key, site.pub
     kit/                    FLARE's start-up kit
-    rounds/                 proxies and updates of this site
+    rounds/                 proxies and updates of this site; NAME.answered for each that was answered
     courier.log             what was asked for, and what was done
 """
 
@@ -94,19 +99,9 @@ class Owner:
         return self.home / "ca"
 
     @property
-    def server(self) -> Path:
-        """The kit of the server."""
-        return self.home / "server"
-
-    @property
-    def admin(self) -> Path:
-        """The kit of the owner's session."""
-        return self.home / "admin"
-
-    @property
-    def carried(self) -> Path:
-        """Sealed files."""
-        return self.home / "carried"
+    def host(self) -> Host:
+        """What the server's machine needs."""
+        return Host(self.home / "host")
 
     def public_key(self, client: str) -> Path:
         """Of a site. Raises InputError: it has not joined."""
@@ -119,6 +114,47 @@ class Owner:
     def sites(self) -> list[Site]:
         """The sites on this machine (--local)."""
         return [Site(path) for path in sorted((self.home / "sites").glob("*"))]
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """The host's folder: of the machine that sites connect to."""
+
+    home: Path
+
+    @classmethod
+    def open(cls, home: str | Path) -> Self:
+        """The host's folder, or that in the owner's. Raises InputError: there is none."""
+        for folder in (Path(home), Path(home) / "host"):
+            if (folder / "server").is_dir():
+                return cls(folder.absolute())
+        hint = "give the folder of 'fedqsn courier-init', or the folder host/ in it"
+        raise InputError("is no folder of a courier", where=home, hint=hint)
+
+    @property
+    def invitation(self) -> Path:
+        """As the sites have it."""
+        return self.home / INVITATION
+
+    @property
+    def owner_key(self) -> Path:
+        """The owner's public key."""
+        return self.home / "owner.pub"
+
+    @property
+    def server(self) -> Path:
+        """The kit of the server."""
+        return self.home / "server"
+
+    @property
+    def admin(self) -> Path:
+        """The kit of the owner's session."""
+        return self.home / "admin"
+
+    @property
+    def carried(self) -> Path:
+        """Sealed updates on their way."""
+        return self.home / "carried"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from fedqsn_cli.checkpoint.files import sync_directory, write_all
+from fedqsn_cli.checkpoint.files import open_regular_file, sync_directory, write_all
 from fedqsn_cli.errors import FormatError, InputError
 
 PART = 128 << 20
 _PIECE = 1 << 20
+_LONGEST = 1 << 40  # bytes of a part that a list may name
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,65 +28,93 @@ class Part:
     """A part of a file.
 
     Args:
-        start, length: in bytes. reference: under which the sender offers it.
+        start, length: in bytes.
     """
 
     start: int
     length: int
     sha256: str
-    reference: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
-    """A file that can be fetched: its size and its parts, in order and without gaps."""
+class Parts:
+    """All parts of a file, in order and without gaps."""
 
-    size: int
     parts: tuple[Part, ...]
 
     @classmethod
-    def of(cls, path: Path, offer: Callable[[Path, Part], str], size: int = PART) -> Self:
-        """Offer a file.
+    def of(cls, path: Path, size: int = PART) -> Self:
+        """The parts of a file that is there: reads it once. Raises InputError: it cannot be opened."""
+        parts = PartDigests(size)
+        with open(open_regular_file(path), "rb") as file:
+            while piece := file.read(_PIECE):
+                parts.add(piece)
+        return cls(parts.finish())
 
-        Args:
-            offer: makes a part available, and returns its reference. size: of a part.
-        """
-        total = path.stat().st_size
-        parts = [Part(start, length, sha256) for start, length, sha256 in _digests(path, total, size)]
-        offered = [Part(one.start, one.length, one.sha256, offer(path, one)) for one in parts]
-        return cls(total, tuple(offered))
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return sum(part.length for part in self.parts)
 
-    def to_document(self) -> dict[str, Any]:
-        """As messages carry it."""
-        return {"size": self.size, "parts": [[p.start, p.length, p.sha256, p.reference] for p in self.parts]}
+    def to_document(self) -> list[list[Any]]:
+        """As messages carry it: length and SHA-256 of each part."""
+        return [[part.length, part.sha256] for part in self.parts]
 
     @classmethod
     def from_document(cls, document: Any) -> Self:
-        """Raises FormatError: it is malformed, or has gaps."""
+        """Raises FormatError: it is malformed."""
+        parts, start = [], 0
         try:
-            parts = [Part(start, length, sha256, name) for start, length, sha256, name in document["parts"]]
-            made = cls(document["size"], tuple(parts))
-            ends = [0, *(part.start + part.length for part in made.parts)]
-            whole = [part.start for part in made.parts] == ends[:-1] and ends[-1] == made.size
-            if whole and all(part.length > 0 and len(bytes.fromhex(part.sha256)) == 32 for part in made.parts):
-                return made
-        except (KeyError, TypeError, ValueError):
-            pass
-        raise FormatError("is no list of parts", where="offer")
+            for length, sha256 in document:
+                if type(length) is not int or not 0 < length <= _LONGEST or not _SHA256.fullmatch(sha256):
+                    raise ValueError
+                parts.append(Part(start, length, sha256))
+                start += length
+        except (TypeError, ValueError):
+            raise FormatError("is no list of parts", where="parts") from None
+        return cls(tuple(parts))
 
 
-def _digests(path: Path, total: int, size: int) -> Iterator[tuple[int, int, str]]:
-    with path.open("rb") as file:
-        for start in range(0, total, size):
-            left = length = min(size, total - start)
-            sha256 = hashlib.sha256()
-            while left:
-                piece = file.read(min(left, _PIECE))
-                if not piece:
-                    raise InputError("changed while it was read", where=path)
-                sha256.update(piece)
-                left -= len(piece)
-            yield start, length, sha256.hexdigest()
+class PartDigests:
+    """Takes the bytes of a file in order, and digests them part by part.
+
+    Args:
+        size: bytes of a part; the last one is shorter.
+    """
+
+    def __init__(self, size: int = PART) -> None:
+        self._size = size
+        self._made: list[Part] = []
+        self._start = self._length = 0
+        self._sha256 = hashlib.sha256()
+
+    def add(self, data: bytes) -> None:
+        """Take the next bytes."""
+        view = memoryview(data)
+        while view:
+            taken = view[: self._size - self._length]
+            self._sha256.update(taken)
+            self._length += len(taken)
+            view = view[len(taken) :]
+            if self._length == self._size:
+                self._end_part()
+
+    def through(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """The same pieces; each is added as it passes."""
+        for piece in pieces:
+            self.add(piece)
+            yield piece
+
+    def finish(self) -> tuple[Part, ...]:
+        """All parts. Nothing may be added afterwards."""
+        if self._length:
+            self._end_part()
+        return tuple(self._made)
+
+    def _end_part(self) -> None:
+        self._made.append(Part(self._start, self._length, self._sha256.hexdigest()))
+        self._start += self._length
+        self._length, self._sha256 = 0, hashlib.sha256()
 
 
 @dataclass(slots=True)
@@ -121,7 +152,7 @@ class PartWriter:
             self._descriptor = -1
 
 
-def fetch_file(offer: Offer, target: Path, fetch: Callable[[Part, PartWriter], None]) -> int:
+def fetch_file(parts: Parts, target: Path, fetch: Callable[[Part, PartWriter], None]) -> int:
     """Fetch the parts that are missing; the file appears when all are there.
 
     Args:
@@ -131,25 +162,37 @@ def fetch_file(offer: Offer, target: Path, fetch: Callable[[Part, PartWriter], N
         How many parts were there before.
 
     Raises:
-        FormatError: a part did not arrive as it was sent. What `fetch` raises.
+        FormatError: a part did not arrive as it was sent. InputError: the disk has no room. What `fetch` raises.
     """
     staging, record = target.with_name(target.name + ".part"), target.with_name(target.name + ".part.have")
     have = set(record.read_text().splitlines()) if record.exists() and staging.exists() else set()
-    if not staging.exists() or staging.stat().st_size != offer.size:
-        with staging.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, offer.size) if offer.size else None
+    if not staging.exists() or staging.stat().st_size != parts.size:
+        _reserve(staging, parts.size)
         have = set()
     with record.open("a" if have else "w") as known:
-        for part in offer.parts:
-            line = f"{part.start} {part.length} {part.sha256}"
-            if line not in have:
+        for part in parts.parts:
+            if _line(part) not in have:
                 _fetch_part(part, staging, fetch)
-                known.write(line + "\n")
+                known.write(_line(part) + "\n")
                 known.flush()
     record.unlink()
     os.replace(staging, target)
     sync_directory(target.parent)
-    return len(have & {f"{part.start} {part.length} {part.sha256}" for part in offer.parts})
+    return len(have & {_line(part) for part in parts.parts})
+
+
+def _line(part: Part) -> str:
+    return f"{part.start} {part.length} {part.sha256}"
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Make a file with room for so many bytes. Raises InputError."""
+    with path.open("wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size) if size else None
+        except OSError as error:
+            path.unlink()
+            raise InputError(f"there is no room for {size} bytes ({error.strerror})", where=path.parent) from None
 
 
 def _fetch_part(part: Part, staging: Path, fetch: Callable[[Part, PartWriter], None]) -> None:

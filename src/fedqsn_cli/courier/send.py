@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedqsn_cli.artifacts import ledger as ledgers
 from fedqsn_cli.courier import kits
-from fedqsn_cli.courier.layout import Owner
-from fedqsn_cli.courier.recipe import Recipe
-from fedqsn_cli.courier.rounds import Delivery, Unreachable, deliveries
-from fedqsn_cli.crypto.attestation import require_attested
-from fedqsn_cli.crypto.keys import load_signing_key
+from fedqsn_cli.courier.layout import Host, Owner
+from fedqsn_cli.courier.outbox import Consignment, read_outbox
+from fedqsn_cli.courier.rounds import Delivery, Opened, Sealed, Unreachable
+from fedqsn_cli.crypto.keys import load_opening_key, load_verify_key
 from fedqsn_cli.errors import GateFailed, InputError, RefusedUpdate
 from fedqsn_cli.options import CourierSendOptions
 from fedqsn_cli.progress import SILENT, Progress
@@ -37,7 +34,8 @@ class SentClient:
     """What has become of one client.
 
     Args:
-        state: arrived, waiting, or refused. update: the folder, if it arrived. jobs: how often it was submitted.
+        state: arrived, waiting, or refused. update: the folder or the sealed file, if it arrived.
+        jobs: how often it was submitted.
     """
 
     client: str
@@ -56,42 +54,49 @@ class SendResult:
 
 
 def courier_send(
-    path: str | Path, proxies: Sequence[str | Path], options: CourierSendOptions, *, progress: Progress = SILENT
+    path: str | Path, outbox: str | Path, options: CourierSendOptions, *, progress: Progress = SILENT
 ) -> SendResult:
-    """Send audited proxies to their clients, sealed, and wait for signed updates.
+    """Send the sealed proxies of an outbox to their clients, and wait for sealed, signed updates.
 
     Args:
-        path: the owner's folder, whose server is running (`courier-serve`). proxies: of one round.
+        path: the host's folder, whose server is running (`courier-serve`), or the owner's. outbox: of `courier-pack`.
         options: see `CourierSendOptions`.
         progress: told of what happens.
 
     Raises:
-        InputError: a proxy is not in the ledger or not attested, or a client has not joined; nothing was sent then.
+        InputError: it is no outbox, or the inbox holds other updates; nothing was sent then.
+        SignatureError: the owner did not sign an order or the attestation. FormatError: a file was damaged.
         GateFailed: the audit did not pass, or too few updates came in time. Run it again, and it goes on.
 
     Example:
-        >>> courier_send("courier", ["proxies/alice"], into="inbox", key="owner.key", ledger="ledger.jsonl",
-        ...              attestation="audit.intoto.json", at_least=1).arrived
+        >>> courier_send("courier", "outbox", into="updates", key="owner.key", at_least=1).arrived
     """
     kits.require_flare()
-    owner, key = Owner.open(path), load_signing_key(options.key)
-    folders = [Path(proxy) for proxy in ([proxies] if isinstance(proxies, str | Path) else proxies)]
-    least = options.at_least if options.at_least is not None else len(folders)
-    if least > len(folders):
-        raise InputError(f"there are {len(folders)} proxies", where="--at-least", hint="give a smaller number")
-    require_attested(Path(options.attestation), key.public_key(), folders, options.policy)
-    recipe = Recipe(options.epochs, options.lr, options.batch_size, options.update_format)
-    releases = ledgers.read(Path(options.ledger))
-    known = deliveries(owner, folders, Path(options.into), releases, recipe, key)
+    host = Host.open(path)
+    sent = read_outbox(Path(outbox), load_verify_key(host.owner_key))
+    least = options.at_least if options.at_least is not None else len(sent)
+    if least > len(sent):
+        raise InputError(f"there are {len(sent)} proxies", where="--at-least", hint="give a smaller number")
+    deliveries = [_delivery(host, path, one, options) for one in sent]
+    for delivery in deliveries:
+        delivery.check()
     from fedqsn_cli.courier.flare.session import Session
 
-    session = Session(owner.admin)
+    session = Session(host.admin)
     try:
-        return Sending(session, [_Client(delivery) for delivery in known], Path(options.key), progress).run(
-            least, options.seconds
-        )
+        clients = [_Client(delivery) for delivery in deliveries]
+        return Sending(session, clients, progress).run(least, options.seconds)
     finally:
         session.close()
+
+
+def _delivery(host: Host, path: str | Path, sent: Consignment, options: CourierSendOptions) -> Delivery:
+    """With the owner's key, updates are opened; without it, they stay sealed. Raises InputError, KeyFileError."""
+    inbox = Path(options.into)
+    if options.key is None:
+        return Sealed(sent, host.carried, inbox)
+    load_opening_key(options.key)
+    return Opened(sent, host.carried, inbox, Path(options.key), Owner.open(path).public_key(sent.order.client))
 
 
 @dataclass(slots=True)
@@ -118,15 +123,12 @@ class Sending:
 
     session: Session
     clients: list[_Client]
-    key: Path
     progress: Progress
     _began: float = field(default_factory=time.monotonic)
     _next_look: float = 0.0
 
     def run(self, least: int, seconds: float) -> SendResult:
         """Wait until enough have answered. Raises GateFailed: too few did in time."""
-        for client in self.clients:
-            client.delivery.prepare()
         while self.arrived < least and any(c.state == "waiting" for c in self.clients):
             if time.monotonic() - self._began > seconds:
                 break
@@ -185,7 +187,7 @@ class Sending:
 
     def _take(self, client: _Client) -> None:
         try:
-            client.delivery.take(self.key)
+            client.delivery.take()
             self.progress.note(f"the update of {client.delivery.client} has come")
         except RefusedUpdate as error:
             client.refused = True
@@ -194,11 +196,8 @@ class Sending:
     def _submit(self, client: _Client) -> None:
         from fedqsn_cli.courier.flare.job import write_job
 
-        delivery = client.delivery
         with tempfile.TemporaryDirectory() as place:
-            job = write_job(
-                Path(place) / "job", delivery.client, delivery.sealed_proxy, delivery.sealed_update, delivery.recipe
-            )
+            job = write_job(Path(place) / "job", client.delivery.sent, client.delivery.sealed_update)
             client.job = self.session.submit(job)
         client.jobs += 1
 

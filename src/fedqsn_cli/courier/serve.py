@@ -10,7 +10,7 @@ from types import FrameType
 
 from fedqsn_cli.courier import daemons, kits
 from fedqsn_cli.courier.daemons import Daemon
-from fedqsn_cli.courier.layout import INVITATION, Invitation, Owner, Site, read_json
+from fedqsn_cli.courier.layout import INVITATION, Host, Invitation, Owner, Site, read_json
 from fedqsn_cli.courier.rounds import Unreachable
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.options import CourierServeOptions, CourierStatusOptions, CourierStopOptions
@@ -33,8 +33,8 @@ class CourierStatus:
     """The result of `courier_status`.
 
     Args:
-        role: owner or site. process: that serves the folder, None if nobody does.
-        joined: clients with a key. connected: sites at the server, None where that is not known.
+        role: owner, host or site. process: that serves the folder, None if nobody does.
+        joined: clients with a key; the owner knows them. connected: sites at the server, None where that is not known.
     """
 
     path: str
@@ -49,7 +49,7 @@ def courier_serve(path: str | Path, options: CourierServeOptions) -> Served:
     """Run FLARE's daemons of a folder until `courier_stop`, SIGTERM or SIGINT; those that die are started again.
 
     Args:
-        path: the owner's folder, with its sites on this machine, or the folder of one site.
+        path: the owner's folder, with its sites on this machine, that of the host, or that of a site.
         options: see `CourierServeOptions`.
 
     Raises:
@@ -60,7 +60,7 @@ def courier_serve(path: str | Path, options: CourierServeOptions) -> Served:
     """
     kits.require_flare()
     home = Path(path).absolute()
-    served = _daemons(home, options)
+    lock, served = _served(home), _daemons(home, options)
     ended = threading.Event()
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -68,7 +68,7 @@ def courier_serve(path: str | Path, options: CourierServeOptions) -> Served:
 
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        with daemons.serving(home):
+        with daemons.serving(lock):
             daemons.keep_alive(served, ended)
     finally:
         for number, handler in before.items():
@@ -79,8 +79,14 @@ def courier_serve(path: str | Path, options: CourierServeOptions) -> Served:
 def _daemons(home: Path, options: CourierServeOptions) -> list[Daemon]:
     if (home / "site.toml").exists():
         return [_site(Site.open(home))]
-    owner = Owner.open(home)
-    return [Daemon(None, owner.server), *(_site(site) for site in owner.sites() if not options.server_only)]
+    server = Host.open(home).server
+    kits.place_server(server)
+    return [Daemon(None, server), *(_site(site) for site in Owner(home).sites() if not options.server_only)]
+
+
+def _served(path: str | Path) -> Path:
+    """The folder whose lock a server or site holds. Raises InputError: it is no folder of a courier."""
+    return Path(path).absolute() if (Path(path) / "site.toml").exists() else Host.open(path).home
 
 
 def _site(site: Site) -> Daemon:
@@ -104,17 +110,14 @@ def courier_stop(path: str | Path, options: CourierStopOptions) -> Served:
     Example:
         >>> courier_stop("site").stopped
     """
-    home = Path(path).absolute()
-    if not (home / INVITATION).exists():
-        raise InputError("is no folder of a courier", where=home)
-    return Served(str(home), daemons.stop(home))
+    return Served(str(Path(path).absolute()), daemons.stop(_served(path)))
 
 
 def courier_status(path: str | Path, options: CourierStatusOptions) -> CourierStatus:
     """Tell who serves a folder, which clients have joined, and which sites are connected.
 
     Args:
-        path: the owner's folder, or that of a site.
+        path: the owner's folder, that of the host, or that of a site.
         options: see `CourierStatusOptions`.
 
     Raises:
@@ -123,21 +126,22 @@ def courier_status(path: str | Path, options: CourierStatusOptions) -> CourierSt
     Example:
         >>> courier_status("courier").connected
     """
-    home = Path(path).absolute()
-    invitation = Invitation.read(home / INVITATION)
-    address, process = f"{invitation.host}:{invitation.port}", daemons.server_of(home)
+    home, served = Path(path).absolute(), _served(path)
+    invitation = Invitation.read(served / INVITATION)
+    address, process = f"{invitation.host}:{invitation.port}", daemons.server_of(served)
     if (home / "site.toml").exists():
         return CourierStatus(str(home), "site", address, process, (), None)
-    joined = tuple(sorted(path.stem for path in (Owner.open(home).home / "keys").glob("*.pub")))
-    return CourierStatus(str(home), "owner", address, process, joined, _connected(home))
+    joined = tuple(sorted(path.stem for path in (home / "keys").glob("*.pub")))
+    role = "host" if served == home else "owner"
+    return CourierStatus(str(home), role, address, process, joined, _connected(Host(served)))
 
 
-def _connected(home: Path) -> tuple[str, ...] | None:
+def _connected(host: Host) -> tuple[str, ...] | None:
     """The sites at the server; None if it does not answer."""
     kits.require_flare()
     from fedqsn_cli.courier.flare.session import Session
 
-    session = Session(Owner(home).admin)
+    session = Session(host.admin)
     try:
         return tuple(session.sites())
     except Unreachable:

@@ -61,13 +61,15 @@ def courier_init(path: str | Path, options: CourierInitOptions) -> CourierSetup:
     draft = Invitation(options.project, host, port, "", _text(public))
     owner = Owner(home)
     with _new_folder(home):
-        for folder in (home / "keys", owner.carried):
+        for folder in (home / "keys", owner.host.home, owner.host.carried):
             folder.mkdir(mode=0o700)
         root = kits.make_authority(owner.authority, draft)
         invitation = Invitation(draft.project, host, port, root, draft.owner)
         write_file_atomically(owner.invitation, invitation.to_bytes())
-        _make_kit(owner, invitation, host, "server", owner.server)
-        _make_kit(owner, invitation, kits.ADMIN, "admin", owner.admin)
+        write_file_atomically(owner.host.invitation, invitation.to_bytes())
+        write_file_atomically(owner.host.owner_key, invitation.owner.encode())
+        _make_kit(owner, invitation, host, "server", owner.host.server)
+        _make_kit(owner, invitation, kits.ADMIN, "admin", owner.host.admin)
         for client in options.local or ():
             _join_here(owner, client)
     return CourierSetup(str(home), str(owner.invitation), signer)

@@ -9,8 +9,9 @@ from typing import Any, Self
 
 from fedqsn_cli import validate
 from fedqsn_cli.checkpoint.files import read_file
-from fedqsn_cli.courier.recipe import Bounds
+from fedqsn_cli.courier.orders import Order
 from fedqsn_cli.errors import FormatError, InputError
+from fedqsn_cli.options import ProposalOptions
 
 _LARGEST = 1 << 20  # bytes of site.toml
 
@@ -20,6 +21,8 @@ data = {data}
 {eval_data}device = {device}
 max_length = {max_length}
 time_limit = "6h"  # a training that takes longer is ended, and no update is sent
+max_bytes = "20GB"  # a larger proxy is not fetched
+# max_memory = "16GB"  # a training that takes more fails, and no update is sent; the memory of a GPU is not counted
 
 # What the owner may ask for, at most. A round that asks for more is refused.
 [bounds]
@@ -27,7 +30,41 @@ epochs = 10
 lr = 0.01
 batch_size = 256
 update_formats = ["fp32", "bf16", "fp16", "int8", "nf4"]
+methods = ["full", "lora"]
+lora_r = 64
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a site lets the owner ask for, at most.
+
+    Args:
+        update_formats: those that it sends. methods: those that it trains with.
+    """
+
+    epochs: float
+    lr: float
+    batch_size: int
+    update_formats: tuple[str, ...]
+    methods: tuple[str, ...]
+    lora_r: int
+
+    def require(self, asked: ProposalOptions, where: Path) -> None:
+        """Refuse a proposal that asks for more. Raises InputError."""
+        for name in ("epochs", "lr", "batch_size"):
+            _require_at_most(name, getattr(asked, name), getattr(self, name), where)
+        if asked.update_format not in self.update_formats:
+            raise InputError(f"the site sends no updates in {asked.update_format}", where=where)
+        if asked.method not in self.methods:
+            raise InputError(f"the site does not train with the method {asked.method}", where=where)
+        if asked.method == "lora":
+            _require_at_most("lora_r", asked.rank, self.lora_r, where)
+
+
+def _require_at_most(name: str, asked: float, most: float, where: Path) -> None:
+    if asked > most:
+        raise InputError(f"the owner asks for {name} {asked}, and the site allows {most}", where=where)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +72,8 @@ class SiteSettings:
     """What a site decides.
 
     Args:
-        data, eval_data: its files. time_limit: seconds of a training. bounds: what the owner may ask for.
+        data, eval_data: its files. time_limit: seconds of a training. max_bytes: of a sealed proxy.
+        max_memory: bytes of a training's process, None for any. bounds: what the owner may ask for.
     """
 
     data: Path
@@ -43,6 +81,8 @@ class SiteSettings:
     device: str
     max_length: int
     time_limit: float
+    max_bytes: int
+    max_memory: int | None
     bounds: Bounds
 
     @classmethod
@@ -64,7 +104,8 @@ class SiteSettings:
     @classmethod
     def _of(cls, document: dict[str, Any], home: Path) -> Self:
         bounds = document.pop("bounds")
-        formats = tuple(bounds.pop("update_formats"))
+        formats, methods = tuple(bounds.pop("update_formats")), tuple(bounds.pop("methods"))
+        memory = document.pop("max_memory", None)
         evaluation = document.pop("eval_data", None)
         _, seconds = validate.interval(document.pop("time_limit"), "time_limit")
         if seconds is None:
@@ -73,9 +114,16 @@ class SiteSettings:
             data=home / document.pop("data"),
             eval_data=home / evaluation if evaluation is not None else None,
             time_limit=seconds,
-            bounds=Bounds(**bounds, update_formats=formats),
+            max_bytes=validate.size_in_bytes(document.pop("max_bytes"), "max_bytes"),
+            max_memory=validate.size_in_bytes(memory, "max_memory") if memory is not None else None,
+            bounds=Bounds(**bounds, update_formats=formats, methods=methods),
             **document,
         )
+
+    def require(self, order: Order, where: Path) -> None:
+        """Refuse an order that asks for more than the site allows. Raises InputError."""
+        _require_at_most("bytes", order.sealed.size, self.max_bytes, where)
+        self.bounds.require(order.proposal, where)
 
     def words(self) -> list[str]:
         """As options of `client-train`."""

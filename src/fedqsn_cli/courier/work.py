@@ -3,14 +3,14 @@
 Each step leaves its result in the folder of the round, so that a site that was interrupted goes on where it was, and a
 round that is asked for twice is trained once.
 
-    rounds/ID/proxy.sealed, proxy, update, update.sealed
+    rounds/NAME/proxy.sealed, proxy, update, update.sealed
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -21,14 +21,17 @@ from pathlib import Path
 from typing import Self
 
 from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, file_digest
-from fedqsn_cli.checkpoint.files import try_lock
+from fedqsn_cli.checkpoint.files import remove_tree, stream_new_file, try_lock
 from fedqsn_cli.courier.layout import Site
-from fedqsn_cli.courier.parts import Offer
-from fedqsn_cli.courier.recipe import Recipe
+from fedqsn_cli.courier.orders import Order
+from fedqsn_cli.courier.parts import PartDigests, Parts
 from fedqsn_cli.courier.site import SiteSettings
-from fedqsn_cli.crypto.keys import load_verify_key
-from fedqsn_cli.crypto.seal import seal, unseal
-from fedqsn_cli.options import SealOptions, UnsealOptions
+from fedqsn_cli.crypto.keys import load_recipient, load_verify_key
+from fedqsn_cli.crypto.seal import sealed_pieces, unseal
+from fedqsn_cli.errors import FormatError
+from fedqsn_cli.options import UnsealOptions
+
+Fetch = Callable[[Parts, Path], object]
 
 _POLL = 0.2  # seconds
 _SAVE_EVERY = "10m"
@@ -48,33 +51,48 @@ class NoUpdate(Exception):
 
 
 def log(site: Site, text: str) -> None:
-    """Add a line to the site's log."""
+    """Add a line to the site's log; whatever the text holds, it stays one line."""
+    text = "".join(x if x.isprintable() else ascii(x)[1:-1] for x in text)
     with site.log.open("a", encoding="utf-8") as file:
         file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {text}\n")
 
 
 @dataclass(frozen=True, slots=True)
 class SiteRound:
-    """A proxy that was sent to a site, and its answer.
+    """An order of the owner, and the answer to it.
 
     Args:
-        folder: named after the bytes that were sent.
+        folder: named after the proxy.
     """
 
     site: Site
+    order: Order
+    settings: SiteSettings
     folder: Path
 
     @classmethod
-    def of(cls, site: Site, offer: Offer) -> Self:
-        """The round of an offer; makes its folder."""
-        told = " ".join(part.sha256 for part in offer.parts)
-        folder = site.rounds / hashlib.sha256(told.encode()).hexdigest()[:16]
+    def of(cls, site: Site, text: str) -> Self:
+        """The round of an order; makes its folder. Nothing was fetched yet.
+
+        Args:
+            text: the order, signed by the owner.
+
+        Raises:
+            SignatureError: the owner did not sign it. FormatError: it is malformed.
+            InputError: it asks for more than the site allows.
+        """
+        order = Order.opened(text, load_verify_key(site.owner_key))
+        told = f"{order.sealed.size} bytes: {' '.join(order.proposal.words())}"
+        log(site, f"asked to train proxy {order.proxy_sha256[:12]} of {told}")
+        settings = SiteSettings.read(site.settings)
+        settings.require(order, site.settings)
+        folder = site.rounds / order.proxy_sha256[:32]
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return cls(site, folder)
+        return cls(site, order, settings, folder)
 
     @property
     def sealed_proxy(self) -> Path:
-        """What came."""
+        """What comes."""
         return self.folder / "proxy.sealed"
 
     @property
@@ -83,8 +101,9 @@ class SiteRound:
         return self.folder / "update.sealed"
 
     @property
-    def _lock(self) -> Path:
-        return self.folder / "lock"
+    def _answered(self) -> Path:
+        """Outlives the folder: a proxy that is sent again is not trained again."""
+        return self.folder.with_name(self.folder.name + ".answered")
 
     @contextlib.contextmanager
     def alone(self, ended: Callable[[], bool]) -> Iterator[int]:
@@ -96,7 +115,7 @@ class SiteRound:
         Raises:
             NoUpdate: it was ended meanwhile.
         """
-        descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             while not try_lock(descriptor):
                 _wait(ended)
@@ -104,34 +123,45 @@ class SiteRound:
         finally:
             os.close(descriptor)
 
-    def answer(self, recipe: str, held: int, ended: Callable[[], bool]) -> None:
-        """Make the sealed update.
+    def answer(self, fetch: Fetch, held: int, ended: Callable[[], bool]) -> Parts:
+        """Make the sealed update; returns its parts.
 
         Args:
-            recipe: signed by the owner. held: the lock of `alone`. ended: whether nobody waits for it any more.
+            fetch: gets the sealed proxy. held: the lock of `alone`. ended: whether nobody waits for it any more.
 
         Raises:
-            NoUpdate: the training failed, took too long, or was ended.
-            FedqsnError: the proxy or what is asked for is refused.
+            NoUpdate: the training failed, took too long, or was ended; or the site has removed its answer.
+            FedqsnError: the proxy is refused.
         """
-        proxy, update = self.folder / "proxy", self.folder / "update"
         if self.sealed_update.exists():
-            return
-        settings = SiteSettings.read(self.site.settings)
+            self._answered.touch()
+            return Parts.of(self.sealed_update)
+        if self._answered.exists():
+            raise NoUpdate("this proxy was answered before")
+        proxy, update = self.folder / "proxy", self.folder / "update"
         if not proxy.exists():
-            options = UnsealOptions(out=proxy, key=self.site.private_key, verify_key=self.site.owner_key)
-            unseal(self.sealed_proxy, options)
-        digest = file_digest(proxy / PROXY_MANIFEST)
-        asked = Recipe.opened(recipe, digest, load_verify_key(self.site.owner_key))
-        log(self.site, f"asked to train proxy {digest[:12]}: {' '.join(asked.words())}")
-        settings.bounds.require(asked, self.site.settings)
+            self._receive(fetch, proxy)
         if not update.exists():
-            words = [str(proxy), "--out", str(update), *settings.words(), *asked.words()]
-            self._train(words, settings.time_limit, held, ended)
-        seal(update, SealOptions(out=self.sealed_update, to=self.site.owner_key))
-        log(self.site, f"update of proxy {digest[:12]} is ready")
+            words = [str(proxy), "--out", str(update), *self.settings.words(), *self.order.proposal.words()]
+            self._train(words, held, ended)
+        parts = PartDigests()
+        stream_new_file(self.sealed_update, parts.through(sealed_pieces(update, load_recipient(self.site.owner_key))))
+        self._answered.touch()
+        log(self.site, f"update of proxy {self.order.proxy_sha256[:12]} is ready")
+        return Parts(parts.finish())
 
-    def _train(self, words: list[str], limit: float, held: int, ended: Callable[[], bool]) -> None:
+    def _receive(self, fetch: Fetch, proxy: Path) -> None:
+        """Fetch the proxy, and open it. Raises FedqsnError: it is refused."""
+        if not self.sealed_proxy.exists():
+            fetch(self.order.sealed, self.sealed_proxy)
+        options = UnsealOptions(out=proxy, key=self.site.private_key, verify_key=self.site.owner_key)
+        unseal(self.sealed_proxy, options)
+        self.sealed_proxy.unlink()
+        if file_digest(proxy / PROXY_MANIFEST) != self.order.proxy_sha256:
+            remove_tree(proxy)
+            raise FormatError("is not the proxy of its order", where=proxy)
+
+    def _train(self, words: list[str], held: int, ended: Callable[[], bool]) -> None:
         """Run client-train as a child: if memory runs out, it is the child that is killed. Raises NoUpdate."""
         keys = ["--verify-key", str(self.site.owner_key), "--sign", str(self.site.private_key)]
         words = ["client-train", *words, *keys, "--save-every", _SAVE_EVERY]
@@ -143,7 +173,9 @@ class SiteRound:
                 stderr=output,
                 pass_fds=[held],  # the lock lasts as long as the training, even if this process is killed
             )
-        _finish(child, limit, ended)
+        if self.settings.max_memory is not None:
+            resource.prlimit(child.pid, resource.RLIMIT_DATA, (self.settings.max_memory, self.settings.max_memory))
+        _finish(child, self.settings.time_limit, ended)
         if child.returncode:
             log(self.site, f"client-train ended with {child.returncode}; see {self.folder / 'training.log'}")
             raise NoUpdate(f"the training ended with exit code {child.returncode}")

@@ -46,6 +46,12 @@ class Attestation:
     passed: Sequence[str]
     failed: Sequence[str]
 
+    def require(self, digest: str, where: object) -> None:
+        """Check that a folder with this digest (`folder_digest`) was audited. Raises SignatureError."""
+        if digest not in self.proxies.values():
+            hint = "it was changed since, or is another proxy: audit it"
+            raise SignatureError("is not one of the folders that were audited", where=where, hint=hint)
+
 
 def attestation_bytes(told: Attestation, key: SigningKey) -> bytes:
     """The text of an attestation file. The names of `told.proxies` are not in it."""
@@ -93,28 +99,21 @@ def _attestation(told: dict[str, Any]) -> Attestation:
     )
 
 
-def require_attested(
-    path: Path, key: VerifyKey, folders: Sequence[Path], policy: str | Path | None = None
-) -> Attestation:
-    """Check that an audit passed, and that it was one of exactly these folders, as they are now.
+def read_passed(path: Path, key: VerifyKey, policy: str | Path | None = None) -> Attestation:
+    """The attestation of an audit that passed.
 
     Args:
-        folders: proxies; those of an audit may be fewer than it looked at.
         policy: the file that it must have been held against; None for any.
 
     Raises:
-        SignatureError: the attestation was not signed with the key, or a folder is not among what was audited.
-        GateFailed: the audit did not pass. InputError: there is no attestation, or it is of another policy.
+        SignatureError: it was not signed with the key. GateFailed: the audit did not pass.
+        InputError: there is no attestation, or it is of another policy.
     """
     told = read_attestation(path, key)
     if told.result != "PASSED":
         raise GateFailed(f"the audit did not pass ({told.verdict})", where=path, hint="do not send these proxies")
     if policy is not None and told.policy != file_digest(Path(policy)):
         raise InputError("the audit was held against another policy", where=path, hint=f"audit with {policy}")
-    for folder in folders:
-        if folder_digest(file_digests(folder)) not in told.proxies.values():
-            hint = "it was changed since, or is another proxy: audit it"
-            raise SignatureError("is not one of the folders that were audited", where=folder, hint=hint)
     return told
 
 

@@ -9,6 +9,7 @@ Names, times and modes of the system are not in it; a reader takes plain names o
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +26,11 @@ _PIECE = 1 << 20
 _LARGEST_INDEX = 1 << 24
 
 
-def folder_stream(folder: Path) -> Iterator[bytes]:
+def folder_stream(folder: Path, digests: dict[str, str] | None = None) -> Iterator[bytes]:
     """The stream of a folder.
+
+    Args:
+        digests: receives the SHA-256 of each file, of the bytes that were streamed.
 
     Raises:
         InputError: an entry is no file or has a name that nobody would take, or a file changes while it is read.
@@ -36,12 +40,20 @@ def folder_stream(folder: Path) -> Iterator[bytes]:
     index = strictjson.dumps({"files": files, "format": FORMAT}).encode()
     yield len(index).to_bytes(8, "big") + index
     for name, size in sorted(sizes.items()):
-        yield from _contents(folder / name, size)
+        sha256 = hashlib.sha256() if digests is not None else None
+        for piece in _contents(folder / name, size):
+            if sha256 is not None:
+                sha256.update(piece)
+            yield piece
+        if digests is not None and sha256 is not None:
+            digests[name] = sha256.hexdigest()
 
 
 def _size(path: Path) -> int:
     if not is_plain_file_name(path.name):
         raise InputError("has a name that is not taken", where=path, hint="remove it")
+    if path.is_symlink():  # it may lead to anything, and would be sent as if it were part of the folder
+        raise InputError("is a link", where=path, hint="put the file itself there")
     descriptor = open_regular_file(path)
     try:
         return os.fstat(descriptor).st_size
@@ -80,10 +92,11 @@ def _index(stream: _Stream, where: object) -> list[tuple[str, int]]:
     try:
         known = document["format"] == FORMAT
         files = [(one["name"], one["size"]) for one in document["files"]]
+        plain = all(len(one) == 2 for one in document["files"])  # a name and a size: no links, devices, modes
     except (KeyError, TypeError):
         raise FormatError("the index of the folder is malformed", where=where) from None
     sizes = all(type(size) is int and size >= 0 for _, size in files)
-    if not known or not sizes or not all(is_plain_file_name(name) for name, _ in files):
+    if not known or not sizes or not plain or not all(is_plain_file_name(name) for name, _ in files):
         raise FormatError("the index of the folder has a name or size that is not taken", where=where)
     if len({name for name, _ in files}) < len(files):
         raise FormatError("the index of the folder lists a file twice", where=where)

@@ -69,7 +69,11 @@ def keygen(path: str | Path, options: KeygenOptions) -> KeyPair:
         raise OutputExists(
             "already exists", where=private, hint="keys are never replaced; choose another name"
         ) from None
-    write_file_atomically(public, public_pem(signing.public_key()) + public_pem(sealing.public_key()))
+    try:
+        write_file_atomically(public, public_pem(signing.public_key()) + public_pem(sealing.public_key()))
+    except BaseException:  # a private key without its public one is of no use, and would be in the way of the next try
+        private.unlink()
+        raise
     return KeyPair(str(private), str(public), fingerprint(signing.public_key()))
 
 

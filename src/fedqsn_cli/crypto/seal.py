@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 
 from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, SIGNATURE, UPDATE_MANIFEST
 from fedqsn_cli.checkpoint import ArtifactWriter
@@ -56,14 +59,26 @@ def seal(path: str | Path, options: SealOptions) -> Sealed:
         >>> seal("proxies/alice", "alice.sealed", to="alice.pub").bytes
     """
     folder, out = Path(path), Path(options.out)
+    pieces = sealed_pieces(folder, load_recipient(options.to))
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
+        raise InputError("is inside of the folder that is sealed", where="--out", hint="write it elsewhere")
+    stream_new_file(out, pieces)
+    return Sealed(str(out), out.stat().st_size)
+
+
+def sealed_pieces(folder: Path, recipient: X25519PublicKey, digests: dict[str, str] | None = None) -> Iterator[bytes]:
+    """The bytes of a sealed proxy or update, each read and encrypted when it is asked for.
+
+    Args:
+        digests: receives the SHA-256 of each file, of the bytes that were sealed.
+
+    Raises:
+        InputError: the folder is neither, or holds something that an export does not write.
+    """
     if not any(os.path.isfile(folder / name) for name in _SENT):
         hint = "models and keys of the owner are not sealed: they are not to be sent"
         raise InputError("is neither a proxy nor an update", where=folder, hint=hint)
-    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
-        raise InputError("is inside of the folder that is sealed", where="--out", hint="write it elsewhere")
-    recipient = load_recipient(options.to)
-    stream_new_file(out, stream.encrypt(folder_stream(folder), recipient))
-    return Sealed(str(out), out.stat().st_size)
+    return stream.encrypt(folder_stream(folder, digests), recipient)
 
 
 def unseal(path: str | Path, options: UnsealOptions) -> Unsealed:

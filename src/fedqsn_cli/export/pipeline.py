@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from fedqsn_cli.artifacts.manifests import Quantization
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.export.encode import check_finite, encode, encode_with
+from fedqsn_cli.kernels.digests import Algorithm
 from fedqsn_cli.kernels.hash_threads import HashThreads
 from fedqsn_cli.kernels.read_ahead import read_ahead
 from fedqsn_cli.kernels.threads import thread_count, work_alone
@@ -104,6 +105,7 @@ def run(
     outputs: Sequence[Output],
     *,
     base: PublicBase | None,
+    algorithm: Algorithm = "blake3",
     progress: Progress,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> Digests:
@@ -115,6 +117,7 @@ def run(
         quantization: of the outputs, None for raw values.
         outputs: what is written.
         base: the public base for base fill; one that is `whole` is read in place of a global model.
+        algorithm: of the digest of the model.
         progress: told of bytes read.
         chunk_elements: size of a chunk; decides no byte of any output.
 
@@ -124,8 +127,9 @@ def run(
     progress.start("reading", sum(model.stored_bytes(task.name) for task in tasks), "bytes")
     count = min(MOST_WORKERS, thread_count())
     with ThreadPoolExecutor(count, "fedqsn-chunk", work_alone) as workers, HashThreads() as hashing:
-        hasher = None if model.is_quantized else ModelHash(hashing.queue())
-        assembler = TensorAssembler(model, quantization, hasher, ModelHash(hashing.queue()) if base else None)
+        hasher = None if model.is_quantized else ModelHash(hashing.queue(), algorithm)
+        base_hasher = ModelHash(hashing.queue(), "sha256") if base else None
+        assembler = TensorAssembler(model, quantization, hasher, base_hasher)
         for encoded in read_ahead(workers, encode_calls(model, base, tasks, quantization, chunk_elements), depth=count):
             chunk = assembler.chunk(encoded)
             for output in outputs:
@@ -285,7 +289,7 @@ class TensorAssembler:
     def digests(self, tasks: Sequence[TensorTask]) -> Digests:
         """Digests of all that was taken."""
         manifest = self._model.manifest
-        model = self._hasher.hexdigest(tasks) if self._hasher else manifest.model_digest if manifest else None
+        model = self._hasher.digest(tasks) if self._hasher else manifest.model_digest if manifest else None
         if model is None:
             raise InputError("its manifest has no model digest", where=self._model.source.reference)
-        return Digests(model, self._base_hasher.hexdigest(tasks) if self._base_hasher else None)
+        return Digests(model, self._base_hasher.digest(tasks) if self._base_hasher else None)

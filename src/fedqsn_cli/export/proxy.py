@@ -21,6 +21,7 @@ from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, Quantization, TrainsF
 from fedqsn_cli.artifacts.proxy_folder import write_visible
 from fedqsn_cli.checkpoint import ArtifactWriter, FolderWriter, WriterThreads, allow_open_files, check_reference
 from fedqsn_cli.checkpoint import push as push_to_hub
+from fedqsn_cli.checkpoint.reader import MAX_OPEN_FILES
 from fedqsn_cli.errors import InputError, OutputExists
 from fedqsn_cli.export.advice import check_settings, refuse_untrainable, tell_of_second_proxies, tell_what_stays
 from fedqsn_cli.export.companions import write_public_companions
@@ -29,6 +30,7 @@ from fedqsn_cli.export.pipeline import run
 from fedqsn_cli.export.records import ProxyRecord
 from fedqsn_cli.export.session import MaskingSession, keep_outside, open_session
 from fedqsn_cli.exposure.budget import Budget, Planned
+from fedqsn_cli.kernels.digests import Algorithm, algorithm_of
 from fedqsn_cli.masks.job_masks import ClientMasks
 from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.options import ExportOptions, QuantizationOptions
@@ -37,6 +39,7 @@ from fedqsn_cli.quantization import layout
 
 CLIENTS_A_PASS = 128
 """So many proxies are written from one read of the model. More are written in turns: memory stays the same."""
+SMALL_FILES = 8  # that are open for a moment: the key, the ledger, a manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +115,10 @@ def export_proxy(source: str | Path, options: ExportOptions, *, progress: Progre
     budget.check(past)
     quantization = choose_quantization(session, options)
     export = ProxyExport.of(session, quantization, train, options.max_shard_bytes)
-    with _writers(options) as writers:
-        releases = export.write(writers, masks, progress)
+    together = _proxies_a_pass(session, options)
+    with _writers(options, together) as writers:
+        algorithm = algorithm_of(of_job[-1].model_digest if of_job else None)  # a job keeps its own
+        releases = export.write(writers, masks, algorithm, progress, together=together)
         published = _published_before(options, writers)
         tell_what_stays(session.model, progress)
         if untrainable is not None:
@@ -190,11 +195,36 @@ def choose_quantization(session: MaskingSession, options: QuantizationOptions) -
     return chosen
 
 
+def _proxies_a_pass(session: MaskingSession, options: ExportOptions) -> int:
+    """How many proxies one pass over the model writes, as far as the limit of open files allows.
+
+    The folder of every client stays open until all are published, for its lock. A pass has two files open for each
+    proxy that it writes, besides what it reads.
+
+    Raises:
+        InputError: not even one at a time can be written.
+    """
+    clients, most = len(options.client), min(len(options.client), CLIENTS_A_PASS)
+    shards = len({entry.file for entry in session.model.checkpoint.entries.values()})
+    inputs = SMALL_FILES + min(MAX_OPEN_FILES, 2 * shards * (1 if session.base is None else 2))
+    left = allow_open_files(clients + 2 * most + inputs) - clients - inputs
+    if left < 2:
+        needed = clients + 2 + inputs
+        raise InputError(
+            f"{clients} proxies need {needed} open files, and this process may open {left + clients + inputs} more",
+            where="--client",
+            hint="raise the limit (ulimit -n), or export fewer clients at a time",
+        )
+    return min(most, left // 2)
+
+
 @contextmanager
-def _writers(options: ExportOptions) -> Iterator[list[ArtifactWriter]]:
-    """A writer for each client; what is not published when this ends is removed."""
-    together = min(len(options.client), CLIENTS_A_PASS)
-    allow_open_files(len(options.client) + 2 * together)
+def _writers(options: ExportOptions, together: int) -> Iterator[list[ArtifactWriter]]:
+    """A writer for each client; what is not published when this ends is removed.
+
+    Args:
+        together: how many of them are filled at the same time.
+    """
     with ExitStack() as stack:
         threads = WriterThreads(together)
         stack.callback(threads.stop)
@@ -246,12 +276,24 @@ class ProxyExport:
         """The export of a session's model."""
         return cls(session, quantization, session.tasks(quantization), train, max_shard_bytes)
 
-    def write(self, writers: Sequence[FolderWriter], masks: Sequence[ClientMasks], progress: Progress) -> list[Release]:
-        """Write all proxies, as many in one pass over the model as `CLIENTS_A_PASS`. Returns their ledger lines."""
+    def write(
+        self,
+        writers: Sequence[FolderWriter],
+        masks: Sequence[ClientMasks],
+        algorithm: Algorithm,
+        progress: Progress,
+        *,
+        together: int = CLIENTS_A_PASS,
+    ) -> list[Release]:
+        """Write all proxies, `together` of them in one pass over the model. Returns their ledger lines.
+
+        Args:
+            algorithm: of the digest of the model.
+        """
         specs = tensor_specs(self.tasks, self.quantization)
         releases = []
-        for first in range(0, len(masks), CLIENTS_A_PASS):
-            part = slice(first, first + CLIENTS_A_PASS)
+        for first in range(0, len(masks), together):
+            part = slice(first, first + together)
             sinks = [
                 writer.tensors("model", specs, max_shard_bytes=self.max_shard_bytes, metadata=METADATA)
                 for writer in writers[part]
@@ -260,7 +302,13 @@ class ProxyExport:
                 client_output(sink, self.quantization, mask) for sink, mask in zip(sinks, masks[part], strict=True)
             ]
             digests = run(
-                self.session.model, self.tasks, self.quantization, outputs, base=self.session.base, progress=progress
+                self.session.model,
+                self.tasks,
+                self.quantization,
+                outputs,
+                base=self.session.base,
+                algorithm=algorithm,
+                progress=progress,
             )
             record = ProxyRecord(self.session, self.quantization, self.train, self.max_shard_bytes, digests)
             for writer, sink, mask in zip(writers[part], sinks, masks[part], strict=True):

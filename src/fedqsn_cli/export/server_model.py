@@ -17,6 +17,7 @@ from fedqsn_cli.export.outputs import METADATA, ServerOutput, client_output, ten
 from fedqsn_cli.export.pipeline import run
 from fedqsn_cli.export.records import masked_manifest, quantized_manifest
 from fedqsn_cli.export.session import keep_outside, open_session
+from fedqsn_cli.kernels.digests import algorithm_of
 from fedqsn_cli.models.model import OpenModel, open_model
 from fedqsn_cli.models.plan_file import load_overrides
 from fedqsn_cli.models.residual import copy_residual
@@ -81,7 +82,7 @@ def mask(source: str | Path, options: MaskOptions, *, progress: Progress = SILEN
     refuse_untrainable(model, options.allow_untrainable)
     masks = session.client_masks(options.client, options) if options.client is not None else None
     tasks = session.tasks(quantization)
-    with ArtifactWriter(Path(options.out), force=options.force, hashed=False) as writer:
+    with ArtifactWriter(Path(options.out), force=options.force, digest=None) as writer:
         specs = tensor_specs(tasks, quantization)
         sink = writer.tensors("model", specs, max_shard_bytes=options.max_shard_bytes, metadata=METADATA)
         output = client_output(sink, quantization, masks) if masks is not None else ServerOutput(sink, quantization)
@@ -129,10 +130,19 @@ def quantize(source: str | Path, options: QuantizeOptions, *, progress: Progress
     )
     model = _open_dense(source, options.plan_file)
     tasks = tensor_tasks(model, quantization, lambda tensor: None)
-    with ArtifactWriter(Path(options.out), force=options.force, hashed=False) as writer:
+    algorithm = algorithm_of(model.manifest.model_digest if model.manifest else None)
+    with ArtifactWriter(Path(options.out), force=options.force, digest=None) as writer:
         specs = tensor_specs(tasks, quantization)
         sink = writer.tensors("model", specs, max_shard_bytes=options.max_shard_bytes, metadata=METADATA)
-        digests = run(model, tasks, quantization, [ServerOutput(sink, quantization)], base=None, progress=progress)
+        digests = run(
+            model,
+            tasks,
+            quantization,
+            [ServerOutput(sink, quantization)],
+            base=None,
+            algorithm=algorithm,
+            progress=progress,
+        )
         sink.close()
         copy_companions(model, writer, quantization)
         writer.add_bytes(MODEL_MANIFEST, manifest_bytes(quantized_manifest(model, digests.model, quantization)))

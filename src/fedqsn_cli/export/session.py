@@ -170,14 +170,14 @@ def _open_base(model: OpenModel, fill: Fill, reference: str | Path | None, *, wh
 
 
 def keep_outside(out: Path, **files: str | Path | None) -> None:
-    """Refuse a key or ledger inside of an output: it would be sent with it, or be lost when --force replaces it.
+    """Refuse a key, ledger or report inside of a folder that is sent, or that --force replaces.
 
     Args:
-        out: the directory to make. files: paths by the option that gives them.
+        out: the directory. files: paths by the option that gives them.
 
     Raises:
         InputError: one of them is inside.
     """
     for option, file in files.items():
         if file is not None and Path(os.path.realpath(file)).is_relative_to(os.path.realpath(out)):
-            raise InputError("is inside of the output", where=f"--{option}", hint="keep it beside the outputs")
+            raise InputError(f"is inside of {out}", where=f"--{option}", hint="keep it elsewhere")

@@ -17,7 +17,7 @@ class HashThreads:
     """Threads for digests. Use as a context manager: what still waits at the end is hashed first."""
 
     def __init__(self) -> None:
-        self._pools = [ThreadPoolExecutor(1, "fedqsn-sha256") for _ in range(min(MOST_THREADS, thread_count()))]
+        self._pools = [ThreadPoolExecutor(1, "fedqsn-digest") for _ in range(min(MOST_THREADS, thread_count()))]
         self._next = itertools.cycle(self._pools)
         self._slots = threading.BoundedSemaphore(MOST_WAITING)
 
@@ -40,7 +40,7 @@ class HashQueue:
         self._pool = pool
         self._slots = slots
 
-    def submit(self, call: Callable[[memoryview], None], data: memoryview) -> Future[None]:
+    def submit(self, call: Callable[[memoryview], object], data: memoryview) -> Future[None]:
         """Run call(data) after everything that was submitted before."""
         self._slots.acquire()
         try:
@@ -49,7 +49,7 @@ class HashQueue:
             self._slots.release()
             raise
 
-    def _run(self, call: Callable[[memoryview], None], data: memoryview) -> None:
+    def _run(self, call: Callable[[memoryview], object], data: memoryview) -> None:
         try:
             call(data)
         finally:

@@ -1,17 +1,21 @@
 """How kernels are compiled, and the bits of floats: 16-bit ones to fp32 and back.
 
-No kernel may depend on fused or reordered arithmetic: fastmath stays off. numba looks for changes only in the file of a
-kernel that it keeps on disk, not in the files of kernels that it calls: after a change here, touch the callers.
+No kernel may depend on fused or reordered arithmetic: fastmath stays off.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
+from types import CodeType
 from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
 from numba.core.caching import FunctionCache
+from numba.core.dispatcher import Dispatcher
 from numba.core.runtime import rtsys
 from numpy.typing import NDArray
 
@@ -38,6 +42,34 @@ class _Cache(FunctionCache):  # type: ignore[misc]
         with self._guard_against_spurious_io_errors():
             return self._load_overload(sig, target_context)
 
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        """As the original has it, and what is compiled in from other files, in which numba looks for no changes."""
+        return *super()._index_key(sig, codegen), compiled_in(self._py_func)
+
+
+@functools.cache
+def compiled_in(function: Callable[..., Any]) -> str:
+    """SHA-256 (hex) of this file, and of the code and the constants of all kernels that a kernel calls."""
+    digest, pending, seen = hashlib.sha256(Path(__file__).read_bytes()), [function], {function}
+    while pending:
+        current = pending.pop()
+        code = current.__code__
+        parts = [code, *(value for value in code.co_consts if isinstance(value, CodeType))]  # comprehensions, too
+        for part in parts:
+            constants = [value for value in part.co_consts if not isinstance(value, CodeType)]  # those show an address
+            digest.update(repr((part.co_code, constants, part.co_names, part.co_varnames)).encode())
+        for name in sorted({name for part in parts for name in part.co_names}):
+            value = current.__globals__.get(name)
+            if isinstance(value, Dispatcher):
+                if value.py_func not in seen:
+                    seen.add(value.py_func)
+                    pending.append(value.py_func)
+            elif isinstance(value, np.ndarray):
+                digest.update(repr((name, value.dtype.str, value.shape)).encode() + value.tobytes())
+            elif isinstance(value, int | float | tuple | np.generic):
+                digest.update(repr((name, value)).encode())
+    return digest.hexdigest()
+
 
 def kernel(function: F) -> F:
     """Compile a function at its first call, without the interpreter lock, and keep the machine code on disk.
@@ -45,13 +77,18 @@ def kernel(function: F) -> F:
     numba keeps it next to the source, or in the user's cache directory where that is read-only. Where nothing can be
     written it compiles in every process.
     """
-    options = {"nogil": True, "error_model": "numpy"}
+    return compiled(function)
+
+
+def compiled(function: F, **more: Any) -> F:
+    """A kernel with more options of numba."""
+    options = {"nogil": True, "error_model": "numpy", **more}
     try:
-        compiled = numba.njit(cache=True, **options)(function)
-        compiled._cache = _Cache(function)
+        made = numba.njit(cache=True, **options)(function)
+        made._cache = _Cache(function)
     except RuntimeError:  # numba found no directory for its cache
-        compiled = numba.njit(**options)(function)
-    return cast(F, compiled)
+        made = numba.njit(**options)(function)
+    return cast(F, made)
 
 
 def as_bits(x: NDArray[Any], dtype: str) -> tuple[Bits, int]:

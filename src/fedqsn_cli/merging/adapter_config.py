@@ -57,7 +57,7 @@ def read_config(folder: Path, manifest: UpdateManifest) -> Mapping[str, Any]:
     path = folder / ADAPTER_CONFIG
     data = read_file(path, UpdateManifest.LARGEST)
     if hashlib.sha256(data).hexdigest() != manifest.files[ADAPTER_CONFIG]:
-        raise RefusedUpdate(f"its sha256 is not the one in {UPDATE_MANIFEST}", where=path, hint="send it again")
+        raise RefusedUpdate(f"its digest is not the one in {UPDATE_MANIFEST}", where=path, hint="send it again")
     document = strictjson.loads(data, path)
     if not isinstance(document, dict):
         raise RefusedUpdate("is no JSON object", where=path)

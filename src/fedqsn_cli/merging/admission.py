@@ -7,44 +7,98 @@ of claims needs the manifests alone; values and norms are only known once everyt
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from pathlib import Path
 
-from fedqsn_cli.errors import RefusedUpdate
-from fedqsn_cli.merging.measures import ModelSizes, UpdateMeasures
+from fedqsn_cli.artifacts.partial_folder import SummedClient
+from fedqsn_cli.errors import InputError, RefusedUpdate
+from fedqsn_cli.merging.exact_sum import MOST_TERMS
+from fedqsn_cli.merging.measures import Excess, ModelSizes, UpdateMeasures
+from fedqsn_cli.merging.partial_sum import PartialSum
 from fedqsn_cli.merging.read_update import ClientUpdate
 from fedqsn_cli.merging.refusals import Refusals
+from fedqsn_cli.merging.verify import Round
 from fedqsn_cli.options import MergeOptions
 
 MOST_TIMES_MEDIAN = 10
 """Without --max-examples: the largest number of examples, in medians of the round's updates."""
+MOST_EXAMPLES = 2**53
+"""Up to here sums of numbers of examples are exact in double precision."""
 FEW = 3
 """With fewer updates there is no majority that a median could stand for."""
 
 
-def check_claims(updates: Sequence[ClientUpdate], max_examples: int | None, refusals: Refusals) -> list[ClientUpdate]:
-    """The updates that do not claim too many examples: no client may outvote all others.
+def check_claims(found: Round, max_examples: int | None, refusals: Refusals) -> Round:
+    """What does not claim too many examples: no client may outvote all others.
 
     Raises:
-        RefusedUpdate: one claims more than `max_examples`; or without that limit, of three or more updates, more than
-            ten times their median.
+        RefusedUpdate: a client claims more than `max_examples`; or without that limit, of three or more updates, more
+            than ten times their median. A partial sum is refused as a whole.
     """
-    median = statistics.median([update.examples for update in updates]) if len(updates) >= FEW else None
-    for update in updates:
-        with refusals.noting(update.folder, update.client):
-            _check_claim(update, max_examples, median)
-    return refusals.without(updates)
+    counts = [count for each in found for _, count in each.claims]
+    median = statistics.median(counts) if len(counts) >= FEW else None
+    for each in found:
+        client = each.client if isinstance(each, ClientUpdate) else None
+        with refusals.noting(each.folder, client):
+            for name, count in each.claims:
+                claim = "it claims" if client is not None else f"client {name!r} in it claims"
+                _check_claim(f"{claim} {count} examples, more than", count, max_examples, median, each.folder)
+    return Round.of(refusals.without(list(found)))
 
 
-def _check_claim(update: ClientUpdate, most: int | None, median: float | None) -> None:
-    claim = f"it claims {update.examples} examples, more than"
-    if most is not None and update.examples > most:
-        raise RefusedUpdate(f"{claim} --max-examples {most}", where=update.folder)
-    if most is None and median is not None and update.examples > MOST_TIMES_MEDIAN * median:
+def _check_claim(claim: str, count: int, most: int | None, median: float | None, folder: Path) -> None:
+    if most is not None and count > most:
+        raise RefusedUpdate(f"{claim} --max-examples {most}", where=folder)
+    if most is None and median is not None and count > MOST_TIMES_MEDIAN * median:
         raise RefusedUpdate(
             f"{claim} {MOST_TIMES_MEDIAN} times the median of this round's updates, {median:g}",
-            where=update.folder,
+            where=folder,
             hint="if its client really has so many, allow them with --max-examples",
         )
+
+
+def require_summable(found: Round) -> None:
+    """Refuse more updates than an exact sum can hold. Raises InputError."""
+    if found.clients > MOST_TERMS or found.examples > MOST_EXAMPLES:
+        what = f"{found.clients} updates with {found.examples} examples are more than a sum can hold"
+        raise InputError(what, hint=f"merge {MOST_TERMS} updates with {MOST_EXAMPLES} examples at most")
+
+
+def check_partials(found: Round, options: MergeOptions, refusals: Refusals) -> Round:
+    """The updates, and the partial sums of updates that this merge would have admitted.
+
+    Raises:
+        InputError: this merge needs the updates themselves.
+        RefusedUpdate: the updates in one were clipped otherwise, or one of them is larger than the limits.
+    """
+    if found.partials:
+        _require_sums(found.partials[0], options)
+    for each in found.partials:
+        with refusals.noting(each.folder):
+            if each.manifest.clip_norm != options.clip_norm:
+                what = f"its updates were merged with --clip-norm {each.manifest.clip_norm}, not {options.clip_norm}"
+                raise RefusedUpdate(what.replace("--clip-norm None", "no --clip-norm"), where=each.folder)
+            for client in each.manifest.clients:
+                _check_recorded(client, each.folder, options)
+    return Round.of(refusals.without(list(found)))
+
+
+def _require_sums(first: PartialSum, options: MergeOptions) -> None:
+    """Refuse partial sums where a merge is not a sum of updates."""
+    for flag, given, why in (
+        ("--rule", options.rule != "fedavg", f"{options.rule} needs all updates at once"),
+        ("--clip-norm", options.clip_norm == "auto", "the median of the norms needs all updates at once"),
+        ("--noise-multiplier", options.noise_multiplier is not None, "noise needs all updates at once"),
+        ("--keep-adapter", options.keep_adapter is not None, "an adapter is made of all updates"),
+    ):
+        if given:
+            raise InputError(f"{why}, and {first.folder} is a partial sum", where=flag, hint="merge the updates")
+
+
+def _check_recorded(client: SummedClient, folder: Path, options: MergeOptions) -> None:
+    """Hold what was measured of an update in a partial sum against the limits. Raises RefusedUpdate."""
+    _check_norm(f"the norm of client {client.client!r} is", client.relative_norm, folder, options)
+    for excess in (client.largest_tensor, client.largest_unit):
+        _check_excess(client.client, Excess(excess.tensor, excess.unit, excess.ratio), folder, options)
 
 
 def check_norms(update: ClientUpdate, measures: UpdateMeasures, sizes: ModelSizes, options: MergeOptions) -> None:
@@ -53,18 +107,25 @@ def check_norms(update: ClientUpdate, measures: UpdateMeasures, sizes: ModelSize
     Raises:
         RefusedUpdate: the client, the tensor and the unit are named.
     """
-    norm, limit = relative_norm(measures, sizes), options.max_update_norm
-    if norm > limit:
-        what = f"its norm is {norm:.3g} times the model's, over --max-update-norm {limit:g}"
-        raise RefusedUpdate(what, where=update.folder)
+    _check_norm("its norm is", relative_norm(measures, sizes), update.folder, options)
     for excess in measures.largest(sizes):
-        if excess.ratio > options.unit_limit:
-            place = excess.tensor if excess.unit is None else f"unit {excess.unit} of {excess.tensor}"
-            raise RefusedUpdate(
-                f"client {update.client!r} moves {place} by {excess.ratio:.3g} times the size of the weights there, "
-                f"over --max-unit-norm {options.unit_limit:g}",
-                where=update.folder,
-            )
+        _check_excess(update.client, excess, update.folder, options)
+
+
+def _check_norm(what: str, norm: float, folder: Path, options: MergeOptions) -> None:
+    if norm > options.max_update_norm:
+        told = f"{what} {norm:.3g} times the model's, over --max-update-norm {options.max_update_norm:g}"
+        raise RefusedUpdate(told, where=folder)
+
+
+def _check_excess(client: str, excess: Excess, folder: Path, options: MergeOptions) -> None:
+    if excess.ratio > options.unit_limit:
+        place = excess.tensor if excess.unit is None else f"unit {excess.unit} of {excess.tensor}"
+        raise RefusedUpdate(
+            f"client {client!r} moves {place} by {excess.ratio:.3g} times the size of the weights there, "
+            f"over --max-unit-norm {options.unit_limit:g}",
+            where=folder,
+        )
 
 
 def relative_norm(measures: UpdateMeasures, sizes: ModelSizes) -> float:
@@ -73,10 +134,10 @@ def relative_norm(measures: UpdateMeasures, sizes: ModelSizes) -> float:
     return float((measures.squares / squares) ** 0.5) if squares else 0.0
 
 
-def require_enough(updates: Sequence[ClientUpdate], least: int, refusals: Refusals) -> None:
+def require_enough(count: int, least: int, refusals: Refusals) -> None:
     """Refuse a round that too few updates are left of. Raises RefusedUpdate."""
-    if len(updates) >= least:
+    if count >= least:
         return
-    given = len(updates) + len(refusals.refused)
+    given = count + len(refusals.refused)
     first = f"; the first one refused: {refusals.refused[0].reason}" if refusals.refused else ""
-    raise RefusedUpdate(f"{len(updates)} of {given} updates can be merged, fewer than --min-clients {least}{first}")
+    raise RefusedUpdate(f"{count} of {given} updates can be merged, fewer than --min-clients {least}{first}")

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
 
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.merging import client_weights
@@ -15,16 +12,11 @@ from fedqsn_cli.merging.noise import Noise
 from fedqsn_cli.merging.order_rules import KINDS, OrderRule
 from fedqsn_cli.merging.read_update import ClientUpdate
 from fedqsn_cli.merging.survey import Survey
+from fedqsn_cli.merging.verify import Round
 from fedqsn_cli.options import MergeOptions
 
-Doubles = NDArray[np.float64]
-
-_WEIGHTS: dict[str, Callable[[Doubles, int], Doubles]] = {
-    "krum": lambda distances, f: client_weights.krum(distances, f, 1),
-    "multi-krum": lambda distances, f: client_weights.krum(distances, f, len(distances) - f),
-    "geometric-median": lambda distances, f: client_weights.geometric_median(distances),
-    "bulyan": client_weights.bulyan,
-}
+LEAST_WEIGHT = 2.0**-20
+"""What an update that is late counts at least."""
 
 _LEAST: dict[str, tuple[int, int]] = {"krum": (2, 3), "multi-krum": (2, 3), "bulyan": (4, 3)}
 """a and b: the rule is proven for a f + b updates or more. The others need 2 f + 1."""
@@ -40,6 +32,7 @@ class Aggregation:
         order: the rule that puts values in order; None for an average.
         least: how many clients must have seen a unit that is averaged.
         noise: what is added to each sum; None for none.
+        others: what all updates in partial sums count together. late: how many rounds late each update is.
     """
 
     weights: tuple[float, ...]
@@ -49,26 +42,32 @@ class Aggregation:
     least: int
     control_weight: float
     noise: Noise | None
+    others: float
+    late: tuple[int, ...]
+
+    @property
+    def whole(self) -> float:
+        """What all updates count together."""
+        return sum(self.weights) + self.others
 
     def share(self, number: int) -> float:
         """What an update counts, as a share of all."""
-        return self.weights[number] / sum(self.weights)
+        return self.weights[number] / self.whole
 
     def verdict(self, number: int) -> str:
         """What happened to an update, in a word or two."""
         if self.weights[number] == 0:
             return "left out"
-        return "merged" if self.factors[number] == 1 else f"clipped to {self.factors[number]:.2g}"
+        late = self.late[number]
+        return clipped(self.factors[number]) + (f", {late} round{'s' * (late > 1)} late" if late else "")
 
 
-def compares(options: MergeOptions) -> bool:
-    """Whether the rule needs distances between whole updates."""
-    return options.rule in _WEIGHTS
+def clipped(factor: float) -> str:
+    """What happened to an update that was merged `factor` times."""
+    return "merged" if factor == 1 else f"clipped to {factor:.2g}"
 
 
-def aggregation(
-    options: MergeOptions, updates: Sequence[ClientUpdate], survey: Survey | None, noise: Noise | None
-) -> Aggregation:
+def aggregation(options: MergeOptions, found: Round, survey: Survey | None, noise: Noise | None) -> Aggregation:
     """Decide what each update counts.
 
     Args:
@@ -77,21 +76,35 @@ def aggregation(
     Raises:
         InputError: there are too few updates for the rule. RefusedUpdate: two of them cannot be compared.
     """
+    updates, others = found.updates, float(sum(each.examples for each in found.partials))
     _require_enough(options, len(updates))
     factors = clip_factors(survey.norms, options.clip_norm) if survey and options.clip_norm else [1.0] * len(updates)
     by_examples, f = options.rule == "fedavg" and noise is None, options.byzantine or 0
-    weights = [float(update.examples) if by_examples else 1.0 for update in updates]
-    if survey is not None and compares(options):
-        weights = _WEIGHTS[options.rule](survey.distances(factors), f).tolist()
+    weights = [_examples(update, options.staleness_discount) if by_examples else 1.0 for update in updates]
+    if survey is not None and client_weights.compares(options):
+        weights = client_weights.RULES[options.rule](survey.distances(factors), f).tolist()
     return Aggregation(
         weights=tuple(weights),
         factors=tuple(factors),
-        divisor=sum(weights) if options.normalize == "clients" else None,
+        divisor=sum(weights) + others if options.normalize == "clients" else None,
         order=OrderRule(options.rule, f) if options.rule in KINDS else None,
         least=2 * f + 1 if options.rule == "geometric-median" else 1,
         control_weight=options.control_weight,
         noise=noise,
+        others=others,
+        late=tuple(update.late for update in updates),
     )
+
+
+def _examples(update: ClientUpdate, discount: float | None) -> float:
+    """n_k, times (1 + r)^-a of an update that is r rounds late (Xie et al. 2019, arXiv 1903.03934, polynomial).
+
+    It is rounded to a multiple of `LEAST_WEIGHT`, so that sums of such numbers do not depend on their order.
+    """
+    if not update.late or discount is None:
+        return float(update.examples)
+    counted: float = update.examples * (1.0 + update.late) ** -discount
+    return max(1, round(counted / LEAST_WEIGHT)) * LEAST_WEIGHT
 
 
 def clip_factors(norms: Sequence[float], limit: float | str) -> list[float]:

@@ -1,7 +1,7 @@
 """The arithmetic of merging, compiled: one pass over memory each.
 
-Sums run in double precision in the order of the updates and are rounded once, to fp32 and from there to the model's
-dtype (to nearest, ties to even), so a result depends neither on chunk size nor on the number of threads.
+Sums of updates are exact (`exact_sum`). Steps are in double precision and rounded once, to fp32 and from there to the
+model's dtype (to nearest, ties to even), so a result depends neither on chunk size nor on the number of threads.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.kernels.jit import INFINITY, MAGNITUDE, as_bits, kernel, narrow, narrow_brain, to_bits, to_float, widen
 from fedqsn_cli.kernels.threads import run_ranges
+from fedqsn_cli.merging.exact_sum import FINE, Digits, add_run, add_scattered
 from fedqsn_cli.planning.tensor_plan import UnitAxis
 from fedqsn_cli.quantization.kernels import narrowed, widened
 
@@ -23,6 +24,7 @@ Doubles = NDArray[np.float64]
 PIECE = 1024  # values that go through each step together: all arrays of a piece fit in L1
 RUN = 16384  # values of a part, where the parts are not rows
 GRAIN = 1 << 16  # minimum number of values for a thread
+_NONE, _NO_DOUBLES = np.empty(0, np.int64), np.empty(0)
 STRIPE = 64  # rows whose columns are summed together: the same ones, whatever the number of threads
 
 FLAT, ROWS, COLUMNS, ELEMENTS = 0, 1, 2, 3
@@ -51,23 +53,30 @@ class PieceSquares:
 
 
 def add(
-    total: Array, u: Array, dtype: str, index: NDArray[np.int64], axis: UnitAxis | None, coefficient: float
+    total: Doubles | Digits,
+    u: Array,
+    dtype: str,
+    index: NDArray[np.int64],
+    axis: UnitAxis | None,
+    coefficient: float,
 ) -> PieceSquares:
     """total += coefficient * U on the elements that U holds.
 
     Args:
-        total: float64 [rows, cols].
+        total: [rows, cols], in double precision or exact.
         u: stored bits of U for these rows: [seen rows * cols], [rows * seen columns] or [seen elements].
         index: the seen rows, columns or elements; unused when U has no units.
     """
     bits, kind = as_bits(u, dtype)
-    rows, cols = total.shape
+    plain, high, low = (_NO_DOUBLES, total.high, total.low) if isinstance(total, Digits) else (total, _NONE, _NONE)
+    rows, cols = high.shape if isinstance(total, Digits) else plain.shape
+    sums = plain.reshape(-1), high.reshape(-1), low.reshape(-1)
     mode, width, parts = parts_of(u.size, axis, rows, cols)
     squares = np.zeros(parts)
     columns = np.zeros((-(-parts // STRIPE), width) if mode == COLUMNS else (0, 0))
 
     def work(start: int, stop: int) -> None:
-        _add(total.reshape(-1), cols, bits, kind, index, mode, width, start, stop, coefficient, squares, columns)
+        _add(*sums, cols, bits, kind, index, mode, width, start, stop, coefficient, squares, columns)
 
     grain = max(1, GRAIN // max(width, 1))
     run_ranges(parts, -(-grain // STRIPE) * STRIPE if mode == COLUMNS else grain, work)
@@ -117,6 +126,8 @@ def _tops(x: Any, kind: int, start: int, stop: int, tops: Any) -> None:
 @kernel
 def _add(
     total: Any,
+    high: Any,
+    low: Any,
     cols: int,
     u: Any,
     kind: int,
@@ -129,7 +140,10 @@ def _add(
     squares: Any,
     columns: Any,
 ) -> None:
-    """Parts start .. stop of U, `width` values each; the sum of squares of each part, or of each column of a stripe."""
+    """Parts start .. stop of U, `width` values each; the sum of squares of each part, or of each column of a stripe.
+
+    They go into `total`, or where that is empty into `high` and `low`.
+    """
     bits, sums = np.empty(PIECE, np.uint32), np.empty(PIECE, np.float64)
     values = bits.view(np.float32)
     for part in range(start, stop):
@@ -140,14 +154,25 @@ def _add(
             widen(u[at : at + count], kind, bits)
             inside = at - first
             if mode == COLUMNS:
-                line = total[part * cols : (part + 1) * cols]
-                stripe = columns[part // STRIPE, inside : inside + count]
-                _add_scattered(values[:count], line, index[inside : inside + count], coefficient, stripe)
+                line, stripe = slice(part * cols, (part + 1) * cols), columns[part // STRIPE, inside : inside + count]
+                places = index[inside : inside + count]
+                if total.size:
+                    _add_scattered(values[:count], total[line], places, coefficient, stripe)
+                else:
+                    add_scattered(values[:count], high[line], low[line], places, coefficient, stripe)
             elif mode == ELEMENTS:
-                _add_scattered(values[:count], total, index[at : at + count], coefficient, sums)
+                places = index[at : at + count]
+                if total.size:
+                    _add_scattered(values[:count], total, places, coefficient, sums)
+                else:
+                    add_scattered(values[:count], high, low, places, coefficient, sums)
             else:
                 begin = (index[part] * cols if mode == ROWS else first) + inside
-                _add_run(values[:count], total[begin : begin + count], coefficient, sums)
+                line = slice(begin, begin + count)
+                if total.size:
+                    _add_run(values[:count], total[line], coefficient, sums)
+                else:
+                    add_run(values[:count], high[line], low[line], coefficient, sums)
         squares[part] = _fold(sums)
 
 
@@ -181,7 +206,8 @@ def _fold(sums: Any) -> float:
 def subtract(total: Doubles, drift: Doubles, weights: Array, axis: UnitAxis | None, coefficient: float) -> None:
     """total -= coefficient * weights * drift, unit by unit; `drift` holds that product afterwards.
 
-    Where a weight is 0, no client saw the unit, and its sum stays as it is.
+    It is rounded as the terms of `total` were: a client that sent the same is cancelled to the last bit. Where a weight
+    is 0, no client saw the unit, and its sum stays as it is.
 
     Args:
         total, drift: [rows, cols]. weights: as for `step`.
@@ -193,7 +219,8 @@ def subtract(total: Doubles, drift: Doubles, weights: Array, axis: UnitAxis | No
         "column": (1, -1),
         "element": drift.shape,
     }
-    np.multiply(drift, factors.reshape(shapes[axis]), out=drift)
+    np.multiply(drift, factors.reshape(shapes[axis]) / FINE, out=drift)
+    np.multiply(np.rint(drift, out=drift), FINE, out=drift)
     np.subtract(total, drift, out=total)
 
 

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.merging.chunk_sum import ChunkStep, Scratch, accumulate
-from fedqsn_cli.merging.chunks import ModelChunk, UpdateChunk
+from fedqsn_cli.merging.chunks import ModelChunk
 from fedqsn_cli.merging.order_rules import OrderRule
-from fedqsn_cli.merging.read_update import UpdateReader
+from fedqsn_cli.merging.read_update import UpdateChunk, UpdateReader
 
 
 class ChunkStack(ChunkStep):

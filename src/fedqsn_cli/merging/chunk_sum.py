@@ -1,4 +1,4 @@
-"""One chunk of a step, and of a weighted average: the sum of all updates in double precision, added once.
+"""One chunk of a step, and of a weighted average: the exact sum of all updates, rounded and added once.
 
 Every update's rows go into the sum and are gone; only of a few updates, or of a few rows of many, are they kept until
 the sum is complete, to measure how each of them points.
@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.errors import RefusedUpdate
 from fedqsn_cli.merging import arithmetic
-from fedqsn_cli.merging.chunks import ModelChunk, UpdateChunk
+from fedqsn_cli.merging.chunks import ModelChunk
 from fedqsn_cli.merging.cosines import KEPT, compare, first_rows
+from fedqsn_cli.merging.exact_sum import MOST_TERM, Digits
 from fedqsn_cli.merging.noise import Noise
-from fedqsn_cli.merging.read_update import UpdateReader
+from fedqsn_cli.merging.partial_sum import PartialChunk
+from fedqsn_cli.merging.read_update import UpdateChunk, UpdateReader
 from fedqsn_cli.merging.server_optimizer import ServerOptimizer
 from fedqsn_cli.planning.tensor_plan import TensorPlan, UnitAxis
 
@@ -34,6 +36,11 @@ class Scratch:
         array = self.empty(use, shape)
         array[:] = 0
         return array
+
+    def digits(self, shape: tuple[int, ...]) -> Digits:
+        """Exact sums of zero."""
+        high, low = (self.zeros(use, shape).view(np.int64) for use in ("high", "low"))
+        return Digits(high, low)
 
     def empty(self, use: str, shape: tuple[int, ...]) -> Doubles:
         """The same, of anything."""
@@ -59,13 +66,22 @@ def by_unit(values: Doubles, axis: UnitAxis | None, shape: tuple[int, ...]) -> D
     return values.reshape(shapes[axis])
 
 
-def accumulate(total: Doubles, chunk: ModelChunk, reader: UpdateReader, piece: UpdateChunk, weight: float) -> None:
-    """total += weight * U; hashes and measures U on the way. Raises RefusedUpdate for NaN and infinity."""
+def accumulate(
+    total: Doubles | Digits, chunk: ModelChunk, reader: UpdateReader, piece: UpdateChunk, weight: float
+) -> None:
+    """total += weight * U; hashes and measures U on the way.
+
+    Raises:
+        RefusedUpdate: for NaN and infinity, and for what is too large for an exact sum.
+    """
     read, tensor = piece.read, chunk.task.plan
     reader.hash(read)
     axis, index = rows_as_units(tensor, reader.update.axis(tensor), piece, chunk.rows)
     squares = arithmetic.add(total, read.values, read.dtype, index, axis, weight)
     reader.measure(tensor, chunk.first, squares, read.values.size)
+    if isinstance(total, Digits) and abs(weight) * math.sqrt(squares.total) >= MOST_TERM:
+        what = f"its values, times its number of examples, are beyond {MOST_TERM:.1g}, and cannot be summed exactly"
+        raise RefusedUpdate(what, where=f"{reader.update.folder}: {tensor.name}")
 
 
 def rows_as_units(
@@ -149,21 +165,33 @@ class ChunkSum(ChunkStep):
 
     def __init__(self, chunk: ModelChunk, scratch: Scratch, clients: int, least: int = 1) -> None:
         super().__init__(chunk, scratch, chunk.rows if clients <= KEPT else -(-chunk.rows * KEPT // clients))
+        self.digits = scratch.digits(self._total.shape)
         self._least = least
         self._count = np.zeros(self._weights.size if least > 1 else 0, np.int64)
 
+    @property
+    def weights(self) -> Doubles:
+        """Σ w_k for each unit."""
+        return self._weights
+
     def add(self, reader: UpdateReader, piece: UpdateChunk, weight: float, factor: float) -> None:
-        """Add one client's Δ_k, `factor` times, with a weight. Raises RefusedUpdate for NaN, infinity."""
+        """Add one client's Δ_k, `factor` times, with a weight. Raises RefusedUpdate as `accumulate`."""
         update, tensor = reader.update, self._chunk.task.plan
-        accumulate(self._total, self._chunk, reader, piece, weight * factor / update.scale(tensor))
+        accumulate(self.digits, self._chunk, reader, piece, weight * factor / update.scale(tensor))
         seen = piece.part.index if update.axis(tensor) else slice(None)
         self._weights[seen] += weight
         if self._count.size:
             self._count[seen] += 1
         self._kept.append((reader, first_rows(piece, update.axis(tensor), self._kept_rows, *self._total.shape)))
 
+    def add_partial(self, piece: PartialChunk) -> None:
+        """Add what a partial sum has of these rows."""
+        self.digits.add(piece.digits)
+        self._weights += piece.weights
+
     def close(self) -> None:
-        """Leave units as they are that too few clients saw."""
+        """Round the sums, and leave units as they are that too few clients saw."""
+        self.digits.settle(self._total)
         if self._count.size:
             self._weights[self._count < self._least] = 0.0
 

@@ -1,7 +1,7 @@
 """A model and updates read in step: one chunk of the model, then the same rows of every update.
 
-for chunk, pieces in joint_chunks(model, tasks, readers):      read ahead in threads
-    for reader, piece in zip(readers, pieces): ...             all pieces of a chunk, before the next chunk
+for chunk, pieces in joint_chunks(model, tasks, sources):      read ahead in threads
+    for source, piece in zip(sources, pieces): ...             all pieces of a chunk, before the next chunk
     chunk.write_to(sink, residual)     stored bits: to files that writer threads store, or to tensors in memory
 """
 
@@ -18,11 +18,8 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.checkpoint import TensorSpec
 from fedqsn_cli.dtypes import SHORT_DTYPES
-from fedqsn_cli.errors import InputError
 from fedqsn_cli.kernels.read_ahead import read_ahead
 from fedqsn_cli.masks.unit_mask import UnitMask
-from fedqsn_cli.merging.read_update import UpdateReader
-from fedqsn_cli.merging.stored_values import ReadValues, UpdateSlice
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.residual import Residual
 from fedqsn_cli.models.tensor_task import TensorTask
@@ -41,6 +38,13 @@ class Sink(Protocol):
 
     def write(self, name: str, offset: int, data: Array) -> None:
         """The bytes of a tensor from `offset` on."""
+
+
+class Source(Protocol):
+    """Has rows for every chunk of the model: an update, or a partial sum of several."""
+
+    def prepare(self, task: TensorTask, first: int, rows: int) -> Callable[[], object]:
+        """A call that reads what belongs to these rows of a tensor, from any thread; asked for in the order of rows."""
 
 
 class InMemorySink:
@@ -94,51 +98,36 @@ def write_chunks(chunks: Iterable[ModelChunk], sink: Sink, residual_sink: Sink |
     progress.finish()
 
 
-@dataclass(frozen=True, slots=True)
-class UpdateChunk:
-    """The elements of one update that belong to a chunk of the model, or why they cannot be read."""
-
-    part: UpdateSlice
-    found: ReadValues | InputError
-
-    @property
-    def read(self) -> ReadValues:
-        """The elements. Raises InputError, on behalf of the thread that could not read them."""
-        if isinstance(self.found, InputError):
-            raise self.found
-        return self.found
-
-
 def stack_elements(clients: int) -> int:
     """About how many weights a chunk has where all updates of it are held side by side."""
     return max(1, min(CHUNK_ELEMENTS, STACK_ELEMENTS // max(1, clients)))
 
 
 def joint_chunks(
-    model: OpenModel, tasks: Sequence[TensorTask], readers: Sequence[UpdateReader], elements: int | None = None
-) -> Generator[tuple[ModelChunk, Iterator[UpdateChunk]], None, None]:
-    """The chunks of a model, in order, each with the same rows of every update; no update has rows of whole numbers.
+    model: OpenModel, tasks: Sequence[TensorTask], sources: Sequence[Source], elements: int | None = None
+) -> Generator[tuple[ModelChunk, Iterator[Any]], None, None]:
+    """The chunks of a model, in order, each with the same rows of every source; none has rows of whole numbers.
 
     Args:
         tasks: the tensors of `model`, in order.
         elements: about how many weights a chunk has, if not the usual number. It is whole rows, and at least one.
     """
-    reads = _reads(model, Residual(model), tasks, readers, elements or CHUNK_ELEMENTS)
+    reads = _reads(model, Residual(model), tasks, sources, elements or CHUNK_ELEMENTS)
     with ThreadPoolExecutor(READERS) as threads:
         pieces: Iterator[Any] = read_ahead(threads, reads, 2 * READERS)
-        for chunk in pieces:  # the model's rows; those of every update follow, and the caller takes them
+        for chunk in pieces:  # the model's rows; those of every source follow, and the caller takes them
             yield chunk, pieces
 
 
 def _reads(
-    model: OpenModel, residual: Residual, tasks: Sequence[TensorTask], readers: Sequence[UpdateReader], elements: int
-) -> Iterator[Callable[[], ModelChunk | UpdateChunk]]:
+    model: OpenModel, residual: Residual, tasks: Sequence[TensorTask], sources: Sequence[Source], elements: int
+) -> Iterator[Callable[[], object]]:
     """Everything there is to read, in order, as calls that read it."""
     for task in tasks:
         for first, rows in row_chunks(task.layout, 1, elements):
             yield partial(_read_model, model, residual, task, first, rows)
-            for reader in readers if task.tensor.is_float else ():
-                yield partial(_read_update, reader, task.name, reader.locate(task, first, rows))
+            for source in sources if task.tensor.is_float else ():
+                yield source.prepare(task, first, rows)
 
 
 def _read_model(model: OpenModel, residual: Residual, task: TensorTask, first: int, rows: int) -> ModelChunk:
@@ -146,13 +135,6 @@ def _read_model(model: OpenModel, residual: Residual, task: TensorTask, first: i
     short = task.tensor.dtype in SHORT_DTYPES
     kept = residual.rows(task.name, first, rows, task.layout.view[2]) if short else None
     return ModelChunk(task, first, rows, values, kept)
-
-
-def _read_update(reader: UpdateReader, name: str, part: UpdateSlice) -> UpdateChunk:
-    try:
-        return UpdateChunk(part, reader.read(name, part))
-    except InputError as error:  # a merge may go on without this update
-        return UpdateChunk(part, error)
 
 
 def visible_rows(chunk: ModelChunk, *, copy: bool) -> Array:

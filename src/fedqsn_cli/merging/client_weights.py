@@ -13,10 +13,12 @@ the geometric median is found without reading the updates again.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fedqsn_cli.options import MergeOptions
 
 Doubles = NDArray[np.float64]
 
@@ -82,3 +84,17 @@ def _from_point(distances: Doubles, weights: Doubles) -> Doubles:
 def _total(values: Sequence[float] | Doubles) -> float:
     """The sum, rounded once: the same on every machine."""
     return math.fsum(values)
+
+
+RULES: dict[str, Callable[[Doubles, int], Doubles]] = {
+    "krum": lambda distances, f: krum(distances, f, 1),
+    "multi-krum": lambda distances, f: krum(distances, f, len(distances) - f),
+    "geometric-median": lambda distances, f: geometric_median(distances),
+    "bulyan": bulyan,
+}
+"""By name: what each update counts, of the distances between them and the number of attackers."""
+
+
+def compares(options: MergeOptions) -> bool:
+    """Whether the rule needs distances between whole updates."""
+    return options.rule in RULES

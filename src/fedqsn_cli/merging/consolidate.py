@@ -4,48 +4,44 @@
     loss       KL(global ‖ student) on the owner's data + w · KL(server ‖ student) on transfer texts
 
 A language model that is the teacher on texts that are not given writes them itself, from the first tokens of those that
-are. No client takes part, and nothing is sent.
+are. Teachers are asked once, whatever number of weights w is tried. No client takes part, and nothing is sent.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from fedqsn_cli.artifacts.manifests import file_digest
-from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint
-from fedqsn_cli.dtypes import DTYPES, WEIGHT_DTYPES
+from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, write_file_atomically
+from fedqsn_cli.checkpoint.files import require_file_target
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.export.outputs import tensor_specs
 from fedqsn_cli.export.session import keep_outside
-from fedqsn_cli.merging.chunks import InMemorySink
 from fedqsn_cli.merging.job_model import merged_manifest, model_sinks, publish
-from fedqsn_cli.merging.restore import RestoreInputs, open_restore_inputs, restore_into
+from fedqsn_cli.merging.restore import RestoreInputs, open_restore_inputs
+from fedqsn_cli.merging.students import FullStudent, Student
+from fedqsn_cli.merging.weight_search import WEIGHTS, WeightSearch, WeightTrial, rank, require_kept
+from fedqsn_cli.merging.written_texts import written_texts
 from fedqsn_cli.models.architecture import task_of
-from fedqsn_cli.models.dense import TORCH_DTYPES, from_bytes
-from fedqsn_cli.models.torch_model import Loaded, choose_device, load_model, memory_errors, quiet, stored_tensors
+from fedqsn_cli.models.torch_model import Loaded, choose_device, load_model, memory_errors, quiet
 from fedqsn_cli.options import ConsolidateOptions, MergeOptions
 from fedqsn_cli.progress import SILENT, Progress
-from fedqsn_cli.training.batching import IGNORED, Examples
-from fedqsn_cli.training.compact import VisibleParameters
+from fedqsn_cli.training.batching import Examples
 from fedqsn_cli.training.data import Encoder
 from fedqsn_cli.training.loop import Surroundings, TrainingSummary, train
-from fedqsn_cli.training.precision import repeatable
 from fedqsn_cli.training.scoring import Evaluation, score
 from fedqsn_cli.training.states import StateFolder
 from fedqsn_cli.training.tables import Table, read_table
 from fedqsn_cli.training.teachers import TAUGHT_TASKS, Distillation, Lesson, listen
 
-Array = NDArray[Any]
-
-_NOT_BINDING = frozenset({"out", "force", "max_shard_size", "device", "eval_data", "save_every", "key"})
+_MEASURING = frozenset({"eval_data", "own_eval_data", "own_tolerance", "report"})
+_NOT_BINDING = _MEASURING | {"out", "force", "max_shard_size", "device", "save_every", "key"}
 _FILES = ("own_data", "transfer_data")
 
 
@@ -55,12 +51,14 @@ class ConsolidateResult:
 
     Args:
         path: the final model.
+        transfer_weight: w, as it was given or found.
         own_texts, transfer_texts: how many texts each teacher was asked about.
         own_written, transfer_written: whether the teacher wrote them itself.
         steps: optimizer steps. first_loss, last_loss: mean loss over the first and the last tenth of them, in nats.
         before: the global model on the evaluation data. restored: the student before training. after: the result. All
             None without evaluation data.
         seconds: wall time of the steps.
+        search: how w was found, where it was auto.
     """
 
     path: str
@@ -77,6 +75,7 @@ class ConsolidateResult:
     restored: Evaluation | None
     after: Evaluation | None
     seconds: float
+    search: WeightSearch | None = None
 
 
 def consolidate(
@@ -90,30 +89,78 @@ def consolidate(
         progress: told of each stage.
 
     Raises:
-        InputError: models, key and options do not fit together. DataError: the data cannot be used. Nothing was written
-            then.
+        InputError: models, key and options do not fit together. DataError: the data cannot be used.
+        GateFailed: the weight is auto, and every weight loses too much of the owner's skill. Nothing was written then.
 
     Example:
         >>> consolidate("global/", "server-9/", "final/", key="job.key", own_data="own.jsonl").last_loss
     """
-    given = {name.replace("_", "-"): getattr(options, name) for name in ("key", "eval_data", *_FILES)}
-    keep_outside(Path(options.out), **given)
-    with ArtifactWriter(Path(options.out), force=options.force, hashed=False) as writer, quiet(), memory_errors():
-        work = _Consolidation.of(source, trained, options, progress)
-        return work.run(writer)
+    outside = ("key", "eval_data", "own_eval_data", "report", *_FILES)
+    keep_outside(Path(options.out), **{name.replace("_", "-"): getattr(options, name) for name in outside})
+    if options.report is not None:
+        require_file_target(options.report)
+    with ArtifactWriter(Path(options.out), force=options.force, digest=None) as writer, quiet(), memory_errors():
+        result = _Consolidation.of(source, trained, options, progress).run(writer)
+    if options.report is not None and result.search is not None:
+        from fedqsn_cli.merging.page_weights import render
+
+        write_file_atomically(Path(options.report), render(result.search).encode())
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Tables:
+    """The owner's data and transfer texts, and what is measured on, as far as they are given."""
+
+    own: Table | None
+    transfer: Table | None
+    eval: Table | None
+    own_eval: Table | None
+
+    @classmethod
+    def of(cls, options: ConsolidateOptions) -> _Tables:
+        """Read all of them."""
+        paths = (options.own_data, options.transfer_data, options.eval_data, options.own_eval_data)
+        return cls(*(read_table(path) if path is not None else None for path in paths))
+
+
+@dataclass(frozen=True, slots=True)
+class _Lessons:
+    """What both teachers say, and the global model on both kinds of data that are measured on."""
+
+    own: Lesson
+    transfer: Lesson
+    before: Evaluation | None
+    own_before: Evaluation | None
+
+    def with_weight(self, weight: float) -> Distillation:
+        """The loss of a student."""
+        return Distillation([self.own, replace(self.transfer, weight=weight)])
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """A student that was trained with one weight.
+
+    Args:
+        restored, after: before and after the training, on the evaluation data. own_after: on that of the owner's skill.
+    """
+
+    student: Student
+    weight: float
+    summary: TrainingSummary
+    restored: Evaluation | None
+    after: Evaluation | None
+    own_after: Evaluation | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Consolidation:
-    """Everything that is open while a model is consolidated.
-
-    Args:
-        tables: the owner's data, transfer texts and evaluation data, as far as they are given.
-    """
+    """Everything that is open while a model is consolidated."""
 
     inputs: RestoreInputs
     options: ConsolidateOptions
-    tables: tuple[Table | None, Table | None, Table | None]
+    tables: _Tables
     device: torch.device
     progress: Progress
 
@@ -123,78 +170,64 @@ class _Consolidation:
     ) -> _Consolidation:
         """Open models and data."""
         device = choose_device(options.device)
-        own, transfer, dev = (
-            read_table(path) if path is not None else None
-            for path in (options.own_data, options.transfer_data, options.eval_data)
-        )
+        tables = _Tables.of(options)
         restore = MergeOptions(
             options.out, key=options.key, restore=trained, public_base=options.public_base, blend=options.blend
         )
         inputs = open_restore_inputs(source, trained, restore)
         _check_task(inputs.whole.checkpoint)
-        return cls(inputs, options, (own, transfer, dev), device, progress)
+        return cls(inputs, options, tables, device, progress)
 
     def run(self, writer: ArtifactWriter) -> ConsolidateResult:
-        """Ask the teachers, train the student, write it."""
-        own, transfer, dev = self.tables
-        before, first = self._lesson(self.inputs.whole.checkpoint, own, 1.0, dev)
-        _, second = self._lesson(self.inputs.server.checkpoint, transfer, self.options.transfer_weight, None)
-        lessons = Distillation([first, second])
-        states = self._states()
-        with states.opened() if states is not None else nullcontext():
-            student = self._student()
-            encoder = Encoder.of(student, self.options.max_length)
-            restored = self._measure(student, encoder, dev)
-            around = Surroundings(backward=lessons.backward, states=states)
-            trainable = VisibleParameters(student.model, {})
-            trained = train(
-                student.model, lessons.examples, trainable, self.options.recipe, encoder.padding, self.progress, around
-            )
-            after = self._measure(student, encoder, dev)
-            path = self._write(writer, student.model)
+        """Ask the teachers, train students, write the best."""
+        lessons = self._lessons()
+        weight = self.options.transfer_weight
+        if weight == "auto":
+            best, search = self._searched(lessons)
+        else:
+            best, search = self._attempt(lessons, weight), None
+        path = self._write(writer, best.student)
+        for tried in WEIGHTS if weight == "auto" else (weight,):
+            states = self._states(tried)
             if states is not None:
                 states.remove()
-        return self._result(path, (first, second), trained, (before, restored, after))
+        return self._result(path, lessons, best, search)
 
-    def _result(
-        self,
-        path: str,
-        lessons: tuple[Lesson, Lesson],
-        trained: TrainingSummary,
-        measured: tuple[Evaluation | None, Evaluation | None, Evaluation | None],
-    ) -> ConsolidateResult:
-        own, transfer, _ = self.tables
-        return ConsolidateResult(
-            path=path,
-            blend=self.options.blend,
-            transfer_weight=self.options.transfer_weight,
-            own_texts=len(lessons[0].said),
-            transfer_texts=len(lessons[1].said),
-            own_written=own is None,
-            transfer_written=transfer is None,
-            steps=trained.steps,
-            first_loss=trained.first_loss,
-            last_loss=trained.last_loss,
-            before=measured[0],
-            restored=measured[1],
-            after=measured[2],
-            seconds=trained.seconds,
-        )
+    def _searched(self, lessons: _Lessons) -> tuple[_Attempt, WeightSearch]:
+        """The best student of all weights; two are in memory at a time."""
+        own_before, tolerance = _known(lessons.own_before), self.options.tolerance
+        best: _Attempt | None = None
+        trials: list[WeightTrial] = []
+        for weight in WEIGHTS:
+            one = self._attempt(lessons, weight)
+            trials.append(WeightTrial(weight, _known(one.own_after), _known(one.after)))
+            chosen = min(trials, key=lambda trial: rank(trial, own_before.loss + tolerance))
+            best = one if best is None or chosen is trials[-1] else best
+        assert best is not None
+        require_kept(chosen, own_before, tolerance)
+        return best, WeightSearch(best.weight, own_before, _known(lessons.before), tolerance, tuple(trials))
+
+    def _lessons(self) -> _Lessons:
+        """What both teachers say; one of them is in memory at a time."""
+        tables = self.tables
+        own, before = self._lesson(self.inputs.whole.checkpoint, tables.own, (tables.eval, tables.own_eval))
+        transfer, _ = self._lesson(self.inputs.server.checkpoint, tables.transfer, ())
+        return _Lessons(own, transfer, *before)
 
     def _lesson(
-        self, checkpoint: Any, table: Table | None, weight: float, dev: Table | None
-    ) -> tuple[Evaluation | None, Lesson]:
-        """What one teacher says about its texts; it is in memory only as long as this takes."""
+        self, checkpoint: Checkpoint, table: Table | None, measured: Sequence[Table | None]
+    ) -> tuple[Lesson, list[Evaluation | None]]:
+        """What one teacher says about its texts, and how good it is on others."""
         loaded = load_model(checkpoint)
         encoder = Encoder.of(loaded, self.options.max_length)
         loaded.model.to(self.device).eval()
-        measured = self._measure(loaded, encoder, dev)
+        found = [self._measure(loaded, encoder, one) for one in measured]
         if table is not None:
             examples = self._sample(encoder.encode(_unlabelled(table, loaded), self.progress))
         else:
             examples = self._written(loaded, encoder)
         twice = 2 * self.options.batch_size
-        return measured, Lesson(examples, listen(loaded.model, examples, twice, encoder.padding, self.progress), weight)
+        return Lesson(examples, listen(loaded.model, examples, twice, encoder.padding, self.progress), 1.0), found
 
     def _sample(self, examples: Examples) -> Examples:
         """As many examples as there may be in all batches; the teacher need not be asked about more."""
@@ -208,47 +241,32 @@ class _Consolidation:
 
     def _written(self, loaded: Loaded, encoder: Encoder) -> Examples:
         """Texts that a language model writes itself, from the first tokens of texts that are given."""
+        own, transfer = self.tables.own, self.tables.transfer
         if loaded.task != "causal-lm":
-            flag = "--own-data" if self.tables[0] is None else "--transfer-data"
+            flag = "--own-data" if own is None else "--transfer-data"
             raise InputError(f"a {loaded.task} model writes no texts", where=flag, hint="give texts, labels or not")
-        starts = self._starts(loaded, encoder)
-        length = min(self.options.written_length, encoder.max_length)
-        rows: list[list[int]] = []
-        self.progress.start("writing texts", self.options.written_examples, "texts")
-        with repeatable(self.device, self.options.seed), torch.inference_mode():
-            for first in range(0, self.options.written_examples, self.options.batch_size):
-                count = min(self.options.batch_size, self.options.written_examples - first)
-                begun = torch.tensor([starts[(first + n) % len(starts)] for n in range(count)], device=self.device)
-                rows += _continued(loaded.model, begun, length).tolist()
-                self.progress.advance(count)
-        self.progress.finish()
-        features = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
-        kept = [{name: value for name, value in one.items() if name in loaded.inputs} for one in features]
-        return Examples("causal-lm", kept, [[IGNORED, *row[1:]] for row in rows])
+        return written_texts(loaded, encoder, own or transfer, self.options, self.progress)
 
-    def _starts(self, loaded: Loaded, encoder: Encoder) -> list[list[int]]:
-        """The first tokens of the given texts, a special one and the next; without texts any tokens."""
-        table = self.tables[0] or self.tables[1]
-        special = set(loaded.tokenizer.all_special_ids)
-        if table is None:
-            generator = torch.Generator().manual_seed(self.options.seed % 2**63)
-            ids = torch.randint(loaded.vocabulary, (self.options.written_examples,), generator=generator).tolist()
-            return [[token] for token in ids if token not in special] or [[0]]
-        texts = [feature["input_ids"] for feature in encoder.encode(table, SILENT).features]
-        leads = sum(ids[0] in special for ids in texts) * 2 > len(texts)
-        return [ids[: 2 if leads else 1] for ids in texts if len(ids) > 1 and (ids[0] in special) == leads]
-
-    def _student(self) -> Loaded:
-        """The restored model, in fp32."""
-        sink = InMemorySink(tensor_specs(self.inputs.tasks, None))
-        restore_into(sink, None, self.inputs, self.options.blend, self.progress)
-        dense = {}
-        for name, spec in sink.specs.items():
-            tensor = from_bytes(sink.bytes.pop(name), spec.dtype, spec.shape)
-            dense[name] = tensor.float() if tensor.is_floating_point() else tensor
-        loaded = load_model(self.inputs.whole.checkpoint, dense=dense)
-        loaded.model.to(self.device)
-        return loaded
+    def _attempt(self, lessons: _Lessons, weight: float) -> _Attempt:
+        """Train a student with one weight, and measure it."""
+        lesson, states = lessons.with_weight(weight), self._states(weight)
+        with states.opened() if states is not None else nullcontext():
+            student = FullStudent.of(self.inputs, self.options.blend, self.device, self.progress)
+            encoder = Encoder.of(student.loaded, self.options.max_length)
+            restored = self._measure(student.loaded, encoder, self.tables.eval)
+            around = Surroundings(backward=lesson.backward, states=states)
+            summary = train(
+                student.loaded.model,
+                lesson.examples,
+                student.trainable(),
+                self.options.recipe,
+                encoder.padding,
+                self.progress,
+                around,
+            )
+            after = self._measure(student.loaded, encoder, self.tables.eval)
+            own_after = self._measure(student.loaded, encoder, self.tables.own_eval)
+        return _Attempt(student, weight, summary, restored, after, own_after)
 
     def _measure(self, loaded: Loaded, encoder: Encoder, table: Table | None) -> Evaluation | None:
         if table is None:
@@ -256,8 +274,8 @@ class _Consolidation:
         examples, twice = encoder.encode(table, SILENT), 2 * self.options.batch_size
         return score(loaded.model, examples, batch_size=twice, padding=encoder.padding, progress=self.progress)
 
-    def _states(self) -> StateFolder | None:
-        """Where the states of the training are kept."""
+    def _states(self, weight: float) -> StateFolder | None:
+        """Where the states of the training with one weight are kept."""
         options = self.options
         if options.save_every is None:
             return None
@@ -266,26 +284,44 @@ class _Consolidation:
             for field in fields(options)
             if field.name not in _NOT_BINDING | {*_FILES, "public_base"}
         }
+        facts["--transfer-weight"] = weight
         for name in _FILES:
             path = getattr(options, name)
             facts["--" + name.replace("_", "-")] = file_digest(Path(path)) if path is not None else None
         for name, model in (("GLOBAL", self.inputs.whole), ("SERVER", self.inputs.server)):
             files = {Path(entry.file) for entry in model.checkpoint.entries.values()}
             facts[name] = {file.name: file_digest(file) for file in sorted(files)}
-        return StateFolder(Path(options.out), facts, options.save_every)
+        out = Path(os.path.abspath(options.out))
+        if options.transfer_weight == "auto":
+            out = out.with_name(f"{out.name}-{weight:g}")
+        return StateFolder(out, facts, options.save_every)
 
-    def _write(self, writer: ArtifactWriter, model: Any) -> str:
+    def _write(self, writer: ArtifactWriter, student: Student) -> str:
         """Write the student in the dtypes of the global model."""
         inputs, whole = self.inputs, self.inputs.whole
-        trained = stored_tensors(model, whole.tensors)
         limit = self.options.max_shard_bytes
         with model_sinks(writer, whole, inputs.tasks, limit, with_residual=False) as (sink, _):
-            for task in inputs.tasks:
-                if task.tensor.dtype in WEIGHT_DTYPES and task.name in trained:
-                    sink.write(task.name, 0, _bits(task.name, trained[task.name], task.tensor.dtype))
-                else:  # positions, or a buffer that the architecture does not use
-                    sink.write(task.name, 0, whole.checkpoint.read(task.name).reshape(-1).view(np.uint8))
+            student.write(sink)
         return publish(writer, whole, merged_manifest(whole, inputs.job))
+
+    def _result(self, path: str, lessons: _Lessons, best: _Attempt, search: WeightSearch | None) -> ConsolidateResult:
+        return ConsolidateResult(
+            path=path,
+            blend=self.options.blend,
+            transfer_weight=best.weight,
+            own_texts=len(lessons.own.said),
+            transfer_texts=len(lessons.transfer.said),
+            own_written=self.tables.own is None,
+            transfer_written=self.tables.transfer is None,
+            steps=best.summary.steps,
+            first_loss=best.summary.first_loss,
+            last_loss=best.summary.last_loss,
+            before=lessons.before,
+            restored=best.restored,
+            after=best.after,
+            seconds=best.summary.seconds,
+            search=search,
+        )
 
 
 def _check_task(checkpoint: Checkpoint) -> None:
@@ -303,27 +339,7 @@ def _unlabelled(table: Table, loaded: Loaded) -> Table:
     return replace(table, columns=table.columns | {"label": [0] * table.rows})
 
 
-def _continued(model: Any, begun: Tensor, length: int) -> Tensor:
-    """Texts of `length` tokens that a model writes, sampled from its own distribution, int64 [texts, length]."""
-    from transformers import GenerationConfig
-
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        min_new_tokens=length - begun.shape[1],
-        max_new_tokens=length - begun.shape[1],
-        pad_token_id=0,
-        eos_token_id=None,
-    )
-    written: Tensor = model.generate(begun, attention_mask=torch.ones_like(begun), generation_config=config)
-    return written
-
-
-def _bits(name: str, tensor: Tensor, dtype: str) -> Array:
-    """A trained tensor as it is stored, rounded once. Raises InputError where it is not finite."""
-    rounded = tensor.detach().cpu().to(TORCH_DTYPES[dtype]).contiguous().reshape(-1)
-    if not bool(rounded.isfinite().all()):
-        raise InputError("the result is not finite", where=name, hint="lower --lr")
-    return rounded.numpy() if DTYPES[dtype].nbytes == 4 else rounded.view(torch.int16).numpy().view(np.uint16)
+def _known(evaluation: Evaluation | None) -> Evaluation:
+    """A measurement whose data the options require."""
+    assert evaluation is not None
+    return evaluation

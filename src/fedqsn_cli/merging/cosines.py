@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.kernels.jit import as_bits, kernel, widen
 from fedqsn_cli.kernels.threads import run_ranges
+from fedqsn_cli.kernels.values import total
 from fedqsn_cli.merging.arithmetic import COLUMNS, ELEMENTS, GRAIN, PIECE, ROWS, STRIPE, parts_of
-from fedqsn_cli.merging.chunks import UpdateChunk
-from fedqsn_cli.merging.read_update import UpdateReader
+from fedqsn_cli.merging.read_update import UpdateChunk, UpdateReader
 from fedqsn_cli.merging.stored_values import ReadValues
 from fedqsn_cli.planning.tensor_plan import TensorPlan, UnitAxis
 
@@ -99,7 +99,7 @@ def _products(
                 lanes[2, i] += step[i] * step[i]
         if (part + 1) % STRIPE == 0 or part + 1 == stop:
             for row in range(3):
-                sums[part // STRIPE, row] = lanes[row].sum()
+                sums[part // STRIPE, row] = total(lanes[row])
 
 
 @kernel

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.kernels.jit import kernel
 from fedqsn_cli.kernels.threads import run_ranges
+from fedqsn_cli.kernels.values import total
 
 Doubles = NDArray[np.float64]
 
@@ -74,7 +75,7 @@ def _add_pairs(values: Any, seen: Any, across: int, along: int, pairs: Any, star
             else:
                 continue
             for which in range(4):
-                sums[pair, which] += lanes[which].sum()
+                sums[pair, which] += total(lanes[which])
 
 
 @kernel

@@ -5,7 +5,8 @@
                                                       or over all clients (normalize clients)
     W'  = W + η Δ                                     units that nobody saw keep their bits
 
-Other rules than this average are in `aggregation`.
+Sums are exact (`exact_sum`), so a round may also be added up in parts (`add_up`). Other rules than this average are in
+`aggregation`.
 
 FedAvg (arXiv 1602.05629) is the case without masks and quantization. Memory holds one chunk, its sum and a few chunks
 read ahead, however many clients there are; only a search for η or λ needs the whole model in memory.
@@ -19,7 +20,6 @@ the fill; hidden weights are not in it, and get the difference when the job is r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -28,23 +28,25 @@ from typing import TYPE_CHECKING
 
 from fedqsn_cli.artifacts.manifests import ServerStateRecord
 from fedqsn_cli.checkpoint import ArtifactWriter, write_file_atomically
+from fedqsn_cli.checkpoint.files import require_file_target
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.export.outputs import tensor_specs
 from fedqsn_cli.export.session import keep_outside
 from fedqsn_cli.kernels.hash_threads import HashThreads
 from fedqsn_cli.masks.job_key import JobKey
-from fedqsn_cli.merging.admission import check_claims, check_norms, relative_norm, require_enough
-from fedqsn_cli.merging.aggregation import Aggregation, aggregation, compares
+from fedqsn_cli.merging.add_up import add_up
+from fedqsn_cli.merging.aggregation import Aggregation, aggregation
 from fedqsn_cli.merging.central_privacy import CentralPrivacy
 from fedqsn_cli.merging.chunks import InMemorySink, Sink, Weights, write_chunks
 from fedqsn_cli.merging.job_model import merged_manifest, model_sinks, open_job_model, publish
 from fedqsn_cli.merging.keep_adapter import KeptStep, Tee
 from fedqsn_cli.merging.line_search import Search, best_step
 from fedqsn_cli.merging.merge_pass import MergePass
-from fedqsn_cli.merging.read_update import ClientUpdate, UpdateReader, UpdateVerifier
+from fedqsn_cli.merging.merged_clients import clients_of, merged_client
+from fedqsn_cli.merging.read_update import ClientUpdate
 from fedqsn_cli.merging.refusals import Refusals
 from fedqsn_cli.merging.restore import restore_model
-from fedqsn_cli.merging.results import MergedClient, MergeResult
+from fedqsn_cli.merging.results import MergeResult
 from fedqsn_cli.merging.server_optimizer import (
     SavedState,
     ServerOptimizer,
@@ -52,7 +54,8 @@ from fedqsn_cli.merging.server_optimizer import (
     require_tensors,
     state_sink,
 )
-from fedqsn_cli.merging.survey import Survey, SurveyPass, require_model
+from fedqsn_cli.merging.survey import admit, check_read
+from fedqsn_cli.merging.verify import Round, UpdateVerifier
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.residual import Residual, residual_specs
 from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
@@ -71,7 +74,7 @@ def merge(
     η is `server_lr`, γ `control_weight`, λ `blend`.
 
     Args:
-        source: the model that the proxies were made of. updates: update directories.
+        source: the model that the proxies were made of. updates: directories of updates, and of partial sums.
         options: see `MergeOptions`.
         progress: told of bytes and examples.
 
@@ -91,6 +94,8 @@ def merge(
     development = _development(options)
     if options.restore is not None:
         result = restore_model(source, options.restore, options, development, progress=progress)
+    elif options.partial:
+        result = add_up(source, updates, options, progress=progress)
     else:
         result = merge_updates(source, updates, options, development, progress=progress)
     if options.report is not None:
@@ -109,10 +114,8 @@ def _check_updates(updates: Sequence[str | Path], options: MergeOptions) -> None
     several = len(updates) + (options.control is not None) > 1
     if several and options.verify_key is not None and "{client}" not in str(options.verify_key):
         raise InputError("is the same for several clients", where="--verify-key", hint='put "{client}" into it')
-    if options.report is not None and not Path(options.report).absolute().parent.is_dir():
-        raise InputError("there is no such folder", where=Path(options.report).parent, hint="make it first")
-    if options.report is not None and Path(options.report).is_dir():
-        raise InputError("is a directory", where=options.report, hint="name a file")
+    if options.report is not None:
+        require_file_target(options.report)
 
 
 def _development(options: MergeOptions) -> DevelopmentSet | None:
@@ -142,36 +145,34 @@ def merge_updates(
         RefusedUpdate, GateFailed, InputError: as `merge`.
     """
     job, model = open_job_model(source, options.key)
-    with ArtifactWriter(Path(options.out), force=options.force, hashed=False) as writer, ExitStack() as stack:
+    with ArtifactWriter(Path(options.out), force=options.force, digest=None) as writer, ExitStack() as stack:
         saved = open_state(model, job, options.server_optimizer)
-        verifier = UpdateVerifier(job, model, options.required_ledger(), options.verify_key_of)
+        late = options.staleness_discount is not None
+        verifier = UpdateVerifier(job, model, options.required_ledger(), options.verify_key_of, takes_late=late)
         tasks = tensor_tasks(model, None, verifier.masks.hidden_on_the_way)
         refusals = Refusals(options.on_refused == "skip", [])
-        clients, survey = _admitted(verifier, updates, model, tasks, refusals, options, progress)
-        private = CentralPrivacy(job, clients, options) if options.noise_multiplier is not None else None
-        how = aggregation(options, clients, survey, private.noise if private is not None else None)
-        control = verifier.control(options.control, clients) if options.control is not None else None
-        kept = _kept_step(stack, clients, tasks, options)
-        run = MergeRun(job, model, tasks, clients, control, how, saved, options, progress)
+        found, survey = admit(verifier, updates, model, tasks, refusals, options, progress)
+        private = CentralPrivacy(job, found.updates, options) if options.noise_multiplier is not None else None
+        how = aggregation(options, found, survey, private.noise if private is not None else None)
+        control = verifier.control(options.control, found) if options.control is not None else None
+        kept = _kept_step(stack, found.updates, tasks, options)
+        run = MergeRun(job, model, tasks, found, control, how, saved, options, progress)
         search = run.search(development) if development is not None else None
         rate = search.chosen if search else float(options.server_lr)
         merged = run.write(writer, rate, kept.saved if kept is not None else None)
         adapter = kept.publish(rate) if kept is not None else None
         digest = merged.digest_after()
-        facts = {"trained_fill": True} if any(update.moves_fill for update in clients) else {}
+        facts = {"trained_fill": True} if found.moves_fill else {}
         account = private.record() if private is not None else None
         path = publish(writer, model, merged_manifest(model, job, digest, **facts, **run.state_record(merged)))
     return MergeResult(
         path=path,
         kind=model.kind,
-        clients=tuple(
-            _client(reader, merged, how.share(number), how.verdict(number))
-            for number, reader in enumerate(merged.clients)
-        ),
-        num_examples=sum(update.examples for update in clients),
+        clients=clients_of(merged.clients, merged.partials, merged.sizes, merged.size, how),
+        num_examples=found.examples,
         covered=merged.covered / merged.size,
         model_digest=digest if model.kind == "server-model" else None,
-        control=_client(merged.control, merged, 0.0, "control") if merged.control else None,
+        control=merged_client(merged.control, merged.sizes, merged.size, 0.0, "control") if merged.control else None,
         server_lr=rate,
         search=search,
         refused=tuple(refusals.refused),
@@ -190,31 +191,6 @@ def _kept_step(
     return KeptStep(writer, clients, tasks, options)
 
 
-def _admitted(
-    verifier: UpdateVerifier,
-    updates: Sequence[str | Path],
-    model: OpenModel,
-    tasks: Sequence[TensorTask],
-    refusals: Refusals,
-    options: MergeOptions,
-    progress: Progress,
-) -> tuple[list[ClientUpdate], Survey | None]:
-    """The updates that are merged, and what a first pass found, if one was needed.
-
-    Raises:
-        RefusedUpdate: one is refused, and the merge does not go on without it; or too few are left.
-    """
-    clients = check_claims(verifier.updates(updates, refusals), options.max_examples, refusals)
-    require_enough(clients, options.min_clients, refusals)
-    if options.on_refused == "fail" and not compares(options) and options.clip_norm is None:
-        return clients, None
-    with HashThreads() as hashing:
-        survey_pass = SurveyPass(model, tasks, clients, refusals, hashing, compares=compares(options))
-        survey = survey_pass.run(options, progress)
-    require_enough(survey.updates, options.min_clients, refusals)
-    return list(survey.updates), survey
-
-
 @dataclass(frozen=True, slots=True)
 class MergeRun:
     """A model and what is merged into it. A search for η needs one more pass over all of it."""
@@ -222,7 +198,7 @@ class MergeRun:
     job: JobKey
     model: OpenModel
     tasks: Sequence[TensorTask]
-    updates: Sequence[ClientUpdate]
+    found: Round
     control: ClientUpdate | None
     how: Aggregation
     saved: SavedState | None
@@ -251,7 +227,7 @@ class MergeRun:
             return
         if self.saved is not None:
             require_tensors(self.saved, self.tasks)
-        sink = state_sink(writer, self.tasks, self.job, name, self.updates[0].release.model_digest)
+        sink = state_sink(writer, self.tasks, self.job, name, self.found.model_digest)
         yield ServerOptimizer(self.options, self.saved, sink)
         sink.close()
 
@@ -260,7 +236,7 @@ class MergeRun:
         name, after = self.options.server_optimizer, merged.digest_after()
         if name == "sgd" or after is None:
             return {"server_state": None}
-        into = self.updates[0].release.model_digest
+        into = self.found.model_digest
         return {"server_state": ServerStateRecord(optimizer=name, merged_into=into, model=after)}
 
     def search(self, development: DevelopmentSet) -> Search:
@@ -297,7 +273,7 @@ class MergeRun:
         """One pass over everything, then the checks that need all of it. Raises RefusedUpdate."""
         self.progress.start("merging", self.model.checkpoint.total_bytes, "bytes")
         with HashThreads() as hashing:
-            inputs = (self.model, self.tasks, self.updates, self.control)
+            inputs = (self.model, self.tasks, self.found, self.control)
             merged = MergePass(*inputs, self.how, rate, optimizer, hashing)
             with closing(merged.chunks()) as chunks:  # its threads end here, whatever ends the loop
                 write_chunks(chunks, sink, residual, self.progress)
@@ -307,31 +283,7 @@ class MergeRun:
     def _check(self, merged: MergePass) -> None:
         """Check digests and norms. Raises RefusedUpdate."""
         digest = merged.digest_before()
-        for reader in merged.readers:
-            require_model(reader.update, digest, self.model)
         if self.saved is not None and self.saved.record.model != digest:
             problem = "this state of a server optimizer belongs to other weights than the model's"
             raise InputError(problem, where=self.saved.file.path, hint="take it out and begin anew")
-        for reader in merged.readers:
-            reader.finish()
-            check_norms(reader.update, reader.measures, merged.sizes, self.options)
-
-
-def _client(reader: UpdateReader, merged: MergePass, share: float, verdict: str) -> MergedClient:
-    update, measures = reader.update, reader.measures
-    tensor, unit = measures.largest(merged.sizes)
-    return MergedClient(
-        client=update.client,
-        round=update.release.round,
-        num_examples=update.examples,
-        share=share,
-        norm=math.sqrt(measures.squares),
-        relative_norm=relative_norm(measures, merged.sizes),
-        cosine=measures.cosine,
-        coverage=measures.seen / merged.size,
-        largest_tensor=tensor,
-        largest_unit=unit,
-        verdict=verdict,
-        first_loss=update.manifest.losses.first,
-        last_loss=update.manifest.losses.last,
-    )
+        check_read(merged.readers, merged.partials, digest, merged.sizes, self.model, self.options)

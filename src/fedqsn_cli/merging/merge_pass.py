@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from typing import Any
 
 import numpy as np
 
+from fedqsn_cli.kernels.digests import algorithm_of
 from fedqsn_cli.kernels.hash_threads import HashThreads
 from fedqsn_cli.merging import arithmetic
 from fedqsn_cli.merging.aggregation import Aggregation
@@ -18,7 +20,7 @@ from fedqsn_cli.merging.chunk_stack import ChunkStack
 from fedqsn_cli.merging.chunk_sum import ChunkStep, ChunkSum, Scratch
 from fedqsn_cli.merging.chunks import (
     ModelChunk,
-    UpdateChunk,
+    Source,
     joint_chunks,
     stack_elements,
     visible_count,
@@ -26,8 +28,10 @@ from fedqsn_cli.merging.chunks import (
 )
 from fedqsn_cli.merging.measures import ModelSizes
 from fedqsn_cli.merging.order_rules import OrderRule
+from fedqsn_cli.merging.partial_sum import PartialReader
 from fedqsn_cli.merging.read_update import ClientUpdate, UpdateReader
 from fedqsn_cli.merging.server_optimizer import ServerOptimizer
+from fedqsn_cli.merging.verify import Round
 from fedqsn_cli.models.digest import ModelHash
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.tensor_task import TensorTask
@@ -38,7 +42,8 @@ class MergePass:
 
     Args:
         tasks: the tensors of `model`, in order.
-        updates: of the clients. control: an update of the owner's own, taken off what the clients sent.
+        found: the updates of the clients, and sums of such. control: an update of the owner's own, taken off what the
+            clients sent.
         how: the way in which updates are put together. rate: η.
         optimizer: what makes a step of the average; None takes it as it is.
     """
@@ -47,7 +52,7 @@ class MergePass:
         self,
         model: OpenModel,
         tasks: Sequence[TensorTask],
-        updates: Sequence[ClientUpdate],
+        found: Round,
         control: ClientUpdate | None,
         how: Aggregation,
         rate: float,
@@ -60,15 +65,17 @@ class MergePass:
         self._rate = rate
         self._optimizer = optimizer
         self._scratch = Scratch()
-        self.clients = [UpdateReader(update, hashing.queue()) for update in updates]
+        self.clients = [UpdateReader(update, hashing.queue()) for update in found.updates]
+        self.partials = [PartialReader(each, hashing.queue()) for each in found.partials]
         self.control = UpdateReader(control, hashing.queue()) if control else None
         self.size = sum(task.size for task in tasks)
         """Number of elements of the model."""
         self.covered = 0
         """Number of elements that at least one client trained."""
         self.sizes = ModelSizes()
-        self._before = ModelHash(hashing.queue())
-        self._after = ModelHash(hashing.queue()) if model.kind == "server-model" or optimizer else None
+        algorithm = algorithm_of(found.model_digest)
+        self._before = ModelHash(hashing.queue(), algorithm)
+        self._after = ModelHash(hashing.queue(), algorithm) if model.kind == "server-model" or optimizer else None
 
     @property
     def readers(self) -> list[UpdateReader]:
@@ -83,20 +90,21 @@ class MergePass:
                 all chunks were taken.
         """
         elements = stack_elements(len(self.clients)) if self._how.order else None
-        with closing(joint_chunks(self._model, self._tasks, self.readers, elements)) as chunks:
+        sources: list[Source] = [*self.clients, *self.partials, *([self.control] if self.control else [])]
+        with closing(joint_chunks(self._model, self._tasks, sources, elements)) as chunks:
             for chunk, pieces in chunks:
                 self._merge(chunk, pieces)
                 yield chunk
 
     def digest_before(self) -> str:
         """Content digest of the model that was read."""
-        return self._before.hexdigest(self._tasks)
+        return self._before.digest(self._tasks)
 
     def digest_after(self) -> str | None:
         """Content digest of the merged model, as the next export will compute it; None where nobody needs it."""
-        return self._after.hexdigest(self._tasks) if self._after else None
+        return self._after.digest(self._tasks) if self._after else None
 
-    def _merge(self, chunk: ModelChunk, pieces: Iterator[UpdateChunk]) -> None:
+    def _merge(self, chunk: ModelChunk, pieces: Iterator[Any]) -> None:
         """Move a chunk in place, and hash it before and after; the next pieces are the same rows of every update."""
         task = chunk.task
         visible = visible_rows(chunk, copy=True)  # the rows themselves will move while these are hashed
@@ -107,7 +115,7 @@ class MergePass:
         if self._after is not None:
             self._after.update(task.name, visible_rows(chunk, copy=False))
 
-    def _step(self, chunk: ModelChunk, pieces: Iterator[UpdateChunk]) -> None:
+    def _step(self, chunk: ModelChunk, pieces: Iterator[Any]) -> None:
         """W' = W + η Δ: put all updates together, take the control off, move the rows."""
         step = self._ordered(chunk, pieces, self._how.order) if self._how.order else self._summed(chunk, pieces)
         step.compare()
@@ -121,15 +129,17 @@ class MergePass:
         else:
             step.move(self._rate, self._how.divisor)
 
-    def _summed(self, chunk: ModelChunk, pieces: Iterator[UpdateChunk]) -> ChunkStep:
+    def _summed(self, chunk: ModelChunk, pieces: Iterator[Any]) -> ChunkStep:
         """The weighted average of all updates."""
         chunk_sum = ChunkSum(chunk, self._scratch, len(self.clients), self._how.least)
         for reader, weight, factor in zip(self.clients, self._how.weights, self._how.factors, strict=True):
             chunk_sum.add(reader, next(pieces), weight, factor)
+        for partial in self.partials:
+            chunk_sum.add_partial(partial.take(next(pieces)))
         chunk_sum.close()
         return chunk_sum
 
-    def _ordered(self, chunk: ModelChunk, pieces: Iterator[UpdateChunk], rule: OrderRule) -> ChunkStep:
+    def _ordered(self, chunk: ModelChunk, pieces: Iterator[Any], rule: OrderRule) -> ChunkStep:
         """What a rule makes of all updates side by side."""
         stack = ChunkStack(chunk, self._scratch, len(self.clients))
         for number, (reader, factor) in enumerate(zip(self.clients, self._how.factors, strict=True)):

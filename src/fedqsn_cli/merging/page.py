@@ -31,6 +31,7 @@ def render(result: MergeResult) -> str:
     search = result.search
     return pages.render(
         TEMPLATE,
+        command="merge",
         title=f"{search.option} {search.chosen:g}" if search else f"{len(result.clients)} updates",
         figures=_figures(search) if search else _counts(result),
         search=_search_parts(search) if search else None,

@@ -67,7 +67,7 @@ def restore_model(
     """
     inputs = open_restore_inputs(source, trained, options)
     job, whole = inputs.job, inputs.whole
-    with ArtifactWriter(Path(options.out), force=options.force, hashed=False) as writer:
+    with ArtifactWriter(Path(options.out), force=options.force, digest=None) as writer:
         search = _search(inputs, development, progress) if development is not None else None
         blend = search.chosen if search else float(options.blend)
         limit, with_residual = options.max_shard_bytes, inputs.has_residual(blend)
@@ -167,12 +167,12 @@ def _open_base(
 def _digest(tasks: Sequence[TensorTask], base: PublicBase) -> str:
     """The digest of a public base as a pass over a model computes it: over the values for masked tensors."""
     with HashThreads() as hashing:
-        hasher = ModelHash(hashing.queue())
+        hasher = ModelHash(hashing.queue(), "sha256")
         for task in tasks:
             if base.fills(task.plan):
                 for first, rows in row_chunks(task.layout, 1, CHUNK_ELEMENTS):
                     hasher.update(task.name, base.read_rows(task.name, task.layout, first, rows))
-        return hasher.hexdigest(tasks)
+        return hasher.digest(tasks)
 
 
 def _search(inputs: RestoreInputs, development: DevelopmentSet, progress: Progress) -> Search:

@@ -8,28 +8,33 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.errors import InputError, RefusedUpdate
+from fedqsn_cli.kernels.digests import algorithm_of
 from fedqsn_cli.kernels.hash_threads import HashThreads
 from fedqsn_cli.merging import arithmetic
-from fedqsn_cli.merging.admission import check_norms
+from fedqsn_cli.merging.admission import check_claims, check_norms, check_partials, require_enough, require_summable
 from fedqsn_cli.merging.chunk_stack import ChunkStack
 from fedqsn_cli.merging.chunk_sum import Scratch, accumulate
 from fedqsn_cli.merging.chunks import (
     ModelChunk,
-    UpdateChunk,
     joint_chunks,
     stack_elements,
     visible_count,
     visible_rows,
 )
+from fedqsn_cli.merging.client_weights import compares
 from fedqsn_cli.merging.distances import PairSums
+from fedqsn_cli.merging.exact_sum import Digits
 from fedqsn_cli.merging.measures import ModelSizes
-from fedqsn_cli.merging.read_update import ClientUpdate, UpdateReader
+from fedqsn_cli.merging.partial_sum import PartialReader
+from fedqsn_cli.merging.read_update import ClientUpdate, UpdateChunk, UpdateReader
 from fedqsn_cli.merging.refusals import Refusals
+from fedqsn_cli.merging.verify import Round, Sent, UpdateVerifier, is_late
 from fedqsn_cli.models.digest import ModelHash
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.tensor_task import TensorTask
@@ -88,7 +93,8 @@ class SurveyPass:
         self._scratch = Scratch()
         self._readers = [UpdateReader(update, hashing.queue()) for update in updates]
         self._bad: set[str] = set()
-        self._digest = ModelHash(hashing.queue())
+        released = next((update.model_digest for update in updates), None)  # there may be partial sums alone
+        self._digest = ModelHash(hashing.queue(), algorithm_of(released))
         self._sizes = ModelSizes()
         self._pairs = PairSums(len(updates)) if compares else None
 
@@ -101,7 +107,7 @@ class SurveyPass:
                 self._take(chunk, pieces)
                 progress.advance(chunk.values.nbytes)
         progress.finish()
-        digest = self._digest.hexdigest(self._tasks)
+        digest = self._digest.digest(self._tasks)
         for reader in self._readers:
             update = reader.update
             with self._refusals.noting(update.folder, update.client):
@@ -150,12 +156,75 @@ class SurveyPass:
         if stack is not None:
             stack.add(number, reader, piece, 1.0)
         else:
-            accumulate(self._scratch.zeros("total", chunk.values.shape), chunk, reader, piece, 1.0)
+            weight = reader.update.examples / reader.update.scale(chunk.task.plan)
+            accumulate(self._unused(chunk.values.shape), chunk, reader, piece, weight)
+
+    def _unused(self, shape: tuple[int, ...]) -> Digits:
+        """Takes sums that nobody looks at: what matters is whether a merge can add them up."""
+        high, low = (self._scratch.empty(use, shape).view(np.int64) for use in ("high", "low"))
+        return Digits(high, low)
 
 
-def require_model(update: ClientUpdate, digest: str, model: OpenModel) -> None:
-    """Refuse an update that was trained on a proxy of another model. Raises RefusedUpdate."""
-    if update.release.model_digest != digest:
+def admit(
+    verifier: UpdateVerifier,
+    folders: Sequence[str | Path],
+    model: OpenModel,
+    tasks: Sequence[TensorTask],
+    refusals: Refusals,
+    options: MergeOptions,
+    progress: Progress,
+) -> tuple[Round, Survey | None]:
+    """What is merged, and what a first pass over the updates found, if one was needed.
+
+    Raises:
+        RefusedUpdate: one is refused, and the merge does not go on without it; or too few are left.
+        InputError: there are partial sums, and this merge needs the updates themselves.
+    """
+    opened = check_partials(verifier.round(folders, refusals), options, refusals)
+    found = check_claims(opened, options.max_examples, refusals)
+    require_enough(found.clients, options.min_clients, refusals)
+    require_summable(found)
+    if options.on_refused == "fail" and not compares(options) and options.clip_norm is None:
+        return found, None
+    with HashThreads() as hashing:
+        survey_pass = SurveyPass(model, tasks, found.updates, refusals, hashing, compares=compares(options))
+        survey = survey_pass.run(options, progress)
+    left = Round(survey.updates, found.partials)
+    require_enough(left.clients, options.min_clients, refusals)
+    if all(is_late(each) for each in left):
+        raise RefusedUpdate("every update that is left was trained on an earlier model", where=model.source.reference)
+    return left, survey
+
+
+def check_read(
+    readers: Sequence[UpdateReader],
+    partials: Sequence[PartialReader],
+    digest: str,
+    sizes: ModelSizes,
+    model: OpenModel,
+    options: MergeOptions,
+) -> None:
+    """Check what is only known once everything was read: models, digests of files and norms.
+
+    Args:
+        digest: of the model that was read. sizes: of its weights.
+
+    Raises:
+        RefusedUpdate: an update or partial sum is of another model, is not what its manifest says, or is too large.
+    """
+    for reader in readers:
+        require_model(reader.update, digest, model)
+    for partial in partials:
+        require_model(partial.sum, digest, model)
+        partial.finish()
+    for reader in readers:
+        reader.finish()
+        check_norms(reader.update, reader.measures, sizes, options)
+
+
+def require_model(update: Sent, digest: str, model: OpenModel) -> None:
+    """Refuse an update that was trained on a proxy of another model, unless it may be late. Raises RefusedUpdate."""
+    if update.model_digest != digest and not is_late(update):
         raise RefusedUpdate(
             "the updates were trained on proxies of another model",
             where=model.source.reference,

@@ -1,8 +1,12 @@
-"""The content digest of a model."""
+"""The content digest of a model.
+
+    BLAKE3 over a line for each tensor: its name, dtype, shape and BLAKE3, in the order of names
+
+Jobs of earlier versions go on with theirs, which is SHA-256 throughout.
+"""
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -12,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli import strictjson
+from fedqsn_cli.kernels.digests import Algorithm, Hash, new_hash, written
 from fedqsn_cli.kernels.hash_threads import HashQueue
 from fedqsn_cli.models.tensor_task import TensorTask
 
@@ -19,34 +24,38 @@ Array = NDArray[Any]
 
 
 class ModelHash:
-    """Content digest of a model: SHA-256 over its tensors' names, dtypes, shapes and SHA-256, in the order of names.
+    """Computes the content digest of a model.
 
     Bytes are hashed in a background thread; the caller leaves what it handed over alone until `settle`.
     """
 
-    def __init__(self, queue: HashQueue) -> None:
+    def __init__(self, queue: HashQueue, algorithm: Algorithm) -> None:
         self._queue = queue
-        self._tensors: dict[str, Any] = {}
+        self._algorithm = algorithm
+        self._tensors: dict[str, Hash] = {}
         self._pending: deque[Future[None]] = deque()
 
     def update(self, name: str, values: Array) -> None:
         """More bytes of a tensor, in its own order."""
-        sha256 = self._tensors.setdefault(name, hashlib.sha256())
+        if name not in self._tensors:
+            self._tensors[name] = new_hash(self._algorithm)
         while len(self._pending) >= 3:
             self._pending.popleft().result()
-        self._pending.append(self._queue.submit(sha256.update, values.reshape(-1).view(np.uint8).data))
+        self._pending.append(self._queue.submit(self._tensors[name].update, values.reshape(-1).view(np.uint8).data))
 
     def settle(self) -> None:
         """Wait until everything handed over is hashed."""
         while self._pending:
             self._pending.popleft().result()
 
-    def hexdigest(self, tasks: Sequence[TensorTask]) -> str:
+    def digest(self, tasks: Sequence[TensorTask]) -> str:
         """The digest of all tensors that were handed over."""
         self.settle()
         logical = {task.name: task.tensor for task in tasks}
         lines = [
-            strictjson.dumps([name, logical[name].dtype, list(logical[name].shape), sha256.hexdigest()])
-            for name, sha256 in sorted(self._tensors.items())
+            strictjson.dumps([name, logical[name].dtype, list(logical[name].shape), tensor.hexdigest()])
+            for name, tensor in sorted(self._tensors.items())
         ]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        whole = new_hash(self._algorithm)
+        whole.update("\n".join(lines).encode())
+        return written(self._algorithm, whole)

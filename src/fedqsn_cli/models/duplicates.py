@@ -6,9 +6,8 @@ copies (an untied config over equal weights, a layer saved twice) can only be fo
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
+from blake3 import blake3
 
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.dtypes import WEIGHT_DTYPES
@@ -86,10 +85,10 @@ def _sample(checkpoint: Checkpoint, tensor: TensorPlan) -> bytes | None:
 
 
 def _digest(checkpoint: Checkpoint, name: str) -> bytes:
-    sha256 = hashlib.sha256()
+    digest = blake3()
     size = checkpoint.entries[name].nbytes
     for start in range(0, size, _PIECE):
         piece = memoryview(bytearray(min(_PIECE, size - start)))
         checkpoint.read_into(name, start, piece)
-        sha256.update(piece)
-    return sha256.digest()
+        digest.update(piece)
+    return digest.digest()

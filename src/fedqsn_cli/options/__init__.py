@@ -29,10 +29,12 @@ from fedqsn_cli.options.courier import (
     CourierApproveOptions,
     CourierInitOptions,
     CourierJoinOptions,
+    CourierPackOptions,
     CourierSendOptions,
     CourierServeOptions,
     CourierStatusOptions,
     CourierStopOptions,
+    ProposalOptions,
 )
 from fedqsn_cli.options.declare import REQUIRED, Declared, Option, Options, options_of
 from fedqsn_cli.options.groups import (
@@ -53,6 +55,7 @@ __all__ = [
     "CourierApproveOptions",
     "CourierInitOptions",
     "CourierJoinOptions",
+    "CourierPackOptions",
     "CourierSendOptions",
     "CourierServeOptions",
     "CourierStatusOptions",
@@ -70,6 +73,7 @@ __all__ = [
     "Options",
     "QuantizationOptions",
     "QuantizeOptions",
+    "ProposalOptions",
     "RecipeOptions",
     "Schedule",
     "SealOptions",

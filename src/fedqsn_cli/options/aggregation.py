@@ -98,6 +98,15 @@ class RuleOptions(Options):
             check=validate.not_negative,
         ),
     ] = None
+    staleness_discount: Annotated[
+        float | None,
+        Option(
+            "Take updates of earlier rounds, too: r rounds late, one counts (1 + r)^-A times its examples.",
+            MERGING,
+            metavar="A",
+            check=validate.more_than_zero,
+        ),
+    ] = None
     clip_norm: Annotated[
         float | Auto | None,
         Option(
@@ -117,12 +126,20 @@ class RuleOptions(Options):
         if self.rule != "fedavg" and self.normalize == "clients":
             what = f"{self.rule} looks at the clients that saw a neuron only"
             raise InputError(what, where="--normalize", hint="leave it out")
+        if self.rule != "fedavg" and self.staleness_discount is not None:
+            raise InputError(
+                f"{self.rule} counts all clients the same", where="--staleness-discount", hint="leave it out"
+            )
 
     def check_no_rule(self) -> None:
         """Refuse everything about updates where there are none. Raises InputError."""
-        if self.rule != "fedavg" or self.byzantine is not None or self.clip_norm is not None:  # noise needs a clip
-            flag = "--clip-norm" if self.clip_norm is not None else "--rule"
-            raise InputError("a restore takes no updates", where=flag, hint="merge them first")
+        for flag, given in (
+            ("--clip-norm", self.clip_norm is not None),  # which noise needs, too
+            ("--staleness-discount", self.staleness_discount is not None),
+            ("--rule", self.rule != "fedavg" or self.byzantine is not None),
+        ):
+            if given:
+                raise InputError("a restore takes no updates", where=flag, hint="merge them first")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +182,8 @@ class CentralPrivacyOptions(RuleOptions):
         if self.rule != "fedavg":
             what = f"noise is made for a sum of updates, not for {self.rule}"
             raise InputError(what, where="--noise-multiplier", hint="leave out --rule")
+        if self.staleness_discount is not None:
+            raise InputError("with noise all clients count the same", where="--staleness-discount", hint="leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

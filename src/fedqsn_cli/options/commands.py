@@ -232,9 +232,7 @@ class TrainOptions(PrivacyOptions, LoraOptions, RecipeOptions):
         for flag, value in full_only.items():
             if value is not None:
                 raise InputError("works on weights, not on the factors of adapters", where=flag, hint="leave it out")
-        if self.update_format in ("int8", "nf4"):
-            what = f"adapters are not sent as {self.update_format}"
-            raise InputError(what, where="--update-format", hint="use fp32, bf16 or fp16")
+        self.check_format(self.update_format)
         if self.precision == "bf16-weights":
             raise InputError(
                 "adapters are trained in fp32, and the proxy keeps its number format",

@@ -8,12 +8,14 @@ from typing import Annotated
 
 from fedqsn_cli import validate
 from fedqsn_cli.errors import InputError
+from fedqsn_cli.options.aggregation import Auto, positive_or_auto
 from fedqsn_cli.options.declare import Option
 from fedqsn_cli.options.groups import (
     DATA,
     JOB,
     KEY,
     OUT,
+    OUTPUT,
     RESTORING,
     TRAINING,
     ModelOutputOptions,
@@ -73,8 +75,13 @@ class ConsolidateOptions(ModelOutputOptions):
         Option("Start from the restore with this blend.", RESTORING, check=validate.up_to_one),
     ] = 0.9
     transfer_weight: Annotated[
-        float,
-        Option("How much the server model counts, next to the global model.", TRAINING, check=validate.more_than_zero),
+        float | Auto,
+        Option(
+            "How much the server model counts, next to the global model; auto tries several.",
+            TRAINING,
+            metavar="X|auto",
+            check=positive_or_auto,
+        ),
     ] = 1.0
     steps: Annotated[int, Option("Optimizer steps.", TRAINING, check=validate.at_least_one)] = 150
     lr: Annotated[float, Option("Largest learning rate.", TRAINING, check=validate.more_than_zero)] = 5e-5
@@ -99,8 +106,44 @@ class ConsolidateOptions(ModelOutputOptions):
     device: Annotated[str, device_option(TRAINING)] = "auto"
     eval_data: Annotated[
         str | Path | None,
-        Option("Data to measure the global model, the restored one and the result on.", MEASURING),
+        Option(
+            "Data to measure the global model, the restored one and the result on; for auto, examples of what clients "
+            "teach.",
+            MEASURING,
+        ),
     ] = None
+    own_eval_data: Annotated[str | Path | None, Option("For auto: examples of your own skill.", MEASURING)] = None
+    own_tolerance: Annotated[
+        float | None,
+        Option(
+            "For auto: how much more loss than the global model's is accepted on them, in nats.",
+            MEASURING,
+            metavar="X",
+            shown="0.05",
+            check=validate.not_negative,
+        ),
+    ] = None
+    report: Annotated[str | Path | None, Option("Write a page about what auto tried: one HTML file.", OUTPUT)] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for flag, needed in (("--eval-data", self.eval_data), ("--own-eval-data", self.own_eval_data)):
+            if self.transfer_weight == "auto" and needed is None:
+                hint = "give a file of your own"
+                raise InputError("--transfer-weight auto needs development data", where=flag, hint=hint)
+        for flag, given in (
+            ("--own-eval-data", self.own_eval_data),
+            ("--own-tolerance", self.own_tolerance),
+            ("--report", self.report),
+        ):
+            if self.transfer_weight != "auto" and given is not None:
+                hint = "give it with --transfer-weight auto"
+                raise InputError("there is nothing to search for", where=flag, hint=hint)
+
+    @property
+    def tolerance(self) -> float:
+        """How much loss of the owner's skill is accepted, in nats."""
+        return 0.05 if self.own_tolerance is None else self.own_tolerance
 
     @property
     def recipe(self) -> RecipeOptions:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
 from fedqsn_cli import validate
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.options.declare import Option, Options
+from fedqsn_cli.options.declare import Option, Options, options_of
 from fedqsn_cli.options.groups import (
     DATA,
     GATE,
@@ -24,6 +24,7 @@ from fedqsn_cli.options.groups import (
     device_option,
     max_length_option,
 )
+from fedqsn_cli.options.lora import LoraOptions
 
 COURIER = "Courier"
 
@@ -122,16 +123,64 @@ class CourierStatusOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CourierSendOptions(Options):
-    """`courier_send`."""
+class ProposalOptions(LoraOptions):
+    """How the owner would have a site train; a site bounds it.
 
-    into: Annotated[str | Path, Option("Folder for the updates, one for each client.", OUTPUT, metavar="DIR")]
+    Raises:
+        InputError: the options of adapters do not go together, or with the format of updates.
+    """
+
+    epochs: Annotated[
+        float, Option("Passes over the data, at most those of the site.", TRAINING, check=validate.more_than_zero)
+    ] = 1.0
+    lr: Annotated[float, Option("Largest learning rate.", TRAINING, check=validate.more_than_zero)] = 5e-5
+    batch_size: Annotated[int, batch_size_option(TRAINING)] = 16
+    update_format: Annotated[UpdateFormat, Option("Number format of the updates.", TRAINING)] = "fp32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_format(self.update_format)
+
+    def words(self) -> list[str]:
+        """As options of `client-train`: those that are not its defaults, and each value within its own word."""
+        words = []
+        for declared in options_of(ProposalOptions):
+            value = getattr(self, declared.name)
+            if value is True:
+                words.append(declared.flag)
+            elif value not in (None, False, ()):
+                words += [f"{declared.flag}={one}" for one in (value if isinstance(value, tuple) else (value,))]
+        return words
+
+
+@dataclass(frozen=True)
+class CourierPackOptions(ProposalOptions):
+    """`courier_pack`."""
+
+    out: Annotated[str | Path, Option("Folder to make, for 'fedqsn courier-send'.", OUTPUT, metavar="DIR")]
+    _: KW_ONLY
     key: Annotated[str | Path, Option("Your private key, from 'fedqsn keygen'.", SIGNATURES, metavar="PRIVATE")]
     attestation: Annotated[str | Path, Option("The passed audit of these proxies, from 'fedqsn audit --attest'.", GATE)]
     policy: Annotated[
         str | Path | None, Option("The policy that they must have been held against.", GATE, shown="any")
     ] = None
     ledger: Annotated[str | Path, Option("Record of all releases.", JOB, env=LEDGER)]
+
+    @property
+    def proposal(self) -> ProposalOptions:
+        """What a site is told."""
+        return ProposalOptions(**{field.name: getattr(self, field.name) for field in fields(ProposalOptions)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CourierSendOptions(Options):
+    """`courier_send`."""
+
+    into: Annotated[str | Path, Option("Folder for the updates, one for each client.", OUTPUT, metavar="DIR")]
+    key: Annotated[
+        str | Path | None,
+        Option("Open the updates with your private key; without it, they stay sealed.", SIGNATURES, metavar="PRIVATE"),
+    ] = None
     at_least: Annotated[
         int | None,
         Option("End when so many updates have come.", COURIER, shown="all", check=validate.at_least_one),
@@ -139,12 +188,6 @@ class CourierSendOptions(Options):
     deadline: Annotated[
         str, Option("End after this time; too few updates are an error then.", COURIER, metavar="TIME", check=_time)
     ] = "6h"
-    epochs: Annotated[
-        float, Option("Passes over the data, at most those of the site.", TRAINING, check=validate.more_than_zero)
-    ] = 1.0
-    lr: Annotated[float, Option("Largest learning rate.", TRAINING, check=validate.more_than_zero)] = 5e-5
-    batch_size: Annotated[int, batch_size_option(TRAINING)] = 16
-    update_format: Annotated[UpdateFormat, Option("Number format of the updates.", TRAINING)] = "fp32"
 
     @property
     def seconds(self) -> float:

@@ -85,6 +85,12 @@ class LoraOptions(Options):
             if value is not None:
                 raise InputError("is for adapters", where=flag, hint="add --method lora")
 
+    def check_format(self, update_format: str) -> None:
+        """Refuse a number format that factors of adapters are not sent in. Raises InputError."""
+        if self.method == "lora" and update_format in ("int8", "nf4"):
+            what = f"adapters are not sent as {update_format}"
+            raise InputError(what, where="--update-format", hint="use fp32, bf16 or fp16")
+
     @property
     def rank(self) -> int:
         """r: how many columns B has, and rows A."""

@@ -26,6 +26,7 @@ from fedqsn_cli.options.groups import (
     RESTORING,
     SEARCHING,
     SIGNATURES,
+    USUAL_SHARD_SIZE,
     ModelOutputOptions,
     batch_size_option,
     device_option,
@@ -70,6 +71,9 @@ class MergeOptions(AdmissionOptions, ServerOptimizerOptions, CentralPrivacyOptio
         ),
     ] = None
     control_weight: Annotated[float, Option("How much of the control is taken off.", MERGING, check=_share)] = 1.0
+    partial: Annotated[
+        bool, Option("Write the exact sum of these updates, to be merged on, in place of a model.", MERGING)
+    ] = False
     restore: Annotated[
         str | Path | None,
         Option(
@@ -137,6 +141,8 @@ class MergeOptions(AdmissionOptions, ServerOptimizerOptions, CentralPrivacyOptio
             self._check_restore()
         else:
             self._check_merge()
+        if self.partial:
+            self._check_partial()
         self._check_search()
         self._check_adapter()
 
@@ -155,6 +161,28 @@ class MergeOptions(AdmissionOptions, ServerOptimizerOptions, CentralPrivacyOptio
     def verify_key_of(self, client: str) -> Path | None:
         """The public key of a client; None where updates need no signature."""
         return None if self.verify_key is None else Path(str(self.verify_key).replace("{client}", client))
+
+    def _check_partial(self) -> None:
+        """Refuse what is only decided when all updates are there. Raises InputError."""
+        if self.rule != "fedavg":
+            what = f"{self.rule} needs all updates at once"
+            raise InputError(what, where="--partial", hint="merge the updates themselves")
+        last = "give it in the merge of the partial sums"
+        for flag, given, what, hint in (
+            ("--restore", self.restore is not None, "a restore takes no updates", "leave out --partial"),
+            ("--clip-norm", self.clip_norm == "auto", "the median of all norms is not known yet", "give a number"),
+            ("--noise-multiplier", self.noise_multiplier is not None, "noise needs all updates at once", "merge them"),
+            ("--normalize", self.normalize != "coverage", "a sum is not divided yet", last),
+            ("--staleness-discount", self.staleness_discount is not None, "a sum is of one round", last),
+            ("--server-lr", self.server_lr != 1.0, "a sum takes no step", last),
+            ("--server-optimizer", self.server_optimizer != "sgd", "a sum takes no step", last),
+            ("--control", self.control is not None, "nothing is taken off a sum", last),
+            ("--keep-adapter", self.keep_adapter is not None, "a sum takes no step", "merge the updates themselves"),
+            ("--report", self.report is not None, "a sum has no page", last),
+            ("--max-shard-size", self.max_shard_size != USUAL_SHARD_SIZE, "a sum is one file", "leave it out"),
+        ):
+            if given:
+                raise InputError(what, where=flag, hint=hint)
 
     def _check_restore(self) -> None:
         if self.verify_key is not None:
@@ -192,6 +220,9 @@ class MergeOptions(AdmissionOptions, ServerOptimizerOptions, CentralPrivacyOptio
         if self.keep_adapter is not None and (self.rule != "fedavg" or self.clip_norm is not None):
             what = "only a weighted average is an adapter"
             raise InputError(what, where="--keep-adapter", hint="leave out --rule and --clip-norm")
+        if self.keep_adapter is not None and self.staleness_discount is not None:
+            what = "an adapter is made of the updates of one round"
+            raise InputError(what, where="--keep-adapter", hint="leave out --staleness-discount")
         if self.keep_adapter is not None and self.server_optimizer != "sgd":
             what = f"a step of {self.server_optimizer} is no adapter"
             raise InputError(what, where="--keep-adapter", hint="leave out --server-optimizer")

@@ -176,7 +176,10 @@ def estimate_training(proxy: str | Path, options: TrainOptions, *, progress: Pro
 
 def _writer(options: TrainOptions) -> Any:
     """The writer of the output; None in all processes but the first."""
-    return ArtifactWriter(Path(options.out), force=options.force) if launched().is_first else nullcontext()
+    if not launched().is_first:
+        return nullcontext()
+    # A signature lists SHA-256, so with one the files are hashed only once.
+    return ArtifactWriter(Path(options.out), force=options.force, digest="sha256" if options.sign else "blake3")
 
 
 @dataclass(slots=True)

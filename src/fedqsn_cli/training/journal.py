@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from fedqsn_cli.checkpoint.files import require_file_target
 from fedqsn_cli.errors import InputError
 
 
@@ -58,6 +59,7 @@ class LogFile:
         Raises:
             InputError: it cannot be written, or something else is there.
         """
+        require_file_target(path)
         try:
             with path.open("a+", encoding="utf-8") as file:
                 log = cls(path, file)

@@ -28,7 +28,7 @@ class StoredExamples:
         Args:
             folder: where the file goes; None for the system's folder of temporary files.
         """
-        self._file = SpooledTemporaryFile(max_size=LIMIT, dir=folder)  # noqa: SIM115 - lives as long as this object
+        self._file = SpooledTemporaryFile(max_size=LIMIT, dir=None if folder is None else str(folder))  # noqa: SIM115 - lives as long as this object
         self._starts = array("Q", [0])
 
     def __len__(self) -> int:

@@ -32,6 +32,7 @@ from fedqsn_cli.errors import FedqsnError
 from fedqsn_cli.export.encode import encode
 from fedqsn_cli.export.outputs import ClientOutput, stored_specs
 from fedqsn_cli.export.pipeline import CHUNK_ELEMENTS, run
+from fedqsn_cli.kernels.digests import Algorithm, algorithm_of
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.masks.job_masks import ServerMasks
 from fedqsn_cli.masks.unit_mask import UnitMask
@@ -96,8 +97,15 @@ def each_format(inputs: Inputs) -> list[Together]:
         if proxy.reproduced:
             formats.setdefault("reproduced", []).append(proxy)
             continue
-        formats.setdefault(f"{proxy.manifest.quantization} {proxy.manifest.fill}", []).append(proxy)
+        kind = f"{proxy.manifest.quantization} {proxy.manifest.fill} {_algorithm(inputs, proxy)}"
+        formats.setdefault(kind, []).append(proxy)
     return [Together(tuple(proxy.scope for proxy in proxies), tuple(proxies)) for proxies in formats.values()]
+
+
+def _algorithm(inputs: Inputs, proxy: OpenedProxy) -> Algorithm:
+    """That of the digest of the model in the ledger."""
+    release = inputs.release(proxy)
+    return algorithm_of(release.model_digest if release is not None else None)
 
 
 @check(
@@ -133,7 +141,8 @@ def rebuild(inputs: Inputs, group: Together, given: tuple[OpenModel, JobKey]) ->
     ]
     base = inputs.base if filled else None
     mismatched: dict[str, set[str]] = {}
-    digests = run(origin, tasks, quantization, outputs, base=base, progress=inputs.progress)
+    algorithm = _algorithm(inputs, group.proxies[0])
+    digests = run(origin, tasks, quantization, outputs, base=base, algorithm=algorithm, progress=inputs.progress)
     for sink in sinks:
         scope, release = sink.proxy.scope, inputs.release(sink.proxy)
         if release is not None and release.model_digest != digests.model:

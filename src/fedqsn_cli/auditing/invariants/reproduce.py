@@ -22,6 +22,7 @@ from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.registry import EXPORT_AGAIN, Need, Rule
 from fedqsn_cli.export.proxy import ProxyExport
 from fedqsn_cli.export.session import MaskingSession
+from fedqsn_cli.kernels.digests import algorithm_of
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.masks.job_masks import ClientMasks, ServerMasks
 from fedqsn_cli.models.model import OpenModel
@@ -54,7 +55,8 @@ def each_release(inputs: Inputs) -> list[Together]:
     for proxy in inputs.proxies:
         line = inputs.release(proxy)
         common = line and (line.quantization, line.fill, line.train, line.rescale, line.max_shard_bytes)
-        kinds.setdefault(f"{common} {_reference(proxy)}" if line else "", []).append(proxy)
+        kind = f"{common} {_reference(proxy)} {algorithm_of(line.model_digest)}" if line else ""
+        kinds.setdefault(kind, []).append(proxy)
     return [Together(tuple(proxy.scope for proxy in proxies), tuple(proxies)) for proxies in kinds.values()]
 
 
@@ -99,7 +101,7 @@ def _export(
     session = MaskingSession(origin, job, Path(), False, server, first.fill, base, first.rescale)
     export = ProxyExport.of(session, first.quantization, first.train, first.max_shard_bytes or USUAL_SHARD_BYTES)
     masks = [ClientMasks(server, line.client, line.round, line.p2, line.schedule, line.rescale) for line in lines]
-    return export.write(folders, masks, inputs.progress)
+    return export.write(folders, masks, algorithm_of(first.model_digest), inputs.progress)
 
 
 def _reference(proxy: OpenedProxy) -> str | None:
@@ -129,7 +131,7 @@ def _judge(inputs: Inputs, proxy: OpenedProxy, folder: ComparedFolder, made: Rel
     downloaded = next(one.downloaded for one in inputs.folders if one.scope == scope)
     problems = list(entry_problems(proxy.folder, names, downloaded=downloaded))
     found = list(_first(scope, folder.differences(), problems))
-    if not found and line.model_copy(update={"previous": made.previous}) != made:
+    if not found and not line.same_as(made):
         found = [NOT_REPRODUCED.finding(scope, "its ledger line is not the one that an export writes")]
     if inputs.base is not None and inputs.base.source.revision is None and _reference(proxy) is not None:
         why = "the proxy names the commit that its public base is from; give that as --public-base to verify it"

@@ -99,13 +99,18 @@ def similar(one: Floats, other: Floats, least: float = _ALIKE, tables: int = TAB
     if not len(one) or not len(other):
         return
     bits = int(np.clip(np.ceil(np.log2(max(len(one), len(other)))), 6, SIZE))
-    rotations = np.random.Generator(np.random.Philox(2024))  # which planes cut the sketch; decides nothing secret
-    for _ in range(tables):
-        plane, _ = np.linalg.qr(rotations.standard_normal((SIZE, SIZE)))
-        left, right = (_hash(vectors, plane.astype(np.float32)[:, :bits]) for vectors in (one, other))
+    for planes in _rotations(tables):
+        left, right = (_hash(vectors, planes[:, :bits]) for vectors in (one, other))
         order = np.argsort(left, kind="stable")
         begin, end = (np.searchsorted(left[order], right, side=side) for side in ("left", "right"))
         yield from _pairs(one, other, order, begin, end, least)
+
+
+@cache
+def _rotations(tables: int) -> tuple[Floats, ...]:
+    """Which planes cut the sketches, [SIZE, SIZE] for each table; they decide nothing secret."""
+    chance = np.random.Generator(np.random.Philox(2024))
+    return tuple(np.linalg.qr(chance.standard_normal((SIZE, SIZE)))[0].astype(np.float32) for _ in range(tables))
 
 
 def _hash(vectors: Floats, plane: Floats) -> Ints:

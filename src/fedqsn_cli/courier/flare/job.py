@@ -22,14 +22,15 @@ from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 
-from fedqsn_cli.courier.flare.transfer import fetch_offered, offer_file
+from fedqsn_cli.courier.flare.transfer import fetch_parts, offer_parts
 from fedqsn_cli.courier.layout import Site
-from fedqsn_cli.courier.parts import Offer
+from fedqsn_cli.courier.outbox import Consignment
+from fedqsn_cli.courier.parts import Parts
 from fedqsn_cli.courier.work import NoUpdate, SiteRound, log
 from fedqsn_cli.errors import FedqsnError, FormatError
 
 TASK = "round"
-OFFER, RECIPE, PROBLEM = "fedqsn_offer", "fedqsn_recipe", "fedqsn_problem"
+ORDER, PARTS, REFERENCES, PROBLEM = "fedqsn_order", "fedqsn_parts", "fedqsn_references", "fedqsn_problem"
 _TIMES, _MORE = 16, 64 << 20  # an update is at most so many times as large as its proxy, and so much larger
 
 
@@ -37,15 +38,17 @@ class CourierController(Controller):  # type: ignore[misc]
     """At the server: carries one sealed proxy out and one sealed update in.
 
     Args:
-        client: the site. proxy: the sealed file. update: where the answer goes. recipe: signed.
+        client: the site. proxy: the sealed file. update: where the answer goes.
+        parts: of the sealed file. order: signed.
     """
 
-    def __init__(self, client: str, proxy: str, update: str, recipe: str) -> None:
+    def __init__(self, client: str, proxy: str, update: str, parts: list[Any], order: str) -> None:
         super().__init__()
         self._client = client
         self._proxy = Path(proxy)
         self._update = Path(update)
-        self._recipe = recipe
+        self._parts = Parts.from_document(parts)
+        self._order = order
         self._problem: str | None = "the site sent nothing"
         self._abort: Signal | None = None
 
@@ -62,8 +65,8 @@ class CourierController(Controller):  # type: ignore[misc]
         """Offer the proxy, and wait for the answer."""
         self._abort = abort_signal
         data = Shareable()
-        data[OFFER] = offer_file(self._proxy, fl_ctx.get_engine().get_cell())
-        data[RECIPE] = self._recipe
+        data[REFERENCES] = offer_parts(self._proxy, self._parts, fl_ctx.get_engine().get_cell())
+        data[ORDER] = self._order
         task = Task(name=TASK, data=data, timeout=0, result_received_cb=self._received)
         self.broadcast_and_wait(task, fl_ctx, targets=[self._client], min_responses=1, abort_signal=abort_signal)
         if self._problem is not None:
@@ -83,11 +86,11 @@ class CourierController(Controller):  # type: ignore[misc]
         if result.get_return_code() != ReturnCode.OK or PROBLEM in result:
             return f"no update: {result.get(PROBLEM, result.get_return_code())}"
         if not self._update.exists():
-            offer = result.get(OFFER)
-            if Offer.from_document(offer).size > _TIMES * self._proxy.stat().st_size + _MORE:
+            parts = Parts.from_document(result.get(PARTS))
+            if parts.size > _TIMES * self._parts.size + _MORE:
                 raise FormatError("is far larger than any update of this proxy", where=self._client)
-            sender = f"{self._client}.{fl_ctx.get_job_id()}"
-            fetch_offered(offer, sender, self._update, fl_ctx.get_engine().get_cell(), self._abort)
+            sender, cell = f"{self._client}.{fl_ctx.get_job_id()}", fl_ctx.get_engine().get_cell()
+            fetch_parts(parts, result.get(REFERENCES), sender, self._update, cell, self._abort)
         return None
 
 
@@ -98,15 +101,20 @@ class CourierExecutor(Executor):  # type: ignore[misc]
         """Answer a round: an offer of the sealed update, or why there is none."""
         site = Site(Path(fl_ctx.get_workspace().get_root_dir()).parent)
         reply = make_reply(ReturnCode.OK)
+        cell, sender = fl_ctx.get_engine().get_cell(), f"server.{fl_ctx.get_job_id()}"
+
+        def ended() -> bool:
+            return bool(abort_signal.triggered)
+
+        def fetch(parts: Parts, target: Path) -> None:
+            fetch_parts(parts, shareable.get(REFERENCES), sender, target, cell, abort_signal)
+
         try:
-            cell, sender = fl_ctx.get_engine().get_cell(), f"server.{fl_ctx.get_job_id()}"
-            offer = shareable.get(OFFER)
-            round = SiteRound.of(site, Offer.from_document(offer))
-            with round.alone(lambda: bool(abort_signal.triggered)) as held:
-                if not round.sealed_proxy.exists():
-                    fetch_offered(offer, sender, round.sealed_proxy, cell, abort_signal)
-                round.answer(str(shareable.get(RECIPE)), held, lambda: bool(abort_signal.triggered))
-            reply[OFFER] = offer_file(round.sealed_update, cell)
+            round = SiteRound.of(site, str(shareable.get(ORDER)))
+            with round.alone(ended) as held:
+                parts = round.answer(fetch, held, ended)
+            reply[PARTS] = parts.to_document()
+            reply[REFERENCES] = offer_parts(round.sealed_update, parts, cell)
         except NoUpdate as error:
             reply[PROBLEM] = error.reason
         except (FedqsnError, OSError) as error:  # no word of it leaves the site: it may name files
@@ -115,10 +123,15 @@ class CourierExecutor(Executor):  # type: ignore[misc]
         return reply
 
 
-def write_job(folder: Path, client: str, proxy: Path, update: Path, recipe: str) -> Path:
-    """Write the files of a job: what the site gets names only itself. Returns the folder."""
-    here = f"{__name__}."
-    arguments = {"client": client, "proxy": str(proxy), "update": str(update), "recipe": recipe}
+def write_job(folder: Path, sent: Consignment, update: Path) -> Path:
+    """Write the files of a job: what the site gets names only itself. Returns the folder.
+
+    Args:
+        update: where the answer goes.
+    """
+    here, client = f"{__name__}.", sent.order.client
+    arguments: dict[str, Any] = {"client": client, "proxy": str(sent.sealed), "update": str(update)}
+    arguments |= {"parts": sent.order.sealed.to_document(), "order": sent.text}
     workflow = {"id": "courier", "path": here + "CourierController", "args": arguments}
     executor = {"tasks": [TASK], "executor": {"path": here + "CourierExecutor", "args": {}}}
     nothing: dict[str, list[Any]] = {"task_data_filters": [], "task_result_filters": [], "components": []}

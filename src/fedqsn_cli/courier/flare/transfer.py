@@ -8,7 +8,7 @@ from typing import Any
 from nvflare.fuel.f3.streaming.download_service import Consumer, Downloadable, ProduceRC, download_object
 from nvflare.fuel.f3.streaming.obj_downloader import ObjectDownloader
 
-from fedqsn_cli.courier.parts import Offer, Part, PartWriter, fetch_file
+from fedqsn_cli.courier.parts import Part, Parts, PartWriter, fetch_file
 from fedqsn_cli.errors import FormatError
 
 CHUNK = 4 << 20
@@ -58,27 +58,29 @@ class WrittenPart(Consumer):  # type: ignore[misc]
         self.failure = reason
 
 
-def offer_file(path: Path, cell: Any) -> dict[str, Any]:
-    """Offer a file to one receiver."""
+def offer_parts(path: Path, parts: Parts, cell: Any) -> list[str]:
+    """Offer a file to one receiver; returns the references of its parts."""
     downloader = ObjectDownloader(cell, timeout=_TRANSACTION, num_receivers=1)
-    made = Offer.of(path, lambda file, part: str(downloader.add_object(OfferedPart(file, part))))
-    return made.to_document()
+    return [str(downloader.add_object(OfferedPart(path, part))) for part in parts.parts]
 
 
-def fetch_offered(document: Any, sender: str, target: Path, cell: Any, abort: Any) -> int:
+def fetch_parts(parts: Parts, references: Any, sender: str, target: Path, cell: Any, abort: Any) -> int:
     """Fetch a file that was offered; returns how many parts were there already.
 
     Args:
-        sender: the cell that offers it. abort: ends the download.
+        references: of the parts, as the sender says. sender: the cell that offers them. abort: ends the download.
 
     Raises:
-        FormatError: the offer is malformed, or a part did not arrive as it was sent.
+        FormatError: the references are malformed, or a part did not arrive as it was sent.
     """
+    if type(references) is not list or [type(one) for one in references] != [str] * len(parts.parts):
+        raise FormatError("is no offer of these parts", where=target)
+    known = dict(zip(parts.parts, references, strict=True))
 
     def fetch(part: Part, writer: PartWriter) -> None:
         consumer = WrittenPart(writer)
-        download_object(sender, part.reference, _REQUEST, cell, consumer, abort_signal=abort)
+        download_object(sender, known[part], _REQUEST, cell, consumer, abort_signal=abort)
         if consumer.failure is not None:
             raise FormatError(f"a part did not arrive ({consumer.failure})", where=target)
 
-    return fetch_file(Offer.from_document(document), target, fetch)
+    return fetch_file(parts, target, fetch)

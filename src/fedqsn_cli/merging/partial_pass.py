@@ -1,0 +1,87 @@
+"""`merge --partial`: the exact sum of some updates of a round, for a merge of all of them.
+
+It reads what a merge reads, the model for its digest and sizes, and checks what a merge checks; but no step is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedqsn_cli.artifacts.partial_folder import SUM, WEIGHTS, unit_run
+from fedqsn_cli.checkpoint import TensorSink
+from fedqsn_cli.kernels.digests import algorithm_of
+from fedqsn_cli.kernels.hash_threads import HashThreads
+from fedqsn_cli.merging import arithmetic
+from fedqsn_cli.merging.aggregation import Aggregation
+from fedqsn_cli.merging.chunk_sum import ChunkSum, Scratch
+from fedqsn_cli.merging.chunks import ModelChunk, joint_chunks, visible_count, visible_rows
+from fedqsn_cli.merging.measures import ModelSizes
+from fedqsn_cli.merging.partial_sum import PartialReader
+from fedqsn_cli.merging.read_update import UpdateReader
+from fedqsn_cli.merging.verify import Round
+from fedqsn_cli.models.digest import ModelHash
+from fedqsn_cli.models.model import OpenModel
+from fedqsn_cli.models.tensor_task import TensorTask
+from fedqsn_cli.progress import Progress
+
+
+class PartialPass:
+    """Reads a model, updates and partial sums in step, and writes their sum.
+
+    Args:
+        tasks: the tensors of `model`, in order.
+    """
+
+    def __init__(
+        self, model: OpenModel, tasks: Sequence[TensorTask], found: Round, how: Aggregation, hashing: HashThreads
+    ) -> None:
+        self._model = model
+        self._tasks = tasks
+        self._how = how
+        self._scratch = Scratch()
+        self._digest = ModelHash(hashing.queue(), algorithm_of(found.model_digest))
+        self.clients = [UpdateReader(update, hashing.queue()) for update in found.updates]
+        self.partials = [PartialReader(each, hashing.queue()) for each in found.partials]
+        self.sizes = ModelSizes()
+        self.size = sum(task.size for task in tasks)
+        self.covered = 0
+
+    def write(self, sink: TensorSink, progress: Progress) -> None:
+        """Write the sum. Digests and norms are only known afterwards. Raises RefusedUpdate."""
+        progress.start("adding up", self._model.checkpoint.total_bytes, "bytes")
+        with closing(joint_chunks(self._model, self._tasks, [*self.clients, *self.partials])) as chunks:
+            for chunk, pieces in chunks:
+                visible = visible_rows(chunk, copy=False)
+                self._digest.update(chunk.task.name, visible)
+                if chunk.task.tensor.is_float:
+                    squares = arithmetic.sum_of_squares(visible, chunk.task.tensor.dtype)
+                    self.sizes.add(chunk.task, squares, visible_count(chunk))
+                    chunk_sum = ChunkSum(chunk, self._scratch, len(self.clients))
+                    for reader, weight, factor in zip(self.clients, self._how.weights, self._how.factors, strict=True):
+                        chunk_sum.add(reader, next(pieces), weight, factor)
+                    for partial in self.partials:
+                        chunk_sum.add_partial(partial.take(next(pieces)))
+                    chunk_sum.close()
+                    self.covered += chunk_sum.covered
+                    self._store(sink, chunk, chunk_sum)
+                progress.advance(chunk.values.nbytes)
+        progress.finish()
+
+    def digest(self) -> str:
+        """Content digest of the model that was read."""
+        return self._digest.digest(self._tasks)
+
+    def _store(self, sink: TensorSink, chunk: ModelChunk, chunk_sum: ChunkSum) -> None:
+        """Write the sums of a chunk, and what its units count unless an earlier chunk had the same units."""
+        name, plan = chunk.task.name, chunk.task.plan
+        _, height, cols = plan.view
+        rows: NDArray[np.int64] = np.stack((chunk_sum.digits.high, chunk_sum.digits.low), axis=1)
+        sink.write(name + SUM, 16 * cols * chunk.first, rows)
+        begins = {None: chunk.first == 0, "column": chunk.first % max(height, 1) == 0}
+        if begins.get(plan.axis, True):
+            run = unit_run(plan.axis, plan.view, chunk.first, chunk.rows)
+            sink.write(name + WEIGHTS, 8 * run.first, chunk_sum.weights.astype(np.int64))

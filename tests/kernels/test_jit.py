@@ -1,0 +1,66 @@
+"""Machine code on disk: it is used again, and never after what it was compiled from has changed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CALLED = """
+from fedqsn_cli.kernels.jit import kernel
+
+LEVEL = {level}
+
+@kernel
+def called(x):
+    return x {operator} 2
+"""
+
+CALLER = """
+from called import LEVEL, called
+from fedqsn_cli.kernels.jit import kernel
+
+@kernel
+def between(x):
+    return called(x)
+
+@kernel
+def caller(x):
+    return between(x) + LEVEL
+"""
+
+PROGRAM = """
+from caller import caller
+print(caller(10), sum(caller.stats.cache_hits.values()))
+"""
+
+
+def called(folder: Path) -> tuple[int, bool]:
+    """What the caller returns in a new process, and whether its machine code came from the disk."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(folder), *sys.path]),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    environment.pop("NUMBA_CACHE_DIR", None)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True, timeout=600
+    )
+    result, hits = done.stdout.split()
+    return int(result), hits != "0"
+
+
+@pytest.mark.parametrize(("level", "operator", "result"), [(5, "+", 17), (0, "-", 8)])
+def test_a_kernel_is_compiled_again_when_a_kernel_or_a_constant_of_another_file_changes(
+    tmp_path: Path, level: int, operator: str, result: int
+) -> None:
+    (tmp_path / "caller.py").write_text(CALLER)
+    (tmp_path / "called.py").write_text(CALLED.format(level=0, operator="+"))
+    assert called(tmp_path) == (12, False)
+    assert called(tmp_path) == (12, True)
+    (tmp_path / "called.py").write_text(CALLED.format(level=level, operator=operator))
+    assert called(tmp_path) == (result, False)
+    assert called(tmp_path) == (result, True)
