@@ -43,6 +43,7 @@ def test_a_file_of_examples_has_no_name_and_is_for_its_owner_alone(
 def test_a_computed_sequence_is_a_sequence() -> None:
     squares = Computed(4, lambda place: place * place)
     assert list(squares) == [0, 1, 4, 9] and squares[-1] == 9 and squares[1:3] == [1, 4] and 4 in squares
+    assert squares == [0, 1, 4, 9] and squares != [0, 1, 4]
     with pytest.raises(IndexError):
         squares[4]
 

@@ -74,6 +74,11 @@ class Computed(Sequence[T]):
     def __iter__(self) -> Iterator[T]:
         return map(self._item, range(self._length))
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
 
 class Measured(Computed[dict[str, list[int]]]):
     """Features whose lengths in tokens are known without computing them."""
