@@ -116,9 +116,8 @@ def test_texts_are_cut_to_the_length_asked_for_and_to_what_the_model_takes(class
 def test_roberta_takes_fewer_tokens_than_it_has_positions(tmp_path: Path) -> None:
     loaded = load(small_model(tmp_path / "model", "roberta", pad_token_id=1))
     loaded.tokenizer.model_max_length = 10**9
-    assert list(encode(loaded, tmp_path, {"text": " ".join(["w5"] * 100), "label": 0}, max_length=10_000).lengths) == [
-        62
-    ]
+    examples = encode(loaded, tmp_path, {"text": " ".join(["w5"] * 100), "label": 0}, max_length=10_000)
+    assert list(examples.lengths) == [62]
 
 
 def test_inputs_that_the_model_does_not_take_are_left_out(tmp_path: Path) -> None:
