@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import fedqsn_cli
@@ -25,6 +26,7 @@ LEVELS = (  # from the ground up; what stands in one row does not import what st
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 
+@cache
 def modules() -> dict[str, ast.Module]:
     """Dotted name inside the package ("" for the package itself) and syntax tree of every module."""
     found = {}
@@ -55,6 +57,7 @@ def package(module: str) -> str:
     return module.split(".")[0] or "fedqsn_cli"
 
 
+@cache
 def graph() -> dict[str, set[str]]:
     """Which modules each module imports."""
     trees = modules()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from fedqsn_cli.auditing.recovery.attackers.catalogue import TRAININGS
 from support.helpers import search_path, with_sources
 from support.scripts import Scripts
 
@@ -34,5 +36,7 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scripts]:
 
 @pytest.fixture
 def short_attacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Audits train each attack for a few steps only; tests/auditing looks at what they find."""
+    """Audits train two attacks for a few steps at one rate; tests/auditing looks at what all of them find."""
     monkeypatch.setattr("fedqsn_cli.auditing.recovery.attackers.attack.LEAST_STEPS", 4)
+    two = tuple(replace(training, rates=training.rates[:1]) for training in TRAININGS[:2])
+    monkeypatch.setattr("fedqsn_cli.auditing.recovery.function.TRAININGS", two)

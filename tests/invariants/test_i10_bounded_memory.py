@@ -20,6 +20,8 @@ LIMIT = 600.0  # MiB
 SLACK = 48.0  # MiB between two peaks: buffers that a small model does not fill
 HEAVY = ("torch", "bitsandbytes", "transformers", "pyarrow", "accelerate", "pandas")
 
+IN_SOAK = [pytest.param(name, marks=pytest.mark.soak) for name in ("mask", "quantize")]  # an export is both
+
 # Runs a command, then tells what it took. VmHWM, not ru_maxrss: that one counts the process which started it, too.
 RUN = """
 import json, resource, sys
@@ -62,7 +64,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @linux
-@pytest.mark.parametrize("command", ["mask", "quantize", "export-proxy", "merge"])
+@pytest.mark.parametrize("command", [*IN_SOAK, "export-proxy", "merge"])
 def test_a_model_five_times_as_large_takes_no_more_memory_and_nothing_imports_torch(
     command: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -114,7 +116,7 @@ def test_a_public_base_of_another_dtype_and_vocabulary_goes_by_in_chunks(
 
 
 @linux
-@pytest.mark.parametrize("command", [pytest.param("quantize", marks=pytest.mark.soak), "export-proxy", "merge"])
+@pytest.mark.parametrize("command", [IN_SOAK[1], "export-proxy", "merge"])
 def test_many_cores_take_little_more_memory_than_one(command: str, models: dict[str, Path], tmp_path: Path) -> None:
     """However many there are, few chunks are worked on at once."""
     model = models["large"]

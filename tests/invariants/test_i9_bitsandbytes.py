@@ -40,7 +40,7 @@ def proxy_of(model: Path, out: Path, **options: Any) -> Path:
         "p1": 0.0,
         "p2": 0.0,
         "key": model.parent / f"{model.name}.key",
-        "ledger": model.parent / "ledger.jsonl",
+        "ledger": out.with_name(f"{out.name}.jsonl"),  # all jobs here have one key
     }
     with known_key():  # what a processor makes of a layer depends on which units are left
         export_proxy(str(model), out, **usual | options)

@@ -184,7 +184,7 @@ FAULTS: dict[str, tuple[Callable[[JobFolder], object], str]] = {
     "too many examples": (lambda job: say(job, "bob", num_examples=2**53), "median"),
     "a foreign proxy": (lambda job: say(job, "bob", proxy_id="1" * 64), "not in the ledger"),
     "no manifest": (lambda job: (job.root / "u-bob/update.json").unlink(), "no update.json"),
-    "a wrong digest": (lambda job: say(job, "bob", files={"update.safetensors": "0" * 64}), "sha256"),
+    "a wrong digest": (lambda job: say(job, "bob", files={"update.safetensors": "0" * 64}), "its digest is not"),
     "one more file": (lambda job: (job.root / "u-bob/run.py").write_text(""), "'run.py'"),
 }
 

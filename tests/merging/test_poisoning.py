@@ -10,6 +10,8 @@ from benchmarks.poisoning import ATTACKS, DATA_ATTACKS, RULES, Round, prepare
 from fedqsn_cli import merge
 from fedqsn_cli.errors import RefusedUpdate
 
+pytestmark = pytest.mark.soak  # it trains a dozen models; make test looks at single merges in test_rules.py
+
 
 @pytest.fixture(scope="module")
 def played(module_folder: Path) -> Round:
@@ -25,18 +27,11 @@ def without(played: Round) -> float:
     return accuracy
 
 
-FAST = {"one unit", "label flip"}  # the most hidden change of an update, and wrong data
-
-
-@pytest.mark.parametrize(
-    "attack",
-    [pytest.param(name, marks=[] if name in FAST else [pytest.mark.soak]) for name in (*ATTACKS, *DATA_ATTACKS)],
-)
+@pytest.mark.parametrize("attack", [*ATTACKS, *DATA_ATTACKS])
 def test_with_a_robust_rule_attackers_cost_less_than_three_points(attack: str, played: Round, without: float) -> None:
     assert played.accuracy(played.updates(attack), **RULES["multi-krum"]) >= without - 0.03
 
 
-@pytest.mark.soak
 @pytest.mark.parametrize("rule", [name for name in RULES if name not in {"fedavg", "krum"}])
 @pytest.mark.parametrize("attack", [*ATTACKS, *DATA_ATTACKS])
 def test_so_they_do_with_the_other_rules(attack: str, rule: str, played: Round, without: float) -> None:

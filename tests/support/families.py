@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -175,13 +175,11 @@ REPRESENTATIVE = {  # every way in which a family stores or ties its weights; th
 }
 
 
-def rest_in_soak(heads: Iterable[tuple[str, str]] = EVERY_HEAD) -> list[Any]:
-    """Cases (name, head) of a test: the representative ones for `make test`, all others for `make soak`."""
+def rest_in_soak(heads: Iterable[tuple[str, str]] = EVERY_HEAD, fast: Collection[str] = REPRESENTATIVE) -> list[Any]:
+    """Cases (name, head) of a test: those of `fast` for `make test`, all others for `make soak`."""
     import pytest
 
-    return [
-        pytest.param(name, head, marks=[] if head in REPRESENTATIVE else [pytest.mark.soak]) for name, head in heads
-    ]
+    return [pytest.param(name, head, marks=[] if head in fast else [pytest.mark.soak]) for name, head in heads]
 
 
 def make_config(name: str, head: str | None = None, **options: Any) -> Any:

@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
 
 from fedqsn_cli.cli import app
 from support.forwarded import Request, write_program
@@ -57,7 +57,10 @@ class Scripts:
     ) -> Outcome:
         """Run a script to its end, or kill it and all that it started once `until` is true after a command."""
         path = f"{self._folder}{os.pathsep}{environment['PATH']}"
-        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        with (
+            tempfile.TemporaryFile("w+", encoding="utf-8") as out,
+            tempfile.TemporaryFile("w+", encoding="utf-8") as err,
+        ):
             script = subprocess.Popen(
                 command, cwd=folder, env={**environment, "PATH": path}, stdout=out, stderr=err, start_new_session=True
             )
@@ -86,11 +89,17 @@ class Scripts:
         connection, _ = self._listener.accept()
         with connection:
             request = Request.received(connection)
-            _, out, err = (os.fdopen(stream, mode) for stream, mode in zip(request.streams, "rww", strict=True))
+            os.close(request.streams[0])  # no command reads it
+            out, err = (os.fdopen(stream, "w", encoding="utf-8") for stream in request.streams[1:])
             told = redirect_stdout(out), redirect_stderr(err)
             with out, err, told[0], told[1], chdir(request.folder), surroundings(request.environment):
                 code = run_here(request)
             connection.sendall(bytes([code]))
+
+
+def printed() -> IO[str]:
+    """A file for what a script prints."""
+    return tempfile.TemporaryFile("w+", encoding="utf-8")
 
 
 def run_here(request: Request) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file
 
 from fedqsn_cli import client_train, evaluate
@@ -141,7 +142,8 @@ def test_shapes_hold_visible_units_only_and_the_manifest_says_what_was_done(bert
     assert result.parameters == sum(tensor.numel() for tensor in stored.values())
     manifest = read_manifest(tmp_path / "update", UpdateManifest)
     assert manifest.proxy_sha256 == file_digest(bert / "proxy" / "proxy.json")
-    assert manifest.files == {"update.safetensors": file_digest(tmp_path / "update" / "update.safetensors")}
+    content = (tmp_path / "update" / "update.safetensors").read_bytes()
+    assert manifest.files == {"update.safetensors": f"blake3:{blake3(content).hexdigest()}"}
     assert (manifest.num_examples, manifest.steps, manifest.precision) == (24, 3, "fp32")
     assert (manifest.losses.first, manifest.losses.eval_before) == (result.first_loss, None)
     assert sorted(path.name for path in (tmp_path / "update").iterdir()) == ["update.json", "update.safetensors"]

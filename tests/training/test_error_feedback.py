@@ -124,6 +124,14 @@ def test_it_stays_as_it_was_when_no_update_comes_of_the_round(job: Path, tmp_pat
     assert not (tmp_path / "next").exists()
 
 
+@pytest.fixture(scope="module")
+def kept(job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The residual of round 1; not to be changed."""
+    here = tmp_path_factory.mktemp("kept")
+    train(job, 1, here / "update", update_format="nf4", residual=here / "residual")
+    return here / "residual"
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -135,14 +143,16 @@ def test_it_stays_as_it_was_when_no_update_comes_of_the_round(job: Path, tmp_pat
         (lambda tensors, facts: next(iter(tensors.values())).fill_(float("nan")), "NaN"),
     ],
 )
-def test_a_residual_of_something_else_is_refused(job: Path, tmp_path: Path, change: Any, complaint: str) -> None:
+def test_a_residual_of_something_else_is_refused(
+    job: Path, kept: Path, tmp_path: Path, change: Any, complaint: str
+) -> None:
     residual = tmp_path / "residual"
-    train(job, 1, tmp_path / "update", update_format="nf4", residual=residual)
-    tensors = load_file(residual)
-    with safe_open(residual, "pt") as file:
+    tensors = load_file(kept)
+    with safe_open(kept, "pt") as file:
         facts = dict(file.metadata())
     change(tensors, facts)
     save_file(tensors, residual, metadata=facts or None)
+    residual.chmod(0o600)
     content = residual.read_bytes()
     with pytest.raises((InputError, FormatError), match=complaint):
         train(job, 2, tmp_path / "next", update_format="nf4", residual=residual)

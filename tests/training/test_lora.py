@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from dataclasses import dataclass, replace
@@ -11,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from blake3 import blake3
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
 from fedqsn_cli import client_train, merge
-from fedqsn_cli.artifacts.manifests import ProxyManifest, UpdateManifest, file_digest, read_manifest
+from fedqsn_cli.artifacts.manifests import ProxyManifest, UpdateManifest, read_manifest
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.models.dense import DenseTensors
 from fedqsn_cli.models.stored_model import load_stored
 from fedqsn_cli.models.torch_model import Loaded, load_tokenizer, task_of
 from fedqsn_cli.options import TrainOptions
@@ -203,7 +204,9 @@ def test_the_loss_falls_and_peft_computes_the_same_and_hidden_units_stay(tmp_pat
         tensor.numel() for path in update.glob("*.safetensors") for tensor in load_file(path).values()
     )
     assert set(manifest.files) == {path.name for path in update.iterdir()} - {"update.json"}
-    assert all(file_digest(update / name) == digest for name, digest in manifest.files.items())
+    for name, digest in manifest.files.items():
+        content = (update / name).read_bytes()
+        assert digest in (hashlib.sha256(content).hexdigest(), f"blake3:{blake3(content).hexdigest()}")
     assert bool(manifest.saved) == (case.classifies or bool(case.saved))
 
 
@@ -241,8 +244,7 @@ def test_the_base_keeps_its_number_format_and_its_bytes(tmp_path: Path) -> None:
     proxy, _ = world(tmp_path, case)
     manifest = read_manifest(proxy, ProxyManifest)
     with Checkpoint.open(proxy) as checkpoint:
-        layout = DenseTensors(checkpoint).layout
-        model = load_stored(checkpoint, manifest, layout, torch.float32).model
+        model = load_stored(checkpoint, manifest.quantization, torch.float32).model
         packed = {name: parameter for name, parameter in model.named_parameters() if parameter.dtype == torch.uint8}
         assert len(packed) == 14
         for name, parameter in packed.items():
@@ -391,7 +393,9 @@ def test_tied_heads_and_masks_of_single_weights_are_refused(tmp_path: Path) -> N
         train(tmp_path, case, other, data)
 
 
-@pytest.mark.parametrize("proxy_options", [(NF4, DENSE), (NF4,)], ids=["dense", "packed"])
+@pytest.mark.parametrize(
+    "proxy_options", [pytest.param((NF4, DENSE), marks=pytest.mark.soak), (NF4,)], ids=["dense", "packed"]
+)
 def test_private_training_of_adapters(tmp_path: Path, proxy_options: tuple[tuple[str, str], ...]) -> None:
     case = Case("roberta", "RobertaForSequenceClassification", proxy_options)
     proxy, data = world(tmp_path, case)

@@ -239,28 +239,25 @@ def update_bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def kill_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> Any:
-    """Let the training end at once in a step; returns what undoes it."""
-    original = loop._Run._step
+class KilledAfter(Silent):
+    """Ends the training after a step, before a state of it is written."""
 
-    def killed(self: Any, window: Any) -> Any:
-        if len(self.history.losses) == step:
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def advance(self, amount: int, **figures: float) -> None:
+        """Count steps, and nothing else."""
+        self.left -= "lr" in figures
+        if not self.left:
             raise Killed
-        return original(self, window)
-
-    monkeypatch.setattr(loop._Run, "_step", killed)
-    return lambda: monkeypatch.setattr(loop._Run, "_step", original)
 
 
-def test_the_update_is_byte_equal_and_no_state_is_left(
-    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    go_on = kill_in_step(monkeypatch, 13)
+def test_the_update_is_byte_equal_and_no_state_is_left(job: Path, tmp_path: Path) -> None:
+    given = options(job, save_every="5", log=tmp_path / "log")
     with pytest.raises(Killed):
-        client_train(job / "proxy", tmp_path / "update", save_every="5", log=tmp_path / "log", **options(job))
+        client_train(job / "proxy", tmp_path / "update", progress=KilledAfter(13), **given)
     assert [path.name for path in tmp_path.iterdir() if path.name != "log"] == [".update.fedqsn-states"]
-    go_on()
-    client_train(job / "proxy", tmp_path / "update", save_every="7", log=tmp_path / "log", **options(job))
+    client_train(job / "proxy", tmp_path / "update", **given | {"save_every": "7"})
     assert update_bytes(tmp_path / "update") == update_bytes(job / "update")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "update"]
     steps = [line.split(",")[0] for line in (tmp_path / "log").read_text().splitlines()]
@@ -270,13 +267,9 @@ def test_the_update_is_byte_equal_and_no_state_is_left(
 @pytest.mark.parametrize(
     ("more", "named"), [({"lr": 2e-3}, "--lr"), ({"seed": 1, "epochs": 5}, "--epochs, --seed"), ({}, "--data")]
 )
-def test_a_state_of_another_training_is_refused(
-    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], named: str
-) -> None:
-    go_on = kill_in_step(monkeypatch, 3)
+def test_a_state_of_another_training_is_refused(job: Path, tmp_path: Path, more: dict[str, Any], named: str) -> None:
     with pytest.raises(Killed):
-        client_train(job / "proxy", tmp_path / "update", save_every="2", **options(job))
-    go_on()
+        client_train(job / "proxy", tmp_path / "update", save_every="2", progress=KilledAfter(3), **options(job))
     if not more:
         more = {"data": labelled(tmp_path / "other.jsonl", rows=23)}
     with pytest.raises(InputError, match=f"holds a training with other {named};"):
