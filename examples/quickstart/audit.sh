@@ -2,7 +2,7 @@
 # What leaked in the last round of the demo? Prints the report, writes work/report.html, and exits with the code of the
 # audit: 0 within policy.toml, 1 over a limit, 3 incomplete, 4 a hard invariant is broken.
 #
-#   ./audit.sh                    after ./run.sh, with the same WORK
+#   ./audit.sh                    after ./run.sh with TRAIN=visible, and with the same WORK
 #   POLICY=strict.toml ./audit.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -15,12 +15,14 @@ job=$WORK/fedqsn
 last=0
 while [[ -d $job/r$((last + 1))/proxies ]]; do last=$((last + 1)); done
 
-# The proxies of a round were made from the global model of the previous round.
-truth=$job/r$((last - 1))/global
-[[ $last -gt 1 ]] || truth=$WORK/owner
-after=()
-[[ ! -e $job/r$last/global/config.json ]] || after=(--after "$job/r$last/global")
+# global_after N: the global model after N rounds: the owner's hidden neurons, and what was trained of the others.
+global_after() {
+    [[ $1 -gt 0 ]] || { echo "$WORK/owner"; return; }
+    [[ -d $job/r$1/global ]] ||
+        fedqsn merge "$WORK/owner" --restore "$job/r$1/server" --out "$job/r$1/global" --key "$job/job.key" --quiet >&2
+    echo "$job/r$1/global"
+}
 
-exec fedqsn audit "$job/r$last"/proxies/*/ --truth "$truth" "${after[@]}" --key "$job/job.key" \
-    --ledger "$job/ledger.jsonl" --public-base "$WORK/base" \
+exec fedqsn audit "$job/r$last"/proxies/*/ --truth "$(global_after $((last - 1)))" --after "$(global_after "$last")" \
+    --key "$job/job.key" --ledger "$job/ledger.jsonl" --public-base "$WORK/base" \
     --eval-data "$WORK/data/test.jsonl" --public-data "$WORK/data/owner.jsonl" --policy "$POLICY" --report "$WORK/report.html" "$@"

@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
+from fedqsn_cli import audit as run_audit
 from fedqsn_cli import strictjson
 from fedqsn_cli.auditing.findings import Audit
+from fedqsn_cli.auditing.invariants.compared_folder import is_sparse
 from fedqsn_cli.checkpoint import FILE_MODE, FILE_TIME
 from fedqsn_cli.masks import job_key
 from support.leaks import AuditedJob, audit, make_job, sign
@@ -65,6 +67,7 @@ def plain(folder: Path) -> None:
     for path in folder.iterdir():
         path.chmod(FILE_MODE)
         os.utime(path, (FILE_TIME, FILE_TIME))
+    os.utime(folder, (FILE_TIME, FILE_TIME))
 
 
 def shards(job: AuditedJob) -> list[Path]:
@@ -144,6 +147,7 @@ CONTENTS: dict[str, Cheat] = {
     "a bit in a config": document("config.json", lambda content: content.update(vocab_size=98)),
     "white space of a config": document("config.json", lambda content: None, compact),
     "order of a config": document("config.json", lambda content: None, reordered),
+    "space in the header of the units": lambda job: rewrite(job.proxy() / "visible.safetensors", dict, spaces=64),
     "a byte after a tokenizer": lambda job: append(job.proxy() / "tokenizer.json", b"\n"),
 }
 
@@ -251,6 +255,26 @@ def _attribute(job: AuditedJob) -> None:
         pytest.skip("no extended attributes here")
 
 
+def _label(job: AuditedJob) -> None:
+    try:
+        os.setxattr(job.proxy() / "config.json", "security.selinux", b"c2VjcmV0")
+    except OSError:
+        pytest.skip("needs root")
+
+
+def _given_away(job: AuditedJob) -> None:
+    try:
+        for path in (*job.proxy().iterdir(), job.proxy()):
+            os.chown(path, 0x5EC2E7, 0x5EC2E7)
+    except OSError:
+        pytest.skip("needs root")
+
+
+def _elsewhere(job: AuditedJob) -> None:
+    shutil.move(job.proxy(), job.home / "d2VpZ2h0cw==")
+    job.proxy().symlink_to("d2VpZ2h0cw==")
+
+
 def _linked(job: AuditedJob) -> None:
     shutil.move(job.proxy() / "config.json", job.home / "config.json")
     (job.proxy() / "config.json").symlink_to(job.home / "config.json")
@@ -284,7 +308,12 @@ ENTRIES: dict[str, tuple[Cheat, str]] = {
     "folder": (lambda w: (w.proxy() / "empty").mkdir(), "empty is not a file of this release"),
     "dangling link": (lambda w: (w.proxy() / "gone").symlink_to("/nowhere"), "gone is not a file of this release"),
     "hidden file": (lambda w: (w.proxy() / ".x").write_bytes(b""), ".x is not a file of this release"),
-    "special mode": (lambda w: w.proxy().chmod(0o1755), "special mode"),
+    "special mode": (lambda w: w.proxy().chmod(0o1755), "the folder has mode 1755"),
+    "mode of the folder": (lambda w: w.proxy().chmod(0o711), "the folder has mode 0711"),
+    "time of the folder": (lambda w: os.utime(w.proxy(), ns=(0, 7)), "the folder has another time"),
+    "label": (_label, "config.json has extended attributes"),
+    "owner": (_given_away, "belongs to another user or group"),
+    "folder elsewhere": (_elsewhere, "the folder is a link"),
 }
 
 
@@ -293,6 +322,30 @@ ENTRIES: dict[str, tuple[Cheat, str]] = {
 def test_entries_that_are_no_plain_files_of_the_release_are_found(cheat: Cheat, expected: str, job: AuditedJob) -> None:
     cheat(job)
     assert expected in message(job)
+
+
+def test_a_file_whose_zeros_are_left_out_is_told_from_one_that_holds_them(tmp_path: Path) -> None:
+    (tmp_path / "full").write_bytes(bytes(1 << 16))
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(1 << 16)
+    (tmp_path / "empty").touch()
+    assert [is_sparse(tmp_path / name) for name in ("full", "empty")] == [False, False]
+    if not os.stat(tmp_path / "sparse").st_blocks:
+        assert is_sparse(tmp_path / "sparse")
+
+
+# ---------------------------------------------------------------- what cannot be checked
+
+
+@pytest.mark.parametrize("missing", ["truth", "key", "ledger"])
+def test_an_order_that_an_export_does_not_write_never_passes_for_want_of_an_input(
+    missing: str, job: AuditedJob
+) -> None:
+    header(swapped)(job)
+    sign(job)
+    plain(job.proxy())
+    given = {"truth": job.truth, "key": job.key, "ledger": job.ledger} | {missing: None}
+    assert run_audit(job.proxy(), public_base=job.base, **given).exit_code == 3
 
 
 # ---------------------------------------------------------------- what the owner's own folder smuggles
@@ -315,12 +368,39 @@ def test_weights_in_the_owners_own_template_are_found_and_can_be_waived(
     assert "chat_template.jinja" in finding.message and text[:20] not in finding.message
 
 
+def _config(**fields: Any) -> Callable[[Path], None]:
+    def change(home: Path) -> None:
+        path = home / "truth" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return change
+
+
+def _file(name: str, text: str) -> Callable[[Path], None]:
+    return lambda home: (home / "truth" / name).write_text(text) and None
+
+
+NOISE = hashlib.shake_256(b"weights").digest(40_000)
+LABELS = {str(number): NOISE[40 * number : 40 * number + 40].hex() for number in range(1000)}
+SPACES = "".join(" \t"[byte >> bit & 1] for byte in NOISE[:8000] for bit in range(8))
+WORDS = [base64.b64encode(NOISE[start : start + 30]).decode() for start in range(0, len(NOISE), 30)]
+SMUGGLED: dict[str, Callable[[Path], None]] = {
+    "numbers in a config": _config(scales=[int.from_bytes(NOISE[i : i + 4]) / 2**32 for i in range(0, 40_000, 4)]),
+    "names of labels": _config(id2label=LABELS),
+    "words in a template": _template("{# " + " ".join(WORDS) + " #}"),
+    "white space in a template": _template("{{ messages }}" + SPACES),
+    "words that are never made": _file("generation_config.json", json.dumps({"bad_words_ids": [[*NOISE]]})),
+    "a vocabulary of nothing": _file("vocab.txt", "\n".join(WORDS * 12)),
+}
+
+
+@pytest.mark.parametrize("prepare", SMUGGLED.values(), ids=SMUGGLED)
+def test_what_the_owners_own_files_say_too_much_is_found(prepare: Callable[[Path], None], tmp_path: Path) -> None:
+    job = make_job(tmp_path / "job", clients=["alice"], prepare=prepare)
+    assert [finding.rule for finding in audit(job).findings] == ["FQ104"]
+
+
 def test_a_template_of_the_usual_kind_is_no_finding(tmp_path: Path) -> None:
     loop = "{% for message in messages %}{{ message.role }}: {{ message.content }}{% endfor %}" + "-" * 500
     job = make_job(tmp_path / "job", clients=["alice"], prepare=_template(loop))
     assert audit(job).findings == ()
-
-
-def test_a_companion_of_unknown_size_is_found(tmp_path: Path) -> None:
-    job = make_job(tmp_path / "job", clients=["alice"], prepare=_template("word " * 60_000))
-    assert [finding.rule for finding in audit(job).findings] == ["FQ104"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from fedqsn_cli import evaluate
+from fedqsn_cli import evaluate, export_proxy
 from fedqsn_cli.auditing.completeness import Collector
 from fedqsn_cli.auditing.findings import FunctionRecovery
 from fedqsn_cli.auditing.inputs import Inputs, open_inputs
@@ -24,7 +26,9 @@ from fedqsn_cli.auditing.recovery.attackers.catalogue import STARTS, TRAININGS
 from fedqsn_cli.auditing.recovery.attackers.direction import DIRECTION
 from fedqsn_cli.auditing.recovery.attackers.evaluation import rho
 from fedqsn_cli.auditing.recovery.attackers.healing import HEALING
+from fedqsn_cli.auditing.recovery.attackers.rounds import DIFFERENCE, ROUNDS, ROUNDS_AVERAGED
 from fedqsn_cli.auditing.recovery.function import FunctionAttack, FunctionOptions, recover_function
+from fedqsn_cli.export.outputs import METADATA
 from fedqsn_cli.options import AuditOptions
 from support.leaks import AuditedJob, make_job
 from support.training_jobs import labelled, plain_texts
@@ -144,6 +148,59 @@ def test_without_a_base_the_floor_knows_the_averages_only(tmp_path: Path) -> Non
     assert found.floor == "averages" and 0 < found.floor_loss < 4.6
 
 
+@pytest.fixture(scope="module")
+def two_rounds(tmp_path_factory: pytest.TempPathFactory) -> AuditedJob:
+    """A job whose clients train everything, with a second round in folders of its own."""
+    job = make_job(tmp_path_factory.mktemp("rounds") / "job", clients=["alice"], fill="base", p2=0.5, train="all")
+    weights = load_file(job.truth / "model.safetensors")
+    moved = {name: value + 0.001 if value.is_floating_point() else value for name, value in weights.items()}
+    shutil.copytree(job.truth, job.home / "next")
+    save_file(moved, job.home / "next" / "model.safetensors", METADATA)
+    export_proxy(
+        job.home / "next", job.home / "second", client="alice", round=2, key=job.key, ledger=job.ledger, p1=0.3,
+        p2=0.5, train="all", fill="base", public_base=job.base,
+    )  # fmt: skip
+    return job
+
+
+def of_two_rounds(job: AuditedJob) -> Assembly:
+    collector = Collector()
+    given = AuditOptions(truth=job.home / "next", public_base=job.base, key=job.key, earlier=[job.proxy()])
+    inputs = open_inputs([job.home / "second"], collector, given)
+    assert inputs.truth is not None and not collector.findings
+    return Assembly(inputs, inputs.truth)
+
+
+def test_who_holds_proxies_of_several_rounds_has_fewer_holes_and_less_rounding(two_rounds: AuditedJob) -> None:
+    assembly = of_two_rounds(two_rounds)
+    name = "bert.encoder.layer.0.intermediate.dense.weight"
+    alone = Assembly(replace(assembly.inputs, earlier=()), assembly.truth)
+    assert assembly.holes()[name].mean() < alone.holes()[name].mean()
+    truth = load_file(two_rounds.home / "next" / "model.safetensors")[name]
+    errors = {start: float((start.build(assembly)[name] - truth).norm()) for start in (BASE_FILL, ROUNDS)}
+    assert errors[ROUNDS] < errors[BASE_FILL]
+    assert ROUNDS_AVERAGED.build(assembly)[name].shape == truth.shape
+    names = [start.name(assembly) for start in STARTS if start.applies(assembly)]
+    assert names[-3:] == ["union of rounds, base fill", "rounds averaged, base fill", "difference of rounds"]
+    assert not any(start.applies(alone) for start in (ROUNDS, ROUNDS_AVERAGED, DIFFERENCE))
+
+
+def test_a_difference_of_rounds_goes_on_where_training_went(two_rounds: AuditedJob) -> None:
+    name = "bert.encoder.layer.0.output.LayerNorm.weight"  # is sent as it is
+    first, last = (
+        load_file(folder / "model.safetensors")[name] for folder in (two_rounds.proxy(), two_rounds.home / "second")
+    )
+    assert torch.equal(DIFFERENCE.build(of_two_rounds(two_rounds))[name], last + (last - first))
+    assert not torch.equal(first, last)
+
+
+def test_an_earlier_proxy_of_another_model_makes_the_audit_incomplete(job: AuditedJob, tmp_path: Path) -> None:
+    other = make_job(tmp_path / "job", "llama", clients=["alice"])
+    collector = Collector()
+    open_inputs([job.proxy()], collector, AuditOptions(truth=job.truth, key=job.key, earlier=[other.proxy(), tmp_path]))
+    assert [finding.rule for finding in collector.findings] == ["FQ904", "FQ903"]
+
+
 def test_every_attack_of_the_catalogue_is_tried_and_reported_with_its_source(attacked: FunctionRecovery) -> None:
     found = attacked
     assert not found.left_out
@@ -156,7 +213,7 @@ def test_every_attack_of_the_catalogue_is_tried_and_reported_with_its_source(att
         "rounding undone, base fill",
         "direction matching, base fill",
     ]
-    assert len(starts) == len(STARTS)
+    assert len(starts) == len(STARTS) - 3, "three need proxies of several rounds"
     tried = [attempt for attempt in found.attempts if attempt.public_examples == 16]
     trained = [attempt for attempt in tried if not attempt.attack.startswith("base, ")]
     assert {one.attack.rsplit(", ", 1)[-1] for one in trained} == {training.name for training in TRAININGS}
@@ -219,6 +276,49 @@ def test_a_time_limit_leaves_out_attacks_and_says_which(job: AuditedJob, tmp_pat
     found, _ = measure(job, data, public_data=public, public_examples=(8, 16), minutes=0.0)
     assert found is not None and found.curve == ()
     assert found.left_out and all(name.endswith(" examples") for name in found.left_out)
+
+
+def test_an_audit_that_was_killed_goes_on_where_it_was(
+    job: AuditedJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
+    options: dict[str, Any] = {"public_data": public, "public_examples": (16,), "base_losses": {16: 9.0}}
+    whole, _ = measure(job, data, **options)
+    options["state"] = tmp_path / "attacks.json"
+    trained: list[str] = []
+
+    def killed(self: FunctionAttack, training: Training, *given: Any) -> Any:
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append(training.name)
+        return finished(self, training, *given)
+
+    finished = FunctionAttack._trained_at_best
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FunctionAttack, "_trained_at_best", killed)
+        measure(job, data, **options)
+    assert options["state"].stat().st_mode & 0o777 == 0o600
+    late, _ = measure(job, data, minutes=0.0, **options)
+    assert late is not None and late.curve and late.left_out, "what is known costs no time"
+    again: list[str] = []
+    monkeypatch.setattr(
+        FunctionAttack,
+        "_trained_at_best",
+        lambda self, training, *given: again.append(training.name) or finished(self, training, *given),
+    )
+    resumed, _ = measure(job, data, **options)
+    assert resumed == whole and again and len(trained) + len(again) == len(TRAININGS) + 1  # fine-tuning of two starts
+    labelled(data, rows=20)  # other inputs
+    other, _ = measure(job, data, minutes=0.0, **options)
+    assert other is not None and not other.curve
+
+
+def test_a_file_that_holds_something_else_is_not_replaced(job: AuditedJob, tmp_path: Path) -> None:
+    state = tmp_path / "policy.json"
+    state.write_text('{"limits": {}}')
+    found, collector = measure(job, labelled(tmp_path / "dev.jsonl"), state=state)
+    assert found is None and [finding.rule for finding in collector.findings] == ["FQ903"]
+    assert state.read_text() == '{"limits": {}}'
 
 
 def test_data_that_cannot_be_used_makes_the_audit_incomplete(job: AuditedJob, tmp_path: Path) -> None:

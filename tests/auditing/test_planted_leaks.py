@@ -212,7 +212,6 @@ TEXTS: dict[str, tuple[str, Callable[[AuditedJob], Callable[[bytes], bytes]]]] =
     "seed of a group": ("config.json", lambda w: _field(f'"notes": "{_group_seed(w)}"')),
     "seed field": ("config.json", lambda w: _field('"mask_seed": 7')),
     "clock": ("config.json", lambda w: _field('"saved": 1763900000')),
-    "spaces at the end": ("config.json", lambda w: lambda data: data + b" " * 40),
 }
 
 
@@ -232,13 +231,7 @@ def test_a_secret_in_a_text_is_found(name: str, job: AuditedJob) -> None:
     assert rules_of(audit(job, clients=["alice"])) >= {"FQ006"}
 
 
-def test_spaces_in_headers_and_fields_in_proxy_json_are_found(job: AuditedJob) -> None:
-    def stretch(data: bytes) -> bytes:
-        length = int.from_bytes(data[:8], "little")
-        return (length + 64).to_bytes(8, "little") + data[8 : 8 + length] + b" " * 64 + data[8 + length :]
-
-    tamper_file(job, "visible.safetensors", stretch)
-    assert rules_of(audit(job, clients=["alice"])) == {"FQ006"}
+def test_a_seed_in_the_fields_of_proxy_json_is_found(job: AuditedJob) -> None:
     path = job.proxy("bob") / "proxy.json"
     path.write_text(path.read_text().replace("{", '{"seed": 5, ', 1))
     assert rules_of(audit(job, clients=["bob"])) == {"FQ006", "FQ903"}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -14,7 +16,7 @@ from auditing.constructed import CASES, ENDINGS, NASTY, golden, rendered
 from fedqsn_cli.auditing.findings import Audit, Check, Finding
 from fedqsn_cli.auditing.limits.regression import measures
 from fedqsn_cli.auditing.report import FORMATS, render, sarif
-from fedqsn_cli.auditing.report.headline import NOT_MEASURED
+from fedqsn_cli.auditing.report.headline import NO_BASE, NO_EXAMPLES, NO_LIMIT, NOT_MEASURED, PROXY_ALONE
 from fedqsn_cli.auditing.report.json import read_measures
 from fedqsn_cli.auditing.rules import RULES
 from fedqsn_cli.errors import FormatError, InputError
@@ -223,11 +225,46 @@ def test_nothing_is_green_where_nothing_is_known_about_skill() -> None:
     assert 'class="verdict passed"' in render(audit(), "html") and "✅" in render(audit(), "markdown")
 
 
-def test_a_pass_says_that_skill_was_not_limited() -> None:
-    policy = dict(audit().policy)
-    policy["limits"] = {"proxy": {"cosine": 0.9}, "coalition": {}}
-    assert "sets no limit for the skill" in render(replace(audit(), policy=policy), "text")
-    assert "sets no limit for the skill" not in render(audit(), "text")
+def _changed(**change: Any) -> Audit:
+    """An audit whose function was measured, of which something is missing."""
+    policy = {"threat": {}, "limits": {"proxy": {"rho": 0.9}, "coalition": {}}, "sha256": "d" * 64}
+    function = audit().function
+    assert function is not None
+    whole = replace(audit(), policy=policy)
+    return replace(whole, **change) if "curve" not in change else replace(whole, function=replace(function, **change))
+
+
+def _without_base() -> Audit:
+    recoveries = [replace(one, best=one.best._replace(delta_recovered=None)) for one in audit().recovery]
+    return _changed(recovery=tuple(recoveries))
+
+
+OPEN_QUESTIONS = {
+    "no limit": (lambda: _changed(policy={"limits": {"proxy": {"cosine": 0.9}}, "sha256": "d" * 64}), NO_LIMIT),
+    "no examples": (lambda: _changed(curve=()), NO_EXAMPLES),
+    "no base": (_without_base, NO_BASE),
+}
+
+
+@pytest.mark.parametrize(("make", "sentence"), OPEN_QUESTIONS.values(), ids=OPEN_QUESTIONS)
+def test_a_pass_that_leaves_skill_open_says_so_and_is_not_green(make: Callable[[], Audit], sentence: str) -> None:
+    given = make()
+    page = render(given, "html")
+    assert 'class="verdict unknown"' in page and "Passed, but not for skill" in page
+    assert "✅" not in render(given, "markdown")
+    assert sentence in render(given, "text") and sentence not in render(audit(), "text")
+
+
+def test_a_model_without_a_public_base_needs_none() -> None:
+    policy = {"threat": {"public_base": False}, "limits": {"proxy": {"rho": 0.9}}, "sha256": "d" * 64}
+    assert NO_BASE not in render(replace(_without_base(), policy=policy), "text")
+
+
+def test_whoever_has_only_the_proxy_is_told_first_what_cannot_be_known() -> None:
+    given = replace(audit(), inputs={"proxy alice": "a" * 64}, function=None)
+    text = render(given, "text")
+    assert text.index(PROXY_ALONE) < text.index(NOT_MEASURED, text.index("cannot be known"))
+    assert PROXY_ALONE not in render(audit(), "text")
 
 
 def test_a_pass_without_limits_is_not_praised() -> None:

@@ -149,10 +149,15 @@ def run(command: list[str], folder: Path, environment: dict[str, str], codes: tu
     return done.stdout
 
 
-def rounds(shown: str) -> list[tuple[str, str]]:
-    """Number and never-sent share of every round in the last tables that the script prints."""
-    tables = shown[shown.rindex("== ") :]
-    return re.findall(r"^ +([01]) +[\d.]+ % +[\d.]+ % .* ([\d.]+) % +(?:-|[\d.]+ %)$", tables, re.MULTILINE)
+BEFORE, AFTER = (f"the owner's model, {when} the job" for when in ("before", "after"))
+ATTACKER, NEVER_SENT = "the best attacker without training", "never sent"
+
+
+def figures(shown: str) -> dict[str, float]:
+    """The last table that the script prints: percents and megabytes."""
+    table = shown[shown.index(BEFORE) :]
+    lines = re.findall(r"^(\S.*?) {2,}([\d.]+) (?:%|MB)$", table, re.MULTILINE)
+    return {name: float(value) for name, value in lines}
 
 
 @pytest.mark.usefixtures("short_attacks")
@@ -162,7 +167,9 @@ def test_the_script_plays_a_job_and_its_audit_is_complete(
     job = small_job | {"CLIENTS": "alice"}
     played = scripts.run([str(QUICKSTART / "run.sh")], tmp_path, job)
     assert played.code == 0, played.err
-    assert [number for number, _ in rounds(played.out)] == ["0", "1"]
+    shown = figures(played.out)
+    assert list(shown) == [BEFORE, AFTER, ATTACKER, NEVER_SENT, "proxies of a round", "updates of a round"]
+    assert shown[NEVER_SENT] > 5
     work = tmp_path / "work"
     assert (work / "fedqsn" / "job.key").stat().st_mode & 0o077 == 0
     assert len((work / "fedqsn" / "ledger.jsonl").read_text().splitlines()) == 1
@@ -171,35 +178,36 @@ def test_the_script_plays_a_job_and_its_audit_is_complete(
     assert audited.code in (0, 1), audited.err
     assert "proxy alice" in audited.out and "incomplete" not in audited.out
     assert (work / "report.html").is_file()
-    (tmp_path / "strict.toml").write_text("[budget]\nclient = 0.5\n")
-    strict = scripts.run([str(QUICKSTART / "audit.sh")], tmp_path, job | {"POLICY": str(tmp_path / "strict.toml")})
-    assert strict.code == 1, strict.err
+    (tmp_path / "misspelt.toml").write_text("[budget]\nclients = 0.5\n")  # refused before anything is attacked
+    wrong = scripts.run([str(QUICKSTART / "audit.sh")], tmp_path, job | {"POLICY": str(tmp_path / "misspelt.toml")})
+    assert wrong.code == 2 and "budget.clients" in wrong.err
 
 
 @pytest.mark.soak
 def test_the_script_compares_the_job_with_fedavg(small_job: dict[str, str], tmp_path: Path) -> None:
     shown = run([str(QUICKSTART / "run.sh")], tmp_path, small_job | {"COMPARE": "1", "CLIENTS": "alice"})
-    tables = shown[shown.rindex("== ") :]
-    assert re.findall(r"^(fedqsn|fedavg)$", tables, re.MULTILINE) == ["fedqsn", "fedavg"]
-    rows = rounds(shown)
-    assert [number for number, _ in rows] == ["0", "1", "0", "1"]
-    assert float(rows[0][1]) > 5
-    assert float(rows[2][1]) == 0
+    assert list(figures(shown))[:3] == [BEFORE, AFTER, "FedAvg on the same articles, which sends everything"]
+
+
+@pytest.mark.soak
+def test_the_script_plays_a_job_that_sends_nothing(small_job: dict[str, str], tmp_path: Path) -> None:
+    settings = {"P1": "1", "P2": "0", "FILL": "base", "TRAIN": "all", "CLIENTS": "alice", "ROUNDS": "2"}
+    assert figures(run([str(QUICKSTART / "run.sh")], tmp_path, small_job | settings))[NEVER_SENT] == 100
 
 
 def test_a_makefile_that_was_ended_goes_on_where_it_was(
     small_job: dict[str, str], scripts: Scripts, tmp_path: Path
 ) -> None:
-    job = tmp_path / "work" / "make" / "r1"
+    job = tmp_path / "work" / "fedqsn" / "r1"
     first = job / "updates" / "alice" / "update.json"
     ended = scripts.run(["make"], QUICKSTART, small_job, until=first.exists)
     assert ended.code == -signal.SIGKILL, ended.err
-    assert not (job / "global").exists()
+    assert not (job / "server").exists()
     made = first.stat().st_mtime_ns
     whole = scripts.run(["make"], QUICKSTART, small_job)
     assert whole.code == 0, whole.err
     assert first.stat().st_mtime_ns == made
-    assert re.search(r"^ +1 +[\d.]+ % ", whole.out, re.MULTILINE)
+    assert {BEFORE, AFTER, ATTACKER, NEVER_SENT} <= set(figures(whole.out))
     assert "fedqsn" not in scripts.run(["make"], QUICKSTART, small_job).out, "nothing is left to do"
 
 
@@ -207,13 +215,13 @@ def test_a_makefile_that_was_ended_goes_on_where_it_was(
 def test_a_makefile_that_is_killed_within_a_command_goes_on_where_it_was(
     small_job: dict[str, str], tmp_path: Path
 ) -> None:
-    job = tmp_path / "work" / "make" / "r1"
+    job = tmp_path / "work" / "fedqsn" / "r1"
     first = job / "updates" / "alice" / "update.json"
     with started(["make"], small_job) as process:
         while not first.exists():
             assert process.poll() is None, "make ended early"
             time.sleep(0.05)
-    assert not (job / "global").exists()
+    assert not (job / "server").exists()
     made = first.stat().st_mtime_ns
     shown = run(["make"], QUICKSTART, small_job)
     assert first.stat().st_mtime_ns == made

@@ -32,7 +32,7 @@ def test_proxies_are_signed_and_otherwise_the_same(tmp_path: Path) -> None:
         folder = tmp_path / "signed" / client
         assert verify(folder, key=owner.public).files.keys() == made["plain"].keys()
         found = (folder / SIGNATURE).stat()
-        assert (found.st_mode & 0o7777, found.st_mtime) == (FILE_MODE, FILE_TIME)
+        assert (found.st_mode & 0o7777, found.st_mtime, folder.stat().st_mtime) == (FILE_MODE, FILE_TIME, FILE_TIME)
 
 
 def test_a_key_that_cannot_sign_or_would_be_sent_stops_the_export(tmp_path: Path) -> None:

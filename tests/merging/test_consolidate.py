@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedqsn_cli import client_train, consolidate, evaluate, export_proxy, inspect, mask, merge
 from fedqsn_cli.errors import DataError, GateFailed, InputError, OutputExists
+from fedqsn_cli.merging.lora_student import LoraStudent
 from fedqsn_cli.merging.weight_search import WEIGHTS, WeightTrial, rank
 from fedqsn_cli.options import RecipeOptions
 from fedqsn_cli.progress import SILENT, Silent
@@ -171,6 +172,63 @@ def test_wrong_files_are_refused(classifier: Job, tmp_path: Path) -> None:
         consolidate(classifier.home / "global", classifier.home / "global", tmp_path / "out", **classifier.options())
     with pytest.raises(InputError, match="--key: is inside of"):
         classifier.consolidate(classifier.home, **both)
+
+
+# ------------------------------------------------------------------------------------------------------- adapters
+
+
+ADAPTERS: dict[str, Any] = {"method": "lora", "lora_r": 4, "lr": 1e-2}
+
+
+def test_adapters_are_added_to_the_restored_model(
+    language: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: dict[str, Tensor] = {}
+
+    def write(student: LoraStudent, sink: Any) -> None:
+        for name, (a, b, transposed) in student.method.factors().items():
+            product = student.method.scaling * (b.double() @ a.double())
+            trained[name] = product.t() if transposed else product
+        written(student, sink)
+
+    written = LoraStudent.write
+    monkeypatch.setattr(LoraStudent, "write", write)
+    done = language.consolidate(tmp_path / "out", own_data=language.data, **ADAPTERS)
+    assert done.last_loss < done.first_loss
+    restore = {"restore": language.home / "server", "public_base": language.home / "base", "blend": 0.9}
+    merge(language.home / "global", [], tmp_path / "restored", key=language.home / "job.key", **restore)
+    before = read_model(tmp_path / "restored")
+    assert len(trained) > 10
+    for name, (dtype, bits) in read_model(tmp_path / "out").items():
+        if name not in trained:
+            assert (bits == before[name][1]).all(), name
+            continue
+        assert trained[name].abs().max() > 1e-4
+        expected = to_floats(before[name][1], dtype).astype(np.float64) + trained[name].float().double().numpy()
+        assert (to_floats(bits, dtype) == expected.astype(np.float32)).all(), name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "restored"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        path.name for path in (tmp_path / "restored").iterdir()
+    }
+
+
+def test_a_classifiers_head_is_trained_in_full_beside_adapters(classifier: Job, tmp_path: Path) -> None:
+    data = {"own_data": classifier.data, "transfer_data": classifier.data}
+    for name in ("one", "two"):
+        classifier.consolidate(tmp_path / name, **data, **ADAPTERS)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    whole, found = read_model(classifier.home / "global"), read_model(tmp_path / "one")
+    moved = {name for name, (_, bits) in found.items() if (bits != whole[name][1]).any()}
+    assert {"classifier.weight", "classifier.bias"} <= moved
+    assert evaluate(tmp_path / "one", data=classifier.data).examples == 24
+
+
+def test_options_of_adapters_go_with_the_method(classifier: Job, tmp_path: Path) -> None:
+    data = {"own_data": classifier.data, "transfer_data": classifier.data}
+    with nothing_written(tmp_path), pytest.raises(InputError, match="add --method lora"):
+        classifier.consolidate(tmp_path / "out", **data, lora_r=4)
+    with nothing_written(tmp_path), pytest.raises(InputError, match="--lora-r"):
+        classifier.consolidate(tmp_path / "out", **data, method="lora", lora_r=4096)
 
 
 # ----------------------------------------------------------------------------------------------- the weight by auto

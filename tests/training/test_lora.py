@@ -21,7 +21,6 @@ from fedqsn_cli import client_train, merge
 from fedqsn_cli.artifacts.manifests import ProxyManifest, UpdateManifest, read_manifest
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.models.dense import DenseTensors
 from fedqsn_cli.models.stored_model import load_stored
 from fedqsn_cli.models.torch_model import Loaded, load_tokenizer, task_of
 from fedqsn_cli.options import TrainOptions
@@ -245,8 +244,7 @@ def test_the_base_keeps_its_number_format_and_its_bytes(tmp_path: Path) -> None:
     proxy, _ = world(tmp_path, case)
     manifest = read_manifest(proxy, ProxyManifest)
     with Checkpoint.open(proxy) as checkpoint:
-        layout = DenseTensors(checkpoint).layout
-        model = load_stored(checkpoint, manifest, layout, torch.float32).model
+        model = load_stored(checkpoint, manifest.quantization, torch.float32).model
         packed = {name: parameter for name, parameter in model.named_parameters() if parameter.dtype == torch.uint8}
         assert len(packed) == 14
         for name, parameter in packed.items():

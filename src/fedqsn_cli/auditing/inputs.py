@@ -6,7 +6,7 @@ cannot be read, or does not belong together, becomes a finding and is left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -71,7 +71,7 @@ class Inputs:
         folders: the proxies. base: a public base checkpoint, under the truth's names; without a truth it has no use.
         truth: the global model that the proxies were exported from. after: the global model of the next round.
         server: the server model that they were exported from, in jobs whose clients train the public base in its holes.
-        releases: the ledger.
+        releases: the ledger. earlier: proxies of earlier rounds, which attackers use, and which are not judged.
         options: as they were given. progress: told of tensors and steps.
     """
 
@@ -82,6 +82,7 @@ class Inputs:
     server: OpenModel | None = None
     job: JobKey | None = None
     releases: tuple[Release, ...] | None = None
+    earlier: tuple[OpenedProxy, ...] = ()
     options: AuditOptions = NO_OPTIONS
     progress: Progress = SILENT
     _shared: dict[str, Any] = field(default_factory=dict)
@@ -173,7 +174,8 @@ def open_inputs(
     base = collector.attempt(lambda: _matched_base(options.public_base, truth, folders, collector, whole), "base")
     server = model(options.server, "server")
     folders = tuple(_compatible_proxy(folder, truth) for folder in folders)
-    return Inputs(folders, base, truth, after, server, job, releases, options, progress)
+    earlier = tuple(_earlier(options.earlier or (), truth, collector))
+    return Inputs(folders, base, truth, after, server, job, releases, earlier, options, progress)
 
 
 def _named(proxies: Sequence[str | Path]) -> list[tuple[str, str]]:
@@ -237,6 +239,16 @@ def _compatible_proxy(folder: ProxyFolder, truth: OpenModel | None) -> ProxyFold
     if truth is None or not _lists_other_units(folder, truth):
         return folder
     return replace(folder, opened=None, lists_other_units=True)
+
+
+def _earlier(proxies: Sequence[str | Path], truth: OpenModel | None, collector: Collector) -> Iterator[OpenedProxy]:
+    """The proxies of earlier rounds that can be compared with the truth; a finding for each that cannot."""
+    for scope, reference in _named(proxies):
+        found = _compatible_proxy(_open_folder(f"earlier {scope}", reference, collector), truth)
+        if found.lists_other_units:
+            collector.add([DOES_NOT_BELONG.finding(found.scope, "it lists other units than the truth")])
+        elif found.opened is not None:
+            yield found.opened
 
 
 def _matched_base(

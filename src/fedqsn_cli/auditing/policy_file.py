@@ -119,11 +119,10 @@ def _refused(place: str, what: str, where: object, given: str = "", choices: Ite
 def without_file(*, proxies: bool, ledger: bool) -> Policy:
     """The policy of an audit that was given none: nothing is limited, but what the inputs are for must be checked."""
     require: list[str] = []
-    of_ledger = ["FQ010", "FQ012"]
     if proxies:  # FQ004 needs several of them or a ledger
-        require += [rule for rule in SCOPES["invariants"] if rule not in ("FQ004", *of_ledger)] + ["recovery"]
+        require += [rule for rule in SCOPES["invariants"] if rule != "FQ004"] + ["recovery"]
     if ledger:
-        require += ["exposure", *(of_ledger if proxies else [])]
+        require += ["exposure"]
     return Policy(scope=Scope(require=tuple(require)))
 
 

@@ -115,8 +115,8 @@ def _function(inputs: Inputs, collector: Collector, policy: Policy) -> FunctionR
         return None
     from fedqsn_cli.auditing.recovery.function import FunctionOptions, recover_function  # needs torch
 
-    sizes, minutes = policy.threat.public_examples, inputs.options.attack_minutes
-    options = FunctionOptions(public_data=public_data, public_examples=sizes, minutes=minutes)
+    sizes, minutes, state = policy.threat.public_examples, inputs.options.attack_minutes, inputs.options.attack_state
+    options = FunctionOptions(public_data=public_data, public_examples=sizes, minutes=minutes, state=state)
     return recover_function(inputs, collector, eval_data, options)
 
 

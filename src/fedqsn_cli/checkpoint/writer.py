@@ -24,8 +24,9 @@ from fedqsn_cli.errors import InputError, OutputExists
 from fedqsn_cli.kernels.digests import Algorithm, written
 
 FILE_MODE, FILE_TIME = 0o644, 315_532_800
-"""Mode, and seconds since 1970 of the last change, of every file of a proxy: 1980-01-01, as in reproducible archives.
-They tell nothing about the owner's umask and clock, and what is the same in all proxies can carry nothing."""
+"""Mode of every file of a proxy, and seconds since 1970 of its last change and of the folder's: 1980-01-01, as in
+reproducible archives. They tell nothing about the owner's clock, and what is the same in all proxies can carry nothing.
+"""
 
 MANIFESTS = (
     "fedqsn.json",
@@ -46,7 +47,8 @@ class ArtifactWriter:
         pipeline: the background threads, for several writers that are filled at the same time and given up together;
             None for threads of its own.
         digest: how `digests` tells those of tensor files; None if it need not. A given pipeline decides for itself.
-        uniform: give every file `FILE_MODE` and `FILE_TIME`. The folder itself follows umask and clock.
+        uniform: give every file `FILE_MODE`, and them and the folder `FILE_TIME`. The folder's mode follows the umask:
+            it alone keeps other users out.
 
     Raises:
         OutputExists: `out` is taken.
@@ -223,10 +225,12 @@ class ArtifactWriter:
 
 
 def _make_uniform(folder: Path) -> None:
-    for path in folder.iterdir():
+    """The folder comes last: nothing may be made in it after that."""
+    for path in (*folder.iterdir(), folder):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            os.fchmod(descriptor, FILE_MODE)
+            if path != folder:
+                os.fchmod(descriptor, FILE_MODE)
             os.utime(descriptor, (FILE_TIME, FILE_TIME))
             os.fsync(descriptor)
         finally:

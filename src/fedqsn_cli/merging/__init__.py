@@ -38,7 +38,8 @@ restore.py        trained visible part + hidden part -> the whole model
 page_updates.py   the part of the page that is about updates
 page.py           the page about updates and what a search tried (page.html.j2)
 merge.py          the command merge
-students.py       what is trained of a restored model
+students.py       what is trained of a restored model: all of it
+lora_student.py   adapters on it, in 4 bits
 written_texts.py  texts that a language model writes itself
 weight_search.py  how much the clients' teacher counts
 page_weights.py   the page about the weights that were tried

@@ -26,7 +26,7 @@ from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.progress import Progress
 from fedqsn_cli.quantization.layout import row_chunks
 
-CHUNK_ELEMENTS = 1 << 20  # its double-precision sum takes 8 MiB
+CHUNK_ELEMENTS = 1 << 19  # its exact sum takes 8 MiB
 STACK_ELEMENTS = 1 << 22  # of all updates together, where a pass holds them side by side: 32 MiB
 READERS = 3  # pieces that are read at once, from one file each perhaps: the disk is never idle
 

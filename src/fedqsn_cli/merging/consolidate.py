@@ -19,8 +19,7 @@ from typing import Any
 import torch
 
 from fedqsn_cli.artifacts.manifests import file_digest
-from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, write_file_atomically
-from fedqsn_cli.checkpoint.files import require_file_target
+from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, files, write_file_atomically
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.export.session import keep_outside
 from fedqsn_cli.merging.job_model import merged_manifest, model_sinks, publish
@@ -98,9 +97,9 @@ def consolidate(
     outside = ("key", "eval_data", "own_eval_data", "report", *_FILES)
     keep_outside(Path(options.out), **{name.replace("_", "-"): getattr(options, name) for name in outside})
     if options.report is not None:
-        require_file_target(options.report)
+        files.require_file_target(options.report)
     with ArtifactWriter(Path(options.out), force=options.force, digest=None) as writer, quiet(), memory_errors():
-        result = _Consolidation.of(source, trained, options, progress).run(writer)
+        result = _Consolidation.of(source, trained, options, writer.place("student"), progress).run(writer)
     if options.report is not None and result.search is not None:
         from fedqsn_cli.merging.page_weights import render
 
@@ -156,17 +155,22 @@ class _Attempt:
 
 @dataclass(frozen=True, slots=True)
 class _Consolidation:
-    """Everything that is open while a model is consolidated."""
+    """Everything that is open while a model is consolidated.
+
+    Args:
+        work: a folder for models that a student is made of; it goes with the output that is not finished.
+    """
 
     inputs: RestoreInputs
     options: ConsolidateOptions
     tables: _Tables
     device: torch.device
+    work: Path
     progress: Progress
 
     @classmethod
     def of(
-        cls, source: str | Path, trained: str | Path, options: ConsolidateOptions, progress: Progress
+        cls, source: str | Path, trained: str | Path, options: ConsolidateOptions, work: Path, progress: Progress
     ) -> _Consolidation:
         """Open models and data."""
         device = choose_device(options.device)
@@ -176,7 +180,7 @@ class _Consolidation:
         )
         inputs = open_restore_inputs(source, trained, restore)
         _check_task(inputs.whole.checkpoint)
-        return cls(inputs, options, tables, device, progress)
+        return cls(inputs, options, tables, device, work, progress)
 
     def run(self, writer: ArtifactWriter) -> ConsolidateResult:
         """Ask the teachers, train students, write the best."""
@@ -251,7 +255,7 @@ class _Consolidation:
         """Train a student with one weight, and measure it."""
         lesson, states = lessons.with_weight(weight), self._states(weight)
         with states.opened() if states is not None else nullcontext():
-            student = FullStudent.of(self.inputs, self.options.blend, self.device, self.progress)
+            student = self._student()
             encoder = Encoder.of(student.loaded, self.options.max_length)
             restored = self._measure(student.loaded, encoder, self.tables.eval)
             around = Surroundings(backward=lesson.backward, states=states)
@@ -268,6 +272,14 @@ class _Consolidation:
             own_after = self._measure(student.loaded, encoder, self.tables.own_eval)
         return _Attempt(student, weight, summary, restored, after, own_after)
 
+    def _student(self) -> Student:
+        """The restored model, ready to be trained."""
+        if self.options.method == "full":
+            return FullStudent.of(self.inputs, self.options.blend, self.device, self.progress)
+        from fedqsn_cli.merging.lora_student import LoraStudent  # imports peft, which takes long
+
+        return LoraStudent.of(self.work, self.inputs, self.options, self.device, self.progress)
+
     def _measure(self, loaded: Loaded, encoder: Encoder, table: Table | None) -> Evaluation | None:
         if table is None:
             return None
@@ -280,7 +292,7 @@ class _Consolidation:
         if options.save_every is None:
             return None
         facts: dict[str, Any] = {
-            "--" + field.name.replace("_", "-"): getattr(options, field.name)
+            "--" + field.name.replace("_", "-"): _listed(getattr(options, field.name))
             for field in fields(options)
             if field.name not in _NOT_BINDING | {*_FILES, "public_base"}
         }
@@ -289,8 +301,8 @@ class _Consolidation:
             path = getattr(options, name)
             facts["--" + name.replace("_", "-")] = file_digest(Path(path)) if path is not None else None
         for name, model in (("GLOBAL", self.inputs.whole), ("SERVER", self.inputs.server)):
-            files = {Path(entry.file) for entry in model.checkpoint.entries.values()}
-            facts[name] = {file.name: file_digest(file) for file in sorted(files)}
+            paths = {Path(entry.file) for entry in model.checkpoint.entries.values()}
+            facts[name] = {path.name: file_digest(path) for path in sorted(paths)}
         out = Path(os.path.abspath(options.out))
         if options.transfer_weight == "auto":
             out = out.with_name(f"{out.name}-{weight:g}")
@@ -302,6 +314,7 @@ class _Consolidation:
         limit = self.options.max_shard_bytes
         with model_sinks(writer, whole, inputs.tasks, limit, with_residual=False) as (sink, _):
             student.write(sink)
+        files.remove_tree(self.work)
         return publish(writer, whole, merged_manifest(whole, inputs.job))
 
     def _result(self, path: str, lessons: _Lessons, best: _Attempt, search: WeightSearch | None) -> ConsolidateResult:
@@ -343,3 +356,8 @@ def _known(evaluation: Evaluation | None) -> Evaluation:
     """A measurement whose data the options require."""
     assert evaluation is not None
     return evaluation
+
+
+def _listed(value: Any) -> Any:
+    """A value as JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value

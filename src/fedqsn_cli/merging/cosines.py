@@ -75,11 +75,11 @@ def _products(
 ) -> None:
     """Σ u m, Σ u² and Σ m² of parts start .. stop of U, `width` values each; one sum for each stripe of parts."""
     bits, step = np.empty(PIECE, np.uint32), np.empty(PIECE, np.float64)
-    lanes = np.empty((3, PIECE), np.float64)
+    dots, owns, means = np.empty(PIECE, np.float64), np.empty(PIECE, np.float64), np.empty(PIECE, np.float64)
     values = bits.view(np.float32)
     for part in range(start, stop):
         if part % STRIPE == 0:
-            lanes[:] = 0.0
+            dots[:], owns[:], means[:] = 0.0, 0.0, 0.0
         first, end = part * width, min((part + 1) * width, u.size)
         for at in range(first, end, PIECE):
             count = min(PIECE, end - at)
@@ -87,25 +87,27 @@ def _products(
             inside = at - first
             if mode == COLUMNS:
                 _gather(mean[part * cols : (part + 1) * cols], index[inside : inside + count], step)
+                _multiply(values[:count], step, dots, owns, means)
             elif mode == ELEMENTS:
                 _gather(mean, index[at : at + count], step)
+                _multiply(values[:count], step, dots, owns, means)
             else:
                 begin = (index[part] * cols if mode == ROWS else first) + inside
-                _copy(mean[begin : begin + count], step)
-            for i in range(count):
-                x = np.float64(values[i])
-                lanes[0, i] += x * step[i]
-                lanes[1, i] += x * x
-                lanes[2, i] += step[i] * step[i]
+                _multiply(values[:count], mean[begin : begin + count], dots, owns, means)
         if (part + 1) % STRIPE == 0 or part + 1 == stop:
-            for row in range(3):
-                sums[part // STRIPE, row] = total(lanes[row])
+            sums[part // STRIPE, 0] = total(dots)
+            sums[part // STRIPE, 1] = total(owns)
+            sums[part // STRIPE, 2] = total(means)
 
 
 @kernel
-def _copy(source: Any, out: Any) -> None:
-    for i in range(source.size):  # numba compiles an assignment of slices with all that its error message needs
-        out[i] = source[i]
+def _multiply(values: Any, step: Any, dots: Any, owns: Any, means: Any) -> None:
+    """Add the products to a sum for each place: an array each, so that all three vectorise."""
+    for i in range(values.size):
+        x, m = np.float64(values[i]), step[i]
+        dots[i] += x * m
+        owns[i] += x * x
+        means[i] += m * m
 
 
 @kernel

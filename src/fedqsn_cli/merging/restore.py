@@ -66,14 +66,10 @@ def restore_model(
         InputError: the two models do not belong together. Nothing was written then.
     """
     inputs = open_restore_inputs(source, trained, options)
-    job, whole = inputs.job, inputs.whole
     with ArtifactWriter(Path(options.out), force=options.force, digest=None) as writer:
         search = _search(inputs, development, progress) if development is not None else None
         blend = search.chosen if search else float(options.blend)
-        limit, with_residual = options.max_shard_bytes, inputs.has_residual(blend)
-        with model_sinks(writer, whole, inputs.tasks, limit, with_residual=with_residual) as (sink, residual):
-            restore_into(sink, residual, inputs, blend, progress)
-        path = publish(writer, whole, merged_manifest(whole, job))
+        path = write_restored(writer, inputs, blend, options.max_shard_bytes, progress)
     return MergeResult(path, "global-model", (), 0, 0.0, None, blend=blend, search=search)
 
 
@@ -186,6 +182,16 @@ def _search(inputs: RestoreInputs, development: DevelopmentSet, progress: Progre
         ends.append(end)
     line = Interpolation(inputs.whole.checkpoint, ends[0], ends[1], development, progress)
     return best_blend(line.measure, line.examples, progress)
+
+
+def write_restored(
+    writer: ArtifactWriter, inputs: RestoreInputs, blend: float, max_shard_bytes: int, progress: Progress
+) -> str:
+    """Write and publish the restored model. Returns its path."""
+    whole, with_residual = inputs.whole, inputs.has_residual(blend)
+    with model_sinks(writer, whole, inputs.tasks, max_shard_bytes, with_residual=with_residual) as (sink, residual):
+        restore_into(sink, residual, inputs, blend, progress)
+    return publish(writer, whole, merged_manifest(whole, inputs.job))
 
 
 def restore_into(

@@ -13,29 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedqsn_cli.artifacts.manifests import ProxyManifest
+from fedqsn_cli.artifacts.manifests import Quantization
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.dtypes import DTYPES
 from fedqsn_cli.errors import FormatError
 from fedqsn_cli.models.architecture import task_of
-from fedqsn_cli.models.dense import from_bytes
+from fedqsn_cli.models.dense import DenseTensors, from_bytes
 from fedqsn_cli.models.torch_model import Loaded, build_model, with_tokenizer
 from fedqsn_cli.quantization.bnb_format import quantization_config
 
 
-def load_stored(
-    checkpoint: Checkpoint, manifest: ProxyManifest, layout: Mapping[str, Tensor], compute: torch.dtype
-) -> Loaded:
-    """Build the model of a proxy on the CPU, in evaluation mode; nothing of it can be trained.
+def load_stored(checkpoint: Checkpoint, kind: Quantization | None, compute: torch.dtype) -> Loaded:
+    """Build the model of a proxy or a quantized model on the CPU, in evaluation mode; nothing of it can be trained.
 
     Args:
-        checkpoint: the proxy. manifest: its proxy.json.
-        layout: its tensors before packing, as `DenseTensors.layout` gives them.
+        checkpoint: the proxy. kind: how it is quantized, by its manifest.
         compute: what packed layers compute in.
 
     Raises:
         InputError: transformers cannot build it, or its tensors are not exactly those of the architecture.
-        FormatError: config.json contradicts proxy.json.
+        FormatError: config.json contradicts the manifest.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     task, _ = task_of(checkpoint.config, checkpoint.path)
@@ -44,8 +41,8 @@ def load_stored(
         checkpoint.config or {},
         state,
         where=checkpoint.path,
-        dtype=_usual_dtype(layout),
-        quantization=_quantization(checkpoint, manifest, compute),
+        dtype=_usual_dtype(DenseTensors(checkpoint).layout),
+        quantization=_quantization(checkpoint, kind, compute),
     )
     model.requires_grad_(False)
     _forbid_repacking(model)
@@ -77,9 +74,8 @@ def _usual_dtype(layout: Mapping[str, Tensor]) -> torch.dtype:
     return numbers.most_common(1)[0][0] if numbers else torch.float32
 
 
-def _quantization(checkpoint: Checkpoint, manifest: ProxyManifest, compute: torch.dtype) -> dict[str, Any] | None:
+def _quantization(checkpoint: Checkpoint, kind: Quantization | None, compute: torch.dtype) -> dict[str, Any] | None:
     """How bitsandbytes packed the weights; of config.json only the list of modules that it left out is believed."""
-    kind = manifest.quantization
     if kind is None or kind.layout != "bnb":
         return None
     told = (checkpoint.config or {}).get("quantization_config")

@@ -334,9 +334,17 @@ class AuditOptions(Options):
     public_data: Annotated[str | Path | None, Option("Examples that an attacker fine-tunes the proxy with.", DATA)] = (
         None
     )
+    earlier: Annotated[
+        Sequence[str | Path] | None,
+        Option("A proxy of an earlier round that attackers have too; give it again for more.", DATA, metavar="DIR"),
+    ] = None
     attack_minutes: Annotated[
         float | None,
         Option("Begin no more attacks on the function after so many; tells what was left out.", DATA, check=_minutes),
+    ] = None
+    attack_state: Annotated[
+        str | Path | None,
+        Option("Keep the results of attacks on the function in this file; a later run goes on from it.", DATA),
     ] = None
     policy: Annotated[str | Path | None, Option("Limits, in TOML: what may leak, and what must be checked.", GATE)] = (
         None

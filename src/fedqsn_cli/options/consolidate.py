@@ -26,6 +26,7 @@ from fedqsn_cli.options.groups import (
     max_length_option,
     save_every_option,
 )
+from fedqsn_cli.options.lora import ADAPTERS, LoraOptions, Method
 
 MEASURING = "Measuring"
 
@@ -38,7 +39,7 @@ def _two(value: int, flag: str) -> int:
 
 
 @dataclass(frozen=True)
-class ConsolidateOptions(ModelOutputOptions):
+class ConsolidateOptions(LoraOptions, ModelOutputOptions):
     """`consolidate`."""
 
     FIRST = ("out", "key", "own_data", "transfer_data", "public_base", "blend", "transfer_weight", "steps")
@@ -102,6 +103,9 @@ class ConsolidateOptions(ModelOutputOptions):
     seed: Annotated[
         int, Option("Decides order, dropout and the texts that models write.", TRAINING, check=validate.not_negative)
     ] = 0
+    method: Annotated[Method, Option("Train all weights, or low-rank adapters on the student in 4 bits.", ADAPTERS)] = (
+        "full"
+    )
     save_every: Annotated[str | None, save_every_option()] = None
     device: Annotated[str, device_option(TRAINING)] = "auto"
     eval_data: Annotated[

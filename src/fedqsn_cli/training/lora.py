@@ -28,6 +28,7 @@ from fedqsn_cli.models.dense import DenseTensors
 from fedqsn_cli.models.stored_model import load_stored
 from fedqsn_cli.models.torch_model import Loaded
 from fedqsn_cli.options import TrainOptions
+from fedqsn_cli.options.lora import LoraOptions
 from fedqsn_cli.training import update
 from fedqsn_cli.training.compact import TrainedPart, VisibleParameters
 from fedqsn_cli.training.lora_modules import ChosenModules, TargetModule, choose_modules
@@ -43,14 +44,15 @@ class LoraMethod:
 
     Args:
         received: the proxy's tensors, read one by one. visible: its visible units, empty where all are trained.
-        chosen: what is trained.
+        chosen: what is trained. seed: of the adapters' first values.
     """
 
     loaded: Loaded
     received: DenseTensors
     visible: dict[str, UnitMask]
     chosen: ChosenModules
-    options: TrainOptions
+    options: LoraOptions
+    seed: int
     device: torch.device
 
     @classmethod
@@ -58,24 +60,36 @@ class LoraMethod:
         cls, checkpoint: Checkpoint, manifest: ProxyManifest, options: TrainOptions, device: torch.device
     ) -> LoraMethod:
         """Load a verified proxy, whose checkpoint stays open. Raises InputError, FormatError."""
-        received = DenseTensors(checkpoint)
-        layout = received.layout
-        shapes = {name: tuple(tensor.shape) for name, tensor in layout.items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in DenseTensors(checkpoint).layout.items()}
         visible = {} if manifest.train == "all" else read_visible(checkpoint.path, manifest, shapes)
         if any(mask.axis == "element" for mask in visible.values()):
             what = "the proxy hides single weights, which a product of factors cannot leave alone"
             raise InputError(what, where="--method", hint="use --method full")
         compute = torch.float32 if options.precision == "fp32" else torch.bfloat16
-        loaded = load_stored(checkpoint, manifest, layout, compute)
-        chosen = choose_modules(loaded.model, layout, checkpoint.config, options)
-        method = cls(loaded, received, visible, chosen, options, device)
+        loaded = load_stored(checkpoint, manifest.quantization, compute)
+        return cls.on(checkpoint, loaded, visible, options, options.seed, device)
+
+    @classmethod
+    def on(
+        cls,
+        checkpoint: Checkpoint,
+        loaded: Loaded,
+        visible: dict[str, UnitMask],
+        options: LoraOptions,
+        seed: int,
+        device: torch.device,
+    ) -> LoraMethod:
+        """Choose what is trained of a model, whose checkpoint stays open. Raises InputError."""
+        received = DenseTensors(checkpoint)
+        chosen = choose_modules(loaded.model, received.layout, checkpoint.config, options)
+        method = cls(loaded, received, visible, chosen, options, seed, device)
         method._refuse_rank()
         return method
 
     def trainable(self) -> VisibleParameters:
         """Put adapters into the model, and give what is trained of them."""
         model = self.loaded.model.to(self.device)
-        with repeatable(self.device, self.options.seed):
+        with repeatable(self.device, self.seed):
             _insert(model, self._config(), self.chosen)
         masks = {name: mask.to(self.device) for name, mask in self._masks()}
         trained = TrainedPart.of(model)
@@ -102,8 +116,7 @@ class LoraMethod:
         self._write_adapters(writer, options)
         layout = self._saved_layout()
         if layout:
-            trained = {tensor: self._parameter(_saved(name, self.chosen)) for name, tensor in self._saved_names()}
-            differences = update.Differences(self.received, layout, self.visible, trained, frozenset())
+            differences = update.Differences(self.received, layout, self.visible, self.saved(), frozenset())
             update.write_tensors(writer, differences, options.update_format)
         saved = {tensor: PEFT_PREFIX + name for name, tensor in self._saved_names()}
         return {"adapters": self.records(), "saved": saved or None}
@@ -116,14 +129,33 @@ class LoraMethod:
 
     def records(self) -> dict[str, AdapterRecord]:
         """The adapters by the tensors that they change."""
-        options, rank = self.options, self.options.rank
-        scaling = lora_scaling(rank, options.alpha, rank_stabilised=options.use_rslora)
+        rank, scaling = self.options.rank, self.scaling
         return {
             target.tensor: AdapterRecord(
                 module=PEFT_PREFIX + target.name, rank=rank, scaling=scaling, transposed=target.transposed
             )
             for target in self.chosen.targets
         }
+
+    @property
+    def scaling(self) -> float:
+        """What the product of two factors is multiplied by."""
+        return lora_scaling(self.options.rank, self.options.alpha, rank_stabilised=self.options.use_rslora)
+
+    def factors(self) -> dict[str, tuple[Tensor, Tensor, bool]]:
+        """A [rank, in] and B [out, rank] by the tensor that they change, and whether that is stored as [in, out]."""
+        return {
+            target.tensor: (
+                self._parameter(target.name + _a_suffix()),
+                self._parameter(target.name + _b_suffix()),
+                target.transposed,
+            )
+            for target in self.chosen.targets
+        }
+
+    def saved(self) -> dict[str, Tensor]:
+        """What was trained in full, by the checkpoint's names."""
+        return {tensor: self._parameter(_saved(name, self.chosen)) for name, tensor in self._saved_names()}
 
     def _refuse_rank(self) -> None:
         """Refuse a rank that a layer cannot have. Raises InputError."""

@@ -12,14 +12,15 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from fedqsn_cli.checkpoint import FILE_MODE, FILE_TIME, TensorSink, TensorSpec
 from fedqsn_cli.checkpoint.tensor_sink import split_into_shards
 
-_OF_THE_SYSTEM = frozenset({"security.selinux", "security.ima", "security.evm"})  # attributes that no user sets
+_LABEL, _SELINUX = "security.selinux", re.compile(rb"([a-z_]+:[a-z_]+:[a-z_]+(:s0)?\0?)?")  # the system sets it
+_FOLDER_MODES = frozenset({0o700, 0o750, 0o755, 0o770, 0o775, 0o777})  # what the usual umasks leave
 _MISSING = "0" * 64  # in place of a digest
 _JSON_KEY = re.compile(r'( *)"((?:[^"\\]|\\.)*)": ')
 
@@ -163,48 +164,91 @@ class ComparedFolder:
         return [one for one in found if one is not None and os.path.lexists(self.folder / one.file)]
 
 
-def entry_problems(folder: Path, names: set[str], *, downloaded: bool) -> Iterator[tuple[str, str]]:
-    """What is wrong with the entries of a folder, whatever is in them: (name, problem).
+@dataclass(frozen=True, slots=True)
+class Owners:
+    """Users and groups that files of a release may belong to, by number: another number could be a message."""
+
+    users: frozenset[int]
+    groups: frozenset[int]
+
+    @classmethod
+    def of(cls, ledger: Path) -> Self:
+        """Those of whoever audits, and of the ledger, which the same command wrote."""
+        found = ledger.stat()
+        users, groups = {os.geteuid(), found.st_uid}, {os.getegid(), *os.getgroups(), found.st_gid}
+        return cls(frozenset(users), frozenset(groups))
+
+    def include(self, found: os.stat_result) -> bool:
+        """Does a file belong to one of them?"""
+        return found.st_uid in self.users and found.st_gid in self.groups
+
+
+def entry_problems(folder: Path, names: set[str], owners: Owners | None) -> Iterator[tuple[str, str]]:
+    """What is wrong with a folder and its entries, whatever is in them: (name, problem).
 
     Args:
         names: of the files that an export writes.
-        downloaded: the folder is in a cache of the hub, which keeps links, and no modes and times.
+        owners: None for a folder in a cache of the hub, which keeps links, and no modes, times and owners.
     """
     found = {entry.name: entry for entry in os.scandir(folder)}
     for name in sorted(found.keys() - names):
         yield name, "is not a file of this release"
     for name in sorted(names - found.keys()):
         yield name, "is missing"
-    if downloaded:
+    if owners is None:
         return
-    if os.stat(folder).st_mode & 0o7000 or _attributes(folder):
-        yield ".", "has a special mode or extended attributes"
-    for name in sorted(found.keys() & names):
-        problem = _file_problem(folder / name, os.lstat(folder / name))
+    label = _attributes(folder).get(_LABEL, b"")
+    for name in (*sorted(found.keys() & names), "."):
+        problem = _problem(folder / name, owners, label)
         if problem is not None:
             yield name, problem
 
 
-def _file_problem(path: Path, found: os.stat_result) -> str | None:
-    """Why an entry is not a plain file as exports write them."""
+def _problem(path: Path, owners: Owners, label: bytes) -> str | None:
+    """Why a folder, or a file in it, is not as exports write it.
+
+    Args:
+        label: SELinux label of the folder; b"" where there is none.
+    """
+    found = os.lstat(path)
+    if stat.S_ISLNK(found.st_mode):
+        return "is a link, not a regular file or folder"
+    mode, attributes = stat.S_IMODE(found.st_mode), _attributes(path)
+    given = attributes.pop(_LABEL, label)
+    if attributes or given != label or not _SELINUX.fullmatch(label):
+        return "has extended attributes"
+    if not owners.include(found):
+        return "belongs to another user or group than the ledger"
+    if found.st_mtime_ns != FILE_TIME * 10**9:
+        return "has another time of modification than exports write (copy proxies with cp --archive)"
+    if stat.S_ISDIR(found.st_mode):
+        return None if mode in _FOLDER_MODES else f"has mode {mode:04o}, which no usual umask gives"
     if not stat.S_ISREG(found.st_mode):
         return "is not a regular file"
     if found.st_nlink != 1:
         return "has a second name (hard link)"
-    if _attributes(path):
-        return "has extended attributes"
-    if stat.S_IMODE(found.st_mode) != FILE_MODE:
-        return f"has mode {stat.S_IMODE(found.st_mode):04o}; exports write {FILE_MODE:04o}"
-    if found.st_mtime_ns != FILE_TIME * 10**9:
-        return "has another time of modification than exports write (copy proxies with cp --archive)"
-    return None
+    if mode != FILE_MODE:
+        return f"has mode {mode:04o}; exports write {FILE_MODE:04o}"
+    return "is sparse (copy proxies with cp --sparse=never)" if is_sparse(path) else None
 
 
-def _attributes(path: Path) -> set[str]:
+def is_sparse(path: Path) -> bool:
+    """Are zeros left out of what is stored? Exports write every byte."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        return set(os.listxattr(path, follow_symlinks=False)) - _OF_THE_SYSTEM
+        return os.lseek(descriptor, 0, os.SEEK_HOLE) < os.fstat(descriptor).st_size
     except OSError:
-        return set()  # a file system without them
+        return False  # an empty file, or a file system without holes
+    finally:
+        os.close(descriptor)
+
+
+def _attributes(path: Path) -> dict[str, bytes]:
+    try:
+        names = os.listxattr(path, follow_symlinks=False)
+        return {name: os.getxattr(path, name, follow_symlinks=False) for name in names}
+    except OSError:
+        return {}  # a file system without them
 
 
 def _in_safetensors(head: bytes, offset: int) -> tuple[str, str | None]:

@@ -15,7 +15,6 @@ from fedqsn_cli.auditing.invariants.secrets import (
     SECRET_IN_BYTES,
     SecretPatterns,
     find_problems,
-    is_spelled_otherwise,
 )
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.registry import EXPORT_AGAIN, Rule
@@ -25,7 +24,6 @@ from fedqsn_cli.checkpoint.files import open_regular_file
 from fedqsn_cli.errors import FedqsnError
 from fedqsn_cli.export.outputs import tensor_specs
 from fedqsn_cli.models.tensor_task import tensor_tasks
-from fedqsn_cli.quantization.bnb_format import state_name
 
 _MODEL_FILE = re.compile(r"model(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _PIECE = 1 << 22
@@ -88,18 +86,6 @@ def _secrets(folder: ProxyFolder, patterns: SecretPatterns, digests: dict[str, s
             problems.append("holds the job's key")
         for problem in problems:
             yield SECRET_IN_BYTES.finding(folder.scope, f"{_shown(name)} {problem}")
-    proxy = folder.opened
-    if proxy is None:
-        return
-    for name, tensor in proxy.tensors.items():
-        packing = tensor.packing
-        if packing is not None and packing.kind == "pack4":
-            text = bytes(proxy.checkpoint.read(state_name(name, packing.format)))
-            if is_spelled_otherwise(text, packing, name):
-                yield SECRET_IN_BYTES.finding(proxy.scope, "the JSON of a packed tensor has extra bytes", tensor=name)
-    for group in proxy.manifest.groups:
-        if proxy.units.has_spare_bits(group):
-            yield SECRET_IN_BYTES.finding(proxy.scope, "visible.safetensors sets bits after the last unit of a group")
 
 
 def is_oversized(path: Path) -> bool:

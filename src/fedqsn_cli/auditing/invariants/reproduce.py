@@ -17,7 +17,7 @@ from fedqsn_cli.auditing.checks import Together, check
 from fedqsn_cli.auditing.completeness import DOES_NOT_BELONG
 from fedqsn_cli.auditing.findings import Entry, Finding
 from fedqsn_cli.auditing.inputs import BASE, LEDGER, OWNER, PROXY, Inputs, pair
-from fedqsn_cli.auditing.invariants.compared_folder import ComparedFolder, Difference, entry_problems
+from fedqsn_cli.auditing.invariants.compared_folder import ComparedFolder, Difference, Owners, entry_problems
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.registry import EXPORT_AGAIN, Need, Rule
 from fedqsn_cli.export.proxy import ProxyExport
@@ -33,8 +33,9 @@ NOT_REPRODUCED = Rule(
     "FQ012",
     "not-reproduced",
     "hard",
-    what="The release is made again from truth, key, ledger line and public base; names, kinds, modes and times of all "
-    "files of the folder, and every byte in them, must be the same; of a signature, FQ013 checks the bytes.",
+    what="The release is made again from truth, key, ledger line and public base; names, kinds, modes, owners and "
+    "times of the folder and all files in it, and every byte in them, must be the same; of a signature, FQ013 checks "
+    "the bytes.",
     why="An export has nothing to choose. What it does not explain can carry anything, in any encoding.",
     fix=EXPORT_AGAIN + " If it happens again, do not trust the tool that exported it.",
     scope="invariants",
@@ -129,7 +130,8 @@ def _judge(inputs: Inputs, proxy: OpenedProxy, folder: ComparedFolder, made: Rel
         return
     names = folder.names | {SIGNATURE} if (proxy.folder / SIGNATURE).exists() else folder.names
     downloaded = next(one.downloaded for one in inputs.folders if one.scope == scope)
-    problems = list(entry_problems(proxy.folder, names, downloaded=downloaded))
+    owners = None if downloaded else Owners.of(Path(str(inputs.options.ledger)))
+    problems = list(entry_problems(proxy.folder, names, owners))
     found = list(_first(scope, folder.differences(), problems))
     if not found and not line.same_as(made):
         found = [NOT_REPRODUCED.finding(scope, "its ledger line is not the one that an export writes")]

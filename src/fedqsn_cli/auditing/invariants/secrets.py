@@ -5,7 +5,9 @@
     path        an absolute path; fields in which libraries note one
     machine     this machine's host name or user name; fields called host, user, ...
     time        a date with a clock time, or a number of seconds since 1970
-    spare       bytes that a format has no use for: padding, other metadata, another spelling of the same JSON
+    metadata    fields in the header of a safetensors file that exports do not write
+
+How files are spelled (white space, order, padding) is not looked at: FQ012 compares every byte.
 
 Vocabularies and label names are public text and are searched for the key only. Messages name the file and the field,
 never what is in it.
@@ -28,9 +30,6 @@ from fedqsn_cli import strictjson
 from fedqsn_cli.artifacts.manifests import (
     PROXY_MANIFEST,
     VISIBLE_TENSORS,
-    ProxyManifest,
-    manifest_bytes,
-    parse_manifest,
 )
 from fedqsn_cli.artifacts.sanitize import PRIVATE_FIELDS, PRIVATE_NAME
 from fedqsn_cli.auditing.inputs import KEY, PROXY
@@ -40,7 +39,6 @@ from fedqsn_cli.checkpoint.files import open_regular_file
 from fedqsn_cli.errors import FormatError
 from fedqsn_cli.masks.draw import SERVER, seed
 from fedqsn_cli.masks.job_key import JobKey
-from fedqsn_cli.quantization.bnb_format import companion_specs
 
 _ROOTS = (
     "home|Users|root|mnt|tmp|var|data|opt|srv|work|workspace|scratch|content|private|media|usr|etc|nfs|gpfs|lustre|"
@@ -143,18 +141,6 @@ def _json_problems(path: Path, data: bytes) -> Iterator[str]:
         yield from _text_problems("", data.decode("utf-8", "replace"))
         return
     yield from _document_problems(document, "", _uncommon(document) if path.name == PROXY_MANIFEST else None)
-    if path.name == PROXY_MANIFEST:
-        try:
-            same = manifest_bytes(parse_manifest(data, ProxyManifest, path.name)) == data
-        except FormatError:
-            yield "has fields or values that a proxy's manifest does not have"
-            return
-        if not same:
-            yield "is not formatted as exports write it"
-    elif path.name.endswith(".index.json") or path.name == "config.json":
-        tail = len(data) - len(data.rstrip())
-        if tail > 2:
-            yield "ends in white space"
 
 
 def _uncommon(manifest: Any) -> tuple[str, ...]:
@@ -222,7 +208,7 @@ def machine_names() -> tuple[str, ...]:
 
 
 def _header_problems(path: Path, patterns: SecretPatterns) -> Iterator[str]:
-    """The header of a safetensors file: nothing but {"format": "pt"}, and in the one spelling that exports write."""
+    """The header of a safetensors file: no metadata but {"format": "pt"}."""
     with open(open_regular_file(path), "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         data = file.read(min(length, 1 << 27))
@@ -239,9 +225,6 @@ def _header_problems(path: Path, patterns: SecretPatterns) -> Iterator[str]:
         yield "carries metadata that exports do not write"
         yield from _document_problems(metadata, "")
     yield from _state_problems(path, document, 8 + length)
-    text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
-    if data != text + b" " * (-len(text) % 8):
-        yield "has a header that is not formatted as exports write it"
 
 
 def _state_problems(path: Path, document: dict[str, Any], start: int) -> Iterator[str]:
@@ -259,12 +242,3 @@ def _state_problems(path: Path, document: dict[str, Any], start: int) -> Iterato
                 yield from _document_problems(strictjson.loads(file.read(end - begin), name), "")
             except FormatError:
                 continue
-
-
-def is_spelled_otherwise(text: bytes, packing: Any, name: str) -> bool:
-    """Is the JSON of a packed tensor spelled in another way than exports spell it?"""
-    spec = companion_specs(name, packing.shape, packing.dtype, packing.format, packing.block, packing.double)[-1]
-    state = strictjson.loads(text, name)
-    fields = ["quant_type", "blocksize", "dtype", "shape"]
-    fields += ["nested_blocksize", "nested_dtype", "nested_offset"] if packing.double else []
-    return json.dumps({field: state[field] for field in fields}).encode().ljust(spec.nbytes) != text

@@ -21,6 +21,7 @@ from torch import Tensor
 from fedqsn_cli.auditing.completeness import Collector
 from fedqsn_cli.auditing.findings import Attempt, CurvePoint, FunctionRecovery, ModelScore
 from fedqsn_cli.auditing.inputs import Inputs
+from fedqsn_cli.auditing.recovery.attack_state import AttackState, Result
 from fedqsn_cli.auditing.recovery.attackers.as_sent import AS_SENT
 from fedqsn_cli.auditing.recovery.attackers.assembly import Assembly, State
 from fedqsn_cli.auditing.recovery.attackers.attack import Start, Training, TrainingInputs
@@ -45,12 +46,14 @@ class FunctionOptions:
         public_data: what an attacker may train with.
         public_examples: how many of them they have, one point of the curve each; None for sizes up to all.
         minutes: no training begins after so many; what was left out is reported. None: no limit.
+        state: a file in which results are kept; see `attack_state`.
         base_losses: of the trained base, by number of examples, where they are known from an earlier audit.
     """
 
     public_data: str | Path | None = None
     public_examples: Sequence[int] | None = None
     minutes: float | None = None
+    state: str | Path | None = None
     max_length: int = 256
     device: str = "auto"
     base_losses: Mapping[int, float] = field(default_factory=dict)
@@ -87,7 +90,7 @@ class FunctionAttack:
     """All attacks on one model's function, measured on the same examples.
 
     Args:
-        whole: the global model as it was measured.
+        whole: the global model as it was measured. state: the results until now.
         starts: those that can be tried here, by name.
         attempts: what was tried. left_out: what was not, since the time was over.
     """
@@ -96,6 +99,7 @@ class FunctionAttack:
     evaluation: Evaluation
     options: FunctionOptions
     whole: ModelScore
+    state: AttackState
     starts: dict[str, Start] = field(init=False)
     attempts: list[Attempt] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
@@ -112,7 +116,9 @@ class FunctionAttack:
         evaluation = Evaluation.of(
             eval_data, loaded, max_length=options.max_length, device=options.device, progress=inputs.progress
         )
-        return cls(Assembly(inputs, truth), evaluation, options, evaluation.score("global", loaded))
+        settings = (options.public_data, options.public_examples, options.max_length, evaluation.device)
+        state = AttackState.open(options.state, inputs, eval_data, *settings)
+        return cls(Assembly(inputs, truth), evaluation, options, evaluation.score("global", loaded), state)
 
     def measure(self, scope: str) -> FunctionRecovery:
         """Everything, in the order of what it means."""
@@ -120,12 +126,12 @@ class FunctionAttack:
         base = assembly.working_base()
         scores = [self.whole]
         if owner is not None:
-            scores.append(self._built("server", assembly.server(owner)))
+            scores.append(self._built("server", lambda: assembly.server(owner)))
         results = {name: self._start(name) for name in self.starts}
         scores.append(results[AS_SENT.name(assembly)]._replace(model="proxy"))
         floor, floor_loss = "averages", math.nan
         if base is not None:
-            scores.append(self._built("base", assembly.base(base)))
+            scores.append(self._built("base", lambda: assembly.base(base)))
             floor, floor_loss = "base", scores[-1].loss
         best = min(results, key=lambda name: results[name].loss)
         scores.append(results[best])
@@ -151,14 +157,21 @@ class FunctionAttack:
         loaded.model.to(self.evaluation.device)
         return loaded
 
-    def _built(self, name: str, state: State) -> ModelScore:
+    def _built(self, name: str, build: Callable[[], State]) -> ModelScore:
         """Build a model and measure it."""
-        return self.evaluation.score(name, self.load(state))
+
+        def measure() -> Result:
+            score = self.evaluation.score(name, self.load(build()))
+            return Result(loss=score.loss, accuracy=score.accuracy, steps=0)
+
+        found = self.state.result(name, measure)
+        assert found is not None
+        return ModelScore(name, found.loss, found.accuracy)
 
     def _start(self, name: str) -> ModelScore:
         """Weights that need no example."""
         start = self.starts[name]
-        score = self._built("attacked", start.build(self.assembly))
+        score = self._built(name, lambda: start.build(self.assembly))._replace(model="attacked")
         self.attempts.append(Attempt(name, start.source, 0, score.loss, score.accuracy, 0))
         return score
 
@@ -221,9 +234,17 @@ class FunctionAttack:
         self, name: str, training: Training, examples: Examples, build: Callable[[], Loaded]
     ) -> Attempt | None:
         """A training at the rate that serves the attacker best; None where it does not apply, or the time is over."""
-        if self._is_over():
-            self.left_out.append(f"{name}, {len(examples)} examples")
+        label = f"{name}, {len(examples)} examples"
+        if label not in self.state.results and self._is_over():
+            self.left_out.append(label)
             return None
+        best = self.state.result(label, lambda: self._trained_at_best(training, examples, build))
+        if best is None:
+            return None
+        return Attempt(name, training.source, len(examples), best.loss, best.accuracy, best.steps)
+
+    def _trained_at_best(self, training: Training, examples: Examples, build: Callable[[], Loaded]) -> Result | None:
+        """Train at every rate; None where the training has nothing to train."""
         given, results = self.training_inputs(build, examples), []
         for rate in training.rates:
             trained = training.run(given, rate)
@@ -232,8 +253,7 @@ class FunctionAttack:
             score = self.evaluation.score("attacked", trained.loaded)
             results.append((score, trained.steps))
         best = min((score for score, _ in results), key=lambda score: score.loss)
-        steps = sum(steps for _, steps in results)
-        return Attempt(name, training.source, len(examples), best.loss, best.accuracy, steps)
+        return Result(loss=best.loss, accuracy=best.accuracy, steps=sum(steps for _, steps in results))
 
     def holes(self) -> dict[str, Tensor]:
         """True where no proxy shows a weight, by the model's own names; parameters without holes are left out."""

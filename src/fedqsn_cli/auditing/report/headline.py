@@ -10,6 +10,17 @@ from fedqsn_cli.auditing.findings import Audit, CurvePoint, FunctionRecovery, Mo
 from fedqsn_cli.text import percent, real
 
 NOT_MEASURED = "Function was not measured: this verdict says nothing about the model's skill."
+NO_EXAMPLES = "What an attacker learns from public examples was not measured (--public-data)."
+NO_BASE = (
+    "No public base was given: if the model was fine-tuned from a public one, attackers can do more than is said here "
+    "(--public-base)."
+)
+NO_LIMIT = "No limit was set for the skill that an attacker gets (rho)."
+PROXY_ALONE = (
+    "whether hidden weights or the key are in it, whether its masks follow from the key, what an attacker recovers, "
+    "and what clients have seen: that needs the owner's --truth, --key and --ledger. Its own files were compared, "
+    "no more."
+)
 
 Line = tuple[str, str]
 """What it is, and how much."""
@@ -19,9 +30,11 @@ def headline(audit: Audit) -> list[Line]:
     """What an attacker can do, line by line; empty for an audit without proxies."""
     if not _has_proxies(audit):
         return []
+    of_owner = {"job", "ledger", "truth (names and shapes)"} & audit.inputs.keys()
+    alone = [] if of_owner else [("cannot be known", PROXY_ALONE)]
     found = audit.function
     if found is None or found.rho is None:
-        return [("skill", NOT_MEASURED)]
+        return [*alone, ("skill", NOT_MEASURED)]
     scores = {score.model: score for score in found.scores}
     lines = [("skill without examples", _without_examples(found, scores.get("attacked")))]
     lines += [(f"skill with {point.public_examples} public examples", _with_examples(point)) for point in found.curve]
@@ -34,21 +47,24 @@ def headline(audit: Audit) -> list[Line]:
         for name, model in (("the owner's model", "global"), ("the public base", "base"))
         if model in scores
     ]
-    return [*lines, *((f"beside it: {name}", _score(score)) for name, score in compared)]
+    return [*alone, *lines, *((f"beside it: {name}", _score(score)) for name, score in compared)]
 
 
-def is_skill_known(audit: Audit) -> bool:
-    """Was the function measured, where there are proxies? Else no format may look like a pass."""
-    return not _has_proxies(audit) or (audit.function is not None and audit.function.rho is not None)
-
-
-def unlimited(audit: Audit) -> str | None:
-    """What a policy let pass without a limit on it: skill above all."""
-    limits = audit.policy.get("limits", {})
+def doubts(audit: Audit) -> list[str]:
+    """What an audit leaves open about skill, in sentences; where there are any, nothing may look like a plain pass."""
+    if not _has_proxies(audit):
+        return []
+    if audit.function is None or audit.function.rho is None:
+        return [NOT_MEASURED]
+    limits, threat = audit.policy.get("limits", {}), audit.policy.get("threat", {})
     limited = any(limits.get(scope, {}).get("rho") is not None for scope in ("proxy", "coalition"))
-    if not _has_proxies(audit) or limited or audit.function is None:
-        return None
-    return "The policy sets no limit for the skill that an attacker gets (rho)."
+    with_base = any(found.best.delta_recovered is not None for found in audit.recovery)
+    open_questions = {
+        NO_EXAMPLES: not audit.function.curve,
+        NO_BASE: not with_base and threat.get("public_base") is not False,
+        NO_LIMIT: not limited,
+    }
+    return [sentence for sentence, applies in open_questions.items() if applies]
 
 
 def _has_proxies(audit: Audit) -> bool:

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from fedqsn_cli.auditing.findings import AttackScore, Audit
-from fedqsn_cli.auditing.report.headline import headline, is_skill_known
+from fedqsn_cli.auditing.report.headline import headline
 from fedqsn_cli.auditing.report.html_plots import plots
 from fedqsn_cli.auditing.report.sections import MEASURES, attempts
 from fedqsn_cli.auditing.report.wording import (
@@ -22,6 +22,7 @@ from fedqsn_cli.auditing.report.wording import (
     ordered,
     proxies_to_99,
     rule_name,
+    title,
     unchecked,
     worst_recovery,
 )
@@ -39,7 +40,6 @@ VERDICTS = {
     "incomplete": {"title": "Not complete", "css": "incomplete"},
     "broken": {"title": "Do not send", "css": "broken"},
 }
-UNKNOWN_SKILL = {"title": "Passed, but function was not measured", "css": "unknown"}
 STATUSES = {"fail": "failed", "not-run": "not run", "pass": "passed"}  # in the order in which checks are listed
 
 
@@ -76,10 +76,10 @@ def render(audit: Audit) -> str:
 
 
 def _banner(audit: Audit) -> dict[str, str]:
-    """Title, colour and meaning of the verdict: no green where nothing is known about skill."""
-    banner = VERDICTS[audit.verdict]
-    if audit.verdict == "passed" and not is_skill_known(audit):
-        banner = UNKNOWN_SKILL
+    """Title, colour and meaning of the verdict: no green where it leaves skill open."""
+    banner, words = VERDICTS[audit.verdict], title(audit)
+    if words != audit.verdict:
+        banner = {"title": words.capitalize(), "css": "unknown"}
     return banner | {"meaning": meaning(audit)}
 
 
@@ -90,11 +90,12 @@ def _figures(audit: Audit) -> list[tuple[str, str]]:
     if worst is not None:
         peak = worst.peak
         if peak.delta_recovered is not None:
-            figures.append((delta(peak.delta_recovered), "of the weight difference to the public model recovered"))
+            what = "of the weight difference to the public model recovered (not of skill)"
+            figures.append((delta(peak.delta_recovered), what))
         else:
             energy = max(0.0, 1 - 10**peak.log10_nmse)
-            figures.append((percent(energy), "of the weights' energy recovered by the best attack"))
-        figures.append((percent(peak.exact_share), "of all parameters known exactly"))
+            figures.append((percent(energy), "of the weights' energy recovered by the best attack (not of skill)"))
+        figures.append((percent(peak.exact_share), "of all parameters known bit for bit; skill needs less precision"))
     return figures
 
 

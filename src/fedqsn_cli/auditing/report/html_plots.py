@@ -157,7 +157,7 @@ def _recovery(audit: Audit) -> list[Picture]:
     what = "the weight difference to the public model" if with_base else "the weights' energy"
     lead = (
         f"How much of {what} the best attack gets back from {worst.scope}, layer by layer; the dark part is known "
-        "exactly. A lower bound: better attacks may exist."
+        "exactly. A lower bound: better attacks may exist. It says nothing about skill."
     )
     key = [("#6f93e0", "recovered"), ("#2456c8", "known exactly"), ("#edf1f7", "not recovered")]
     return [Picture("What can be recovered", lead, charts.bars("Recovery per layer", rows, 100), key)]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from fedqsn_cli.auditing.findings import Audit
-from fedqsn_cli.auditing.report.headline import is_skill_known
+from fedqsn_cli.auditing.report.headline import doubts
 from fedqsn_cli.auditing.report.sections import Section, sections
 from fedqsn_cli.auditing.report.wording import meaning, verdict
 from fedqsn_cli.console import Facts, Part
@@ -20,7 +20,7 @@ IN_SIGHT = ("headline", "findings", "not checked")
 def render(audit: Audit) -> str:
     """Verdict and findings in sight, the rest under a fold."""
     report = [section for section in sections(audit) if section.kind != "verdict"]
-    sign = SIGNS[audit.verdict] if audit.exit_code or is_skill_known(audit) else NO_SIGN
+    sign = SIGNS[audit.verdict] if audit.exit_code or not doubts(audit) else NO_SIGN
     lines = [f"## {sign} fedqsn audit: {verdict(audit)}", "", meaning(audit), ""]
     lines += [line for section in report if section.kind in IN_SIGHT for line in _section(section)]
     lines += ["<details><summary>What was measured</summary>", ""]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedqsn_cli.auditing.findings import Audit, Check, Finding, Recovery, Severity
-from fedqsn_cli.auditing.report.headline import NOT_MEASURED, is_skill_known, unlimited
+from fedqsn_cli.auditing.report.headline import NOT_MEASURED, doubts
 from fedqsn_cli.auditing.rules import RULES
 from fedqsn_cli.text import percent
 
@@ -25,20 +25,26 @@ SEVERITIES: dict[Severity, str] = {"hard": "hard", "gate": "limit", "incomplete"
 ORDER: dict[Severity, int] = {"hard": 0, "incomplete": 1, "gate": 2, "info": 3}
 
 
+def title(audit: Audit) -> str:
+    """The verdict in a few words: a pass that leaves skill open is not called just that."""
+    open_questions = doubts(audit)
+    if audit.verdict != "passed" or not open_questions:
+        return audit.verdict
+    return "passed, but function was not measured" if NOT_MEASURED in open_questions else "passed, but not for skill"
+
+
 def verdict(audit: Audit) -> str:
     """`passed (exit code 0)`."""
-    return f"{audit.verdict} (exit code {audit.exit_code})"
+    return f"{title(audit)} (exit code {audit.exit_code})"
 
 
 def meaning(audit: Audit) -> str:
-    """The verdict in a sentence or two; a pass says what was not limited, and whether skill was measured at all."""
+    """The verdict in a sentence or two; a pass says what was not limited, and what it leaves open about skill."""
     if audit.verdict == "passed" and audit.policy.get("sha256") is None:
         said = "Nothing forbidden was found. No policy was given, so nothing was compared with a limit."
     else:
         said = WHAT_IT_MEANS[audit.verdict]
-    free = unlimited(audit) if audit.verdict == "passed" and audit.policy.get("sha256") is not None else None
-    more = NOT_MEASURED if not is_skill_known(audit) else free
-    return said if more is None else f"{said} {more}"
+    return " ".join([said, *(one for one in doubts(audit) if audit.verdict == "passed" or one == NOT_MEASURED)])
 
 
 def ordered(audit: Audit) -> list[Finding]:

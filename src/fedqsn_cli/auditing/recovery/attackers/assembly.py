@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedqsn_cli.auditing.inputs import Inputs, OwnerInputs
+from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.recovery.evidence import Evidence, collect
 from fedqsn_cli.auditing.rows import CHUNK, has_tensor, model_rows
 from fedqsn_cli.masks.draw import rescale_factor
@@ -51,17 +52,22 @@ class Assembly:
         """Is there a public base?"""
         return self.inputs.base is not None
 
+    @property
+    def everything(self) -> tuple[OpenedProxy, ...]:
+        """All proxies that an attacker holds, those of the last round first."""
+        return tuple(sorted((*self.inputs.proxies, *self.inputs.earlier), key=lambda proxy: -proxy.manifest.round))
+
     def as_sent(self) -> State:
         """The first proxy."""
         return load_dense(self.inputs.proxies[0].checkpoint)
 
-    def estimated(self, estimate: Estimate) -> State:
-        """A model that is estimated row by row."""
+    def estimated(self, estimate: Estimate, proxies: Sequence[OpenedProxy] | None = None) -> State:
+        """A model that is estimated row by row, from the audited proxies unless others are given."""
         state = load_dense(self.truth.checkpoint)
         for task in self._floats():
             values = self._empty(task)
             for first, count in self._runs(task):
-                evidence = collect(self.inputs.proxies, task, first, count)
+                evidence = collect(proxies or self.inputs.proxies, task, first, count)
                 values[first : first + count] = estimate(evidence, self._base_rows(task, first, count))
             state[task.name] = _as_stored(task, values)
         return state
@@ -87,7 +93,7 @@ class Assembly:
             values = np.zeros_like(self._empty(task))
             if task.plan.masked:
                 for first, count in self._runs(task):
-                    evidence = collect(self.inputs.proxies, task, first, count)
+                    evidence = collect(self.everything, task, first, count)
                     values[first : first + count] = evidence.count == 0
             state[task.name] = _as_stored(task, values)
         return state

@@ -8,7 +8,8 @@ from fedqsn_cli.auditing.recovery.attackers.distillation import DISTILLATION
 from fedqsn_cli.auditing.recovery.attackers.full import FULL
 from fedqsn_cli.auditing.recovery.attackers.healing import HEALING
 from fedqsn_cli.auditing.recovery.attackers.low_rank import LOW_RANK
+from fedqsn_cli.auditing.recovery.attackers.rounds import DIFFERENCE, ROUNDS, ROUNDS_AVERAGED
 from fedqsn_cli.auditing.recovery.attackers.union import SCALED_UNION, UNION
 
-STARTS = (AS_SENT, UNION, SCALED_UNION, BASE_FILL, AVERAGING, DIRECTION)
+STARTS = (AS_SENT, UNION, SCALED_UNION, BASE_FILL, AVERAGING, DIRECTION, ROUNDS, ROUNDS_AVERAGED, DIFFERENCE)
 TRAININGS = (FULL, LOW_RANK, HEALING, DISTILLATION)
