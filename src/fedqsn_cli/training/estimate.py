@@ -94,10 +94,11 @@ class Sizes:
         return cls(steps, largest, tokens)
 
     def tried(self) -> list[int]:
-        """The steps to try: the one that needs most memory twice, as the optimizer has no state before the first."""
+        """The steps to try: what is large comes once, as in a training, when the optimizer has its state."""
         by_time = sorted(range(len(self.steps)), key=self.steps.__getitem__)
-        hungriest = max(range(len(self.batches)), key=self.batches.__getitem__)
-        return [hungriest, hungriest, by_time[-1], by_time[len(by_time) // 2], by_time[0]]
+        middle, smallest = by_time[len(by_time) // 2], by_time[0]
+        most_memory, longest = (max(by_time, key=sizes.__getitem__) for sizes in (self.batches, self.steps))
+        return [middle, *dict.fromkeys((most_memory, longest)), middle, smallest]
 
     def seconds(self, tried: Sequence[int], seconds: Sequence[float]) -> float:
         """Time of all steps, from that of some."""
