@@ -347,3 +347,25 @@ def test_threads_share_few_descriptors_without_losing_one_in_use(
         checkpoint.close()
     assert wrong == []
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_mapped_bytes_are_those_of_the_file_and_writing_to_them_does_not_change_it(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": np.arange(6, dtype=np.float32), "b": np.arange(5, dtype=np.int64)}, path)
+    before = path.read_bytes()
+    with Checkpoint.open(path) as checkpoint:
+        mapped = {name: checkpoint.mapped(name) for name in ("a", "b")}
+        assert all(mapped[name].tobytes() == checkpoint.read(name).tobytes() for name in mapped)
+    mapped["b"][:] = 7  # they outlive the checkpoint
+    assert mapped["b"].tobytes() == b"\x07" * 40
+    assert path.read_bytes() == before
+
+
+def test_a_file_that_was_replaced_is_not_mapped(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": np.arange(6, dtype=np.float32)}, path)
+    checkpoint = Checkpoint.open(path)
+    path.unlink()
+    save_file({"a": np.arange(7, dtype=np.float32)}, path)
+    with pytest.raises(FormatError):
+        checkpoint.mapped("a")

@@ -39,7 +39,7 @@ def test_only_visible_units_change_when_all_leaves_do(tmp_path: Path, name: str,
     config = json.loads((proxy / "config.json").read_text())
     model = build_model(config, dense, where=proxy)
     check_round_trip(model, dense, visible, proxy)
-    masks = parameter_masks(model, config, dense, visible, proxy)
+    masks = parameter_masks(model, dense, visible, proxy)
     seen = VisibleParameters(model, masks)
     with torch.no_grad(), seen.updating(seen.leaves):
         for leaf in seen.leaves:
@@ -78,7 +78,7 @@ def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(tmp_pat
     config = json.loads((proxy / "config.json").read_text())
     model = build_model(config, dense, where=proxy)
     with pytest.raises(InputError, match="lm_head.weight is tied to a tensor that differs"):
-        parameter_masks(model, config, dense, visible, proxy)
+        parameter_masks(model, dense, visible, proxy)
 
 
 def test_a_model_that_gives_other_weights_back_is_refused(tmp_path: Path) -> None:

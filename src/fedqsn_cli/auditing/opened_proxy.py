@@ -28,7 +28,7 @@ from fedqsn_cli.planning.tensor_plan import TRANSPOSED
 from fedqsn_cli.quantization import kernels
 from fedqsn_cli.quantization.bnb_format import Packing, scb_name, state_name
 from fedqsn_cli.quantization.layout import TensorLayout
-from fedqsn_cli.quantization.nested import NESTED_BLOCK
+from fedqsn_cli.quantization.nested_scales import NESTED_BLOCK
 
 Array = NDArray[Any]
 Bools = NDArray[np.bool_]

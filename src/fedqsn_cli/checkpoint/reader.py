@@ -1,12 +1,13 @@
 """Reading a checkpoint: config, index and shards in, tensors out, whole or in chunks into a reused buffer.
 
-Nothing is memory-mapped, and at most 64 files are open at a time, however many checkpoints are. A checkpoint that
-could not stay in the page cache anyway (larger than half of the memory) is dropped from it behind the reader:
-that is several times faster than making the kernel search for old pages to evict.
+Nothing is memory-mapped unless asked for, and at most 64 files are open at a time, however many checkpoints are. A
+checkpoint that could not stay in the page cache anyway (larger than half of the memory) is dropped from it behind the
+reader: that is several times faster than making the kernel search for old pages to evict.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections import OrderedDict
@@ -75,6 +76,7 @@ class Checkpoint:
         self.metadata: dict[str, str] = {}
         self._identities: dict[Path, FileIdentity] = {}
         self._direct: dict[Path, DirectFile] = {}
+        self._mappings: dict[Path, mmap.mmap] = {}
         self._drop_behind = False
         for header in headers:
             self._add(header)
@@ -139,6 +141,23 @@ class Checkpoint:
             raise FormatError("a BOOL is neither 0 nor 1", where=f"{entry.file}: {name}")
         return raw.view(DTYPES[entry.dtype].numpy).reshape(entry.shape)
 
+    def mapped(self, name: str) -> NDArray[np.uint8]:
+        """The bytes of a tensor, mapped: a page takes memory once it is used, and the kernel may drop it again.
+
+        Who writes to them changes a copy, never the file. For programs that hold a model as long as they run; a file
+        that gets shorter meanwhile ends them.
+
+        Raises:
+            FormatError: the file changed since it was opened.
+        """
+        entry = self.entries[name]
+        mapping = self._mappings.get(entry.file)
+        if mapping is None:
+            with DESCRIPTORS.borrow(entry.file, self._identities[entry.file]) as descriptor:
+                mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+            self._mappings[entry.file] = mapping
+        return np.frombuffer(mapping, np.uint8, entry.nbytes, entry.start)
+
     def read_into(self, name: str, start: int, out: memoryview | NDArray[Any]) -> None:
         """Fill `out` with the bytes [start, start + size of out) of a tensor.
 
@@ -180,7 +199,8 @@ class Checkpoint:
         return out
 
     def close(self) -> None:
-        """Close the files of this checkpoint; a later read opens them again."""
+        """Close the files of this checkpoint; a later read opens them again. Mapped bytes stay."""
+        self._mappings.clear()
         for file, identity in self._identities.items():
             DESCRIPTORS.discard(file, identity)
 

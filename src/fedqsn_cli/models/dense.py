@@ -17,7 +17,6 @@ from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.masks.draw import rescale_factor
 from fedqsn_cli.models.model import ModelTensor, model_tensors
 from fedqsn_cli.planning.roles import rules
-from fedqsn_cli.quantization import kernels
 from fedqsn_cli.quantization.bnb_reader import read_scales
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -119,6 +118,8 @@ def _torch_dtype(checkpoint: Checkpoint, name: str, tensor: ModelTensor) -> torc
 
 def _unpacked(checkpoint: Checkpoint, name: str, logical: ModelTensor, kind: str | None) -> Tensor:
     """A packed weight in its own shape and dtype."""
+    from fedqsn_cli.quantization import kernels  # needs a compiler, which who trains packed weights does without
+
     assert logical.packing is not None
     rescale_factors = read_scales(checkpoint, name)
     out = np.empty(logical.packing.shape, DTYPES[logical.dtype].bits)

@@ -1,6 +1,7 @@
 """The transformers model of a proxy as it is stored: packed weights stay packed, dense ones keep their dtype.
 
-There is one copy of the weights in memory, the one that was read; no weight is unpacked.
+There is one copy of the weights, the file's: it is mapped, so that of an embedding only the rows in use are read. No
+weight is unpacked.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def load_stored(checkpoint: Checkpoint, kind: Quantization | None, compute: torc
 def _stored(checkpoint: Checkpoint, name: str) -> Tensor:
     """A tensor as it is in the file."""
     entry = checkpoint.entries[name]
-    return from_bytes(checkpoint.read(name).reshape(-1).view("u1"), entry.dtype, entry.shape)
+    return from_bytes(checkpoint.mapped(name), entry.dtype, entry.shape)
 
 
 def _forbid_repacking(model: Any) -> None:

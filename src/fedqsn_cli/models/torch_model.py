@@ -230,10 +230,20 @@ def stored_tensors(model: Any, names: Iterable[str]) -> dict[str, Tensor]:
         model: built by `build_model`.
         names: the checkpoint's names; those that are no tensor of the model (old buffers) do not come back.
     """
+    return checkpoint_tensors(model, model.state_dict(), names)
+
+
+def checkpoint_tensors(model: Any, state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Tensors by a model's own names, taken the way back to the names and shapes of its checkpoint.
+
+    Args:
+        model, names: as for `stored_tensors`.
+        state: tensors in the shapes of the model's parameters.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
     with torch.no_grad(), quiet():
-        tensors = revert_weight_conversion(model, model.state_dict())
+        tensors = revert_weight_conversion(model, dict(state))
     return _by_name(tensors, names, model)
 
 

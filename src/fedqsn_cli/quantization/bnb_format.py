@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from fedqsn_cli.checkpoint.header import TensorSpec
 from fedqsn_cli.dtypes import DTYPES
 from fedqsn_cli.quantization.codebooks import FORMATS
-from fedqsn_cli.quantization.nested import NESTED_BLOCK
+from fedqsn_cli.quantization.nested_scales import NESTED_BLOCK
 from fedqsn_cli.quantization.scales import Scales
 
 Array = NDArray[Any]

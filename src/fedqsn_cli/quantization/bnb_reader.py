@@ -22,7 +22,7 @@ from fedqsn_cli.quantization.bnb_format import (
     weight_format_name,
 )
 from fedqsn_cli.quantization.codebooks import BLOCK_SIZES, FORMATS
-from fedqsn_cli.quantization.nested import NESTED_BLOCK, DoubleQuantized, double_dequantize
+from fedqsn_cli.quantization.nested_scales import NESTED_BLOCK, DoubleQuantized, double_dequantize
 from fedqsn_cli.quantization.scales import Scales
 
 Array = NDArray[Any]

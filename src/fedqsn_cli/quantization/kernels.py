@@ -6,7 +6,8 @@ from fedqsn_cli.kernels.jit import NonFinite
 from fedqsn_cli.kernels.values import all_finite, narrowed, scale_values, widened
 from fedqsn_cli.quantization.codes4 import dequantize_4bit, quantize_4bit, quantize_4bit_with
 from fedqsn_cli.quantization.codes8 import dequantize_int8, quantize_int8
-from fedqsn_cli.quantization.nested import DoubleQuantized, double_dequantize, double_quantize
+from fedqsn_cli.quantization.nested import double_quantize
+from fedqsn_cli.quantization.nested_scales import DoubleQuantized, double_dequantize
 from fedqsn_cli.quantization.selection import select_codes_cols, select_codes_elements, select_codes_rows
 from fedqsn_cli.quantization.snapping import snap, snap_with
 from fedqsn_cli.quantization.snapping8 import column_absmax

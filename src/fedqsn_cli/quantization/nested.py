@@ -8,7 +8,6 @@ nearest level is looked up in a table of 65,536 cells, so near a midpoint it nee
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -19,29 +18,12 @@ from fedqsn_cli.kernels.floats import writable
 from fedqsn_cli.kernels.jit import NonFinite, kernel
 from fedqsn_cli.quantization.blocks import largest
 from fedqsn_cli.quantization.codebooks import dynamic_map
+from fedqsn_cli.quantization.nested_scales import NESTED_BLOCK, DoubleQuantized
 
 Bytes = NDArray[np.uint8]
 Float32s = NDArray[np.float32]
 
-NESTED_BLOCK = 256
 _CELLS = 65535
-
-
-@dataclass(frozen=True, slots=True)
-class DoubleQuantized:
-    """Quantized block scales.
-
-    Args:
-        codes: uint8 [n], the scales.
-        nested_absmax: fp32 [ceil(n / 256)], the scales of the scales.
-        nested_map: fp32 [256], the dynamic map.
-        offset: the mean of the scales before they were quantized.
-    """
-
-    codes: Bytes
-    nested_absmax: Float32s
-    nested_map: Float32s
-    offset: np.float32
 
 
 def double_quantize(absmax: Float32s) -> DoubleQuantized:
@@ -65,13 +47,6 @@ def nearest_codes(absmax: Float32s, scales: DoubleQuantized) -> Bytes:
     codes = np.empty(absmax.size, np.uint8)
     _nearest(absmax - scales.offset, writable(scales.nested_absmax), True, _table(), codes)
     return codes
-
-
-def double_dequantize(scales: DoubleQuantized) -> Float32s:
-    """The block scales that bitsandbytes computes with: fp32 [n]."""
-    each = np.repeat(scales.nested_absmax, NESTED_BLOCK)[: scales.codes.size]
-    absmax: Float32s = scales.nested_map[scales.codes] * each + scales.offset
-    return absmax
 
 
 @cache

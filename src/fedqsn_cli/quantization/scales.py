@@ -1,4 +1,8 @@
-"""The scales of one packed tensor, of its 4-bit blocks or its int8 rows: plain, or quantized themselves."""
+"""The scales of one packed tensor, of its 4-bit blocks or its int8 rows: plain, or quantized themselves.
+
+Compiled kernels are imported where something is quantized: who only reads or trains does without the compiler, which
+takes 60 MiB.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fedqsn_cli.quantization.nested import DoubleQuantized, double_dequantize, double_quantize, nearest_codes
+from fedqsn_cli.quantization.nested_scales import DoubleQuantized, double_dequantize
 
 Bools = NDArray[np.bool_]
 Float32s = NDArray[np.float32]
@@ -32,7 +36,12 @@ class Scales:
     @classmethod
     def of(cls, format: str, block: int, absmax: Float32s, *, double: bool) -> Scales:
         """The scales that quantizing a tensor made, quantized themselves if `double`. Raises NonFinite."""
-        return cls(format, block, absmax)._with(double_quantize(absmax)) if double else cls(format, block, absmax)
+        plain = cls(format, block, absmax)
+        if not double:
+            return plain
+        from fedqsn_cli.quantization.nested import double_quantize
+
+        return plain._with(double_quantize(absmax))
 
     def times(self, factor: np.float32) -> Scales:
         """Every scale times `factor`, rounded to fp32; the codes of quantized scales stay."""
@@ -54,6 +63,8 @@ class Scales:
             absmax = self.absmax.copy()
             absmax[unseen] = 0 if base is None else base.absmax[unseen]
             return replace(self, absmax=absmax)
+        from fedqsn_cli.quantization.nested import nearest_codes
+
         wanted = np.zeros(unseen.size, np.float32)
         if base is not None:
             wanted[unseen] = base.absmax[unseen]

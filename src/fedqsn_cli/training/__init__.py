@@ -3,6 +3,7 @@
 tables.py          the columns of a data file
 data_files.py      a JSONL, JSON, CSV or Parquet file -> columns
 parquet.py         the columns of a Parquet file
+stored_examples.py  examples in memory or in a file, read one at a time
 examples.py        what a model takes, and what the loss counts
 tokenizing.py      texts -> token ids
 labelled.py        rows with labels -> examples

@@ -261,6 +261,7 @@ def _prepared(proxy: str | Path, options: TrainOptions, progress: Progress) -> I
             stack.enter_context(states.opened())
         method = _method(checkpoint, manifest, options, device)
         encoder, examples, held_out = _encode(method.loaded, tables, options, progress)
+        del tables  # the texts would stay in memory
         yield _Ready(
             folder=folder,
             manifest=manifest,
@@ -291,13 +292,15 @@ def _encode(
 ) -> tuple[Encoder, Examples, Examples | None]:
     """The data as token ids."""
     encoder = Encoder.of(loaded, options.max_length)
-    examples = replace(encoder, seed=options.seed).encode(tables[0], progress)
+    folder = Path(options.out).absolute().parent
+    examples = replace(encoder, seed=options.seed).encode(tables[0], progress, folder=folder)
     if options.packing:
         if loaded.task != "causal-lm":
             raise InputError("is for causal language models", where="--packing", hint="train without it")
         check_separation(loaded.model, "--packing")
         examples = packed(examples, max(encoder.max_length, *examples.lengths))
-    return encoder, examples, encoder.encode(tables[1], progress) if tables[1] is not None else None
+    held_out = encoder.encode(tables[1], progress, folder=folder) if tables[1] is not None else None
+    return encoder, examples, held_out
 
 
 def _states(options: TrainOptions, folder: Path, processes: Processes) -> StateFolder | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +15,13 @@ from fedqsn_cli.models.architecture import CLASSIFIERS
 from fedqsn_cli.models.torch_model import Loaded
 from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.training.examples import Examples, Ids, Padding
+from fedqsn_cli.training.stored_examples import Computed, Measured, StoredExamples
 from fedqsn_cli.training.tables import Table
 from fedqsn_cli.training.tasks import TASKS
 from fedqsn_cli.training.tokenizing import Encoding
+
+ROWS = 10_000
+"""Rows that are tokenized by one child process, and held in memory until they are stored."""
 
 
 class Encoder(Encoding):
@@ -56,29 +62,52 @@ class Encoder(Encoding):
         """Ids to pad batches with."""
         return Padding(self.pad, int(getattr(self.tokenizer, "pad_token_type_id", 0)))
 
-    def encode(self, table: Table, progress: Progress) -> Examples:
-        """Token ids and targets of all rows.
+    def encode(self, table: Table, progress: Progress, *, folder: Path | None = None) -> Examples:
+        """Token ids and targets of all rows; what is large goes to a file, in a part of the rows after the other.
+
+        Args:
+            folder: where a file of examples goes; None for the system's folder of temporary files.
 
         Raises:
             DataError: a column is missing, or a row cannot be used.
         """
-        kind = TASKS[self.task]
         progress.start(f"reading {table.path.name}", table.rows, "examples")
-        examples = Examples.from_plain(
+        stored = StoredExamples(folder)
+        counts = Examples(self.task, [], [])
+        lengths = array("I")
+        for part in table.parts(ROWS):
+            found = self._encoded(part)
+            for feature, target in zip(found.features, found.targets, strict=True):
+                stored.add(feature, target)
+            lengths.extend(found.lengths)
+            self._check_vocabulary(found)
+            counts = counts.and_counts_of(found)
+            progress.advance(part.rows)
+        progress.finish()
+        if not len(stored):
+            raise table.error("no row has a text to learn from")
+        return replace(
+            counts,
+            features=Measured(lengths, lambda row: stored.read(row)[0]),
+            targets=Computed(len(stored), lambda row: stored.read(row)[1]),
+        )
+
+    def _encoded(self, part: Table) -> Examples:
+        """The examples of some rows, tokenized in a child process."""
+        kind = TASKS[self.task]
+        return Examples.from_plain(
             self.guarded(
-                lambda: replace(kind.encode(self, table, SILENT), unused=table.unused).to_plain(),
-                what=f"tokenizing {table.path.name}",
-                rows=table.rows,
+                lambda: replace(kind.encode(self, part, SILENT), unused=part.unused).to_plain(),
+                what=f"tokenizing {part.path.name}",
+                rows=part.rows,
             )
         )
-        progress.advance(table.rows)
-        progress.finish()
-        if not len(examples):
-            raise table.error("no row has a text to learn from")
-        largest = max(max(ids) for feature in examples.features for ids in _ids(feature))
+
+    def _check_vocabulary(self, examples: Examples) -> None:
+        """Refuse ids that the model does not know. Raises InputError."""
+        largest = max((max(ids) for feature in examples.features for ids in _ids(feature)), default=0)
         if largest >= self.vocabulary:
             raise InputError(f"the tokenizer has ids beyond the model's vocabulary of {self.vocabulary}")
-        return examples
 
 
 def _label_ids(config: Any) -> dict[str, int]:

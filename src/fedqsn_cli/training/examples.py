@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 from fedqsn_cli.models.architecture import Task
+from fedqsn_cli.training.stored_examples import Measured
 
 IGNORED = -100  # a target that the loss does not count
 Ids = list[int]
@@ -53,9 +54,15 @@ class Examples:
         return cls(**{**document, "unused": tuple(document["unused"])})
 
     @property
-    def lengths(self) -> list[int]:
+    def lengths(self) -> Sequence[int]:
         """Tokens of each example, those that a decoder is fed with included."""
+        if isinstance(self.features, Measured):
+            return self.features.lengths
         return [len(feature["input_ids"]) + len(feature.get("decoder_input_ids", ())) for feature in self.features]
+
+    def and_counts_of(self, other: Self) -> Self:
+        """These examples, with what was skipped, cut and not used of other rows of the same file, too."""
+        return replace(self, skipped=self.skipped + other.skipped, cut=self.cut + other.cut, unused=other.unused)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +58,7 @@ class FullMethod:
         scales = rescale_factors(manifest, visible)
         if manifest.train == "all":
             visible = {}  # every unit moves and goes back
-        masks = parameter_masks(loaded.model, checkpoint.config or {}, dense, visible, folder)
+        masks = parameter_masks(loaded.model, dense, visible, folder)
         received = DenseTensors(checkpoint)
         feedback = _feedback(options, manifest, received, visible, scales)
         return cls(loaded, received, visible, scales, feedback, masks, weights_dtype(options.precision), device)
@@ -71,7 +70,6 @@ class FullMethod:
             parameter.data = parameter.data.to(self.dtype)
         trainable = VisibleParameters(model.to(self.device), self.masks)
         self.masks.clear()
-        gc.collect()  # models have cycles, and one was built for the masks
         return_freed_memory()
         return trainable
 

@@ -124,7 +124,7 @@ def masked(encoding: Encoding, table: Table, progress: Progress) -> Examples:
         raise InputError("the tokenizer has no mask token", hint="add it to its files")
     texts = table.texts("text")
     tokens, cut = encoding.tokens(table, progress, [texts], ["text"], return_special_tokens_mask=True)
-    return _counting(encoding, [_with_masks(encoding, row, one) for row, one in enumerate(tokens)], cut)
+    return _counting(encoding, [_with_masks(encoding, row, one) for row, one in enumerate(tokens, table.first)], cut)
 
 
 def _with_masks(encoding: Encoding, row: int, tokens: dict[str, Any]) -> EncodedText:

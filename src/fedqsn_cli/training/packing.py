@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.training.batching import IGNORED, Examples
+from fedqsn_cli.training.examples import IGNORED, Examples, Ids
+from fedqsn_cli.training.stored_examples import Computed, Measured
 
 TOLERANCE = 1e-3
 """Largest difference of logits between a text alone and one behind another, relative to the largest logit."""
@@ -45,11 +46,17 @@ def packed(examples: Examples, length: int) -> Examples:
             space, row = free.pop(place)
         rows[row].append(text)
         bisect.insort(free, (space - lengths[text], row))
-    targets: list[Any] = list(examples.targets)
+
+    def features(row: int) -> dict[str, Ids]:
+        return _features([examples.features[text]["input_ids"] for text in rows[row]])
+
+    def targets(row: int) -> Ids:
+        return _targets([examples.targets[text] for text in rows[row]])
+
     return replace(
         examples,
-        features=[_features([examples.features[text]["input_ids"] for text in row]) for row in rows],
-        targets=[_targets([targets[text] for text in row]) for row in rows],
+        features=Measured([sum(lengths[text] for text in row) for row in rows], features),
+        targets=Computed(len(rows), targets),
         texts=[len(row) for row in rows],
     )
 

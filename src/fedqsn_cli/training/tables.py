@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ class Table:
         names: all column names of the file.
         rows: number of rows, at least one.
         used: columns that someone asked for.
+        first: number of its first row in the file, where it is a part of one.
     """
 
     path: Path
@@ -52,6 +54,14 @@ class Table:
     names: tuple[str, ...]
     rows: int
     used: set[str] = field(default_factory=set, compare=False)
+    first: int = 0
+
+    def parts(self, rows: int) -> Iterator[Table]:
+        """The table in parts of at most so many rows."""
+        for first in range(0, self.rows, rows):
+            columns = {name: values[first : first + rows] for name, values in self.columns.items()}
+            count = min(rows, self.rows - first)
+            yield replace(self, columns=columns, rows=count, first=self.first + first)
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -113,7 +123,7 @@ class Table:
 
     def error(self, what: str, *, row: int | None = None, hint: str | None = None) -> DataError:
         """An error about this file, or about one of its rows (numbered from 0 here, from 1 in the message)."""
-        where = f"{self.path}: row {row + 1}" if row is not None else str(self.path)
+        where = f"{self.path}: row {self.first + row + 1}" if row is not None else str(self.path)
         return DataError(what, where=where, hint=hint)
 
 

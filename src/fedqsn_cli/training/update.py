@@ -34,7 +34,6 @@ from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.models.dense import TORCH_DTYPES, DenseTensors
 from fedqsn_cli.models.torch_model import stored_tensors
 from fedqsn_cli.options.groups import UpdateFormat
-from fedqsn_cli.quantization.runs import decode_run, encode_run
 from fedqsn_cli.training.error_feedback import ErrorFeedback
 from fedqsn_cli.training.update_noise import UpdateNoise
 from fedqsn_cli.training.visible import visible_part
@@ -175,6 +174,8 @@ class EncodedUpdate:
         coding = self.stored.coding
         data = self.parts[0][1]
         if coding is not None:
+            from fedqsn_cli.quantization.runs import decode_run  # needs a compiler, which most updates do without
+
             return torch.from_numpy(decode_run(data, self.parts[1][1], coding.format, coding.block, self.size))
         bits = torch.from_numpy(data if data.dtype == np.float32 else data.view(np.int16))
         return bits.view(TORCH_DTYPES[self.stored.dtype]).float()
@@ -188,6 +189,8 @@ def encode_update(name: str, update: Tensor, stored: StoredFormat) -> EncodedUpd
     if not bool(rounded.isfinite().all()):
         raise InputError(f"the update of {name} is not finite", hint="lower --lr, or use --update-format fp32")
     if coding is not None:
+        from fedqsn_cli.quantization.runs import encode_run
+
         codes, scales = encode_run(rounded.numpy(), coding.format, coding.block)
         return EncodedUpdate(((name, codes), (name + SCALES, scales)), stored, rounded.numel())
     bits: Array = rounded.numpy() if dtype == torch.float32 else rounded.view(torch.int16).numpy().view(np.uint16)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from fedqsn_cli.artifacts.manifests import ProxyManifest
 from fedqsn_cli.artifacts.proxy_folder import open_visible
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.masks.unit_mask import UnitMask
-from fedqsn_cli.models.torch_model import build_model, stored_tensors
+from fedqsn_cli.models.torch_model import checkpoint_tensors, stored_tensors, tensor_names
 
 
 def read_visible(folder: Path, manifest: ProxyManifest, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, UnitMask]:
@@ -78,14 +79,13 @@ def expanded(mask: UnitMask, shape: tuple[int, ...]) -> Tensor:
 
 
 def parameter_masks(
-    model: Any, config: Mapping[str, Any], dense: Mapping[str, Tensor], visible: Mapping[str, UnitMask], where: object
+    model: Any, dense: Mapping[str, Tensor], visible: Mapping[str, UnitMask], where: object
 ) -> dict[str, Tensor]:
-    """Which elements of a model's parameters are visible: transformers loads masks in the same way as weights.
+    """Which elements of a model's parameters are visible.
 
     Args:
         model: the result of `build_model` for `dense`.
-        config: the proxy's config.json.
-        dense: the proxy's tensors under their own names.
+        dense: the proxy's tensors under their own names; only their shapes are looked at.
         visible: visible units of masked tensors.
         where: the proxy, for error messages.
 
@@ -95,24 +95,56 @@ def parameter_masks(
     Raises:
         InputError: transformers mixes or ties tensors, so that a parameter is not made of whole elements of them.
     """
-    one = torch.ones((), dtype=torch.bfloat16)
-    state: dict[str, Tensor] = {}
-    for name, tensor in dense.items():
-        if name in visible and not visible[name].flags.all():
-            state[name] = expanded(visible[name], tuple(tensor.shape)).to(torch.bfloat16)
-        else:
-            state[name] = one.expand(tensor.shape) if tensor.is_floating_point() else tensor
-    parameters = dict(build_model(config, state, where=where, dtype=torch.bfloat16).named_parameters())
-    for name, _ in model.named_parameters():
-        if name not in parameters:  # equal masks were tied, different weights were not
+    _refuse_untied(model, where)
+    hidden = {name: mask for name, mask in visible.items() if not mask.flags.all()}
+    parameters = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
+    whole = tensor_names(model, parameters, dense)
+    masks = {name: expanded(hidden[tensor], parameters[name]) for name, tensor in whole.items() if tensor in hidden}
+    known = {id(model.get_parameter(name)) for name in whole}  # a tied weight may be stored once
+    made_of_several = {name: shape for name, shape in parameters.items() if id(model.get_parameter(name)) not in known}
+    masks |= _assembled(model, made_of_several, dense, hidden, where)
+    found: dict[int, str] = {}
+    for name, mask in list(masks.items()):
+        first = found.setdefault(id(model.get_parameter(name)), name)
+        if not torch.equal(masks[first], mask):
+            raise InputError(f"{name} and {first} are one tensor with two masks, so it cannot be trained", where=where)
+    return {name: masks[name] for name in found.values()}
+
+
+def _refuse_untied(model: Any, where: object) -> None:
+    """Refuse a model in which tensors that its config ties differ: transformers leaves them apart. Raises InputError.
+
+    The owner hides the same units of both and adds up what clients send for them, which would be wrong for two weights.
+    """
+    for name, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if model.get_parameter(name) is not model.get_parameter(source):
             raise InputError(f"{name} is tied to a tensor that differs from it, so it cannot be trained", where=where)
-    masks = {}
-    for name, parameter in parameters.items():
-        if not bool(((parameter == 0) | (parameter == 1)).all()):
-            raise InputError(f"{name} mixes the tensors of the proxy, so it cannot be trained", where=where)
-        if not bool(parameter.all()):
-            masks[name] = parameter.detach() != 0
-    return masks
+
+
+def _assembled(
+    model: Any,
+    parameters: Mapping[str, tuple[int, ...]],
+    names: Iterable[str],
+    hidden: Mapping[str, UnitMask],
+    where: object,
+) -> dict[str, Tensor]:
+    """The masks of parameters that transformers makes of several tensors, or of a turned one (the experts of a layer).
+
+    The numbers of their elements, taken the way back to the checkpoint, say which element came from where.
+    """
+    elements = {name: math.prod(shape) for name, shape in parameters.items()}
+    numbers = torch.split(torch.arange(sum(elements.values())), list(elements.values()))
+    state = {name: part.view(parameters[name]) for name, part in zip(elements, numbers, strict=True)}
+    seen = torch.zeros(sum(elements.values()), dtype=torch.uint8)
+    shown = torch.ones(len(seen), dtype=torch.bool)
+    for name, origin in checkpoint_tensors(model, state, names).items():
+        if name in hidden:
+            shown[origin.reshape(-1)] = expanded(hidden[name], tuple(origin.shape)).reshape(-1)
+        seen[origin.reshape(-1)] += 1
+    if not bool((seen == 1).all()):
+        raise InputError("transformers mixes the tensors of the proxy, so they cannot be trained", where=where)
+    parts = torch.split(shown, list(elements.values()))
+    return {name: part.view(parameters[name]) for name, part in zip(elements, parts, strict=True) if not part.all()}
 
 
 def check_round_trip(model: Any, dense: Mapping[str, Tensor], visible: Mapping[str, UnitMask], where: object) -> None:

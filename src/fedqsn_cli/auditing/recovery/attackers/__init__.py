@@ -7,6 +7,7 @@ as_sent.py      start: the proxy as it was sent
 union.py        start: what all proxies show together, zero elsewhere
 base_fill.py    start: the same, the public base elsewhere
 averaging.py    start: rounding undone by all proxies that show a weight, the public base elsewhere
+rounds.py       start: rounds together, averaged or subtracted
 direction.py    start: each unit's direction from the proxies, its length from the public base
 full.py         training: every weight
 low_rank.py     training: low-rank adapters on every linear layer
