@@ -30,6 +30,10 @@ from support.processes import run
 
 TRAIN = "client-train {world}/proxy --out {here}/update --data {world}/data.jsonl --max-steps 6 --batch-size 4"
 JOB = "--key {here}/job.key --ledger {here}/ledger.jsonl"
+CONSOLIDATE = (
+    "consolidate {world}/model {world}/server --out {here}/student --key {here}/job.key "
+    "--own-data {world}/data.jsonl --transfer-data {world}/data.jsonl --steps 3 --batch-size 4"
+)
 
 COMMANDS = {
     "mask": "mask {world}/model --out {here}/server --key {here}/job.key",
@@ -41,8 +45,8 @@ COMMANDS = {
     "merge": "merge {world}/model {world}/update --out {here}/merged " + JOB,
     "merge --partial": "merge {world}/model {world}/update --partial --out {here}/sum " + JOB,
     "merge --restore": "merge {world}/model --restore {world}/server --out {here}/restored --key {here}/job.key",
-    "consolidate": "consolidate {world}/model {world}/server --out {here}/student --key {here}/job.key "
-    "--own-data {world}/data.jsonl --transfer-data {world}/data.jsonl --steps 3 --batch-size 4",
+    "consolidate": CONSOLIDATE,
+    "consolidate --save-every": CONSOLIDATE + " --save-every 1",
     "audit": "audit {world}/proxy --truth {world}/model --report {here}/report.html --output {here}/audit.json "
     "--format json " + JOB,
     "courier pack": "courier pack {desk}/courier {desk}/out-1/alice {desk}/out-1/bob --out {here}/outbox "

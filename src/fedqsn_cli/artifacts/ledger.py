@@ -200,13 +200,13 @@ def _record(path: Path, job: Sealer, choose: Callable[[_Lines], Sequence[Entry]]
 
 def _chained(entries: Sequence[Entry], digests: Sequence[str]) -> tuple[bytes, list[str]]:
     """The lines of new entries, and the digests of the ledger with them."""
-    lines, digests = b"", list(digests)
+    lines, digests = [], list(digests)
     for entry in entries:
         linked = entry.model_copy(update={"previous": digests[-1]})
         line = strictjson.dumps(linked.model_dump(mode="json")).encode()
         digests.append(hashlib.sha256(line).hexdigest())
-        lines += line + b"\n"
-    return lines, digests
+        lines.append(line + b"\n")
+    return b"".join(lines), digests
 
 
 def _unknown(known: Sequence[Release], releases: Sequence[Release], path: Path) -> Iterator[Release]:
