@@ -131,16 +131,17 @@ def watch(commands: Sequence[Sequence[str]]) -> tuple[Sample, int]:
     return sample, files
 
 
-def _children() -> list[int]:
+def _children() -> list[str]:
     """Processes that this one has started."""
-    tasks = Path("/proc/self/task").glob("*/children")
-    return [int(child) for task in tasks for child in task.read_text().split()]
+    return [child for task in Path("/proc/self/task").glob("*/children") for child in task.read_text().split()]
 
 
-def _open_files(process: int) -> int:
-    """How many files a process has open; 0 if it has ended."""
+def _open_files(process: str) -> int:
+    """How many files a process has open; 0 if it has ended, or is still a copy of this one."""
+    found = Path("/proc") / process
     try:
-        return len(os.listdir(f"/proc/{process}/fd"))
+        started = (found / "cmdline").read_bytes() != Path("/proc/self/cmdline").read_bytes()
+        return len(os.listdir(found / "fd")) if started else 0
     except OSError:
         return 0
 

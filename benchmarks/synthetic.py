@@ -123,8 +123,9 @@ def write_file(path: Path, tensors: dict[str, tuple[int, ...]], dtype: str, devi
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for dims in tensors.values():
-            left, start = math.prod(dims), int(random.integers(pool.size // 2))
+        starts = random.choice(pool.size // 2, len(tensors), replace=False)  # no two tensors are equal
+        for dims, start in zip(tensors.values(), map(int, starts), strict=True):
+            left = math.prod(dims)
             while left:
                 piece = pool[start : start + left]
                 file.write(piece)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import time
@@ -54,6 +55,20 @@ def killed() -> None:
 
 def left() -> None:
     os._exit(0)
+
+
+def open_files() -> list[str]:
+    listed = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+    return sorted({os.readlink(path) for path in listed if os.path.lexists(path)})
+
+
+def test_nothing_that_the_parent_has_open_or_locked_is_open_in_the_child(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("a key")
+    with (tmp_path / "secret").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        found = ran(open_files)
+    assert os.devnull in found
+    assert [path for path in found if path.startswith("/") and path != os.devnull] == []
 
 
 def test_a_result_comes_back_as_json_holds_it() -> None:

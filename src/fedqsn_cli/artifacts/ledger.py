@@ -120,14 +120,13 @@ def _read(path: Path, job: Sealer | None) -> _Lines:
     return lines
 
 
-def check(path: Path, job: Sealer | None = None) -> None:
-    """Refuse a damaged ledger before any work is done; one that does not exist yet is fine.
+def read_if_there(path: Path, job: Sealer | None = None) -> list[Release]:
+    """As `read`; none where the ledger does not exist yet.
 
     Raises:
         InputError: it is not a regular file, or is gone. FormatError: see `read`.
     """
-    if path.exists() or head_path(path).exists():
-        read(path, job)
+    return read(path, job) if path.exists() or head_path(path).exists() else []
 
 
 def record(
