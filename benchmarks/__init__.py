@@ -8,6 +8,7 @@ __main__.py   options in; every figure; table and JSON out
     synthetic.py  a Llama-shaped checkpoint of random bf16 weights
     updates.py    what clients would have sent back
     floor.py      plain loops that read and write: what the disk allows
+    reading.py    all tensors, read once with the product's own reader
     kernels.py    quantizing in memory, ours and bitsandbytes'
     exposure.py   what many clients have seen
     training.py   a model, data, and the plain loop next to client-train

@@ -6,6 +6,7 @@ peer        export-proxy                        transformers + bitsandbytes
 fanout      export-proxy for 10 and 100         export-proxy for 1
 merge       merge of 8 updates                  plain loops that read and write as many bytes
 mergekit    merge of a model and 2 updates      mergekit-yaml, linear, 3 models
+audit       audit of one proxy                  reading the model and the proxy once
 memory      export-proxy and merge by size      600 MiB, and each other
 help        fedqsn --help                       hf --help, a quarter of a second
 exposure    of 1000 clients in 100 rounds       ten seconds
@@ -153,6 +154,23 @@ def mergekit(place: Place, size: str) -> Iterator[Row]:
     note = f"peak {samples['ours'].largest:.0f} against {samples['theirs'].largest:.0f} MiB; ours writes twice as much"
     yield Row.faster(figure, size, samples["ours"], "mergekit-yaml linear", samples["theirs"], 4, note)
     place.clear(*(model.name for model in models[1:]))
+
+
+def audit(place: Place, size: str) -> Iterator[Row]:
+    """Invariants, reproduction and weights of one proxy against reading what they read, once; and peak memory."""
+    job = place.audited(size)
+    read = [job.model, job.proxy]
+    owner = "--truth", job.model, "--key", job.key, "--ledger", job.ledger
+    contenders = {
+        "ours": Contender(place.fedqsn("audit", job.proxy, *owner), read),
+        "reading": Contender(place.module("benchmarks.reading", *read), read),
+    }
+    samples = compare(contenders, place.runs)
+    ours, reading = samples["ours"], samples["reading"]
+    busy = [sum(sample.processor) / len(sample.processor) for sample in (ours, reading)]
+    note = f"{sum(map(total_bytes, read)) / 1e9:.2f} GB; {busy[0]:.1f} against {busy[1]:.1f} processor seconds"
+    yield Row.of(f"audit {size}", size, ours, "reading model and proxy once", reading, most=2.0, note=note)
+    yield Row.peak("peak memory, audit", size, ours, MAX_PEAK)
 
 
 def memory(place: Place, size: str) -> Iterator[Row]:
@@ -309,6 +327,7 @@ FIGURES: dict[str, Callable[[Place, str], Iterator[Row]]] = {
     "merge": merge,
     "mergekit": mergekit,
     "floor": floor,
+    "audit": audit,
     "memory": memory,
     "training": training,
     "lora": lora,
@@ -325,6 +344,7 @@ SIZES: dict[str, tuple[str, ...]] = {
     "merge": ("1.1b",),
     "mergekit": ("1.1b",),
     "floor": ("0.1b", "1.1b", "7b"),
+    "audit": ("0.1b", "1.1b"),
     "memory": ("0.1b", "1.1b", "7b"),
     "training": ("minilm", "llama-0.1b"),
     "lora": ("1.1b",),

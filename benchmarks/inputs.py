@@ -103,6 +103,18 @@ class Place:
             staging.rename(folder)
         return folder
 
+    def audited(self, size: str) -> Job:
+        """A job whose only client's proxy is kept."""
+        job = Job(self.model(size), self.work / f"job-{size}-audited")
+        if not job.proxy.exists():
+            self.need(SHAPES[size].parameters)
+            self.clear(job.folder.name)
+            job.folder.mkdir()
+            name = job.folder.name
+            run(self.export(size, f"{name}/proxy", ["a"], f"{name}/job.key", f"{name}/ledger.jsonl"))
+            os.sync()
+        return job
+
     def adapter_job(self, size: str, updates: int) -> Job:
         """A job with so many clients' updates of adapters."""
         name = f"job-{size}-{updates}-lora"
@@ -187,6 +199,10 @@ class Job:
     @property
     def ledger(self) -> Path:
         return self.folder / "ledger.jsonl"
+
+    @property
+    def proxy(self) -> Path:
+        return self.folder / "proxy"
 
     @property
     def updates(self) -> list[Path]:

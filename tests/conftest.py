@@ -96,10 +96,20 @@ tame_hypothesis()
 
 
 def pytest_collection_finish() -> None:
+    gc.set_threshold(20_000, 10, 10)
+    leave_to_rest()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if nextitem is None or nextitem.path != item.path:
+        leave_to_rest()
+
+
+def leave_to_rest() -> None:
     """Never look again at what imports have made: the garbage collector would, in each training and each child."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 10, 10)
 
 
 @pytest.fixture

@@ -56,6 +56,15 @@ def test_figures_of_our_own_are_measured_and_written_down(tmp_path: Path) -> Non
     assert not any((tmp_path / "work").iterdir())  # models and outputs are gone
 
 
+def test_an_audit_is_measured_next_to_reading_what_it_reads(tmp_path: Path) -> None:
+    figures, _ = bench(tmp_path, "--only", "audit")
+
+    time, peak = figures["rows"]
+    assert (time["figure"], time["target"]) == ("audit tiny", "<= 2x")
+    assert time["ratio"] > 0 and 0 < time["theirs"]["peak"][0] < time["ours"]["peak"][0]
+    assert (peak["figure"], peak["reached"]) == ("peak memory, audit", True)
+
+
 @pytest.mark.soak  # each figure starts a dozen processes
 def test_speed_and_memory_of_an_export_are_measured(tmp_path: Path) -> None:
     figures, _ = bench(tmp_path, "--only", "fanout", "floor", "memory")

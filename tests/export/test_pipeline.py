@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from fedqsn_cli.kernels.read_ahead import read_ahead
+from fedqsn_cli.kernels.read_ahead import compute_ahead, read_ahead
 
 
 def test_results_come_in_the_order_of_the_calls() -> None:
@@ -32,3 +32,7 @@ def test_the_first_failure_in_order_is_raised() -> None:
 
     with ThreadPoolExecutor(4) as pool, pytest.raises(KeyError, match="0"):
         list(read_ahead(pool, [partial(fail, i) for i in range(10)], depth=4))
+
+
+def test_workers_compute_in_order_too() -> None:
+    assert list(compute_ahead(partial(pow, i, 2) for i in range(100))) == [i * i for i in range(100)]

@@ -66,12 +66,14 @@ class VisibleUnits:
 
     def flags(self, group: str) -> Bools:
         """Which units of a group are visible: [units]."""
-        if group not in self._flags:
+        found = self._flags.get(group)
+        if found is None:
             units = self.manifest.groups[group].units
             if units > _LARGE:
                 self._flags.clear()
-            self._flags[group] = np.unpackbits(self.stored.read(group), count=units).astype(np.bool_)
-        return self._flags[group]
+            found = np.unpackbits(self.stored.read(group), count=units).astype(np.bool_)
+            self._flags[group] = found  # of several threads, each has what it found
+        return found
 
     def slices(self, tensor: str) -> list[Bools]:
         """Which units of a tensor are visible, for each of its lead slices: [units] each."""

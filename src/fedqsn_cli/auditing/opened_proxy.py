@@ -126,12 +126,13 @@ class OpenedProxy:
         return absmax
 
     def _nested_of(self, name: str, format: str) -> tuple[Floats, Floats, np.float32]:
-        if self._nested is None or self._nested[0] != name:
+        found = self._nested
+        if found is None or found[0] != name:
             text = bytes(self.checkpoint.read(state_name(name, format)))
             offset = np.float32(strictjson.loads(text, name)["nested_offset"])
             nested, levels = (self.checkpoint.read(f"{name}.nested_{part}") for part in ("absmax", "quant_map"))
-            self._nested = name, nested, levels, offset
-        return self._nested[1:]
+            found = self._nested = name, nested, levels, offset  # of several threads, each has what it found
+        return found[1:]
 
     def values(self, name: str, layout: TensorLayout, first: int, rows: int) -> Floats:
         """Rows of a tensor as a client computes with them, in fp32: [rows, cols] of the working view of `layout`.

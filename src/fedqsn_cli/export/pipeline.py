@@ -12,7 +12,6 @@ on a client: outputs select from the same codes (quantize once, select per clien
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -25,8 +24,7 @@ from fedqsn_cli.errors import InputError
 from fedqsn_cli.export.encode import check_finite, encode, encode_with
 from fedqsn_cli.kernels.digests import Algorithm
 from fedqsn_cli.kernels.hash_threads import HashThreads
-from fedqsn_cli.kernels.read_ahead import read_ahead
-from fedqsn_cli.kernels.threads import thread_count, work_alone
+from fedqsn_cli.kernels.read_ahead import compute_ahead
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.models.digest import ModelHash
 from fedqsn_cli.models.model import OpenModel
@@ -37,7 +35,6 @@ from fedqsn_cli.quantization.layout import row_chunks
 from fedqsn_cli.quantization.scales import Scales
 
 CHUNK_ELEMENTS = 1 << 21  # 4 MiB of bf16: large enough for the disk, small enough for the caches and many outputs
-MOST_WORKERS = 4  # chunks encoded at once; together faster than one thread hashes
 
 
 Array = NDArray[Any]
@@ -125,12 +122,11 @@ def run(
         InputError: a visible weight is NaN or infinite.
     """
     progress.start("reading", sum(model.stored_bytes(task.name) for task in tasks), "bytes")
-    count = min(MOST_WORKERS, thread_count())
-    with ThreadPoolExecutor(count, "fedqsn-chunk", work_alone) as workers, HashThreads() as hashing:
+    with HashThreads() as hashing:
         hasher = None if model.is_quantized else ModelHash(hashing.queue(), algorithm)
         base_hasher = ModelHash(hashing.queue(), "sha256") if base else None
         assembler = TensorAssembler(model, quantization, hasher, base_hasher)
-        for encoded in read_ahead(workers, encode_calls(model, base, tasks, quantization, chunk_elements), depth=count):
+        for encoded in compute_ahead(encode_calls(model, base, tasks, quantization, chunk_elements)):
             chunk = assembler.chunk(encoded)
             for output in outputs:
                 output.take(encoded.task, chunk)

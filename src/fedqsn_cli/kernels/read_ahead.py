@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from fedqsn_cli.kernels.threads import thread_count, work_alone
+
 T = TypeVar("T")
+
+MOST_WORKERS = 4  # calls at once; together faster than one thread hashes
 
 
 def read_ahead(pool: Executor, calls: Iterable[Callable[[], T] | None], depth: int) -> Iterator[T]:
@@ -28,3 +32,10 @@ def read_ahead(pool: Executor, calls: Iterable[Callable[[], T] | None], depth: i
     finally:
         for future in waiting:
             future.cancel()
+
+
+def compute_ahead(calls: Iterable[Callable[[], T] | None]) -> Iterator[T]:
+    """Results of the calls in order, as `read_ahead` gives them; a call, kernels included, keeps one processor busy."""
+    count = min(MOST_WORKERS, thread_count())
+    with ThreadPoolExecutor(count, "fedqsn-worker", work_alone) as workers:
+        yield from read_ahead(workers, calls, depth=count)

@@ -66,6 +66,11 @@ class Sketches:
         self.vectors.append((centred[sound] / norm[sound, None]).astype(np.float32))
         self.where.append(where[sound])
 
+    def extend(self, other: Sketches) -> None:
+        """Add those of another."""
+        self.vectors += other.vectors
+        self.where += other.where
+
     def stacked(self) -> tuple[Floats, Ints]:
         """All vectors and where they come from."""
         if not self.vectors:

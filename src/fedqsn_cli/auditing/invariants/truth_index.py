@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from fedqsn_cli.auditing.inputs import Inputs
 from fedqsn_cli.auditing.invariants.sketches import SHORTEST, Sketches, add_vectors, window
 from fedqsn_cli.auditing.rows import as_float32
 from fedqsn_cli.export.pipeline import CHUNK_ELEMENTS
+from fedqsn_cli.kernels.read_ahead import compute_ahead
 from fedqsn_cli.masks.job_masks import ServerMasks
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.models.model import OpenModel
@@ -44,10 +46,17 @@ class TruthIndex:
     def build(cls, inputs: Inputs, truth: OpenModel) -> TruthIndex:
         """Read the truth once and sketch it."""
         index = cls(truth, tensor_tasks(truth, None, lambda tensor: _hidden_units(inputs, tensor)))
-        for number, task in enumerate(index.tasks):
-            if task.tensor.is_float:
-                sketch(index.sketches, number, matrix_view(task.layout.view), index.reader(number))
+        floats = [number for number, task in enumerate(index.tasks) if task.tensor.is_float]
+        for found in compute_ahead(partial(index.of_tensor, number) for number in floats):
+            for length, sketches in found.items():
+                index.sketches.setdefault(length, Sketches()).extend(sketches)
         return index
+
+    def of_tensor(self, number: int) -> dict[int, Sketches]:
+        """Sketches of one tensor."""
+        by_length: dict[int, Sketches] = {}
+        sketch(by_length, number, matrix_view(self.tasks[number].layout.view), self.reader(number))
+        return by_length
 
     def find(self, names: Iterable[str]) -> Iterator[tuple[int, str]]:
         """Number and name of those of these tensors that the truth has."""

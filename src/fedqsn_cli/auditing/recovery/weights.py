@@ -10,8 +10,7 @@ What comes out is a lower bound on what leaks: better attacks may exist.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -30,7 +29,7 @@ from fedqsn_cli.auditing.recovery.low_rank import complete
 from fedqsn_cli.auditing.recovery.metrics import COUNT, DD, EXACT, GG, HITS, WW, AttackResult, ErrorSums, G
 from fedqsn_cli.auditing.rows import CHUNK, has_tensor, model_rows
 from fedqsn_cli.errors import FormatError
-from fedqsn_cli.kernels.read_ahead import read_ahead
+from fedqsn_cli.kernels.read_ahead import compute_ahead
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.public_base import PublicBase
 from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
@@ -42,32 +41,48 @@ Array = NDArray[Any]
 BEST_OF_EACH = "best of each tensor"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Target:
     """One proxy, or several that are put together.
 
     Args:
         results: of each attack on each tensor.
-        shown: sums of each attack over shown elements of the current tensor.
-        base_shown: sums over the same elements with the public base as the guess.
-        moved: ||W' - B||² of each attack over the same elements.
-        as_filled, moved_as_filled: sums over all elements with what the proxy holds as the guess, holes included; and
-            ||W' - B||² of that. Only of a proxy whose holes clients have trained.
     """
 
     scope: str
     proxies: Sequence[OpenedProxy]
     results: dict[str, dict[str, AttackResult]] = field(default_factory=dict)
-    shown: dict[str, ErrorSums] = field(default_factory=dict)
-    base_shown: ErrorSums = field(default_factory=ErrorSums)
-    moved: dict[str, float] = field(default_factory=dict)
-    as_filled: ErrorSums = field(default_factory=ErrorSums)
-    moved_as_filled: float = 0.0
 
     @property
     def reads_holes(self) -> bool:
         """Is what stands in the holes more than the public base?"""
         return len(self.proxies) == 1 and self.proxies[0].manifest.train == "all"
+
+
+@dataclass
+class TensorSums:
+    """What is added up of one tensor of a target.
+
+    Args:
+        shown: sums of each attack over shown elements.
+        moved: ||W' - B||² of each attack over the same elements.
+        base_shown: sums over the same elements with the public base as the guess.
+        as_filled, moved_as_filled: sums over all elements with what the proxy holds as the guess, holes included; and
+            ||W' - B||² of that. Only of a proxy whose holes clients have trained.
+    """
+
+    target: Target
+    shown: dict[str, ErrorSums]
+    moved: dict[str, float]
+    base_shown: ErrorSums = field(default_factory=ErrorSums)
+    as_filled: ErrorSums = field(default_factory=ErrorSums)
+    moved_as_filled: float = 0.0
+
+    @classmethod
+    def none(cls, target: Target, with_base: bool) -> TensorSums:
+        """Nothing was read yet."""
+        names = attacks.estimates(len(target.proxies), with_base)
+        return cls(target, {name: ErrorSums() for name in names}, dict.fromkeys(names, 0.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,28 +128,49 @@ def _attack(truth: OpenModel, inputs: Inputs, targets: Sequence[Target], collect
     tasks = [task for task in tensor_tasks(truth, quantization, lambda tensor: None) if task.tensor.is_float]
     differences: dict[str, float | None] = {}
     inputs.progress.start("attacking", sum(task.size for task in tasks), "weights")
-    for task in tasks:
-        _require(targets, task)
-        with_base = has_tensor(base, task)
-        whole, base_whole = ErrorSums(), ErrorSums() if with_base else None
-        for target in targets:
-            names = attacks.estimates(len(target.proxies), base is not None)
-            target.shown, target.base_shown = {name: ErrorSums() for name in names}, ErrorSums()
-            target.moved = dict.fromkeys(names, 0.0)
-            target.as_filled, target.moved_as_filled = ErrorSums(), 0.0
-        for rows in _rows(truth, base if with_base else None, task, quantization.block_size if quantization else 1):
-            whole.add(rows.w, rows.w, *rows.everything)
-            if base_whole is not None and rows.base is not None:
-                base_whole.add(rows.w, rows.base, *rows.everything, tolerance=0.0)
-            _attack_rows(targets, rows, base is not None)
-            inputs.progress.advance(rows.w.size)
-        differences[task.name] = None if base_whole is None else base_whole[DD]
-        for target in targets:
-            target.results[task.name] = _results(target, whole, base_whole, base is not None)
-            if base is not None and base_whole is not None:
-                _try_low_rank(truth, base, target, task, base_whole)
+    block = quantization.block_size if quantization else 1
+    for task, attacked in zip(tasks, compute_ahead(_calls(truth, base, targets, tasks, block)), strict=True):
+        differences[task.name], results = attacked
+        for target, found in zip(targets, results, strict=True):
+            target.results[task.name] = found
+        inputs.progress.advance(task.size)
     inputs.progress.finish()
     return [_summary(target, tasks, differences, collector) for target in targets]
+
+
+Attacked = tuple[float | None, list[dict[str, AttackResult]]]
+"""Of one tensor: its squared distance to the public base, and the results of each target by attack."""
+
+
+def _calls(
+    truth: OpenModel, base: PublicBase | None, targets: Sequence[Target], tasks: Sequence[TensorTask], block: int
+) -> Iterator[Callable[[], Attacked] | None]:
+    """The calls that attack the tensors, as `compute_ahead` takes them."""
+    for task in tasks:
+        if task.plan.axis == "element":
+            yield None  # element masks are as large as their tensor: hold those of one tensor at a time
+        yield partial(_attack_tensor, truth, base, targets, task, block)
+
+
+def _attack_tensor(
+    truth: OpenModel, base: PublicBase | None, targets: Sequence[Target], task: TensorTask, block: int
+) -> Attacked:
+    _require(targets, task)
+    own_base = base if has_tensor(base, task) else None
+    whole, base_whole = ErrorSums(), ErrorSums() if own_base is not None else None
+    sums = [TensorSums.none(target, base is not None) for target in targets]
+    for first, count in row_chunks(task.layout, block, CHUNK):
+        w = model_rows(truth, task, first, count)
+        rows = Rows(task, first, w, None if own_base is None else model_rows(own_base, task, first, count))
+        whole.add(rows.w, rows.w, *rows.everything)
+        if base_whole is not None and rows.base is not None:
+            base_whole.add(rows.w, rows.base, *rows.everything, tolerance=0.0)
+        _attack_rows(sums, rows, base is not None)
+    results = [_results(one, whole, base_whole, base is not None) for one in sums]
+    if own_base is not None and base_whole is not None:
+        for one, found in zip(sums, results, strict=True):
+            found[attacks.LOW_RANK] = _low_rank(truth, own_base, one, task, base_whole) or found["clamp, base fill"]
+    return None if base_whole is None else base_whole[DD], results
 
 
 def _require(targets: Sequence[Target], task: TensorTask) -> None:
@@ -144,64 +180,53 @@ def _require(targets: Sequence[Target], task: TensorTask) -> None:
             raise FormatError("a tensor of the model is missing", where=f"{target.scope}: {task.name}")
 
 
-def _rows(truth: OpenModel, base: PublicBase | None, task: TensorTask, block: int) -> Iterator[Rows]:
-    """The tensor in runs of whole rows of its working view, read ahead in a thread."""
-    with ThreadPoolExecutor(1) as reader:
-        calls = (partial(_load, truth, base, task, *run) for run in row_chunks(task.layout, block, CHUNK))
-        yield from read_ahead(reader, calls, depth=2)
-
-
-def _load(truth: OpenModel, base: PublicBase | None, task: TensorTask, first: int, rows: int) -> Rows:
-    w = model_rows(truth, task, first, rows)
-    return Rows(task, first, w, None if base is None else model_rows(base, task, first, rows))
-
-
-def _attack_rows(targets: Sequence[Target], rows: Rows, with_base: bool) -> None:
+def _attack_rows(sums: Sequence[TensorSums], rows: Rows, with_base: bool) -> None:
     """One chunk: every proxy alone, then what they say together."""
-    together = targets[-1] if len(targets[-1].proxies) > 1 else None
-    evidence = Evidence.none(rows.w.shape, scale_block(together.proxies[0], rows.task)) if together else None
-    for target in targets:
-        if target is not together:
-            reading = Reading.of(target.proxies[0], rows.task, rows.first, len(rows.w))
-            _attack_alone(target, rows, reading, with_base)
+    together = sums[-1] if len(sums[-1].target.proxies) > 1 else None
+    block = scale_block(together.target.proxies[0], rows.task) if together else 1
+    evidence = Evidence.none(rows.w.shape, block) if together else None
+    for one in sums:
+        if one is not together:
+            reading = Reading.of(one.target.proxies[0], rows.task, rows.first, len(rows.w))
+            _attack_alone(one, rows, reading, with_base)
             if evidence is not None:
                 evidence.add(reading)
     if together is not None and evidence is not None:
         _attack_together(together, rows, evidence)
 
 
-def _attack_alone(target: Target, rows: Rows, reading: Reading, with_base: bool) -> None:
+def _attack_alone(sums: TensorSums, rows: Rows, reading: Reading, with_base: bool) -> None:
     """Add one proxy's rows."""
     row_flags, flags = reading.row_flags, reading.flags
-    _add(target.shown["descale"], rows.w, reading.values, reading.certain, row_flags, flags)
+    _add(sums.shown["descale"], rows.w, reading.values, reading.certain, row_flags, flags)
     if rows.base is not None:
-        target.base_shown.add(rows.w, rows.base, row_flags, flags, tolerance=0.0)
-        target.moved["descale"] += _squares(rows.base, reading.values, row_flags, flags)
-    if target.reads_holes:
-        target.as_filled.add(rows.w, reading.values, *rows.everything)
+        sums.base_shown.add(rows.w, rows.base, row_flags, flags, tolerance=0.0)
+        sums.moved["descale"] += _squares(rows.base, reading.values, row_flags, flags)
+    if sums.target.reads_holes:
+        sums.as_filled.add(rows.w, reading.values, *rows.everything)
         if rows.base is not None:
-            target.moved_as_filled += _squares(rows.base, reading.values, *rows.everything)
+            sums.moved_as_filled += _squares(rows.base, reading.values, *rows.everything)
     if with_base:
         alone = Evidence.none(rows.w.shape)
         alone.add(reading)
         guess = attacks.clamp(alone, rows.base)
-        target.shown["clamp"].add(rows.w, guess, row_flags, flags)
+        sums.shown["clamp"].add(rows.w, guess, row_flags, flags)
         if rows.base is not None:
-            target.moved["clamp"] += _squares(rows.base, guess, row_flags, flags)
+            sums.moved["clamp"] += _squares(rows.base, guess, row_flags, flags)
 
 
-def _attack_together(target: Target, rows: Rows, evidence: Evidence) -> None:
+def _attack_together(sums: TensorSums, rows: Rows, evidence: Evidence) -> None:
     """Add what several proxies say about the same rows."""
     seen = evidence.count > 0
     row_flags, flags = np.asarray(seen.any(axis=1)), seen.astype(np.float32)
-    for name, estimate in attacks.estimates(len(target.proxies), "clamp" in target.shown).items():
+    for name, estimate in attacks.estimates(len(sums.target.proxies), "clamp" in sums.shown).items():
         guess = estimate(evidence, rows.base)
         certain = attacks.known_edges(evidence) if name == attacks.SCALE_READING else guess
-        _add(target.shown[name], rows.w, guess, certain, row_flags, flags)
+        _add(sums.shown[name], rows.w, guess, certain, row_flags, flags)
         if rows.base is not None:
-            target.moved[name] += _squares(rows.base, guess, row_flags, flags)
+            sums.moved[name] += _squares(rows.base, guess, row_flags, flags)
     if rows.base is not None:
-        target.base_shown.add(rows.w, rows.base, row_flags, flags, tolerance=0.0)
+        sums.base_shown.add(rows.w, rows.base, row_flags, flags, tolerance=0.0)
 
 
 def _squares(base: Floats, guess: Floats, row_flags: Array, flags: Floats) -> float:
@@ -232,21 +257,21 @@ def _add(sums: ErrorSums, w: Floats, values: Floats, certain: Floats, row_flags:
 
 
 def _results(
-    target: Target, whole: ErrorSums, base_whole: ErrorSums | None, with_base: bool
+    sums: TensorSums, whole: ErrorSums, base_whole: ErrorSums | None, with_base: bool
 ) -> dict[str, AttackResult]:
-    """All attacks on the current tensor."""
+    """All attacks on a tensor."""
     results = {}
-    for name, shown in target.shown.items():
+    for name, shown in sums.shown.items():
         hidden = whole.minus(shown)
-        hidden_base = base_whole.minus(target.base_shown) if base_whole is not None else None
+        hidden_base = base_whole.minus(sums.base_shown) if base_whole is not None else None
         for fill in attacks.fills(with_base):
             guessed = attacks.filled(fill, shown, hidden, hidden_base)
-            moved = _moved(target.moved[name], shown, guessed, hidden_base, fill) if with_base else None
+            moved = _moved(sums.moved[name], shown, guessed, hidden_base, fill) if with_base else None
             results[attacks.name_of(name, fill)] = AttackResult(shown, guessed, moved)
-    if target.reads_holes:
-        shown = target.shown["descale"]
-        moved = target.moved_as_filled if base_whole is not None else target.as_filled[GG]
-        results[attacks.HOLES] = AttackResult(shown, target.as_filled.minus(shown), moved if with_base else None)
+    if sums.target.reads_holes:
+        shown = sums.shown["descale"]
+        moved = sums.moved_as_filled if base_whole is not None else sums.as_filled[GG]
+        results[attacks.HOLES] = AttackResult(shown, sums.as_filled.minus(shown), moved if with_base else None)
     return results
 
 
@@ -264,14 +289,12 @@ def _moved(of_shown: float, shown: ErrorSums, guessed: ErrorSums, base: ErrorSum
     return of_shown + base[GG] - 2 * mean * base[G] + base[COUNT] * mean * mean
 
 
-def _try_low_rank(truth: OpenModel, base: PublicBase, target: Target, task: TensorTask, base_whole: ErrorSums) -> None:
+def _low_rank(
+    truth: OpenModel, base: PublicBase, sums: TensorSums, task: TensorTask, base_whole: ErrorSums
+) -> AttackResult | None:
     """Low-rank completion, where the tensor is a matrix that is large enough to have a rank."""
-    results = target.results[task.name]
-    shown = complete(truth, base, target.proxies, task) if min(task.layout.view[1:]) >= 32 else None
-    if shown is None:
-        results[attacks.LOW_RANK] = results["clamp, base fill"]
-    else:
-        results[attacks.LOW_RANK] = AttackResult(shown, base_whole.minus(target.base_shown))
+    shown = complete(truth, base, sums.target.proxies, task) if min(task.layout.view[1:]) >= 32 else None
+    return None if shown is None else AttackResult(shown, base_whole.minus(sums.base_shown))
 
 
 def _summary(
