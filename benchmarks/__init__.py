@@ -14,5 +14,6 @@ __main__.py   options in; every figure; table and JSON out
     training.py   a model, data, and the plain loop next to client-train
     lora.py       adapters: training, updates, and the plain loop of peft next to them
     lora_figures.py  the figures about them
+    load.py       many exports at once, tensors, shards, releases, clients
     peers.py      the same work with other people's tools
 """

@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         updates=options.updates,
         clients=sorted({1, *options.clients}),
         millions=options.millions,
+        load=options.load,
     )
     begin = time.monotonic()
     place.prepare_kernels()
@@ -63,6 +64,7 @@ def write(out: Path | None, rows: Sequence[Row], place: Place, begin: float) -> 
         "clients": list(place.clients),
         "updates": place.updates,
         "kernel_millions": place.millions,
+        "load": place.load,
         "seconds": round(time.monotonic() - begin),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--updates", type=int, default=8, help="updates a merge takes (default 8)")
     result.add_argument("--update-format", choices=("bf16", "fp32"), default="bf16", help="precision of the updates")
     result.add_argument("--millions", type=float, default=64, help="numbers a kernel quantizes, in 2^20 (default 64)")
+    result.add_argument("--load", type=float, default=1.0, help="share of the full load, for 'load' (default 1)")
     result.add_argument("--courier", nargs="*", type=float, metavar="GIB", help="measure the courier only")
     result.add_argument("--keep", action="store_true", help="keep models and outputs for the next time")
     return result

@@ -14,6 +14,7 @@ compile     the first command of all            the second one
 training    steps of client-train               a plain loop of transformers and torch
 lora        steps, start and bytes of LoRA      a plain loop of peft; from_pretrained; a full update (lora_figures.py)
 merge-lora  merge of 8 updates of adapters      plain loops that read and write as many bytes (lora_figures.py)
+load        much of everything                  nothing: times, memory and open files (load.py)
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.inputs import Place
+from benchmarks.load import load
 from benchmarks.lora_figures import lora, merge_lora
 from benchmarks.measure import Contender, Sample, compare, run, said_by, step_seconds, total_bytes
 from benchmarks.peers import install_mergekit, linear_merge
@@ -330,6 +332,7 @@ FIGURES: dict[str, Callable[[Place, str], Iterator[Row]]] = {
     "training": training,
     "lora": lora,
     "merge-lora": merge_lora,
+    "load": load,
 }
 SIZES: dict[str, tuple[str, ...]] = {
     "help": ("",),
@@ -346,5 +349,6 @@ SIZES: dict[str, tuple[str, ...]] = {
     "training": ("minilm", "llama-0.1b"),
     "lora": ("1.1b",),
     "merge-lora": ("1.1b",),
+    "load": ("",),
 }
 """On which sizes a figure is measured; "" where the size of a model does not matter."""

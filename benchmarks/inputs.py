@@ -27,7 +27,7 @@ class Place:
     Args:
         update_format: precision of the updates that are merged, fp32 or bf16.
         clients: numbers of clients for the fan-out. updates: how many updates a merge takes.
-        millions: parameters that a kernel quantizes, in 2^20.
+        millions: parameters that a kernel quantizes, in 2^20. load: share of the full load that `load` measures.
     """
 
     work: Path
@@ -37,6 +37,7 @@ class Place:
     clients: Sequence[int] = (1, 10, 100)
     updates: int = 8
     millions: float = 64
+    load: float = 1.0
 
     def module(self, *arguments: object) -> list[str]:
         """A command that runs a module of this package."""

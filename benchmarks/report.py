@@ -26,6 +26,7 @@ class Row:
     Args:
         ratio: of medians, ours over the peer's or the peer's over ours as `target` says; None where there is none.
         target: what is to be reached, as text; reached: whether it was.
+        open_files: the most that one process had, where that was looked at.
     """
 
     figure: str
@@ -37,6 +38,7 @@ class Row:
     target: str = ""
     reached: bool | None = None
     note: str = ""
+    open_files: int | None = None
 
     @classmethod
     def of(
@@ -70,6 +72,12 @@ class Row:
     def peak(cls, figure: str, size: str, ours: Sample, most: float) -> Row:
         """Peak memory, in MiB."""
         return cls(figure, size, ours, target=f"<= {most:g} MiB", reached=ours.largest <= most)
+
+    @classmethod
+    def load(cls, figure: str, ours: Sample, open_files: int, note: str = "") -> Row:
+        """How much of everything something takes."""
+        busy = f"{sum(ours.processor):.1f} processor seconds, {open_files} open files"
+        return cls(figure, "", ours, note="; ".join(filter(None, [busy, note])), open_files=open_files)
 
     @classmethod
     def skipped(cls, figure: str, size: str, why: str) -> Row:

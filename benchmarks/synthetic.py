@@ -81,15 +81,15 @@ SHAPES = {
 }
 
 
-def write(shape: Shape, folder: Path, seed: int) -> None:
-    """Write config.json and the weights, in shards of 5 GB at most."""
+def write(shape: Shape, folder: Path, seed: int, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write config.json and the weights, in shards of so many bytes at most, or of one tensor."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(shape.config(), indent=2))
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     size = 0
     for name, dims in shape.tensors():
         nbytes = 2 * math.prod(dims)
-        if size + nbytes > SHARD_BYTES and shards[-1]:
+        if size + nbytes > shard_bytes and shards[-1]:
             shards.append({})
             size = 0
         shards[-1][name] = dims

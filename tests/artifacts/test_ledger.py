@@ -166,10 +166,10 @@ def test_writes_that_come_in_pieces_are_put_together(path: Path, monkeypatch: py
     assert plain(ledger.read(path)) == [release(1), release(2)]
 
 
-def test_a_missing_ledger_is_an_error_for_a_reader_and_fine_for_a_check(path: Path) -> None:
+def test_a_missing_ledger_is_an_error_where_there_must_be_one(path: Path) -> None:
     with pytest.raises(InputError, match="no ledger"):
         ledger.read(path)
-    ledger.check(path)
+    assert ledger.read_if_there(path) == []
     assert not path.exists()
 
 
@@ -179,7 +179,7 @@ def test_what_is_not_a_file_is_refused_without_waiting_for_it(tmp_path: Path) ->
     (tmp_path / "folder").mkdir()
     for name in ("pipe", "folder"):
         with pytest.raises(InputError, match="not a regular file"):
-            ledger.check(tmp_path / name)
+            ledger.read_if_there(tmp_path / name)
 
 
 BAD_FIELDS: list[dict[str, Any]] = [
@@ -295,7 +295,7 @@ def test_a_head_that_was_made_for_a_rewritten_ledger_needs_the_key(sealed: Path)
 
 def test_a_ledger_that_is_gone_is_not_begun_anew(sealed: Path) -> None:
     sealed.unlink()
-    for reader in (ledger.read, ledger.check):
+    for reader in (ledger.read, ledger.read_if_there):
         with pytest.raises(InputError, match="the ledger is gone"):
             reader(sealed, JOB)
     with pytest.raises(FormatError, match="releases were removed"):

@@ -24,11 +24,16 @@ from pathlib import Path
 
 from fedqsn_cli.cli.app import run as run_here
 from support.attacks import World, make_world
+from support.courier import make_desk
 from support.helpers import contents
 from support.processes import run
 
 TRAIN = "client-train {world}/proxy --out {here}/update --data {world}/data.jsonl --max-steps 6 --batch-size 4"
 JOB = "--key {here}/job.key --ledger {here}/ledger.jsonl"
+CONSOLIDATE = (
+    "consolidate {world}/model {world}/server --out {here}/student --key {here}/job.key "
+    "--own-data {world}/data.jsonl --transfer-data {world}/data.jsonl --steps 3 --batch-size 4"
+)
 
 COMMANDS = {
     "mask": "mask {world}/model --out {here}/server --key {here}/job.key",
@@ -38,12 +43,16 @@ COMMANDS = {
     "client-train": TRAIN + " --update-format nf4 --residual {here}/residual",
     "client-train --save-every": TRAIN + " --save-every 1",
     "merge": "merge {world}/model {world}/update --out {here}/merged " + JOB,
+    "merge --partial": "merge {world}/model {world}/update --partial --out {here}/sum " + JOB,
     "merge --restore": "merge {world}/model --restore {world}/server --out {here}/restored --key {here}/job.key",
-    "consolidate": "consolidate {world}/model {world}/server --out {here}/student --key {here}/job.key "
-    "--own-data {world}/data.jsonl --transfer-data {world}/data.jsonl --steps 3 --batch-size 4",
+    "consolidate": CONSOLIDATE,
+    "consolidate --save-every": CONSOLIDATE + " --save-every 1",
     "audit": "audit {world}/proxy --truth {world}/model --report {here}/report.html --output {here}/audit.json "
     "--format json " + JOB,
+    "courier pack": "courier pack {desk}/courier {desk}/out-1/alice {desk}/out-1/bob --out {here}/outbox "
+    "--key {desk}/owner.key --attestation {desk}/1.json --ledger {desk}/ledger",
 }
+SEALED = {"courier pack"}  # encrypted under keys that are drawn: only names and sizes are the same each time
 
 
 @dataclass
@@ -54,7 +63,11 @@ class Trial:
     name: str
 
     def words(self, here: Path) -> list[str]:
-        return COMMANDS[self.name].format(world=self.world.root, here=here).split()
+        return (
+            COMMANDS[self.name]
+            .format(world=self.world.root, desk=self.world.root / "desk/strongroom", here=here)
+            .split()
+        )
 
     def fresh(self, here: Path) -> Path:
         """A folder as it is before the command."""
@@ -62,6 +75,11 @@ class Trial:
         for name in ("job.key", "ledger.jsonl", "ledger.jsonl.head"):
             shutil.copy2(self.world.root / name, here / name)
         return here
+
+    def state(self, here: Path) -> dict[str, bytes]:
+        """All files of the folder, by name."""
+        found = contents(here)
+        return {name: bytes(len(data)) for name, data in found.items()} if self.name in SEALED else found
 
     def start(self, here: Path) -> int:
         """Start the command in a copy of this process. Returns its process id."""
@@ -78,9 +96,16 @@ class Trial:
             os._exit(code)
 
 
-def check_visible(here: Path, before: dict[str, bytes], after: dict[str, bytes]) -> None:
+def make_place(root: Path) -> World:
+    """A job, and the desk of an owner with a courier in it."""
+    world = make_world(root)
+    make_desk(root / "desk")
+    return world
+
+
+def check_visible(trial: Trial, here: Path, before: dict[str, bytes], after: dict[str, bytes]) -> None:
     """Fail where something that has its own name is neither as before nor as after the command."""
-    found = {name: data for name, data in contents(here).items() if not name.startswith(".")}
+    found = {name: data for name, data in trial.state(here).items() if not name.startswith(".")}
     for name, data in found.items():
         if not name.endswith(".next"):  # a residual that waits for its update
             assert data in (before.get(name), after.get(name)), f"{name} is torn"
@@ -89,25 +114,32 @@ def check_visible(here: Path, before: dict[str, bytes], after: dict[str, bytes])
         assert not missing, f"{folder} lacks {sorted(missing)}"
 
 
+def check_end(trial: Trial, here: Path, after: dict[str, bytes]) -> None:
+    """Run the command again, and fail where the folder is not as after an undisturbed run."""
+    ended = run(*trial.words(here))
+    assert ended.code in (0, 4) or "already exists" in ended.err, ended
+    rest = trial.state(here)
+    unlike = sorted(name for name in rest.keys() | after.keys() if rest.get(name) != after.get(name))
+    assert not unlike, f"another end: {unlike}"
+    folders = [path.name for path in here.iterdir() if path.is_dir() and path.name.startswith(".")]
+    assert not folders, folders
+
+
 def killed(trial: Trial, here: Path, after: dict[str, bytes], seconds: float) -> str:
     """Kill the command after some time, end its work, and compare. Returns what was found after the kill."""
-    before = contents(trial.fresh(here))
+    before = trial.state(trial.fresh(here))
     child = trial.start(here)
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     was_killed = os.WIFSIGNALED(status)
-    check_visible(here, before, after)
-    found = "ended before" if not was_killed else "old state" if contents(here) == before else "leftovers or new state"
-    ended = run(*trial.words(here))
-    assert ended.code in (0, 4) or "already exists" in ended.err, ended
-    rest = contents(here)
-    unlike = sorted(name for name in rest.keys() | after.keys() if rest.get(name) != after.get(name))
-    assert not unlike, f"another end after a kill at {seconds:.3f} s: {unlike}"
-    folders = [path.name for path in here.iterdir() if path.is_dir() and path.name.startswith(".")]
-    assert not folders, folders
+    check_visible(trial, here, before, after)
+    found = (
+        "ended before" if not was_killed else "old state" if trial.state(here) == before else "leftovers or new state"
+    )
+    check_end(trial, here, after)
     shutil.rmtree(here)
-    return found
+    return found if was_killed else "ended before"
 
 
 def kills(name: str, world: World, scratch: Path, count: int, seed: int) -> Counter[str]:
@@ -119,7 +151,7 @@ def kills(name: str, world: World, scratch: Path, count: int, seed: int) -> Coun
         _, status = os.waitpid(trial.start(here), 0)
         took = time.monotonic() - started
         assert os.waitstatus_to_exitcode(status) in (0, 4), f"{name} ends with {os.waitstatus_to_exitcode(status)}"
-        after = contents(here)
+        after = trial.state(here)
         shutil.rmtree(here)
     starts = (0.0, 0.0, 0.8 * took)  # a third while it writes, which most commands do at their end
     times = (draw.uniform(draw.choice(starts), 1.05 * took) for _ in range(count))
@@ -139,7 +171,7 @@ def main() -> int:
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with tempfile.TemporaryDirectory() as folder:
-        world = make_world(Path(folder) / "world")
+        world = make_place(Path(folder) / "world")
         for number, name in enumerate(asked.commands):
             (scratch := Path(folder) / str(number)).mkdir()
             counts = kills(name, world, scratch, asked.kills, asked.seed)

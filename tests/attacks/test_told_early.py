@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from pathlib import Path
@@ -44,6 +45,27 @@ def test_every_file_of_a_tokenizer_goes_with_a_model(name: str, world: World, tm
     assert "not carried along: helper.py" in ended.err
     assert (tmp_path / "proxy" / name).read_bytes() == b"words"
     assert name in json.loads((tmp_path / "proxy" / "proxy.json").read_text())["files"]
+
+
+def test_weights_in_a_tokenizer_file_are_told_of_before_the_release_that_an_audit_fails(
+    world: World, tmp_path: Path
+) -> None:
+    model = world.copy("model", tmp_path)
+    weights = base64.b64encode(np.random.default_rng(0).bytes(330_000)).decode()
+    edit(model, "tokenizer_config.json", note=weights)
+
+    ended = run(*world.export(model, tmp_path))
+    audited = run("audit", tmp_path / "proxy", "--format", "json")
+
+    assert ended.code == 0, ended
+    (note,) = [line for line in ended.err.splitlines() if "FQ104" in line]
+    assert "tokenizer_config.json has 3" in note and "every proxy" in note
+    (finding,) = [one for one in json.loads(audited.out)["findings"] if one["rule"] == "FQ104"]
+    assert finding["message"] in note
+
+
+def test_usual_companions_are_not_told_of(world: World, tmp_path: Path) -> None:
+    assert "FQ104" not in run(*world.export(world.model, tmp_path)).err
 
 
 def test_texts_about_a_model_and_its_weights_are_not_called_left_behind(tmp_path: Path) -> None:

@@ -95,6 +95,23 @@ def test_adapters_are_measured_next_to_a_plain_loop_of_peft(tmp_path: Path) -> N
     assert {row["target"] for row in rows.values()} == {"<= 1.05x", "<= 1x", "<= 0.01x", "<= 1.3x", ""}
 
 
+@pytest.mark.soak
+def test_a_little_load_is_measured_with_memory_and_open_files(tmp_path: Path) -> None:
+    figures, table = bench(tmp_path, "--only", "load", "--load", "0.03")
+
+    rows = {row["figure"]: row for row in figures["rows"]}
+    assert list(rows) == [
+        "2 exports at once",
+        "export of 300 tensors in 1 files",
+        "export of 12 tensors in 12 files",
+        "export with 3000 earlier releases",
+        "export for 6 clients (tiny)",
+        "merge of 6 updates (tiny)",
+    ]
+    assert all(row["open_files"] > 0 and row["ours"]["peak"][0] > 0 for row in rows.values())
+    assert "3 of 3 releases in the ledger" in table
+
+
 def test_a_figure_that_does_not_fit_on_the_disk_is_skipped_with_a_reason(tmp_path: Path) -> None:
     from benchmarks.inputs import NoRoom, Place
 

@@ -26,7 +26,7 @@ from fedqsn_cli.training.compact import VisibleParameters
 from fedqsn_cli.training.interrupts import held_signals
 from fedqsn_cli.training.journal import StepFigures
 from fedqsn_cli.training.loop import Surroundings, TrainingSummary
-from fedqsn_cli.training.states import KEPT, StateFolder
+from fedqsn_cli.training.states import KEPT, StateFolder, remove_finished
 from support.processes import run
 from support.training_jobs import labelled, make_proxy, small_model
 from support.warm_processes import WarmServer
@@ -330,6 +330,27 @@ def test_a_dry_run_writes_nothing(job: Path, tmp_path: Path) -> None:
     assert (outcome.code, outcome.err) == (0, "")
     assert "bytes per parameter" in outcome.out
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_states_that_a_kill_left_beside_their_update_are_deleted_when_it_is_found(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: StateFolder) -> None:
+        raise Killed
+
+    update, states = tmp_path / "update", tmp_path / ".update.fedqsn-states"
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(StateFolder, "remove", killed)
+        client_train(job / "proxy", update, data=job / "data.jsonl", max_steps=2, save_every="1", **CPU)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/update.json").write_text("{}")
+
+    remove_finished(update, tmp_path / "other")
+    assert list(states.glob("step-*"))
+    ended = run(*words(job, update, "--save-every", "1"))
+
+    assert (ended.code, states.exists()) == (2, False)
+    assert "already exists" in ended.err
 
 
 def test_leftovers_of_a_kill_are_swept(tmp_path: Path) -> None:

@@ -120,14 +120,13 @@ def _read(path: Path, job: Sealer | None) -> _Lines:
     return lines
 
 
-def check(path: Path, job: Sealer | None = None) -> None:
-    """Refuse a damaged ledger before any work is done; one that does not exist yet is fine.
+def read_if_there(path: Path, job: Sealer | None = None) -> list[Release]:
+    """As `read`; none where the ledger does not exist yet.
 
     Raises:
         InputError: it is not a regular file, or is gone. FormatError: see `read`.
     """
-    if path.exists() or head_path(path).exists():
-        read(path, job)
+    return read(path, job) if path.exists() or head_path(path).exists() else []
 
 
 def record(
@@ -200,13 +199,13 @@ def _record(path: Path, job: Sealer, choose: Callable[[_Lines], Sequence[Entry]]
 
 def _chained(entries: Sequence[Entry], digests: Sequence[str]) -> tuple[bytes, list[str]]:
     """The lines of new entries, and the digests of the ledger with them."""
-    lines, digests = b"", list(digests)
+    lines, digests = [], list(digests)
     for entry in entries:
         linked = entry.model_copy(update={"previous": digests[-1]})
         line = strictjson.dumps(linked.model_dump(mode="json")).encode()
         digests.append(hashlib.sha256(line).hexdigest())
-        lines += line + b"\n"
-    return lines, digests
+        lines.append(line + b"\n")
+    return b"".join(lines), digests
 
 
 def _unknown(known: Sequence[Release], releases: Sequence[Release], path: Path) -> Iterator[Release]:

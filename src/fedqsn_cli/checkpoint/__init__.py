@@ -2,6 +2,7 @@
 
 files.py      plain files: opened with limits, replaced and locked
 companions.py  the files of a tokenizer beside a model
+companion_limits.py  how much they may say before they could carry weights
 header.py     one safetensors header, read strictly or planned ahead
 direct_io.py  reading around the page cache
 model_config.py  config.json: types, and sizes against the tensors

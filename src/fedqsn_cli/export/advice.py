@@ -1,10 +1,12 @@
-"""What an owner should hear before a release: what is not carried along, and why no client could train a proxy."""
+"""What an owner should hear before a release: what is carried along and what is not, and why nobody could train it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from fedqsn_cli.artifacts.ledger import Release
+from fedqsn_cli.artifacts.sanitize import public_companion, public_config
+from fedqsn_cli.checkpoint.companion_limits import excess, most_tokens
 from fedqsn_cli.checkpoint.companions import left_behind
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.models.architecture import is_known_architecture, task_of
@@ -22,6 +24,18 @@ def tell_what_stays(model: OpenModel, progress: Progress) -> None:
     if names:
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         progress.note(f"not carried along: {', '.join(names[:8])}{more}")
+
+
+def tell_of_unusual_companions(model: OpenModel, progress: Progress) -> None:
+    """Name files beside the weights that could carry weights: an audit fails them (FQ104)."""
+    tokens = most_tokens(tensor.shape for tensor in model.plan.tensors)
+    files = [(path.name, public_companion(path)) for path in model.checkpoint.companions]
+    if model.checkpoint.config is not None:
+        files.insert(0, ("config.json", public_config(model.checkpoint.config, None)))
+    for name, data in files:
+        found = excess(name, data, tokens)
+        if found is not None:
+            progress.note(f"{found.message}; it goes out with every proxy, and 'fedqsn audit' fails it (FQ104)")
 
 
 def refuse_untrainable(model: OpenModel, allowed: bool) -> str | None:

@@ -23,7 +23,13 @@ from fedqsn_cli.checkpoint import ArtifactWriter, FolderWriter, WriterThreads, a
 from fedqsn_cli.checkpoint import push as push_to_hub
 from fedqsn_cli.checkpoint.reader import MAX_OPEN_FILES
 from fedqsn_cli.errors import InputError, OutputExists
-from fedqsn_cli.export.advice import check_settings, refuse_untrainable, tell_of_second_proxies, tell_what_stays
+from fedqsn_cli.export.advice import (
+    check_settings,
+    refuse_untrainable,
+    tell_of_second_proxies,
+    tell_of_unusual_companions,
+    tell_what_stays,
+)
 from fedqsn_cli.export.companions import write_public_companions
 from fedqsn_cli.export.outputs import METADATA, client_output, tensor_specs
 from fedqsn_cli.export.pipeline import run
@@ -105,11 +111,10 @@ def export_proxy(source: str | Path, options: ExportOptions, *, progress: Progre
     sign = _signer(options)
     session = open_session(source, options)
     untrainable = refuse_untrainable(session.model, options.allow_untrainable)
-    ledgers.check(ledger, None if options.trust_records else session.job)
+    past = ledgers.read_if_there(ledger, None if options.trust_records else session.job)
     train = _trained_fill(session, options)
     masks = [session.client_masks(client, options) for client in options.client]
     budget = _budget(session, masks, options)
-    past = ledgers.read(ledger) if ledger.exists() else []
     of_job = [release for release in past if release.job == session.job.commitment]
     check_settings(options, of_job)
     budget.check(past)
@@ -121,6 +126,7 @@ def export_proxy(source: str | Path, options: ExportOptions, *, progress: Progre
         releases = export.write(writers, masks, algorithm, progress, together=together)
         published = _published_before(options, writers)
         tell_what_stays(session.model, progress)
+        tell_of_unusual_companions(session.model, progress)
         if untrainable is not None:
             progress.note(f"no client can train a proxy of this model: {untrainable}")
         tell_of_second_proxies(of_job, releases, progress)

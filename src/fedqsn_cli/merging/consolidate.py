@@ -9,6 +9,7 @@ are. Teachers are asked once, whatever number of weights w is tried. No client t
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fedqsn_cli.artifacts.manifests import file_digest
+from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, file_digest, manifest_bytes
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, files, write_file_atomically
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.export.session import keep_outside
@@ -36,7 +37,7 @@ from fedqsn_cli.training.data import Encoder
 from fedqsn_cli.training.data_files import read_table
 from fedqsn_cli.training.loop import Surroundings, TrainingSummary, train
 from fedqsn_cli.training.scoring import Evaluation, score
-from fedqsn_cli.training.states import StateFolder
+from fedqsn_cli.training.states import StateFolder, remove_finished
 from fedqsn_cli.training.tables import Table
 from fedqsn_cli.training.teachers import TAUGHT_TASKS, Distillation, Lesson, listen
 
@@ -99,6 +100,8 @@ def consolidate(
     keep_outside(Path(options.out), **{name.replace("_", "-"): getattr(options, name) for name in outside})
     if options.report is not None:
         files.require_file_target(options.report)
+    for weight in _weights(options):
+        remove_finished(_named(options, weight), Path(options.out))
     with ArtifactWriter(Path(options.out), force=options.force, digest=None) as writer, quiet(), memory_errors():
         result = _Consolidation.of(source, trained, options, writer.place("student"), progress).run(writer)
     if options.report is not None and result.search is not None:
@@ -106,6 +109,17 @@ def consolidate(
 
         write_file_atomically(Path(options.report), render(result.search).encode())
     return result
+
+
+def _weights(options: ConsolidateOptions) -> Sequence[float]:
+    """The weights of the transfer that are tried."""
+    return WEIGHTS if options.transfer_weight == "auto" else (options.transfer_weight,)
+
+
+def _named(options: ConsolidateOptions, weight: float) -> Path:
+    """What the states of the training with one weight are named after."""
+    out = Path(os.path.abspath(options.out))
+    return out.with_name(f"{out.name}-{weight:g}") if options.transfer_weight == "auto" else out
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,11 +205,10 @@ class _Consolidation:
             best, search = self._searched(lessons)
         else:
             best, search = self._attempt(lessons, weight), None
-        path = self._write(writer, best.student)
-        for tried in WEIGHTS if weight == "auto" else (weight,):
-            states = self._states(tried)
-            if states is not None:
-                states.remove()
+        states = [found for tried in _weights(self.options) if (found := self._states(tried)) is not None]
+        path = self._write(writer, best.student, states)
+        for folder in states:
+            folder.remove()
         return self._result(path, lessons, best, search)
 
     def _searched(self, lessons: _Lessons) -> tuple[_Attempt, WeightSearch]:
@@ -304,19 +317,19 @@ class _Consolidation:
         for name, model in (("GLOBAL", self.inputs.whole), ("SERVER", self.inputs.server)):
             paths = {Path(entry.file) for entry in model.checkpoint.entries.values()}
             facts[name] = {path.name: file_digest(path) for path in sorted(paths)}
-        out = Path(os.path.abspath(options.out))
-        if options.transfer_weight == "auto":
-            out = out.with_name(f"{out.name}-{weight:g}")
-        return StateFolder(out, facts, options.save_every)
+        return StateFolder(_named(options, weight), facts, options.save_every)
 
-    def _write(self, writer: ArtifactWriter, student: Student) -> str:
+    def _write(self, writer: ArtifactWriter, student: Student, states: Sequence[StateFolder]) -> str:
         """Write the student in the dtypes of the global model."""
         inputs, whole = self.inputs, self.inputs.whole
         limit = self.options.max_shard_bytes
         with model_sinks(writer, whole, inputs.tasks, limit, with_residual=False) as (sink, _):
             student.write(sink)
         files.remove_tree(self.work)
-        return publish(writer, whole, merged_manifest(whole, inputs.job))
+        manifest = merged_manifest(whole, inputs.job)
+        for folder in states:
+            folder.finish(MODEL_MANIFEST, hashlib.sha256(manifest_bytes(manifest)).hexdigest())
+        return publish(writer, whole, manifest)
 
     def _result(self, path: str, lessons: _Lessons, best: _Attempt, search: WeightSearch | None) -> ConsolidateResult:
         return ConsolidateResult(

@@ -8,6 +8,7 @@ a pipe: bytes as they are, all else as JSON.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -16,7 +17,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
 from fedqsn_cli import errors
@@ -31,7 +32,15 @@ _BYTES, _JSON = b"B", b"J"  # what the first byte of a result says of the rest
 _TOO_LONG, _TOO_MUCH = "takes too long", "takes too much memory, or crashes the library that reads it"
 
 
-def in_child(work: Callable[[], Any], *, what: str, where: object, seconds: float, memory: int = MEMORY) -> Any:
+def in_child(
+    work: Callable[[], Any],
+    *,
+    what: str,
+    where: object,
+    seconds: float,
+    memory: int = MEMORY,
+    reads: Collection[int] = (),
+) -> Any:
     """Call a function in a child process, and return its result.
 
     Args:
@@ -40,6 +49,7 @@ def in_child(work: Callable[[], Any], *, what: str, where: object, seconds: floa
         where: the file or folder that decides what it takes.
         seconds: of processor time that it may take; waiting, twice as long.
         memory: bytes that it may take beyond what this process has.
+        reads: descriptors that it uses; all others are closed to it.
 
     Raises:
         InputError: it took too much time or memory, or it crashed.
@@ -49,7 +59,7 @@ def in_child(work: Callable[[], Any], *, what: str, where: object, seconds: floa
     child = os.fork()
     if child == 0:
         os.close(reading)
-        _run(work, writing, seconds, memory)
+        _run(work, {writing, *reads}, writing, seconds, memory)
     os.close(writing)
     try:
         data, status = _received(reading, child, time.monotonic() + 2 * seconds + 5)
@@ -97,21 +107,33 @@ def _result(data: bytes, what: str, where: object) -> Any:
     raise kind(sent["what"], where=sent["where"], hint=sent["hint"])
 
 
-def _run(work: Callable[[], Any], writing: int, seconds: float, memory: int) -> NoReturn:
+def _run(work: Callable[[], Any], kept: Collection[int], writing: int, seconds: float, memory: int) -> NoReturn:
     """The child: never returns, and runs nothing that the parent would run at its end."""
     code = 1
     try:
         end_with_parent()
         faulthandler.disable()
         _limit(seconds, memory)
-        silence = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silence, 1)
-        os.dup2(silence, 2)  # a panic of Rust code is a page of text
+        _let_go(kept)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads were not copied
         _send(writing, _outcome(work))
         code = 0
     finally:
         os._exit(code)
+
+
+def _let_go(kept: Collection[int]) -> None:
+    """Let go of everything else that the parent has open, and say nothing: a panic of Rust code is a page of text.
+
+    The locks of an output are among it: in a child they would outlive a parent that is killed, and its next run would
+    not dare to sweep what that one left. Nor are keys and data within reach of a stranger's file.
+    """
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        if descriptor not in {nothing, *kept}:
+            with contextlib.suppress(OSError):  # the one that listed them
+                os.fstat(descriptor)
+                os.dup2(nothing, descriptor, inheritable=False)
 
 
 def _outcome(work: Callable[[], Any]) -> bytes | dict[str, Any]:

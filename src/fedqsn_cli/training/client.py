@@ -45,7 +45,7 @@ from fedqsn_cli.training.privacy import privacy_record, reported_losses
 from fedqsn_cli.training.private_loop import plan_privacy, require_opacus, train_privately
 from fedqsn_cli.training.processes import Processes, joined, launched, own_device
 from fedqsn_cli.training.scoring import Evaluation, score
-from fedqsn_cli.training.states import StateFolder
+from fedqsn_cli.training.states import StateFolder, remove_finished
 from fedqsn_cli.training.tables import Table
 from fedqsn_cli.version import VERSION
 
@@ -123,6 +123,8 @@ def client_train(proxy: str | Path, options: TrainOptions, *, progress: Progress
             if signer is not None:
                 sign_artifacts(signer, [writer])
             ready.method.prepare(Path(path), writer.digests[UPDATE_MANIFEST])
+            if ready.states is not None:
+                ready.states.finish(UPDATE_MANIFEST, writer.digests[UPDATE_MANIFEST])
             path = str(writer.publish())
             ready.method.sent()
             if ready.states is not None:
@@ -179,6 +181,7 @@ def _writer(options: TrainOptions) -> Any:
     """The writer of the output; None in all processes but the first."""
     if not launched().is_first:
         return nullcontext()
+    remove_finished(Path(options.out), Path(options.out))
     # A signature lists SHA-256, so with one the files are hashed only once.
     return ArtifactWriter(Path(options.out), force=options.force, digest="sha256" if options.sign else "blake3")
 

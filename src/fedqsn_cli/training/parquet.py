@@ -48,6 +48,7 @@ def read_columns(
             where=path,
             seconds=10 + most / _BYTES_A_SECOND,
             memory=3 * most,  # as they are read, put together, and sent
+            reads=[file.fileno()],
         )
     except DataError:
         raise

@@ -4,6 +4,7 @@
         step-00000200/
             state.safetensors     leaves, optimizer state, losses, state of the random generators
             state.json            step, seconds, scalars of the optimizer, facts, digest of state.safetensors
+        finished.json             once the output is about to appear: its manifest, and the digest of that
 
 A state appears whole or not at all. Its facts (digests of proxy and data, and options that decide what is trained) must
 be those of the run that goes on from it.
@@ -26,6 +27,7 @@ from torch import Tensor
 from fedqsn_cli import strictjson, validate
 from fedqsn_cli.artifacts.manifests import file_digest
 from fedqsn_cli.checkpoint import ArtifactWriter, TensorSpec, files
+from fedqsn_cli.checkpoint.writer import MANIFESTS
 from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.models.dense import TORCH_DTYPES
 from fedqsn_cli.progress import Progress
@@ -35,7 +37,7 @@ KEPT = 2
 """States that are kept: the last one, and the one before, should the last one be damaged."""
 
 _LARGEST = 4 << 20  # bytes of a document
-_TENSORS, _DOCUMENT = "state.safetensors", "state.json"
+_TENSORS, _DOCUMENT, _FINISHED = "state.safetensors", "state.json", "finished.json"
 _STORED = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
@@ -72,8 +74,7 @@ class StateFolder:
             facts: what a state must agree with, by the name that messages use.
             every: see `validate.interval`.
         """
-        whole = Path(os.path.abspath(out))
-        self.path = whole.with_name(f".{whole.name}.fedqsn-states")
+        self.path = _states_of(out)
         self._facts = dict(facts)
         self._steps, self._seconds = validate.interval(every, "--save-every")
         self._last = time.monotonic()
@@ -201,6 +202,49 @@ class StateFolder:
         """Folders of states, the last one first."""
         return sorted(self.path.glob("step-*"), reverse=True)
 
+    def finish(self, manifest: str, digest: str) -> None:
+        """Note the output that the training ends with; call it before that is published.
+
+        Args:
+            manifest: name of a file in the output. digest: its SHA-256.
+        """
+        if not self.path.is_dir():  # nothing was saved
+            return
+        document = strictjson.dumps({"manifest": manifest, "sha256": digest})
+        files.write_file_atomically(self.path / _FINISHED, document.encode(), 0o600)
+
     def remove(self) -> None:
         """Delete all states: the output is there."""
-        files.remove_tree(self.path)
+        _remove(self.path)
+
+
+def remove_finished(states_of: Path, out: Path) -> None:
+    """Delete states whose training was killed after it had published its output, and before it had deleted them.
+
+    Args:
+        states_of: the path that the states are named after. out: the output.
+
+    Raises:
+        InputError, FormatError: what is there in place of `finished.json` cannot be read.
+    """
+    path = _states_of(states_of)
+    if not (os.path.lexists(path / _FINISHED) and os.path.lexists(out)):
+        return
+    finished = strictjson.loads(files.read_file(path / _FINISHED, _LARGEST), path / _FINISHED)
+    if not isinstance(finished, dict) or finished.get("manifest") not in MANIFESTS:
+        raise FormatError("is malformed", where=path / _FINISHED, hint="delete the folder that it is in")
+    manifest = out / finished["manifest"]
+    if manifest.is_file() and file_digest(manifest) == finished.get("sha256"):
+        _remove(path)
+
+
+def _states_of(out: Path) -> Path:
+    whole = Path(os.path.abspath(out))
+    return whole.with_name(f".{whole.name}.fedqsn-states")
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder of states; the note that they are finished goes last, lest a kill leaves states without it."""
+    for state in path.glob("*step-*"):
+        files.remove_tree(state)
+    files.remove_tree(path)
