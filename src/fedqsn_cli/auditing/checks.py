@@ -80,20 +80,15 @@ class AuditCheck:
     failed: str = ""
     of_truth: bool = False
 
-    def collected(self, inputs: Inputs) -> Collector:
-        """What is found, by itself."""
-        collector = Collector()
-        self.run(inputs, collector)
-        return collector
-
-    def run(self, inputs: Inputs, collector: Collector) -> None:
-        """Look at every item; what is found goes to the collector."""
-        given = [] if self.need is None else [self.need.find(inputs)]
+    def run(self, inputs: Inputs) -> Collector:
+        """What is found in all items."""
+        given, collector = [] if self.need is None else [self.need.find(inputs)], Collector()
         for item in self.over(inputs):
             if self.need is not None and given == [None]:
                 collector.add(self.rule.lacks(scope, self.need, more=self.more) for scope in item.scopes)
             else:
                 self._apply(collector, item.scopes, inputs, item, *given)
+        return collector
 
     def _apply(self, collector: Collector, scopes: tuple[str, ...], *arguments: Any) -> None:
         if not collector.attempt(lambda: collector.add(self.function(*arguments)), *scopes, problem=self.problem):
@@ -122,6 +117,6 @@ def check(
 def run_checks(checks: Sequence[AuditCheck], inputs: Inputs, collector: Collector) -> None:
     """Run checks in their order; those of the truth alone start at once, in a thread."""
     with ThreadPoolExecutor(1, "fedqsn-check") as thread:
-        started = [thread.submit(one.collected, inputs) if one.of_truth else None for one in checks]
+        started = [thread.submit(one.run, inputs) if one.of_truth else None for one in checks]
         for one, future in zip(checks, started, strict=True):
-            collector.extend(future.result() if future is not None else one.collected(inputs))
+            collector.extend(future.result() if future is not None else one.run(inputs))
