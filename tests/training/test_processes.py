@@ -23,12 +23,22 @@ from support.warm_processes import WarmServer
 EXACT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
+METHODS = {"full": "update.safetensors", "lora": "adapter_model.safetensors"}  # and the file of what was trained
+
+
+@pytest.fixture(params=METHODS)
+def method(request: pytest.FixtureRequest) -> str:
+    """Each method of training."""
+    return str(request.param)
+
+
 @pytest.fixture
-def job(tmp_path: Path) -> Path:
+def job(tmp_path: Path, method: str) -> Path:
     """A folder with a proxy, data.jsonl, and the update and the log of one process with batches of 8."""
     proxy = make_proxy(small_model(tmp_path / "model", **EXACT), tmp_path / "proxy")
     data = labelled(tmp_path / "data.jsonl", rows=25)  # the last batch has one row: none for the second process
     given: dict[str, Any] = {"device": "cpu", "precision": "fp32", "epochs": 2, "lr": 1e-3, "batch_size": 8}
+    given["method"] = method
     one = client_train(proxy, tmp_path / "one", data=data, eval_data=data, log=tmp_path / "one.jsonl", **given)
     assert one.steps == 8
     return tmp_path
@@ -40,40 +50,43 @@ WORDS = shlex.split(
 )
 
 
-def check(job: Path, printed: str) -> None:
+def check(job: Path, method: str, printed: str) -> None:
     """Two processes have done what one did, and one of them has said so."""
     assert printed.count("update  ") == 1
     assert printed.count("fedqsn: training") == 1
     assert losses(job / "two.jsonl") == pytest.approx(losses(job / "one.jsonl"), abs=1e-5)
-    ours, theirs = (load_file(job / name / "update.safetensors") for name in ("two", "one"))
+    ours, theirs = (load_file(job / name / METHODS[method]) for name in ("two", "one"))
+    assert ours.keys() == theirs.keys()
     for name, values in theirs.items():
         torch.testing.assert_close(ours[name], values, rtol=1e-2, atol=2e-5)  # AdamW's first steps are of size lr
     assert sorted(path.name for path in job.glob(".two*")) == []
 
 
-def test_two_processes_take_the_steps_of_one_with_twice_the_batch(job: Path, warm_server: WarmServer) -> None:
+def test_two_processes_take_the_steps_of_one_with_twice_the_batch(
+    job: Path, method: str, warm_server: WarmServer
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with (job / "printed").open("w") as printed:
         ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank), **common} for rank in range(2))
-        both = [warm_server.start(*WORDS, err=printed, folder=job, **rank) for rank in ranks]
+        both = [warm_server.start(*WORDS, "--method", method, err=printed, folder=job, **rank) for rank in ranks]
         assert [child.wait() for child in both] == [0, 0], (job / "printed").read_text()
-    check(job, (job / "printed").read_text())
+    check(job, method, (job / "printed").read_text())
 
 
 @pytest.mark.soak
-def test_accelerate_launches_them(job: Path) -> None:
+def test_accelerate_launches_them(job: Path, method: str) -> None:
     launch = shlex.split("accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port 0 -m fedqsn_cli")
     done = subprocess.run(
-        [sys.executable, "-m", *launch, *WORDS],
+        [sys.executable, "-m", *launch, *WORDS, "--method", method],
         cwd=job,
         env=environment(OMP_NUM_THREADS="1"),
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    check(job, done.stdout + done.stderr)
+    check(job, method, done.stdout + done.stderr)
 
 
 def losses(log: Path) -> list[float]:
