@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +292,18 @@ def test_large_groups_are_kept_in_memory_one_at_a_time(tmp_path: Path, monkeypat
         assert units.flags(name).size == sizes[name]
         kept.append(set(units._flags))
     assert kept == [{"small"}, {"large"}, {"small", "large"}, {"larger"}]
+
+
+def test_several_threads_may_ask_for_large_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {name: 20 + number for number, name in enumerate("abcd")}
+    with ArtifactWriter(tmp_path / "out", force=False) as writer:
+        write_visible(writer, sizes, lambda _, units: np.ones(units, np.bool_))
+        writer.publish()
+    units = visible_units(tmp_path / "out", sizes)
+    monkeypatch.setattr(proxy_folder, "_LARGE", 10)
+    names = list(sizes) * 500
+    with ThreadPoolExecutor(4) as threads:
+        assert [flags.size for flags in threads.map(units.flags, names)] == [sizes[name] for name in names]
 
 
 def test_a_proxy_is_verified_file_by_file(proxy: Path) -> None:

@@ -20,6 +20,7 @@ from fedqsn_cli.auditing.recovery.intervals import cells
 from fedqsn_cli.auditing.recovery.metrics import ErrorSums
 from fedqsn_cli.auditing.recovery.weights import recover_weights
 from fedqsn_cli.export.outputs import METADATA
+from fedqsn_cli.kernels import read_ahead
 from fedqsn_cli.options import AuditOptions
 from support.families import build
 from support.leaks import AuditedJob, make_job, perturb_codes, requantize, tamper
@@ -54,6 +55,16 @@ def attack(job: AuditedJob, *, base: Path | None = None, clients: Any = None) ->
 
 def score(recovery: Recovery, name: str) -> AttackScore:
     return next(one for one in recovery.attack_table if one.attack == name)
+
+
+@pytest.mark.parametrize("axis", ["neuron", "element"])
+def test_the_number_of_threads_changes_no_measure(axis: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = gaussian(tmp_path / "job", clients=2, p1=0.2, p2=0.2, double_quant=True, axis=axis)
+    found = []
+    for threads in (1, 4):
+        monkeypatch.setattr(read_ahead, "thread_count", lambda threads=threads: threads)
+        found.append(attack(job, base=job.truth))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedqsn_cli import audit, verify
 from fedqsn_cli.artifacts.manifests import SIGNATURE
+from fedqsn_cli.auditing.checks import run_checks
 from fedqsn_cli.auditing.completeness import Collector
 from fedqsn_cli.auditing.findings import Audit
 from fedqsn_cli.auditing.inputs import open_inputs
@@ -66,8 +67,7 @@ def checked(job: AuditedJob, **options: Any) -> Audit:
     """The hard invariants of alice's proxy alone: no attacks, which take their time."""
     collector = Collector()
     inputs = open_inputs([job.proxy()], collector, AuditOptions(**everything(job) | options))
-    for check in CHECKS:
-        check.run(inputs, collector)
+    run_checks(CHECKS, inputs, collector)
     return Audit(tuple(collector.findings), tuple(collector.checks))
 
 

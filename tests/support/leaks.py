@@ -18,6 +18,7 @@ from torch import Tensor
 from fedqsn_cli import export_proxy, strictjson
 from fedqsn_cli.artifacts.ledger_head import write_head
 from fedqsn_cli.artifacts.manifests import ProxyManifest, file_digest, read_manifest
+from fedqsn_cli.auditing.checks import run_checks
 from fedqsn_cli.auditing.completeness import Collector
 from fedqsn_cli.auditing.findings import Audit
 from fedqsn_cli.auditing.inputs import open_inputs
@@ -137,8 +138,7 @@ def audit(
         known |= {"public_base": job.base, "after": after}
     folders = [job.proxy(client) for client in clients or job.clients]
     inputs = open_inputs(folders, collector, AuditOptions(**known))
-    for check in CHECKS:
-        check.run(inputs, collector)
+    run_checks(CHECKS, inputs, collector)
     return Audit(tuple(collector.findings), tuple(collector.checks))
 
 

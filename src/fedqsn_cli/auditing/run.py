@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fedqsn_cli.artifacts.manifests import file_digest
 from fedqsn_cli.auditing.attest import write_attestation
+from fedqsn_cli.auditing.checks import run_checks
 from fedqsn_cli.auditing.completeness import DOES_NOT_BELONG, Collector
 from fedqsn_cli.auditing.findings import Audit, FunctionRecovery
 from fedqsn_cli.auditing.gate import evaluate_policy
@@ -64,8 +65,7 @@ def audit(
     signer = _signer(proxies, options)
     inputs = open_inputs(proxies, collector, options, progress)
     if proxies or options.after is not None:
-        for check in CHECKS:
-            check.run(inputs, collector)
+        run_checks(CHECKS, inputs, collector)
     measured = Measured(
         recover_weights(inputs, collector) if proxies else (),
         _function(inputs, collector, policy) if proxies else None,

@@ -40,7 +40,7 @@ def _truth(inputs: Inputs) -> list[Together]:
     return [] if inputs.truth is None else [Together(("truth",))]
 
 
-@check(HIDDEN_UNIT_PRESENT, _truth, TRUTH, problem="cannot be searched")
+@check(HIDDEN_UNIT_PRESENT, _truth, TRUTH, problem="cannot be searched", of_truth=True)
 def copies_in_truth(inputs: Inputs, group: Together, model: OpenModel) -> Iterator[Entry]:
     """Does the truth itself show its hidden units elsewhere?"""
     found = list(_in_truth(_index(inputs, model)))

@@ -107,8 +107,9 @@ def similar(one: Floats, other: Floats, least: float = _ALIKE, tables: int = TAB
     for planes in _rotations(tables):
         left, right = (_hash(vectors, planes[:, :bits]) for vectors in (one, other))
         order = np.argsort(left, kind="stable")
-        begin, end = (np.searchsorted(left[order], right, side=side) for side in ("left", "right"))
-        yield from _pairs(one, other, order, begin, end, least)
+        ends = np.cumsum(np.bincount(left, minlength=1 << (bits - 1)))  # of the cells, in that order
+        begins = np.concatenate([[0], ends[:-1]])
+        yield from _pairs(one, other, order, begins[right], ends[right], least)
 
 
 @cache
@@ -118,11 +119,12 @@ def _rotations(tables: int) -> tuple[Floats, ...]:
     return tuple(np.linalg.qr(chance.standard_normal((SIZE, SIZE)))[0].astype(np.float32) for _ in range(tables))
 
 
-def _hash(vectors: Floats, plane: Floats) -> Ints:
-    """On which side of each plane a vector is; the same for a vector and its negative."""
+def _hash(vectors: Floats, plane: Floats) -> NDArray[np.uint16]:
+    """On which side of each plane a vector is, one bit a plane; the same for a vector and its negative."""
     sides = (vectors @ plane) > 0
     sides = sides[:, 1:] ^ sides[:, :1]
-    return np.asarray(sides @ (1 << np.arange(sides.shape[1], dtype=np.int64)))
+    powers = 2.0 ** np.arange(sides.shape[1], dtype=np.float32)
+    return np.asarray((sides.astype(np.float32) @ powers).astype(np.uint16))  # sorted by counting
 
 
 def _pairs(

@@ -76,14 +76,14 @@ class TruthIndex:
 
     def _hidden(self, where: Array) -> Array:
         hidden = np.zeros(len(where), np.bool_)
-        for number in np.unique(where[:, 0]):
-            task = self.tasks[number]
-            if task.hidden is None:
-                continue
-            own = where[:, 0] == number
-            kinds, index = where[own, 1], where[own, 2]
-            rows, columns = hidden_vectors(task.hidden)
-            hidden[own] = np.where(kinds == 0, rows[index % max(1, len(rows))], columns[index % max(1, len(columns))])
+        numbers, begins = np.unique(where[:, 0], return_index=True)  # vectors stand in the order of tensors
+        for number, begin, end in zip(numbers, begins, [*begins[1:], len(where)], strict=True):
+            mask = self.tasks[number].hidden
+            if mask is not None:
+                kinds, index = where[begin:end, 1], where[begin:end, 2]
+                rows, columns = hidden_vectors(mask)
+                of_row, of_column = rows[index % max(1, len(rows))], columns[index % max(1, len(columns))]
+                hidden[begin:end] = np.where(kinds == 0, of_row, of_column)
         return hidden
 
     def is_partially_hidden(self, number: int) -> bool:
