@@ -168,7 +168,7 @@ def test_a_file_of_tensors_that_goes_on_cannot_be_opened_and_does_not_pass(job: 
     append(shards(job)[-1], b"\0")
     sign(job)
     plain(job.proxy())
-    assert audit(job).exit_code == 3
+    assert audit(job).exit_code == 4
 
 
 INDEX: dict[str, Cheat] = {

@@ -66,7 +66,7 @@ def owner(job: Path) -> list[str | Path]:
 def test_clean_proxies_pass_and_the_report_says_what_was_measured(job: Path) -> None:
     outcome = audit(job, "--policy", job / "policy.toml")
     assert (outcome.code, outcome.err) == (0, "")
-    assert outcome.out.startswith("verdict  passed (exit code 0)")
+    assert outcome.out.startswith("verdict  passed, but function was not measured (exit code 0)")
     for word in ("hidden from everyone", "worst 2 clients", "coalition of 2", "lower bound"):
         assert word in outcome.out
 
@@ -183,7 +183,7 @@ def test_a_hidden_row_in_a_norm_passes_no_gate_without_the_truth(job: Path, tmp_
 def test_what_cannot_be_read_is_not_a_pass(job: Path, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(job / "r1" / "ann", tmp_path / "ann"))
     (broken / "proxy.json").write_text("{")
-    assert run("audit", broken, *owner(job)).code == 3
+    assert run("audit", broken, *owner(job)).code == 4
     assert run("audit", tmp_path / "no-such-proxy", *owner(job)).code == 3
     assert run("audit", job / "r1" / "ann", "--truth", tmp_path / "none", *owner(job)[2:]).code == 3
     (tmp_path / "ledger.jsonl").write_text("{}\n")

@@ -234,7 +234,7 @@ def test_a_secret_in_a_text_is_found(name: str, job: AuditedJob) -> None:
 def test_a_seed_in_the_fields_of_proxy_json_is_found(job: AuditedJob) -> None:
     path = job.proxy("bob") / "proxy.json"
     path.write_text(path.read_text().replace("{", '{"seed": 5, ', 1))
-    assert rules_of(audit(job, clients=["bob"])) == {"FQ006", "FQ903"}
+    assert rules_of(audit(job, clients=["bob"])) == {"FQ006", "FQ010", "FQ903"}
 
 
 def test_a_seed_in_the_json_of_a_packed_tensor_is_found(job: AuditedJob) -> None:
@@ -379,11 +379,11 @@ def test_a_merge_that_changed_a_hidden_unit_is_found(job: AuditedJob, tmp_path: 
     assert [(one.rule, one.tensor, one.value) for one in found.findings] == [("FQ008", f"{QUERY}.weight", 1.0)]
 
 
-def test_an_unreadable_proxy_is_incomplete_and_never_a_pass(job: AuditedJob) -> None:
+def test_a_malformed_proxy_is_broken_and_a_missing_one_is_never_a_pass(job: AuditedJob) -> None:
     path = job.proxy() / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     found = audit(job)
-    assert "FQ903" in rules_of(found) and found.exit_code == 3
+    assert {"FQ010", "FQ903"} <= rules_of(found) and found.exit_code == 4
     shutil.rmtree(job.proxy())
     assert audit(job).exit_code == 3
 

@@ -48,7 +48,7 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "cut in the header": (raw({"w": GOOD})[:20], "truncated"),
     "cut in the data": (raw({"w": GOOD})[:-1], "truncated"),
     "no data at all": (raw({"w": GOOD}, b""), "truncated"),
-    "header of no bytes": (bytes(8), "does not begin"),
+    "header of no bytes": (bytes(8), "only 8 bytes long"),
     "header without a tensor": (raw({}, b""), "holds no tensor"),
     "metadata without a tensor": (raw({"__metadata__": {"format": "pt"}}, b""), "holds no tensor"),
     "header longer than the file": ((2**40).to_bytes(8, "little") + b"{}", "over the limit"),

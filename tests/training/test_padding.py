@@ -89,6 +89,26 @@ def test_a_decoder_that_classifies_is_trained_alike_whatever_the_config_pads_wit
     assert all(torch.allclose(updates[0][name], updates[1][name], atol=1e-6) for name in updates[0])
 
 
+def test_adapters_are_trained_alike_whatever_the_tokenizer_says_about_padding(tmp_path: Path) -> None:
+    """On a model with grouped attention whose head is its embedding."""
+    data, factors = plain_texts(tmp_path / "data.jsonl"), []
+    for number, said in enumerate(({}, {"padding_side": "left"}, {"pad_token": None})):
+        where = tmp_path / str(number)
+        model = small_model(where / "model", "llama", tie_word_embeddings=True, num_key_value_heads=2)
+        edit(model / "tokenizer_config.json", **said)
+        edit(model / "config.json", pad_token_id=None if "pad_token" in said else 0)
+        proxy = make_proxy(model, where / "proxy", key=tmp_path / "key", format="nf4")
+        given: dict[str, Any] = {"max_steps": 2, "batch_size": 8, "device": "cpu", "precision": "fp32"}
+        client_train(proxy, where / "update", data=data, method="lora", lora_r=4, **given)
+        factors.append(load_file(where / "update" / "adapter_model.safetensors"))
+    assert any(bool(factor.any()) for name, factor in factors[0].items() if "lora_B" in name)
+    for others in factors[1:]:
+        assert others.keys() == factors[0].keys()
+        assert all(torch.allclose(others[name], factor, atol=1e-6) for name, factor in factors[0].items())
+    merge(model, [where / "update"], tmp_path / "next", key=tmp_path / "key", ledger=where / "proxy.jsonl")
+    assert evaluate(tmp_path / "next", data=data).loss != evaluate(model, data=data).loss
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_buffers_of_old_checkpoints_are_no_error_for_anybody(tmp_path: Path, method: str) -> None:
     """Early checkpoints of GPT-2, GPT-J and GPT-Neo hold causal masks, one of which has no dimension."""

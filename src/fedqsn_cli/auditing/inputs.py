@@ -19,7 +19,7 @@ from fedqsn_cli.auditing.opened_proxy import OpenedProxy, open_proxy
 from fedqsn_cli.auditing.registry import Need
 from fedqsn_cli.checkpoint import resolve
 from fedqsn_cli.checkpoint.source import SCHEME
-from fedqsn_cli.errors import FedqsnError
+from fedqsn_cli.errors import FedqsnError, FormatError
 from fedqsn_cli.masks import job_key
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.models.model import OpenModel, open_model, open_source
@@ -40,12 +40,14 @@ class ProxyFolder:
 
     Args:
         opened: None where its files cannot be read, or where it lists other units than the plan of the truth.
+        malformed: whether its files could be read, but are not in the format of a proxy.
         downloaded: from a hub, whose cache keeps bytes, but no modes and times.
     """
 
     scope: str
     folder: Path
     opened: OpenedProxy | None
+    malformed: bool = False
     lists_other_units: bool = False
     downloaded: bool = False
 
@@ -194,8 +196,18 @@ def _open_folder(scope: str, reference: str, collector: Collector) -> ProxyFolde
     folder = collector.attempt(lambda: resolve(reference).path, scope, problem=problem)
     if folder is None:
         return ProxyFolder(scope, Path(reference), None)
-    opened = collector.attempt(lambda: open_proxy(folder, scope), scope, problem=problem)
-    return ProxyFolder(scope, folder, opened, downloaded=reference.startswith(SCHEME))
+    malformed = False
+
+    def opened() -> OpenedProxy:
+        nonlocal malformed
+        try:
+            return open_proxy(folder, scope)
+        except FormatError:
+            malformed = True
+            raise
+
+    proxy = collector.attempt(opened, scope, problem=problem)
+    return ProxyFolder(scope, folder, proxy, malformed, downloaded=reference.startswith(SCHEME))
 
 
 def _axis_of(truth: str | Path | None, folders: Sequence[ProxyFolder]) -> str:

@@ -40,7 +40,7 @@ def check_secrets(path: Path) -> None:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             found = next((problem for pattern, problem in _PRIVATE.items() if re.search(pattern, data)), None)
     if found is not None:
-        raise InputError(found, where=path, hint="take it out of the commit with git rm --cached or git restore")
+        raise InputError(found, where=path, hint="take it out of the commit, with git reset for example")
 
 
 HOOKS: dict[str, Callable[[Path], None]] = {"policy": check_policy, "secrets": check_secrets}

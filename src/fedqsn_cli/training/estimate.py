@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from statistics import fmean
+from typing import Any, Self
+
+import numpy as np
 
 from fedqsn_cli.options import RecipeOptions
 from fedqsn_cli.progress import Progress
@@ -13,9 +17,7 @@ from fedqsn_cli.training.compact import Trainable
 from fedqsn_cli.training.journal import StepFigures
 from fedqsn_cli.training.loop import Surroundings, train
 from fedqsn_cli.training.memory import MemoryPlan, peak_bytes
-from fedqsn_cli.training.schedule import step_count, windows
-
-TIMED_STEPS = 4  # the first of them warms up
+from fedqsn_cli.training.schedule import windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class Estimate:
         bytes_per_parameter: all three, for each number in the model.
         peak_bytes: peak memory of a few steps: of this process, or on a GPU of what torch held there.
         update_bytes: size of the update's numbers.
-        seconds_per_step, seconds: as the timed steps took, for as many tokens.
+        seconds_per_step, seconds: as steps of the tried sizes took, and between them in proportion.
     """
 
     steps: int
@@ -61,10 +63,50 @@ class _Clock:
         self.figures.append(figures)
 
     @property
-    def seconds_per_token(self) -> float:
-        """Of all steps but the first, if there is another."""
-        timed = self.figures[1:] or self.figures
-        return sum(one.tokens / one.tokens_per_s for one in timed) / sum(one.tokens for one in timed)
+    def seconds(self) -> list[float]:
+        """Wall time of each step."""
+        return [one.tokens / one.tokens_per_s for one in self.figures]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How large the steps of a training are, in input ids with their padding.
+
+    Args:
+        steps: each step: how long it takes depends on that. batches: its largest batch: so does its memory.
+        tokens: all input ids without padding.
+    """
+
+    steps: list[int]
+    batches: list[int]
+    tokens: int
+
+    @classmethod
+    def of(cls, recipe: RecipeOptions, lengths: Sequence[int]) -> Self:
+        """Those of a training on examples of these lengths."""
+        steps, largest, tokens = list[int](), list[int](), 0
+        for window in windows(recipe, lengths):
+            batches = [[lengths[row] for row in rows] for rows in window]
+            padded = [len(batch) * max(batch) for batch in batches]
+            steps.append(sum(padded))
+            largest.append(max(padded))
+            tokens += sum(map(sum, batches))
+        return cls(steps, largest, tokens)
+
+    def tried(self) -> list[int]:
+        """The steps to try: what is large comes once, as in a training, when the optimizer has its state."""
+        by_time = sorted(range(len(self.steps)), key=self.steps.__getitem__)
+        middle, smallest = by_time[len(by_time) // 2], by_time[0]
+        most_memory, longest = (max(by_time, key=sizes.__getitem__) for sizes in (self.batches, self.steps))
+        return [middle, *dict.fromkeys((most_memory, longest)), middle, smallest]
+
+    def seconds(self, tried: Sequence[int], seconds: Sequence[float]) -> float:
+        """Time of all steps, from that of some."""
+        by_size = dict[int, list[float]]()
+        for step, taken in zip(tried, seconds, strict=True):
+            by_size.setdefault(self.steps[step], []).append(taken)
+        known = sorted(by_size)
+        return float(np.interp(self.steps, known, [fmean(by_size[size]) for size in known]).sum())
 
 
 def measured(
@@ -77,16 +119,18 @@ def measured(
     progress: Progress,
 ) -> Estimate:
     """Make a few steps with a model, which is of no use afterwards, and estimate all of them."""
-    plan, steps = MemoryPlan.of(model, trainable, recipe), step_count(recipe, len(examples))
-    lengths, clock = examples.lengths, _Clock()
-    tokens = sum(lengths[row] for window in windows(recipe, lengths) for rows in window for row in rows)
-    few = replace(recipe, max_steps=min(steps, TIMED_STEPS))
-    train(model, examples, trainable, few, padding, progress, Surroundings(journals=[clock]))
-    seconds = clock.seconds_per_token * tokens
+    plan, lengths, clock = MemoryPlan.of(model, trainable, recipe), examples.lengths, _Clock()
+    sizes = Sizes.of(recipe, lengths)
+    tried, steps = sizes.tried(), len(sizes.steps)
+    wanted = {step: window for step, window in enumerate(windows(recipe, lengths)) if step in tried}
+    few = replace(recipe, max_steps=len(tried))
+    around = Surroundings(journals=[clock], windows=[wanted[step] for step in tried])
+    train(model, examples, trainable, few, padding, progress, around)
+    seconds = sizes.seconds(tried[1:], clock.seconds[1:])  # the first step warms up
     return Estimate(
         steps=steps,
         examples=len(examples),
-        tokens=tokens,
+        tokens=sizes.tokens,
         parameters=plan.parameters,
         trained=plan.trained,
         weights_bytes=plan.weights,

@@ -74,12 +74,14 @@ class Surroundings:
         processes: who shares the work.
         states: where states are kept; it is open.
         journals: who hears of each step.
+        windows: the batches of each step, if not those of the recipe.
     """
 
     backward: Backward = backward
     processes: Processes = ALONE
     states: StateFolder | None = None
     journals: Sequence[Journal] = ()
+    windows: Sequence[Window] | None = None
 
 
 @dataclass(slots=True)
@@ -153,7 +155,8 @@ class _Run:
         self.total = step_count(recipe, len(examples))
         self.history = History()
         self._lengths = examples.lengths
-        self._windows = windows(recipe, self._lengths)
+        own = around.windows
+        self._windows = windows(recipe, self._lengths) if own is None else iter(own)
         self._began = time.monotonic()
 
     def seconds(self) -> float:

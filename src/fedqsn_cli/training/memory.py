@@ -39,7 +39,7 @@ class MemoryPlan:
         return cls(
             parameters=sum(_numbers(parameter) for parameter in parameters),
             trained=trained,
-            weights=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+            weights=sum(map(_bytes, parameters)),
             gradients=gradients,
             optimizer=round(STATE_BYTES[recipe.optimizer] * trained * width),
         )
@@ -59,6 +59,13 @@ def _numbers(parameter: Any) -> int:
     """How many numbers a parameter stands for; bitsandbytes packs two of 4 bits into a byte."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else math.prod(state.shape)
+
+
+def _bytes(parameter: Any) -> int:
+    """Memory of a parameter, and of the scales that bitsandbytes keeps beside one that it packed."""
+    state = getattr(parameter, "quant_state", None)
+    scales = [] if state is None else [state.absmax] + ([state.state2.absmax] if state.nested else [])
+    return sum(int(part.nbytes) for part in (parameter, *scales))
 
 
 def peak_bytes(device: torch.device) -> int:

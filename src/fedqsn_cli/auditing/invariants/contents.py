@@ -56,8 +56,11 @@ def contents(inputs: Inputs, folder: ProxyFolder) -> Iterator[Entry]:
     if inputs.job is None:
         more = ", to search every byte for it and for its seeds"
         yield SECRET_IN_BYTES.lacks(f"{folder.scope} key", KEY, more=more)
-    if folder.opened is None:
+    if folder.malformed:
+        yield UNLISTED_CONTENT.finding(folder.scope, "it is not in the format of a proxy, and may hold anything")
+    elif folder.opened is None:
         yield UNLISTED_CONTENT.not_run(folder.scope, "the proxy cannot be opened")
+    if folder.opened is None:
         return
     found = [*_listing(folder, folder.opened, digests), *_tensors(inputs, folder.opened)]
     why = "files, digests and tensors were compared with proxy.json"
