@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from fedqsn_cli.auditing import gate
 from fedqsn_cli.auditing.completeness import Collector
 from fedqsn_cli.auditing.findings import Audit, Check, CurvePoint, Finding, FunctionRecovery, Recovery
 from fedqsn_cli.auditing.gate import evaluate_policy
@@ -278,11 +277,6 @@ def test_the_worst_finding_decides_the_exit_code() -> None:
         ((hard,), 4),
     ):
         assert Audit(findings, ()).exit_code == code
-
-
-def test_worst_of_lists_what_decided() -> None:
-    audit = Audit((finding("FQ201", "x", ""), finding("FQ901", "y", "")), ())
-    assert [one.rule for one in gate.worst_of(audit)] == ["FQ901"]
 
 
 def test_measures_are_the_worst_of_each_kind() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from fedqsn_cli.auditing.completeness import MISSING_INPUT, WAIVER_EXPIRED, Collector
-from fedqsn_cli.auditing.findings import Audit, Check, Finding
+from fedqsn_cli.auditing.findings import Check, Finding
 from fedqsn_cli.auditing.limits.measured import Measured
 from fedqsn_cli.auditing.policy import Policy
 from fedqsn_cli.auditing.registry import Rule, needed
@@ -64,9 +64,3 @@ def _waived(findings: Sequence[Finding], policy: Policy, today: datetime.date) -
             yield WAIVER_EXPIRED.finding("policy", f"{name} expired on {waiver.expires.isoformat()}")
         elif waiver not in used:
             yield replace(WAIVER_EXPIRED.finding("policy", f"{name} covers nothing that was found"), severity="info")
-
-
-def worst_of(audit: Audit) -> list[Finding]:
-    """The findings that decide the verdict, those of the worst kind."""
-    kinds = {"broken": "hard", "incomplete": "incomplete", "over the limits": "gate"}
-    return [finding for finding in audit.findings if finding.severity == kinds.get(audit.verdict)]

@@ -21,11 +21,11 @@ from fedqsn_cli.artifacts.manifests import Quantization
 from fedqsn_cli.auditing.checks import Together, check
 from fedqsn_cli.auditing.completeness import DOES_NOT_BELONG
 from fedqsn_cli.auditing.findings import Entry, Finding
-from fedqsn_cli.auditing.inputs import BASE, OWNER, PROXY, Inputs, pair
+from fedqsn_cli.auditing.inputs import BASE, ORIGIN, OWNER, PROXY, Inputs
 from fedqsn_cli.auditing.invariants.holes import CLEAR_COPY, SCALE_FROM_HIDDEN
 from fedqsn_cli.auditing.invariants.same_codes import CODES_DIFFER
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
-from fedqsn_cli.auditing.registry import EXPORT_AGAIN, Need, Rule
+from fedqsn_cli.auditing.registry import EXPORT_AGAIN, Rule
 from fedqsn_cli.auditing.rows import as_float32, shown_elements
 from fedqsn_cli.checkpoint import TensorSink
 from fedqsn_cli.errors import FedqsnError
@@ -86,8 +86,6 @@ HIDDEN_INFLUENCE = Rule(
     scope="invariants",
     needs=(PROXY, OWNER),
 )
-
-ORIGIN: Need[tuple[OpenModel, JobKey]] = Need(OWNER.options, lambda inputs: pair(inputs.origin, inputs.job))
 
 
 def each_format(inputs: Inputs) -> list[Together]:

@@ -16,10 +16,10 @@ from fedqsn_cli.artifacts.manifests import SIGNATURE
 from fedqsn_cli.auditing.checks import Together, check
 from fedqsn_cli.auditing.completeness import DOES_NOT_BELONG
 from fedqsn_cli.auditing.findings import Entry, Finding
-from fedqsn_cli.auditing.inputs import BASE, LEDGER, OWNER, PROXY, Inputs, pair
+from fedqsn_cli.auditing.inputs import BASE, LEDGER, ORIGIN, OWNER, PROXY, Inputs
 from fedqsn_cli.auditing.invariants.compared_folder import ComparedFolder, Difference, Owners, entry_problems
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
-from fedqsn_cli.auditing.registry import EXPORT_AGAIN, Need, Rule
+from fedqsn_cli.auditing.registry import EXPORT_AGAIN, Rule
 from fedqsn_cli.export.proxy import ProxyExport
 from fedqsn_cli.export.session import MaskingSession
 from fedqsn_cli.kernels.digests import algorithm_of
@@ -47,7 +47,6 @@ _TRAINED = (
     "anything else cannot be known from these inputs, but attacks read them"
 )
 _COMMIT = re.compile(r"hf://[\w.-]+/[\w.-]+@[0-9a-f]{40}", re.ASCII)
-ORIGIN: Need[tuple[OpenModel, JobKey]] = Need(OWNER.options, lambda inputs: pair(inputs.origin, inputs.job))
 
 
 def each_release(inputs: Inputs) -> list[Together]:
