@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(READY) ## run a federated job on a real model (some minutes)
+demo: $(READY) ## run a federated job on a real model (3 minutes)
 	@PATH="$(BIN):$$PATH" examples/quickstart/run.sh
 
 audit: $(READY) ## hold what `make demo` left behind against its policy
