@@ -18,6 +18,7 @@ from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.models.dense import load_dense
 from fedqsn_cli.training.visible import expanded, read_visible
 from support.families import build
+from support.keys import known_key
 
 
 def small_model(folder: Path, name: str = "bert", **options: Any) -> Path:
@@ -26,9 +27,10 @@ def small_model(folder: Path, name: str = "bert", **options: Any) -> Path:
 
 
 def make_proxy(source: Path, out: Path, *, p1: float = 0.2, p2: float = 0.2, **options: Any) -> Path:
-    """A proxy of a checkpoint for client "a"; not quantized unless options say so."""
+    """A proxy of a checkpoint for client "a", the same in every run; not quantized unless options say so."""
     given = {"format": "none", "key": out.parent / "key", "ledger": out.parent / f"{out.name}.jsonl", **options}
-    export_proxy(str(source), out, client=["a"], round=1, p1=p1, p2=p2, **given)
+    with known_key():
+        export_proxy(str(source), out, client=["a"], round=1, p1=p1, p2=p2, **given)
     return out
 
 
