@@ -11,7 +11,6 @@ import pytest
 
 from fedqsn_cli import courier_send, merge, unseal
 from fedqsn_cli.courier.layout import Owner
-from fedqsn_cli.courier.orders import Order
 from fedqsn_cli.courier.outbox import read_outbox
 from fedqsn_cli.courier.parts import Parts
 from fedqsn_cli.courier.work import SiteRound
@@ -183,25 +182,3 @@ def test_a_host_needs_nothing_that_is_private_and_the_strongroom_opens_what_come
         verify_key=desk.owner.home / "keys/{client}.pub", **desk.secrets,
     )  # fmt: skip
     assert [client.client for client in merged.clients] == list(CLIENTS)
-
-
-def test_an_order_holds_numbers_and_known_words_and_nothing_else(desk: Desk) -> None:
-    from dataclasses import asdict
-
-    from fedqsn_cli.courier import orders
-    from fedqsn_cli.crypto import dsse
-    from fedqsn_cli.crypto.keys import load_signing_key
-
-    key, public = load_signing_key(desk.key.private), load_verify_key(desk.key.public)
-    sent = read_outbox(desk.pack(), public)[0].order
-    for wrong in (
-        {"epochs": "2"}, {"lr": [1]}, {"update_format": 3}, {"update_format": "--data=x"}, {"epochs": -1.0},
-        {"method": "code"}, {"data": "/etc/passwd"}, {"lora_r": 4}, {"batch_size": 0},
-    ):  # fmt: skip
-        training = {**asdict(sent.proposal), **wrong}
-        predicate = {"client": "alice", "folder": "", "sealed": sent.sealed.to_document(), "training": training}
-        subject = {"name": "proxy.json", "digest": {"sha256": "0" * 64}}
-        payload = dsse.statement([subject], orders.PREDICATE, predicate)
-        text = json.dumps(dsse.envelope(payload, dsse.sign(payload, key)))
-        with pytest.raises(FormatError, match="order is malformed"):
-            Order.opened(text, public)

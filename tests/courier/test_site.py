@@ -9,22 +9,25 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedqsn_cli import seal, unseal, verify
 from fedqsn_cli.courier import work
 from fedqsn_cli.courier.layout import Site
-from fedqsn_cli.courier.orders import Order
+from fedqsn_cli.courier.orders import PREDICATE, Order
 from fedqsn_cli.courier.parts import Parts
 from fedqsn_cli.courier.site import TEMPLATE, SiteSettings
 from fedqsn_cli.courier.work import NoUpdate, SiteRound
+from fedqsn_cli.crypto import dsse
 from fedqsn_cli.crypto.keys import load_signing_key
 from fedqsn_cli.errors import FormatError, InputError, SignatureError
 from fedqsn_cli.options import ProposalOptions
 from support.courier import answer, carry, write_settings
+from support.helpers import listing
 from support.signing import Party, party, sign_folder
 
 PROPOSAL = ProposalOptions(epochs=2.0, lr=1e-3, batch_size=8)
@@ -158,6 +161,50 @@ def test_the_site_bounds_what_the_owner_asks_for(sent: Sent, change: dict[str, f
         sent.answer(replace(sent.order, proposal=replace(PROPOSAL, **change)))  # type: ignore[arg-type]
     assert not calls(site) and not site.rounds.exists()  # refused before a byte was fetched
     assert "asked to train" in site.log.read_text()
+
+
+@pytest.mark.parametrize("digest", ["../../../evil", "/tmp/evil", "1" * 63, "A" * 64, ""])
+@pytest.mark.parametrize("field", ["proxy_sha256", "folder_sha256"])
+def test_an_order_leads_to_no_place_of_its_own(sent: Sent, field: str, digest: str) -> None:
+    before = listing(sent.site.home)
+    with pytest.raises(FormatError, match="sha256|folder"):
+        sent.answer(replace(sent.order, **{field: digest}))  # type: ignore[arg-type]
+    assert listing(sent.site.home) == before
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lr": None},
+        {"lr": [1]},
+        {"epochs": None},
+        {"epochs": True},
+        {"epochs": "1"},
+        {"epochs": -1.0},
+        {"batch_size": None},
+        {"batch_size": 2.5},
+        {"batch_size": 0},
+        {"update_format": 3},
+        {"update_format": "--data=x"},
+        {"method": None},
+        {"method": "code"},
+        {"lora_r": 4},  # without the method
+        {"method": "lora", "lora_r": "8"},
+        {"method": "lora", "target_modules": "all-linear"},
+        {"method": "lora", "target_modules": [1]},
+        {"data": "/etc/passwd"},
+    ],
+)
+def test_an_order_holds_values_of_options_and_nothing_else(sent: Sent, wrong: dict[str, Any]) -> None:
+    order = sent.order
+    predicate: dict[str, Any] = {"client": order.client, "folder": order.folder_sha256}
+    predicate |= {"sealed": order.sealed.to_document(), "training": asdict(PROPOSAL) | wrong}
+    subject = {"name": "proxy.json", "digest": {"sha256": order.proxy_sha256}}
+    payload = dsse.statement([subject], PREDICATE, predicate)
+    signature = dsse.sign(payload, load_signing_key(sent.key.private))
+    with pytest.raises(FormatError, match="the order is malformed"):
+        SiteRound.of(sent.site, json.dumps(dsse.envelope(payload, signature)))
+    assert not sent.site.rounds.exists()
 
 
 def test_a_site_may_allow_one_method_and_the_rank_that_is_meant_is_bounded(sent: Sent) -> None:

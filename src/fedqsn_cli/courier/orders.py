@@ -7,14 +7,18 @@ it fetches a byte.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
-from fedqsn_cli import strictjson, validate
+from pydantic import Field, TypeAdapter, ValidationError
+
+from fedqsn_cli import strictjson
+from fedqsn_cli.artifacts.ledger import ClientId
+from fedqsn_cli.artifacts.manifests import Sha256, Strict
 from fedqsn_cli.courier.parts import Parts
 from fedqsn_cli.crypto import dsse
 from fedqsn_cli.crypto.keys import SigningKey, VerifyKey
 from fedqsn_cli.errors import FormatError, InputError
-from fedqsn_cli.options import ProposalOptions
+from fedqsn_cli.options import ProposalOptions, options_of
 
 PREDICATE = "fedqsn-order/1"
 
@@ -54,20 +58,46 @@ class Order:
             SignatureError: the owner did not sign it. FormatError: it is malformed.
         """
         told, _ = dsse.opened(strictjson.loads(text, where), key, PREDICATE, where)
+        (subject,) = _Subjects.from_document({"subject": told.get("subject")}, where).subject
+        asked = _Asked.from_document(told.get("predicate"), where)
+        return cls(
+            client=asked.client,
+            proxy_sha256=subject.digest.sha256,
+            folder_sha256=asked.folder,
+            sealed=Parts.from_document(asked.sealed),
+            proposal=_proposal(asked.training, where),
+        )
+
+
+class _Digest(Strict):
+    sha256: Sha256  # a site names the folder of a round after it
+
+
+class _Subject(Strict):
+    name: Literal["proxy.json"]
+    digest: _Digest
+
+
+class _Subjects(Strict):
+    subject: tuple[_Subject] = Field(strict=False)
+
+
+class _Asked(Strict):
+    client: ClientId
+    folder: Sha256
+    sealed: list[Any]
+    training: dict[str, Any]
+
+
+def _proposal(fields: dict[str, Any], where: object) -> ProposalOptions:
+    """Of the types of the options, and then checked as the owner's command line was. Raises FormatError."""
+    kinds = {declared.name: declared.hint for declared in options_of(ProposalOptions)}
+    for name, value in fields.items():
         try:
-            (subject,) = told["subject"]
-            predicate = told["predicate"]
-            return cls(
-                client=validate.client(predicate["client"]),
-                proxy_sha256=str(subject["digest"]["sha256"]),
-                folder_sha256=str(predicate["folder"]),
-                sealed=Parts.from_document(predicate["sealed"]),
-                proposal=_proposal(predicate["training"]),
-            )
-        except (AttributeError, KeyError, TypeError, ValueError, InputError) as error:
-            raise FormatError(f"the order is malformed ({error})", where=where) from None
-
-
-def _proposal(fields: dict[str, Any]) -> ProposalOptions:
-    """Checked as the owner's command line was. Raises InputError, TypeError."""
-    return ProposalOptions(**fields)
+            TypeAdapter(kinds[name]).validate_python(value, strict=True)
+        except (KeyError, ValidationError):
+            raise FormatError(f"the order is malformed: training.{name}", where=where) from None
+    try:
+        return ProposalOptions(**fields)
+    except InputError as error:
+        raise FormatError(f"the order is malformed: {error}", where=where) from None

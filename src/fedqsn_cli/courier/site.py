@@ -63,7 +63,7 @@ class Bounds:
 
 
 def _require_at_most(name: str, asked: float, most: float, where: Path) -> None:
-    if asked > most:
+    if not asked <= most:
         raise InputError(f"the owner asks for {name} {asked}, and the site allows {most}", where=where)
 
 
