@@ -32,9 +32,18 @@ def not_empty(value: str, where: str) -> str:
 
 def client(value: str, where: str | None = None) -> str:
     """A client id: a letter or digit, then at most 63 letters, digits, dots, underscores, dashes."""
+    return _name("client id", value, where)
+
+
+def project(value: str, where: str | None = None) -> str:
+    """The name of a courier's project; as a client id, since folders are named after both."""
+    return _name("project name", value, where)
+
+
+def _name(kind: str, value: str, where: str | None) -> str:
     if not re.fullmatch(CLIENT_ID, value):
         hint = "use letters and digits, then also . _ - (64 at most)"
-        raise InputError(f"{value!r} is not a client id", where=where, hint=hint)
+        raise InputError(f"{value!r} is not a {kind}", where=where, hint=hint)
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -38,7 +40,7 @@ from fedqsn_cli import (
     unseal,
 )
 from fedqsn_cli.cli.command import build
-from fedqsn_cli.courier import kits
+from fedqsn_cli.courier import kits, setup
 from fedqsn_cli.courier.layout import Host, Invitation
 from fedqsn_cli.courier.send import SendResult
 from fedqsn_cli.errors import FormatError, GateFailed, InputError, OutputExists
@@ -171,6 +173,39 @@ def test_what_the_tool_of_flare_says_is_told(tmp_path: Path) -> None:
     """Its own process, as users run it."""
     with nothing_written(tmp_path), pytest.raises(InputError, match=r"nvflare cert approve"):
         kits.approve(tmp_path / "ca", Invitation("x", "localhost", 1, "", ""), tmp_path / "no.zip", tmp_path / "signed")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"project": "../../x"},
+        {"project": "/tmp/x"},
+        {"project": ""},
+        {"project": 7},
+        {"port": 0},
+        {"port": 70000},
+        {"port": True},
+        {"host": None},
+        {"owner": None},
+        {"more": 1},
+    ],
+)
+def test_an_invitation_names_no_place_and_has_no_other_types(tmp_path: Path, wrong: dict[str, object]) -> None:
+    good = {"format": "fedqsn-courier/1", "project": "x", "host": "localhost", "port": 1, "root": "", "owner": ""}
+    (tmp_path / "invitation.json").write_text(json.dumps(good))
+    assert Invitation.read(tmp_path / "invitation.json").project == "x"
+    (tmp_path / "invitation.json").write_text(json.dumps(good | wrong))
+    with pytest.raises(FormatError, match="no invitation"):
+        Invitation.read(tmp_path / "invitation.json")
+
+
+def test_a_request_that_inflates_is_not_read(tmp_path: Path) -> None:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("request.json", b" " * (64 << 20))
+    assert len(data.getvalue()) < 1 << 20
+    with pytest.raises(FormatError, match="no request of a site"):
+        setup._named(data.getvalue(), tmp_path)
 
 
 def test_what_goes_between_owner_and_site_is_read_strictly(

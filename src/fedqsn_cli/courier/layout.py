@@ -63,9 +63,10 @@ class Invitation:
         try:
             if document.pop("format") == FORMAT:
                 made = cls(**document)
-                if type(made.port) is int and all(type(x) is str for x in (made.project, made.host, made.root)):
+                texts = (validate.project(made.project), made.host, made.root, made.owner)
+                if all(type(x) is str for x in texts) and type(made.port) is int and 0 < made.port < 65536:
                     return made
-        except (AttributeError, KeyError, TypeError):
+        except (AttributeError, KeyError, TypeError, InputError):
             pass
         raise FormatError("is no invitation of a courier", where=path, hint="it comes from 'fedqsn courier-init'")
 

@@ -200,6 +200,8 @@ def _named(data: bytes, where: Path) -> str:
     """The client whose certificate a request asks for. Raises FormatError, InputError."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as file:
+            if file.getinfo("request.json").file_size > _LARGEST:
+                raise ValueError
             told = json.loads(file.read("request.json"))
         name, kind = str(told["name"]), told["cert_type"]
     except (zipfile.BadZipFile, KeyError, TypeError, ValueError):

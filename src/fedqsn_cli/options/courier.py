@@ -56,7 +56,9 @@ class CourierInitOptions(Options):
         "localhost:8102"
     )
     key: Annotated[str | Path, Option("Your public key, from 'fedqsn keygen'.", SIGNATURES, metavar="PUBLIC")]
-    project: Annotated[str, Option("Name of the project, in all certificates.", COURIER, metavar="NAME")] = "fedqsn"
+    project: Annotated[
+        str, Option("Name of the project, in all certificates.", COURIER, metavar="NAME", check=validate.project)
+    ] = "fedqsn"
     local: Annotated[
         Sequence[str] | None,
         Option(
