@@ -27,6 +27,7 @@ from fedqsn_cli.masks.draw import hidden_units
 from support.helpers import make_model, nothing_written, read_file, read_model, send, to_floats, write_file
 from support.keys import known_key
 from support.processes import Outcome, environment, run
+from support.signing import party
 
 CLIENTS = ("ann", "bob")
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
@@ -231,20 +232,28 @@ def test_output_and_report_are_files_and_text_is_printed_beside_them(job: Path, 
     assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
 
 
-@pytest.mark.parametrize("option", ["--report", "--output"])
+def signed_by(job: Path, folder: Path, option: str) -> list[str | Path]:
+    """What an attestation needs beside its path."""
+    needed: list[str | Path] = ["--sign", party(folder, "owner").private, "--policy", job / "policy.toml"]
+    return needed if option == "--attest" else []
+
+
+@pytest.mark.parametrize("option", ["--report", "--output", "--attest", "--attack-state"])
 def test_where_no_report_can_be_written_nothing_is_audited(
-    job: Path, option: str, monkeypatch: pytest.MonkeyPatch
+    job: Path, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedqsn_cli.auditing.run.open_inputs", None)
-    outcome = audit(job, option, job / "missing/report.html")
+    outcome = audit(job, option, job / "missing/report.html", *signed_by(job, tmp_path, option))
     assert (outcome.code, outcome.err) == (2, f"fedqsn: error: {job}/missing: there is no such folder; make it first\n")
 
 
-def test_a_report_inside_of_a_proxy_would_be_sent(job: Path) -> None:
+@pytest.mark.parametrize("option", ["--report", "--output", "--attest", "--attack-state"])
+def test_what_is_written_inside_of_a_proxy_would_be_sent(job: Path, option: str, tmp_path: Path) -> None:
     proxy = job / "r1/ann"
     with nothing_written(proxy):
-        outcome = run("audit", proxy, "--report", proxy / "report.html")
-    assert (outcome.code, outcome.err) == (2, f"fedqsn: error: --report: is inside of {proxy}; keep it elsewhere\n")
+        outcome = audit(job, option, proxy / "file", *signed_by(job, tmp_path, option))
+    message = f"fedqsn: error: {option}: is inside of the proxy {proxy}; keep it elsewhere\n"
+    assert (outcome.code, outcome.err) == (2, message)
 
 
 def test_quiet_prints_the_verdict_and_json_one_document(job: Path) -> None:

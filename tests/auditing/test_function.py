@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -308,6 +309,13 @@ def test_an_audit_that_was_killed_goes_on_where_it_was(
     )
     resumed, _ = measure(job, data, **options)
     assert resumed == whole and again and len(trained) + len(again) == len(TRAININGS) + 1  # fine-tuning of two starts
+    good = options["state"].read_text()
+    kept = json.loads(good)
+    kept["results"] = {name: one | {"loss": 99.0} for name, one in kept["results"].items()}  # no attack succeeded
+    options["state"].write_text(json.dumps(kept))
+    fooled, collector = measure(job, data, **options)
+    assert fooled is None and "its seal is wrong" in collector.findings[0].message
+    options["state"].write_text(good)
     labelled(data, rows=20)  # other inputs
     other, _ = measure(job, data, minutes=0.0, **options)
     assert other is not None and not other.curve

@@ -18,5 +18,6 @@ policy_file.py   policy.toml, read and written
 gate.py          limits, what is required, and waivers: verdict and exit code
 report/          the seven formats
 attest.py        the verdict, signed
+targets.py       where an audit may write
 run.py           the command audit
 """

@@ -22,6 +22,7 @@ from fedqsn_cli.auditing.policy_file import load, summary, without_file
 from fedqsn_cli.auditing.recovery.weights import recover_weights
 from fedqsn_cli.auditing.report.json import read_measures
 from fedqsn_cli.auditing.rules import CHECKS
+from fedqsn_cli.auditing.targets import check_targets
 from fedqsn_cli.crypto.keys import SigningKey, load_signing_key
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.exposure.expected import ExpectedExposure
@@ -51,13 +52,14 @@ def audit(
         be read or is missing is never a pass.
 
     Raises:
-        InputError: no input at all, or the policy or the baseline cannot be used.
+        InputError: no input at all, the policy or the baseline cannot be used, or a file cannot be written.
 
     Example:
         >>> audit(["proxies/alice"], truth="global/", key="job.key", ledger="ledger.jsonl").verdict
     """
     proxies = [proxies] if isinstance(proxies, (str, Path)) else list(proxies or ())
     collector = Collector()
+    check_targets(attest=options.attest, attack_state=options.attack_state)
     if options.outbox is not None or options.round is not None:
         proxies = proxies_of_round(proxies, options, collector)
     policy = _policy(proxies, options)

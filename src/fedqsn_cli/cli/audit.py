@@ -44,26 +44,14 @@ def audit(
         _write_policy(options.policy, view)
         return
     from fedqsn_cli.auditing.run import audit as run
+    from fedqsn_cli.auditing.targets import check_targets
 
-    _check_targets(proxies or [], options, view)
+    check_targets(report=view.report, output=view.output)
     with console.progress(view.mode) as progress:
         result = run(proxies, options, progress=progress)
     _print(result, view)
     if result.exit_code:
         raise typer.Exit(result.exit_code)
-
-
-def _check_targets(proxies: list[str], options: AuditOptions, view: AuditView) -> None:
-    """Refuse what cannot be written before the attacks begin, and reports inside of a proxy, which would be sent."""
-    from fedqsn_cli.checkpoint.files import require_file_target
-    from fedqsn_cli.export.session import keep_outside
-
-    written = {"report": view.report, "output": view.output, "attest": options.attest}
-    for path in written.values():
-        if path is not None:
-            require_file_target(path)
-    for proxy in proxies:
-        keep_outside(Path(proxy), **written)
 
 
 def _print(result: Audit, view: AuditView) -> None:

@@ -1,8 +1,11 @@
 """Results of attacks on the function, kept in a file: an audit that was killed goes on where it was.
 
-    {"format": "fedqsn-attacks/1", "inputs": SHA-256, "results": {"LoRA, 64 examples": {"loss": ...}, ...}}
+    {"format": "fedqsn-attacks/1", "inputs": SHA-256, "seal": HMAC,
+     "results": {"LoRA, 64 examples": {"loss": ..., "accuracy": ..., "steps": ...}, ...}}
 
-`inputs` is over everything that decides a result. Results of other inputs are of no use, and are replaced.
+`inputs` is over everything that decides a result. Results of other inputs are of no use, and are replaced. The seal is
+made with the job's key over all the rest: whoever can write the file, in a cache of a CI system for instance, cannot
+make an audit believe that attacks failed.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -20,6 +23,8 @@ from fedqsn_cli.artifacts.manifests import Count, Sha256, Strict, file_digest
 from fedqsn_cli.auditing.inputs import Inputs
 from fedqsn_cli.checkpoint import write_file_atomically
 from fedqsn_cli.checkpoint.files import read_file
+from fedqsn_cli.errors import FormatError, InputError
+from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.version import VERSION
 
 _LARGEST = 16 << 20  # bytes
@@ -37,6 +42,12 @@ class _Document(Strict):
     format: Literal["fedqsn-attacks/1"] = "fedqsn-attacks/1"
     inputs: Sha256
     results: dict[str, Result]
+    seal: Sha256 = "0" * 64
+
+    def sealed(self, job: JobKey) -> Self:
+        """The same with its seal."""
+        rest = strictjson.dumps(self.model_dump(mode="json", exclude={"seal"}))
+        return self.model_copy(update={"seal": job.seal("attack results", rest)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,52 +55,60 @@ class AttackState:
     """The results until now.
 
     Args:
-        path: where they are kept; None: nowhere. inputs: SHA-256 of what decides them. results: by name.
+        path: where they are kept; None: nowhere. job: who seals them. inputs: SHA-256 of what decides them.
+        results: by name.
     """
 
     path: Path | None
+    job: JobKey | None
     inputs: str
     results: dict[str, Result]
 
     @classmethod
-    def open(cls, path: str | Path | None, inputs: Inputs, *settings: object) -> Self:
+    def open(
+        cls, path: str | Path | None, inputs: Inputs, data: Sequence[str | Path | None], settings: Sequence[object]
+    ) -> Self:
         """Read what an earlier audit of the same inputs kept.
 
         Args:
-            settings: what else decides a result: names of files of data, and plain values.
+            data: files that decide results, too. settings: values that do.
 
         Raises:
-            FormatError: the file is something else.
+            InputError: there is no key to seal them with. FormatError: the file is something else, or was changed.
         """
         if path is None:
-            return cls(None, "", {})
-        digest, file = _digest(inputs, settings), Path(path)
+            return cls(None, None, "", {})
+        if inputs.job is None:
+            raise InputError("results are sealed with the job's key", where="--attack-state", hint="give --key")
+        digest, file = _digest(inputs, data, settings), Path(path)
         if not os.path.lexists(file):
-            return cls(file, digest, {})
+            return cls(file, inputs.job, digest, {})
         kept = _Document.from_document(strictjson.loads(read_file(file, _LARGEST), file), file)
-        return cls(file, digest, dict(kept.results) if kept.inputs == digest else {})
+        if kept != kept.sealed(inputs.job):
+            hint = "it was changed, or is of another job: delete it, or choose another file"
+            raise FormatError("its seal is wrong", where=file, hint=hint)
+        return cls(file, inputs.job, digest, dict(kept.results) if kept.inputs == digest else {})
 
     def result(self, name: str, measure: Callable[[], Result | None]) -> Result | None:
         """What is known of an attack; else it is measured now, and kept. None where there is nothing to measure."""
         if name in self.results:
             return self.results[name]
         found = measure()
-        if found is not None and self.path is not None and math.isfinite(found.loss):
+        if found is not None and self.path is not None and self.job is not None and math.isfinite(found.loss):
             self.results[name] = found
-            document = _Document(inputs=self.inputs, results=self.results).model_dump(mode="json")
-            write_file_atomically(self.path, strictjson.pretty(document).encode(), 0o600)
+            document = _Document(inputs=self.inputs, results=self.results).sealed(self.job)
+            write_file_atomically(self.path, strictjson.pretty(document.model_dump(mode="json")).encode(), 0o600)
         return found
 
 
-def _digest(inputs: Inputs, settings: tuple[object, ...]) -> str:
+def _digest(inputs: Inputs, data: Sequence[str | Path | None], settings: Sequence[object]) -> str:
     """SHA-256 over the content of all models, proxies and data, and over the settings."""
     models = (inputs.truth, inputs.server, inputs.base)
     places = [model.source.path for model in models if model is not None]
     places += [proxy.folder for proxy in (*inputs.proxies, *inputs.earlier)]
     job = inputs.job.commitment if inputs.job is not None else None
-    parts = [VERSION, job, *(list(_files(place)) for place in places)]
-    for one in settings:
-        parts.append(list(_files(Path(one))) if isinstance(one, (str, Path)) and Path(one).exists() else str(one))
+    files = [list(_files(Path(one))) if one is not None else None for one in (*places, *data)]
+    parts = [VERSION, job, files, [str(one) for one in settings]]
     return hashlib.sha256(strictjson.dumps(parts).encode()).hexdigest()
 
 

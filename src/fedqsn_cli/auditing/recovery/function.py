@@ -116,8 +116,8 @@ class FunctionAttack:
         evaluation = Evaluation.of(
             eval_data, loaded, max_length=options.max_length, device=options.device, progress=inputs.progress
         )
-        settings = (options.public_data, options.public_examples, options.max_length, evaluation.device)
-        state = AttackState.open(options.state, inputs, eval_data, *settings)
+        settings = (options.public_examples, options.max_length, evaluation.device)
+        state = AttackState.open(options.state, inputs, (eval_data, options.public_data), settings)
         return cls(Assembly(inputs, truth), evaluation, options, evaluation.score("global", loaded), state)
 
     def measure(self, scope: str) -> FunctionRecovery:
