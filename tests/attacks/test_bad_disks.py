@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 
 from attacks.killing import COMMANDS, Trial, check_end, check_visible, make_place
 from fedqsn_cli.checkpoint.files import remove_tree
+from support import disks
 from support.attacks import World
 from support.forks import fork
 from support.helpers import contents
@@ -37,13 +37,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 16 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk]).returncode:
-        pytest.skip("mounting a small disk takes root")
-    yield disk
-    subprocess.run(["umount", "-l", disk], check=True)
+    with disks.small_disk(tmp_path, "16m") as disk:
+        yield disk
 
 
 @pytest.fixture

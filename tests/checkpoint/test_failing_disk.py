@@ -19,18 +19,14 @@ from safetensors.numpy import load_file
 
 from fedqsn_cli import linux
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, TensorSink, TensorSpec, stream
+from support import disks
 from support.checkpoints import BYTES, ENVIRONMENT, make
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 24 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", disk]).returncode:
-        pytest.skip("mounting a small disk takes root")
-    yield disk
-    subprocess.run(["umount", "-l", disk], check=True)
+    with disks.small_disk(tmp_path, "24m") as disk:
+        yield disk
 
 
 def write_all(sink: TensorSink, spec: TensorSpec) -> None:

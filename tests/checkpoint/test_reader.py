@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save, save_file
 
-from fedqsn_cli.checkpoint import Checkpoint, reader
+from fedqsn_cli.checkpoint import Checkpoint, descriptors, reader
 from fedqsn_cli.errors import FormatError, InputError
 
 WEIGHT = np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -272,9 +272,9 @@ def test_a_checkpoint_can_be_read_again_after_close(tmp_path: Path) -> None:
     save_file({"w": WEIGHT}, tmp_path / "model.safetensors")
     checkpoint = Checkpoint.open(tmp_path)
     checkpoint.read("w")
-    before = len(reader.DESCRIPTORS)
+    before = len(descriptors.DESCRIPTORS)
     checkpoint.close()
-    assert len(reader.DESCRIPTORS) == before - 1
+    assert len(descriptors.DESCRIPTORS) == before - 1
     assert np.array_equal(checkpoint.read("w"), WEIGHT)
     checkpoint.close()
 
@@ -297,7 +297,7 @@ import resource, sys
 import numpy as np
 from pathlib import Path
 from safetensors.numpy import save
-from fedqsn_cli.checkpoint import Checkpoint, reader
+from fedqsn_cli.checkpoint import Checkpoint, descriptors
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 folder = Path(sys.argv[1])
 for i in range(1000):
@@ -306,10 +306,10 @@ updates = [Checkpoint.open(folder / f"{i}.safetensors") for i in range(1000)]
 for _ in range(2):
     for i, update in enumerate(updates):
         assert update.read("w").tolist() == [i, i, i]
-assert len(reader.DESCRIPTORS) == 64, len(reader.DESCRIPTORS)
+assert len(descriptors.DESCRIPTORS) == 64, len(descriptors.DESCRIPTORS)
 for update in updates:
     update.close()
-assert len(reader.DESCRIPTORS) == 0
+assert len(descriptors.DESCRIPTORS) == 0
 """
 
 
@@ -321,7 +321,9 @@ def test_a_thousand_checkpoints_are_open_with_256_descriptors(tmp_path: Path) ->
 def test_threads_share_few_descriptors_without_losing_one_in_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader, "DESCRIPTORS", reader.DescriptorPool(2))
+    pool = descriptors.DescriptorPool(2)
+    for module in (reader, descriptors):
+        monkeypatch.setattr(module, "DESCRIPTORS", pool)
     for i in range(8):
         save_file({"w": np.full(5000, i, np.float32)}, tmp_path / f"{i}.safetensors")
     checkpoints = [Checkpoint.open(tmp_path / f"{i}.safetensors") for i in range(8)]

@@ -7,8 +7,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
-
 MAKEFILE = Path(__file__).parents[2] / "examples" / "quickstart" / "Makefile"
 
 STAND_IN = """#!/bin/sh
@@ -27,7 +25,6 @@ fi
 ARTIFACT = {"config.json", "update.json", "proxy.json"}
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
 def test_an_interrupted_make_leaves_whole_folders(tmp_path: Path) -> None:
     shutil.copy(MAKEFILE, tmp_path)
     program = tmp_path / "bin" / "fedqsn"

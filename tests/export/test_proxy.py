@@ -226,7 +226,6 @@ def at_most_open(more: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files")
 def test_under_a_low_limit_of_open_files_fewer_proxies_are_written_at_a_time(job: JobFolder) -> None:
     clients = tuple(f"c{number}" for number in range(40))
     whole = contents(job.export(job.model, "whole", clients=clients))

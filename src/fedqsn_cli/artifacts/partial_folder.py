@@ -22,7 +22,7 @@ from fedqsn_cli.artifacts.ledger import ClientId
 from fedqsn_cli.artifacts.ledger_head import Sealer
 from fedqsn_cli.artifacts.manifests import Digest, FileName, Manifest, PositiveNumber, Sha256, Strict, manifest_bytes
 from fedqsn_cli.checkpoint import TensorSpec
-from fedqsn_cli.planning.tensor_plan import TensorPlan, UnitAxis
+from fedqsn_cli.planning.tensor_plan import TensorPlan, UnitAxis, View, units_per_slice
 
 PARTIAL_MANIFEST = "partial.json"
 PARTIAL_TENSORS = "partial.safetensors"
@@ -101,7 +101,7 @@ class Run:
     count: int
 
 
-def unit_run(axis: UnitAxis | None, view: tuple[int, int, int], first: int, rows: int) -> Run:
+def unit_run(axis: UnitAxis | None, view: View, first: int, rows: int) -> Run:
     """The units that rows `first` .. `first + rows` of a tensor belong to; rows of one lead slice if units are columns.
 
     Args:
@@ -125,6 +125,6 @@ def partial_specs(tensors: Sequence[TensorPlan]) -> Iterator[TensorSpec]:
     """
     for tensor in tensors:
         lead, rows, cols = tensor.view
-        units = {None: 1, "row": lead * rows, "column": lead * cols, "element": lead * rows * cols}[tensor.axis]
+        units = 1 if tensor.axis is None else lead * units_per_slice(tensor.axis, tensor.view)
         yield TensorSpec(tensor.name + SUM, "I64", (lead * rows, 2, cols))
         yield TensorSpec(tensor.name + WEIGHTS, "I64", (units,))

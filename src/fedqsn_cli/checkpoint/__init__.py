@@ -5,6 +5,7 @@ companions.py  the files of a tokenizer beside a model
 companion_limits.py  how much they may say before they could carry weights
 header.py     one safetensors header, read strictly or planned ahead
 direct_io.py  reading around the page cache
+descriptors.py  which files are open for reading
 model_config.py  config.json: types, and sizes against the tensors
 reader.py     config, index and shards -> tensors, whole or in chunks
 stream.py     background threads that write and hash

@@ -46,7 +46,10 @@ _WITHOUT_WORDS = frozenset(
     }
 )
 
-_OURS = ("config.json", "fedqsn.json", "proxy.json", "update.json")
+MANIFESTS = ("fedqsn.json", "proxy.json", "update.json", "partial.json")
+"""Those of fedqsn itself: a directory that holds one is ours to replace."""
+
+_OURS = ("config.json", *MANIFESTS)
 _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt", ".pkl")
 _ABOUT = (".md", ".txt", ".png", ".jpg", ".pdf")  # what people read; vocabularies have names of their own
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fedqsn_cli.checkpoint import files
+from fedqsn_cli.checkpoint.companions import MANIFESTS
 from fedqsn_cli.checkpoint.header import TensorSpec
 from fedqsn_cli.checkpoint.reader import is_plain_file_name
 from fedqsn_cli.checkpoint.stream import BUFFER_BYTES, FileStream, WriterThreads
@@ -27,13 +28,6 @@ FILE_MODE, FILE_TIME = 0o644, 315_532_800
 """Mode of every file of a proxy, and seconds since 1970 of its last change and of the folder's: 1980-01-01, as in
 reproducible archives. They tell nothing about the owner's clock, and what is the same in all proxies can carry nothing.
 """
-
-MANIFESTS = (
-    "fedqsn.json",
-    "proxy.json",
-    "update.json",
-    "partial.json",
-)  # a directory that holds one is ours to replace
 
 
 class ArtifactWriter:

@@ -67,13 +67,4 @@ def _parts(result: ConsolidateResult) -> list[console.Part]:
 def _trials(search: WeightSearch) -> console.Table:
     """What auto tried, with a mark at what it took."""
     names = ("transfer weight", "loss on own skill", "on what clients teach")
-    rows = [
-        (
-            f"{trial.weight:g}",
-            text.real(trial.own.loss),
-            text.real(trial.clients.loss),
-            "<- taken" if trial.weight == search.chosen else "",
-        )
-        for trial in search.trials
-    ]
-    return console.Table((*names, ""), rows, numbers=frozenset(names))
+    return console.Table((*names, ""), search.rows("<- taken"), numbers=frozenset(names))

@@ -25,12 +25,11 @@ _CLIENT = "nvflare.private.fed.app.client.client_train"
 _ORGANISATION = "org=fedqsn"
 _RESTART = 2.0  # seconds between the end of a process and its next start
 _GRACE = 10.0  # seconds that processes have to end by themselves
+_LARGEST_MESSAGE = 64 << 20  # bytes; by default, a host may make a site hold 4 GiB
 _ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "2",  # fewer arenas hold less
     "NVFLARE_ENABLE_JEMALLOC_PRELOAD": "false",
-    "NVFLARE_STREAMING_MAX_BLOB_SIZE": str(
-        64 << 20
-    ),  # bytes of a message; by default, a host may make a site hold 4 GiB
+    "NVFLARE_STREAMING_MAX_BLOB_SIZE": str(_LARGEST_MESSAGE),
 }
 
 

@@ -21,7 +21,7 @@ from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, Quantization, TrainsF
 from fedqsn_cli.artifacts.proxy_folder import write_visible
 from fedqsn_cli.checkpoint import ArtifactWriter, FolderWriter, WriterThreads, allow_open_files, check_reference
 from fedqsn_cli.checkpoint import push as push_to_hub
-from fedqsn_cli.checkpoint.reader import MAX_OPEN_FILES
+from fedqsn_cli.checkpoint.descriptors import MAX_OPEN_FILES
 from fedqsn_cli.errors import InputError, OutputExists
 from fedqsn_cli.export.advice import (
     check_settings,

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fedqsn_cli.checkpoint.descriptors import DESCRIPTORS, DirectFile
 from fedqsn_cli.checkpoint.header import FileIdentity
-from fedqsn_cli.checkpoint.reader import DESCRIPTORS, DirectFile
 from fedqsn_cli.errors import RefusedUpdate
 from fedqsn_cli.kernels.digests import Algorithm, new_hash, written
 from fedqsn_cli.kernels.hash_threads import HashQueue

@@ -44,7 +44,7 @@ class LoraStudent:
 
     Args:
         method: the adapters, and modules that are trained in full beside them.
-        restored: the restored model on the disk. tasks: its tensors, in order.
+        restored: the restored model on the disk. inputs: what it was restored from, with its tensors in order.
     """
 
     loaded: Loaded

@@ -31,24 +31,11 @@ def render(search: WeightSearch) -> str:
         command="consolidate",
         title=f"--transfer-weight {search.chosen:g}",
         figures=figures,
-        search={"plot": _picture(search), "columns": columns, "rows": _rows(search)},
+        search={"plot": _picture(search), "columns": columns, "rows": search.rows("taken")},
         pictures=[],
         refused=((), []),
         version=VERSION,
     )
-
-
-def _rows(search: WeightSearch) -> list[tuple[str, ...]]:
-    """All that was tried, with a mark at what was taken."""
-    return [
-        (
-            f"{trial.weight:g}",
-            real(trial.own.loss),
-            real(trial.clients.loss),
-            "taken" if trial.weight == search.chosen else "",
-        )
-        for trial in search.trials
-    ]
 
 
 def _picture(search: WeightSearch) -> Picture:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedqsn_cli.errors import GateFailed
+from fedqsn_cli.text import real
 from fedqsn_cli.training.scoring import Evaluation
 
 WEIGHTS = (0.25, 0.5, 0.75, 1.0, 1.5)
@@ -39,6 +40,13 @@ class WeightSearch:
     clients_before: Evaluation
     tolerance: float
     trials: tuple[WeightTrial, ...]
+
+    def rows(self, mark: str) -> list[tuple[str, ...]]:
+        """All that was tried, for a table: weight, both losses, and a mark at what was taken."""
+        return [
+            (f"{trial.weight:g}", real(trial.own.loss), real(trial.clients.loss), mark * (trial.weight == self.chosen))
+            for trial in self.trials
+        ]
 
 
 def rank(trial: WeightTrial, own_limit: float) -> tuple[bool, float, float]:

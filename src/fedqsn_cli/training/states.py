@@ -27,7 +27,7 @@ from torch import Tensor
 from fedqsn_cli import strictjson, validate
 from fedqsn_cli.artifacts.manifests import file_digest
 from fedqsn_cli.checkpoint import ArtifactWriter, TensorSpec, files
-from fedqsn_cli.checkpoint.writer import MANIFESTS
+from fedqsn_cli.checkpoint.companions import MANIFESTS
 from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.models.dense import TORCH_DTYPES
 from fedqsn_cli.progress import Progress

@@ -27,10 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from fedqsn_cli import strictjson
-from fedqsn_cli.artifacts.manifests import (
-    PROXY_MANIFEST,
-    VISIBLE_TENSORS,
-)
+from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, VISIBLE_TENSORS
 from fedqsn_cli.artifacts.sanitize import PRIVATE_FIELDS, PRIVATE_NAME
 from fedqsn_cli.auditing.inputs import KEY, PROXY
 from fedqsn_cli.auditing.registry import Rule

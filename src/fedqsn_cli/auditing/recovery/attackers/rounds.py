@@ -6,7 +6,7 @@ The server model moves between rounds, but little next to what quantization does
 
 from __future__ import annotations
 
-from fedqsn_cli.auditing.recovery.attackers.assembly import Assembly, Floats, State
+from fedqsn_cli.auditing.recovery.attackers.assembly import Assembly, Estimate, Floats, State
 from fedqsn_cli.auditing.recovery.attackers.attack import Start
 from fedqsn_cli.auditing.recovery.attackers.base_fill import filled
 from fedqsn_cli.auditing.recovery.evidence import Evidence
@@ -29,22 +29,18 @@ def _further(assembly: Assembly) -> State:
     return {name: value + (value - first[name]) if value.is_floating_point() else value for name, value in last.items()}
 
 
-ROUNDS = Start(
-    name=lambda assembly: "union of rounds" + (", base fill" if assembly.has_base else ""),
-    source="FedQSN, arXiv 2508.18911: fresh masks show other units in every round",
-    applies=lambda assembly: bool(assembly.inputs.earlier),
-    build=lambda assembly: assembly.estimated(_newest, assembly.everything),
-    filled=True,
-)
+def _of_rounds(name: str, source: str, estimate: Estimate) -> Start:
+    return Start(
+        name=lambda assembly: name + (", base fill" if assembly.has_base else ""),
+        source=source,
+        applies=lambda assembly: bool(assembly.inputs.earlier),
+        build=lambda assembly: assembly.estimated(estimate, assembly.everything),
+        filled=True,
+    )
 
-ROUNDS_AVERAGED = Start(
-    name=lambda assembly: "rounds averaged" + (", base fill" if assembly.has_base else ""),
-    source="dithered quantization, averaged: Gray and Stockham 1993",
-    applies=lambda assembly: bool(assembly.inputs.earlier),
-    build=lambda assembly: assembly.estimated(_averaged, assembly.everything),
-    filled=True,
-)
 
+ROUNDS = _of_rounds("union of rounds", "FedQSN, arXiv 2508.18911: fresh masks show other units in every round", _newest)
+ROUNDS_AVERAGED = _of_rounds("rounds averaged", "dithered quantization, averaged: Gray and Stockham 1993", _averaged)
 DIFFERENCE = Start(
     name=lambda assembly: "difference of rounds",
     source="task arithmetic, Ilharco et al. 2023",
