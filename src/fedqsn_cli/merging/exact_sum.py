@@ -71,16 +71,22 @@ def _settle(high: Any, low: Any, out: Any) -> None:
 
 
 @kernel
+def _digits(term: Any) -> Any:
+    """A term as integers: units of `COARSE`, and what is left in units of `FINE`."""
+    coarse = term + _TO_COARSE
+    fine = (term - (coarse - _TO_COARSE)) + _TO_FINE
+    return np.float64(coarse).view(np.int64) - _COARSE_BITS, np.float64(fine).view(np.int64) - _FINE_BITS
+
+
+@kernel
 def add_run(values: Any, high: Any, low: Any, coefficient: float, sums: Any) -> None:
     """Add coefficient * values; `sums` gets the squares of the values."""
     for i in range(values.size):
         x = np.float64(values[i])
         sums[i] += x * x
-        term = coefficient * x
-        coarse = term + _TO_COARSE
-        fine = (term - (coarse - _TO_COARSE)) + _TO_FINE
-        high[i] += np.float64(coarse).view(np.int64) - _COARSE_BITS
-        low[i] += np.float64(fine).view(np.int64) - _FINE_BITS
+        more, rest = _digits(coefficient * x)
+        high[i] += more
+        low[i] += rest
 
 
 @kernel
@@ -89,8 +95,6 @@ def add_scattered(values: Any, high: Any, low: Any, index: Any, coefficient: flo
     for i in range(values.size):
         x = np.float64(values[i])
         sums[i] += x * x
-        term = coefficient * x
-        coarse = term + _TO_COARSE
-        fine = (term - (coarse - _TO_COARSE)) + _TO_FINE
-        high[index[i]] += np.float64(coarse).view(np.int64) - _COARSE_BITS
-        low[index[i]] += np.float64(fine).view(np.int64) - _FINE_BITS
+        more, rest = _digits(coefficient * x)
+        high[index[i]] += more
+        low[index[i]] += rest
