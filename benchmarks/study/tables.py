@@ -19,6 +19,7 @@ from benchmarks.study.settings import (
     METHODS,
     NAMED,
     NEWS,
+    PLAYED,
     SIZES,
     STRONG,
     TASKS,
@@ -133,7 +134,7 @@ def traffic(rows: Sequence[Row]) -> str:
     for task in (TOPICS.name, NEWS.name):
         head += [f"{task}: never sent", "MB down", "MB up", "λ", "seconds"]
     body = []
-    for method in METHODS:
+    for method in [one for one in METHODS if one.name in PLAYED[NEWS.name]]:
         line = [method.title]
         for task in (TOPICS.name, NEWS.name):
             for figure, number in (
