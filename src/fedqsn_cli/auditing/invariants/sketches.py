@@ -57,19 +57,15 @@ class Sketches:
     vectors: list[Floats] = field(default_factory=list)
     where: list[Ints] = field(default_factory=list)
 
-    def add(self, sketch: Floats, total: Floats, squares: Floats, length: int, column_sum: Floats, where: Ints) -> None:
-        """Add vectors, given their projections [n, SIZE], sums [n] and sums of squares [n]."""
-        centred = sketch - total[:, None] / np.float32(length) * column_sum
-        energy = squares - total * total / np.float32(length)
+    def add(self, projected: Floats, width: int, where: Ints) -> None:
+        """Add vectors, given what `project` makes of their windows of `width` numbers."""
+        total, squares = projected[:, SIZE], projected[:, SIZE + 1]
+        centred = projected[:, :SIZE] - total[:, None] / np.float32(width) * signs(width).sum(axis=0)
+        energy = squares - total * total / np.float32(width)
         norm = np.sqrt(np.einsum("ij,ij->i", centred, centred))
         sound = (energy > 1e-6 * squares) & (energy > 0) & (norm > 0) & np.isfinite(norm)
         self.vectors.append((centred[sound] / norm[sound, None]).astype(np.float32))
         self.where.append(where[sound])
-
-    def extend(self, other: Sketches) -> None:
-        """Add those of another."""
-        self.vectors += other.vectors
-        self.where += other.where
 
     def stacked(self) -> tuple[Floats, Ints]:
         """All vectors and where they come from."""
@@ -84,15 +80,25 @@ def window(length: int) -> tuple[int, int]:
     return (length - width) // 2, (length - width) // 2 + width
 
 
-def add_vectors(by_length: dict[int, Sketches], length: int, x: Floats, where: Ints) -> None:
-    """Sketch vectors of `length` numbers, of which x [n, window] holds those in the window."""
-    if length < SHORTEST or not len(x):
-        return
-    projection = np.concatenate([signs(x.shape[1]), np.ones((x.shape[1], 1), np.float32)], axis=1)
-    projected = x @ projection
-    squares = np.einsum("ij,ij->i", x, x)
-    sketches = by_length.setdefault(length, Sketches())
-    sketches.add(projected[:, :SIZE], projected[:, SIZE], squares, x.shape[1], projection[:, :SIZE].sum(axis=0), where)
+def project(x: Floats, begin: int, width: int) -> Floats:
+    """What sketches are made from; that of parts of a window adds up to that of the window.
+
+    Args:
+        x: [n, part] the numbers from `begin` on of the windows of n vectors. width: of a window.
+
+    Returns:
+        fp32 [n, SIZE + 2]: projections on the signs, sums, sums of squares.
+    """
+    projected = x @ _planes(width)[begin : begin + x.shape[1]]
+    projected[:, SIZE + 1] = np.einsum("ij,ij->i", x, x)
+    return np.asarray(projected)
+
+
+@cache
+def _planes(width: int) -> Floats:
+    """The signs, a column of ones, and one of zeros, in whose place squares are put."""
+    ends = np.broadcast_to(np.array([1, 0], np.float32), (width, 2))
+    return np.concatenate([signs(width), ends], axis=1)
 
 
 def similar(one: Floats, other: Floats, least: float = _ALIKE, tables: int = TABLES) -> Iterator[tuple[Ints, Ints]]:
