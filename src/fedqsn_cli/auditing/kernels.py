@@ -85,6 +85,36 @@ def share_edges(edges: Any, block: int, guess: Any) -> None:
 
 
 @kernel
+def cell_mates(one: Any, other: Any, order: Any, begin: Any, end: Any, first: int, least: Any, pairs: Any) -> Any:
+    """Pairs of vectors in the same cell whose |cosine| is over `least`.
+
+    Args:
+        one, other: fp32 [n, d] and [m, d], of length 1. order: [n] indices of `one`, cell by cell.
+        begin, end: [m] where the cell of each vector of `other` is in that order. first: vector of `other` to begin at.
+        pairs: int64 [room, 2], filled with (index into `one`, index into `other`).
+
+    Returns:
+        Number of pairs, and the vector of `other` at which to go on: the room, or time for now, was used up.
+    """
+    found = looked_at = 0
+    for right in range(first, other.shape[0]):
+        size = end[right] - begin[right]
+        if right > first and (found + size > pairs.shape[0] or looked_at + size > 1 << 26):
+            return found, right
+        looked_at += size
+        for at in range(begin[right], end[right]):
+            left = order[at]
+            cosine = np.float32(0)
+            for k in range(one.shape[1]):
+                cosine += one[left, k] * other[right, k]
+            if abs(cosine) > least and found < pairs.shape[0]:
+                pairs[found, 0] = left
+                pairs[found, 1] = right
+                found += 1
+    return found, other.shape[0]
+
+
+@kernel
 def drop_below_peak(sent: Any, block: int, down: bool, values: Any) -> None:
     """values = NaN where |sent| is not the largest of its block; [rows, cols], blocks along rows or down columns."""
     rows, cols = sent.shape
@@ -109,7 +139,7 @@ def drop_below_peak(sent: Any, block: int, down: bool, values: Any) -> None:
                 values[row, col] = values[row, col] if abs(sent[row, col]) >= peak else np.float32(np.nan)
 
 
-@kernel
+@loose
 def hits(w: Any, certain: Any, row_flags: Any, flags: Any, tolerance: Any) -> float:
     """How many visible elements are certain and right; arguments as for `compare`, NaN where nothing is certain."""
     count = 0.0

@@ -28,14 +28,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedqsn_cli.auditing.kernels import cell_mates
+
 Floats = NDArray[np.float32]
-Ints = NDArray[np.int64]
+Ints = NDArray[Any]
 
 SIZE = 16  # numbers a sketch
 WINDOW = 256  # numbers of a vector that are projected
 TABLES = 12
 SHORTEST = 8  # numbers in a unit that can be told from chance
-_MOST = 1 << 16  # pairs of a cell range that are looked at, the most alike first
+_MOST = 1 << 16  # pairs at a time
+_HASHED = 1 << 15  # vectors at a time
 _ALIKE = 0.95  # cosine of sketches worth a closer look
 
 
@@ -113,7 +116,7 @@ def similar(one: Floats, other: Floats, least: float = _ALIKE, tables: int = TAB
     for planes in _rotations(tables):
         left, right = (_hash(vectors, planes[:, :bits]) for vectors in (one, other))
         order = np.argsort(left, kind="stable")
-        ends = np.cumsum(np.bincount(left, minlength=1 << (bits - 1)))  # of the cells, in that order
+        ends = np.cumsum(np.bincount(left, minlength=1 << 16))  # of the cells, in that order
         begins = np.concatenate([[0], ends[:-1]])
         yield from _pairs(one, other, order, begins[right], ends[right], least)
 
@@ -127,31 +130,26 @@ def _rotations(tables: int) -> tuple[Floats, ...]:
 
 def _hash(vectors: Floats, plane: Floats) -> NDArray[np.uint16]:
     """On which side of each plane a vector is, one bit a plane; the same for a vector and its negative."""
-    sides = (vectors @ plane) > 0
-    sides = sides[:, 1:] ^ sides[:, :1]
-    powers = 2.0 ** np.arange(sides.shape[1], dtype=np.float32)
-    return np.asarray((sides.astype(np.float32) @ powers).astype(np.uint16))  # sorted by counting
+    cells = np.empty(len(vectors), np.uint16)
+    for first in range(0, len(vectors), _HASHED):
+        sides = (vectors[first : first + _HASHED] @ plane) > 0
+        bits = np.zeros((len(sides), 16), np.bool_)
+        bits[:, : plane.shape[1] - 1] = sides[:, 1:] ^ sides[:, :1]
+        cells[first : first + _HASHED] = np.packbits(bits, axis=1).view(np.uint16)[:, 0]
+    return cells
 
 
 def _pairs(
     one: Floats, other: Floats, order: Ints, begin: Ints, end: Ints, least: float
 ) -> Iterator[tuple[Ints, Ints]]:
-    """Pairs in the same cell whose sketches are alike, a bounded number at a time."""
-    counts = end - begin
-    start = 0
-    while start < len(counts):
-        upto = np.searchsorted(np.cumsum(counts[start:]), 1 << 21, side="right")
-        stop = start + max(1, int(upto))
-        size = counts[start:stop]
-        right = np.repeat(np.arange(start, stop), size)
-        offset = np.arange(len(right)) - np.repeat(np.cumsum(size) - size, size)
-        left = order[np.repeat(begin[start:stop], size) + offset]
-        cosine = np.abs(np.einsum("ij,ij->i", one[left], other[right]))
-        chosen = np.flatnonzero(cosine > least)
-        if chosen.size:
-            chosen = chosen[np.argsort(-cosine[chosen], kind="stable")][:_MOST]
-            yield left[chosen], right[chosen]
-        start = stop
+    """Pairs in the same cell whose sketches are alike, a bounded number at a time, the most alike of them first."""
+    first, room = 0, np.empty((_MOST, 2), np.int64)
+    while first < len(other):
+        found, first = cell_mates(one, other, order, begin, end, first, np.float32(least), room)
+        if found:
+            left, right = room[:found].T.copy()
+            nearest = np.argsort(-np.abs(np.einsum("ij,ij->i", one[left], other[right])), kind="stable")
+            yield left[nearest], right[nearest]
 
 
 def cosine(one: NDArray[Any], other: NDArray[Any]) -> float:

@@ -75,12 +75,11 @@ class TruthIndex:
 
     Attributes:
         tasks: its tensors, whose number is part of where a vector comes from.
-        sketches: by the length of the vectors.
     """
 
     def __init__(self, inputs: Inputs, truth: OpenModel) -> None:
         self.tasks = tensor_tasks(truth, None, lambda tensor: _hidden_units(inputs, tensor))
-        self.sketches: dict[int, Sketches] = {}
+        self._sketches: dict[int, Sketches] = {}
         self._model = truth
         self._matrices: dict[str, MatrixSketches] = {}
         self._stacked: dict[int, tuple[Floats, Array, Array]] = {}
@@ -95,7 +94,7 @@ class TruthIndex:
         for number, task in enumerate(self.tasks):
             matrix = self._matrices.pop(task.name, None)
             if matrix is not None:
-                matrix.add_to(self.sketches, number)
+                matrix.add_to(self._sketches, number)
 
     def find(self, names: Iterable[str]) -> Iterator[tuple[int, str]]:
         """Number and name of those of these tensors that the truth has."""
@@ -104,12 +103,13 @@ class TruthIndex:
 
     def lengths(self) -> list[int]:
         """Lengths of which there is a hidden vector."""
-        return [length for length in sorted(self.sketches) if self.stacked(length)[2].any()]
+        lengths = sorted(self._sketches.keys() | self._stacked.keys())
+        return [length for length in lengths if self.stacked(length)[2].any()]
 
     def stacked(self, length: int) -> tuple[Floats, Array, Array]:
         """Sketches of one length, where they come from [n, 3], and whether each is (in part) hidden [n]."""
         if length not in self._stacked:
-            vectors, where = self.sketches.get(length, Sketches()).stacked()
+            vectors, where = self._sketches.pop(length, Sketches()).stacked()
             self._stacked[length] = vectors, where, self._hidden(where)
         return self._stacked[length]
 
@@ -184,7 +184,9 @@ def _width(length: int) -> int:
 
 def origins(number: int, kind: int, first: int, count: int) -> Array:
     """Where vectors come from, as `Sketches` takes it: [count, 3]."""
-    return np.stack([np.full(count, number), np.full(count, kind), np.arange(first, first + count)], axis=1)
+    where = np.empty((count, 3), np.int32)
+    where[:, 0], where[:, 1], where[:, 2] = number, kind, np.arange(first, first + count)
+    return where
 
 
 def _hidden_units(inputs: Inputs, tensor: TensorPlan) -> UnitMask | None:

@@ -239,7 +239,10 @@ def _attack_rows(sums: Sequence[TensorSums], rows: Rows, with_base: bool) -> Non
 def _attack_alone(sums: TensorSums, rows: Rows, reading: Reading, with_base: bool) -> None:
     """Add one proxy's rows."""
     row_flags, flags = reading.row_flags, reading.flags
-    _add(sums.shown["descale"], rows.w, reading.values, reading.certain, row_flags, flags)
+    if reading.is_certain:  # the factor is taken away in the same pass
+        sums.shown["descale"].add(rows.w, reading.sent, row_flags, flags, factor=float(1 / reading.factor))
+    else:
+        _add(sums.shown["descale"], rows.w, reading.values, reading.certain, row_flags, flags)
     if rows.base is not None:
         sums.base_shown.add(rows.w, rows.base, row_flags, flags, tolerance=0.0)
         sums.moved["descale"] += _squares(rows.base, reading.values, row_flags, flags)
