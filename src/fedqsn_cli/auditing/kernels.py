@@ -94,12 +94,12 @@ def cell_mates(one: Any, other: Any, order: Any, begin: Any, end: Any, first: in
         pairs: int64 [room, 2], filled with (index into `one`, index into `other`).
 
     Returns:
-        Number of pairs, and the vector of `other` at which to go on: the room, or time for now, was used up.
+        Number of pairs, and the vector of `other` to go on with: there was no more room, or 2^24 were looked at.
     """
     found = looked_at = 0
     for right in range(first, other.shape[0]):
         size = end[right] - begin[right]
-        if right > first and (found + size > pairs.shape[0] or looked_at + size > 1 << 26):
+        if right > first and (found + size > pairs.shape[0] or looked_at + size > 1 << 24):
             return found, right
         looked_at += size
         for at in range(begin[right], end[right]):

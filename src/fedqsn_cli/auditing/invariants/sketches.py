@@ -92,7 +92,8 @@ def project(x: Floats, begin: int, width: int) -> Floats:
     Returns:
         fp32 [n, SIZE + 2]: projections on the signs, sums, sums of squares.
     """
-    projected = x @ _planes(width)[begin : begin + x.shape[1]]
+    with np.errstate(invalid="ignore"):  # what is not a number has no sketch
+        projected = x @ _planes(width)[begin : begin + x.shape[1]]
     projected[:, SIZE + 1] = np.einsum("ij,ij->i", x, x)
     return np.asarray(projected)
 
