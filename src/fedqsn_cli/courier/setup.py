@@ -205,7 +205,7 @@ def _named(data: bytes, where: Path) -> str:
             told = json.loads(file.read("request.json"))
         name, kind = str(told["name"]), told["cert_type"]
     except (zipfile.BadZipFile, KeyError, TypeError, ValueError):
-        raise FormatError("is no request of a site", where=where) from None
+        raise FormatError("is not a request of a site", where=where) from None
     if kind != "client":
         raise InputError(f"asks for the certificate of a {kind}, not of a site", where=where)
     return validate.client(name, str(where))
@@ -228,4 +228,4 @@ def _unpacked(path: Path, names: set[str]) -> dict[str, bytes]:
                 return {name: file.read(name) for name in names}
     except (zipfile.BadZipFile, ValueError, RuntimeError):
         pass
-    raise FormatError("is no request or approval of a courier", where=path)
+    raise FormatError("is not a request or approval of a courier", where=path)
