@@ -156,11 +156,11 @@ def hits(w: Any, certain: Any, row_flags: Any, flags: Any, tolerance: Any) -> fl
 
 
 @loose
-def compare(w: Any, guess: Any, factor: Any, row_flags: Any, flags: Any, tolerance: Any, out: Any) -> None:
+def compare(w: Any, guess: Any, divisor: Any, row_flags: Any, flags: Any, tolerance: Any, out: Any) -> None:
     """Add to out what a guess is worth on the visible elements of rows.
 
     Args:
-        w, guess: [rows, cols] fp32; the guess is guess * factor.
+        w, guess: [rows, cols] fp32; the guess is guess / divisor.
         row_flags: bool [rows]. flags: fp32 [1, cols] or [rows, cols], 1 where visible; an element needs both.
         tolerance: relative; a guess within it counts as exact.
         out: [7] sums over visible elements: count, w, w², guess, guess², (w - guess)², exact ones.
@@ -172,7 +172,7 @@ def compare(w: Any, guess: Any, factor: Any, row_flags: Any, flags: Any, toleran
         n = ws = ww = gs = gg = dd = exact = np.float32(0)
         for col in range(w.shape[1]):
             a = w[row, col] * line[col]
-            b = guess[row, col] * factor * line[col]
+            b = guess[row, col] / divisor * line[col]
             d = a - b
             n += line[col]
             ws += a

@@ -240,7 +240,7 @@ def _attack_alone(sums: TensorSums, rows: Rows, reading: Reading, with_base: boo
     """Add one proxy's rows."""
     row_flags, flags = reading.row_flags, reading.flags
     if reading.is_certain:  # the factor is taken away in the same pass
-        sums.shown["descale"].add(rows.w, reading.sent, row_flags, flags, factor=float(1 / reading.factor))
+        sums.shown["descale"].add(rows.w, reading.sent, row_flags, flags, divisor=reading.factor)
     else:
         _add(sums.shown["descale"], rows.w, reading.values, reading.certain, row_flags, flags)
     if rows.base is not None:
