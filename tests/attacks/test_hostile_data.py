@@ -1,4 +1,4 @@
-"""Data files that are huge, that inflate, that grow or that are no files: refused at once, in one line."""
+"""Data files that are huge, that inflate, that grow or that are not files: refused at once, in one line."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def test_a_new_training_begins_a_new_log(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"some notes\n", b'{"text": "data"}\n', b"[1]\n", b"\xff\n"])
 def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "notes").write_bytes(content)
-    with pytest.raises(InputError, match="is no log of client-train"):
+    with pytest.raises(InputError, match="is not a log of client-train"):
         write(tmp_path / "notes", 0, range(1, 3))
     assert (tmp_path / "notes").read_bytes() == content
 

@@ -256,7 +256,7 @@ def _locked(path: Path) -> Iterator[int]:
 
 
 def _read_all(descriptor: int, path: Path) -> bytes:
-    """All bytes of an open ledger. Raises InputError, FormatError: it is no plain file, or larger than any ledger."""
+    """All bytes of an open ledger. Raises InputError, FormatError: not a plain file, or larger than any ledger."""
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode):
         raise InputError("not a regular file", where=path)

@@ -288,7 +288,7 @@ class TrainingPrivacy(Strict):
 
 
 class UpdatePrivacy(Strict):
-    """Clipping of the update as a whole and noise on it, as the client reports it; 0 is no noise."""
+    """Clipping of the update as a whole and noise on it, as the client reports it; 0 means no noise."""
 
     clip_norm: PositiveNumber
     noise_multiplier: Annotated[float, Field(ge=0)]

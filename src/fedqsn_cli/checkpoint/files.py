@@ -44,7 +44,7 @@ def open_regular_file(path: Path) -> int:
 
 
 def check_size(path: Path, most: int) -> None:
-    """Refuse what is no plain file of at most `most` bytes. Raises InputError, FormatError."""
+    """Refuse what is not a plain file of at most `most` bytes. Raises InputError, FormatError."""
     descriptor = open_regular_file(path)
     try:
         _check_size(descriptor, path, most)
@@ -158,7 +158,7 @@ def read_secret(path: str | Path, limit: int, mark: bytes) -> bytes:
 
     Args:
         limit: bytes that it may have.
-        mark: what any such file holds; one that others can open and that lacks it is no key, and nobody is asked to
+        mark: what any such file holds; one that others can open and that lacks it is not a key, and nobody is asked to
             close it.
 
     Raises:

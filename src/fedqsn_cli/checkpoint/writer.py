@@ -149,7 +149,7 @@ class ArtifactWriter:
     def place(self, name: str) -> Path:
         """Where a file of that name is staged."""
         if not is_plain_file_name(name) or self._finished:
-            raise ValueError(f"{name!r} is no file name, or the artifact is finished")
+            raise ValueError(f"{name!r} is not a file name, or the artifact is finished")
         return self._staging / name
 
     def finished(self, stream: FileStream) -> None:

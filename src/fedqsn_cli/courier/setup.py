@@ -221,7 +221,7 @@ def _named(data: bytes, where: Path) -> str:
         told = strictjson.loads(found["request.json"], where)
         name, kind = str(told["name"]), told["cert_type"]
     except (KeyError, TypeError, FormatError):
-        raise FormatError("is no request of a site", where=where) from None
+        raise FormatError("is not a request of a site", where=where) from None
     if kind != "client":
         raise InputError(f"asks for the certificate of a {kind}, not of a site", where=where)
     return validate.client(name, str(where))
@@ -239,7 +239,7 @@ def _unpacked(path: Path, names: set[str]) -> dict[str, bytes]:
     """The parts of a request or an approval, none of which is ever written under its own name. Raises FormatError."""
     found = _entries(read_file(path, 2 * _LARGEST))
     if found.keys() != names:
-        raise FormatError("is no request or approval of a courier", where=path)
+        raise FormatError("is not a request or approval of a courier", where=path)
     return found
 
 

@@ -351,7 +351,7 @@ class _Consolidation:
 
 
 def _check_task(checkpoint: Checkpoint) -> None:
-    """Refuse a model whose answers are no probabilities of classes or next tokens. Raises InputError."""
+    """Refuse a model whose answers are not probabilities of classes or next tokens. Raises InputError."""
     task, architecture = task_of(checkpoint.config, checkpoint.path)
     if task not in TAUGHT_TASKS:
         what = f"{architecture} is a model for {task}, which cannot be consolidated"

@@ -228,7 +228,7 @@ def stored_tensors(model: Any, names: Iterable[str]) -> dict[str, Tensor]:
 
     Args:
         model: built by `build_model`.
-        names: the checkpoint's names; those that are no tensor of the model (old buffers) do not come back.
+        names: the checkpoint's names; those that are not tensors of the model (old buffers) do not come back.
     """
     return checkpoint_tensors(model, model.state_dict(), names)
 

@@ -136,7 +136,7 @@ def read_errors(path: Path, job: str, proxy_id: str, shapes: Mapping[str, tuple[
 
 
 def _check_origin(path: Path, metadata: Mapping[str, str], job: str, proxy_id: str) -> None:
-    """Refuse what is no residual, is of another job, or was written by a round with the same proxy."""
+    """Refuse what is not a residual, is of another job, or was written by a round with the same proxy."""
     if metadata.get("format") != FORMAT:
         raise FormatError("is not the residual of a client's updates", where=path)
     if metadata.get("job") != job:
