@@ -22,7 +22,6 @@ import torch
 from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, file_digest, manifest_bytes
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, files, write_file_atomically
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.export.session import keep_outside
 from fedqsn_cli.merging.job_model import merged_manifest, model_sinks, publish
 from fedqsn_cli.merging.restore import RestoreInputs, open_restore_inputs
 from fedqsn_cli.merging.students import FullStudent, Student
@@ -97,7 +96,7 @@ def consolidate(
         >>> consolidate("global/", "server-9/", "final/", key="job.key", own_data="own.jsonl").last_loss
     """
     outside = ("key", "eval_data", "own_eval_data", "report", *_FILES)
-    keep_outside(Path(options.out), **{name.replace("_", "-"): getattr(options, name) for name in outside})
+    files.keep_outside(Path(options.out), **{name.replace("_", "-"): getattr(options, name) for name in outside})
     if options.report is not None:
         files.require_file_target(options.report)
     for weight in _weights(options):
