@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedqsn_cli import client_train
-from fedqsn_cli.training import data, stored_examples
+from fedqsn_cli.training import stored_examples, tables
 from fedqsn_cli.training.stored_examples import Computed, StoredExamples
 from support.training_jobs import data_for, make_proxy, small_model
 
@@ -65,7 +65,7 @@ def test_an_update_does_not_depend_on_where_examples_are_kept(
     recipe = {"epochs": 1, "batch_size": 4, "device": "cpu", "precision": "fp32", **options}
     client_train(proxy, tmp_path / "whole", data=rows, **recipe)
     monkeypatch.setattr(stored_examples, "LIMIT", 1)
-    monkeypatch.setattr(data, "ROWS", 3)
+    monkeypatch.setattr(tables, "PART_ROWS", 3)
     client_train(proxy, tmp_path / "parts", data=rows, **recipe)
     for file in (tmp_path / "whole").iterdir():
         assert (tmp_path / "parts" / file.name).read_bytes() == file.read_bytes()

@@ -32,7 +32,7 @@ from fedqsn_cli.training import update
 from fedqsn_cli.training.batching import Examples
 from fedqsn_cli.training.compact import Trainable
 from fedqsn_cli.training.data import Encoder
-from fedqsn_cli.training.data_files import read_table
+from fedqsn_cli.training.data_files import DataFile, open_data
 from fedqsn_cli.training.estimate import Estimate, measured
 from fedqsn_cli.training.full import FullMethod
 from fedqsn_cli.training.journal import journals
@@ -46,7 +46,6 @@ from fedqsn_cli.training.private_loop import plan_privacy, require_opacus, train
 from fedqsn_cli.training.processes import Processes, joined, launched, own_device
 from fedqsn_cli.training.scoring import Evaluation, score
 from fedqsn_cli.training.states import StateFolder, remove_finished
-from fedqsn_cli.training.tables import Table
 from fedqsn_cli.version import VERSION
 
 __all__ = ["Estimate", "TrainResult", "client_train", "estimate_training"]
@@ -248,7 +247,7 @@ def _prepared(proxy: str | Path, options: TrainOptions, progress: Progress) -> I
     device = own_device(choose_device(options.device))
     precision = choose_precision("fp32" if options.dp_epsilon is not None else options.precision, device)
     options = replace(options, precision=precision)
-    tables = read_table(options.data), read_table(options.eval_data) if options.eval_data is not None else None
+    data = open_data(options.data), open_data(options.eval_data) if options.eval_data is not None else None
     folder = resolve(str(proxy)).path
     manifest = verify_proxy(folder)
     if options.verify_key is not None:
@@ -263,8 +262,8 @@ def _prepared(proxy: str | Path, options: TrainOptions, progress: Progress) -> I
         if states is not None and processes.is_first:
             stack.enter_context(states.opened())
         method = _method(checkpoint, manifest, options, device)
-        encoder, examples, held_out = _encode(method.loaded, tables, options, progress)
-        del tables  # the texts would stay in memory
+        encoder, examples, held_out = _encode(method.loaded, data, options, progress)
+        del data  # short texts would stay in memory
         yield _Ready(
             folder=folder,
             manifest=manifest,
@@ -291,18 +290,18 @@ def _method(checkpoint: Checkpoint, manifest: ProxyManifest, options: TrainOptio
 
 
 def _encode(
-    loaded: Loaded, tables: tuple[Table, Table | None], options: TrainOptions, progress: Progress
+    loaded: Loaded, data: tuple[DataFile, DataFile | None], options: TrainOptions, progress: Progress
 ) -> tuple[Encoder, Examples, Examples | None]:
     """The data as token ids."""
     encoder = Encoder.of(loaded, options.max_length)
     folder = Path(options.out).absolute().parent
-    examples = replace(encoder, seed=options.seed).encode(tables[0], progress, folder=folder)
+    examples = replace(encoder, seed=options.seed).encode(data[0], progress, folder=folder)
     if options.packing:
         if loaded.task != "causal-lm":
             raise InputError("is for causal language models", where="--packing", hint="train without it")
         check_separation(loaded.model, "--packing")
         examples = packed(examples, max(encoder.max_length, *examples.lengths))
-    held_out = encoder.encode(tables[1], progress, folder=folder) if tables[1] is not None else None
+    held_out = encoder.encode(data[1], progress, folder=folder) if data[1] is not None else None
     return encoder, examples, held_out
 
 

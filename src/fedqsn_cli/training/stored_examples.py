@@ -15,7 +15,7 @@ from typing import Any, TypeVar, overload
 
 T = TypeVar("T")
 
-LIMIT = 64 << 20
+LIMIT = 4 << 20
 """Bytes of examples that stay in memory."""
 
 
