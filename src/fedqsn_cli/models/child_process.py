@@ -174,8 +174,7 @@ def _result(sent: dict[str, Any], what: str, where: object) -> Any:
         raise InputError(f"{what} {_TOO_MUCH}", where=where)
     if sent["kind"] is None:
         raise InputError(f"{what} fails ({sent['what']})", where=where)
-    kind = getattr(errors, sent["kind"], InputError)
-    raise kind(sent["what"], where=sent["where"], hint=sent["hint"])
+    raise errors.from_plain(sent)
 
 
 def _run(work: Callable[[int], Any], kept: Collection[int], writing: int, seconds: float, memory: int) -> NoReturn:
@@ -213,9 +212,7 @@ def _outcome(work: Callable[[int], Any], writing: int) -> dict[str, Any]:
     try:
         return {"result": work(writing)}
     except FedqsnError as error:
-        where = None if error.where is None else str(error.where)
-        kind = type(error).__name__
-        return {"kind": kind, "what": error.what, "where": where, "hint": error.hint, "memory": False}
+        return {**error.to_plain(), "memory": False}
     except MemoryError:
         return {"memory": True}
     except BaseException as error:  # a panic of Rust code is no Exception

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from fedqsn_cli.models.architecture import CLASSIFIERS
 from fedqsn_cli.models.torch_model import Loaded
 from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.training.examples import Examples, Ids, Padding
-from fedqsn_cli.training.stored_examples import Computed, Measured, StoredExamples
+from fedqsn_cli.training.stored_examples import StoredExamples
 from fedqsn_cli.training.tables import Rows, Table
 from fedqsn_cli.training.tasks import TASKS
 from fedqsn_cli.training.tokenizing import Encoding
@@ -71,23 +70,17 @@ class Encoder(Encoding):
         progress.start(f"reading {data.path.name}", data.rows, "examples")
         stored = StoredExamples(folder)
         counts = Examples(self.task, [], [])
-        lengths = array("I")
         for part in data.parts():
             found = self._encoded(part)
-            for feature, target in zip(found.features, found.targets, strict=True):
-                stored.add(feature, target)
-            lengths.extend(found.lengths)
+            for example in zip(found.features, found.targets, found.lengths, strict=True):
+                stored.add(*example)
             self._check_vocabulary(found)
             counts = counts.and_counts_of(found)
             progress.advance(part.rows)
         progress.finish()
         if not len(stored):
             raise DataError("no row has a text to learn from", where=data.path)
-        return replace(
-            counts,
-            features=Measured(lengths, lambda row: stored.read(row)[0]),
-            targets=Computed(len(stored), lambda row: stored.read(row)[1]),
-        )
+        return replace(counts, features=stored.features, targets=stored.targets)
 
     def _encoded(self, part: Table) -> Examples:
         """The examples of some rows, tokenized in a child process."""

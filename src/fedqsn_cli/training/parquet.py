@@ -22,7 +22,7 @@ BYTES, TIMES = 250_000_000, 100
 """What a file may inflate to: so many bytes, or so many times its size if that is more."""
 
 _NAMES = b"names"  # all columns of the file, told beside those that are wanted
-_ROWS_AT_ONCE = 1000
+_ROWS_AT_ONCE = 100
 _BUFFER = 1 << 20  # bytes of a column that are read at a time
 _BYTES_A_SECOND = 20_000_000  # of inflated values, on any machine
 
