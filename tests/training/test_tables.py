@@ -197,7 +197,7 @@ def test_columns_that_nobody_asked_for_are_known(tmp_path: Path) -> None:
 
 def test_half_a_character_is_refused_with_its_row(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text('{"text": "a"}\n{"text": "b\\ud800"}\n')
-    with pytest.raises(DataError, match=r"row 2: column 'text' holds U\+D800 at 1, which is no character"):
+    with pytest.raises(DataError, match=r"row 2: column 'text' holds U\+D800 at 1, which is not a character"):
         read_table(tmp_path / "data.jsonl").texts("text")
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -22,7 +22,6 @@ import torch
 from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, file_digest, manifest_bytes
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, files, write_file_atomically
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.export.session import keep_outside
 from fedqsn_cli.merging.job_model import merged_manifest, model_sinks, publish
 from fedqsn_cli.merging.restore import RestoreInputs, open_restore_inputs
 from fedqsn_cli.merging.students import FullStudent, Student
@@ -38,8 +37,8 @@ from fedqsn_cli.training.data_files import DataFile, open_data
 from fedqsn_cli.training.loop import Surroundings, TrainingSummary, train
 from fedqsn_cli.training.scoring import Evaluation, score
 from fedqsn_cli.training.states import StateFolder, remove_finished
-from fedqsn_cli.training.tables import Table
-from fedqsn_cli.training.teachers import TAUGHT_TASKS, Distillation, Lesson, listen
+from fedqsn_cli.training.tables import Rows
+from fedqsn_cli.training.teachers import TAUGHT_TASKS, Distillation, Lesson, Unlabelled, listen
 
 _MEASURING = frozenset({"eval_data", "own_eval_data", "own_tolerance", "report"})
 _NOT_BINDING = _MEASURING | {"out", "force", "max_shard_size", "device", "save_every", "key"}
@@ -97,7 +96,7 @@ def consolidate(
         >>> consolidate("global/", "server-9/", "final/", key="job.key", own_data="own.jsonl").last_loss
     """
     outside = ("key", "eval_data", "own_eval_data", "report", *_FILES)
-    keep_outside(Path(options.out), **{name.replace("_", "-"): getattr(options, name) for name in outside})
+    files.keep_outside(Path(options.out), **{name.replace("_", "-"): getattr(options, name) for name in outside})
     if options.report is not None:
         files.require_file_target(options.report)
     for weight in _weights(options):
@@ -139,13 +138,30 @@ class _Data:
 
 
 @dataclass(frozen=True, slots=True)
+class _Benchmark:
+    """Examples that models are measured on, encoded once: students have the global model's tokenizer.
+
+    Args:
+        before: the global model on them.
+    """
+
+    examples: Examples
+    before: Evaluation
+
+
+@dataclass(frozen=True, slots=True)
 class _Lessons:
-    """What both teachers say, and the global model on both kinds of data that are measured on."""
+    """What both teachers say, and what students are measured on."""
 
     own: Lesson
     transfer: Lesson
-    before: Evaluation | None
-    own_before: Evaluation | None
+    eval: _Benchmark | None
+    own_eval: _Benchmark | None
+
+    @property
+    def before(self) -> Evaluation | None:
+        """The global model on the evaluation data."""
+        return self.eval.before if self.eval is not None else None
 
     def with_weight(self, weight: float) -> Distillation:
         """The loss of a student."""
@@ -213,7 +229,8 @@ class _Consolidation:
 
     def _searched(self, lessons: _Lessons) -> tuple[_Attempt, WeightSearch]:
         """The best student of all weights; two are in memory at a time."""
-        own_before, tolerance = _known(lessons.own_before), self.options.tolerance
+        assert lessons.own_eval is not None  # the options require it
+        own_before, tolerance = lessons.own_eval.before, self.options.tolerance
         best: _Attempt | None = None
         trials: list[WeightTrial] = []
         for weight in WEIGHTS:
@@ -228,21 +245,21 @@ class _Consolidation:
     def _lessons(self) -> _Lessons:
         """What both teachers say; one of them is in memory at a time."""
         data = self.data
-        own, before = self._lesson(self.inputs.whole.checkpoint, data.own, (data.eval, data.own_eval))
+        own, benchmarks = self._lesson(self.inputs.whole.checkpoint, data.own, (data.eval, data.own_eval))
         transfer, _ = self._lesson(self.inputs.server.checkpoint, data.transfer, ())
-        return _Lessons(own, transfer, *before)
+        return _Lessons(own, transfer, *benchmarks)
 
     def _lesson(
         self, checkpoint: Checkpoint, data: DataFile | None, measured: Sequence[DataFile | None]
-    ) -> tuple[Lesson, list[Evaluation | None]]:
+    ) -> tuple[Lesson, list[_Benchmark | None]]:
         """What one teacher says about its texts, and how good it is on others."""
         loaded = load_model(checkpoint)
         encoder = Encoder.of(loaded, self.options.max_length)
         loaded.model.to(self.device).eval()
-        found = [self._measure(loaded, encoder, one) for one in measured]
+        found = [self._benchmark(loaded, encoder, one) if one is not None else None for one in measured]
         if data is not None:
-            unlabelled = _Unlabelled(data) if loaded.task == "classification" else data
-            examples = self._sample(encoder.encode(unlabelled, self.progress))
+            texts: Rows = Unlabelled(data) if loaded.task == "classification" else data
+            examples = self._sample(encoder.encode(texts, self.progress))
         else:
             examples = self._written(loaded, encoder)
         twice = 2 * self.options.batch_size
@@ -272,7 +289,7 @@ class _Consolidation:
         with states.opened() if states is not None else nullcontext():
             student = self._student()
             encoder = Encoder.of(student.loaded, self.options.max_length)
-            restored = self._measure(student.loaded, encoder, self.data.eval)
+            restored = self._measure(student, encoder, lessons.eval)
             around = Surroundings(backward=lesson.backward, states=states)
             summary = train(
                 student.loaded.model,
@@ -283,8 +300,8 @@ class _Consolidation:
                 self.progress,
                 around,
             )
-            after = self._measure(student.loaded, encoder, self.data.eval)
-            own_after = self._measure(student.loaded, encoder, self.data.own_eval)
+            after = self._measure(student, encoder, lessons.eval)
+            own_after = self._measure(student, encoder, lessons.own_eval)
         return _Attempt(student, weight, summary, restored, after, own_after)
 
     def _student(self) -> Student:
@@ -295,10 +312,16 @@ class _Consolidation:
 
         return LoraStudent.of(self.work, self.inputs, self.options, self.device, self.progress)
 
-    def _measure(self, loaded: Loaded, encoder: Encoder, data: DataFile | None) -> Evaluation | None:
-        if data is None:
-            return None
-        examples, twice = encoder.encode(data, SILENT), 2 * self.options.batch_size
+    def _benchmark(self, loaded: Loaded, encoder: Encoder, data: DataFile) -> _Benchmark:
+        """Encode data for the global model, and measure it."""
+        examples = encoder.encode(data, SILENT)
+        return _Benchmark(examples, self._score(loaded, encoder, examples))
+
+    def _measure(self, student: Student, encoder: Encoder, benchmark: _Benchmark | None) -> Evaluation | None:
+        return self._score(student.loaded, encoder, benchmark.examples) if benchmark is not None else None
+
+    def _score(self, loaded: Loaded, encoder: Encoder, examples: Examples) -> Evaluation:
+        twice = 2 * self.options.batch_size
         return score(loaded.model, examples, batch_size=twice, padding=encoder.padding, progress=self.progress)
 
     def _states(self, weight: float) -> StateFolder | None:
@@ -353,33 +376,11 @@ class _Consolidation:
 
 
 def _check_task(checkpoint: Checkpoint) -> None:
-    """Refuse a model whose answers are no probabilities of classes or next tokens. Raises InputError."""
+    """Refuse a model whose answers are not probabilities of classes or next tokens. Raises InputError."""
     task, architecture = task_of(checkpoint.config, checkpoint.path)
     if task not in TAUGHT_TASKS:
         what = f"{architecture} is a model for {task}, which cannot be consolidated"
         raise InputError(what, where=checkpoint.path, hint="use fedqsn merge --restore")
-
-
-@dataclass(frozen=True, slots=True)
-class _Unlabelled:
-    """Data for a classifier whose labels do not count; texts without any are enough."""
-
-    data: DataFile
-
-    @property
-    def path(self) -> Path:
-        """The file."""
-        return self.data.path
-
-    @property
-    def rows(self) -> int:
-        """Its number of rows."""
-        return self.data.rows
-
-    def parts(self) -> Iterator[Table]:
-        """Its rows with a label that is right for any model."""
-        for part in self.data.parts():
-            yield replace(part, columns=part.columns | {"label": [0] * part.rows})
 
 
 def _known(evaluation: Evaluation | None) -> Evaluation:

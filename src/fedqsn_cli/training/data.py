@@ -35,7 +35,7 @@ class Encoder(Encoding):
         config = loaded.model.config
         has_decoder = bool(getattr(config, "is_encoder_decoder", False))
         if loaded.task == "seq2seq" and not has_decoder:
-            what = f"{type(loaded.model).__name__} is no encoder-decoder model"
+            what = f"{type(loaded.model).__name__} is not an encoder-decoder model"
             raise InputError(what, hint="save it with the head of a causal language model (ForCausalLM)")
         classes = loaded.task in CLASSIFIERS
         return cls(

@@ -125,18 +125,18 @@ class Table:
             try:
                 value = strictjson.loads(value, name)
             except FormatError as error:
-                what = f"column {name!r} holds text that is no list in JSON ({error.what})"
+                what = f"column {name!r} holds text that is not a list in JSON ({error.what})"
                 raise self.error(what, row=row) from None
         if not isinstance(value, list):
             raise self.error(f"column {name!r} holds {type_name(value)}, not a list", row=row)
         return value
 
     def check_characters(self, name: str, row: int, value: str) -> None:
-        """Refuse half of a UTF-16 pair, which JSON can hold, but which is no character. Raises DataError."""
+        """Refuse half of a UTF-16 pair, which JSON can hold, but which is not a character. Raises DataError."""
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            what = f"column {name!r} holds U+{ord(value[error.start]):04X} at {error.start}, which is no character"
+            what = f"column {name!r} holds U+{ord(value[error.start]):04X} at {error.start}, which is not a character"
             raise self.error(what, row=row) from None
 
     def error(self, what: str, *, row: int | None = None, hint: str | None = None) -> DataError:

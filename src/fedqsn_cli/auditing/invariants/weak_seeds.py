@@ -6,6 +6,7 @@ i + (number modulo n - i); rand(n) takes the low 24 bits of a number over 2^24.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from fedqsn_cli.kernels.jit import kernel
 from fedqsn_cli.kernels.threads import run_ranges
 
 SEEDS = 65536
+_AT_ONCE = 1024  # seeds; between them a signal is heeded
 
 _WORDS, _SHIFT = 624, 397
 
@@ -32,11 +34,15 @@ def longest_runs(hidden: NDArray[np.bool_], seeds: int = SEEDS) -> NDArray[np.in
     sets = len(hidden)
     runs = np.zeros((seeds, sets), np.int64)
 
-    def work(first: int, stop: int) -> None:
-        _runs(first, np.ascontiguousarray(hidden), runs[first:stop])
-
-    run_ranges(seeds, 256, work)
+    flags = np.ascontiguousarray(hidden)
+    for begin in range(0, seeds, _AT_ONCE):
+        part = runs[begin : begin + _AT_ONCE]
+        run_ranges(len(part), 256, partial(_try, begin, flags, part))
     return np.asarray(runs.max(axis=0))
+
+
+def _try(begin: int, flags: NDArray[np.bool_], runs: NDArray[np.int64], first: int, stop: int) -> None:
+    _runs(begin + first, flags, runs[first:stop])
 
 
 @kernel
