@@ -87,7 +87,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
         assert name not in path, " -> ".join([*path[path.index(name) :], name])
         if name not in done:
             for other in sorted(edges[name]):
-                if other:  # the package itself is no part of any chain: it imports lazily
+                if other:  # the package itself is not a part of any chain: it imports lazily
                     visit(other, (*path, name))
             done.add(name)
 

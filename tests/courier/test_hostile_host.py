@@ -112,7 +112,7 @@ def test_a_host_cannot_write_orders_itself_nor_seal_proxies(desk: Desk) -> None:
 @pytest.mark.parametrize("references", [None, [], ["a", "b"], [1], "a", {"a": 1}])
 def test_an_offer_that_does_not_name_each_part_is_refused(tmp_path: Path, references: object) -> None:
     parts = Parts((Part(0, 1, "0" * 64),))
-    with nothing_written(tmp_path), pytest.raises(FormatError, match="no offer of these parts"):
+    with nothing_written(tmp_path), pytest.raises(FormatError, match="not an offer of these parts"):
         fetch_parts(parts, references, "server", tmp_path / "target", None, None)
 
 
@@ -179,7 +179,7 @@ def test_a_site_answers_for_itself_once_and_within_limits(desk: Desk, tmp_path: 
     huge = {PARTS: [[1 << 40, "0" * 64]], REFERENCES: ["x"]}
     assert taken(made, "bob", **huge) == "site 'bob' answered for 'alice'"
     assert "far larger than any update" in str(taken(made, "alice", **huge))
-    assert "no list of parts" in str(taken(made, "alice", **{PARTS: "x", REFERENCES: ["x"]}))
+    assert "not a list of parts" in str(taken(made, "alice", **{PARTS: "x", REFERENCES: ["x"]}))
     assert taken(made, "alice", **{PROBLEM: "out of memory"}) == "no update: out of memory"
     update.write_bytes(b"the first answer")
     assert taken(made, "alice", **huge) is None  # a second answer is not even fetched

@@ -75,7 +75,7 @@ def test_a_proxy_that_is_not_in_the_ledger_or_of_a_stranger_is_not_packed(desk: 
     path = desk.proxy("alice") / "proxy.json"
     before = path.read_bytes()
     path.write_bytes(before + b"\n")
-    with nothing_written(desk.home.parent), pytest.raises(InputError, match="no proxy of this ledger"):
+    with nothing_written(desk.home.parent), pytest.raises(InputError, match="not a proxy of this ledger"):
         desk.pack()
     path.write_bytes(before)
     (desk.owner.home / "keys/bob.pub").unlink()
@@ -105,7 +105,7 @@ def test_options_that_do_not_go_together_are_refused_before_anything_is_sealed(d
         (lambda outbox: shutil.move(outbox / "bob.proxy", outbox / "alice.proxy"), FormatError, "not the sealed proxy"),
         (lambda outbox: (outbox / "audit.intoto.json").unlink(), InputError, "no such file"),
         (lambda outbox: (outbox / "bob.order").write_text("{}"), FormatError, "envelope"),
-        (lambda outbox: [path.unlink() for path in outbox.glob("*.order")], InputError, "is no outbox"),
+        (lambda outbox: [path.unlink() for path in outbox.glob("*.order")], InputError, "is not an outbox"),
     ],
 )
 def test_an_outbox_that_was_damaged_or_changed_on_its_way_is_refused(

@@ -141,5 +141,5 @@ def test_a_malformed_list_of_parts_is_refused(change: Any) -> None:
     assert Parts.from_document(document).size == 30
     change(document)
     for wrong in (document, None, 7, {"parts": GOOD}):
-        with pytest.raises(FormatError, match="no list of parts"):
+        with pytest.raises(FormatError, match="not a list of parts"):
             Parts.from_document(wrong)

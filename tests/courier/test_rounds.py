@@ -125,6 +125,6 @@ def test_the_key_is_looked_at_before_anything_is_sent(desk: Desk, carrier: Carri
             courier_send(desk.owner.home, outbox, into=desk.home / "in", key=desk.home / "no.key")
         with pytest.raises(InputError, match="not the owner's folder"):
             courier_send(desk.owner.host.home, outbox, into=desk.home / "in", key=desk.key.private)
-        with pytest.raises(InputError, match="no folder of a courier"):
+        with pytest.raises(InputError, match="not a folder of a courier"):
             courier_send(desk.home, outbox, into=desk.home / "in")
     assert not carrier.jobs

@@ -250,10 +250,16 @@ def blind() -> Words:
 
 
 def incomplete() -> Words:
-    """A proxy cannot be read, inputs are missing, a waiver has expired."""
+    """A proxy and inputs are missing, a waiver has expired."""
+    two_rounds()
+    return ["r1/alice", "r1/bob", "r1/nobody", *OWNER[2:], *policy(EXPIRED)]
+
+
+def unreadable() -> Words:
+    """What should be a proxy cannot be read as one."""
     two_rounds()
     Path("r1/bob/proxy.json").write_text("{")
-    return ["r1/alice", "r1/bob", "r1/nobody", *OWNER[2:], *policy(EXPIRED)]
+    return ["r1/alice", "r1/bob", *OWNER, *policy(WIDE)]
 
 
 def crowd() -> Words:
@@ -290,7 +296,7 @@ def trained() -> Words:
 
 
 AUDITS: dict[str, Callable[[], Words]] = {
-    one.__name__: one for one in (passed, over, broken, blind, incomplete, crowd, rounds, experts, trained)
+    one.__name__: one for one in (passed, over, broken, blind, incomplete, unreadable, crowd, rounds, experts, trained)
 }
 
 

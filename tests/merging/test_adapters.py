@@ -241,10 +241,13 @@ def test_what_was_trained_in_full_is_in_the_kept_adapter_as_it_is_after_the_merg
         ({"keep_adapter": "adapter"}, "the update of client 'bob' is not one of adapters"),
         ({"keep_adapter": "next/adapter"}, "is inside of"),
         ({"adapter_rank": 3}, "no adapter is written"),
-        ({"keep_adapter": "adapter", "control": "u-bob"}, "a control is no part of an adapter"),
+        ({"keep_adapter": "adapter", "control": "u-bob"}, "a control cannot be part of an adapter"),
         ({"keep_adapter": "adapter", "rule": "median", "byzantine": 1}, "only a weighted average is an adapter"),
         ({"keep_adapter": "adapter", "clip_norm": 1.0}, "only a weighted average is an adapter"),
-        ({"keep_adapter": "adapter", "server_optimizer": "adam", "server_lr": 0.001}, "a step of adam is no adapter"),
+        (
+            {"keep_adapter": "adapter", "server_optimizer": "adam", "server_lr": 0.001},
+            "a step of adam is not an adapter",
+        ),
     ],
 )
 def test_a_step_that_is_no_adapter_is_refused(job: JobFolder, options: dict[str, Any], message: str) -> None:

@@ -221,7 +221,7 @@ def test_the_result_has_the_share_and_the_norm_of_each_client(job: JobFolder) ->
     shown = [visible_elements(job.root / "proxies" / name) for name in ("ann", "bob")]
     total = sum(bits.size for _, bits in make_tensors("bert", hidden=33).values())
     unseen = sum(int((~(shown[0][name] | shown[1][name])).sum()) for name in shown[0])
-    assert result.covered == pytest.approx(1 - (unseen + 7) / total)  # 7 position ids are no weights
+    assert result.covered == pytest.approx(1 - (unseen + 7) / total)  # 7 position ids are not weights
     assert result.path == str(job.root / "next")
     assert result.kind == "global-model"
 

@@ -204,15 +204,15 @@ HOSTILE: dict[str, tuple[Callable[[JobFolder], object], str]] = {
     ),
     "numbers that no two updates add up to": (
         rewrite(lambda tensors: tensors[f"{NAME}.weight.sum"][1].__setitem__((0, 0, 0), 2 << 49)),
-        "is no sum of 2 updates",
+        "is not a sum of 2 updates",
     ),
     "the least number": (
         rewrite(lambda tensors: tensors[f"{NAME}.weight.sum"][1].__setitem__((0, 0, 0), -(1 << 63))),
-        "is no sum of 2 updates",
+        "is not a sum of 2 updates",
     ),
     "halves that do not belong together": (
         rewrite(lambda tensors: tensors[f"{NAME}.weight.sum"][1].__setitem__((0, 1, 0), 1 << 47)),
-        "is no sum of 2 updates",
+        "is not a sum of 2 updates",
     ),
     "a unit that counts more than its clients": (
         rewrite(lambda tensors: tensors[f"{NAME}.weight.weights"][1].__setitem__(0, 22)),

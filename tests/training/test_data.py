@@ -236,5 +236,5 @@ def test_a_model_without_a_tokenizer_is_refused(classifier: Loaded) -> None:
 
 def test_a_model_that_only_generates_without_an_encoder_is_refused(tmp_path: Path) -> None:
     loaded = load(small_model(tmp_path / "model", "gpt2"))._replace(task="seq2seq")
-    with pytest.raises(InputError, match="GPT2LMHeadModel is no encoder-decoder model"):
+    with pytest.raises(InputError, match="GPT2LMHeadModel is not an encoder-decoder model"):
         Encoder.of(loaded, 64)

@@ -364,7 +364,7 @@ def test_named_layers_only(tmp_path: Path, llama: tuple[Path, Path]) -> None:
     ("options", "message"),
     [
         ({"target_modules": ["nothing"]}, "--target-modules: no module is called nothing"),
-        ({"target_modules": ["embed_tokens"]}, "model.embed_tokens is no linear layer but Embedding"),
+        ({"target_modules": ["embed_tokens"]}, "model.embed_tokens is not a linear layer but Embedding"),
         ({"target_modules": ["lm_head"], "modules_to_save": ["lm_head"]}, "lm_head is trained in full already"),
         ({"modules_to_save": ["q_proj"]}, "is packed, so it cannot be trained in full"),
         ({"lora_r": 65}, "has no more than 64 dimensions"),

@@ -141,7 +141,7 @@ def require_no_more(folder: Path) -> None:
     """Refuse a folder that holds anything beside the files of an update. Raises InputError."""
     others = sorted(entry.name for entry in os.scandir(folder) if entry.name not in FILES)
     if others:
-        raise InputError(f"holds {others[0]!r}, which is no file of an update", where=folder, hint="take it out")
+        raise InputError(f"holds {others[0]!r}, which is not a file of an update", where=folder, hint="take it out")
 
 
 class _Named(Protocol):

@@ -68,7 +68,7 @@ def find_companions(folder: Path) -> list[Path]:
     """The companions in a folder, in the order of `COMPANIONS`.
 
     Raises:
-        InputError: one of them is no plain file. FormatError: it is larger than any that is known.
+        InputError: one of them is not a plain file. FormatError: it is larger than any that is known.
     """
     names = [name for pattern in COMPANIONS for name in _matching(folder, pattern)]
     found = [folder / name for name in names]

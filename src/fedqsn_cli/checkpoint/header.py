@@ -198,7 +198,8 @@ def _check_tiling(entries: Sequence[TensorEntry], data_start: int, size: int, pa
 def file_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
     """Put tensors into an order in which every one of them is aligned to its dtype.
 
-    The given order stays if it is one. Else tensors whose bytes are no multiple of 8 go to the end, wide dtypes first.
+    The given order stays if it is one. Else tensors whose bytes are not a multiple of 8 go
+    to the end, wide dtypes first.
     """
     ordered = list(specs)
     position = 0

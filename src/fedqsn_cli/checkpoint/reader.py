@@ -262,7 +262,9 @@ def _sharded_headers(index: Path) -> list[Header]:
         if name_problem(name):
             raise FormatError(f"tensor name {name!r} {name_problem(name)}", where=index)
         if not is_plain_file_name(file) or not file.endswith(".safetensors"):
-            raise FormatError(f"weight_map sends {name!r} to {file!r}, which is no file of this directory", where=index)
+            raise FormatError(
+                f"weight_map sends {name!r} to {file!r}, which is not a file of this directory", where=index
+            )
         tensors.setdefault(file, set()).add(name)
     headers = []
     for file in sorted(tensors):

@@ -61,7 +61,7 @@ class ArtifactWriter:
         self.out = Path(os.path.abspath(out))
         self._force = force
         self._uniform = uniform
-        if is_artifact(files.aside_path(self.out)):
+        if self.out.name and is_artifact(files.aside_path(self.out)):  # the root folder has no name
             files.recover(self.out)
         self._check_out()
         self._new_parents = _make_parents(self.out)
@@ -149,7 +149,7 @@ class ArtifactWriter:
     def place(self, name: str) -> Path:
         """Where a file of that name is staged."""
         if not is_plain_file_name(name) or self._finished:
-            raise ValueError(f"{name!r} is no file name, or the artifact is finished")
+            raise ValueError(f"{name!r} is not a file name, or the artifact is finished")
         return self._staging / name
 
     def finished(self, stream: FileStream) -> None:

@@ -146,6 +146,6 @@ def _update_privacy(update: UpdatePrivacy) -> str:
     from fedqsn_cli.training.update_noise import gaussian_epsilon
 
     if not update.noise_multiplier:
-        return f"norm at most {update.clip_norm:g}; without noise, that alone is no privacy"
+        return f"norm at most {update.clip_norm:g}; without noise, that alone gives no privacy"
     epsilon = gaussian_epsilon(_DELTA, update.noise_multiplier)
     return f"norm at most {update.clip_norm:g}, ({text.real(epsilon)}, {_DELTA:g})-private in this round"

@@ -68,7 +68,7 @@ class Invitation:
                     return made
         except (AttributeError, KeyError, TypeError, InputError):
             pass
-        raise FormatError("is no invitation of a courier", where=path, hint="it comes from 'fedqsn courier-init'")
+        raise FormatError("is not an invitation of a courier", where=path, hint="it comes from 'fedqsn courier-init'")
 
 
 def read_json(path: Path) -> Any:
@@ -130,7 +130,7 @@ class Host:
             if (folder / "server").is_dir():
                 return cls(folder.absolute())
         hint = "give the folder of 'fedqsn courier-init', or the folder host/ in it"
-        raise InputError("is no folder of a courier", where=home, hint=hint)
+        raise InputError("is not a folder of a courier", where=home, hint=hint)
 
     @property
     def invitation(self) -> Path:

@@ -140,7 +140,7 @@ def _sealing(owner: Owner, folder: Path, known: Mapping[str, Release]) -> _Seali
 
 
 def _unknown(folder: Path) -> InputError:
-    return InputError("is no proxy of this ledger", where=folder, hint="export it with --ledger")
+    return InputError("is not a proxy of this ledger", where=folder, hint="export it with --ledger")
 
 
 def read_outbox(path: Path, key: VerifyKey) -> list[Consignment]:
@@ -150,13 +150,13 @@ def read_outbox(path: Path, key: VerifyKey) -> list[Consignment]:
         key: the owner's public key.
 
     Raises:
-        InputError: it is no outbox. FormatError: a file is malformed or was damaged on its way here.
+        InputError: it is not an outbox. FormatError: a file is malformed or was damaged on its way here.
         SignatureError: the owner did not sign an order or the attestation, or a proxy was not audited.
         GateFailed: the audit did not pass.
     """
     orders = sorted(path.glob("*.order"))
     if not orders:
-        raise InputError("is no outbox", where=path, hint="make it: fedqsn courier-pack")
+        raise InputError("is not an outbox", where=path, hint="make it: fedqsn courier-pack")
     audited = read_passed(path / ATTESTATION, key)
     return [_consignment(order, key, audited) for order in orders]
 

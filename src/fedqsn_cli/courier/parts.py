@@ -71,7 +71,7 @@ class Parts:
                 parts.append(Part(start, length, sha256))
                 start += length
         except (TypeError, ValueError):
-            raise FormatError("is no list of parts", where="parts") from None
+            raise FormatError("is not a list of parts", where="parts") from None
         return cls(tuple(parts))
 
 

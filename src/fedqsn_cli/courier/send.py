@@ -64,7 +64,7 @@ def courier_send(
         progress: told of what happens.
 
     Raises:
-        InputError: it is no outbox, or the inbox holds other updates; nothing was sent then.
+        InputError: it is not an outbox, or the inbox holds other updates; nothing was sent then.
         SignatureError: the owner did not sign an order or the attestation. FormatError: a file was damaged.
         GateFailed: the audit did not pass, or too few updates came in time. Run it again, and it goes on.
 

@@ -53,7 +53,7 @@ def courier_serve(path: str | Path, options: CourierServeOptions) -> Served:
         options: see `CourierServeOptions`.
 
     Raises:
-        InputError: it is no such folder, the owner has not approved the site yet, or it is served already.
+        InputError: there is no such folder, the owner has not approved the site yet, or it is served already.
 
     Example:
         >>> courier_serve("site").path
@@ -85,7 +85,7 @@ def _daemons(home: Path, options: CourierServeOptions) -> list[Daemon]:
 
 
 def _served(path: str | Path) -> Path:
-    """The folder whose lock a server or site holds. Raises InputError: it is no folder of a courier."""
+    """The folder whose lock a server or site holds. Raises InputError: it is not a folder of a courier."""
     return Path(path).absolute() if (Path(path) / "site.toml").exists() else Host.open(path).home
 
 

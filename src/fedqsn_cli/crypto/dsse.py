@@ -70,7 +70,7 @@ def opened(document: Any, key: VerifyKey, predicate_type: str, where: object) ->
         raise SignatureError("the signature is false, or was made with another key", where=where) from None
     told = strictjson.loads(payload, where)
     if not isinstance(told, dict) or told.get("_type") != STATEMENT or told.get("predicateType") != predicate_type:
-        raise FormatError(f"the signed statement is no {predicate_type}", where=where)
+        raise FormatError(f"the signed statement is not a {predicate_type}", where=where)
     return told, signature
 
 

@@ -33,7 +33,7 @@ def folder_stream(folder: Path, digests: dict[str, str] | None = None) -> Iterat
         digests: receives the SHA-256 of each file, of the bytes that were streamed.
 
     Raises:
-        InputError: an entry is no file or has a name that nobody would take, or a file changes while it is read.
+        InputError: an entry is not a file or has a name that nobody would take, or a file changes while it is read.
     """
     sizes = {entry.name: _size(folder / entry.name) for entry in os.scandir(folder)}
     files = [{"name": name, "size": size} for name, size in sorted(sizes.items())]

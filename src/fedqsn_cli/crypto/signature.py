@@ -64,7 +64,7 @@ def signed_statement(path: Path, key: VerifyKey) -> tuple[dict[str, Any], bytes]
         raise SignatureError("is not signed", where=path.parent, hint=f"there is no {SIGNATURE} in it")
     document = strictjson.loads(read_file(path, dsse.LARGEST), path)
     if not isinstance(document, dict) or document.get("mediaType") != BUNDLE:
-        raise FormatError(f"is no {BUNDLE}", where=path)
+        raise FormatError(f"is not a {BUNDLE}", where=path)
     if _hint(document, path) not in (None, fingerprint(key)):
         raise SignatureError("was signed with another key", where=path)
     return dsse.opened(document.get("dsseEnvelope"), key, PREDICATE, path)

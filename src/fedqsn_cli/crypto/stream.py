@@ -49,7 +49,7 @@ def decrypt(read: Callable[[int], bytes], key: X25519PrivateKey, where: object) 
         read: reads so many bytes, fewer at the end only.
 
     Raises:
-        FormatError: it is no such stream, is for another key, or was cut or changed.
+        FormatError: it is not such a stream, is for another key, or was cut or changed.
     """
     header = read(_HEADER)
     if len(header) < _HEADER or not header.startswith(MAGIC):

@@ -4,7 +4,7 @@
 
 It is computed in double precision and rounded once to fp32, so sums, rules and measures see what they would see of an
 update that holds U itself. Factors are never averaged. What belongs to hidden units, rows of B or columns of A, must be
-zero: it is no part of U, and no place for anything else.
+zero: it is not part of U, and no place for anything else.
 """
 
 from __future__ import annotations

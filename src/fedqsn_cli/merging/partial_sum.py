@@ -170,7 +170,7 @@ class PartialReader:
         high_and_low = data.view(np.int64).reshape(rows, 2, cols)
         digits = Digits(high_and_low[:, 0], high_and_low[:, 1])
         if not digits.could_be_of(len(self.sum.releases)):
-            return RefusedUpdate(f"is no sum of {len(self.sum.releases)} updates", where=self._where(task, SUM))
+            return RefusedUpdate(f"is not a sum of {len(self.sum.releases)} updates", where=self._where(task, SUM))
         if weights.size and not 0 <= weights.min() <= weights.max() <= self.sum.examples:
             what = f"counts more than its clients' {self.sum.examples} examples, or fewer than none"
             return RefusedUpdate(what, where=self._where(task, WEIGHTS))

@@ -117,7 +117,7 @@ class ServerOptimizer:
         return variance - change
 
     def _read(self, kind: str, chunk: ModelChunk, start: float) -> Doubles:
-        """Rows of the state; `start` where there is none yet. Raises FormatError: they are no numbers of a state."""
+        """Rows of the state; `start` where there is none yet. Raises FormatError: they are not numbers of a state."""
         values = np.full(chunk.values.shape, start, np.float32)
         if self._saved is not None:
             name = f"{kind}/{chunk.task.name}"

@@ -72,7 +72,7 @@ def _shape(tensor: TensorPlan) -> tuple[int, ...]:
 
 
 def _sample(checkpoint: Checkpoint, tensor: TensorPlan) -> bytes | None:
-    """A few bytes of a tensor; None for one that is small, or constant there (initial zeros are no copies)."""
+    """A few bytes of a tensor; None for one that is small, or constant there (initial zeros are not copies)."""
     size = checkpoint.entries[tensor.name].nbytes
     if size < 256 or not (tensor.masked or tensor.dtype in WEIGHT_DTYPES):
         return None

@@ -128,7 +128,7 @@ def open_base(reference: str, model: OpenModel, *, partial: bool = False, whole:
     """
     source, checkpoint, manifest = open_source(reference)
     if manifest is not None and manifest.kind != "global-model":
-        raise IncompatibleBase(f"a {manifest.kind.replace('-', ' ')} is no public base", where=reference)
+        raise IncompatibleBase(f"a {manifest.kind.replace('-', ' ')} is not a public base", where=reference)
     tensors = model_tensors(checkpoint)
     packed = any(tensor.packing is not None for tensor in tensors.values())
     if packed or (checkpoint.config or {}).get("quantization_config") is not None:

@@ -216,7 +216,7 @@ class MergeOptions(AdmissionOptions, ServerOptimizerOptions, CentralPrivacyOptio
         if self.adapter_rank is not None and self.keep_adapter is None:
             raise InputError("no adapter is written", where="--adapter-rank", hint="give it with --keep-adapter")
         if self.keep_adapter is not None and self.restore is not None:
-            raise InputError("a restore is no step", where="--keep-adapter", hint="use it when updates are merged")
+            raise InputError("a restore is not a step", where="--keep-adapter", hint="use it when updates are merged")
         if self.keep_adapter is not None and (self.rule != "fedavg" or self.clip_norm is not None):
             what = "only a weighted average is an adapter"
             raise InputError(what, where="--keep-adapter", hint="leave out --rule and --clip-norm")
@@ -224,10 +224,12 @@ class MergeOptions(AdmissionOptions, ServerOptimizerOptions, CentralPrivacyOptio
             what = "an adapter is made of the updates of one round"
             raise InputError(what, where="--keep-adapter", hint="leave out --staleness-discount")
         if self.keep_adapter is not None and self.server_optimizer != "sgd":
-            what = f"a step of {self.server_optimizer} is no adapter"
+            what = f"a step of {self.server_optimizer} is not an adapter"
             raise InputError(what, where="--keep-adapter", hint="leave out --server-optimizer")
         if self.keep_adapter is not None and self.control is not None:
-            raise InputError("a control is no part of an adapter", where="--keep-adapter", hint="leave out --control")
+            raise InputError(
+                "a control cannot be part of an adapter", where="--keep-adapter", hint="leave out --control"
+            )
 
     def _check_search(self) -> None:
         option = "--blend auto" if self.restore is not None else "--server-lr auto"

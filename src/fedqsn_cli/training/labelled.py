@@ -129,7 +129,7 @@ def tags(encoding: Encoding, table: Table, progress: Progress) -> Examples:
 
 
 def _check_words(table: Table, row: int, words: list[Any], labels: list[Any]) -> None:
-    """Raise DataError for words that are no text, or that are not as many as their labels."""
+    """Raise DataError for words that are not text, or that are not as many as their labels."""
     if len(words) != len(labels):
         raise table.error(f"{len(words)} tokens have {len(labels)} tags", row=row)
     for number, word in enumerate(words, 1):

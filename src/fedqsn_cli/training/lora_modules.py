@@ -150,7 +150,7 @@ class _Finder:
         """A linear layer, checked."""
         module, weight = self._modules[name], f"{name}.weight"
         if not _is_linear(module):
-            what = f"{name} is no linear layer but {type(module).__name__}"
+            what = f"{name} is not a linear layer but {type(module).__name__}"
             raise InputError(what, where=_TARGETS, hint=f"train it in full: {_SAVED}")
         self._refuse_tied(weight, _TARGETS)
         tensor = self._weights.get(weight)

@@ -59,7 +59,7 @@ class State:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Its tensors, read one after the other."""
         with safe_open(self.path / _TENSORS, "pt") as stored:
-            for name in stored.keys():  # noqa: SIM118 - it is no mapping
+            for name in stored.keys():  # noqa: SIM118 - it is not a mapping
                 yield name, stored.get_tensor(name)
 
 
@@ -240,7 +240,7 @@ def remove_finished(states_of: Path, out: Path) -> None:
 
 def _states_of(out: Path) -> Path:
     whole = Path(os.path.abspath(out))
-    return whole.with_name(f".{whole.name}.fedqsn-states")
+    return files.beside(whole, f".{whole.name}.fedqsn-states")
 
 
 def _remove(path: Path) -> None:

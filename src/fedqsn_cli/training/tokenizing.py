@@ -130,7 +130,7 @@ class Encoding:
                 self._call(*([part] for part in parts), **options)
 
     def selected(self, features: Mapping[str, Any]) -> dict[str, Ids]:
-        """The features that the model takes; always a mask of what is no padding, if it takes one."""
+        """The features that the model takes; always a mask of what is not padding, if it takes one."""
         whole = {"attention_mask": [1] * len(features["input_ids"]), **features}
         return {name: value for name, value in whole.items() if name in self.inputs}
 

@@ -91,7 +91,7 @@ def fetch_parts(parts: Parts, references: Any, sender: str, target: Path, cell: 
         FormatError: the references are malformed, or a part did not arrive as it was sent.
     """
     if type(references) is not list or [type(one) for one in references] != [str] * len(parts.parts):
-        raise FormatError("is no offer of these parts", where=target)
+        raise FormatError("is not an offer of these parts", where=target)
     known = dict(zip(parts.parts, references, strict=True))
 
     def fetch(part: Part, writer: PartWriter) -> None:
