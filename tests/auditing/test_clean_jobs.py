@@ -107,7 +107,7 @@ def check(number: int) -> None:
             assert {one.why.split()[0] for one in found.checked if one.rule == "FQ105"} == {"0"}
 
 
-@pytest.mark.parametrize("number", [2, 9, 17, 24])
+@pytest.mark.parametrize("number", [2, 9, 17, 24, 42])
 def test_clean_proxies_pass(number: int) -> None:
     check(number)
 
