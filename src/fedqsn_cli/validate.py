@@ -17,8 +17,8 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # values per absmax: bi
 
 CLIENT_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
-_INTERVAL = re.compile(r"(\d+(?:\.\d+)?) *([smh]?)", re.IGNORECASE | re.ASCII)
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)(I?)B?", re.IGNORECASE | re.ASCII)
+_INTERVAL = re.compile(r"(\d{1,15}(?:\.\d{1,15})?) *([smh]?)", re.IGNORECASE | re.ASCII)
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?) *([KMGT]?)(I?)B?", re.IGNORECASE | re.ASCII)
 
 
 def not_empty(value: str, where: str) -> str:
@@ -27,6 +27,8 @@ def not_empty(value: str, where: str) -> str:
         raise InputError("is empty", where=where, hint="is a variable in your script unset?")
     if any("\ud800" <= character <= "\udfff" for character in value):  # how Python passes on bytes that are not UTF-8
         raise InputError(f"{value!r} is not UTF-8 text", where=where, hint="rename it")
+    if "\0" in value:
+        raise InputError(f"{value!r} holds a null character, which no file name can", where=where)
     return value
 
 

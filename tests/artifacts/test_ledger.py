@@ -133,6 +133,14 @@ def test_a_torn_last_line_is_dropped_and_overwritten(cut: int, path: Path) -> No
     assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize("data", [b"\0" * 99, b"PK\x03\x04", b"[[[", b"notes", b'{"a": ', b'{"clienx'])
+def test_another_file_is_not_taken_for_a_torn_ledger_and_overwritten(data: bytes, path: Path) -> None:
+    path.write_bytes(data)
+    with pytest.raises(FormatError, match="is not a ledger"):
+        ledger.record(path, JOB, [release()])
+    assert path.read_bytes() == data and os.listdir(path.parent) == [path.name]
+
+
 def test_a_torn_line_longer_than_what_is_written_next_leaves_no_rest(path: Path) -> None:
     ledger.record(path, JOB, [release(1)])
     first = path.read_bytes()

@@ -180,6 +180,22 @@ def test_digests_are_64_small_hexadecimal_digits(digest: str) -> None:
         parse_manifest(changed(UPDATE, ("proxy_id",), digest), UpdateManifest, "there")
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tensors.g.groups", []),
+        ("tensors.g.groups", ["h"]),
+        ("groups", {}),
+        ("groups.g.hidden", 5),
+        ("groups.g", {"units": 0, "hidden": 0}),
+    ],
+)
+def test_groups_of_a_model_that_contradict_each_other_are_refused(field: str, value: object) -> None:
+    document = json.loads(manifest_bytes(MANIFESTS["model"]))
+    with pytest.raises(FormatError, match="group 'g' hides|tensor 'g' has no group"):
+        parse_manifest(changed(document, tuple(field.split(".")), value), ModelManifest, "there")
+
+
 def test_a_missing_manifest_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="client-train"):
         read_manifest(tmp_path, UpdateManifest)

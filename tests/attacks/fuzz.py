@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import os
 import random
 import resource
 import shutil
@@ -49,6 +50,7 @@ from support.attacks import World, make_world
 from support.processes import run
 
 CORPUS = Path(__file__).parent / "corpus"
+MEMORY_DISK = "/dev/shm"  # three to five times as many inputs for most parsers
 SECONDS, WAITING = 5, 60  # of processor time, and by the clock, for one input
 MEMORY = 1 << 20  # KiB that all inputs together may add to the peak
 
@@ -92,6 +94,10 @@ def _word(word: str, world: World) -> str:
     return str(world.root / word[1:]) if word.startswith("@") else word
 
 
+def _table(name: str) -> Callable[[World], object]:
+    return lambda world: read_table(world.root / name)
+
+
 _JOB = ("--key", "@job.key", "--ledger", "@ledger.jsonl")
 _OUT = ("--out", "@out")
 _CLIENT = ("--client", "alice", "--round", "1", "--p2", "0.25")
@@ -110,10 +116,7 @@ PARSERS: dict[str, tuple[Callable[[World], object], tuple[str, ...]]] = {
     "plan file": (lambda w: load_overrides(w.root / "plan.toml"), ("plan.toml",)),
     "policy": (lambda w: policy_file.load(w.root / "policy.toml"), ("policy.toml",)),
     "baseline": (lambda w: read_measures(w.root / "baseline.json"), ("baseline.json",)),
-    "data": (
-        lambda w: [read_table(path) for path in sorted(w.root.glob("data.*"))],
-        ("data.jsonl", "data.json", "data.csv", "data.parquet"),
-    ),
+    **{name: (_table(name), (name,)) for name in ("data.jsonl", "data.json", "data.csv", "data.parquet")},
     "packed tensors": (
         lambda w: model_tensors(Checkpoint.open(w.root / "quantized")),
         ("quantized/model.safetensors", "quantized/config.json"),
@@ -237,14 +240,21 @@ def _kind(error: BaseException) -> str:
 def fuzz(
     world: World, entries: list[Entry], seconds: float, seed: int, save: Path | None
 ) -> tuple[Counter[Any], set[str]]:
-    """Damage files until the time is over. Returns how often each entry point ended how, and the kinds of faults."""
+    """Damage files until the time is over, an equal share of it for each entry point.
+
+    Returns:
+        How often each entry point ended how, and the kinds of faults.
+    """
     draw, counts, kinds = random.Random(seed), Counter[tuple[str, str]](), set[str]()
     whole = {entry.file: (world.root / entry.file).read_bytes() for entry in entries}
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        entry = draw.choice(entries)
+    taken = dict.fromkeys(draw.sample(entries, len(entries)), 0.0)  # seconds
+    end = (now := time.monotonic()) + seconds
+    while now < end:
+        entry = min(taken, key=taken.__getitem__)
         data = damaged(whole[entry.file], draw)
         ended, kind = outcome(entry, world, data)
+        taken[entry] += (later := time.monotonic()) - now
+        now = later
         counts[entry.name, ended] += 1
         if kind is not None and kind not in kinds:
             kinds.add(kind)
@@ -270,7 +280,7 @@ def main() -> int:
     parser.add_argument("--save", type=Path, default=Path("fuzz-faults"), help="folder for new kinds of faults")
     asked = parser.parse_args()
     entries = [entry for entry in ENTRIES if entry.key.startswith(asked.only)]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=MEMORY_DISK if os.access(MEMORY_DISK, os.W_OK) else None) as folder:
         world = prepared(Path(folder))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         counts, kinds = fuzz(world, entries, asked.seconds, asked.seed, asked.save)

@@ -13,6 +13,7 @@ import pytest
 
 from fedqsn_cli import linux
 from fedqsn_cli.checkpoint import create_secret, files, write_file_atomically
+from fedqsn_cli.checkpoint.files import require_file_target
 from fedqsn_cli.errors import InputError
 from support.helpers import nothing_written
 
@@ -145,6 +146,33 @@ def test_a_file_takes_the_place_of_no_device_and_no_pipe(tmp_path: Path) -> None
     for name in ("pipe", "link"):
         with nothing_written(tmp_path), pytest.raises(InputError, match="is not a plain file"):
             write_file_atomically(tmp_path / name, b"")
+
+
+@pytest.mark.parametrize("name", ["x" * 240, ".", "/", "missing/file", "/proc/1/file"])
+def test_where_no_file_can_be_written_is_told_before_any_work(name: str, tmp_path: Path) -> None:
+    target = Path(name) if name == "." else tmp_path / name
+    with nothing_written(tmp_path), pytest.raises(InputError):
+        require_file_target(target)
+    with nothing_written(tmp_path), pytest.raises(InputError):
+        write_file_atomically(target, b"")
+
+
+def test_where_a_file_can_be_written_nothing_is_left_by_asking(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("old")
+    for name in ("old", "new"):
+        require_file_target(tmp_path / name)
+    assert os.listdir(tmp_path) == ["old"] and (tmp_path / "old").read_text() == "old"
+
+
+@pytest.mark.parametrize("path", [Path("/"), Path(".")])
+def test_no_file_lies_beside_a_path_without_a_name(path: Path) -> None:
+    with pytest.raises(InputError, match="is a directory"):
+        files.beside(path, "x")
+
+
+def test_a_name_with_a_null_character_is_that_of_no_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        files.open_regular_file(tmp_path / "a\0b")
 
 
 def test_a_failure_before_the_rename_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,18 @@ def test_a_parent_that_cannot_hold_it_is_named(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.timeout(20)
+def test_a_file_system_that_makes_no_folders_is_no_endless_loop() -> None:
+    with pytest.raises(InputError, match="cannot be created"):
+        ArtifactWriter(Path("/proc/1/out"), force=False)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_the_root_folder_is_never_replaced(force: bool) -> None:
+    with pytest.raises(OutputExists, match="not made by fedqsn"):
+        ArtifactWriter(Path("/"), force=force)
+
+
 # Existing outputs
 
 

@@ -208,6 +208,27 @@ def test_a_request_that_inflates_is_not_read(tmp_path: Path) -> None:
         setup._named(data.getvalue(), tmp_path)
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_request_is_refused_wherever_the_damage_is(method: int) -> None:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", method) as file:
+        file.writestr("request.json", '{"name": "alice", "cert_type": "client"}')
+    whole = data.getvalue()
+    assert setup._named(whole, Path("request")) == "alice"
+    for place in range(len(whole)):
+        for changed in (whole[:place], whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :]):
+            assert len(setup._entries(changed)) <= 1
+
+
+@pytest.mark.parametrize("told", ["[" * 100_000, "[]", '{"name": "alice"}', '{"name": "alice", "cert_type": NaN}'])
+def test_a_request_that_names_no_site_is_refused(told: str) -> None:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as file:
+        file.writestr("request.json", told)
+    with pytest.raises(FormatError, match="not a request of a site"):
+        setup._named(data.getvalue(), Path("request"))
+
+
 def test_what_goes_between_owner_and_site_is_read_strictly(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,6 +246,10 @@ def test_what_goes_between_owner_and_site_is_read_strictly(
         courier_serve(tmp_path / "site")
     with pytest.raises(FormatError, match="not a request or approval"):
         courier_approve(job.courier, invitation, tmp_path / "approval")
+    parts = setup._unpacked(Path(str(made.next)), {"request.zip", "site.pub"})
+    setup._pack(tmp_path / "keyless", parts | {"site.pub": b"no key"})
+    with nothing_written(job.courier), pytest.raises(FormatError, match="site.pub in it holds no public P-256 key"):
+        courier_approve(job.courier, tmp_path / "keyless", tmp_path / "approval")
     (tmp_path / "site/alice.request").write_bytes(Path(str(made.next)).read_bytes())  # by another name
     approved = courier_approve(job.courier, tmp_path / "site/alice.request", tmp_path / "approval")
     assert approved.fingerprint == made.fingerprint and (job.courier / "keys/bob.pub").exists()

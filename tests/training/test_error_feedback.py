@@ -171,7 +171,10 @@ def test_a_proxy_is_not_trained_twice_with_what_its_first_update_lost(job: Path,
     ("options", "complaint"),
     [
         ({"update_format": "fp32", "residual": "r"}, "fp32 loses nothing"),
-        ({"update_format": "nf4", "residual": "update/r"}, "inside of the output"),
+        ({"update_format": "nf4", "residual": "update/r"}, "--residual: is inside of "),
+        ({"update_format": "nf4", "residual": "missing/r"}, "there is no such folder"),
+        ({"update_format": "nf4", "residual": "r" * 240}, "cannot be written"),
+        ({"tensorboard": "update/logs"}, "--tensorboard: is inside of "),
     ],
 )
 def test_combinations_that_make_no_sense_are_refused(

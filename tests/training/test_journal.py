@@ -58,12 +58,12 @@ def test_a_new_training_begins_a_new_log(tmp_path: Path) -> None:
     assert steps(tmp_path / "log") == [1, 2]
 
 
-@pytest.mark.parametrize("content", ["some notes\n", '{"text": "data"}\n', "[1]\n"])
-def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: str) -> None:
-    (tmp_path / "notes").write_text(content)
+@pytest.mark.parametrize("content", [b"some notes\n", b'{"text": "data"}\n', b"[1]\n", b"\xff\n"])
+def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "notes").write_bytes(content)
     with pytest.raises(InputError, match="is not a log of client-train"):
         write(tmp_path / "notes", 0, range(1, 3))
-    assert (tmp_path / "notes").read_text() == content
+    assert (tmp_path / "notes").read_bytes() == content
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:

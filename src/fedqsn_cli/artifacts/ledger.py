@@ -37,6 +37,7 @@ from fedqsn_cli.checkpoint.files import open_regular_file
 from fedqsn_cli.errors import FormatError, InputError
 
 _NO_LINE = "0" * 64
+_BEGINS = b'{"client'  # every line
 _LARGEST = 1 << 30  # bytes, a million releases
 _SAME_IN_A_JOB = ("p1", "p1_least", "plan")
 ClientId = Annotated[str, Field(pattern=f"^{validate.CLIENT_ID}$")]
@@ -295,7 +296,7 @@ class _Lines:
     @classmethod
     def parse(cls, data: bytes, path: Path) -> _Lines:
         """Check every line and the chain. Raises FormatError."""
-        size = _whole(data)
+        size = _whole(data, path)
         entries: list[Entry] = []
         digests = [_NO_LINE]
         for number, line in enumerate(data[:size].splitlines(), start=1):
@@ -317,14 +318,19 @@ def _entry(document: object, where: str) -> Entry:
     return PrivateMerge.from_document(document, where) if is_merge else Release.from_document(document, where)
 
 
-def _whole(data: bytes) -> int:
+def _whole(data: bytes, path: Path) -> int:
     """Length of the part that is whole lines. A torn last line was never acknowledged: its proxy was never published.
 
     A last line without a line feed (editors strip it) is whole if it is JSON: no part of an object is.
+
+    Raises:
+        FormatError: it is another file, which would be overwritten: not even the first line begins as one.
     """
     size = data.rfind(b"\n") + 1
     try:
         strictjson.loads(data[size:], "")
     except FormatError:
+        if size == 0 and not data.startswith(_BEGINS[: len(data)]):
+            raise FormatError("is not a ledger", where=path, hint="choose another path") from None
         return size
     return len(data)

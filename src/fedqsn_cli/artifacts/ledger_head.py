@@ -22,7 +22,7 @@ from pydantic import Field
 from fedqsn_cli import strictjson
 from fedqsn_cli.artifacts.manifests import Count, Sha256, Strict
 from fedqsn_cli.checkpoint import write_file_atomically
-from fedqsn_cli.checkpoint.files import read_file
+from fedqsn_cli.checkpoint.files import beside, read_file
 from fedqsn_cli.errors import FormatError
 
 _LARGEST = 16 << 20  # bytes; one job needs 300
@@ -64,8 +64,8 @@ class Head(Strict):
 
 
 def head_path(ledger: Path) -> Path:
-    """The file beside a ledger."""
-    return ledger.with_name(f"{ledger.name}.head")
+    """The file beside a ledger. Raises InputError: the path is that of a directory."""
+    return beside(ledger, f"{ledger.name}.head")
 
 
 def read_head(ledger: Path) -> Head | None:

@@ -23,6 +23,7 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -64,9 +65,13 @@ def _checked_by(check: Callable[[Value, str], Value]) -> AfterValidator:
         try:
             return check(value, "")
         except InputError as error:
-            raise PydanticCustomError("fedqsn", "{what}", {"what": error.what}) from None
+            raise _problem(error.what) from None
 
     return AfterValidator(validator)
+
+
+def _problem(what: str) -> PydanticCustomError:
+    return PydanticCustomError("fedqsn", "{what}", {"what": what})
 
 
 Ratio = Annotated[float, _checked_by(validate.ratio)]
@@ -76,7 +81,7 @@ ServerRatio = Annotated[float, _checked_by(validate.up_to_one)]  # p1: 1 hides a
 def _printable(value: str) -> str:
     """Text that cannot steer a terminal."""
     if not value.isprintable():
-        raise PydanticCustomError("fedqsn", "holds a character that cannot be printed")
+        raise _problem("holds a character that cannot be printed")
     return value
 
 
@@ -202,6 +207,16 @@ class ModelManifest(Manifest):
     source: SourceRecord
     trained_fill: Literal[True] | None = None  # clients trained the public base's units in the holes
     server_state: ServerStateRecord | None = None
+
+    @model_validator(mode="after")
+    def _groups_are_listed(self) -> Self:
+        for name, units in self.tensors.items():
+            if not units.groups or not self.groups.keys() >= set(units.groups):
+                raise _problem(f"tensor {name!r} has no group, or one that is not listed")
+        for name, group in self.groups.items():
+            if not 0 < group.units >= group.hidden:
+                raise _problem(f"group {name!r} hides {group.hidden} of {group.units} units")
+        return self
 
     @classmethod
     def of(cls, plan: Plan, source: Source, **differs: Any) -> ModelManifest:

@@ -33,7 +33,7 @@ def open_regular_file(path: Path) -> int:
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # ValueError: a null character in a name that a file gives
         raise InputError("there is no such file", where=path) from None
     except OSError as error:
         raise InputError(f"cannot be opened ({error.strerror})", where=path) from None
@@ -74,19 +74,41 @@ def read_file(path: Path, most: int) -> bytes:
 
 
 def require_file_target(path: str | Path) -> None:
-    """Refuse, before any work is done, a path at which no file can be written.
+    """Refuse, before any work is done, a path at which no file can be written: a file is made beside it, and deleted.
 
     A device or pipe is refused too: the file would take its place, and /dev/null would be gone from the machine.
 
     Raises:
-        InputError: its directory is missing, or something that is not a plain file is there.
+        InputError: its directory is missing or cannot be written, or something that is not a plain file is there.
     """
+    _check_target(path)
+    staging, descriptor = _open_staging(Path(path), 0o600)
+    os.unlink(staging)
+    os.close(descriptor)
+
+
+def _check_target(path: str | Path) -> None:
+    """Raises InputError: as `require_file_target`, which also tries."""
     if not Path(path).absolute().parent.is_dir():
         raise InputError("there is no such folder", where=Path(path).parent, hint="make it first")
     if os.path.isdir(path):
         raise InputError("is a directory", where=path, hint="name a file")
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError("is not a plain file", where=path, hint="name another file")
+
+
+def keep_outside(out: Path, **files: str | Path | None) -> None:
+    """Refuse a key, ledger or report inside of a folder that is sent, or that --force replaces.
+
+    Args:
+        out: the directory. files: paths by the option that gives them.
+
+    Raises:
+        InputError: one of them is inside.
+    """
+    for option, file in files.items():
+        if file is not None and Path(os.path.realpath(file)).is_relative_to(os.path.realpath(out)):
+            raise InputError(f"is inside of {out}", where=f"--{option}", hint="keep it elsewhere")
 
 
 def write_file_atomically(path: Path, data: bytes, mode: int | None = None) -> None:
@@ -234,17 +256,9 @@ def _create_nameless(path: Path, data: bytes) -> bool:
 
 def _stage_file(path: Path, pieces: Iterable[bytes], mode: int, exactly: bool) -> tuple[Path, int]:
     """Write and sync the staging file of `path`; returns it with the descriptor that holds its lock."""
-    require_file_target(path)
+    _check_target(path)
     sweep(path)
-    while True:
-        staging = staging_path(path)
-        try:
-            descriptor = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
-        except OSError as error:
-            raise InputError(f"cannot be written ({error.strerror})", where=path) from None
-        if _lock_new(descriptor):
-            break
-        os.close(descriptor)
+    staging, descriptor = _open_staging(path, mode)
     try:
         if exactly:
             os.fchmod(descriptor, mode)
@@ -256,6 +270,19 @@ def _stage_file(path: Path, pieces: Iterable[bytes], mode: int, exactly: bool) -
         os.close(descriptor)
         raise
     return staging, descriptor
+
+
+def _open_staging(path: Path, mode: int) -> tuple[Path, int]:
+    """Make and lock a staging file of `path`. Raises InputError: that cannot be done there."""
+    while True:
+        staging = staging_path(path)
+        try:
+            descriptor = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+        except OSError as error:
+            raise InputError(f"cannot be written ({error.strerror})", where=path) from None
+        if _lock_new(descriptor):
+            return staging, descriptor
+        os.close(descriptor)
 
 
 def _lock_new(descriptor: int) -> bool:
@@ -274,7 +301,14 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
 
 def staging_path(path: Path) -> Path:
     """A fresh hidden name next to `path`."""
-    return path.with_name(f".{path.name}.fedqsn-{secrets.token_hex(8)}")
+    return beside(path, f".{path.name}.fedqsn-{secrets.token_hex(8)}")
+
+
+def beside(path: Path, name: str) -> Path:
+    """Another name in the folder of a path. Raises InputError: the path is `/` or `.`, which no file can have."""
+    if not path.name:
+        raise InputError("is a directory", where=path, hint="name a file")
+    return path.with_name(name)
 
 
 def sweep(path: Path) -> None:
@@ -317,11 +351,14 @@ def make_staging_directory(path: Path) -> tuple[Path, int]:
         staging = staging_path(path)
         try:
             os.mkdir(staging)
+        except OSError as error:
+            if not path.parent.is_dir():
+                raise InputError("has no parent directory", where=path) from None
+            raise InputError(f"cannot be created ({error.strerror})", where=path) from None
+        try:
             descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
-            if path.parent.is_dir():
-                continue  # a sweeper was faster than our lock
-            raise InputError("has no parent directory", where=path) from None
+            continue  # a sweeper was faster than our lock
         except OSError as error:
             raise InputError(f"cannot be created ({error.strerror})", where=path) from None
         if _lock_new(descriptor):

@@ -61,7 +61,7 @@ class ArtifactWriter:
         self.out = Path(os.path.abspath(out))
         self._force = force
         self._uniform = uniform
-        if is_artifact(files.aside_path(self.out)):
+        if self.out.name and is_artifact(files.aside_path(self.out)):  # the root folder has no name
             files.recover(self.out)
         self._check_out()
         self._new_parents = _make_parents(self.out)

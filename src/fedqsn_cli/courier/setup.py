@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import shutil
+import struct
+import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedqsn_cli import validate
-from fedqsn_cli.checkpoint.files import open_regular_file, read_file, write_file_atomically
+from fedqsn_cli import strictjson, validate
+from fedqsn_cli.checkpoint.files import read_file, write_file_atomically
 from fedqsn_cli.courier import kits
 from fedqsn_cli.courier.layout import INVITATION, Invitation, Owner, Site
 from fedqsn_cli.courier.site import TEMPLATE, SiteSettings
-from fedqsn_cli.crypto.keys import fingerprint, keygen, load_verify_key
-from fedqsn_cli.errors import FormatError, InputError, OutputExists
+from fedqsn_cli.crypto.keys import fingerprint, keygen, load_recipient, load_verify_key
+from fedqsn_cli.errors import FormatError, InputError, KeyFileError, OutputExists
 from fedqsn_cli.options import CourierApproveOptions, CourierInitOptions, CourierJoinOptions, KeygenOptions
 
 _LARGEST = 1 << 20  # bytes of a request or an approval
+_DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, ValueError, struct.error)
 _KEY, _ASKED, _SIGNED = "site.pub", "request.zip", "signed.zip"
 
 
@@ -181,6 +186,7 @@ def courier_approve(path: str | Path, request: str | Path, options: CourierAppro
         raise OutputExists("already exists", where=options.out, hint="choose another path")
     parts = _unpacked(asked, {_ASKED, _KEY})
     client = _named(parts[_ASKED], asked)
+    _check_keys(parts[_KEY], asked)
     known = owner.home / "keys" / f"{client}.pub"
     if known.exists() and known.read_bytes() != parts[_KEY]:
         raise InputError(f"client {client!r} has joined with another key", where=known, hint="remove it to replace it")
@@ -196,15 +202,25 @@ def courier_approve(path: str | Path, request: str | Path, options: CourierAppro
     return CourierSetup(str(owner.home), str(options.out), fingerprint(load_verify_key(known)))
 
 
+def _check_keys(data: bytes, where: Path) -> None:
+    """Refuse a request without the keys of a site, before they are kept as those of a client. Raises FormatError."""
+    with tempfile.TemporaryDirectory() as place:
+        public = Path(place) / _KEY
+        public.write_bytes(data)
+        try:
+            load_verify_key(public)
+            load_recipient(public)
+        except KeyFileError as error:
+            raise FormatError(f"{_KEY} in it {error.what}", where=where) from None
+
+
 def _named(data: bytes, where: Path) -> str:
     """The client whose certificate a request asks for. Raises FormatError, InputError."""
+    found = _entries(data)
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as file:
-            if file.getinfo("request.json").file_size > _LARGEST:
-                raise ValueError
-            told = json.loads(file.read("request.json"))
+        told = strictjson.loads(found["request.json"], where)
         name, kind = str(told["name"]), told["cert_type"]
-    except (zipfile.BadZipFile, KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, FormatError):
         raise FormatError("is not a request of a site", where=where) from None
     if kind != "client":
         raise InputError(f"asks for the certificate of a {kind}, not of a site", where=where)
@@ -221,11 +237,18 @@ def _pack(path: Path, parts: dict[str, bytes]) -> None:
 
 def _unpacked(path: Path, names: set[str]) -> dict[str, bytes]:
     """The parts of a request or an approval, none of which is ever written under its own name. Raises FormatError."""
+    found = _entries(read_file(path, 2 * _LARGEST))
+    if found.keys() != names:
+        raise FormatError("is not a request or approval of a courier", where=path)
+    return found
+
+
+def _entries(data: bytes) -> dict[str, bytes]:
+    """What a zip file holds, by name; nothing where it is none, is damaged, or inflates to more than `_LARGEST`."""
     try:
-        with open(open_regular_file(path), "rb") as raw, zipfile.ZipFile(raw) as file:
-            entries = {entry.filename: entry for entry in file.infolist()}
-            if entries.keys() == names and sum(entry.file_size for entry in entries.values()) < _LARGEST:
-                return {name: file.read(name) for name in names}
-    except (zipfile.BadZipFile, ValueError, RuntimeError):
-        pass
-    raise FormatError("is not a request or approval of a courier", where=path)
+        with zipfile.ZipFile(io.BytesIO(data)) as file:
+            if sum(entry.file_size for entry in file.infolist()) > _LARGEST:
+                return {}
+            return {entry.filename: file.read(entry) for entry in file.infolist()}
+    except _DAMAGED:
+        return {}

@@ -5,9 +5,12 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
+
+from pydantic import Field
 
 from fedqsn_cli import validate
+from fedqsn_cli.artifacts.manifests import Strict
 from fedqsn_cli.checkpoint.files import read_file
 from fedqsn_cli.courier.orders import Order
 from fedqsn_cli.errors import FormatError, InputError
@@ -35,8 +38,7 @@ lora_r = 64
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Bounds:
+class Bounds(Strict):
     """What a site lets the owner ask for, at most.
 
     Args:
@@ -46,8 +48,8 @@ class Bounds:
     epochs: float
     lr: float
     batch_size: int
-    update_formats: tuple[str, ...]
-    methods: tuple[str, ...]
+    update_formats: tuple[str, ...] = Field(strict=False)
+    methods: tuple[str, ...] = Field(strict=False)
     lora_r: int
 
     def require(self, asked: ProposalOptions, where: Path) -> None:
@@ -65,6 +67,19 @@ class Bounds:
 def _require_at_most(name: str, asked: float, most: float, where: Path) -> None:
     if not asked <= most:
         raise InputError(f"the owner asks for {name} {asked}, and the site allows {most}", where=where)
+
+
+class _Document(Strict):
+    """site.toml as it is written."""
+
+    data: str
+    eval_data: str | None = None
+    device: str
+    max_length: int
+    time_limit: str
+    max_bytes: str
+    max_memory: str | None = None
+    bounds: Bounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,30 +109,25 @@ class SiteSettings:
         """
         try:
             document = tomllib.loads(read_file(path, _LARGEST).decode())
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise FormatError(f"not valid TOML ({error})", where=path) from None
-        try:
-            return cls._of(document, path.parent)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FormatError(f"a setting is missing, unknown or of another type ({error})", where=path) from None
+        return cls._of(_Document.from_document(document, path), path.parent)
 
     @classmethod
-    def _of(cls, document: dict[str, Any], home: Path) -> Self:
-        bounds = document.pop("bounds")
-        formats, methods = tuple(bounds.pop("update_formats")), tuple(bounds.pop("methods"))
-        memory = document.pop("max_memory", None)
-        evaluation = document.pop("eval_data", None)
-        _, seconds = validate.interval(document.pop("time_limit"), "time_limit")
+    def _of(cls, document: _Document, home: Path) -> Self:
+        _, seconds = validate.interval(document.time_limit, "time_limit")
         if seconds is None:
             raise InputError("is a time such as 6h", where="time_limit")
+        memory = document.max_memory
         return cls(
-            data=home / document.pop("data"),
-            eval_data=home / evaluation if evaluation is not None else None,
+            data=home / document.data,
+            eval_data=home / document.eval_data if document.eval_data is not None else None,
+            device=document.device,
+            max_length=document.max_length,
             time_limit=seconds,
-            max_bytes=validate.size_in_bytes(document.pop("max_bytes"), "max_bytes"),
+            max_bytes=validate.size_in_bytes(document.max_bytes, "max_bytes"),
             max_memory=validate.size_in_bytes(memory, "max_memory") if memory is not None else None,
-            bounds=Bounds(**bounds, update_formats=formats, methods=methods),
-            **document,
+            bounds=document.bounds,
         )
 
     def require(self, order: Order, where: Path) -> None:

@@ -22,6 +22,7 @@ from fedqsn_cli.artifacts.proxy_folder import write_visible
 from fedqsn_cli.checkpoint import ArtifactWriter, FolderWriter, WriterThreads, allow_open_files, check_reference
 from fedqsn_cli.checkpoint import push as push_to_hub
 from fedqsn_cli.checkpoint.descriptors import MAX_OPEN_FILES
+from fedqsn_cli.checkpoint.files import keep_outside
 from fedqsn_cli.errors import InputError, OutputExists
 from fedqsn_cli.export.advice import (
     check_settings,
@@ -34,7 +35,7 @@ from fedqsn_cli.export.companions import write_public_companions
 from fedqsn_cli.export.outputs import METADATA, client_output, tensor_specs
 from fedqsn_cli.export.pipeline import run
 from fedqsn_cli.export.records import ProxyRecord
-from fedqsn_cli.export.session import MaskingSession, keep_outside, open_session
+from fedqsn_cli.export.session import MaskingSession, open_session
 from fedqsn_cli.exposure.budget import Budget, Planned
 from fedqsn_cli.kernels.digests import Algorithm, algorithm_of
 from fedqsn_cli.masks.job_masks import ClientMasks

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, Quantization, manifest_bytes
 from fedqsn_cli.checkpoint import ArtifactWriter
+from fedqsn_cli.checkpoint.files import keep_outside
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.export.advice import refuse_untrainable, tell_what_stays
 from fedqsn_cli.export.companions import copy_companions, write_public_companions
 from fedqsn_cli.export.outputs import METADATA, ServerOutput, client_output, tensor_specs
 from fedqsn_cli.export.pipeline import run
 from fedqsn_cli.export.records import masked_manifest, quantized_manifest
-from fedqsn_cli.export.session import keep_outside, open_session
+from fedqsn_cli.export.session import open_session
 from fedqsn_cli.kernels.digests import algorithm_of
 from fedqsn_cli.models.model import OpenModel, open_model
 from fedqsn_cli.models.plan_file import load_overrides

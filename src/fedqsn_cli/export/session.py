@@ -167,17 +167,3 @@ def _open_base(model: OpenModel, fill: Fill, reference: str | Path | None, *, wh
     if reference is None:
         raise InputError("--fill base needs the public base", where="--public-base")
     return open_base(str(reference), model, whole=whole)
-
-
-def keep_outside(out: Path, **files: str | Path | None) -> None:
-    """Refuse a key, ledger or report inside of a folder that is sent, or that --force replaces.
-
-    Args:
-        out: the directory. files: paths by the option that gives them.
-
-    Raises:
-        InputError: one of them is inside.
-    """
-    for option, file in files.items():
-        if file is not None and Path(os.path.realpath(file)).is_relative_to(os.path.realpath(out)):
-            raise InputError(f"is inside of {out}", where=f"--{option}", hint="keep it elsewhere")

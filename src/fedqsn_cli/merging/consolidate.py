@@ -22,7 +22,6 @@ import torch
 from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, file_digest, manifest_bytes
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, files, write_file_atomically
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.export.session import keep_outside
 from fedqsn_cli.merging.job_model import merged_manifest, model_sinks, publish
 from fedqsn_cli.merging.restore import RestoreInputs, open_restore_inputs
 from fedqsn_cli.merging.students import FullStudent, Student
@@ -97,7 +96,7 @@ def consolidate(
         >>> consolidate("global/", "server-9/", "final/", key="job.key", own_data="own.jsonl").last_loss
     """
     outside = ("key", "eval_data", "own_eval_data", "report", *_FILES)
-    keep_outside(Path(options.out), **{name.replace("_", "-"): getattr(options, name) for name in outside})
+    files.keep_outside(Path(options.out), **{name.replace("_", "-"): getattr(options, name) for name in outside})
     if options.report is not None:
         files.require_file_target(options.report)
     for weight in _weights(options):
@@ -139,13 +138,30 @@ class _Tables:
 
 
 @dataclass(frozen=True, slots=True)
+class _Benchmark:
+    """Examples that models are measured on, encoded once: students have the global model's tokenizer.
+
+    Args:
+        before: the global model on them.
+    """
+
+    examples: Examples
+    before: Evaluation
+
+
+@dataclass(frozen=True, slots=True)
 class _Lessons:
-    """What both teachers say, and the global model on both kinds of data that are measured on."""
+    """What both teachers say, and what students are measured on."""
 
     own: Lesson
     transfer: Lesson
-    before: Evaluation | None
-    own_before: Evaluation | None
+    eval: _Benchmark | None
+    own_eval: _Benchmark | None
+
+    @property
+    def before(self) -> Evaluation | None:
+        """The global model on the evaluation data."""
+        return self.eval.before if self.eval is not None else None
 
     def with_weight(self, weight: float) -> Distillation:
         """The loss of a student."""
@@ -213,7 +229,8 @@ class _Consolidation:
 
     def _searched(self, lessons: _Lessons) -> tuple[_Attempt, WeightSearch]:
         """The best student of all weights; two are in memory at a time."""
-        own_before, tolerance = _known(lessons.own_before), self.options.tolerance
+        assert lessons.own_eval is not None  # the options require it
+        own_before, tolerance = lessons.own_eval.before, self.options.tolerance
         best: _Attempt | None = None
         trials: list[WeightTrial] = []
         for weight in WEIGHTS:
@@ -228,18 +245,18 @@ class _Consolidation:
     def _lessons(self) -> _Lessons:
         """What both teachers say; one of them is in memory at a time."""
         tables = self.tables
-        own, before = self._lesson(self.inputs.whole.checkpoint, tables.own, (tables.eval, tables.own_eval))
+        own, benchmarks = self._lesson(self.inputs.whole.checkpoint, tables.own, (tables.eval, tables.own_eval))
         transfer, _ = self._lesson(self.inputs.server.checkpoint, tables.transfer, ())
-        return _Lessons(own, transfer, *before)
+        return _Lessons(own, transfer, *benchmarks)
 
     def _lesson(
         self, checkpoint: Checkpoint, table: Table | None, measured: Sequence[Table | None]
-    ) -> tuple[Lesson, list[Evaluation | None]]:
+    ) -> tuple[Lesson, list[_Benchmark | None]]:
         """What one teacher says about its texts, and how good it is on others."""
         loaded = load_model(checkpoint)
         encoder = Encoder.of(loaded, self.options.max_length)
         loaded.model.to(self.device).eval()
-        found = [self._measure(loaded, encoder, one) for one in measured]
+        found = [self._benchmark(loaded, encoder, one) if one is not None else None for one in measured]
         if table is not None:
             examples = self._sample(encoder.encode(_unlabelled(table, loaded), self.progress))
         else:
@@ -271,7 +288,7 @@ class _Consolidation:
         with states.opened() if states is not None else nullcontext():
             student = self._student()
             encoder = Encoder.of(student.loaded, self.options.max_length)
-            restored = self._measure(student.loaded, encoder, self.tables.eval)
+            restored = self._measure(student, encoder, lessons.eval)
             around = Surroundings(backward=lesson.backward, states=states)
             summary = train(
                 student.loaded.model,
@@ -282,8 +299,8 @@ class _Consolidation:
                 self.progress,
                 around,
             )
-            after = self._measure(student.loaded, encoder, self.tables.eval)
-            own_after = self._measure(student.loaded, encoder, self.tables.own_eval)
+            after = self._measure(student, encoder, lessons.eval)
+            own_after = self._measure(student, encoder, lessons.own_eval)
         return _Attempt(student, weight, summary, restored, after, own_after)
 
     def _student(self) -> Student:
@@ -294,10 +311,16 @@ class _Consolidation:
 
         return LoraStudent.of(self.work, self.inputs, self.options, self.device, self.progress)
 
-    def _measure(self, loaded: Loaded, encoder: Encoder, table: Table | None) -> Evaluation | None:
-        if table is None:
-            return None
-        examples, twice = encoder.encode(table, SILENT), 2 * self.options.batch_size
+    def _benchmark(self, loaded: Loaded, encoder: Encoder, table: Table) -> _Benchmark:
+        """Encode data for the global model, and measure it."""
+        examples = encoder.encode(table, SILENT)
+        return _Benchmark(examples, self._score(loaded, encoder, examples))
+
+    def _measure(self, student: Student, encoder: Encoder, benchmark: _Benchmark | None) -> Evaluation | None:
+        return self._score(student.loaded, encoder, benchmark.examples) if benchmark is not None else None
+
+    def _score(self, loaded: Loaded, encoder: Encoder, examples: Examples) -> Evaluation:
+        twice = 2 * self.options.batch_size
         return score(loaded.model, examples, batch_size=twice, padding=encoder.padding, progress=self.progress)
 
     def _states(self, weight: float) -> StateFolder | None:

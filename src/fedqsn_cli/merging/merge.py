@@ -28,10 +28,9 @@ from typing import TYPE_CHECKING
 
 from fedqsn_cli.artifacts.manifests import ServerStateRecord
 from fedqsn_cli.checkpoint import ArtifactWriter, write_file_atomically
-from fedqsn_cli.checkpoint.files import require_file_target
+from fedqsn_cli.checkpoint.files import keep_outside, require_file_target
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.export.outputs import tensor_specs
-from fedqsn_cli.export.session import keep_outside
 from fedqsn_cli.kernels.hash_threads import HashThreads
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.merging.add_up import add_up

@@ -100,7 +100,7 @@ class RestoreInputs:
         """s of a masked tensor: the rescale factor of the server mask, or 1."""
         if not self.manifest.rescale:
             return 1.0
-        return float(rescale_factor(task.plan.units, self.manifest.groups[task.plan.groups[0]].hidden, 0))
+        return float(rescale_factor(task.plan.units, self.job.hides(task.plan.groups[0], task.plan.units), 0))
 
 
 def open_restore_inputs(source: str | Path, trained: str | Path, options: MergeOptions) -> RestoreInputs:

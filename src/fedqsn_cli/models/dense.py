@@ -85,9 +85,9 @@ def rescale_factors(checkpoint: Checkpoint) -> dict[str, np.float32]:
         return {}
     factors = {}
     for name, units in manifest.tensors.items():
-        groups = [manifest.groups[group] for group in units.groups if group in manifest.groups]
-        if len(groups) != len(units.groups) or len({(group.units, group.hidden) for group in groups}) != 1:
-            raise FormatError(f"groups of tensor {name!r} are not listed, or differ", where=checkpoint.path)
+        groups = [manifest.groups[group] for group in units.groups]
+        if len({(group.units, group.hidden) for group in groups}) != 1:
+            raise FormatError(f"the groups of tensor {name!r} differ", where=checkpoint.path)
         if groups[0].hidden >= groups[0].units:
             raise FormatError(f"no unit of tensor {name!r} is visible", where=checkpoint.path)
         factors[name] = rescale_factor(groups[0].units, groups[0].hidden, 0)

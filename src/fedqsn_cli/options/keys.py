@@ -22,7 +22,13 @@ class KeygenOptions(Options):
     ] = None
 
     def public_file(self, private: str | Path) -> Path:
-        """Where the public key goes. Raises InputError: it would be in the place of the private one."""
+        """Where the public key goes.
+
+        Raises:
+            InputError: it would be in the place of the private one, or that is `/` or `.`, which no file can be.
+        """
+        if not Path(private).name:
+            raise InputError("is a directory", where=private, hint="name a file")
         public = Path(self.public) if self.public is not None else Path(private).with_suffix(".pub")
         if public == Path(private):
             raise InputError("would be the private key, too", where=public, hint="choose another name, such as a.key")

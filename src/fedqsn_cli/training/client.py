@@ -20,6 +20,7 @@ from fedqsn_cli.artifacts.manifests import (
 )
 from fedqsn_cli.artifacts.proxy_folder import verify_proxy
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, resolve
+from fedqsn_cli.checkpoint.files import keep_outside
 from fedqsn_cli.crypto.keys import SigningKey, load_signing_key, load_verify_key
 from fedqsn_cli.crypto.signature import sign_artifacts, verify_folder
 from fedqsn_cli.errors import InputError
@@ -111,6 +112,8 @@ def client_train(proxy: str | Path, options: TrainOptions, *, progress: Progress
     Example:
         >>> client_train("proxy/", "update/", data="train.jsonl", epochs=3).last_loss
     """
+    beside = {name: getattr(options, name) for name in ("sign", "residual", "log", "tensorboard")}
+    keep_outside(Path(options.out), **beside)
     signer = _signer(options)
     with _writer(options) as writer, quiet(), memory_errors(), _prepared(proxy, options, progress) as ready:
         ready.tell_plan(progress)
@@ -150,12 +153,8 @@ def client_train(proxy: str | Path, options: TrainOptions, *, progress: Progress
 
 
 def _signer(options: TrainOptions) -> SigningKey | None:
-    """The key that signs the update, if one was given. Raises KeyFileError; InputError: it would be sent, too."""
-    if options.sign is None:
-        return None
-    if Path(options.sign).resolve().is_relative_to(Path(options.out).resolve()):
-        raise InputError("is inside of the output", where="--sign", hint="it is private, and not to be sent")
-    return load_signing_key(options.sign)
+    """The key that signs the update, if one was given. Raises KeyFileError."""
+    return load_signing_key(options.sign) if options.sign is not None else None
 
 
 def estimate_training(proxy: str | Path, options: TrainOptions, *, progress: Progress = SILENT) -> Estimate:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedqsn_cli.artifacts.manifests import UPDATE_MANIFEST, file_digest
 from fedqsn_cli.checkpoint import Checkpoint, TensorSpec, plan_file, write_file_atomically
-from fedqsn_cli.checkpoint.files import sync_directory
+from fedqsn_cli.checkpoint.files import beside, require_file_target, sync_directory
 from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.training.visible import put_visible, visible_part
@@ -100,8 +100,14 @@ def settle(path: Path, proxy_id: str) -> None:
         raise InputError("a killed round left it, and its update is not where it was made", where=pending, hint=hint)
 
 
+def require_place(path: Path) -> None:
+    """Refuse, before any training, a path at which no residual can be written. Raises InputError."""
+    for place in (path, _next(path)):
+        require_file_target(place)
+
+
 def _next(path: Path) -> Path:
-    return path.with_name(f"{path.name}.next")
+    return beside(path, f"{path.name}.next")
 
 
 def read_errors(path: Path, job: str, proxy_id: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

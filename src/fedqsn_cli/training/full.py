@@ -11,7 +11,6 @@ import torch
 
 from fedqsn_cli.artifacts.manifests import ProxyManifest
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint
-from fedqsn_cli.errors import InputError
 from fedqsn_cli.linux import return_freed_memory
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.models.dense import DenseTensors
@@ -19,7 +18,7 @@ from fedqsn_cli.models.torch_model import Loaded, load_model
 from fedqsn_cli.options import TrainOptions
 from fedqsn_cli.training import update
 from fedqsn_cli.training.compact import VisibleParameters
-from fedqsn_cli.training.error_feedback import ErrorFeedback, read_errors
+from fedqsn_cli.training.error_feedback import ErrorFeedback, read_errors, require_place
 from fedqsn_cli.training.precision import weights_dtype
 from fedqsn_cli.training.privacy import update_noise
 from fedqsn_cli.training.visible import check_round_trip, parameter_masks, read_visible, rescale_factors
@@ -111,9 +110,8 @@ def _feedback(
     """What earlier rounds left over; None where nothing is kept. Raises InputError, FormatError."""
     if options.residual is None:
         return None
-    path, out = Path(options.residual), Path(options.out)
-    if path.resolve().is_relative_to(out.resolve()):
-        raise InputError("is inside of the output", where="--residual", hint="it is private, and not to be sent")
+    path = Path(options.residual)
+    require_place(path)
     layout = received.layout
     shapes = {name: tuple(layout[name].shape) for name in update.floats(layout)}
     errors = read_errors(path, manifest.job, manifest.proxy_id, shapes)

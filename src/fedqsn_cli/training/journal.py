@@ -71,8 +71,8 @@ class LogFile:
     def _lines(self) -> list[tuple[int, str]]:
         """The whole lines that are there, and their steps; one that was cut short by a kill is none."""
         self._file.seek(0)
-        lines = [line for line in self._file if line.endswith("\n")]
         try:
+            lines = [line for line in self._file if line.endswith("\n")]
             return [(int(json.loads(line)["step"]), line) for line in lines]
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise InputError("is not a log of client-train", where=self._path, hint="choose another --log") from None

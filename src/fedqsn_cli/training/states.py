@@ -240,7 +240,7 @@ def remove_finished(states_of: Path, out: Path) -> None:
 
 def _states_of(out: Path) -> Path:
     whole = Path(os.path.abspath(out))
-    return whole.with_name(f".{whole.name}.fedqsn-states")
+    return files.beside(whole, f".{whole.name}.fedqsn-states")
 
 
 def _remove(path: Path) -> None:
