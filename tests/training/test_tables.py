@@ -9,6 +9,7 @@ import pytest
 
 from fedqsn_cli.errors import DataError
 from fedqsn_cli.training.data_files import read_table
+from fedqsn_cli.training.tables import Table
 
 JSONL = '{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n'
 
@@ -22,6 +23,7 @@ JSONL = '{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n'
         ("data.json", '[{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]'),
         ("data.csv", "label,text\nx,a\ny,b\n"),
         ("odd [1]*?.jsonl", JSONL),
+        ("data.csv", "\n\ntext,label\n\na,x\nb,y\n\n"),
     ],
 )
 def test_every_kind_of_file_gives_the_same_columns(tmp_path: Path, name: str, content: str) -> None:
@@ -116,6 +118,11 @@ def test_a_value_that_is_no_json_matters_only_where_it_is_used(
     assert table.texts("label") == ["x", "y"]
     with pytest.raises(DataError, match=rf"row 2: column 'text' cannot be read \({reason}.*rename 'text'"):
         table.texts("text")
+
+
+def test_characters_are_counted_at_any_depth() -> None:
+    messages = [{"role": "user", "content": [{"text": "abc"}]}]
+    assert Table(Path("x"), {"text": ["ab", None, 5], "messages": [messages, None, []]}, (), 3).characters == 2 + 7
 
 
 def test_columns_that_nobody_asked_for_are_known(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def _read_csv(path: Path, file: BinaryIO) -> Table:
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     try:
         lines = csv.reader(_bounded(path, file, text.readline), strict=True)
-        header = next(lines, [])
+        header = next((fields for fields in lines if fields), [])
         for fields in lines:
             if fields and len(fields) != len(header):
                 what = f"{len(fields)} fields, but the header has {len(header)}"
