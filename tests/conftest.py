@@ -6,6 +6,7 @@ import atexit
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ FOREIGN = {
     *("COLUMNS", "LINES", "TERM", "NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "TERMINAL_WIDTH"),
     *("MAKEFLAGS", "MAKELEVEL", "MAKEFILES", "MAKEOVERRIDES", "MFLAGS", "GNUMAKEFLAGS"),  # of the make that runs us
     *("BASH_ENV", "ENV", "SHELLOPTS", "BASHOPTS", "CDPATH", "POSIXLY_CORRECT"),
+    "PYTHONDONTWRITEBYTECODE",  # every process would compile everything again
     *("PYTHONWARNINGS", "PYTHONSAFEPATH", "PYTHONOPTIMIZE", "PYTHONDEVMODE", "PYTHONVERBOSE", "PYTHONINSPECT"),
     *("PYTHONIOENCODING", "PYTHONPROFILEIMPORTTIME", "PYTHONMALLOCSTATS", "PYTHONTRACEMALLOC"),
     # what examples/quickstart and examples/ci take from the environment
@@ -65,6 +67,7 @@ def settle() -> None:
     for name in list(os.environ):
         if name in FOREIGN or name.startswith(FOREIGN_STARTS) or name.lower().endswith("_proxy"):
             del os.environ[name]
+    sys.dont_write_bytecode = False
     cache = tempfile.mkdtemp(prefix="fedqsn-hf-")  # else whatever the user fetched before would be found
     atexit.register(shutil.rmtree, cache, ignore_errors=True)
     os.environ |= {
@@ -93,9 +96,11 @@ def tame_hypothesis() -> None:
 
 settle()
 tame_hypothesis()
+gc.disable()  # until everything is imported, which leaves little garbage
 
 
 def pytest_collection_finish() -> None:
+    gc.enable()
     gc.set_threshold(20_000, 10, 10)
     leave_to_rest()
 

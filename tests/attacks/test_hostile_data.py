@@ -66,20 +66,27 @@ def test_a_file_of_nothing_but_holes_is_refused(kind: str, length: int, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "complaint"),
+    ("name", "parts", "complaint"),
     [
-        ("data.jsonl", ROW + b'{"text":"' + b"w " * ROW_BYTES + b'"}', "line 2: longer than the 8.0 MB of a row"),
-        ("data.csv", b"text,label\n" + b"w " * ROW_BYTES + b",1\n", "line 2: longer than the 8.0 MB of a row"),
-        ("data.csv", b",".join(b"%d" % number for number in range(2_000_000)), "longer than the 8.0 MB of a row"),
-        ("data.csv", b'text,label\n"w,1\n' + (b"w " * 500 + b",1\n") * 10_000, "field larger than field limit"),
-        ("data.jsonl", b'{"text":' + b"[" * 100_000, "line 1: JSON is nested too deeply"),
-        ("data.json", b"[" * 100_000, "JSON is nested too deeply"),
-        ("data.json", b"[" + b"[]," * 6_000_000 + b"[]]", "write it as .jsonl"),
+        (
+            "data.jsonl",
+            (ROW + b'{"text":"', b"w ", ROW_BYTES, b'"}'),
+            "line 2: longer than the 8.0 MB of a row",
+        ),
+        ("data.csv", (b"text,label\n", b"w ", ROW_BYTES, b",1\n"), "line 2: longer than the 8.0 MB of a row"),
+        ("data.csv", (b"a", b",bcdefg", 2_000_000, b""), "longer than the 8.0 MB of a row"),
+        ("data.csv", (b'text,label\n"w,1\n', b"w " * 500 + b",1\n", 10_000, b""), "field larger than field limit"),
+        ("data.jsonl", (b'{"text":', b"[", 100_000, b""), "line 1: JSON is nested too deeply"),
+        ("data.json", (b"", b"[", 100_000, b""), "JSON is nested too deeply"),
+        ("data.json", (b"[", b"[],", 6_000_000, b"[]]"), "write it as .jsonl"),
     ],
     ids=["a long line", "a long cell", "columns", "an open quote", "a deep row", "a deep array", "a long array"],
 )
-def test_rows_without_end_are_refused(name: str, data: bytes, complaint: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(data)
+def test_rows_without_end_are_refused(
+    name: str, parts: tuple[bytes, bytes, int, bytes], complaint: str, tmp_path: Path
+) -> None:
+    first, repeated, times, last = parts
+    (tmp_path / name).write_bytes(first + repeated * times + last)
     assert complaint in refusal(tmp_path / name)
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from fedqsn_cli.auditing.checks import AuditCheck, Together, check, once, run_checks
+from fedqsn_cli.auditing.checks import AuditCheck, Together, check, once
 from fedqsn_cli.auditing.completeness import Collector
 from fedqsn_cli.auditing.findings import Check, Entry
 from fedqsn_cli.auditing.inputs import KEY, TRUTH, Inputs
@@ -25,7 +24,9 @@ RULE = Rule("FQ000", "of-the-tests", "hard", what="w", why="y", fix="f", needs=(
 
 
 def ran(audit_check: AuditCheck, inputs: Inputs | None = None) -> Collector:
-    return audit_check.run(inputs or Inputs())
+    collector = Collector()
+    audit_check.run(inputs or Inputs(), collector)
+    return collector
 
 
 def test_every_rule_is_declared_once() -> None:
@@ -81,23 +82,6 @@ def test_a_check_without_its_input_is_not_run_and_says_what_it_needs() -> None:
     collector = ran(looks)
     assert collector.checks == [Check("FQ000", "job", "not-run", "needs --key, to look inside")]
     assert not collector.findings
-
-
-def test_a_check_of_the_truth_runs_beside_the_others_and_is_told_in_its_place() -> None:
-    beside = threading.Event()
-
-    @check(RULE, once("job"))
-    def waits(inputs: Inputs, group: Together) -> Iterator[Entry]:
-        yield from RULE.checked("job", "waited" if beside.wait(60) else "ran alone")
-
-    @check(RULE, once("job"), of_truth=True)
-    def reads(inputs: Inputs, group: Together) -> Iterator[Entry]:
-        beside.set()
-        yield from RULE.checked("job", "read")
-
-    collector = Collector()
-    run_checks([waits, reads], Inputs(), collector)
-    assert [one.why for one in collector.checks] == ["waited", "read"]
 
 
 def test_what_a_check_found_before_something_could_not_be_read_is_kept() -> None:

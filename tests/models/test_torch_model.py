@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,19 @@ def test_no_code_of_a_tokenizer_is_run(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | document))
     assert load(folder).tokenizer is not None  # transformers has a class of its own for such files
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_tokenizer_that_was_good_is_tried_again_when_a_file_has_changed(tmp_path: Path) -> None:
+    folder = small_model(tmp_path / "model")
+    path = folder / "tokenizer.json"
+    before, text = path.stat(), path.read_text()
+    assert load(folder).tokenizer is not None
+    document = json.loads(text)
+    document["model"]["vocab"] = {"[UNK]": 0}
+    path.write_text(json.dumps(document).ljust(len(text)))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(InputError, match="knows no word but special tokens"):
+        load(folder)
 
 
 def test_a_broken_tokenizer_is_refused(tmp_path: Path) -> None:

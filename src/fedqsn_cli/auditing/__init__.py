@@ -7,9 +7,12 @@ completeness.py  FQ901 to FQ905, and where findings and checks are collected
 opened_proxy.py  one proxy, opened for inspection
 inputs.py        everything an audit opens: proxies, and the owner's side as far as it is given
 outbox.py        the proxies of a round, found by the ledger
+digests.py       SHA-256 of the files of proxies
 checks.py        how a check is run over proxies, with the inputs that it needs
 rows.py          rows of models and proxies side by side
 kernels.py       compiled comparisons
+truth_pass.py    one pass over the truth for all that looks at its weights
+observed.py      what looks on while it is read
 invariants/      the hard rules
 recovery/        attacks on weights and function
 limits/          measurements held against the policy

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import get_args
 
 from fedqsn_cli.artifacts.manifests import file_digest
+from fedqsn_cli.auditing.digests import digests_of
 from fedqsn_cli.auditing.findings import Audit, Status
 from fedqsn_cli.auditing.inputs import Inputs
 from fedqsn_cli.checkpoint import write_file_atomically
@@ -32,7 +33,7 @@ def write_attestation(path: Path, audit: Audit, inputs: Inputs, key: SigningKey)
         verdict=audit.verdict,
         tool=f"fedqsn {VERSION}",
         policy=file_digest(Path(str(inputs.options.policy))),
-        proxies={folder.scope: folder_digest(inputs.digests(folder.scope)) for folder in inputs.folders},
+        proxies={folder.scope: folder_digest(digests_of(inputs, folder)) for folder in inputs.folders},
         passed=sorted(ended["pass"] - ended["not-run"] - failed),
         failed=sorted(failed),
     )

@@ -10,7 +10,6 @@ what cannot be read becomes an FQ903 finding, and what the check had found until
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, overload
 
@@ -68,7 +67,6 @@ class AuditCheck:
         more: ends the reason why it did not run without its input.
         problem: what could not be done where something cannot be read.
         failed: why it is "not-run" in that case; left out where another check of the rule remains.
-        of_truth: it asks nothing of the checks before it, and shows no progress, so it may run beside them.
     """
 
     rule: Rule
@@ -78,17 +76,15 @@ class AuditCheck:
     more: str = ""
     problem: str = ""
     failed: str = ""
-    of_truth: bool = False
 
-    def run(self, inputs: Inputs) -> Collector:
-        """What is found in all items."""
-        given, collector = [] if self.need is None else [self.need.find(inputs)], Collector()
+    def run(self, inputs: Inputs, collector: Collector) -> None:
+        """Look at all items."""
+        given = [] if self.need is None else [self.need.find(inputs)]
         for item in self.over(inputs):
             if self.need is not None and given == [None]:
                 collector.add(self.rule.lacks(scope, self.need, more=self.more) for scope in item.scopes)
             else:
                 self._apply(collector, item.scopes, inputs, item, *given)
-        return collector
 
     def _apply(self, collector: Collector, scopes: tuple[str, ...], *arguments: Any) -> None:
         if not collector.attempt(lambda: collector.add(self.function(*arguments)), *scopes, problem=self.problem):
@@ -115,8 +111,6 @@ def check(
 
 
 def run_checks(checks: Sequence[AuditCheck], inputs: Inputs, collector: Collector) -> None:
-    """Run checks in their order; those of the truth alone start at once, in a thread."""
-    with ThreadPoolExecutor(1, "fedqsn-check") as thread:
-        started = [thread.submit(one.run, inputs) if one.of_truth else None for one in checks]
-        for one, future in zip(checks, started, strict=True):
-            collector.extend(future.result() if future is not None else one.run(inputs))
+    """Run checks in their order."""
+    for one in checks:
+        one.run(inputs, collector)

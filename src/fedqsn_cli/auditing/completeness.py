@@ -70,11 +70,6 @@ class Collector:
                 self.checks.append(entry)
         return True
 
-    def extend(self, other: Collector) -> None:
-        """Add what another has collected."""
-        self.findings += other.findings
-        self.checks += other.checks
-
     def attempt(self, call: Callable[[], T], *scopes: str, problem: str = "") -> T | None:
         """The result of a call; where something cannot be read, None, and a finding for each scope.
 

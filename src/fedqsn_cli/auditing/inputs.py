@@ -108,10 +108,6 @@ class Inputs:
         """The ledger line of a proxy, by its id."""
         return next((line for line in self.releases or () if line.proxy_id == proxy.manifest.proxy_id), None)
 
-    def digests(self, scope: str) -> dict[str, str]:
-        """SHA-256 of the files of a proxy, by name, once they were read."""
-        return self.shared(f"digests of {scope}", dict[str, str])
-
     def shared(self, name: str, build: Callable[[], T]) -> T:
         """What several checks use, built by the first of them."""
         if name not in self._shared:

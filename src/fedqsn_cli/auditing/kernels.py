@@ -85,6 +85,36 @@ def share_edges(edges: Any, block: int, guess: Any) -> None:
 
 
 @kernel
+def cell_mates(one: Any, other: Any, order: Any, begin: Any, end: Any, first: int, least: Any, pairs: Any) -> Any:
+    """Pairs of vectors in the same cell whose |cosine| is over `least`.
+
+    Args:
+        one, other: fp32 [n, d] and [m, d], of length 1. order: [n] indices of `one`, cell by cell.
+        begin, end: [m] where the cell of each vector of `other` is in that order. first: vector of `other` to begin at.
+        pairs: int64 [room, 2], filled with (index into `one`, index into `other`).
+
+    Returns:
+        Number of pairs, and the vector of `other` to go on with: there was no more room, or 2^24 were looked at.
+    """
+    found = looked_at = 0
+    for right in range(first, other.shape[0]):
+        size = end[right] - begin[right]
+        if right > first and (found + size > pairs.shape[0] or looked_at + size > 1 << 24):
+            return found, right
+        looked_at += size
+        for at in range(begin[right], end[right]):
+            left = order[at]
+            cosine = np.float32(0)
+            for k in range(one.shape[1]):
+                cosine += one[left, k] * other[right, k]
+            if abs(cosine) > least and found < pairs.shape[0]:
+                pairs[found, 0] = left
+                pairs[found, 1] = right
+                found += 1
+    return found, other.shape[0]
+
+
+@kernel
 def drop_below_peak(sent: Any, block: int, down: bool, values: Any) -> None:
     """values = NaN where |sent| is not the largest of its block; [rows, cols], blocks along rows or down columns."""
     rows, cols = sent.shape
@@ -109,7 +139,7 @@ def drop_below_peak(sent: Any, block: int, down: bool, values: Any) -> None:
                 values[row, col] = values[row, col] if abs(sent[row, col]) >= peak else np.float32(np.nan)
 
 
-@kernel
+@loose
 def hits(w: Any, certain: Any, row_flags: Any, flags: Any, tolerance: Any) -> float:
     """How many visible elements are certain and right; arguments as for `compare`, NaN where nothing is certain."""
     count = 0.0
@@ -126,11 +156,11 @@ def hits(w: Any, certain: Any, row_flags: Any, flags: Any, tolerance: Any) -> fl
 
 
 @loose
-def compare(w: Any, guess: Any, factor: Any, row_flags: Any, flags: Any, tolerance: Any, out: Any) -> None:
+def compare(w: Any, guess: Any, divisor: Any, row_flags: Any, flags: Any, tolerance: Any, out: Any) -> None:
     """Add to out what a guess is worth on the visible elements of rows.
 
     Args:
-        w, guess: [rows, cols] fp32; the guess is guess * factor.
+        w, guess: [rows, cols] fp32; the guess is guess / divisor.
         row_flags: bool [rows]. flags: fp32 [1, cols] or [rows, cols], 1 where visible; an element needs both.
         tolerance: relative; a guess within it counts as exact.
         out: [7] sums over visible elements: count, w, w², guess, guess², (w - guess)², exact ones.
@@ -142,7 +172,7 @@ def compare(w: Any, guess: Any, factor: Any, row_flags: Any, flags: Any, toleran
         n = ws = ww = gs = gg = dd = exact = np.float32(0)
         for col in range(w.shape[1]):
             a = w[row, col] * line[col]
-            b = guess[row, col] * factor * line[col]
+            b = guess[row, col] / divisor * line[col]
             d = a - b
             n += line[col]
             ws += a

@@ -28,10 +28,10 @@ from fedqsn_cli.auditing.registry import Rule
 T = TypeVar("T")
 
 MODULES = (
+    reproduce,
     contents,
     signed,
     masks,
-    reproduce,
     rebuild,
     holes,
     same_codes,

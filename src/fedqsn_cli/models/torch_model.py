@@ -11,9 +11,11 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -295,8 +297,20 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         return None
     path = checkpoint.path
     with quiet():
-        in_child(lambda: _tried(path), what="loading the tokenizer", where=path, seconds=_SECONDS_TO_LOAD)
+        _try_tokenizer(path, _state(path))
         return _tokenizer(path)
+
+
+def _state(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """What changes whenever a file in a folder does, whatever times it is given."""
+    found = [(entry.name, entry.stat()) for entry in os.scandir(folder) if entry.is_file()]
+    return tuple(sorted((name, status.st_ino, status.st_size, status.st_ctime_ns) for name, status in found))
+
+
+@lru_cache(maxsize=64)
+def _try_tokenizer(path: Path, state: tuple[tuple[str, int, int, int], ...]) -> None:
+    """Load a tokenizer in a child process, once while its folder stays as it is. Raises InputError."""
+    in_child(lambda: _tried(path), what="loading the tokenizer", where=path, seconds=_SECONDS_TO_LOAD)
 
 
 def _tokenizer(path: Path) -> Any:

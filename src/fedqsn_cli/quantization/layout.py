@@ -114,16 +114,21 @@ def row_chunks(storage: TensorLayout, block: int, elements: int) -> Iterator[tup
         yield 0, rows
         return
     sliced = storage.axis == "column" or storage.geometry == "column"
-    step = 1
-    if storage.kind != "raw":
-        step = block if storage.geometry == "column" else block // math.gcd(cols or 1, block)
-    if storage.kind == "pack8" or (storage.kind == "snap" and storage.geometry == "row"):
-        step = 1
-    count = max(step, elements // max(cols, 1) // step * step)
+    count = rows_at_a_time(storage, block, elements)
     for part in range(lead if sliced else 1):
         start, stop = (part * rows, (part + 1) * rows) if sliced else (0, lead * rows)
         for first in range(start, stop, count):
             yield first, min(count, stop - first)
+
+
+def rows_at_a_time(storage: TensorLayout, block: int, elements: int) -> int:
+    """Rows of a run of about `elements` elements that splits no block and no byte of codes."""
+    cols, step = storage.view[2], 1
+    if storage.kind != "raw":
+        step = block if storage.geometry == "column" else block // math.gcd(cols or 1, block)
+    if storage.kind == "pack8" or (storage.kind == "snap" and storage.geometry == "row"):
+        step = 1
+    return max(step, elements // max(cols, 1) // step * step)
 
 
 def clear_shares(tensors: Sequence[TensorPlan], how: Quantization | None) -> dict[str, float]:

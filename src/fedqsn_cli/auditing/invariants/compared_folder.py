@@ -9,7 +9,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -110,19 +110,20 @@ class ComparedFolder:
     """Takes the files of a release as `ArtifactWriter` does, and compares each with that of the same name in a folder.
 
     Args:
-        known: SHA-256 of the files that are there: what proxy.json must say of them. Where one is not as it should be,
-            that is found in the file itself.
+        known: gives SHA-256 of the files that are there: what proxy.json must say of them. Where one is not as it
+            should be, that is found in the file itself.
     """
 
     folder: Path
-    known: Mapping[str, str]
+    known: Callable[[], Mapping[str, str]]
     _files: list[ComparedFile] = field(default_factory=list)
     _texts: dict[str, Difference | None] = field(default_factory=dict)
 
     @property
     def digests(self) -> dict[str, str]:
         """SHA-256 of the files that were compared."""
-        return {name: self.known.get(name, _MISSING) for name in self.names}
+        known = self.known()
+        return {name: known.get(name, _MISSING) for name in self.names}
 
     def tensors(
         self, stem: str, specs: Sequence[TensorSpec], *, max_shard_bytes: int | None, metadata: dict[str, str]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, SIGNATURE, VISIBLE_TENSORS
 from fedqsn_cli.auditing.checks import check, each_folder
+from fedqsn_cli.auditing.digests import NOT_READ, digests_of
 from fedqsn_cli.auditing.findings import Entry, Finding
 from fedqsn_cli.auditing.inputs import KEY, LEDGER, PROXY, TRUTH, Inputs, ProxyFolder
 from fedqsn_cli.auditing.invariants.secrets import (
@@ -18,16 +18,13 @@ from fedqsn_cli.auditing.invariants.secrets import (
 )
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.registry import EXPORT_AGAIN, Rule
-from fedqsn_cli.checkpoint import read_header
-from fedqsn_cli.checkpoint.companions import MAX_COMPANION_BYTES, is_companion
+from fedqsn_cli.checkpoint.companions import is_companion
 from fedqsn_cli.checkpoint.files import open_regular_file
-from fedqsn_cli.errors import FedqsnError
 from fedqsn_cli.export.outputs import tensor_specs
 from fedqsn_cli.models.tensor_task import tensor_tasks
 
 _MODEL_FILE = re.compile(r"model(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _PIECE = 1 << 22
-_NOT_READ = "-"  # in place of a digest
 _TOLD_TWICE = ("job", "round", "quantization", "fill", "train", "rescale")  # in proxy.json and in the ledger
 
 
@@ -48,7 +45,7 @@ UNLISTED_CONTENT = Rule(
 def contents(inputs: Inputs, folder: ProxyFolder) -> Iterator[Entry]:
     """Look at every byte of a folder; works, as far as it can, on proxies that cannot be opened too."""
     patterns = inputs.shared("secret patterns", lambda: SecretPatterns(inputs.job))
-    digests = inputs.digests(folder.scope)
+    digests = digests_of(inputs, folder)
     secrets = list(_secrets(folder, patterns, digests))
     texts = "metadata and texts were searched for paths, names, times and seeds"
     searched = f"every byte was searched for the key; {texts}" if inputs.job else texts
@@ -71,34 +68,21 @@ def contents(inputs: Inputs, folder: ProxyFolder) -> Iterator[Entry]:
     yield from _ledger_line(inputs, folder.opened)
 
 
-def _secrets(folder: ProxyFolder, patterns: SecretPatterns, digests: dict[str, str]) -> Iterator[Finding]:
-    """FQ006; takes the digests of all files in the same pass."""
-    for path in sorted(folder.folder.rglob("*")):
-        if not path.is_file():
+def _secrets(folder: ProxyFolder, patterns: SecretPatterns, digests: Mapping[str, str]) -> Iterator[Finding]:
+    """FQ006. In tensors that an export writes again from the truth there is nothing else to look for."""
+    reproduced = folder.opened is not None and folder.opened.reproduced
+    for name, digest in digests.items():
+        if digest == NOT_READ:
+            message = f"{_shown(name)} is larger than any such file, and was not read"
+            yield SECRET_IN_BYTES.finding(folder.scope, message)
             continue
-        name = str(path.relative_to(folder.folder))
-        if is_oversized(path):
-            digests[name] = _NOT_READ
-            yield SECRET_IN_BYTES.finding(
-                folder.scope, f"{_shown(name)} is larger than any such file, and was not read"
-            )
-            continue
-        digests[name], key_inside = _read_through(path, patterns)
+        path = folder.folder / name
         problems = list(dict.fromkeys(find_problems(path, patterns)))
-        if key_inside and not any("key" in problem for problem in problems):
+        explained = reproduced and path.suffix == ".safetensors"
+        if not explained and _holds_key(path, patterns) and not any("key" in problem for problem in problems):
             problems.append("holds the job's key")
         for problem in problems:
             yield SECRET_IN_BYTES.finding(folder.scope, f"{_shown(name)} {problem}")
-
-
-def is_oversized(path: Path) -> bool:
-    """Is a file larger than any that goes with a model? One of tensors may be, if its header says so."""
-    if path.stat().st_size <= MAX_COMPANION_BYTES:
-        return False
-    try:
-        return path.suffix != ".safetensors" or not read_header(path).entries
-    except FedqsnError:
-        return True
 
 
 def _shown(name: str) -> str:
@@ -106,16 +90,15 @@ def _shown(name: str) -> str:
     return name if re.fullmatch(r"[A-Za-z0-9._-]{1,60}", name) else "a file"
 
 
-def _read_through(path: Path, patterns: SecretPatterns) -> tuple[str, bool]:
-    """SHA-256 of a file, and whether the key is in it."""
-    sha256, inside, tail = hashlib.sha256(), False, b""
+def _holds_key(path: Path, patterns: SecretPatterns) -> bool:
+    """Is the key in one of all bytes of a file?"""
+    tail = b""
     with open(open_regular_file(path), "rb") as file:
-        while piece := file.read(_PIECE):
-            sha256.update(piece)
-            if patterns.raw and not inside:
-                inside = patterns.in_bytes(tail + piece[: patterns.longest]) or patterns.in_bytes(piece)
-                tail = piece[-patterns.longest :]
-    return sha256.hexdigest(), inside
+        while patterns.raw and (piece := file.read(_PIECE)):
+            if patterns.in_bytes(tail + piece[: patterns.longest]) or patterns.in_bytes(piece):
+                return True
+            tail = piece[-patterns.longest :]
+    return False
 
 
 def _listing(folder: ProxyFolder, proxy: OpenedProxy, digests: Mapping[str, str]) -> Iterator[Finding]:

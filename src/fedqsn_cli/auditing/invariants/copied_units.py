@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,20 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, VISIBLE_TENSORS
 from fedqsn_cli.auditing.checks import Together, check, each_proxy
+from fedqsn_cli.auditing.digests import is_oversized
 from fedqsn_cli.auditing.findings import Entry, Finding
 from fedqsn_cli.auditing.inputs import TRUTH, Inputs
-from fedqsn_cli.auditing.invariants.contents import is_oversized
 from fedqsn_cli.auditing.invariants.holes import CLEAR_COPY, HIDDEN_UNIT_PRESENT
-from fedqsn_cli.auditing.invariants.sketches import SHORTEST, Sketches, add_vectors, cosine, similar, window
-from fedqsn_cli.auditing.invariants.truth_index import TruthIndex, fetch, matrix_view, origins, sketch
+from fedqsn_cli.auditing.invariants.sketches import SHORTEST, Sketches, cosine, project, similar, window
+from fedqsn_cli.auditing.invariants.truth_index import MatrixSketches, TruthIndex, fetch, matrix_view, origins
+from fedqsn_cli.auditing.observed import truth_index
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.registry import Rule
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.checkpoint.files import open_regular_file
+from fedqsn_cli.export.pipeline import CHUNK_ELEMENTS
 from fedqsn_cli.models.model import OpenModel
-from fedqsn_cli.quantization.layout import TensorLayout
+from fedqsn_cli.quantization.layout import TensorLayout, row_chunks
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
@@ -40,10 +43,10 @@ def _truth(inputs: Inputs) -> list[Together]:
     return [] if inputs.truth is None else [Together(("truth",))]
 
 
-@check(HIDDEN_UNIT_PRESENT, _truth, TRUTH, problem="cannot be searched", of_truth=True)
+@check(HIDDEN_UNIT_PRESENT, _truth, TRUTH, problem="cannot be searched")
 def copies_in_truth(inputs: Inputs, group: Together, model: OpenModel) -> Iterator[Entry]:
     """Does the truth itself show its hidden units elsewhere?"""
-    found = list(_in_truth(_index(inputs, model)))
+    found = list(_in_truth(truth_index(inputs, model)))
     yield from HIDDEN_UNIT_PRESENT.checked("truth", _compared_with(inputs), found)
 
 
@@ -56,17 +59,13 @@ def copies_in_truth(inputs: Inputs, group: Together, model: OpenModel) -> Iterat
 )
 def copies_in_proxy(inputs: Inputs, proxy: OpenedProxy, model: OpenModel) -> Iterator[Entry]:
     """Look through the tensors that are not as an export makes them, and through all that is not listed."""
-    truth = _index(inputs, model)
+    truth = truth_index(inputs, model)
     found = [
         finding for number, name in truth.find(proxy.suspects) for finding in _in_tensor(truth, proxy, number, name)
     ]
     for label, read, size in _unexpected(truth, proxy):
         found += _in_bytes(truth, proxy, label, read, size)
     yield from HIDDEN_UNIT_PRESENT.checked(proxy.scope, _compared_with(inputs), found)
-
-
-def _index(inputs: Inputs, truth: OpenModel) -> TruthIndex:
-    return inputs.shared("truth index", lambda: TruthIndex.build(inputs, truth))
 
 
 def _compared_with(inputs: Inputs) -> str:
@@ -119,8 +118,10 @@ def _in_tensor(truth: TruthIndex, proxy: OpenedProxy, number: int, name: str) ->
     def vector(kind: int, index: int) -> Floats:
         return fetch(read, view, kind, index)
 
-    by_length: dict[int, Sketches] = {}
-    sketch(by_length, 0, view, read)
+    matrix, by_length = MatrixSketches(view), dict[int, Sketches]()
+    for first, count in row_chunks(replace(layout, transposed=False), 1, CHUNK_ELEMENTS):
+        matrix.take(first, read(first, count, slice(None)))
+    matrix.add_to(by_length, 0)
     hits = sum(_confirm(truth, length, sketches, vector, number, transposed) for length, sketches in by_length.items())
     if hits:
         message = "holds units of the truth that are hidden (at least so many)"
@@ -259,9 +260,10 @@ def _numbers(data: bytes, kind: str) -> Floats:
 def _similarity_level(truth: TruthIndex, length: int, x: Floats) -> int:
     """The worst that rows x, [n, length], are copies of."""
     sketches, origin, hidden = truth.stacked(length)
-    by_length: dict[int, Sketches] = {}
-    add_vectors(by_length, length, np.ascontiguousarray(x[:, slice(*window(length))]), origins(0, 0, 0, len(x)))
-    vectors, places = by_length.get(length, Sketches()).stacked()
+    low, high = window(length)
+    candidates = Sketches()
+    candidates.add(project(x[:, low:high], 0, high - low), high - low, origins(0, 0, 0, len(x)))
+    vectors, places = candidates.stacked()
     worst, comparisons = _NOTHING, 0
     for left, right in similar(sketches, vectors):
         for unit, place in zip(left, right, strict=True):

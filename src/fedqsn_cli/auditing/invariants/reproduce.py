@@ -15,9 +15,11 @@ from fedqsn_cli.artifacts.ledger import Release
 from fedqsn_cli.artifacts.manifests import SIGNATURE
 from fedqsn_cli.auditing.checks import Together, check
 from fedqsn_cli.auditing.completeness import DOES_NOT_BELONG
+from fedqsn_cli.auditing.digests import taken_behind
 from fedqsn_cli.auditing.findings import Entry, Finding
 from fedqsn_cli.auditing.inputs import BASE, LEDGER, ORIGIN, OWNER, PROXY, Inputs
 from fedqsn_cli.auditing.invariants.compared_folder import ComparedFolder, Difference, Owners, entry_problems
+from fedqsn_cli.auditing.observed import watched
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.registry import EXPORT_AGAIN, Rule
 from fedqsn_cli.export.proxy import ProxyExport
@@ -79,8 +81,10 @@ def reproduce(inputs: Inputs, group: Together, given: tuple[OpenModel, JobKey]) 
                 else (NOT_REPRODUCED.lacks(scope, BASE, more=": its holes are filled with the public base"))
             )
         return
-    folders = [ComparedFolder(proxy.folder, inputs.digests(proxy.scope)) for proxy in group.proxies]
-    made = _export(inputs, group.proxies, origin, job, folders)
+    named = [next(one for one in inputs.folders if one.opened is proxy) for proxy in group.proxies]
+    with taken_behind(inputs, named) as digests:
+        folders = [ComparedFolder(one.folder, known) for one, known in zip(named, digests, strict=True)]
+        made = _export(inputs, group.proxies, origin, job, folders)
     for proxy, folder, release in zip(group.proxies, folders, made, strict=True):
         yield from _judge(inputs, proxy, folder, release)
 
@@ -98,7 +102,8 @@ def _export(
     lines = [_line(inputs, proxy) for proxy in proxies]
     first, server = lines[0], ServerMasks(job)
     base = _referenced(inputs.base, proxies) if first.fill == "base" else None
-    session = MaskingSession(origin, job, Path(), False, server, first.fill, base, first.rescale)
+    model = watched(inputs, origin, first.quantization)
+    session = MaskingSession(model, job, Path(), False, server, first.fill, base, first.rescale)
     export = ProxyExport.of(session, first.quantization, first.train, first.max_shard_bytes or USUAL_SHARD_BYTES)
     masks = [ClientMasks(server, line.client, line.round, line.p2, line.schedule, line.rescale) for line in lines]
     return export.write(folders, masks, algorithm_of(first.model_digest), inputs.progress)

@@ -13,6 +13,7 @@ from typing import Self
 
 from fedqsn_cli.artifacts.manifests import SIGNATURE
 from fedqsn_cli.auditing.checks import check, each_folder
+from fedqsn_cli.auditing.digests import digests_of
 from fedqsn_cli.auditing.findings import Entry, Finding
 from fedqsn_cli.auditing.inputs import PROXY, Inputs, ProxyFolder
 from fedqsn_cli.auditing.registry import EXPORT_AGAIN, Rule
@@ -77,7 +78,7 @@ def signature(inputs: Inputs, folder: ProxyFolder) -> Iterator[Entry]:
 
 
 def _problems(inputs: Inputs, folder: ProxyFolder, key: VerifyKey, private: SigningKey | None) -> Iterator[Finding]:
-    path, digests = folder.folder / SIGNATURE, inputs.digests(folder.scope)
+    path, digests = folder.folder / SIGNATURE, digests_of(inputs, folder)
     try:
         verify_folder(folder.folder, key, digests)
         _, made = signed_statement(path, key)

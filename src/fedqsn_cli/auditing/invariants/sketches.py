@@ -28,14 +28,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedqsn_cli.auditing.kernels import cell_mates
+
 Floats = NDArray[np.float32]
-Ints = NDArray[np.int64]
+Ints = NDArray[Any]
 
 SIZE = 16  # numbers a sketch
 WINDOW = 256  # numbers of a vector that are projected
 TABLES = 12
 SHORTEST = 8  # numbers in a unit that can be told from chance
-_MOST = 1 << 16  # pairs of a cell range that are looked at, the most alike first
+_MOST = 1 << 16  # pairs at a time
+_HASHED = 1 << 15  # vectors at a time
 _ALIKE = 0.95  # cosine of sketches worth a closer look
 
 
@@ -57,19 +60,15 @@ class Sketches:
     vectors: list[Floats] = field(default_factory=list)
     where: list[Ints] = field(default_factory=list)
 
-    def add(self, sketch: Floats, total: Floats, squares: Floats, length: int, column_sum: Floats, where: Ints) -> None:
-        """Add vectors, given their projections [n, SIZE], sums [n] and sums of squares [n]."""
-        centred = sketch - total[:, None] / np.float32(length) * column_sum
-        energy = squares - total * total / np.float32(length)
+    def add(self, projected: Floats, width: int, where: Ints) -> None:
+        """Add vectors, given what `project` makes of their windows of `width` numbers."""
+        total, squares = projected[:, SIZE], projected[:, SIZE + 1]
+        centred = projected[:, :SIZE] - total[:, None] / np.float32(width) * signs(width).sum(axis=0)
+        energy = squares - total * total / np.float32(width)
         norm = np.sqrt(np.einsum("ij,ij->i", centred, centred))
         sound = (energy > 1e-6 * squares) & (energy > 0) & (norm > 0) & np.isfinite(norm)
         self.vectors.append((centred[sound] / norm[sound, None]).astype(np.float32))
         self.where.append(where[sound])
-
-    def extend(self, other: Sketches) -> None:
-        """Add those of another."""
-        self.vectors += other.vectors
-        self.where += other.where
 
     def stacked(self) -> tuple[Floats, Ints]:
         """All vectors and where they come from."""
@@ -84,15 +83,26 @@ def window(length: int) -> tuple[int, int]:
     return (length - width) // 2, (length - width) // 2 + width
 
 
-def add_vectors(by_length: dict[int, Sketches], length: int, x: Floats, where: Ints) -> None:
-    """Sketch vectors of `length` numbers, of which x [n, window] holds those in the window."""
-    if length < SHORTEST or not len(x):
-        return
-    projection = np.concatenate([signs(x.shape[1]), np.ones((x.shape[1], 1), np.float32)], axis=1)
-    projected = x @ projection
-    squares = np.einsum("ij,ij->i", x, x)
-    sketches = by_length.setdefault(length, Sketches())
-    sketches.add(projected[:, :SIZE], projected[:, SIZE], squares, x.shape[1], projection[:, :SIZE].sum(axis=0), where)
+def project(x: Floats, begin: int, width: int) -> Floats:
+    """What sketches are made from; that of parts of a window adds up to that of the window.
+
+    Args:
+        x: [n, part] the numbers from `begin` on of the windows of n vectors. width: of a window.
+
+    Returns:
+        fp32 [n, SIZE + 2]: projections on the signs, sums, sums of squares.
+    """
+    with np.errstate(invalid="ignore"):  # what is not a number has no sketch
+        projected = x @ _planes(width)[begin : begin + x.shape[1]]
+    projected[:, SIZE + 1] = np.einsum("ij,ij->i", x, x)
+    return np.asarray(projected)
+
+
+@cache
+def _planes(width: int) -> Floats:
+    """The signs, a column of ones, and one of zeros, in whose place squares are put."""
+    ends = np.broadcast_to(np.array([1, 0], np.float32), (width, 2))
+    return np.concatenate([signs(width), ends], axis=1)
 
 
 def similar(one: Floats, other: Floats, least: float = _ALIKE, tables: int = TABLES) -> Iterator[tuple[Ints, Ints]]:
@@ -107,7 +117,7 @@ def similar(one: Floats, other: Floats, least: float = _ALIKE, tables: int = TAB
     for planes in _rotations(tables):
         left, right = (_hash(vectors, planes[:, :bits]) for vectors in (one, other))
         order = np.argsort(left, kind="stable")
-        ends = np.cumsum(np.bincount(left, minlength=1 << (bits - 1)))  # of the cells, in that order
+        ends = np.cumsum(np.bincount(left, minlength=1 << 16))  # of the cells, in that order
         begins = np.concatenate([[0], ends[:-1]])
         yield from _pairs(one, other, order, begins[right], ends[right], least)
 
@@ -121,31 +131,26 @@ def _rotations(tables: int) -> tuple[Floats, ...]:
 
 def _hash(vectors: Floats, plane: Floats) -> NDArray[np.uint16]:
     """On which side of each plane a vector is, one bit a plane; the same for a vector and its negative."""
-    sides = (vectors @ plane) > 0
-    sides = sides[:, 1:] ^ sides[:, :1]
-    powers = 2.0 ** np.arange(sides.shape[1], dtype=np.float32)
-    return np.asarray((sides.astype(np.float32) @ powers).astype(np.uint16))  # sorted by counting
+    cells = np.empty(len(vectors), np.uint16)
+    for first in range(0, len(vectors), _HASHED):
+        sides = (vectors[first : first + _HASHED] @ plane) > 0
+        bits = np.zeros((len(sides), 16), np.bool_)
+        bits[:, : plane.shape[1] - 1] = sides[:, 1:] ^ sides[:, :1]
+        cells[first : first + _HASHED] = np.packbits(bits, axis=1).view(np.uint16)[:, 0]
+    return cells
 
 
 def _pairs(
     one: Floats, other: Floats, order: Ints, begin: Ints, end: Ints, least: float
 ) -> Iterator[tuple[Ints, Ints]]:
-    """Pairs in the same cell whose sketches are alike, a bounded number at a time."""
-    counts = end - begin
-    start = 0
-    while start < len(counts):
-        upto = np.searchsorted(np.cumsum(counts[start:]), 1 << 21, side="right")
-        stop = start + max(1, int(upto))
-        size = counts[start:stop]
-        right = np.repeat(np.arange(start, stop), size)
-        offset = np.arange(len(right)) - np.repeat(np.cumsum(size) - size, size)
-        left = order[np.repeat(begin[start:stop], size) + offset]
-        cosine = np.abs(np.einsum("ij,ij->i", one[left], other[right]))
-        chosen = np.flatnonzero(cosine > least)
-        if chosen.size:
-            chosen = chosen[np.argsort(-cosine[chosen], kind="stable")][:_MOST]
-            yield left[chosen], right[chosen]
-        start = stop
+    """Pairs in the same cell whose sketches are alike, a bounded number at a time, the most alike of them first."""
+    first, room = 0, np.empty((_MOST, 2), np.int64)
+    while first < len(other):
+        found, first = cell_mates(one, other, order, begin, end, first, np.float32(least), room)
+        if found:
+            left, right = room[:found].T.copy()
+            nearest = np.argsort(-np.abs(np.einsum("ij,ij->i", one[left], other[right])), kind="stable")
+            yield left[nearest], right[nearest]
 
 
 def cosine(one: NDArray[Any], other: NDArray[Any]) -> float:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.auditing.inputs import Inputs
-from fedqsn_cli.auditing.invariants.sketches import SHORTEST, Sketches, add_vectors, window
+from fedqsn_cli.auditing.invariants.sketches import SHORTEST, Sketches, project, window
 from fedqsn_cli.auditing.rows import as_float32
 from fedqsn_cli.export.pipeline import CHUNK_ELEMENTS
-from fedqsn_cli.kernels.read_ahead import compute_ahead
 from fedqsn_cli.masks.job_masks import ServerMasks
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
-from fedqsn_cli.planning.tensor_plan import TensorPlan
+from fedqsn_cli.planning.tensor_plan import TensorPlan, View
 from fedqsn_cli.quantization.layout import TensorLayout
 
 Array = NDArray[Any]
@@ -29,34 +27,74 @@ Read = Callable[[int, int, slice], Floats]
 
 
 @dataclass
-class TruthIndex:
-    """All rows and columns of the truth, sketched.
+class MatrixSketches:
+    """What sketches of all rows and columns of a matrix are made from, run of rows by run of rows, in any order.
 
     Args:
-        tasks: its tensors, whose number is part of where a vector comes from.
-        sketches: by the length of the vectors.
+        view: its `matrix_view` as it comes. turned: is that the transpose of the stored one?
     """
 
-    model: OpenModel
-    tasks: list[TensorTask]
-    sketches: dict[int, Sketches] = field(default_factory=dict)
-    _stacked: dict[int, tuple[Floats, Array, Array]] = field(default_factory=dict)
+    view: View
+    turned: bool = False
+    _rows: dict[int, Floats] = field(default_factory=dict)
+    _columns: dict[tuple[int, int], Floats] = field(default_factory=dict)
 
-    @classmethod
-    def build(cls, inputs: Inputs, truth: OpenModel) -> TruthIndex:
-        """Read the truth once and sketch it."""
-        index = cls(truth, tensor_tasks(truth, None, lambda tensor: _hidden_units(inputs, tensor)))
-        floats = [number for number, task in enumerate(index.tasks) if task.tensor.is_float]
-        for found in compute_ahead(partial(index.of_tensor, number) for number in floats):
-            for length, sketches in found.items():
-                index.sketches.setdefault(length, Sketches()).extend(sketches)
-        return index
+    def take(self, first: int, x: Floats) -> None:
+        """Rows from `first` on, [n, cols]; of a bias, units [n, 1], whole rows of them."""
+        _, rows, cols = self.view
+        if x.shape[1] != cols:
+            first, x = first // cols, x.reshape(-1, cols)
+        if cols >= SHORTEST:
+            low, high = window(cols)
+            self._rows[first] = project(x[:, low:high], 0, high - low)
+        if rows >= SHORTEST:
+            low, high = window(rows)
+            for part in range(first // rows, -(-(first + len(x)) // rows)):
+                top = part * rows + low
+                begin, end = max(first, top), min(first + len(x), top + high - low)
+                if begin < end:
+                    part_of_columns = x[begin - first : end - first].T
+                    self._columns[part, begin] = project(part_of_columns, begin - top, high - low)
 
-    def of_tensor(self, number: int) -> dict[int, Sketches]:
-        """Sketches of one tensor."""
-        by_length: dict[int, Sketches] = {}
-        sketch(by_length, number, matrix_view(self.tasks[number].layout.view), self.reader(number))
-        return by_length
+    def add_to(self, by_length: dict[int, Sketches], number: int) -> None:
+        """Add the sketches; `number` says where they come from."""
+        _, rows, cols = self.view
+        for first, projected in sorted(self._rows.items(), key=lambda item: item[0]):
+            of_rows = by_length.setdefault(cols, Sketches())
+            of_rows.add(projected, _width(cols), origins(number, int(self.turned), first, len(projected)))
+        columns: dict[int, Floats] = {}
+        for (part, _), projected in sorted(self._columns.items(), key=lambda item: item[0]):
+            columns[part] = columns[part] + projected if part in columns else projected
+        for part, projected in columns.items():
+            where = origins(number, 1 - int(self.turned), part * cols, cols)
+            by_length.setdefault(rows, Sketches()).add(projected, _width(rows), where)
+
+
+class TruthIndex:
+    """All rows and columns of the truth, sketched; it looks at the weights as they are read (`TruthPass`).
+
+    Attributes:
+        tasks: its tensors, whose number is part of where a vector comes from.
+    """
+
+    def __init__(self, inputs: Inputs, truth: OpenModel) -> None:
+        self.tasks = tensor_tasks(truth, None, lambda tensor: _hidden_units(inputs, tensor))
+        self._sketches: dict[int, Sketches] = {}
+        self._model = truth
+        self._matrices: dict[str, MatrixSketches] = {}
+        self._stacked: dict[int, tuple[Floats, Array, Array]] = {}
+
+    def take(self, task: TensorTask, first: int, w: Floats) -> None:
+        """Look at rows of a tensor."""
+        new = MatrixSketches(matrix_view(task.layout.view), task.layout.transposed)
+        self._matrices.setdefault(task.name, new).take(first, w)
+
+    def settle(self) -> None:
+        """All rows were seen."""
+        for number, task in enumerate(self.tasks):
+            matrix = self._matrices.pop(task.name, None)
+            if matrix is not None:
+                matrix.add_to(self._sketches, number)
 
     def find(self, names: Iterable[str]) -> Iterator[tuple[int, str]]:
         """Number and name of those of these tensors that the truth has."""
@@ -65,12 +103,13 @@ class TruthIndex:
 
     def lengths(self) -> list[int]:
         """Lengths of which there is a hidden vector."""
-        return [length for length in sorted(self.sketches) if self.stacked(length)[2].any()]
+        lengths = sorted(self._sketches.keys() | self._stacked.keys())
+        return [length for length in lengths if self.stacked(length)[2].any()]
 
     def stacked(self, length: int) -> tuple[Floats, Array, Array]:
         """Sketches of one length, where they come from [n, 3], and whether each is (in part) hidden [n]."""
         if length not in self._stacked:
-            vectors, where = self.sketches.get(length, Sketches()).stacked()
+            vectors, where = self._sketches.pop(length, Sketches()).stacked()
             self._stacked[length] = vectors, where, self._hidden(where)
         return self._stacked[length]
 
@@ -98,7 +137,7 @@ class TruthIndex:
         as_stored = TensorTask(task.plan, task.tensor, raw, None)
 
         def read(first: int, rows: int, columns: slice) -> Floats:
-            x = self.model.read_rows(task.name, raw, first, rows)[:, columns]
+            x = self._model.read_rows(task.name, raw, first, rows)[:, columns]
             return np.asarray(as_float32(as_stored, np.ascontiguousarray(x)))
 
         return read
@@ -108,7 +147,7 @@ class TruthIndex:
         return fetch(self.reader(number), matrix_view(self.tasks[number].layout.view), kind, index)
 
 
-def matrix_view(view: tuple[int, int, int]) -> tuple[int, int, int]:
+def matrix_view(view: View) -> View:
     """A bias, [n, 1] as units see it, is one row."""
     lead, rows, cols = view
     return (1, lead, rows) if cols == 1 else view
@@ -126,7 +165,7 @@ def hidden_vectors(mask: UnitMask) -> tuple[Array, Array]:
     return np.asarray(mask.flags.reshape(lead * rows, cols).any(axis=1)), np.zeros(lead * cols, np.bool_)
 
 
-def fetch(read: Read, view: tuple[int, int, int], kind: int, index: int) -> Floats:
+def fetch(read: Read, view: View, kind: int, index: int) -> Floats:
     """A row or a column, read by runs of rows."""
     _, rows, cols = view
     if kind == 0:
@@ -138,25 +177,16 @@ def fetch(read: Read, view: tuple[int, int, int], kind: int, index: int) -> Floa
     return np.concatenate(parts).reshape(-1)
 
 
-def sketch(by_length: dict[int, Sketches], number: int, view: tuple[int, int, int], read: Read) -> None:
-    """Sketch all rows and columns of one tensor, slice by slice."""
-    lead, rows, cols = view
-    if rows * cols == 0:
-        return
-    step = max(1, CHUNK_ELEMENTS // 2 // cols)
-    for part in range(lead):
-        for first in range(part * rows, (part + 1) * rows, step):
-            count = min(step, (part + 1) * rows - first)
-            add_vectors(by_length, cols, read(first, count, slice(*window(cols))), origins(number, 0, first, count))
-        if rows >= SHORTEST:
-            low, high = window(rows)
-            across = np.ascontiguousarray(read(part * rows + low, high - low, slice(None)).T)
-            add_vectors(by_length, rows, across, origins(number, 1, part * cols, cols))
+def _width(length: int) -> int:
+    low, high = window(length)
+    return high - low
 
 
 def origins(number: int, kind: int, first: int, count: int) -> Array:
     """Where vectors come from, as `Sketches` takes it: [count, 3]."""
-    return np.stack([np.full(count, number), np.full(count, kind), np.arange(first, first + count)], axis=1)
+    where = np.empty((count, 3), np.int32)
+    where[:, 0], where[:, 1], where[:, 2] = number, kind, np.arange(first, first + count)
+    return where
 
 
 def _hidden_units(inputs: Inputs, tensor: TensorPlan) -> UnitMask | None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
-from fedqsn_cli.auditing.recovery.intervals import certain_values, intervals
+from fedqsn_cli.auditing.recovery.intervals import certain_values, intervals, once_rounded
 from fedqsn_cli.auditing.rows import shown_flags
 from fedqsn_cli.models.tensor_task import TensorTask
 
@@ -25,7 +25,7 @@ class Reading:
     """What one proxy says about rows of a tensor, [rows, cols] each.
 
     Args:
-        sent: as a client computes with them. values: descaled.
+        sent: as a client computes with them. factor: what the visible part of the tensor was multiplied by.
         row_flags, flags: what is shown: bool [rows], and fp32 [1, cols] or [rows, cols]; an element needs both.
     """
 
@@ -33,7 +33,7 @@ class Reading:
     task: TensorTask
     first: int
     sent: Floats
-    values: Floats
+    factor: np.float32
     row_flags: Array
     flags: Floats
 
@@ -41,7 +41,17 @@ class Reading:
     def of(cls, proxy: OpenedProxy, task: TensorTask, first: int, rows: int) -> Reading:
         """Read rows of a tensor. Raises FormatError."""
         sent = proxy.values(task.name, task.layout, first, rows)
-        return cls(proxy, task, first, sent, sent / proxy.factor(task.name), *shown_flags(proxy, task, first, rows))
+        return cls(proxy, task, first, sent, proxy.factor(task.name), *shown_flags(proxy, task, first, rows))
+
+    @cached_property
+    def values(self) -> Floats:
+        """Descaled."""
+        return self.sent / self.factor
+
+    @property
+    def is_certain(self) -> bool:
+        """Was every value rounded once only?"""
+        return once_rounded(self.proxy, self.task)
 
     @cached_property
     def certain(self) -> Floats:

@@ -33,6 +33,12 @@ def cells(format: str) -> tuple[Floats, Floats]:
     return np.where(low > -1, low - _SLACK, low), np.where(high < 1, high + _SLACK, high)
 
 
+def once_rounded(proxy: OpenedProxy, task: TensorTask) -> bool:
+    """Is a tensor stored more finely than it was quantized?"""
+    tensor = proxy.tensors[task.name]
+    return tensor.packing is not None or tensor.dtype == "F32"
+
+
 def certain_values(proxy: OpenedProxy, task: TensorTask, sent: Floats, values: Floats) -> Floats:
     """Descaled values, NaN where rounding makes them uncertain.
 
@@ -42,9 +48,9 @@ def certain_values(proxy: OpenedProxy, task: TensorTask, sent: Floats, values: F
     Args:
         sent: rows as they were sent, [rows, cols]. values: the same, descaled.
     """
-    tensor = proxy.tensors[task.name]
-    if tensor.packing is not None or tensor.dtype == "F32":
+    if once_rounded(proxy, task):
         return values
+    tensor = proxy.tensors[task.name]
     rounded = kernels.widened(kernels.narrowed(values, tensor.dtype), tensor.dtype).reshape(values.shape)
     quantization = proxy.manifest.quantization
     if quantization is None or task.layout.kind != "snap":

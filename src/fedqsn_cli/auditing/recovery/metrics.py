@@ -35,10 +35,10 @@ class ErrorSums:
     values: NDArray[np.float64] = field(default_factory=lambda: np.zeros(7))
 
     def add(
-        self, w: Floats, guess: Floats, row_flags: Array, flags: Floats, factor: float = 1.0, tolerance: Any = EXACT
+        self, w: Floats, guess: Floats, row_flags: Array, flags: Floats, divisor: Any = 1, tolerance: Any = EXACT
     ) -> None:
         """Add rows; arguments are those of `kernels.compare`."""
-        compare(w, guess, np.float32(factor), row_flags, flags, np.float32(tolerance), self.values)
+        compare(w, guess, np.float32(divisor), row_flags, flags, np.float32(tolerance), self.values)
 
     def __getitem__(self, index: int) -> float:
         return float(self.values[index])

@@ -4,6 +4,8 @@
     base ───────▶ B ─┤ rows ─▶ sums of each attack ─▶ per tensor, best attack ─▶ AttackScore
     proxy 1..K ─▶ P ─┘
 
+The truth is read once for the whole audit (`TruthPass`), by whoever needs it first.
+
 What comes out is a lower bound on what leaks: better attacks may exist.
 """
 
@@ -20,7 +22,6 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.auditing.completeness import NOT_A_NUMBER, Collector
 from fedqsn_cli.auditing.findings import AttackScore, Finding, Recovery, TensorRecovery
-from fedqsn_cli.auditing.inputs import Inputs
 from fedqsn_cli.auditing.kernels import hits
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.recovery import attacks
@@ -28,12 +29,12 @@ from fedqsn_cli.auditing.recovery.evidence import Evidence, Reading
 from fedqsn_cli.auditing.recovery.low_rank import complete
 from fedqsn_cli.auditing.recovery.metrics import COUNT, DD, EXACT, GG, HITS, WW, AttackResult, ErrorSums, G
 from fedqsn_cli.auditing.rows import CHUNK, has_tensor, model_rows
-from fedqsn_cli.errors import FormatError
+from fedqsn_cli.errors import FedqsnError, FormatError
 from fedqsn_cli.kernels.read_ahead import compute_ahead
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.public_base import PublicBase
-from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
-from fedqsn_cli.quantization.layout import row_chunks
+from fedqsn_cli.models.tensor_task import TensorTask
+from fedqsn_cli.quantization.layout import rows_at_a_time
 
 Floats = NDArray[np.float32]
 Array = NDArray[Any]
@@ -84,6 +85,42 @@ class TensorSums:
         names = attacks.estimates(len(target.proxies), with_base)
         return cls(target, {name: ErrorSums() for name in names}, dict.fromkeys(names, 0.0))
 
+    def add(self, other: TensorSums) -> None:
+        """Add the sums of more rows."""
+        for name, sums in other.shown.items():
+            self.shown[name] = self.shown[name].plus(sums)
+            self.moved[name] += other.moved[name]
+        self.base_shown = self.base_shown.plus(other.base_shown)
+        self.as_filled = self.as_filled.plus(other.as_filled)
+        self.moved_as_filled += other.moved_as_filled
+
+
+@dataclass
+class RowSums:
+    """What is added up of rows of a tensor: of each target, and of all elements, shown or not.
+
+    Args:
+        whole: with the truth for a guess: count, w and w². base: with the public base for a guess; None: it lacks them.
+    """
+
+    targets: list[TensorSums]
+    whole: ErrorSums
+    base: ErrorSums | None
+
+    @classmethod
+    def none(cls, targets: Sequence[Target], with_base: bool, base_has_it: bool) -> RowSums:
+        """Nothing was read yet."""
+        sums = [TensorSums.none(target, with_base) for target in targets]
+        return cls(sums, ErrorSums(), ErrorSums() if base_has_it else None)
+
+    def add(self, other: RowSums) -> None:
+        """Add the sums of more rows."""
+        for one, more in zip(self.targets, other.targets, strict=True):
+            one.add(more)
+        self.whole = self.whole.plus(other.whole)
+        if self.base is not None and other.base is not None:
+            self.base = self.base.plus(other.base)
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -100,77 +137,81 @@ class Rows:
         return np.ones(len(self.w), np.bool_), np.ones((1, self.w.shape[1]), np.float32)
 
 
-def recover_weights(inputs: Inputs, collector: Collector) -> tuple[Recovery, ...]:
-    """Attack each proxy alone, and all proxies of one format together if there are several.
+class WeightAttack:
+    """All attacks on the proxies of one format: each alone, and all together if there are several.
 
-    Proxies of several rounds are put together too: their truth is the model that was given. Findings are only those of
-    measures that are not numbers (FQ902) and of proxies that cannot be read (FQ903).
+    It looks at the truth as it is read (`TruthPass`). Sums are kept run by run of rows, and added in their order: the
+    result does not depend on which of several threads was faster.
     """
-    truth = inputs.truth
-    if truth is None:
-        return ()
-    formats: dict[str, list[OpenedProxy]] = {}
-    for proxy in inputs.proxies:
-        formats.setdefault(str(proxy.manifest.quantization), []).append(proxy)
-    found: list[Recovery] = []
-    for proxies in formats.values():
-        targets = [Target(proxy.scope, [proxy]) for proxy in proxies]
+
+    def __init__(self, truth: OpenModel, base: PublicBase | None, proxies: Sequence[OpenedProxy]) -> None:
+        self.proxies = proxies
+        self._truth, self._base = truth, base
+        self._targets = [Target(proxy.scope, [proxy]) for proxy in proxies]
         if len(proxies) > 1:
-            targets.append(Target(f"coalition of {len(proxies)}", proxies))
-        attack = partial(_attack, truth, inputs, targets, collector)
-        scopes = [proxy.scope for proxy in proxies]
-        found += collector.attempt(attack, *scopes, problem="its weights cannot be measured") or ()
-    return tuple(found)
+            self._targets.append(Target(f"coalition of {len(proxies)}", proxies))
+        self.quantization = proxies[0].manifest.quantization
+        self._block = self.quantization.block_size if self.quantization else 1
+        self._runs: dict[str, dict[int, RowSums | FedqsnError | OSError]] = {}
 
+    def take(self, task: TensorTask, first: int, w: Floats) -> None:
+        """Attack rows of a tensor; `result` tells what cannot be read of a proxy: others look at the truth, too."""
+        runs = self._runs.setdefault(task.name, {})
+        try:
+            runs[first] = self._attack(task, first, w)
+        except (FedqsnError, OSError) as error:
+            runs[first] = error
 
-def _attack(truth: OpenModel, inputs: Inputs, targets: Sequence[Target], collector: Collector) -> list[Recovery]:
-    base, quantization = inputs.base, targets[0].proxies[0].manifest.quantization
-    tasks = [task for task in tensor_tasks(truth, quantization, lambda tensor: None) if task.tensor.is_float]
-    differences: dict[str, float | None] = {}
-    inputs.progress.start("attacking", sum(task.size for task in tasks), "weights")
-    block = quantization.block_size if quantization else 1
-    for task, attacked in zip(tasks, compute_ahead(_calls(truth, base, targets, tasks, block)), strict=True):
-        differences[task.name], results = attacked
-        for target, found in zip(targets, results, strict=True):
-            target.results[task.name] = found
-        inputs.progress.advance(task.size)
-    inputs.progress.finish()
-    return [_summary(target, tasks, differences, collector) for target in targets]
+    def _attack(self, task: TensorTask, first: int, w: Floats) -> RowSums:
+        _require(self._targets, task)
+        base, with_base = self._base if has_tensor(self._base, task) else None, self._base is not None
+        sums = RowSums.none(self._targets, with_base, base is not None)
+        step = len(w) if task.layout.transposed else rows_at_a_time(task.layout, self._block, CHUNK)
+        for begin in range(0, len(w), step):
+            part, at = w[begin : begin + step], first + begin
+            rows = Rows(task, at, part, None if base is None else model_rows(base, task, at, len(part)))
+            sums.whole.add(part, part, *rows.everything)
+            if sums.base is not None and rows.base is not None:
+                sums.base.add(part, rows.base, *rows.everything, tolerance=0.0)
+            _attack_rows(sums.targets, rows, with_base)
+        return sums
+
+    def result(self, tasks: Sequence[TensorTask], collector: Collector) -> list[Recovery]:
+        """What was recovered, once all rows of these tensors were seen. Findings are those of FQ902.
+
+        Raises:
+            FormatError, OSError: a proxy cannot be read.
+        """
+        differences: dict[str, float | None] = {}
+        for task, attacked in zip(tasks, compute_ahead(self._calls(tasks)), strict=True):
+            differences[task.name], results = attacked
+            for target, found in zip(self._targets, results, strict=True):
+                target.results[task.name] = found
+        return [_summary(target, tasks, differences, collector) for target in self._targets]
+
+    def _calls(self, tasks: Sequence[TensorTask]) -> Iterator[Callable[[], Attacked] | None]:
+        for task in tasks:
+            if task.plan.axis == "element":
+                yield None  # element masks are as large as their tensor: hold those of one tensor at a time
+            yield partial(self._of_tensor, task)
+
+    def _of_tensor(self, task: TensorTask) -> Attacked:
+        base, with_base = self._base if has_tensor(self._base, task) else None, self._base is not None
+        sums = RowSums.none(self._targets, with_base, base is not None)
+        for _, run in sorted(self._runs.get(task.name, {}).items(), key=lambda item: item[0]):
+            if isinstance(run, Exception):
+                raise run
+            sums.add(run)
+        results = [_results(one, sums.whole, sums.base, with_base) for one in sums.targets]
+        if base is not None and sums.base is not None:
+            for one, found in zip(sums.targets, results, strict=True):
+                low_rank = _low_rank(self._truth, base, one, task, sums.base)
+                found[attacks.LOW_RANK] = low_rank or found["clamp, base fill"]
+        return None if sums.base is None else sums.base[DD], results
 
 
 Attacked = tuple[float | None, list[dict[str, AttackResult]]]
 """Of one tensor: its squared distance to the public base, and the results of each target by attack."""
-
-
-def _calls(
-    truth: OpenModel, base: PublicBase | None, targets: Sequence[Target], tasks: Sequence[TensorTask], block: int
-) -> Iterator[Callable[[], Attacked] | None]:
-    """The calls that attack the tensors, as `compute_ahead` takes them."""
-    for task in tasks:
-        if task.plan.axis == "element":
-            yield None  # element masks are as large as their tensor: hold those of one tensor at a time
-        yield partial(_attack_tensor, truth, base, targets, task, block)
-
-
-def _attack_tensor(
-    truth: OpenModel, base: PublicBase | None, targets: Sequence[Target], task: TensorTask, block: int
-) -> Attacked:
-    _require(targets, task)
-    own_base = base if has_tensor(base, task) else None
-    whole, base_whole = ErrorSums(), ErrorSums() if own_base is not None else None
-    sums = [TensorSums.none(target, base is not None) for target in targets]
-    for first, count in row_chunks(task.layout, block, CHUNK):
-        w = model_rows(truth, task, first, count)
-        rows = Rows(task, first, w, None if own_base is None else model_rows(own_base, task, first, count))
-        whole.add(rows.w, rows.w, *rows.everything)
-        if base_whole is not None and rows.base is not None:
-            base_whole.add(rows.w, rows.base, *rows.everything, tolerance=0.0)
-        _attack_rows(sums, rows, base is not None)
-    results = [_results(one, whole, base_whole, base is not None) for one in sums]
-    if own_base is not None and base_whole is not None:
-        for one, found in zip(sums, results, strict=True):
-            found[attacks.LOW_RANK] = _low_rank(truth, own_base, one, task, base_whole) or found["clamp, base fill"]
-    return None if base_whole is None else base_whole[DD], results
 
 
 def _require(targets: Sequence[Target], task: TensorTask) -> None:
@@ -198,7 +239,10 @@ def _attack_rows(sums: Sequence[TensorSums], rows: Rows, with_base: bool) -> Non
 def _attack_alone(sums: TensorSums, rows: Rows, reading: Reading, with_base: bool) -> None:
     """Add one proxy's rows."""
     row_flags, flags = reading.row_flags, reading.flags
-    _add(sums.shown["descale"], rows.w, reading.values, reading.certain, row_flags, flags)
+    if reading.is_certain:  # the factor is taken away in the same pass
+        sums.shown["descale"].add(rows.w, reading.sent, row_flags, flags, divisor=reading.factor)
+    else:
+        _add(sums.shown["descale"], rows.w, reading.values, reading.certain, row_flags, flags)
     if rows.base is not None:
         sums.base_shown.add(rows.w, rows.base, row_flags, flags, tolerance=0.0)
         sums.moved["descale"] += _squares(rows.base, reading.values, row_flags, flags)

@@ -1,0 +1,106 @@
+"""One pass over the truth for all that looks at its weights.
+
+    truth ──read──▶ W ─┬─▶ export, which makes the release again and compares it
+                       ├─▶ sketches of all rows and columns
+                       └─▶ sums of the attacks on weights
+
+Where a release is made again, what the export reads is handed on, run by run; the rest, or all, is read afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedqsn_cli.artifacts.manifests import Quantization
+from fedqsn_cli.auditing.rows import as_float32
+from fedqsn_cli.export.pipeline import CHUNK_ELEMENTS
+from fedqsn_cli.kernels.read_ahead import compute_ahead
+from fedqsn_cli.models.model import OpenModel
+from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
+from fedqsn_cli.progress import Progress
+from fedqsn_cli.quantization.layout import TensorLayout, row_chunks
+
+Array = NDArray[Any]
+Floats = NDArray[np.float32]
+
+
+class Observer(Protocol):
+    """Something that looks at every weight of the truth."""
+
+    def take(self, task: TensorTask, first: int, w: Floats) -> None:
+        """Look at rows from `first` on of a tensor's working view, [rows, cols] fp32: in any order, in any thread."""
+
+
+@dataclass
+class WatchedModel(OpenModel):
+    """A model that hands on what is read of it."""
+
+    watch: Callable[[str, int, Array], None] = field(kw_only=True)
+
+    def read_rows(self, name: str, storage: TensorLayout, first: int, rows: int) -> Array:
+        """As `OpenModel.read_rows`."""
+        x = super().read_rows(name, storage, first, rows)
+        self.watch(name, first, x)
+        return x
+
+
+class TruthPass:
+    """The runs of rows of all tensors of weights, as an export with this quantization reads them, each seen once."""
+
+    def __init__(
+        self, truth: OpenModel, quantization: Quantization | None, observers: Sequence[Observer], progress: Progress
+    ) -> None:
+        self._truth, self._observers, self._progress = truth, observers, progress
+        self._block = quantization.block_size if quantization else 1
+        tasks = tensor_tasks(truth, quantization, lambda tensor: None)
+        self.tasks = {task.name: task for task in tasks if task.tensor.is_float}
+        self._seen: set[tuple[str, int]] = set()
+
+    @property
+    def watched(self) -> OpenModel:
+        """The truth, for an export: what it reads needs not be read again."""
+        truth = self._truth
+        return WatchedModel(
+            truth.source, truth.checkpoint, truth.manifest, truth.tensors, truth.plan, watch=self._hand_on
+        )
+
+    def finish(self) -> None:
+        """Read what was not seen yet."""
+        left = [task for task in self.tasks.values() if self._unseen(task)]
+        if not left:
+            return
+        self._progress.start("reading", sum(self._truth.stored_bytes(task.name) for task in left), "bytes")
+        for size in compute_ahead(self._calls(left)):
+            self._progress.advance(size)
+        self._progress.finish()
+
+    def _calls(self, tasks: Sequence[TensorTask]) -> Iterator[Callable[[], int] | None]:
+        for task in tasks:
+            if task.plan.axis == "element":
+                yield None  # element masks are as large as their tensor: hold those of one tensor at a time
+            for first, rows in self._unseen(task):
+                yield partial(self._read, task, first, rows)
+
+    def _unseen(self, task: TensorTask) -> list[tuple[int, int]]:
+        runs = row_chunks(task.layout, self._block, CHUNK_ELEMENTS)
+        return [(first, rows) for first, rows in runs if (task.name, first) not in self._seen]
+
+    def _read(self, task: TensorTask, first: int, rows: int) -> int:
+        x = self._truth.read_rows(task.name, task.layout, first, rows)
+        self._hand_on(task.name, first, x)
+        return x.nbytes
+
+    def _hand_on(self, name: str, first: int, x: Array) -> None:
+        task = self.tasks.get(name)
+        if task is None or (name, first) in self._seen:
+            return
+        w = as_float32(task, x)
+        for observer in self._observers:
+            observer.take(task, first, w)
+        self._seen.add((name, first))
