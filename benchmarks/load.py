@@ -18,7 +18,8 @@ from benchmarks.measure import run, watch
 from benchmarks.report import Row
 from benchmarks.synthetic import SHAPES, SHARD_BYTES, Shape, write
 
-EXPORTS, TENSORS, SHARDS, RELEASES, CLIENTS = 64, 10_000, 200, 100_000, 200
+EXPORTS, TENSORS, SHARDS, RELEASES, CLIENTS = 64, 10_000, 200, 100_000, 1000
+OPEN_FILES = 1024  # what most systems allow a process
 A_LAYER = 9  # tensors
 KEY, LEDGER = "load.key", "load.jsonl"
 
@@ -65,18 +66,20 @@ def long_ledger(place: Place, count: int) -> Iterator[Row]:
 
 
 def many_clients(place: Place, count: int) -> Iterator[Row]:
-    """One round of many clients, whose updates are random."""
-    size = "0.01b" if place.load >= 1 else "tiny"
+    """One round of many clients, whose updates are random, under the usual limit of open files."""
+    size = "0.005b" if place.load >= 1 else "tiny"
     model = place.model(size)
     place.need(3 * count * SHAPES[size].parameters)
     _clear(place)
-    sample, files = watch([_export(place, model, *(f"c{number}" for number in range(count)))])
+    limited = ["prlimit", f"--nofile={OPEN_FILES}"]
+    sample, files = watch([limited + _export(place, model, *(f"c{number}" for number in range(count)))])
     yield Row.load(f"export for {count} clients ({size})", sample, files)
     key, ledger = _secrets(place)
     folder = place.work / "load-updates"
     run(place.module("benchmarks.updates", model, key, ledger, place.update_format, folder))
     words = ["merge", model, *sorted(folder.iterdir()), "--out", place.work / "load-merged"]
-    sample, files = watch([place.fedqsn(*words, "--key", key, "--ledger", ledger)])
+    place.clear("load-out")  # the proxies are as large as a quarter of the updates
+    sample, files = watch([limited + place.fedqsn(*words, "--key", key, "--ledger", ledger)])
     yield Row.load(f"merge of {count} updates ({size})", sample, files)
     _clear(place)
 

@@ -59,7 +59,7 @@ def _combine(
 ) -> None:
     """Rows start .. stop, piece by piece: the same steps for all weights of a piece, so that they vectorise."""
     clients, cols = values.shape[0], values.shape[2]
-    room, counts, found = np.empty((clients, PIECE)), np.empty(PIECE, np.int64), np.empty(clients)
+    room, counts = np.empty((clients, PIECE)), np.empty(PIECE, np.int64)
     for row in range(start, stop):
         for at in range(0, cols, PIECE):
             size, unit = min(PIECE, cols - at), row * across + at * along
@@ -74,7 +74,7 @@ def _combine(
             elif kind == TRIMMED:
                 _trimmed_mean(room, counts, drop, result)
             else:
-                _mean_of_nearest(room, counts, drop, found, result)
+                _mean_of_nearest(room, counts, drop, result)
 
 
 @view_kernel
@@ -145,26 +145,19 @@ def _add_where(values: Any, counts: Any, least: int, out: Any) -> None:
 
 
 @view_kernel
-def _mean_of_nearest(room: Any, counts: Any, drop: int, found: Any, out: Any) -> None:
-    """The same for the mean without the 2 `drop` values that are furthest from the median."""
+def _mean_of_nearest(room: Any, counts: Any, drop: int, out: Any) -> None:
+    """The same for the mean without the 2 `drop` values furthest from the median; of two as far the larger goes."""
     for col in range(out.size):
-        count = counts[col]
-        for i in range(count):
-            found[i] = room[i, col]
-        out[col] = _nearest(found[:count], drop) if count > 2 * drop else 0.0
-
-
-@view_kernel
-def _nearest(x: Any, drop: int) -> float:
-    """The mean of sorted values without those; of equally distant ones the larger goes."""
-    middle = 0.5 * x[(x.size - 1) // 2] + 0.5 * x[x.size // 2]
-    first, last = 0, x.size
-    for _ in range(2 * drop):
-        if x[last - 1] - middle >= middle - x[first]:
-            last -= 1
-        else:
-            first += 1
-    total = 0.0
-    for i in range(first, last):
-        total += x[i]
-    return float(total / (last - first))
+        first, last = 0, counts[col]
+        if last <= 2 * drop:
+            out[col] = 0.0
+            continue
+        middle = 0.5 * room[(last - 1) // 2, col] + 0.5 * room[last // 2, col]
+        for _ in range(2 * drop):
+            larger_goes = room[last - 1, col] - middle >= middle - room[first, col]
+            last -= int(larger_goes)
+            first += 1 - int(larger_goes)
+        total = 0.0
+        for i in range(first, last):
+            total += room[i, col]
+        out[col] = total / (last - first)
