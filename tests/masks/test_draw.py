@@ -246,7 +246,18 @@ def test_the_stream_chooses_what_sorting_would(key: bytes, n: int, ratio: float)
     expected = np.zeros(n, np.bool_)
     expected[np.argsort(drawn, kind="stable")[:count]] = True
     chosen = shake256.lowest_ranks(seed(key, SERVER, GROUP), allowed, count)
-    assert chosen is not None and (chosen == expected).all()
+    assert chosen is not None and (chosen[0] == expected).all()
+    stream, run = shake256.RankStream(seed(key, SERVER, GROUP)), 1 + n // 3
+    again = [stream.chosen(min(run, n - at), chosen[1]) for at in range(0, n, run)]
+    assert (np.concatenate(again) & allowed == expected).all()
+
+
+@given(keys, st.integers(1, 400), ratios, ratios)
+def test_a_clients_units_come_in_order_as_they_are_drawn_at_once(key: bytes, n: int, p1: float, p2: float) -> None:
+    hidden, scope = hidden_units(key, GROUP, n, p1), client_scope("a", 1)
+    units, run = draw.ClientUnitsInOrder(key, GROUP, hidden, p2, scope), 1 + n // 3
+    parts = [units.take(min(run, n - at)) for at in range(0, n, run)]
+    assert (np.concatenate(parts) == client_units(key, GROUP, hidden, p2, scope)).all()
 
 
 def test_large_and_small_groups_are_drawn_alike(monkeypatch: pytest.MonkeyPatch) -> None:
