@@ -50,9 +50,9 @@ class Trainee:
         """The first examples of a file, or all."""
         from fedqsn_cli.progress import Silent
         from fedqsn_cli.training.batching import Examples
-        from fedqsn_cli.training.data_files import read_table
+        from fedqsn_cli.training.data_files import open_data
 
-        found = self.encoder.encode(read_table(data), Silent())
+        found = self.encoder.encode(open_data(data), Silent())
         return found if most is None else Examples(found.task, found.features[:most], found.targets[:most])
 
     def train(

@@ -18,6 +18,8 @@ invariant is broken. An exception of any other class is a bug in fedqsn and ends
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class FedqsnError(Exception):
     """Base of all errors raised on purpose.
@@ -40,6 +42,10 @@ class FedqsnError(Exception):
         where = f"{self.where}: " if self.where else ""
         hint = f"; {self.hint}" if self.hint else ""
         return " ".join(f"{where}{self.what}{hint}".split())
+
+    def to_plain(self) -> dict[str, str | None]:
+        """As JSON can hold it, for another process."""
+        return {"kind": type(self).__name__, "what": self.what, "where": self.where, "hint": self.hint}
 
 
 class InputError(FedqsnError):
@@ -82,3 +88,9 @@ class GateFailed(FedqsnError):
     """A gate measured more leakage than its policy allows, or a model that got worse."""
 
     exit_code = 1
+
+
+def from_plain(document: dict[str, Any]) -> FedqsnError:
+    """The error that `FedqsnError.to_plain` described."""
+    kind: type[FedqsnError] = globals().get(document["kind"], InputError)
+    return kind(document["what"], where=document["where"], hint=document["hint"])

@@ -6,7 +6,7 @@ import fcntl
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 
 from fedqsn_cli.errors import DataError, InputError
 from fedqsn_cli.models import child_process
-from fedqsn_cli.models.child_process import in_child
+from fedqsn_cli.models.child_process import in_child, stream_from_child
 
 
 def ran(work: Callable[[], Any], seconds: float = 1) -> Any:
@@ -103,6 +103,32 @@ def test_what_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
         ran(waiting)
     monkeypatch.undo()
     assert time.monotonic() - started < 40  # seconds, on a machine that is busy
+
+
+def streamed(work: Callable[[], Iterator[bytes]]) -> Iterator[bytes]:
+    return stream_from_child(work, what="the work", where="a folder", seconds=1)
+
+
+def test_a_stream_comes_piece_by_piece() -> None:
+    def pieces() -> Iterator[bytes]:
+        yield from (bytes([number]) * 300_000 for number in range(9))  # more than a pipe holds
+
+    assert list(streamed(pieces)) == list(pieces())
+    assert next(streamed(pieces)) == bytes(300_000)  # nobody takes the others
+
+
+@pytest.mark.parametrize(
+    ("ends", "kind", "complaint"), [(refused, DataError, "bad row"), (killed, InputError, "crash")]
+)
+def test_a_stream_may_end_with_an_error(ends: Callable[[], None], kind: type[InputError], complaint: str) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield b"first"
+        ends()
+
+    taken = streamed(pieces)
+    assert next(taken) == b"first"
+    with pytest.raises(InputError, match=complaint):
+        next(taken)
 
 
 def children() -> set[str]:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedqsn_cli import client_train
-from fedqsn_cli.training import data, stored_examples
+from fedqsn_cli.training import stored_examples, tables
 from fedqsn_cli.training.stored_examples import Computed, StoredExamples
 from support.training_jobs import data_for, make_proxy, small_model
 
@@ -25,7 +25,7 @@ TARGETS = st.one_of(st.integers(0, 9), IDS, st.lists(st.floats(allow_nan=False, 
 def test_what_is_read_is_what_was_added(examples: list[tuple[dict[str, list[int]], Any]]) -> None:
     stored = StoredExamples(None)
     for feature, target in examples:
-        stored.add(feature, target)
+        stored.add(feature, target, 1)
     order = range(len(stored) - 1, -1, -1)
     assert [stored.read(row) for row in order] == [examples[row] for row in order]
 
@@ -35,7 +35,7 @@ def test_a_file_of_examples_has_no_name_and_is_for_its_owner_alone(
 ) -> None:
     monkeypatch.setattr(stored_examples, "LIMIT", 10)
     stored = StoredExamples(tmp_path)
-    stored.add({"input_ids": list(range(100))}, 1)
+    stored.add({"input_ids": list(range(100))}, 1, 100)
     assert stat.S_IMODE(os.fstat(stored._file.fileno()).st_mode) == 0o600
     assert not list(tmp_path.iterdir())
 
@@ -65,7 +65,7 @@ def test_an_update_does_not_depend_on_where_examples_are_kept(
     recipe = {"epochs": 1, "batch_size": 4, "device": "cpu", "precision": "fp32", **options}
     client_train(proxy, tmp_path / "whole", data=rows, **recipe)
     monkeypatch.setattr(stored_examples, "LIMIT", 1)
-    monkeypatch.setattr(data, "ROWS", 3)
+    monkeypatch.setattr(tables, "PART_ROWS", 3)
     client_train(proxy, tmp_path / "parts", data=rows, **recipe)
     for file in (tmp_path / "whole").iterdir():
         assert (tmp_path / "parts" / file.name).read_bytes() == file.read_bytes()
@@ -78,7 +78,7 @@ def test_memory_does_not_grow_with_the_number_of_encoded_rows(tmp_path: Path) ->
     from fedqsn_cli.models.torch_model import load_model
     from fedqsn_cli.progress import SILENT
     from fedqsn_cli.training.data import Encoder
-    from fedqsn_cli.training.tables import read_table
+    from fedqsn_cli.training.data_files import open_data
 
     model = small_model(tmp_path / "model", "bert", head="BertForSequenceClassification")
     path = tmp_path / "data.jsonl"
@@ -86,11 +86,10 @@ def test_memory_does_not_grow_with_the_number_of_encoded_rows(tmp_path: Path) ->
     path.write_text(row * 200_000)
     with Checkpoint.open(model) as checkpoint:
         encoder = Encoder.of(load_model(checkpoint), 64)
-    table = read_table(path)
     before = resident()
-    examples = encoder.encode(table, SILENT, folder=tmp_path)
+    examples = encoder.encode(open_data(path), SILENT, folder=tmp_path)
     assert len(examples) == 200_000 and examples.features[199_999] == examples.features[0]
-    assert resident() - before < 120 << 20
+    assert resident() - before < 50 << 20
 
 
 def resident() -> int:

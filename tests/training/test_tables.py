@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from fedqsn_cli.errors import DataError
-from fedqsn_cli.training.data_files import read_table
+from fedqsn_cli.training import tables
+from fedqsn_cli.training.data_files import open_data, read_table
 
 JSONL = '{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n'
 
@@ -116,6 +120,72 @@ def test_a_value_that_is_no_json_matters_only_where_it_is_used(
     assert table.texts("label") == ["x", "y"]
     with pytest.raises(DataError, match=rf"row 2: column 'text' cannot be read \({reason}.*rename 'text'"):
         table.texts("text")
+
+
+def in_parts(tmp_path: Path, kind: str, rows: int) -> Path:
+    """A file of so many rows of 2 kB."""
+    path, text = tmp_path / f"{rows}.{kind}", "word " * 400
+    labelled = [{"text": f"{text}{row}", "label": str(row)} for row in range(rows)]
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in labelled))
+    elif kind == "csv":
+        path.write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in labelled))
+    else:
+        parquet.write_table(pyarrow.Table.from_pylist(labelled), path, row_group_size=700)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_rows_come_in_parts_and_memory_holds_one_of_them(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "PART_ROWS", 100)
+    peaks = []
+    for rows in (400, 4000):
+        path = in_parts(tmp_path, kind, rows)
+        tracemalloc.start()
+        data = open_data(path)
+        labels = [label for part in data.parts() for label in part.columns["label"]]
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert labels == [str(row) for row in range(rows)]
+        assert (data.rows, data.columns, data.names) == (rows, ("text", "label"), ("text", "label"))
+    assert peaks[1] < peaks[0] + 1_000_000  # of 8 MB
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_row_of_a_later_part_is_named(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "PART_ROWS", 3)
+    *_, last = open_data(in_parts(tmp_path, kind, 10)).parts()
+    assert str(last.error("is wrong", row=last.rows - 1)).endswith("row 10: is wrong")
+
+
+def test_a_long_row_is_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "PART_BYTES", 20)
+    (tmp_path / "data.jsonl").write_text(JSONL * 3)
+    assert [part.rows for part in open_data(tmp_path / "data.jsonl").parts()] == [1] * 6
+
+
+def test_a_column_of_later_parts_is_known_in_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "PART_ROWS", 2)
+    (tmp_path / "data.jsonl").write_text('{"text": "a"}\n' * 3 + '{"text": "b", "text_pair": "c", "id": 1}\n')
+    data = open_data(tmp_path / "data.jsonl")
+    assert [part.columns["text_pair"] for part in data.parts()] == [[None, None], [None, "c"]]
+    assert {part.names for part in data.parts()} == {("text", "text_pair", "id")}
+    assert data.table() == read_table(tmp_path / "data.jsonl")
+
+
+def test_a_file_that_changes_before_it_is_read_again_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "PART_ROWS", 1)
+    path = tmp_path / "data.jsonl"
+    path.write_text(JSONL)
+    data = open_data(path)
+    with path.open("a") as file:
+        file.write(JSONL)
+    with pytest.raises(DataError, match="the file changes while it is read"):
+        list(data.parts())
 
 
 def test_columns_that_nobody_asked_for_are_known(tmp_path: Path) -> None:

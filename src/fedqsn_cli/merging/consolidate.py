@@ -25,7 +25,7 @@ from fedqsn_cli.errors import InputError
 from fedqsn_cli.merging.job_model import merged_manifest, model_sinks, publish
 from fedqsn_cli.merging.restore import RestoreInputs, open_restore_inputs
 from fedqsn_cli.merging.students import FullStudent, Student
-from fedqsn_cli.merging.weight_search import WEIGHTS, WeightSearch, WeightTrial, rank, require_kept
+from fedqsn_cli.merging.weight_search import WEIGHTS, WeightSearch, WeightTrial, rank, require_better
 from fedqsn_cli.merging.written_texts import written_texts
 from fedqsn_cli.models.architecture import task_of
 from fedqsn_cli.models.torch_model import Loaded, choose_device, load_model, memory_errors, quiet
@@ -33,12 +33,12 @@ from fedqsn_cli.options import ConsolidateOptions, MergeOptions
 from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.training.batching import Examples
 from fedqsn_cli.training.data import Encoder
-from fedqsn_cli.training.data_files import read_table
+from fedqsn_cli.training.data_files import DataFile, open_data
 from fedqsn_cli.training.loop import Surroundings, TrainingSummary, train
 from fedqsn_cli.training.scoring import Evaluation, score
 from fedqsn_cli.training.states import StateFolder, remove_finished
-from fedqsn_cli.training.tables import Table
-from fedqsn_cli.training.teachers import TAUGHT_TASKS, Distillation, Lesson, listen
+from fedqsn_cli.training.tables import Rows
+from fedqsn_cli.training.teachers import TAUGHT_TASKS, Distillation, Lesson, Unlabelled, listen
 
 _MEASURING = frozenset({"eval_data", "own_eval_data", "own_tolerance", "report"})
 _NOT_BINDING = _MEASURING | {"out", "force", "max_shard_size", "device", "save_every", "key"}
@@ -90,7 +90,8 @@ def consolidate(
 
     Raises:
         InputError: models, key and options do not fit together. DataError: the data cannot be used.
-        GateFailed: the weight is auto, and every weight loses too much of the owner's skill. Nothing was written then.
+        GateFailed: the weight is auto, and every weight loses too much of the owner's skill, or none makes the model
+            better at what clients teach. Nothing was written then.
 
     Example:
         >>> consolidate("global/", "server-9/", "final/", key="job.key", own_data="own.jsonl").last_loss
@@ -122,19 +123,19 @@ def _named(options: ConsolidateOptions, weight: float) -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class _Tables:
+class _Data:
     """The owner's data and transfer texts, and what is measured on, as far as they are given."""
 
-    own: Table | None
-    transfer: Table | None
-    eval: Table | None
-    own_eval: Table | None
+    own: DataFile | None
+    transfer: DataFile | None
+    eval: DataFile | None
+    own_eval: DataFile | None
 
     @classmethod
-    def of(cls, options: ConsolidateOptions) -> _Tables:
-        """Read all of them."""
+    def of(cls, options: ConsolidateOptions) -> _Data:
+        """Look through all of them."""
         paths = (options.own_data, options.transfer_data, options.eval_data, options.own_eval_data)
-        return cls(*(read_table(path) if path is not None else None for path in paths))
+        return cls(*(open_data(path) if path is not None else None for path in paths))
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +195,7 @@ class _Consolidation:
 
     inputs: RestoreInputs
     options: ConsolidateOptions
-    tables: _Tables
+    data: _Data
     device: torch.device
     work: Path
     progress: Progress
@@ -205,13 +206,13 @@ class _Consolidation:
     ) -> _Consolidation:
         """Open models and data."""
         device = choose_device(options.device)
-        tables = _Tables.of(options)
+        data = _Data.of(options)
         restore = MergeOptions(
             options.out, key=options.key, restore=trained, public_base=options.public_base, blend=options.blend
         )
         inputs = open_restore_inputs(source, trained, restore)
         _check_task(inputs.whole.checkpoint)
-        return cls(inputs, options, tables, device, work, progress)
+        return cls(inputs, options, data, device, work, progress)
 
     def run(self, writer: ArtifactWriter) -> ConsolidateResult:
         """Ask the teachers, train students, write the best."""
@@ -229,8 +230,8 @@ class _Consolidation:
 
     def _searched(self, lessons: _Lessons) -> tuple[_Attempt, WeightSearch]:
         """The best student of all weights; two are in memory at a time."""
-        assert lessons.own_eval is not None  # the options require it
-        own_before, tolerance = lessons.own_eval.before, self.options.tolerance
+        assert lessons.own_eval is not None and lessons.eval is not None  # the options require both
+        own_before, before, tolerance = lessons.own_eval.before, lessons.eval.before, self.options.tolerance
         best: _Attempt | None = None
         trials: list[WeightTrial] = []
         for weight in WEIGHTS:
@@ -239,26 +240,27 @@ class _Consolidation:
             chosen = min(trials, key=lambda trial: rank(trial, own_before.loss + tolerance))
             best = one if best is None or chosen is trials[-1] else best
         assert best is not None
-        require_kept(chosen, own_before, tolerance)
-        return best, WeightSearch(best.weight, own_before, _known(lessons.before), tolerance, tuple(trials))
+        require_better(chosen, own_before, before, tolerance)
+        return best, WeightSearch(best.weight, own_before, before, tolerance, tuple(trials))
 
     def _lessons(self) -> _Lessons:
         """What both teachers say; one of them is in memory at a time."""
-        tables = self.tables
-        own, benchmarks = self._lesson(self.inputs.whole.checkpoint, tables.own, (tables.eval, tables.own_eval))
-        transfer, _ = self._lesson(self.inputs.server.checkpoint, tables.transfer, ())
+        data = self.data
+        own, benchmarks = self._lesson(self.inputs.whole.checkpoint, data.own, (data.eval, data.own_eval))
+        transfer, _ = self._lesson(self.inputs.server.checkpoint, data.transfer, ())
         return _Lessons(own, transfer, *benchmarks)
 
     def _lesson(
-        self, checkpoint: Checkpoint, table: Table | None, measured: Sequence[Table | None]
+        self, checkpoint: Checkpoint, data: DataFile | None, measured: Sequence[DataFile | None]
     ) -> tuple[Lesson, list[_Benchmark | None]]:
         """What one teacher says about its texts, and how good it is on others."""
         loaded = load_model(checkpoint)
         encoder = Encoder.of(loaded, self.options.max_length)
         loaded.model.to(self.device).eval()
         found = [self._benchmark(loaded, encoder, one) if one is not None else None for one in measured]
-        if table is not None:
-            examples = self._sample(encoder.encode(_unlabelled(table, loaded), self.progress))
+        if data is not None:
+            texts: Rows = Unlabelled(data) if loaded.task == "classification" else data
+            examples = self._sample(encoder.encode(texts, self.progress))
         else:
             examples = self._written(loaded, encoder)
         twice = 2 * self.options.batch_size
@@ -276,7 +278,7 @@ class _Consolidation:
 
     def _written(self, loaded: Loaded, encoder: Encoder) -> Examples:
         """Texts that a language model writes itself, from the first tokens of texts that are given."""
-        own, transfer = self.tables.own, self.tables.transfer
+        own, transfer = self.data.own, self.data.transfer
         if loaded.task != "causal-lm":
             flag = "--own-data" if own is None else "--transfer-data"
             raise InputError(f"a {loaded.task} model writes no texts", where=flag, hint="give texts, labels or not")
@@ -311,9 +313,9 @@ class _Consolidation:
 
         return LoraStudent.of(self.work, self.inputs, self.options, self.device, self.progress)
 
-    def _benchmark(self, loaded: Loaded, encoder: Encoder, table: Table) -> _Benchmark:
+    def _benchmark(self, loaded: Loaded, encoder: Encoder, data: DataFile) -> _Benchmark:
         """Encode data for the global model, and measure it."""
-        examples = encoder.encode(table, SILENT)
+        examples = encoder.encode(data, SILENT)
         return _Benchmark(examples, self._score(loaded, encoder, examples))
 
     def _measure(self, student: Student, encoder: Encoder, benchmark: _Benchmark | None) -> Evaluation | None:
@@ -361,8 +363,8 @@ class _Consolidation:
             transfer_weight=best.weight,
             own_texts=len(lessons.own.said),
             transfer_texts=len(lessons.transfer.said),
-            own_written=self.tables.own is None,
-            transfer_written=self.tables.transfer is None,
+            own_written=self.data.own is None,
+            transfer_written=self.data.transfer is None,
             steps=best.summary.steps,
             first_loss=best.summary.first_loss,
             last_loss=best.summary.last_loss,
@@ -380,13 +382,6 @@ def _check_task(checkpoint: Checkpoint) -> None:
     if task not in TAUGHT_TASKS:
         what = f"{architecture} is a model for {task}, which cannot be consolidated"
         raise InputError(what, where=checkpoint.path, hint="use fedqsn merge --restore")
-
-
-def _unlabelled(table: Table, loaded: Loaded) -> Table:
-    """A table for a classifier whose labels do not count; texts without any are enough."""
-    if loaded.task != "classification":
-        return table
-    return replace(table, columns=table.columns | {"label": [0] * table.rows})
 
 
 def _known(evaluation: Evaluation | None) -> Evaluation:

@@ -27,16 +27,15 @@ from fedqsn_cli.models.dense import TORCH_DTYPES, from_bytes, rescale_factors
 from fedqsn_cli.models.torch_model import build_model, choose_device, load_model, memory_errors, quiet
 from fedqsn_cli.progress import Progress, Silent
 from fedqsn_cli.training.data import Encoder
-from fedqsn_cli.training.data_files import read_table
+from fedqsn_cli.training.data_files import DataFile, open_data
 from fedqsn_cli.training.scoring import score
-from fedqsn_cli.training.tables import Table
 
 
 @dataclass(frozen=True, slots=True)
 class DevelopmentSet:
     """The owner's development data, and how to compute with it."""
 
-    table: Table
+    data: DataFile
     batch_size: int
     max_length: int
     device: torch.device
@@ -44,7 +43,7 @@ class DevelopmentSet:
     @classmethod
     def of(cls, data: str | Path, batch_size: int, max_length: int, device: str) -> DevelopmentSet:
         """Read and check everything that needs no model. Raises InputError."""
-        return cls(read_table(data), batch_size, max_length, choose_device(device))
+        return cls(open_data(data), batch_size, max_length, choose_device(device))
 
 
 class _MovingTensor(NamedTuple):
@@ -77,7 +76,7 @@ class Interpolation:
             factors = rescale_factors(checkpoint)
             loaded = load_model(checkpoint, dense=_dense(start, factors))
             self._encoder = Encoder.of(loaded, development.max_length)
-            self._examples = self._encoder.encode(development.table, progress)
+            self._examples = self._encoder.encode(development.data, progress)
             far = build_model(checkpoint.config or {}, _dense(end, factors), where=checkpoint.path)
             starts = _floats(loaded.model)
             pairs = {name: (tensor.clone(), ends) for name, (tensor, ends) in _differing(starts, _floats(far)).items()}

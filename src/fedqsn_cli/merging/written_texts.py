@@ -13,11 +13,11 @@ from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.training.batching import IGNORED, Examples
 from fedqsn_cli.training.data import Encoder
 from fedqsn_cli.training.precision import repeatable
-from fedqsn_cli.training.tables import Table
+from fedqsn_cli.training.tables import Rows
 
 
 def written_texts(
-    loaded: Loaded, encoder: Encoder, begun_like: Table | None, options: ConsolidateOptions, progress: Progress
+    loaded: Loaded, encoder: Encoder, begun_like: Rows | None, options: ConsolidateOptions, progress: Progress
 ) -> Examples:
     """As many texts as the options say, each begun with the first tokens of a text that is given.
 
@@ -42,7 +42,7 @@ def written_texts(
     return Examples("causal-lm", kept, [[IGNORED, *row[1:]] for row in rows])
 
 
-def _starts(loaded: Loaded, encoder: Encoder, begun_like: Table | None, options: ConsolidateOptions) -> list[list[int]]:
+def _starts(loaded: Loaded, encoder: Encoder, begun_like: Rows | None, options: ConsolidateOptions) -> list[list[int]]:
     """The first tokens of the given texts, a special one and the next; without texts any tokens."""
     special = set(loaded.tokenizer.all_special_ids)
     if begun_like is None:

@@ -3,7 +3,7 @@
 A normalizer can double a text forty times, a regular expression can need years, a template can loop, a small file can
 inflate to terabytes: libraries that run them know no limit, and compiled code cannot be interrupted. The child is a
 copy of this process (fork); it may take so much processor time and memory, writes no file, and sends its result through
-a pipe: bytes as they are, all else as JSON.
+a pipe: as JSON, or as a stream of bytes whose pieces wait until they are taken.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import os
 import resource
 import select
 import signal
+import struct
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NoReturn
 
 from fedqsn_cli import errors
@@ -28,7 +29,8 @@ MEMORY = 1 << 30
 """Bytes that a child may take beyond what it begins with."""
 
 _PIECE = 1 << 20
-_BYTES, _JSON = b"B", b"J"  # what the first byte of a result says of the rest
+_HEADER = struct.Struct("<cQ")  # of everything that a child sends: its kind, and how many bytes follow
+_BYTES, _OUTCOME = b"B", b"J"  # kinds: a piece of a stream; at the end, in JSON, the result or what was raised
 _TOO_LONG, _TOO_MUCH = "takes too long", "takes too much memory, or crashes the library that reads it"
 
 
@@ -44,7 +46,7 @@ def in_child(
     """Call a function in a child process, and return its result.
 
     Args:
-        work: returns bytes, or what JSON can hold; it may read files, but what it changes is lost.
+        work: returns what JSON can hold; it may read files, but what it changes is lost.
         what: names the work in an error message, as in "loading the tokenizer".
         where: the file or folder that decides what it takes.
         seconds: of processor time that it may take; waiting, twice as long.
@@ -55,59 +57,127 @@ def in_child(
         InputError: it took too much time or memory, or it crashed.
         FedqsnError: whatever `work` raised; any other exception becomes an InputError.
     """
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reading)
-        _run(work, {writing, *reads}, writing, seconds, memory)
-    os.close(writing)
-    try:
-        data, status = _received(reading, child, time.monotonic() + 2 * seconds + 5)
-    finally:
-        os.close(reading)
-    if data is None or os.WIFSIGNALED(status):
-        timed_out = data is None or os.WTERMSIG(status) == signal.SIGXCPU
-        problem = _TOO_LONG if timed_out else _TOO_MUCH
-        raise InputError(f"{what} {problem}", where=where, hint="its files may come from somebody who wants this")
-    return _result(data, what, where)
+    with _Child(lambda _: work(), what, where, seconds, memory, reads) as child:
+        _, result = child.next()
+        return result
 
 
-def _received(reading: int, child: int, deadline: float) -> tuple[bytes | None, int]:
-    """All that a child sends, and its wait status; None where it does not end in time. It has ended afterwards."""
-    pieces: list[bytes] = []
-    ended = False
-    try:
-        while not ended:
-            if not select.select([reading], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                break
-            pieces.append(os.read(reading, _PIECE))
-            ended = not pieces[-1]
-    finally:
-        if not ended:
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-    return b"".join(pieces) if ended else None, status
+def stream_from_child(
+    work: Callable[[], Iterable[bytes]],
+    *,
+    what: str,
+    where: object,
+    seconds: float,
+    memory: int = MEMORY,
+    reads: Collection[int] = (),
+) -> Iterator[bytes]:
+    """Call a generator in a child process, and yield what it yields; the child waits until each piece is taken.
+
+    Args:
+        work, what, where, seconds, memory, reads: as for `in_child`.
+
+    Raises:
+        InputError, FedqsnError: as from `in_child`.
+    """
+
+    def send_all(writing: int) -> None:
+        for piece in work():
+            _send(writing, _BYTES, piece)
+
+    with _Child(send_all, what, where, seconds, memory, reads) as child:
+        while (piece := child.next()[0]) is not None:
+            yield piece
 
 
-def _result(data: bytes, what: str, where: object) -> Any:
+class _Child:
+    """A child at work; it has ended when this context is left.
+
+    Args:
+        work: takes the descriptor that pieces of a stream are sent through, and returns what JSON can hold.
+        what, where, seconds, memory, reads: as for `in_child`.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[int], Any],
+        what: str,
+        where: object,
+        seconds: float,
+        memory: int,
+        reads: Collection[int],
+    ) -> None:
+        self._what, self._where = what, where
+        self._left = 2 * seconds + 5  # how long to wait for it, in all
+        self._is_ending = False
+        self._reading, writing = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            os.close(self._reading)
+            _run(work, {writing, *reads}, writing, seconds, memory)
+        os.close(writing)
+
+    def __enter__(self) -> _Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._reading)
+        if not self._is_ending:
+            os.kill(self._pid, signal.SIGKILL)
+            self._status()
+
+    def next(self) -> tuple[bytes | None, Any]:
+        """The next piece of a stream; or None, and the result. Raises what the work raised; InputError: it failed."""
+        try:
+            kind, length = _HEADER.unpack(self._exactly(_HEADER.size))
+            data = self._exactly(length)
+        except TimeoutError:
+            raise self._failed(_TOO_LONG) from None
+        except EOFError:
+            status = self._status()
+            by_clock = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU
+            raise self._failed(_TOO_LONG if by_clock else _TOO_MUCH) from None
+        if kind == _BYTES:
+            return data, None
+        self._status()
+        return None, _result(json.loads(data), self._what, self._where)
+
+    def _failed(self, problem: str) -> InputError:
+        hint = "its files may come from somebody who wants this"
+        return InputError(f"{self._what} {problem}", where=self._where, hint=hint)
+
+    def _exactly(self, length: int) -> bytes:
+        """So many bytes. Raises EOFError: it has ended before; TimeoutError: it does not send them in time."""
+        pieces: list[bytes] = []
+        while length:
+            began = time.monotonic()
+            if not select.select([self._reading], [], [], max(0.0, self._left))[0]:
+                raise TimeoutError
+            self._left -= time.monotonic() - began
+            piece = os.read(self._reading, min(length, _PIECE))
+            if not piece:
+                raise EOFError
+            pieces.append(piece)
+            length -= len(piece)
+        return b"".join(pieces)
+
+    def _status(self) -> int:
+        """Its wait status, once it has ended."""
+        self._is_ending = True
+        return os.waitpid(self._pid, 0)[1]
+
+
+def _result(sent: dict[str, Any], what: str, where: object) -> Any:
     """The result that a child sent; or the error that it sent is raised."""
-    if data[:1] == _BYTES:
-        return memoryview(data)[1:]
-    try:
-        sent = json.loads(data[1:])
-    except ValueError:
-        raise InputError(f"{what} {_TOO_MUCH}", where=where) from None
     if "result" in sent:
         return sent["result"]
     if sent["memory"]:
         raise InputError(f"{what} {_TOO_MUCH}", where=where)
     if sent["kind"] is None:
         raise InputError(f"{what} fails ({sent['what']})", where=where)
-    kind = getattr(errors, sent["kind"], InputError)
-    raise kind(sent["what"], where=sent["where"], hint=sent["hint"])
+    raise errors.from_plain(sent)
 
 
-def _run(work: Callable[[], Any], kept: Collection[int], writing: int, seconds: float, memory: int) -> NoReturn:
+def _run(work: Callable[[int], Any], kept: Collection[int], writing: int, seconds: float, memory: int) -> NoReturn:
     """The child: never returns, and runs nothing that the parent would run at its end."""
     code = 1
     try:
@@ -116,7 +186,8 @@ def _run(work: Callable[[], Any], kept: Collection[int], writing: int, seconds: 
         _limit(seconds, memory)
         _let_go(kept)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads were not copied
-        _send(writing, _outcome(work))
+        outcome = json.dumps(_outcome(work, writing), separators=(",", ":"))
+        _send(writing, _OUTCOME, outcome.encode("utf-8", "backslashreplace"))
         code = 0
     finally:
         os._exit(code)
@@ -136,15 +207,12 @@ def _let_go(kept: Collection[int]) -> None:
                 os.dup2(nothing, descriptor, inheritable=False)
 
 
-def _outcome(work: Callable[[], Any]) -> bytes | dict[str, Any]:
-    """The result of the work if it is bytes; else it, or what was raised, as JSON can hold it."""
+def _outcome(work: Callable[[int], Any], writing: int) -> dict[str, Any]:
+    """The result of the work, or what was raised, as JSON can hold it."""
     try:
-        result = work()
-        return result if isinstance(result, bytes) else {"result": result}
+        return {"result": work(writing)}
     except FedqsnError as error:
-        where = None if error.where is None else str(error.where)
-        kind = type(error).__name__
-        return {"kind": kind, "what": error.what, "where": where, "hint": error.hint, "memory": False}
+        return {**error.to_plain(), "memory": False}
     except MemoryError:
         return {"memory": True}
     except BaseException as error:  # a panic of Rust code is no Exception
@@ -152,12 +220,9 @@ def _outcome(work: Callable[[], Any]) -> bytes | dict[str, Any]:
         return {"kind": None, "what": first[:300], "memory": False}
 
 
-def _send(writing: int, outcome: bytes | dict[str, Any]) -> None:
-    with os.fdopen(writing, "wb") as pipe:
-        if isinstance(outcome, bytes):
-            pipe.writelines((_BYTES, outcome))
-        else:
-            pipe.write(_JSON + json.dumps(outcome, separators=(",", ":")).encode("utf-8", "backslashreplace"))
+def _send(writing: int, kind: bytes, data: bytes) -> None:
+    with open(writing, "wb", closefd=False) as pipe:
+        pipe.writelines((_HEADER.pack(kind, len(data)), data))
 
 
 def _limit(seconds: float, memory: int) -> None:

@@ -23,6 +23,7 @@ precision.py       number formats; what makes a training repeatable
 optimizers.py      AdamW, 8-bit AdamW and SGD, a part of the model at a time
 memory.py          how much memory a training takes
 processes.py       several processes that share the work
+shared_examples.py  the examples of the first of them, in all
 states.py          states on disk, to go on from
 interrupts.py      signals wait until a state is saved
 journal.py         the figures of every step

@@ -33,7 +33,7 @@ from fedqsn_cli.training import update
 from fedqsn_cli.training.batching import Examples
 from fedqsn_cli.training.compact import Trainable
 from fedqsn_cli.training.data import Encoder
-from fedqsn_cli.training.data_files import read_table
+from fedqsn_cli.training.data_files import DataFile, open_data
 from fedqsn_cli.training.estimate import Estimate, measured
 from fedqsn_cli.training.full import FullMethod
 from fedqsn_cli.training.journal import journals
@@ -46,8 +46,8 @@ from fedqsn_cli.training.privacy import privacy_record, reported_losses
 from fedqsn_cli.training.private_loop import plan_privacy, require_opacus, train_privately
 from fedqsn_cli.training.processes import Processes, joined, launched, own_device
 from fedqsn_cli.training.scoring import Evaluation, score
+from fedqsn_cli.training.shared_examples import shared
 from fedqsn_cli.training.states import StateFolder, remove_finished
-from fedqsn_cli.training.tables import Table
 from fedqsn_cli.version import VERSION
 
 __all__ = ["Estimate", "TrainResult", "client_train", "estimate_training"]
@@ -247,23 +247,26 @@ def _prepared(proxy: str | Path, options: TrainOptions, progress: Progress) -> I
     device = own_device(choose_device(options.device))
     precision = choose_precision("fp32" if options.dp_epsilon is not None else options.precision, device)
     options = replace(options, precision=precision)
-    tables = read_table(options.data), read_table(options.eval_data) if options.eval_data is not None else None
-    folder = resolve(str(proxy)).path
-    manifest = verify_proxy(folder)
-    if options.verify_key is not None:
-        known = manifest.files | {PROXY_MANIFEST: file_digest(folder / PROXY_MANIFEST)}
-        verify_folder(folder, load_verify_key(options.verify_key), known)
+    if options.dp_epsilon is not None and launched().count > 1:
+        raise InputError("is for one process", where="--dp-epsilon", hint="start it without a launcher")
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(Checkpoint.open(folder))
         processes = stack.enter_context(joined(device))
-        if options.dp_epsilon is not None and processes.count > 1:
-            raise InputError("is for one process", where="--dp-epsilon", hint="start it without a launcher")
+        data = processes.in_first(lambda: _Data.of(options))
+        folder = resolve(str(proxy)).path
+        manifest = verify_proxy(folder)
+        if options.verify_key is not None:
+            known = manifest.files | {PROXY_MANIFEST: file_digest(folder / PROXY_MANIFEST)}
+            verify_folder(folder, load_verify_key(options.verify_key), known)
+        checkpoint = stack.enter_context(Checkpoint.open(folder))
         states = _states(options, folder, processes)
         if states is not None and processes.is_first:
             stack.enter_context(states.opened())
         method = _method(checkpoint, manifest, options, device)
-        encoder, examples, held_out = _encode(method.loaded, tables, options, progress)
-        del tables  # the texts would stay in memory
+        if options.packing:
+            _check_packing(method.loaded)
+        encoder = Encoder.of(method.loaded, options.max_length)
+        examples, held_out = _encode(encoder, data, options, processes, progress)
+        del data  # short texts would stay in memory
         yield _Ready(
             folder=folder,
             manifest=manifest,
@@ -289,20 +292,42 @@ def _method(checkpoint: Checkpoint, manifest: ProxyManifest, options: TrainOptio
     return FullMethod.load(checkpoint, manifest, options, device)
 
 
+def _check_packing(loaded: Loaded) -> None:
+    """Refuse a model that cannot keep the texts of a row apart. Raises InputError."""
+    if loaded.task != "causal-lm":
+        raise InputError("is for causal language models", where="--packing", hint="train without it")
+    check_separation(loaded.model, "--packing")
+
+
+@dataclass(frozen=True, slots=True)
+class _Data:
+    """The files to train and to measure on; both can be read."""
+
+    train: DataFile
+    held_out: DataFile | None
+
+    @classmethod
+    def of(cls, options: TrainOptions) -> _Data:
+        """Look through both. Raises DataError."""
+        return cls(open_data(options.data), open_data(options.eval_data) if options.eval_data is not None else None)
+
+
 def _encode(
-    loaded: Loaded, tables: tuple[Table, Table | None], options: TrainOptions, progress: Progress
-) -> tuple[Encoder, Examples, Examples | None]:
-    """The data as token ids."""
-    encoder = Encoder.of(loaded, options.max_length)
+    encoder: Encoder, data: _Data | None, options: TrainOptions, processes: Processes, progress: Progress
+) -> tuple[Examples, Examples | None]:
+    """The data as token ids: what is trained on in all processes, and in the first what is measured on."""
     folder = Path(options.out).absolute().parent
-    examples = replace(encoder, seed=options.seed).encode(tables[0], progress, folder=folder)
+
+    def encode() -> tuple[Examples, Examples | None]:
+        assert data is not None
+        train = replace(encoder, seed=options.seed).encode(data.train, progress, folder=folder)
+        return train, encoder.encode(data.held_out, progress, folder=folder) if data.held_out is not None else None
+
+    own, held_out = processes.in_first(encode) or (None, None)
+    examples = shared(own, processes, folder)
     if options.packing:
-        if loaded.task != "causal-lm":
-            raise InputError("is for causal language models", where="--packing", hint="train without it")
-        check_separation(loaded.model, "--packing")
-        examples = packed(examples, max(encoder.max_length, *examples.lengths))
-    held_out = encoder.encode(tables[1], progress, folder=folder) if tables[1] is not None else None
-    return encoder, examples, held_out
+        examples = packed(examples, max(encoder.max_length, max(examples.lengths)))
+    return examples, held_out
 
 
 def _states(options: TrainOptions, folder: Path, processes: Processes) -> StateFolder | None:
@@ -314,7 +339,9 @@ def _states(options: TrainOptions, folder: Path, processes: Processes) -> StateF
         for field in fields(options)
         if field.name not in NOT_BINDING
     }
-    facts |= {"PROXY": file_digest(folder / PROXY_MANIFEST), "--data": file_digest(Path(options.data))}
+    digest = processes.in_first(lambda: file_digest(Path(options.data)))
+    facts |= {"PROXY": file_digest(folder / PROXY_MANIFEST)}
+    facts["--data"] = processes.from_first((digest or "").encode()).decode()
     facts["number of processes"] = processes.count
     return StateFolder(Path(options.out), facts, options.save_every)
 

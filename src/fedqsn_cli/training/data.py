@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,18 +9,15 @@ from typing import Any
 
 import torch
 
-from fedqsn_cli.errors import InputError
+from fedqsn_cli.errors import DataError, InputError
 from fedqsn_cli.models.architecture import CLASSIFIERS
 from fedqsn_cli.models.torch_model import Loaded
 from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.training.examples import Examples, Ids, Padding
-from fedqsn_cli.training.stored_examples import Computed, Measured, StoredExamples
-from fedqsn_cli.training.tables import Table
+from fedqsn_cli.training.stored_examples import StoredExamples
+from fedqsn_cli.training.tables import Rows, Table
 from fedqsn_cli.training.tasks import TASKS
 from fedqsn_cli.training.tokenizing import Encoding
-
-ROWS = 10_000
-"""Rows that are tokenized by one child process, and held in memory until they are stored."""
 
 
 class Encoder(Encoding):
@@ -62,8 +58,8 @@ class Encoder(Encoding):
         """Ids to pad batches with."""
         return Padding(self.pad, int(getattr(self.tokenizer, "pad_token_type_id", 0)))
 
-    def encode(self, table: Table, progress: Progress, *, folder: Path | None = None) -> Examples:
-        """Token ids and targets of all rows; what is large goes to a file, in a part of the rows after the other.
+    def encode(self, data: Rows, progress: Progress, *, folder: Path | None = None) -> Examples:
+        """Token ids and targets of all rows, a part of them after the other; what is large goes to a file.
 
         Args:
             folder: where a file of examples goes; None for the system's folder of temporary files.
@@ -71,26 +67,20 @@ class Encoder(Encoding):
         Raises:
             DataError: a column is missing, or a row cannot be used.
         """
-        progress.start(f"reading {table.path.name}", table.rows, "examples")
+        progress.start(f"reading {data.path.name}", data.rows, "examples")
         stored = StoredExamples(folder)
         counts = Examples(self.task, [], [])
-        lengths = array("I")
-        for part in table.parts(ROWS):
+        for part in data.parts():
             found = self._encoded(part)
-            for feature, target in zip(found.features, found.targets, strict=True):
-                stored.add(feature, target)
-            lengths.extend(found.lengths)
+            for example in zip(found.features, found.targets, found.lengths, strict=True):
+                stored.add(*example)
             self._check_vocabulary(found)
             counts = counts.and_counts_of(found)
             progress.advance(part.rows)
         progress.finish()
         if not len(stored):
-            raise table.error("no row has a text to learn from")
-        return replace(
-            counts,
-            features=Measured(lengths, lambda row: stored.read(row)[0]),
-            targets=Computed(len(stored), lambda row: stored.read(row)[1]),
-        )
+            raise DataError("no row has a text to learn from", where=data.path)
+        return replace(counts, features=stored.features, targets=stored.targets)
 
     def _encoded(self, part: Table) -> Examples:
         """The examples of some rows, tokenized in a child process."""

@@ -11,7 +11,7 @@ from fedqsn_cli.models.torch_model import choose_device, load_model, memory_erro
 from fedqsn_cli.options import EvaluateOptions
 from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.training.data import Encoder
-from fedqsn_cli.training.data_files import read_table
+from fedqsn_cli.training.data_files import open_data
 from fedqsn_cli.training.generation import Prompts, measure_texts, require_libraries
 from fedqsn_cli.training.scoring import Evaluation, score
 
@@ -36,15 +36,15 @@ def evaluate(source: str | Path, options: EvaluateOptions, *, progress: Progress
     if options.generate:
         require_libraries()
     device = choose_device(options.device)
-    table = read_table(options.data)
+    data = open_data(options.data)
     folder = resolve(str(source)).path
     with Checkpoint.open(folder) as checkpoint, quiet(), memory_errors():
         if checkpoint.proxy_manifest is not None:
             verify_proxy(folder)
         loaded = load_model(checkpoint)
         encoder = Encoder.of(loaded, options.max_length)
-        prompts = Prompts.of(encoder, table, options.max_new_tokens) if options.generate else None
-        examples = encoder.encode(table, progress)
+        prompts = Prompts.of(encoder, data.table(), options.max_new_tokens) if options.generate else None
+        examples = encoder.encode(data, progress)
         loaded.model.to(device)
         result = score(
             loaded.model, examples, batch_size=options.batch_size, padding=encoder.padding, progress=progress

@@ -86,10 +86,10 @@ class Surroundings:
 
 @dataclass(slots=True)
 class History:
-    """What happened so far: the loss of each step, the rows that took part, and the seconds of earlier runs."""
+    """What happened so far: which rows took part (1, else 0), the loss of each step, the seconds of earlier runs."""
 
+    rows: bytearray
     losses: list[float] = field(default_factory=list)
-    rows: set[int] = field(default_factory=set)
     seconds: float = 0.0
 
     def summary(self, examples: Examples, seconds: float) -> TrainingSummary:
@@ -97,7 +97,8 @@ class History:
         steps = len(self.losses)
         tenth = max(1, steps // 10)
         first, last = sum(self.losses[:tenth]) / tenth, sum(self.losses[-tenth:]) / tenth
-        return TrainingSummary(steps, examples.texts_in(self.rows), first, last, seconds)
+        took_part = examples.texts_in(row for row, seen in enumerate(self.rows) if seen)
+        return TrainingSummary(steps, took_part, first, last, seconds)
 
 
 def train(
@@ -153,7 +154,7 @@ class _Run:
         self.recipe, self.padding, self.around = recipe, padding, around
         self.optimizers = Optimizers(trainable, recipe)
         self.total = step_count(recipe, len(examples))
-        self.history = History()
+        self.history = History(bytearray(len(examples)))
         self._lengths = examples.lengths
         own = around.windows
         self._windows = windows(recipe, self._lengths) if own is None else iter(own)
@@ -220,7 +221,9 @@ class _Run:
         return processes.sums(loss)[0]
 
     def _took_part(self, window: Window) -> None:
-        self.history.rows.update(row for rows in window for row in rows)
+        for rows in window:
+            for row in rows:
+                self.history.rows[row] = 1
 
     def _saves(self, states: StateFolder, asked: bool) -> bool:
         """Save a state if it is time, or if someone asks to stop. Returns whether to stop; all processes agree."""

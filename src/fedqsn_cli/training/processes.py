@@ -1,19 +1,27 @@
 """Several processes that train one model, as `accelerate launch` and `torchrun` start them.
 
-Each computes its share of every batch; gradients are summed, so that all take the same step. The first one prints and
-writes. The environment variables are torch.distributed's: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
+Each computes its share of every batch; gradients are summed, so that all take the same step. The first one reads the
+data, prints and writes. The environment variables are torch.distributed's: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
+MASTER_PORT.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed
+
+from fedqsn_cli import errors
+from fedqsn_cli.errors import FedqsnError
+
+T = TypeVar("T")
 
 _PATIENCE = timedelta(days=1)  # the others wait while the first one evaluates or saves
 
@@ -65,6 +73,35 @@ class Processes:
         received = [torch.empty_like(sent) for _ in range(self.count)]
         distributed.all_gather(received, sent)
         return [one.cpu() for one in received]
+
+    def in_first(self, work: Callable[[], T]) -> T | None:
+        """Call a function in the first process; the others have None. An error that it raises is raised in all."""
+        if self.count == 1:
+            return work()
+        result, failed = None, None
+        if self.is_first:
+            try:
+                result = work()
+            except FedqsnError as error:
+                failed = error
+        told = self.from_first(b"" if failed is None else json.dumps(failed.to_plain()).encode())
+        if failed is not None or told:
+            raise failed or errors.from_plain(json.loads(told))
+        return result
+
+    def from_first(self, data: bytes) -> bytes:
+        """What the first process gives, in all of them."""
+        if self.count == 1:
+            return data
+        length = torch.tensor([len(data)], device=_device())
+        distributed.broadcast(length, 0)
+        if not int(length):
+            return b""
+        sent = torch.empty(int(length), dtype=torch.uint8, device=_device())
+        if self.is_first:
+            sent.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        distributed.broadcast(sent, 0)
+        return sent.cpu().numpy().tobytes()
 
 
 ALONE = Processes()

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from fedqsn_cli.options import RecipeOptions
 from fedqsn_cli.training.batching import shuffled
 
-Window = list[list[int]]
+Window = Sequence[list[int]]
 """The batches of one step, each of them row numbers."""
 
 

@@ -13,7 +13,7 @@ from fedqsn_cli.models.torch_model import load_outline, quiet
 from fedqsn_cli.options import TrainOptions
 from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.training.data import Encoder
-from fedqsn_cli.training.data_files import read_table
+from fedqsn_cli.training.data_files import open_data
 from fedqsn_cli.training.examples import IGNORED, Examples, Ids
 
 
@@ -64,13 +64,13 @@ def show_examples(
     Raises:
         InputError, FormatError, DataError: as from `client_train`.
     """
-    table = read_table(options.data)
+    data = open_data(options.data)
     folder = resolve(str(proxy)).path
     verify_proxy(folder)
     with Checkpoint.open(folder) as checkpoint, quiet():
         loaded = load_outline(checkpoint)
         encoder = Encoder.of(loaded, options.max_length, options.seed)
-        examples = encoder.encode(table, progress)
+        examples = encoder.encode(data, progress)
         names = [str(name) for _, name in sorted((getattr(loaded.model.config, "id2label", None) or {}).items())]
         return ShownExamples(
             task=loaded.task,

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, overload
 
 T = TypeVar("T")
 
-LIMIT = 64 << 20
+LIMIT = 4 << 20
 """Bytes of examples that stay in memory."""
 
 
@@ -30,16 +30,18 @@ class StoredExamples:
         """
         self._file = SpooledTemporaryFile(max_size=LIMIT, dir=None if folder is None else str(folder))  # noqa: SIM115 - lives as long as this object
         self._starts = array("Q", [0])
+        self._lengths = array("I")
 
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    def add(self, feature: dict[str, list[int]], target: Any) -> None:
-        """Append an example. Raises OSError: the disk is full."""
+    def add(self, feature: dict[str, list[int]], target: Any, length: int) -> None:
+        """Append an example of so many tokens. Raises OSError: the disk is full."""
         line = json.dumps([feature, target], separators=(",", ":")).encode()
         self._file.seek(self._starts[-1])
         self._file.write(line)
         self._starts.append(self._starts[-1] + len(line))
+        self._lengths.append(length)
 
     def read(self, row: int) -> tuple[dict[str, list[int]], Any]:
         """Feature and target of an example."""
@@ -49,6 +51,16 @@ class StoredExamples:
         self._file.seek(start)
         feature, target = json.loads(self._file.read(self._starts[row + 1] - start))
         return feature, target
+
+    @property
+    def features(self) -> Measured:
+        """The features of all examples."""
+        return Measured(self._lengths, lambda row: self.read(row)[0])
+
+    @property
+    def targets(self) -> Computed[Any]:
+        """The targets of all examples."""
+        return Computed(len(self), lambda row: self.read(row)[1])
 
 
 class Computed(Sequence[T]):

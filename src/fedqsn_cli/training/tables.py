@@ -1,11 +1,11 @@
-"""The columns of training and evaluation files, in memory, and errors that name their rows."""
+"""The columns of training and evaluation files, a part of the rows at a time, and errors that name their rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fedqsn_cli import strictjson
 from fedqsn_cli.errors import DataError, FormatError
@@ -15,6 +15,9 @@ COLUMNS = (
     *("prompt", "completion", "messages", "source", "target"),
 )
 """Names of all columns that some task uses (`tasks`); others are not kept in memory."""
+
+PART_ROWS, PART_BYTES = 2000, 16_000_000
+"""The most rows, and about the most bytes, that are in memory together."""
 
 _SHOWN = 20  # names of columns in a message
 
@@ -36,9 +39,24 @@ class Unusable:
     reason: str
 
 
+class Rows(Protocol):
+    """The rows of a data file, wherever they are."""
+
+    @property
+    def path(self) -> Path:
+        """The file, for messages."""
+
+    @property
+    def rows(self) -> int:
+        """Number of rows, at least one."""
+
+    def parts(self) -> Iterator[Table]:
+        """All rows in their order, a part at a time; each time it is called. Raises DataError: they cannot be read."""
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The columns of a data file that some task uses.
+    """The columns of a data file that some task uses, in memory.
 
     Args:
         path: the file, for error messages.
@@ -56,11 +74,11 @@ class Table:
     used: set[str] = field(default_factory=set, compare=False)
     first: int = 0
 
-    def parts(self, rows: int) -> Iterator[Table]:
-        """The table in parts of at most so many rows."""
-        for first in range(0, self.rows, rows):
-            columns = {name: values[first : first + rows] for name, values in self.columns.items()}
-            count = min(rows, self.rows - first)
+    def parts(self) -> Iterator[Table]:
+        """The table in parts of at most `PART_ROWS` rows."""
+        for first in range(0, self.rows, PART_ROWS):
+            columns = {name: values[first : first + PART_ROWS] for name, values in self.columns.items()}
+            count = min(PART_ROWS, self.rows - first)
             yield replace(self, columns=columns, rows=count, first=self.first + first)
 
     @property

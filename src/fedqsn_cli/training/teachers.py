@@ -11,8 +11,9 @@ go through one training loop: the target of an example is its number, by which `
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from fedqsn_cli.options import RecipeOptions
 from fedqsn_cli.progress import Progress
 from fedqsn_cli.training.batching import IGNORED, Batch, Examples, Padding, collate, in_order
 from fedqsn_cli.training.loop import extra_inputs
+from fedqsn_cli.training.tables import Rows, Table
 
 TAUGHT_TASKS: tuple[Task, ...] = ("classification", "causal-lm")
 """What teachers know to speak about."""
@@ -32,6 +34,28 @@ LIKELIEST = 1024
 
 MOST_BYTES = 1 << 29  # of what one teacher says; where texts are many and long, fewer tokens are kept
 _LEAST = 1e-6  # the least probability of all others together: its logarithm is finite
+
+
+@dataclass(frozen=True, slots=True)
+class Unlabelled:
+    """Data for a classifier whose labels do not count; texts without any are enough."""
+
+    data: Rows
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.data.path
+
+    @property
+    def rows(self) -> int:
+        """Its number of rows."""
+        return self.data.rows
+
+    def parts(self) -> Iterator[Table]:
+        """Its rows with a label that any model has."""
+        for part in self.data.parts():
+            yield replace(part, columns=part.columns | {"label": [0] * part.rows})
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from fedqsn_cli.models.dense import load_dense
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.torch_model import Loaded, load_model, memory_errors, quiet
 from fedqsn_cli.training.batching import Examples
-from fedqsn_cli.training.data_files import read_table
+from fedqsn_cli.training.data_files import open_data
 
 SIZES = (8, 32, 128, 512, 2048, 8192)
 """Numbers of public examples on the curve, as far as there are so many."""
@@ -199,7 +199,7 @@ class FunctionAttack:
         """The attacker's examples. Raises InputError, DataError."""
         if self.options.public_data is None:
             raise InputError("the attacker has no examples", where="--public-data")
-        return self.evaluation.encoder.encode(read_table(self.options.public_data), self.evaluation.progress)
+        return self.evaluation.encoder.encode(open_data(self.options.public_data), self.evaluation.progress)
 
     def training_inputs(self, build: Callable[[], Loaded], examples: Examples) -> TrainingInputs:
         """What a training may use."""

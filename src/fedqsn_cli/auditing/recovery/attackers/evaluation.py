@@ -12,7 +12,7 @@ from fedqsn_cli.models.torch_model import Loaded, choose_device
 from fedqsn_cli.progress import Progress
 from fedqsn_cli.training.batching import Examples
 from fedqsn_cli.training.data import Encoder
-from fedqsn_cli.training.data_files import read_table
+from fedqsn_cli.training.data_files import open_data
 from fedqsn_cli.training.scoring import score
 from fedqsn_cli.training.tasks import TASKS
 
@@ -30,7 +30,7 @@ class Evaluation:
     def of(cls, data: str | Path, loaded: Loaded, *, max_length: int, device: str, progress: Progress) -> Evaluation:
         """Read the data with the tokenizer of a model."""
         encoder = Encoder.of(loaded, max_length)
-        return cls(encoder, encoder.encode(read_table(data), progress), choose_device(device), progress)
+        return cls(encoder, encoder.encode(open_data(data), progress), choose_device(device), progress)
 
     def score(self, name: str, loaded: Loaded) -> ModelScore:
         """Loss and accuracy of a model."""
