@@ -7,6 +7,7 @@ import hmac
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from itertools import pairwise
 
@@ -258,6 +259,17 @@ def test_a_clients_units_come_in_order_as_they_are_drawn_at_once(key: bytes, n: 
     units, run = draw.ClientUnitsInOrder(key, GROUP, hidden, p2, scope), 1 + n // 3
     parts = [units.take(min(run, n - at)) for at in range(0, n, run)]
     assert (np.concatenate(parts) == client_units(key, GROUP, hidden, p2, scope)).all()
+
+
+def test_units_in_order_of_many_clients_take_no_memory_of_their_own() -> None:
+    hidden = hidden_units(KEY, GROUP, 2**18, 0.1)
+    tracemalloc.start()
+    held = [draw.ClientUnitsInOrder(KEY, GROUP, hidden, 0.2, client_scope(f"c{k}", 1)) for k in range(8)]
+    flags = [units.take(1000) for units in held]
+    current, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert all(each.any() for each in flags)
+    assert current < hidden.nbytes / 4
 
 
 def test_large_and_small_groups_are_drawn_alike(monkeypatch: pytest.MonkeyPatch) -> None:
