@@ -101,7 +101,7 @@ gc.disable()  # until everything is imported, which leaves little garbage
 
 def pytest_collection_finish() -> None:
     gc.enable()
-    gc.set_threshold(20_000, 10, 10)
+    gc.set_threshold(100_000, 20, 20)  # as the command line has it
     leave_to_rest()
 
 
