@@ -96,11 +96,19 @@ def tame_hypothesis() -> None:
 
 settle()
 tame_hypothesis()
-gc.disable()  # until everything is imported, which leaves little garbage
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Import without looking for garbage, of which imports leave little."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def pytest_collection_finish() -> None:
-    gc.enable()
     gc.set_threshold(100_000, 20, 20)  # as the command line has it
     leave_to_rest()
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fedqsn_cli.kernels.jit import kernel
 
 RATE_LANES = 17
-_WINDOW, _SLACK = 10, 64  # half the width of the window in standard deviations, and in units beyond that
+WINDOW = 10, 64
 
 ROUND_CONSTANTS = np.array(
     [
@@ -169,7 +169,9 @@ def _select(state: Any, allowed: Any, low: Any, high: Any, mask: Any, where: Any
     return below, found
 
 
-def lowest_ranks(seed: bytes, allowed: NDArray[np.bool_], count: int) -> NDArray[np.bool_] | None:
+def lowest_ranks(
+    seed: bytes, allowed: NDArray[np.bool_], count: int, window: tuple[float, float] = WINDOW
+) -> NDArray[np.bool_] | None:
     """The `count` allowed units of lowest rank, ties by lowest index.
 
     Ranks are uniform, so the highest rank that is still chosen is within a narrow window around its expectation:
@@ -178,13 +180,15 @@ def lowest_ranks(seed: bytes, allowed: NDArray[np.bool_], count: int) -> NDArray
     Args:
         seed: of SHAKE-256, 32 bytes.
         allowed: which units may be chosen, shape (n,).
+        window: half its width, in standard deviations and in units beyond that.
 
     Returns:
         Shape (n,), or None in the practically impossible case that the window missed.
     """
     total = int(np.count_nonzero(allowed))
     share = count / total
-    spread = _WINDOW * (share * (1 - share) / total) ** 0.5 + _SLACK / total
+    deviations, slack = window
+    spread = deviations * (share * (1 - share) / total) ** 0.5 + slack / total
     low, high = (int(min(max(edge, 0.0), 1.0) * 2.0**64) for edge in (share - spread, share + spread))
     room = int(4 * spread * total) + 1024
     where, what = np.empty(room, np.int64), np.empty(room, np.uint64)
