@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from support.large_pages import use_large_pages
 from support.untrainable import accept_untrainable_models
 
 # What users, CI systems and parent processes leave in the environment and what would change outcomes. What the product
@@ -111,6 +112,7 @@ def pytest_collection() -> Iterator[None]:
 def pytest_collection_finish() -> None:
     gc.set_threshold(100_000, 20, 20)  # as the command line has it
     leave_to_rest()
+    use_large_pages()
 
 
 @pytest.hookimpl(trylast=True)
