@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, NamedTuple
 
-from benchmarks.study.settings import CONSOLIDATED_ENDING, LONG_ENDING, Cell, weighted
+from benchmarks.study.settings import CONSOLIDATED_ENDING, LONG_ENDING, NAMED, Cell, weighted
 
 POINT = 0.01  # of accuracy: the owner's skill is damaged if it drops by more
 TENTH = 0.1  # of the secret gain, for a language model
@@ -78,7 +78,8 @@ def _ended(results: Results, task: str, seed: int, plain: str, end: Mapping[str,
     """A job with another ending: what was sent is the same, and what an attacker gets."""
     job = results.get((task, seed, plain), {})
     sent = {key: job[key] for key in ("release", "curve", "weights", "attack") if key in job}
-    return sent | {"final": end} | {key: job.get(key) for key in ("never_sent", "bytes_down", "bytes_up")}
+    sent |= {key: job.get(key) for key in ("never_sent", "bytes_down", "bytes_up")}
+    return sent | {"final": end} | ({} if NAMED[plain].sends else {"never_sent": 1.0})
 
 
 def best_so_far(curve: Sequence[Mapping[str, Any]], key: str = "loss") -> dict[int, float]:

@@ -11,6 +11,7 @@ from benchmarks.study.svg import COLOURS, Panel, legend, page, steps
 
 TASKS = {TOPICS.name: "Topics (MiniLM encoder)", NEWS.name: "News (small Llama)"}
 SMALL_TASKS = {RELATED.name: "Related (tiny Llama)", NO_BASE.name: "No public base (tiny Llama)"}
+SHOWN_WEIGHT = 0.75
 LINES = ("red", "amber", "blue", "green", "violet", "grey")
 
 
@@ -53,7 +54,7 @@ def picture(rows: Sequence[Row]) -> str:
             _place(panel, rows, task, method, text)
         panels.append(panel.draw())
     names = [(text, colour_of(method), method.title) for text, method in shown]
-    foot = 895 + 20 * -(-len(names) // 3)
+    foot = 895 + 20 * -(-len(names) // 2)
     note = "".join(
         f'<text class="soft" x="40" y="{y}">{text}</text>'
         for y, text in (
@@ -61,13 +62,14 @@ def picture(rows: Sequence[Row]) -> str:
             (foot + 18, "Bars: range over seeds. Points beyond the axes lie on the edge."),
         )
     )
-    return page(1000, foot + 34, "Utility against what leaks", [*panels, legend(names, 40, 875, 3, 320), note])
+    return page(1000, foot + 34, "Utility against what leaks", [*panels, legend(names, 40, 875, 2, 480), note])
 
 
 def _measured(rows: Sequence[Row]) -> list[Method]:
-    """Methods and other endings that any task has."""
+    """Methods that any task has, and of consolidations those with one weight: others lie beside them."""
     known = {row.method for row in rows}
-    return [method for method in (*METHODS, *ENDED) if method.name in known]
+    ended = [method for method in ENDED if method.name.endswith(f"-w{SHOWN_WEIGHT:g}")]
+    return [method for method in (*METHODS, *ended) if method.name in known]
 
 
 def _place(panel: Panel, rows: Sequence[Row], task: str, method: Method, text: str) -> None:

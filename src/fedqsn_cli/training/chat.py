@@ -63,6 +63,9 @@ def _conversation(table: Table, row: int, messages: list[Any]) -> Messages:
         isinstance(turn, dict) and isinstance(turn.get("role"), str) and "content" in turn for turn in messages
     ):
         raise table.error("column 'messages' is not a list of objects with a role and a content", row=row)
+    for turn in messages:
+        if isinstance(turn["content"], str):
+            table.check_characters("messages", row, turn["content"])
     return [{key: value for key, value in turn.items() if value is not None or key == "content"} for turn in messages]
 
 
@@ -93,9 +96,11 @@ def _rendered(encoding: Encoding, table: Table, row: int, messages: Messages) ->
 
 def _span(encoding: Encoding, table: Table, row: int, messages: Messages, turn: int, text: str) -> tuple[int, int]:
     """The characters of one turn of the assistant. Raises DataError where rendered prefixes do not tell."""
-    prompt = _render(encoding, messages[:turn], prompt=True)
+    prompt = _render(encoding, messages[:turn], prompt=True) if turn else _first_prompt(encoding, messages)
     after = _render(encoding, messages[: turn + 1], prompt=False)
-    if not after.startswith(prompt):
+    if prompt is None:
+        what = "the assistant begins, and the chat template has no generation prompt"
+    elif not after.startswith(prompt):
         what = f"the chat template renders turn {turn + 1} otherwise than behind its own generation prompt"
     elif not text.startswith(after):
         what = f"the chat template renders turn {turn + 1} otherwise once other turns follow"
@@ -103,6 +108,16 @@ def _span(encoding: Encoding, table: Table, row: int, messages: Messages, turn: 
         return len(prompt), len(prompt) + len(_without_end(encoding, after[len(prompt) :]))
     hint = "mark the assistant's turns in the template with {% generation %}, or give prompt and completion"
     raise table.error(f"column 'messages': {what}, so what to learn is not known", row=row, hint=hint)
+
+
+def _first_prompt(encoding: Encoding, messages: Messages) -> str | None:
+    """The prompt of an assistant that begins: up to the generation prompt, as it stands behind the first turn.
+
+    `transformers` renders no conversation without a turn. None where the template has no generation prompt.
+    """
+    turn = _render(encoding, messages[:1], prompt=False)
+    added = _render(encoding, messages[:1], prompt=True).removeprefix(turn)
+    return turn[: turn.index(added) + len(added)] if added and added in turn else None
 
 
 def _without_end(encoding: Encoding, turn: str) -> str:
