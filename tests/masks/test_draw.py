@@ -272,19 +272,20 @@ def test_units_in_order_of_many_clients_take_no_memory_of_their_own() -> None:
     assert current < hidden.nbytes / 4
 
 
-def test_large_and_small_groups_are_drawn_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    large = hidden_units(KEY, GROUP, draw.STREAM_FROM, 0.3)
-    client = client_units(KEY, GROUP, large, 0.1, client_scope("a", 1))
-    monkeypatch.setattr(draw, "STREAM_FROM", 2**60)
-    assert (hidden_units(KEY, GROUP, large.size, 0.3) == large).all()
-    assert (client_units(KEY, GROUP, large, 0.1, client_scope("a", 1)) == client).all()
+def test_units_of_large_groups_are_those_of_lowest_rank() -> None:
+    n, scope = draw.STREAM_FROM, client_scope("a", 1)
+    server, client = ranks(KEY, SERVER, GROUP, n), ranks(KEY, scope, GROUP, n)
+    hidden = hidden_units(KEY, GROUP, n, 0.3)
+    assert hidden.sum() == round(0.3 * n) and server[hidden].max() < server[~hidden].min()
+    more = client_units(KEY, GROUP, hidden, 0.1, scope)
+    shown = ~hidden & ~more
+    assert more.sum() == round(0.1 * (n - hidden.sum())) and not (more & hidden).any()
+    assert client[more].max() < client[shown].min()
 
 
-def test_a_missed_window_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shake256, "_WINDOW", 0.0)
-    monkeypatch.setattr(shake256, "_SLACK", 0.0)
+def test_a_missed_window_is_noticed() -> None:
     allowed = np.ones(1000, np.bool_)
-    assert shake256.lowest_ranks(KEY, allowed, 500) is None
+    assert shake256.lowest_ranks(KEY, allowed, 500, window=(0.0, 0.0)) is None
 
 
 def test_a_seed_that_does_not_fit_one_block_is_a_bug() -> None:

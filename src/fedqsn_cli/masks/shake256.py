@@ -16,7 +16,7 @@ from fedqsn_cli.kernels.jit import kernel
 
 RATE_LANES = 17
 _TOP = 2**64 - 1  # the highest rank
-_WINDOW, _SLACK = 10, 64  # half the width of the window in standard deviations, and in units beyond that
+WINDOW = 10, 64
 
 ROUND_CONSTANTS = np.array(
     [
@@ -183,7 +183,9 @@ class LastChosen:
     unit: int
 
 
-def lowest_ranks(seed: bytes, allowed: NDArray[np.bool_], count: int) -> tuple[NDArray[np.bool_], LastChosen] | None:
+def lowest_ranks(
+    seed: bytes, allowed: NDArray[np.bool_], count: int, window: tuple[float, float] = WINDOW
+) -> tuple[NDArray[np.bool_], LastChosen] | None:
     """The `count` allowed units of lowest rank, ties by lowest index, and the last of them.
 
     Ranks are uniform, so the highest rank that is still chosen is within a narrow window around its expectation:
@@ -192,13 +194,15 @@ def lowest_ranks(seed: bytes, allowed: NDArray[np.bool_], count: int) -> tuple[N
     Args:
         seed: of SHAKE-256, 32 bytes.
         allowed: which units may be chosen, shape (n,).
+        window: half its width, in standard deviations and in units beyond that.
 
     Returns:
         Shape (n,), or None in the practically impossible case that the window missed.
     """
     total = int(np.count_nonzero(allowed))
     share = count / total
-    spread = _WINDOW * (share * (1 - share) / total) ** 0.5 + _SLACK / total
+    deviations, slack = window
+    spread = deviations * (share * (1 - share) / total) ** 0.5 + slack / total
     low, high = (min(int(min(max(edge, 0.0), 1.0) * 2.0**64), _TOP) for edge in (share - spread, share + spread))
     room = int(4 * spread * total) + 1024
     where, what = np.empty(room, np.int64), np.empty(room, np.uint64)
