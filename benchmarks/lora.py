@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.synthetic import SHAPES, write, write_file
+from benchmarks.synthetic import SHAPES, bulk_digest, write, write_file
 from benchmarks.training import CLIP, LR, WEIGHT_DECAY, tokenizer
 
 RANK = 16
@@ -160,7 +160,10 @@ def _describe(target: Path, names: list[str], release: Any, examples: int) -> No
         adapters={
             name: AdapterRecord(module=_module(name), rank=RANK, scaling=1.0, transposed=False) for name in names
         },
-        files={path.name: file_digest(path) for path in target.iterdir()},
+        files={
+            path.name: bulk_digest(path) if path.suffix == ".safetensors" else file_digest(path)
+            for path in target.iterdir()
+        },
     )
     (target / UPDATE_MANIFEST).write_bytes(manifest_bytes(manifest))
 

@@ -126,5 +126,16 @@ def write_file(path: Path, tensors: dict[str, tuple[int, ...]], dtype: str, devi
                 file.write(weights.view(np.uint16)[1::2].tobytes() if dtype == "BF16" else weights)
 
 
+def bulk_digest(path: Path) -> str:
+    """The digest that `client-train` records of a file of tensors."""
+    from fedqsn_cli.kernels.digests import new_hash, written
+
+    digest = new_hash("blake3")
+    with path.open("rb") as file:
+        while data := file.read(CHUNK):
+            digest.update(data)
+    return written("blake3", digest)
+
+
 if __name__ == "__main__":
     write(SHAPES[sys.argv[1]], Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0)

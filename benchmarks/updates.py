@@ -5,11 +5,10 @@ One update for each release in the ledger: numbers a hundredth of the weights' s
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from pathlib import Path
 
-from benchmarks.synthetic import write_file
+from benchmarks.synthetic import bulk_digest, write_file
 
 
 def write(model: str, key: str, ledger: str, form: str, folder: Path) -> None:
@@ -37,8 +36,6 @@ def write(model: str, key: str, ledger: str, form: str, folder: Path) -> None:
         }
         path = target / UPDATE_TENSORS
         write_file(path, shapes, {"fp32": "F32", "bf16": "BF16"}[form], 2e-4, 1000 + number)
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         manifest = UpdateManifest.model_validate(
             {
                 "proxy_id": release.proxy_id,
@@ -48,7 +45,7 @@ def write(model: str, key: str, ledger: str, form: str, folder: Path) -> None:
                 "losses": Losses(first=1.0, last=0.9, eval_before=None, eval_after=None),
                 "precision": form,
                 "tool": "fedqsn benchmarks",
-                "files": {path.name: digest},
+                "files": {path.name: bulk_digest(path)},
             }
         )
         (target / UPDATE_MANIFEST).write_bytes(manifest_bytes(manifest))

@@ -22,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for cell in runner.chosen(found, [options.cell]):
             runner.execute(cell, work)
         return 0
+    if options.published:
+        print(f"{report.adopt(found, work, out)} cells of {options.out / report.RESULTS} are taken over")
     failed = 0
     if not options.report:
         runner.sweep(work)
@@ -47,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", action="append", default=[], metavar="GLOB", help="cells by name: topics/0/strong")
     parser.add_argument("--long", action="store_true", help="attacks with more sizes, too, at the first seed")
     parser.add_argument("--smoke", action="store_true", help="tiny data and models: try out, measure nothing")
+    parser.add_argument("--published", action="store_true", help="take over what results.json holds, run what it lacks")
     parser.add_argument("--report", action="store_true", help="run nothing, write the report again")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     return parser

@@ -1,7 +1,7 @@
 """The articles, and who holds which: every article goes to one party only.
 
-topics    A: pieces of the bodies of articles on A_TOPICS    B: titles of articles on all topics
-news-lm   base: BASE_TOPICS    A: SECRET_TOPICS    B: CLIENT_TOPICS, pieces of bodies for all
+classifier        A: pieces of the bodies of articles on the secret topics    B: titles on the clients' topics
+language models   pieces of the bodies of articles, on the base's topics, the secret ones and the clients'
 """
 
 from __future__ import annotations
@@ -17,13 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.study.settings import Task
+from benchmarks.study.settings import LABELS, Task
 
-LABELS = ("business", "entertainment", "politics", "sports", "tech")
-A_TOPICS = ("business", "politics", "sports")
-BASE_TOPICS = ("business", "politics")
-SECRET_TOPICS = ("sports",)
-CLIENT_TOPICS = ("entertainment", "tech")
+TRANSFER = 300  # unlabelled titles to consolidate a classifier with, fewer where no more articles are left
 SKEW = 5.0  # Dirichlet: clients' topics differ a little
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "examples" / "quickstart"
@@ -80,7 +76,7 @@ def deal(task: Task, seed: int) -> Parts:
     pool = list(made_up() if task.smoke else articles())
     rng.shuffle(pool)
     dealer = _Dealer(task, pool, rng)
-    parts = _topics(dealer, seed) if task.name == "topics" else _news(dealer, seed)
+    parts = _topics(dealer, seed) if task.kind == "classifier" else _news(dealer, seed)
     for rows in parts.values():
         rng.shuffle(rows)
     return parts
@@ -119,30 +115,31 @@ class _Dealer:
 
 def _topics(dealer: _Dealer, seed: int) -> Parts:
     task = dealer.task
-    rest = [label for label in LABELS if label not in A_TOPICS]
+    rest = [label for label in task.client_topics if label not in task.secret_topics]
     parts = {
-        "test_a": dealer.bodies(A_TOPICS, task.test_a),
-        "dev": dealer.bodies(A_TOPICS, task.dev_a),
-        "owner": dealer.bodies(A_TOPICS, round(0.9 * task.owner)) + dealer.bodies(rest, task.owner // 10),
-        "public": dealer.bodies(A_TOPICS, task.public),
-        "test_b": _titles(dealer.articles(LABELS, task.test_b)),
+        "test_a": dealer.bodies(task.secret_topics, task.test_a),
+        "dev": dealer.bodies(task.secret_topics, task.dev_a),
+        "owner": dealer.bodies(task.secret_topics, round(0.9 * task.owner)) + dealer.bodies(rest, task.owner // 10),
+        "public": dealer.bodies(task.secret_topics, task.public),
+        "test_b": _titles(dealer.articles(task.client_topics, task.test_b)),
     }
-    parts["dev"] += _titles(dealer.articles(LABELS, task.dev_b))
-    found = dealer.articles(LABELS, task.client * task.clients)
-    return parts | {name: _titles(some) for name, some in _split(found, task, seed).items()}
+    parts["dev"] += _titles(dealer.articles(task.client_topics, task.dev_b))
+    found = dealer.articles(task.client_topics, task.client * task.clients)
+    parts |= {name: _titles(some) for name, some in _split(found, task, seed).items()}
+    return parts | {"transfer": _titles(dealer.articles(task.client_topics, TRANSFER))}
 
 
 def _news(dealer: _Dealer, seed: int) -> Parts:
     task = dealer.task
     parts = {
-        "test_a": dealer.bodies(SECRET_TOPICS, task.test_a),
-        "dev": dealer.bodies(SECRET_TOPICS, task.dev_a) + dealer.bodies(CLIENT_TOPICS, task.dev_b),
-        "public": dealer.bodies(SECRET_TOPICS, task.public),
-        "owner": dealer.bodies(SECRET_TOPICS, task.owner),
-        "test_b": dealer.bodies(CLIENT_TOPICS, task.test_b),
-        "base": dealer.pieces(dealer.articles(BASE_TOPICS, len(LABELS) * 1000)),
+        "test_a": dealer.bodies(task.secret_topics, task.test_a),
+        "dev": dealer.bodies(task.secret_topics, task.dev_a) + dealer.bodies(task.client_topics, task.dev_b),
+        "public": dealer.bodies(task.secret_topics, task.public),
+        "owner": dealer.bodies(task.secret_topics, task.owner),
+        "test_b": dealer.bodies(task.client_topics, task.test_b),
+        "base": dealer.pieces(dealer.articles(task.base_topics, len(LABELS) * 1000)),
     }
-    found = dealer.articles(CLIENT_TOPICS, -(-task.client * task.clients // task.pieces))
+    found = dealer.articles(task.client_topics, -(-task.client * task.clients // task.pieces))
     return parts | {name: dealer.pieces(some) for name, some in _split(found, task, seed).items()}
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, NamedTuple
 
-from benchmarks.study.settings import BLENDS_ENDING, LONG_ENDING, Cell
+from benchmarks.study.settings import CONSOLIDATED_ENDING, LONG_ENDING, NAMED, Cell, weighted
 
 POINT = 0.01  # of accuracy: the owner's skill is damaged if it drops by more
 TENTH = 0.1  # of the secret gain, for a language model
@@ -63,9 +63,23 @@ def rows(results: Results) -> list[Row]:
     """All figures."""
     found = []
     for (task, seed, method), result in results.items():
-        if method not in {"world", "floor"} and not method.endswith((LONG_ENDING, BLENDS_ENDING)):
+        if method.endswith(CONSOLIDATED_ENDING):
+            plain = method.removesuffix(CONSOLIDATED_ENDING)
+            found += [
+                _row(results, task, seed, weighted(plain, one["weight"]), _ended(results, task, seed, plain, one))
+                for one in result["consolidated"]
+            ]
+        elif "final" in result:
             found.append(_row(results, task, seed, method, result))
     return found
+
+
+def _ended(results: Results, task: str, seed: int, plain: str, end: Mapping[str, Any]) -> dict[str, Any]:
+    """A job with another ending: what was sent is the same, and what an attacker gets."""
+    job = results.get((task, seed, plain), {})
+    sent = {key: job[key] for key in ("release", "curve", "weights", "attack") if key in job}
+    sent |= {key: job.get(key) for key in ("never_sent", "bytes_down", "bytes_up")}
+    return sent | {"final": end} | ({} if NAMED[plain].sends else {"never_sent": 1.0})
 
 
 def best_so_far(curve: Sequence[Mapping[str, Any]], key: str = "loss") -> dict[int, float]:
@@ -82,17 +96,21 @@ def best_so_far(curve: Sequence[Mapping[str, Any]], key: str = "loss") -> dict[i
 def curve_of(results: Results, task: str, seed: int, method: str) -> list[Mapping[str, Any]]:
     """The attack curve of a method, with the sizes that were measured apart."""
     short = results.get((task, seed, method), {}).get("curve", [])
+    return [*short, *_more_sizes(results, task, seed, method)]
+
+
+def _more_sizes(results: Results, task: str, seed: int, method: str) -> list[Mapping[str, Any]]:
     long = results.get((task, seed, method + LONG_ENDING), {}).get("curve", [])
-    return [*short, *(point for point in long if point["n"] > 0)]
+    return [point for point in long if point["n"] > 0]
 
 
 def _row(results: Results, task: str, seed: int, method: str, result: Mapping[str, Any]) -> Row:
     world = results.get((task, seed, "world"))
-    curve = curve_of(results, task, seed, method)
+    curve = [*result.get("curve", []), *_more_sizes(results, task, seed, method)]
     floor = best_so_far(curve_of(results, task, seed, "floor"))
     attack = best_so_far(curve)
-    if method == "local":  # nothing is sent: he has the examples alone
-        attack = floor
+    if "curve" not in result:  # nothing was sent, or nothing was attacked
+        attack = floor if result.get("never_sent") == 1.0 else {}
     final, release = result["final"], result.get("release", {"a": {}, "b": {}})
     figures: dict[str, float | None] = {
         "final_a_loss": final["a"]["loss"],
@@ -104,11 +122,11 @@ def _row(results: Results, task: str, seed: int, method: str, result: Mapping[st
         "proxy_b_loss": release["b"].get("loss"),
         "proxy_b": release["b"].get("accuracy"),
         "never_sent": result["never_sent"],
-        "mb_down": result["bytes_down"] / 1e6,
-        "mb_up": result["bytes_up"] / 1e6,
+        "mb_down": _megabytes(result["bytes_down"]),
+        "mb_up": _megabytes(result["bytes_up"]),
         "weights": result.get("weights"),
         "blend": result.get("blend"),
-        "seconds": result["seconds"],
+        "seconds": result.get("seconds"),
         "attack_a_64": best_so_far(curve, "accuracy").get(64),
         "attack_a_loss_64": attack.get(64),
     }
@@ -128,6 +146,10 @@ def _row(results: Results, task: str, seed: int, method: str, result: Mapping[st
     return Row(task, seed, method, figures, recovered, added)
 
 
+def _megabytes(count: int | None) -> float | None:
+    return None if count is None else count / 1e6
+
+
 def _utility(
     final: Mapping[str, Any], owner: Mapping[str, Any], fedavg: Mapping[str, Any] | None
 ) -> dict[str, float | None]:
@@ -145,21 +167,27 @@ def share(start: float, reached: float, whole: float) -> float | None:
     return (start - reached) / (start - whole) if start > whole else None
 
 
-def blended(results: Results, task: str, method: str) -> list[tuple[float, Spread | None, Spread | None]]:
-    """λ, share of FedAvg's gain on B, and share of A's secret gain that is left, over all seeds."""
+def ended(
+    results: Results, task: str, method: str, endings: str, by: str
+) -> list[tuple[float, Spread | None, Spread | None]]:
+    """Other endings of a job, over all seeds: λ or w, share of FedAvg's gain on B, share of A's secret gain left.
+
+    Args:
+        endings: blends or consolidated. by: blend or weight.
+    """
     found: dict[float, list[tuple[float | None, float | None]]] = {}
     for (name, seed, made), result in results.items():
         world, fedavg = (results.get((task, seed, other)) for other in ("world", "fedavg"))
         if (name, made) != (task, method) or world is None or fedavg is None:
             continue
         owner, base = world["owner"], world["base"]
-        for one in result["blends"]:
+        for one in result[endings]:
             gain = share(owner["b"]["loss"], one["b"]["loss"], fedavg["final"]["b"]["loss"])
             left = share(base["a"]["loss"], one["a"]["loss"], owner["a"]["loss"])
-            found.setdefault(one["blend"], []).append((gain, left))
+            found.setdefault(one[by], []).append((gain, left))
     return [
-        (blend, Spread.of(gain for gain, _ in pairs), Spread.of(left for _, left in pairs))
-        for blend, pairs in sorted(found.items())
+        (end, Spread.of(gain for gain, _ in pairs), Spread.of(left for _, left in pairs))
+        for end, pairs in sorted(found.items())
     ]
 
 

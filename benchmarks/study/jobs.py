@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.attack import audited
-from benchmarks.study.settings import Cell, Method
+from benchmarks.study.settings import START, Cell, Method
 from benchmarks.study.training import MANY, rate
 from benchmarks.study.worlds import World
 
@@ -65,10 +65,12 @@ class Job:
     def hiding(self) -> dict[str, Any]:
         """Options that `mask` and `export_proxy` share."""
         method = self.method
-        base = {"public_base": str(self.place.base)} if method.fill == "base" else {}
+        more = {"public_base": str(self.place.base)} if method.fill == "base" else {}
+        if method.layers is not None:
+            more["layers"] = method.layers
         if method.preset is not None:
-            return {"preset": method.preset, "schedule": method.schedule, **base}
-        return {"fill": method.fill, "where": method.where, "schedule": method.schedule, **base}
+            return {"preset": method.preset, "schedule": method.schedule, **more}
+        return {"fill": method.fill, "where": method.where, "schedule": method.schedule, **more}
 
     def mask(self) -> Path:
         """The server model. The key is drawn from the seed, so that the study can be repeated."""
@@ -173,6 +175,43 @@ class Job:
             made = merge(str(self.place.owner), [], out, key=self.key, restore=str(server), **chosen)
         return out, made
 
+    def consolidate(self, server: Path, weight: float) -> Path:
+        """The final model by consolidation. A language model writes its transfer texts; a classifier has titles."""
+        from fedqsn_cli import consolidate
+
+        task, out = self.place.task, self.folder / f"consolidated-{weight:g}"
+        texts: dict[str, Any] = {"transfer_data": self.place.data("transfer")}
+        if task.kind == "language model":
+            texts = dict(zip(("written_examples", "written_length"), task.written, strict=True))
+        if self.method.train == "all":
+            texts["public_base"] = str(self.place.base)
+        with self.clock.part("consolidate"):
+            consolidate(
+                str(self.place.owner),
+                str(server),
+                out,
+                key=self.key,
+                own_data=self.place.data("owner"),
+                blend=START if self.method.hides else 1.0,
+                transfer_weight=weight,
+                steps=task.consolidate_steps,
+                lr=task.consolidate_lr,
+                batch_size=task.consolidate_batch,
+                max_length=task.max_length,
+                device="cpu",
+                seed=self.cell.seed,
+                **texts,
+            )
+        return out
+
+    def trained(self) -> Path:
+        """The server model after all rounds."""
+        server = self.mask()
+        for number in range(1, self.place.task.rounds + 1):
+            self.export(server, number)
+            server = self.merge(server, number)
+        return server
+
 
 def play(cell: Cell, place: World, folder: Path, floor: Mapping[int, float]) -> dict[str, Any]:
     """The whole job: what the clients' training made of the owner's model, and what the first proxies gave away."""
@@ -203,6 +242,8 @@ def released(job: Job, proxies: Path) -> dict[str, Any]:
     """How good the first client's proxy is as it was sent, and the best attack on all of them."""
     place = job.place
     folders = [proxies / name for name in place.clients]
+    if not job.method.sends:  # the first proxies are the public base: what it gives away was measured with the base
+        return {"release": place.scores(folders[0])}
     with job.clock.part("audit"):
         attack = audited(place, job.key, job.ledger, folders, job.cell.sizes, job.floor)
     return {"release": place.scores(folders[0]), **attack}
@@ -215,12 +256,32 @@ def curve(cell: Cell, place: World, folder: Path, floor: Mapping[int, float]) ->
     return released(job, proxies) | {"parts": job.clock.seconds}
 
 
+def endings(cell: Cell, place: World, folder: Path, floor: Mapping[int, float]) -> dict[str, Any]:
+    """The job without an attack, restored with every blend of the cell, and consolidated with every weight."""
+    job = Job(cell, place, folder, floor)
+    server = job.trained()
+    return {
+        "blends": [blended(job, server, blend) for blend in cell.blends],
+        "consolidated": [consolidated(job, server, weight) for weight in cell.weights],
+        "parts": job.clock.seconds,
+    }
+
+
 def blended(job: Job, server: Path, blend: float) -> dict[str, Any]:
     """How good the model is with a blend."""
-    final, _ = job.restore(server, blend)
+    return {"blend": blend, **_scored(job, job.restore(server, blend)[0])}
+
+
+def consolidated(job: Job, server: Path, weight: float) -> dict[str, Any]:
+    """How good the model is when it is consolidated with a weight."""
+    return {"weight": weight, **_scored(job, job.consolidate(server, weight))}
+
+
+def _scored(job: Job, final: Path) -> dict[str, Any]:
+    """Scores of a model that is not needed any more."""
     scores = job.place.scores(final)
     shutil.rmtree(final)
-    return {"blend": blend, **scores}
+    return scores
 
 
 def folder_bytes(folder: Path) -> int:

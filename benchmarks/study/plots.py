@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 
 from benchmarks.study.figures import Results, Row, keeps_a, share, spread, spread_at
-from benchmarks.study.settings import LONG, METHODS, NEWS, SIZES, TOPICS, Method
+from benchmarks.study.settings import ENDED, LONG, METHODS, NEWS, NO_BASE, RELATED, SIZES, TOPICS, Method
 from benchmarks.study.svg import COLOURS, Panel, legend, page, steps
 
 TASKS = {TOPICS.name: "Topics (MiniLM encoder)", NEWS.name: "News (small Llama)"}
+SMALL_TASKS = {RELATED.name: "Related (tiny Llama)", NO_BASE.name: "No public base (tiny Llama)"}
+SHOWN_WEIGHT = 0.75
 LINES = ("red", "amber", "blue", "green", "violet", "grey")
 
 
@@ -31,12 +33,13 @@ def colour_of(method: Method) -> str:
 
 def picture(rows: Sequence[Row]) -> str:
     """What a method keeps of FedAvg's gain, against what the best attacker gets of the secret."""
+    shown = [(str(number), method) for number, method in enumerate(_measured(rows), 1)]
     panels = []
-    for number, (task, title) in enumerate(TASKS.items()):
+    for number, (task, title) in enumerate((TASKS | SMALL_TASKS).items()):
         panel = Panel(
             title,
-            76 + 500 * number,
-            40,
+            76 + 500 * (number % 2),
+            40 + 430 * (number // 2),
             400,
             330,
             (-0.1, 1.1),
@@ -47,18 +50,26 @@ def picture(rows: Sequence[Row]) -> str:
             steps(0.0, 1.25, 5, _percent),
         )
         panel.area((-0.1, 0.5), (0.9, 1.25), "less than half the secret, nine tenths of the gain")
-        for index, method in enumerate(METHODS, 1):
-            _place(panel, rows, task, method, str(index))
+        for text, method in shown:
+            _place(panel, rows, task, method, text)
         panels.append(panel.draw())
-    names = [(str(index), colour_of(method), method.title) for index, method in enumerate(METHODS, 1)]
+    names = [(text, colour_of(method), method.title) for text, method in shown]
+    foot = 895 + 20 * -(-len(names) // 2)
     note = "".join(
         f'<text class="soft" x="40" y="{y}">{text}</text>'
         for y, text in (
-            (586, "Hollow: the owner's own skill dropped (by more than 1 point; for the Llama, by more than a tenth)."),
-            (604, "Bars: range over seeds. Points beyond the axes lie on the edge."),
+            (foot, "Hollow: the owner's own skill dropped (by more than 1 point; for a Llama, by more than a tenth)."),
+            (foot + 18, "Bars: range over seeds. Points beyond the axes lie on the edge."),
         )
     )
-    return page(1000, 620, "Utility against what leaks", [*panels, legend(names, 40, 445, 3, 320), note])
+    return page(1000, foot + 34, "Utility against what leaks", [*panels, legend(names, 40, 875, 2, 480), note])
+
+
+def _measured(rows: Sequence[Row]) -> list[Method]:
+    """Methods that any task has, and of consolidations those with one weight: others lie beside them."""
+    known = {row.method for row in rows}
+    ended = [method for method in ENDED if method.name.endswith(f"-w{SHOWN_WEIGHT:g}")]
+    return [method for method in (*METHODS, *ended) if method.name in known]
 
 
 def _place(panel: Panel, rows: Sequence[Row], task: str, method: Method, text: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from benchmarks.study import figures, plots, runner, tables
 from benchmarks.study.figures import Results, Row
 from benchmarks.study.settings import Cell
 
+RESULTS = "results.json"
+SHARED = {"machine": "machines", "versions": "versions"}  # of a cell: where a document has it
 BEGIN, END = "<!-- {name}: generated -->", "<!-- end of {name} -->"
 
 
@@ -20,7 +22,7 @@ def write(found: Sequence[Cell], work: Path, out: Path) -> None:
     pairs = [(cell, runner.load(cell, work)) for cell in found]
     out.mkdir(parents=True, exist_ok=True)
     document = collected(pairs)
-    (out / "results.json").write_text(json.dumps(document, indent=1) + "\n")
+    (out / RESULTS).write_text(json.dumps(document, indent=1) + "\n")
     publish(figures.table_of(pairs), out)
 
 
@@ -38,14 +40,32 @@ def collected(pairs: Sequence[tuple[Cell, dict[str, Any] | None]]) -> dict[str, 
     """All cells as one document; machine and versions once where they are the same for all."""
     cells = [result for _, result in pairs if result is not None]
     rows = figures.rows(figures.table_of(pairs))
+    once = {plural: _different(cells, key) for key, plural in SHARED.items()}
     return {
         "missing": [cell.name for cell, result in pairs if result is None],
         "failed": [result["name"] for result in cells if "error" in result],
-        "machines": _different(cells, "machine"),
-        "versions": _different(cells, "versions"),
+        **once,
         "figures": [_plain(row) for row in rows],
-        "cells": [{key: value for key, value in one.items() if key not in {"machine", "versions"}} for one in cells],
+        "cells": [one | {key: once[plural].index(one.get(key)) for key, plural in SHARED.items()} for one in cells],
     }
+
+
+def published(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The cells of a document as they were collected."""
+    for one in document["cells"]:
+        yield one | {key: document[plural][one[key]] for key, plural in SHARED.items()}
+
+
+def adopt(found: Sequence[Cell], work: Path, out: Path) -> int:
+    """Take over cells of the published report that are not there; returns how many. Other settings are other cells."""
+    known = {one["name"]: one for one in published(json.loads((out / RESULTS).read_text()))}
+    taken = 0
+    for cell in found:
+        result = known.get(cell.name)
+        if result is not None and result["settings"] == cell.settings and not runner.done(cell, work):
+            runner.keep(cell, work, result)
+            taken += 1
+    return taken
 
 
 def _different(cells: Sequence[dict[str, Any]], key: str) -> list[Any]:

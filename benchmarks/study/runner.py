@@ -152,9 +152,16 @@ def _measured(cell: Cell, place: World, folder: Path, floor: dict[int, float]) -
         "largest": trials.largest,
         "replacement": trials.replacement,
         "layers": trials.layers,
-        "blends": trials.blends,
+        "blends": jobs.endings,
+        "consolidated": jobs.endings,
     }
     return players[cell.method.kind](cell, place, folder, floor)
+
+
+def keep(cell: Cell, work: Path, result: dict[str, Any]) -> None:
+    """Keep a cell's result that was made elsewhere."""
+    (work / "cells").mkdir(parents=True, exist_ok=True)
+    _write(path_of(cell, work), result)
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:

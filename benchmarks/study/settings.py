@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 VERSION = 2  # of what a cell holds; another one makes all cells anew
@@ -22,6 +22,7 @@ Kind = Literal[
     "replacement",
     "layers",
     "blends",
+    "consolidated",
 ]
 
 
@@ -35,9 +36,17 @@ class Task:
         pieces: how many examples are cut from one article at most. words: of one example.
         pretrain_steps: of the base, 0 where it is a real one. owner_lr, base_lr, lr: learning rates; lr is a client's.
         round_steps: optimizer steps of one client in one round.
+        consolidate_steps, consolidate_lr, consolidate_batch: of a consolidation. written: texts that it writes itself,
+            where it has no others, and tokens of one.
+        width, layers, vocabulary: of a language model.
+        sizes: numbers of public examples that an attacker has.
     """
 
     name: str
+    kind: Literal["classifier", "language model"] = "language model"
+    base_topics: tuple[str, ...] = ("business", "politics")
+    secret_topics: tuple[str, ...] = ("sports",)
+    client_topics: tuple[str, ...] = ("entertainment", "tech")
     test_a: int = 400
     test_b: int = 400
     dev_a: int = 100
@@ -57,10 +66,29 @@ class Task:
     lr: float = 2e-4
     rounds: int = 2
     round_steps: int = 30
+    consolidate_steps: int = 150
+    consolidate_lr: float = 5e-4
+    consolidate_batch: int = 32
+    written: tuple[int, int] = (2000, 28)
+    width: int = 128
+    layers: int = 4
+    vocabulary: int = 2000
+    sizes: tuple[int, ...] = (64, 256)
     smoke: bool = False
 
 
-TOPICS = Task("topics", words=8, max_length=16, owner_steps=300)
+LABELS = ("business", "entertainment", "politics", "sports", "tech")
+TOPICS = Task(
+    "topics",
+    kind="classifier",
+    secret_topics=("business", "politics", "sports"),
+    client_topics=LABELS,
+    words=8,
+    max_length=16,
+    owner_steps=300,
+    consolidate_steps=100,
+    consolidate_lr=5e-5,
+)
 NEWS = Task(
     "news-lm",
     test_a=200,
@@ -75,6 +103,33 @@ NEWS = Task(
     owner_lr=1e-3,
     lr=3e-4,
 )
+RELATED = Task(
+    "related",
+    base_topics=("business",),
+    secret_topics=("politics", "sports"),
+    test_a=150,
+    test_b=150,
+    owner=2400,
+    public=256,
+    client=150,
+    pieces=8,
+    words=12,
+    max_length=24,
+    pretrain_steps=100,
+    base_lr=2e-3,
+    owner_steps=600,
+    owner_lr=2e-3,
+    lr=1e-3,
+    consolidate_steps=100,
+    consolidate_lr=1e-3,
+    consolidate_batch=16,
+    written=(800, 20),
+    width=64,
+    vocabulary=1000,
+    sizes=(64,),
+)
+NO_BASE = replace(RELATED, name="no-base", pretrain_steps=0)
+TASKS = (RELATED, NO_BASE, TOPICS, NEWS)
 
 _TINY: dict[str, Any] = {
     "test_a": 24,
@@ -90,17 +145,17 @@ _TINY: dict[str, Any] = {
     "clients": 2,
     "max_length": 16,
     "words": 10,
+    "consolidate_steps": 2,
+    "written": (8, 8),
     "smoke": True,
 }
 
 
 def tasks(smoke: bool) -> tuple[Task, ...]:
-    """Both tasks, in full or tiny."""
+    """All tasks, in full or tiny."""
     if not smoke:
-        return (TOPICS, NEWS)
-    return tuple(
-        Task(**{**asdict(task), **_TINY, "pretrain_steps": min(2, task.pretrain_steps)}) for task in (TOPICS, NEWS)
-    )
+        return TASKS
+    return tuple(replace(task, **_TINY, pretrain_steps=min(2, task.pretrain_steps)) for task in TASKS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +166,7 @@ class Method:
         title: as tables and plots write it.
         kind: job for what the product's own functions do from end to end; curve for its attack alone, with more sizes;
             the others as rivals.py and trials.py have them.
-        p1, p2, number_format, fill, where, schedule, train, preset: as `mask` and `export_proxy` take them.
+        p1, p2, number_format, fill, where, layers, schedule, train, preset: as `mask` and `export_proxy` take them.
         control: the owner trains along on his own data, and `merge` takes that off.
         headline: with more sizes of the attacker's data, and with fixed blends at the first seed.
         ablation: at the first seed only.
@@ -125,6 +180,7 @@ class Method:
     number_format: str = "nf4"
     fill: Literal["zero", "base"] = "zero"
     where: str = "all"
+    layers: str | None = None
     schedule: Literal["fresh", "sticky"] = "fresh"
     train: Literal["visible", "all"] = "visible"
     preset: str | None = None
@@ -136,6 +192,11 @@ class Method:
     def hides(self) -> bool:
         """Does the server mask hide anything?"""
         return self.p1 > 0
+
+    @property
+    def sends(self) -> bool:
+        """Does anything of the owner's model leave the owner?"""
+        return self.p1 < 1
 
 
 def _filled(p1: float, **more: Any) -> Method:
@@ -175,8 +236,19 @@ FEDAVG = Method("fedavg", "FedAvg", number_format="none")
 WORLD = Method("world", "owner and base", kind="world")
 FLOOR = Method("floor", "public base only", kind="floor")
 
+NOTHING = Method(
+    "nothing-sent",
+    "nothing sent (p1 = 1)",
+    p1=1.0,
+    fill="base",
+    schedule="sticky",
+    train="all",
+    preset="base-only",
+)
+
 METHODS: tuple[Method, ...] = (
     FEDAVG,
+    NOTHING,
     STRONG,
     PAPER,
     _all(0.9, headline=True),
@@ -192,7 +264,20 @@ METHODS: tuple[Method, ...] = (
     _all(0.5),
     _filled(0.3),
     _filled(0.1),
+    Method(
+        "bottom",
+        "the lower half hidden (layers 0 and 1, base fill)",
+        p1=0.99,
+        fill="base",
+        layers="0-1",
+        schedule="sticky",
+        train="all",
+    ),
+    Method("zero-0.5", "masks on all layers, zero fill, p1 = 0.5", p1=0.5, p2=0.1),
+    Method("zero-0.9", "masks on all layers, zero fill, p1 = 0.9", p1=0.9, p2=0.1),
+    Method("zero-bottom", "the lower half hidden (layers 0 and 1, zero fill)", p1=0.99, layers="0-1"),
 )
+NAMED = {method.name: method for method in METHODS}
 
 
 def _trial(name: str, title: str, **more: Any) -> Method:
@@ -211,18 +296,56 @@ ABLATIONS: tuple[Method, ...] = (
 )
 
 
-def _blends(method: Method) -> Method:
-    """The same job without its attack, restored with many blends."""
-    return Method(**(asdict(method) | {"name": f"{method.name}{BLENDS_ENDING}", "kind": "blends", "headline": False}))
+def _without_attack(method: Method, kind: Kind, ending: str) -> Method:
+    """The same job without its attack, ended in several ways."""
+    return replace(method, name=f"{method.name}{ending}", kind=kind, headline=False)
 
 
 BLENDS_ENDING = "-blends"
-CHOICES = tuple(_blends(_all(p1)) for p1 in (0.5, 0.8, 0.9))
+CONSOLIDATED_ENDING = "-consolidated"
+CHOICES = tuple(_without_attack(_all(p1), "blends", BLENDS_ENDING) for p1 in (0.5, 0.8, 0.9))
+CONSOLIDATED = tuple(
+    _without_attack(method, "consolidated", CONSOLIDATED_ENDING) for method in (NOTHING, FEDAVG, _all(0.9), _all(0.5))
+)
 
-SIZES = (64, 256)
+WEIGHTS = (0.5, 0.75, 1.0)  # of the clients' teacher in a consolidation
+START = 0.9  # the blend that a consolidation starts from
+
+
+def weighted(method: str, weight: float) -> str:
+    """The name of a job that ended with a consolidation."""
+    return f"{method}-w{weight:g}"
+
+
+# Jobs that ended with a consolidation, as tables and plots have them beside the methods.
+ENDED = tuple(
+    replace(
+        method,
+        name=weighted(method.name.removesuffix(CONSOLIDATED_ENDING), weight),
+        title=f"{method.title}, consolidated, w = {weight:g}",
+    )
+    for method in CONSOLIDATED
+    for weight in WEIGHTS
+)
+
+# What each task plays: with public base, the one that has none, and the two that are played in full.
+_SMALL = ("fedavg", "nothing-sent", "train-all-0.9", "train-all-0.5", "paper", "fedlpp", "offsite", "bottom", "local")
+_BASELESS = ("fedavg", "nothing-sent", "paper", "zero-0.5", "zero-0.9", "fedlpp", "offsite", "zero-bottom", "local")
+_FULL = tuple(method.name for method in METHODS if not method.name.startswith(("zero-", "bottom")))
+PLAYED = {RELATED.name: _SMALL, NO_BASE.name: _BASELESS, TOPICS.name: _FULL, NEWS.name: _FULL}
+TRIED = (TOPICS.name, NEWS.name)  # tasks with ablations and long attacks
+
+
+def consolidated_in(task: str) -> tuple[Method, ...]:
+    """The jobs of a task that are also ended with a consolidation."""
+    return CONSOLIDATED[:2] if task in (NO_BASE.name, TOPICS.name) else CONSOLIDATED
+
+
+SIZES = (64, 256)  # numbers of public examples, where tasks were attacked in full
 LONG = (32, 1024)
 LONG_ENDING = "-long"
 BLENDS = (0.0, 0.25, 0.5, 1.0)
+ENDING_BLENDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 MANY_BLENDS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
@@ -245,26 +368,41 @@ class Cell:
     @property
     def sizes(self) -> tuple[int, ...]:
         """Numbers of public examples that an attacker has."""
-        return LONG if self.method.name.endswith(LONG_ENDING) else SIZES
+        return LONG if self.long else self.task.sizes
+
+    @property
+    def long(self) -> bool:
+        """Is it an attack alone, with more sizes?"""
+        return self.method.name.endswith(LONG_ENDING)
 
     @property
     def blends(self) -> tuple[float, ...]:
         """Fixed blends to measure beside the one that was looked for."""
         if self.method.kind == "blends":
             return MANY_BLENDS
+        if self.method.kind == "consolidated" and self.method.hides:
+            return ENDING_BLENDS
         return BLENDS if self.seed == 0 and self.method.headline and self.method.hides else ()
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Weights to consolidate with."""
+        return WEIGHTS if self.method.kind == "consolidated" else ()
 
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that decides its result."""
-        return {
+        found = {
             "version": VERSION,
             "task": asdict(self.task),
             "seed": self.seed,
             "method": asdict(self.method),
             "sizes": list(self.sizes),
             "blends": list(self.blends),
+            "weights": list(self.weights),
         }
+        plain: dict[str, Any] = json.loads(json.dumps(found))  # as a file has it: lists for tuples
+        return plain
 
 
 def digest(settings: object) -> str:
@@ -275,31 +413,40 @@ def digest(settings: object) -> str:
 def cells(seeds: int, *, smoke: bool = False, long: bool = False) -> list[Cell]:
     """All cells; the first ones tell most."""
     found: list[Cell] = []
-    first = [WORLD, FLOOR, *METHODS[:4]]
-    found += _each(smoke, [0], first)
-    found += _each(smoke, [0], [*METHODS[4:], *ABLATIONS])
-    for seed in range(1, seeds):
-        found += _each(smoke, [seed], [WORLD, FLOOR, *METHODS])
+    everything = [WORLD, FLOOR, FEDAVG, NOTHING, *CONSOLIDATED, *METHODS[2:], *ABLATIONS]
+    for seed in range(seeds):
+        found += _each(smoke, seed, [method for method in everything if seed == 0 or not method.ablation])
     # of the language model alone: where 64 examples teach the whole skill, no blend has anything to choose
-    found += [cell for cell in _each(smoke, range(seeds), CHOICES) if cell.task.name == NEWS.name]
+    found += [cell for seed in range(seeds) for cell in _each(smoke, seed, CHOICES)]
     if long:
-        found += _each(smoke, [0], [_long(method) for method in (FLOOR, PAPER, STRONG, METHODS[3])])
+        found += _each(smoke, 0, [_long(method) for method in (FLOOR, PAPER, STRONG, NAMED["train-all-0.9"])])
     return found
 
 
-def _each(smoke: bool, seeds: Sequence[int], methods: Sequence[Method]) -> Iterator[Cell]:
-    for seed in seeds:
-        for method in methods:
-            for task in tasks(smoke):
+def _each(smoke: bool, seed: int, methods: Sequence[Method]) -> Iterator[Cell]:
+    for method in methods:
+        for task in tasks(smoke):
+            if _played(task.name, method):
                 yield Cell(task, seed, method)
+
+
+def _played(task: str, method: Method) -> bool:
+    """Does a task play a method?"""
+    if method.kind == "blends":
+        return task == NEWS.name
+    if method.kind == "consolidated":
+        return method in consolidated_in(task)
+    if method.ablation:
+        return task in TRIED
+    return method.kind in {"world", "floor"} or method.name in PLAYED[task]
 
 
 def _long(method: Method) -> Method:
     """The same method's attack with other sizes, without the job."""
-    kind = "floor" if method.kind == "floor" else "curve"
-    return Method(**(asdict(method) | {"name": f"{method.name}{LONG_ENDING}", "kind": kind, "ablation": True}))
+    kind: Kind = "floor" if method.kind == "floor" else "curve"
+    return replace(method, name=f"{method.name}{LONG_ENDING}", kind=kind, ablation=True)
 
 
 def floor_of(cell: Cell) -> Cell:
     """The cell that measures the same attacks with the public base alone."""
-    return Cell(cell.task, cell.seed, FLOOR if cell.sizes == SIZES else _long(FLOOR))
+    return Cell(cell.task, cell.seed, _long(FLOOR) if cell.long else FLOOR)

@@ -6,19 +6,27 @@ from collections.abc import Callable, Mapping, Sequence
 from math import exp
 from typing import Any
 
-from benchmarks.study.figures import Results, Row, Spread, best_so_far, blended, curve_of, keeps_a, spread, spread_at
+from benchmarks.study.figures import Results, Row, Spread, best_so_far, curve_of, ended, keeps_a, spread, spread_at
 from benchmarks.study.settings import (
     ABLATIONS,
     BLENDS_ENDING,
     CHOICES,
+    CONSOLIDATED,
+    ENDED,
+    ENDING_BLENDS,
     LONG,
     MANY_BLENDS,
     METHODS,
+    NAMED,
     NEWS,
+    PLAYED,
     SIZES,
     STRONG,
+    TASKS,
     TOPICS,
+    WEIGHTS,
     Method,
+    Task,
 )
 
 Written = Callable[[float], str]
@@ -31,8 +39,8 @@ def all_tables(results: Results, rows: Sequence[Row]) -> dict[str, str]:
         "machine": machine(results),
         "rates": rates(),
         "worlds": worlds(results),
-        "topics": methods(rows, TOPICS.name),
-        "news-lm": methods(rows, NEWS.name),
+        **{task.name: methods(rows, task) for task in TASKS},
+        **{f"endings-{task.name}": endings(results, task.name) for task in TASKS},
         "traffic": traffic(rows),
         "summit": summit(results, rows),
         "curves": curves(results, rows),
@@ -77,22 +85,23 @@ def quality(task: str) -> tuple[str, Written, str]:
     return ("", percent, "%") if task == TOPICS.name else ("_loss", perplexity, "ppl")
 
 
-def methods(rows: Sequence[Row], task: str) -> str:
+def methods(rows: Sequence[Row], played: Task) -> str:
     """The main table of a task."""
-    ending, number, unit = quality(task)
+    task, (ending, number, unit) = played.name, quality(played.name)
     head = [
         "method",
         f"A after, {unit}",
         f"B after, {unit}",
+        "A left",
         "share of FedAvg's gain on B",
         f"proxy A / B, {unit}",
         "ρ(0)",
-        *[f"ρ'({n})" for n in SIZES],
+        *[f"ρ'({n})" for n in played.sizes],
         f"attacker's A at 64, {unit}",
         "secret weights recovered",
     ]
     body = []
-    for method in METHODS:
+    for method in [*METHODS, *ENDED]:
         name = method.name
         if spread(rows, task, name, "final_b_loss") is None:
             continue
@@ -103,10 +112,11 @@ def methods(rows: Sequence[Row], task: str) -> str:
                 method.title,
                 _marked(rows, task, name, written(spread(rows, task, name, f"final_a{ending}"), number)),
                 written(spread(rows, task, name, f"final_b{ending}"), number),
+                written(spread(rows, task, name, "a_left"), two),
                 written(spread(rows, task, name, "gain"), two),
                 " / ".join(proxy),
                 written(spread_at(rows, task, name, 0, added=False), two),
-                *[written(spread_at(rows, task, name, n, added=True), two) for n in SIZES],
+                *[written(spread_at(rows, task, name, n, added=True), two) for n in played.sizes],
                 written(spread(rows, task, name, attacker), number),
                 written(spread(rows, task, name, "weights"), two),
             ]
@@ -124,7 +134,7 @@ def traffic(rows: Sequence[Row]) -> str:
     for task in (TOPICS.name, NEWS.name):
         head += [f"{task}: never sent", "MB down", "MB up", "λ", "seconds"]
     body = []
-    for method in METHODS:
+    for method in [one for one in METHODS if one.name in PLAYED[NEWS.name]]:
         line = [method.title]
         for task in (TOPICS.name, NEWS.name):
             for figure, number in (
@@ -147,10 +157,24 @@ def _short(value: float) -> str:
 
 def rates() -> str:
     """How owner and clients train, as the settings have it."""
-    head = ["task", "the owner's learning rate", "lr of a client", "rounds", "steps a round"]
+    head = [
+        "task",
+        "the owner's lr",
+        "lr of a client",
+        "rounds",
+        "steps a round",
+        "consolidation: steps",
+        "batch",
+        "lr",
+    ]
     body = [
-        [task.name, f"{task.owner_lr:g}", f"{task.lr:g}", str(task.rounds), str(task.round_steps)]
-        for task in (TOPICS, NEWS)
+        [
+            task.name,
+            *[f"{lr:g}" for lr in (task.owner_lr, task.lr)],
+            *[str(count) for count in (task.rounds, task.round_steps, task.consolidate_steps, task.consolidate_batch)],
+            f"{task.consolidate_lr:g}",
+        ]
+        for task in TASKS
     ]
     return markdown(head, body)
 
@@ -213,7 +237,7 @@ def _most_of_a(results: Results, rows: Sequence[Row]) -> list[list[str]]:
     found = []
     for method in CHOICES:
         leak = spread_at(rows, NEWS.name, _plain(method), 64, added=False)
-        for blend, gain, left in blended(results, NEWS.name, method.name):
+        for blend, gain, left in _blended(results, method):
             if leak is not None and leak.middle < 0.5 and gain is not None and gain.middle >= 0.9 and left is not None:
                 found.append((left, gain, method, blend))
     if not found:
@@ -230,6 +254,10 @@ def _most_of_a(results: Results, rows: Sequence[Row]) -> list[list[str]]:
     ]
 
 
+def _blended(results: Results, method: Method) -> list[tuple[float, Spread | None, Spread | None]]:
+    return ended(results, NEWS.name, method.name, "blends", "blend")
+
+
 def _plain(method: Method) -> str:
     """The method whose job was restored with many blends."""
     return method.name.removesuffix(BLENDS_ENDING)
@@ -240,7 +268,7 @@ def choices(results: Results, rows: Sequence[Row]) -> str:
     head = ["p1", "ρ(64)", *[f"λ = {blend:g}" for blend in MANY_BLENDS]]
     body = []
     for method in CHOICES:
-        found = {blend: (gain, left) for blend, gain, left in blended(results, NEWS.name, method.name)}
+        found = {blend: (gain, left) for blend, gain, left in _blended(results, method)}
         pairs = [found.get(blend, (None, None)) for blend in MANY_BLENDS]
         leak = spread_at(rows, NEWS.name, _plain(method), 64, added=False)
         body.append(
@@ -251,6 +279,27 @@ def choices(results: Results, rows: Sequence[Row]) -> str:
             ]
         )
     return markdown(head, body)
+
+
+def endings(results: Results, task: str) -> str:
+    """What other endings of a job make of both skills: A left / share of FedAvg's gain on B."""
+    head = ["job", "seeds", *[f"λ = {blend:g}" for blend in ENDING_BLENDS], *[f"w = {weight:g}" for weight in WEIGHTS]]
+    body = []
+    for method in CONSOLIDATED:
+        seeds = sum((name, made) == (task, method.name) for name, _, made in results)
+        if seeds:
+            pairs = {end: (left, gain) for end, gain, left in ended(results, task, method.name, "blends", "blend")}
+            both = [_pair(pairs.get(blend)) for blend in ENDING_BLENDS]
+            pairs = {
+                end: (left, gain) for end, gain, left in ended(results, task, method.name, "consolidated", "weight")
+            }
+            both += [_pair(pairs.get(weight)) for weight in WEIGHTS]
+            body.append([method.title, str(seeds), *both])
+    return markdown(head, body)
+
+
+def _pair(found: tuple[Spread | None, Spread | None] | None) -> str:
+    return NONE if found is None else " / ".join(two(one.middle) if one is not None else NONE for one in found)
 
 
 def _candidates(rows: Sequence[Row], task: str) -> list[tuple[Method, float, float]]:
@@ -313,9 +362,9 @@ def blends(results: Results) -> str:
     head = ["task, method", "λ = 0: A / B", "0.25", "0.5", "1", "auto"]
     body = []
     for (task, _, method), result in results.items():
-        if result.get("blends") and not method.endswith(BLENDS_ENDING):
+        if result.get("blends") and method in NAMED:
             pick = _picked(task)
-            title = next(one.title for one in METHODS if one.name == method)
+            title = NAMED[method].title
             found = [f"{pick(one['a'])} / {pick(one['b'])}" for one in result["blends"]]
             auto = f"{pick(result['final']['a'])} / {pick(result['final']['b'])} (λ = {result['blend']:g})"
             body.append([f"{task}, {title}", *found, auto])

@@ -3,10 +3,6 @@
 largest      hides the units with the largest secret difference, instead of drawing them by the key
 replacement  the server takes over what clients hold, quantization error and all, instead of adding differences
 layers       one blend for every layer, looked for layer by layer, instead of one for all
-
-And what the product does offer: the choice between the two skills.
-
-blends       restores with many blends
 """
 
 from __future__ import annotations
@@ -18,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.jobs import OWNER, Job, blended, play
+from benchmarks.study.jobs import OWNER, Job, play
 from benchmarks.study.settings import Cell
 from benchmarks.study.training import Trainee, dense_state, rate
 from benchmarks.study.worlds import World
@@ -132,26 +128,10 @@ def _add(file: Path, change: State) -> None:
     )
 
 
-def blends(cell: Cell, place: World, folder: Path, floor: Floor) -> dict[str, Any]:
-    """The job without an attack, restored with every blend of the cell."""
-    job = Job(cell, place, folder, floor)
-    server = _trained(job)
-    return {"blends": [blended(job, server, blend) for blend in cell.blends], "parts": job.clock.seconds}
-
-
-def _trained(job: Job) -> Path:
-    """The server model after all rounds."""
-    server = job.mask()
-    for number in range(1, job.place.task.rounds + 1):
-        job.export(server, number)
-        server = job.merge(server, number)
-    return server
-
-
 def layers(cell: Cell, place: World, folder: Path, floor: Floor) -> dict[str, Any]:
     """The job without an attack, and the blend of one part of the model after the other."""
     job = Job(cell, place, folder, floor)
-    server = _trained(job)
+    server = job.trained()
     start, end = (dense_state(job.restore(server, blend)[0]) for blend in (0.0, 1.0))
     parts = list(dict.fromkeys(map(_part, start)))
 

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.articles import LABELS, Example, deal, prepare, words_of
-from benchmarks.study.settings import VERSION, Task, digest
+from benchmarks.study.articles import Example, deal, prepare, words_of
+from benchmarks.study.settings import LABELS, VERSION, Task, digest
 
 Score = dict[str, float | None]
 
@@ -90,8 +90,8 @@ def _make(place: World) -> None:
     place.data("x").parent.mkdir(parents=True)
     parts = deal(task, seed)
     for name, rows in parts.items():
-        _write(place.data(name), rows, labelled=task.name == "topics")
-    (_topics_base if task.name == "topics" else _news_base)(place)
+        _write(place.data(name), rows, labelled=task.kind == "classifier" and name != "transfer")
+    (_topics_base if task.kind == "classifier" else _news_base)(place)
     _fine_tune(place)
     record = {
         "base": place.scores(place.base),
@@ -145,14 +145,14 @@ def _news_base(place: World) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     task, small = place.task, place.task.smoke
-    tokenizer = _byte_pairs(place.data("base"), 300 if small else 2000)
+    tokenizer = _byte_pairs(place.data("base"), 300 if small else task.vocabulary)
     torch.manual_seed(place.seed)
-    width = 64 if small else 128
+    width = 64 if small else task.width
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=width * 8 // 3 // 8 * 8,
-        num_hidden_layers=3 if small else 4,
+        num_hidden_layers=3 if small else task.layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=128,
@@ -164,7 +164,10 @@ def _news_base(place: World) -> None:
     fresh = place.folder / "fresh"
     LlamaForCausalLM(config).save_pretrained(fresh)
     tokenizer.save_pretrained(fresh)
-    _trained(place, fresh, place.base, "base", task.pretrain_steps, task.base_lr)
+    if task.pretrain_steps:
+        _trained(place, fresh, place.base, "base", task.pretrain_steps, task.base_lr)
+    else:
+        fresh.rename(place.base)
 
 
 def _byte_pairs(data: Path, size: int) -> Any:

@@ -29,7 +29,8 @@ attacker     share of your own skill, in loss, that the best attack on the first
              0 as the public model, 1 as your model
 own          the final model on examples of your own skill
 clients'     the final model on examples like those of the clients
-Take the row with the least in the column "attacker" that is good enough in both skills."""
+Take the row with the least in the column "attacker" that is good enough in both skills. One that is worse at the
+clients' than your model is no reason for a job."""
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>What to send</title>
 <style>

@@ -19,7 +19,7 @@ ROUNDS=${ROUNDS:-2}
 EPOCHS=${EPOCHS:-1}
 LR=${LR:-2e-5}
 STEPS=${STEPS:-150}                  # of a consolidation
-WEIGHT=${WEIGHT:-1}                  # how much the clients' teacher counts in it
+WEIGHT=${WEIGHT:-0.75}               # how much the clients' teacher counts in it
 MAX_LENGTH=${MAX_LENGTH:-256}
 MINUTES=${MINUTES:-5}                # of attacks on one job
 

@@ -26,6 +26,8 @@ NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, er
 
 _AT_FDCWD = -100
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2  # linux/fs.h
+_FS_IOC_GETFLAGS = 0x80086601  # linux/fs.h
+_SETTABLE_FLAGS = 0xC0FB  # SECRM, UNRM, SYNC, IMMUTABLE, APPEND, NODUMP, NOATIME, JOURNAL_DATA, NOTAIL
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _MALLOC = {-3: 32 << 20, -1: 128 << 20, -8: 1}  # malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
 
@@ -92,6 +94,18 @@ def set_direct(descriptor: int, wanted: bool = True) -> bool:
 def is_direct(descriptor: int) -> bool:
     """Whether O_DIRECT is on."""
     return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & O_DIRECT)
+
+
+def file_flags(path: Path) -> int:
+    """Flags of a file or folder that `chattr` sets, and no file system by itself; 0 where there are none."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        found = fcntl.ioctl(descriptor, _FS_IOC_GETFLAGS, bytes(8))
+    except OSError:
+        return 0
+    finally:
+        os.close(descriptor)
+    return int.from_bytes(found, sys.byteorder) & _SETTABLE_FLAGS
 
 
 def resident_pages(mapped: mmap.mmap, pages: Sequence[int]) -> int:

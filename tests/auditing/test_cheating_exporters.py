@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import socket
 import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ import pytest
 
 from fedqsn_cli import audit as run_audit
 from fedqsn_cli import strictjson
+from fedqsn_cli.artifacts.ledger_head import write_head
+from fedqsn_cli.artifacts.manifests import file_digest
 from fedqsn_cli.auditing.findings import Audit
 from fedqsn_cli.auditing.invariants.compared_folder import is_sparse
 from fedqsn_cli.checkpoint import FILE_MODE, FILE_TIME
@@ -148,8 +152,13 @@ CONTENTS: dict[str, Cheat] = {
     "white space of a config": document("config.json", lambda content: None, compact),
     "order of a config": document("config.json", lambda content: None, reordered),
     "space in the header of the units": lambda job: rewrite(job.proxy() / "visible.safetensors", dict, spaces=64),
+    "the last bit of the units": lambda job: flip_last_bit(job.proxy() / "visible.safetensors"),
     "a byte after a tokenizer": lambda job: append(job.proxy() / "tokenizer.json", b"\n"),
 }
+
+
+def flip_last_bit(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 0x80]))
 
 
 def append(path: Path, data: bytes) -> None:
@@ -237,6 +246,37 @@ def test_a_commit_that_nobody_verified_does_not_pass(job: AuditedJob) -> None:
     assert sorted(reproduced(audit(job))) == ["not-run", "pass"]
 
 
+def test_a_ledger_line_that_no_export_writes_is_found(tmp_path: Path) -> None:
+    """A rescale factor in a release of which nothing is visible would divide by zero."""
+    job = make_job(tmp_path / "job", clients=["alice"], p1=1.0, fill="base", train="all")
+    line = json.loads(job.ledger.read_text())
+    job.ledger.write_text(strictjson.dumps(line | {"rescale": True}) + "\n")
+    sign(job)
+    plain(job.proxy())
+    assert "ledger line is not the one" in message(job)
+
+
+SPELLINGS: dict[str, tuple[str, str]] = {
+    "a number with a point": ('"round": 1,', '"round": 1.0,'),
+    "a number with an exponent": ('"round": 1,', '"round": 1e0,'),
+    "an escaped letter": ('"round"', '"\\u0072ound"'),
+    "a field twice": ('"round": 1,', '"round": 7, "round": 1,'),
+    "line ends": ("\n", "\r\n"),
+    "a mark of byte order": ("{", "\ufeff{"),
+}
+
+
+@pytest.mark.parametrize(("usual", "other"), SPELLINGS.values(), ids=SPELLINGS)
+def test_another_spelling_of_a_manifest_is_found(usual: str, other: str, job: AuditedJob) -> None:
+    path, old = job.proxy() / "proxy.json", file_digest(job.proxy() / "proxy.json")
+    path.write_text(path.read_text().replace(usual, other, 1))
+    line = job.ledger.read_text().replace(old, file_digest(path))
+    job.ledger.write_text(line)
+    write_head(job.ledger, None, job_key.load(job.key), ["0" * 64, hashlib.sha256(line.strip().encode()).hexdigest()])
+    plain(job.proxy())
+    assert audit(job).exit_code == 4
+
+
 def test_white_space_of_a_manifest_is_found(job: AuditedJob) -> None:
     manifest(job, lambda content: None)
     path = job.proxy() / "proxy.json"
@@ -270,6 +310,17 @@ def _given_away(job: AuditedJob) -> None:
         pytest.skip("needs root")
 
 
+def _flagged(job: AuditedJob) -> None:
+    """Set FS_NODUMP_FL, which needs no privilege."""
+    descriptor = os.open(job.proxy() / "config.json", os.O_RDONLY)
+    try:
+        fcntl.ioctl(descriptor, 0x40086602, (0x40).to_bytes(8, sys.byteorder))
+    except OSError:
+        pytest.skip("a file system without flags")
+    finally:
+        os.close(descriptor)
+
+
 def _elsewhere(job: AuditedJob) -> None:
     shutil.move(job.proxy(), job.home / "d2VpZ2h0cw==")
     job.proxy().symlink_to("d2VpZ2h0cw==")
@@ -300,6 +351,7 @@ ENTRIES: dict[str, tuple[Cheat, str]] = {
     "time": (lambda w: os.utime(w.proxy() / "config.json", ns=(0, FILE_TIME * 10**9 + 7)), "time of modification"),
     "mode": (lambda w: (w.proxy() / "config.json").chmod(0o640), "mode 0640"),
     "attribute": (_attribute, "extended attributes"),
+    "flags": (_flagged, "config.json has flags"),
     "hard link": (lambda w: os.link(w.proxy() / "config.json", w.home / "other"), "second name"),
     "link": (_linked, "not a regular file"),
     "fifo": (lambda w: os.mkfifo(w.proxy() / "pipe"), "pipe is not a file of this release"),

@@ -250,8 +250,10 @@ def test_where_no_report_can_be_written_nothing_is_audited(
 @pytest.mark.parametrize("option", ["--report", "--output", "--attest", "--attack-state"])
 def test_what_is_written_inside_of_a_proxy_would_be_sent(job: Path, option: str, tmp_path: Path) -> None:
     proxy = job / "r1/ann"
+    before = proxy.stat().st_mtime_ns
     with nothing_written(proxy):
         outcome = audit(job, option, proxy / "file", *signed_by(job, tmp_path, option))
+    assert proxy.stat().st_mtime_ns == before, "an audit would fail the folder for it"
     message = f"fedqsn: error: {option}: is inside of the proxy {proxy}; keep it elsewhere\n"
     assert (outcome.code, outcome.err) == (2, message)
 

@@ -128,7 +128,7 @@ def test_a_missing_or_broken_file_is_told_as_such(tmp_path: Path) -> None:
 
 def test_without_a_policy_invariants_and_recovery_must_still_have_been_checked() -> None:
     assert required(without_file(proxies=True, ledger=False)) >= {"FQ001", "FQ005", "FQ201"}
-    assert required(without_file(proxies=False, ledger=True)) == {"FQ101", "FQ102", "FQ103"}
+    assert required(without_file(proxies=False, ledger=True)) == {"FQ101", "FQ102", "FQ103", "FQ105"}
 
 
 def test_a_summary_holds_everything_that_decided() -> None:

@@ -42,7 +42,7 @@ def test_scopes_are_what_policies_require() -> None:
     assert SCOPES == {  # noqa: SIM300
         "invariants": invariants,
         "merge": ("FQ008",),
-        "exposure": ("FQ101", "FQ102", "FQ103"),
+        "exposure": ("FQ101", "FQ102", "FQ103", "FQ105"),
         "recovery": ("FQ201", "FQ202", "FQ203"),
         "regression": ("FQ205",),
         "function": ("FQ301", "FQ302"),

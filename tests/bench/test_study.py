@@ -10,7 +10,7 @@ import pytest
 from benchmarks.study import report, runner
 from benchmarks.study.__main__ import main
 from benchmarks.study.figures import best_so_far, rows, share, table_of
-from benchmarks.study.settings import ABLATIONS, CHOICES, MANY_BLENDS, METHODS, cells, tasks
+from benchmarks.study.settings import MANY_BLENDS, WEIGHTS, Cell, cells, tasks
 from benchmarks.study.tables import all_tables
 from benchmarks.study.worlds import world
 
@@ -18,6 +18,8 @@ CHOSEN = ("world", "floor", "local", "train-all-0.9")
 TASKS = ("topics", "news-lm")
 TRIALS = ("strong-largest", "strong-replacement", "strong-layers", "train-all-0.9-blends")  # of one task: it is smaller
 NAMES = {f"{task}/0/{method}" for task in TASKS for method in CHOSEN} | {f"news-lm/0/{trial}" for trial in TRIALS}
+NAMES |= {"news-lm/0/nothing-sent", "news-lm/0/nothing-sent-consolidated", "topics/0/nothing-sent-consolidated"}
+NAMES |= {"no-base/0/world", "no-base/0/floor", "no-base/0/zero-bottom"}
 PAGE = Path(__file__).parents[2] / "docs" / "study" / "README.md"
 
 
@@ -55,7 +57,7 @@ def test_every_chosen_cell_leaves_a_result_and_nothing_else(studied: Path) -> No
 def test_a_second_run_makes_nothing_again(studied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in (studied / "work" / "cells").glob("*.json")}
     assert study(studied) == 0
-    assert "12 of 12 cells are there already" in capsys.readouterr().out
+    assert f"{len(NAMES)} of {len(NAMES)} cells are there already" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
@@ -156,4 +158,59 @@ def test_the_committed_page_has_a_place_for_every_table() -> None:
 def test_cells_are_chosen_by_name() -> None:
     found = runner.chosen(cells(2), ["topics/*/strong"])
     assert [cell.name for cell in found] == ["topics/0/strong", "topics/1/strong"]
-    assert len(runner.chosen(cells(1), [])) == 2 * (2 + len(METHODS) + len(ABLATIONS)) + len(CHOICES)
+    assert runner.chosen(cells(1), []) == cells(1)
+
+
+def test_each_task_plays_what_it_can() -> None:
+    found = {cell.name: cell.method for cell in cells(1)}
+    assert not any(method.fill == "base" and method.sends for name, method in found.items() if "no-base" in name)
+    for task in ("related", "no-base", "topics", "news-lm"):
+        names = {name.removeprefix(f"{task}/0/") for name in found if name.startswith(task)}
+        assert {"world", "floor", "fedavg", "nothing-sent", "nothing-sent-consolidated", "fedavg-consolidated"} <= names
+
+
+def test_a_published_report_is_taken_over_where_settings_are_the_same(tmp_path: Path) -> None:
+    mine, other = (Cell(tasks(smoke=True)[0], seed, cells(1)[0].method) for seed in (0, 1))
+    about = {"machine": {"cores": 2}, "versions": {"torch": "2"}, "seconds": 1.0}
+    made = {cell: {"name": cell.name, "settings": cell.settings, **about, "base": 1} for cell in (mine, other)}
+    made[other]["settings"] = made[other]["settings"] | {"version": 0}
+    document = report.collected([*made.items(), (cells(1)[1], None)]) | {"figures": []}
+    (tmp_path / "results.json").write_text(json.dumps(document))
+    assert report.adopt([mine, other], tmp_path / "work", tmp_path) == 1
+    assert runner.load(mine, tmp_path / "work") == made[mine]
+    assert not runner.done(other, tmp_path / "work")
+    assert report.adopt([mine], tmp_path / "work", tmp_path) == 0
+
+
+def test_the_published_results_are_those_of_the_settings() -> None:
+    known = {cell.name: cell.settings for cell in cells(3, long=True)}
+    document = json.loads((PAGE.parent / report.RESULTS).read_text())
+    assert {one["name"] for one in document["cells"] if one["settings"] != known.get(one["name"])} == set()
+
+
+def test_another_ending_has_the_leak_of_its_job() -> None:
+    whole, half = {"loss": 1.0, "accuracy": None}, {"loss": 1.5, "accuracy": None}
+    base = {"loss": 2.0, "accuracy": None}
+    about = {"seconds": 1.0, "bytes_down": 0, "bytes_up": 0, "never_sent": 0.5}
+    made = {
+        "world": {"base": {"a": base, "b": base}, "owner": {"a": whole, "b": base}},
+        "floor": {"curve": [{"n": 0, **base}]},
+        "fedavg": {"final": {"a": half, "b": whole}, "curve": [{"n": 0, **whole}], **about},
+        "train-all-0.5": {"final": {"a": half, "b": half}, "curve": [{"n": 0, **half}], **about},
+        "train-all-0.5-consolidated": {"blends": [], "consolidated": [{"weight": 1.0, "a": whole, "b": half}], **about},
+        "nothing-sent": {"final": {"a": whole, "b": half}, **about, "never_sent": 1.0},
+    }
+    found = {row.method: row for row in rows({("related", 0, name): result for name, result in made.items()})}
+    ending = found["train-all-0.5-w1"]
+    assert (ending.figures["a_left"], ending.figures["gain"]) == (1.0, 0.5)
+    assert ending.recovered == found["train-all-0.5"].recovered == {0: 0.5}
+    assert found["nothing-sent"].recovered == {0: 0.0}
+
+
+@pytest.mark.soak  # it trains dozens of models; nothing in src depends on it
+def test_nothing_is_sent_is_consolidated_too(studied: Path) -> None:
+    found = {cell["name"]: cell for cell in document(studied)["cells"]}
+    assert found["news-lm/0/nothing-sent"]["never_sent"] == 1.0
+    for task in TASKS:
+        ends = found[f"{task}/0/nothing-sent-consolidated"]["consolidated"]
+        assert [end["weight"] for end in ends] == list(WEIGHTS)

@@ -285,6 +285,14 @@ def test_auto_writes_nothing_where_every_weight_loses_the_owners_skill(
         language.consolidate(tmp_path / "out", **data, **AUTO | {"lr": 0.5}, own_tolerance=0)
 
 
+def test_auto_writes_nothing_where_no_weight_teaches_anything(
+    language: Job, both_skills: dict[str, Path], tmp_path: Path
+) -> None:
+    with nothing_written(tmp_path), pytest.raises(GateFailed, match="better at what clients teach"):
+        data = {"transfer_data": language.data, "own_data": language.data, **both_skills}
+        language.consolidate(tmp_path / "out", **data, **AUTO | {"lr": 0.5}, own_tolerance=100)
+
+
 def test_of_weights_that_keep_the_skill_the_one_that_learnt_most_is_first() -> None:
     def trial(weight: float, own: float, clients: float) -> WeightTrial:
         return WeightTrial(weight, *(Evaluation("causal-lm", 1, loss) for loss in (own, clients)))

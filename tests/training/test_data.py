@@ -22,6 +22,7 @@ from fedqsn_cli.progress import Silent
 from fedqsn_cli.training.batching import IGNORED, Examples
 from fedqsn_cli.training.data import Encoder
 from fedqsn_cli.training.data_files import read_table
+from fedqsn_cli.training.tasks import TASKS
 from support.scenario import MEMORY, few
 from support.training_jobs import small_model, write_lines
 
@@ -85,7 +86,8 @@ def test_the_format_of_a_file_does_not_change_the_examples(
 ) -> None:
     encoder = Encoder.of(classifier if "label" in rows[0] else writer, 64)
     with tempfile.TemporaryDirectory(dir=MEMORY) as place:
-        first, *others = [encoder.encode(read_table(path), Silent()) for path in in_every_format(Path(place), rows)]
+        tables = map(read_table, in_every_format(Path(place), rows))
+        first, *others = [TASKS[encoder.task].encode(encoder, table, Silent()) for table in tables]  # no child: many
     assert len(first) == len(rows)
     assert all(examples == first for examples in others)
 

@@ -104,6 +104,17 @@ class Threat(Table):
     public_base: bool | None = None
 
 
+class Releases(Table):
+    """[release]: what the options of releases may be.
+
+    Args:
+        settled: must they follow from those of earlier releases? clients: who may get proxies; None: anybody.
+    """
+
+    settled: bool = False
+    clients: Annotated[tuple[str, ...] | None, BeforeValidator(_texts)] = None
+
+
 class WeightLimits(Table):
     """The most that may be recovered of weights; `log10_nmse` is the least error that must remain. None: no limit."""
 
@@ -201,6 +212,7 @@ class Policy(Table):
     threat: Threat = Threat()
     limits: AllLimits = AllLimits()
     budget: Budget = Budget()
+    release: Releases = Releases()
     regression: Regression = Regression()
     waiver: tuple[Waiver, ...] = Field(default=(), strict=False)
     _digest: str | None = PrivateAttr(default=None)

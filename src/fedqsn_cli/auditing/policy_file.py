@@ -54,6 +54,8 @@ def parse(document: dict[str, Any], where: object) -> Policy:
         if name not in SCOPES and name not in RULES:
             raise _refused("scope.require", f"{name!r} is neither a scope nor a rule", where, name, [*SCOPES, *RULES])
     _check_public_base(policy, where)
+    if policy.release.clients is not None and not policy.release.settled:
+        raise _refused("release.clients", "needs release.settled = true", where)
     for number, waiver in enumerate(policy.waiver, start=1):
         place, rule = f"waiver {number}.rule", RULES.get(waiver.rule)
         if rule is None:
@@ -140,6 +142,7 @@ def summary(policy: Policy) -> dict[str, Any]:
             "clear": limits.clear.share,
         },
         "budget": policy.budget.model_dump(),
+        "release": policy.release.model_dump(mode="json"),
         "regression": policy.regression.given(),
         "waivers": [{**waiver.model_dump(), "expires": waiver.expires.isoformat()} for waiver in policy.waiver],
     }

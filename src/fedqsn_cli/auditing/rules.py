@@ -20,7 +20,7 @@ from fedqsn_cli.auditing.invariants import (
     same_codes,
     signed,
 )
-from fedqsn_cli.auditing.limits import companions, exposure, function, recovery, regression
+from fedqsn_cli.auditing.limits import companions, exposure, function, options, recovery, regression
 from fedqsn_cli.auditing.limits.measured import LimitCheck
 from fedqsn_cli.auditing.policy import Policy
 from fedqsn_cli.auditing.registry import Rule
@@ -39,6 +39,7 @@ MODULES = (
     other_models,
     companions,
     exposure,
+    options,
     recovery,
     function,
     regression,

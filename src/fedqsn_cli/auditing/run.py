@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedqsn_cli.artifacts.ledger import Release
 from fedqsn_cli.artifacts.manifests import file_digest
 from fedqsn_cli.auditing.attest import write_attestation
 from fedqsn_cli.auditing.checks import run_checks
@@ -73,6 +74,7 @@ def audit(
         _function(inputs, collector, policy) if proxies else None,
         _exposure(inputs, collector, policy),
         _expected(inputs, policy),
+        _own(inputs),
         baseline,
     )
     today = datetime.datetime.now(datetime.UTC).date()
@@ -127,7 +129,7 @@ def _exposure(inputs: Inputs, collector: Collector, policy: Policy) -> Exposure 
     job, releases = inputs.job, inputs.releases
     if job is None or releases is None:
         return None
-    own = [release for release in releases if release.job == job.commitment]
+    own = _own(inputs)
     models = {release.model_digest for release in own}
     foreign = [release for release in releases if release.job != job.commitment]
     if any(release.model_digest in models for release in foreign):
@@ -138,12 +140,16 @@ def _exposure(inputs: Inputs, collector: Collector, policy: Policy) -> Exposure 
     return exposure(job, own, sizes={*SIZES, policy.threat.colluders})
 
 
+def _own(inputs: Inputs) -> list[Release]:
+    """The releases of the key's job."""
+    return [line for line in inputs.releases or () if inputs.job is not None and line.job == inputs.job.commitment]
+
+
 def _expected(inputs: Inputs, policy: Policy) -> float | None:
     job, rounds = inputs.job, policy.threat.rounds
     if job is None or rounds is None:
         return None
-    releases = [release for release in inputs.releases or () if release.job == job.commitment]
-    ratios = [release.p2 for release in releases if release.schedule == "fresh"]
+    ratios = [release.p2 for release in _own(inputs) if release.schedule == "fresh"]
     return ExpectedExposure.of(job, min(ratios)).share(rounds) if ratios else None
 
 

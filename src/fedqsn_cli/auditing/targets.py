@@ -22,8 +22,8 @@ def check_targets(**files: str | Path | None) -> None:
     for name, path in files.items():
         if path is None:
             continue
-        require_file_target(path)
         proxy = next((one for one in Path(os.path.realpath(path)).parents if (one / PROXY_MANIFEST).is_file()), None)
         if proxy is not None:
             flag = f"--{name.replace('_', '-')}"
             raise InputError(f"is inside of the proxy {proxy}", where=flag, hint="keep it elsewhere")
+        require_file_target(path)  # writes for a moment, which would change the time of a proxy's folder

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -80,8 +81,9 @@ def options_classes(function: Callable[..., None]) -> dict[str, type[Options]]:
     return {name: cls for name, cls in annotations.items() if hasattr(cls, "__dataclass_fields__")}
 
 
+@cache
 def build(command: str) -> Any:
-    """The typer command."""
+    """The typer command: it keeps nothing of a call, and making it takes 20 ms."""
     from fedqsn_cli.options import options_of
 
     function = function_of(command)

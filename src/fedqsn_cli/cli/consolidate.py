@@ -27,8 +27,8 @@ def consolidate(
     you do not give, as it would answer. No client takes part, and nothing is sent.
 
     With --transfer-weight auto a student is trained with each of five weights. Of those that keep your own skill,
-    measured on --own-eval-data, the one with the lowest loss on --eval-data is written; if none keeps it, nothing is
-    written and the exit code is 1.
+    measured on --own-eval-data, the one with the lowest loss on --eval-data is written. If none keeps it, or none has
+    less loss on --eval-data than the global model, nothing is written and the exit code is 1.
 
     Examples:
 

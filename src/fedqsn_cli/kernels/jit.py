@@ -80,6 +80,11 @@ def kernel(function: F) -> F:
     return compiled(function)
 
 
+def view_kernel(function: F) -> F:
+    """A kernel that makes views only, no arrays: it counts no references, which would cost as much as a short loop."""
+    return compiled(function, _nrt=False)
+
+
 def compiled(function: F, **more: Any) -> F:
     """A kernel with more options of numba."""
     options = {"nogil": True, "error_model": "numpy", **more}

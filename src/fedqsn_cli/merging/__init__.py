@@ -7,7 +7,8 @@ products.py       products of two factors, compiled
 adapter_config.py the configuration of adapters, which may say nothing else
 adapters.py       U of adapters: products of factors, rows of them as they are asked for
 exact_sum.py      sums that depend neither on the order nor on the grouping of their terms
-arithmetic.py     the sums and steps, compiled
+arithmetic.py     the sums, compiled
+stepping.py       the step, compiled
 measures.py       what is measured of an update while its values go by
 refusals.py       updates that are refused end the merge, or are noted
 file_hash.py      a file that is read in pieces, and its digest
@@ -27,6 +28,8 @@ survey.py         a pass before a merge, where updates must be known beforehand
 client_weights.py rules that decide what each update counts: krum, geometric median
 central_privacy.py  the noise of a merge, and its account in the ledger
 aggregation.py    how the updates of a round are put together
+average_kernel.py the average of a few updates and its step, compiled
+average.py        one chunk of that average
 merge_pass.py     the pass of a merge
 merged_clients.py what is reported about each client
 partial_pass.py   the pass of a partial sum

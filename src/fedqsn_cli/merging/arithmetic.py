@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedqsn_cli.kernels.jit import INFINITY, MAGNITUDE, as_bits, kernel, narrow, narrow_brain, to_bits, to_float, widen
+from fedqsn_cli.kernels.jit import as_bits, kernel, view_kernel, widen
 from fedqsn_cli.kernels.threads import run_ranges
 from fedqsn_cli.merging.exact_sum import FINE, Digits, add_run, add_scattered
 from fedqsn_cli.planning.tensor_plan import UnitAxis
@@ -173,7 +173,7 @@ def _add(
                     _add_run(values[:count], total[line], coefficient, sums)
                 else:
                     add_run(values[:count], high[line], low[line], coefficient, sums)
-        squares[part] = _fold(sums)
+        squares[part] = fold(sums)
 
 
 @kernel
@@ -192,15 +192,20 @@ def _add_scattered(values: Any, total: Any, index: Any, coefficient: float, sums
         sums[i] += x * x
 
 
-@kernel
-def _fold(sums: Any) -> float:
-    """Sum of PIECE numbers, in an order that vectorises."""
-    half = PIECE // 2
-    while half:
-        for i in range(half):
-            sums[i] += sums[half + i]
-        half //= 2
+@view_kernel
+def fold(sums: Any) -> float:
+    """Sum of a power of two of numbers, in an order that vectorises; they are overwritten."""
+    size = sums.size // 2
+    while size:
+        _add_to(sums[:size], sums[size : 2 * size])
+        size //= 2
     return float(sums[0])
+
+
+@view_kernel
+def _add_to(sums: Any, others: Any) -> None:
+    for i in range(sums.size):
+        sums[i] += others[i]
 
 
 def subtract(total: Doubles, drift: Doubles, weights: Array, axis: UnitAxis | None, coefficient: float) -> None:
@@ -222,116 +227,6 @@ def subtract(total: Doubles, drift: Doubles, weights: Array, axis: UnitAxis | No
     np.multiply(drift, factors.reshape(shapes[axis]) / FINE, out=drift)
     np.multiply(np.rint(drift, out=drift), FINE, out=drift)
     np.subtract(total, drift, out=total)
-
-
-def step(
-    w: Array, residual: Array | None, dtype: str, total: Array, weights: Array, axis: UnitAxis | None, rate: float
-) -> int:
-    """w + residual += rate * total / weights, in place; what rounding drops goes into the residual.
-
-    An element whose step is zero keeps its bits, and so does its residual.
-
-    Args:
-        w: stored bits [rows, cols]. residual: BF16 bits [rows, cols] of 16-bit models, else None.
-        total: float64 [rows, cols]. weights: float64, one for each row, column or element, or [1]; 0 means unseen.
-
-    Returns:
-        How many elements became infinite or NaN.
-    """
-    rows, cols = total.shape
-    bits, kind = as_bits(w, dtype)
-    kept = np.zeros(0, np.uint16) if residual is None else residual.reshape(-1)
-    mode = ELEMENTS if axis == "row" and cols == 1 else MODES[axis]
-    width = cols if mode in {ROWS, COLUMNS} else RUN
-    parts = -(-total.size // max(width, 1))
-    bad = np.zeros(parts, np.int64)
-
-    def work(start: int, stop: int) -> None:
-        _step(bits, kept, kind, total.reshape(-1), weights, mode, width, start, stop, rate, bad)
-
-    run_ranges(parts, max(1, GRAIN // max(width, 1)), work)
-    return int(bad.sum())
-
-
-@kernel
-def _step(
-    w: Any,
-    residual: Any,
-    kind: int,
-    total: Any,
-    weights: Any,
-    mode: int,
-    width: int,
-    start: int,
-    stop: int,
-    rate: float,
-    bad: Any,
-) -> None:
-    """Parts start .. stop of the tensor, `width` values each; `bad` counts those of each part that are not finite."""
-    old, wide = np.empty(PIECE, np.uint32), np.empty(PIECE, np.uint32)
-    new, rounded = np.empty(PIECE, np.uint32), np.empty(PIECE, w.dtype)
-    old_values, new_values = old.view(np.float32), new.view(np.float32)
-    divisors, moves, moved = np.empty(PIECE), np.empty(PIECE), np.empty(PIECE, np.uint32)
-    for part in range(start, stop):
-        first, end = part * width, min((part + 1) * width, w.size)
-        if mode in (FLAT, ROWS):
-            weight = weights[part if mode == ROWS else 0]
-            if weight == 0.0:
-                continue
-            divisors[:] = weight
-        for at in range(first, end, PIECE):
-            count = min(PIECE, end - at)
-            if mode == COLUMNS:
-                _divisors(weights[at - first : at - first + count], divisors)
-            elif mode == ELEMENTS:
-                _divisors(weights[at : at + count], divisors)
-            target, kept = w[at : at + count], residual[at : at + count]
-            widen(target, kind, old)
-            _move(old_values, kept, total[at : at + count], divisors, rate, moves, new_values, moved)
-            narrow(new, kind, rounded[:count])
-            widen(rounded[:count], kind, wide)
-            bad[part] += _store(target, kept, rounded, new_values, wide, wide.view(np.float32), moved)
-
-
-@kernel
-def _divisors(weights: Any, divisors: Any) -> None:
-    """The weights, and infinity for 0: units that no client saw do not move."""
-    for i in range(weights.size):
-        divisors[i] = weights[i] if weights[i] != 0.0 else np.inf
-
-
-@kernel
-def _move(old: Any, residual: Any, total: Any, divisors: Any, rate: float, moves: Any, new: Any, moved: Any) -> None:
-    """new = old + residual + rate * total / divisor; `moved` is all ones, but the sign, where the step is not zero."""
-    for i in range(total.size):
-        moves[i] = rate * total[i] / divisors[i]
-    for i in range(total.size):
-        moved[i] = MAGNITUDE if moves[i] != 0.0 else np.uint32(0)
-    if residual.size:
-        for i in range(total.size):
-            kept = to_float(np.uint32(residual[i]) << np.uint32(16))
-            new[i] = np.float32(np.float64(old[i]) + np.float64(kept) + moves[i])
-    else:
-        for i in range(total.size):
-            new[i] = np.float32(np.float64(old[i]) + moves[i])
-
-
-@kernel
-def _store(w: Any, residual: Any, rounded: Any, new: Any, wide: Any, stored: Any, moved: Any) -> int:
-    """Store what moved, and what rounding dropped, in place; `stored` are the values of bits `wide`.
-
-    Returns:
-        How many moved values are not finite.
-    """
-    bad = 0
-    for i in range(w.size):
-        w[i] = rounded[i] if moved[i] else w[i]
-    for i in range(w.size):
-        bad += int((wide[i] & moved[i]) >= INFINITY)
-    for i in range(residual.size):
-        dropped = narrow_brain(to_bits(new[i] - stored[i]))
-        residual[i] = dropped if moved[i] else residual[i]
-    return bad
 
 
 def sum_of_squares(x: Array, dtype: str) -> float:
@@ -357,7 +252,7 @@ def _squares(x: Any, kind: int, start: int, stop: int, squares: Any) -> None:
             widen(x[at : at + count], kind, bits)
             for i in range(count):
                 sums[i] += np.float64(values[i]) * np.float64(values[i])
-        squares[part] = _fold(sums)
+        squares[part] = fold(sums)
 
 
 def mix(a: Array, x: float, b: Array, y: float, dtype: str) -> Array:

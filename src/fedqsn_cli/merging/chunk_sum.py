@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.errors import RefusedUpdate
-from fedqsn_cli.merging import arithmetic
+from fedqsn_cli.merging import arithmetic, stepping
+from fedqsn_cli.merging.arithmetic import PieceSquares
 from fedqsn_cli.merging.chunks import ModelChunk
 from fedqsn_cli.merging.cosines import KEPT, compare, first_rows
 from fedqsn_cli.merging.exact_sum import MOST_TERM, Digits
@@ -79,7 +80,13 @@ def accumulate(
     axis, index = rows_as_units(tensor, reader.update.axis(tensor), piece, chunk.rows)
     squares = arithmetic.add(total, read.values, read.dtype, index, axis, weight)
     reader.measure(tensor, chunk.first, squares, read.values.size)
-    if isinstance(total, Digits) and abs(weight) * math.sqrt(squares.total) >= MOST_TERM:
+    if isinstance(total, Digits):
+        require_summable(reader, tensor, weight, squares)
+
+
+def require_summable(reader: UpdateReader, tensor: TensorPlan, weight: float, squares: PieceSquares) -> None:
+    """Refuse a piece of U that may have terms which an exact sum cannot hold. Raises RefusedUpdate."""
+    if abs(weight) * math.sqrt(squares.total) >= MOST_TERM:
         what = f"its values, times its number of examples, are beyond {MOST_TERM:.1g}, and cannot be summed exactly"
         raise RefusedUpdate(what, where=f"{reader.update.folder}: {tensor.name}")
 
@@ -203,10 +210,16 @@ def move(chunk: ModelChunk, total: Doubles, divisors: Doubles, rate: float) -> N
         RefusedUpdate: the result is not finite.
     """
     task = chunk.task
-    bad = arithmetic.step(chunk.values, chunk.residual, task.tensor.dtype, total, divisors, task.plan.axis, rate)
+    require_finite(
+        stepping.step(chunk.values, chunk.residual, task.tensor.dtype, total, divisors, task.plan.axis, rate), task.name
+    )
+
+
+def require_finite(bad: int, tensor: str) -> None:
+    """Refuse a result in which some weights are not finite. Raises RefusedUpdate."""
     if bad:
         raise RefusedUpdate(
             f"the merged tensor would hold {bad} infinite or NaN values",
-            where=task.name,
+            where=tensor,
             hint="an update is poisoned, or --server-lr is too large",
         )

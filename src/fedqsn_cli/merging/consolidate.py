@@ -25,7 +25,7 @@ from fedqsn_cli.errors import InputError
 from fedqsn_cli.merging.job_model import merged_manifest, model_sinks, publish
 from fedqsn_cli.merging.restore import RestoreInputs, open_restore_inputs
 from fedqsn_cli.merging.students import FullStudent, Student
-from fedqsn_cli.merging.weight_search import WEIGHTS, WeightSearch, WeightTrial, rank, require_kept
+from fedqsn_cli.merging.weight_search import WEIGHTS, WeightSearch, WeightTrial, rank, require_better
 from fedqsn_cli.merging.written_texts import written_texts
 from fedqsn_cli.models.architecture import task_of
 from fedqsn_cli.models.torch_model import Loaded, choose_device, load_model, memory_errors, quiet
@@ -90,7 +90,8 @@ def consolidate(
 
     Raises:
         InputError: models, key and options do not fit together. DataError: the data cannot be used.
-        GateFailed: the weight is auto, and every weight loses too much of the owner's skill. Nothing was written then.
+        GateFailed: the weight is auto, and every weight loses too much of the owner's skill, or none makes the model
+            better at what clients teach. Nothing was written then.
 
     Example:
         >>> consolidate("global/", "server-9/", "final/", key="job.key", own_data="own.jsonl").last_loss
@@ -229,8 +230,8 @@ class _Consolidation:
 
     def _searched(self, lessons: _Lessons) -> tuple[_Attempt, WeightSearch]:
         """The best student of all weights; two are in memory at a time."""
-        assert lessons.own_eval is not None  # the options require it
-        own_before, tolerance = lessons.own_eval.before, self.options.tolerance
+        assert lessons.own_eval is not None and lessons.eval is not None  # the options require both
+        own_before, before, tolerance = lessons.own_eval.before, lessons.eval.before, self.options.tolerance
         best: _Attempt | None = None
         trials: list[WeightTrial] = []
         for weight in WEIGHTS:
@@ -239,8 +240,8 @@ class _Consolidation:
             chosen = min(trials, key=lambda trial: rank(trial, own_before.loss + tolerance))
             best = one if best is None or chosen is trials[-1] else best
         assert best is not None
-        require_kept(chosen, own_before, tolerance)
-        return best, WeightSearch(best.weight, own_before, _known(lessons.before), tolerance, tuple(trials))
+        require_better(chosen, own_before, before, tolerance)
+        return best, WeightSearch(best.weight, own_before, before, tolerance, tuple(trials))
 
     def _lessons(self) -> _Lessons:
         """What both teachers say; one of them is in memory at a time."""

@@ -54,10 +54,7 @@ def compare(mean: Doubles, tensor: TensorPlan, reader: UpdateReader, piece: Upda
 
     run_ranges(parts, STRIPE * -(-GRAIN // (STRIPE * max(width, 1))), work)
     dot, own, merged = sums.sum(axis=0)
-    scale, measures = reader.update.scale(tensor), reader.measures
-    measures.dot += float(dot) / scale
-    measures.own_squares += float(own) / scale**2
-    measures.mean_squares += float(merged)
+    reader.measures.compare(float(own), float(dot), float(merged), scale=reader.update.scale(tensor))
 
 
 @kernel

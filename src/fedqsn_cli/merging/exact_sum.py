@@ -79,6 +79,13 @@ def _digits(term: Any) -> Any:
 
 
 @kernel
+def in_two(term: Any) -> Any:
+    """The same as numbers: a multiple of `COARSE`, and what is left as a multiple of `FINE`."""
+    coarse = (term + _TO_COARSE) - _TO_COARSE
+    return coarse, ((term - coarse) + _TO_FINE) - _TO_FINE
+
+
+@kernel
 def add_run(values: Any, high: Any, low: Any, coefficient: float, sums: Any) -> None:
     """Add coefficient * values; `sums` gets the squares of the values."""
     for i in range(values.size):

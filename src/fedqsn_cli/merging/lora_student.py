@@ -20,7 +20,7 @@ from fedqsn_cli.checkpoint import ArtifactWriter
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.export.pipeline import CHUNK_ELEMENTS
 from fedqsn_cli.export.server_model import quantize
-from fedqsn_cli.merging import arithmetic
+from fedqsn_cli.merging import stepping
 from fedqsn_cli.merging.chunks import Sink
 from fedqsn_cli.merging.products import product
 from fedqsn_cli.merging.restore import RestoreInputs, write_restored
@@ -108,5 +108,5 @@ def _rows(factors: tuple[Tensor, Tensor, bool], first: int, rows: int) -> tuple[
 def _add(values: NDArray[Any], task: TensorTask, left: Doubles, right: Doubles, scaling: float) -> None:
     """W += scaling · left right, in place. Raises InputError where the result is not finite."""
     total = product(left, right, scaling).astype(np.float64)
-    if arithmetic.step(values, None, task.tensor.dtype, total, np.ones(1), None, 1.0):
+    if stepping.step(values, None, task.tensor.dtype, total, np.ones(1), None, 1.0):
         raise InputError("the result is not finite", where=task.name, hint="lower --lr")

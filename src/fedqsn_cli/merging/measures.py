@@ -104,6 +104,12 @@ class UpdateMeasures:
             start = first * tensor.view[2] if sums.width == 1 else first
             self._found(float(sums.units[best]) / sums.width, start + int(sums.places[best]))
 
+    def compare(self, own: float, dot: float, mean: float, *, scale: float) -> None:
+        """Sums of products of U with itself, of U with the merged step, and of that step with itself."""
+        self.own_squares += own / scale**2
+        self.dot += dot / scale
+        self.mean_squares += mean
+
     def _add_columns(self, tensor: TensorPlan, first: int, sums: PieceSquares) -> None:
         """Columns go on in the next rows; the last rows of a lead slice complete them."""
         _, rows, cols = tensor.view

@@ -16,6 +16,7 @@ from fedqsn_cli.kernels.digests import algorithm_of
 from fedqsn_cli.kernels.hash_threads import HashThreads
 from fedqsn_cli.merging import arithmetic
 from fedqsn_cli.merging.aggregation import Aggregation
+from fedqsn_cli.merging.average import is_average, is_matrix, step_by_average
 from fedqsn_cli.merging.chunk_stack import ChunkStack
 from fedqsn_cli.merging.chunk_sum import ChunkStep, ChunkSum, Scratch
 from fedqsn_cli.merging.chunks import (
@@ -68,6 +69,8 @@ class MergePass:
         self.clients = [UpdateReader(update, hashing.queue()) for update in found.updates]
         self.partials = [PartialReader(each, hashing.queue()) for each in found.partials]
         self.control = UpdateReader(control, hashing.queue()) if control else None
+        alone = not found.partials and control is None and optimizer is None
+        self._averages = alone and is_average(how, len(self.clients))
         self.size = sum(task.size for task in tasks)
         """Number of elements of the model."""
         self.covered = 0
@@ -117,6 +120,10 @@ class MergePass:
 
     def _step(self, chunk: ModelChunk, pieces: Iterator[Any]) -> None:
         """W' = W + η Δ: put all updates together, take the control off, move the rows."""
+        if self._averages and is_matrix(chunk):
+            taken = [next(pieces) for _ in self.clients]
+            self.covered += step_by_average(chunk, self.clients, taken, self._how, self._rate)
+            return
         step = self._ordered(chunk, pieces, self._how.order) if self._how.order else self._summed(chunk, pieces)
         step.compare()
         if self._how.noise is not None:

@@ -59,12 +59,20 @@ def rank(trial: WeightTrial, own_limit: float) -> tuple[bool, float, float]:
     return lost, trial.own.loss if lost else trial.clients.loss, trial.weight
 
 
-def require_kept(best: WeightTrial, own_before: Evaluation, tolerance: float) -> None:
-    """Refuse to write a model that lost too much of the owner's skill. Raises GateFailed."""
+def require_better(best: WeightTrial, own_before: Evaluation, clients_before: Evaluation, tolerance: float) -> None:
+    """Refuse to write a model that lost too much of the owner's skill, or learnt nothing. Raises GateFailed."""
+    where = "--transfer-weight auto"
     if best.own.loss > own_before.loss + tolerance:
         raise GateFailed(
             f"every weight loses more than {tolerance:g} on the owner's skill: its loss is {own_before.loss:.6g} now, "
             f"and {best.own.loss:.6g} with the best weight, {best.weight:g}",
-            where="--transfer-weight auto",
+            where=where,
             hint="give more --own-data or --steps, or a larger --own-tolerance",
+        )
+    if best.clients.loss > clients_before.loss:
+        raise GateFailed(
+            f"no weight makes the model better at what clients teach: its loss is {clients_before.loss:.6g} now, and "
+            f"{best.clients.loss:.6g} with the best weight, {best.weight:g}",
+            where=where,
+            hint="the server model may know less of it than the global one: compare them with 'fedqsn evaluate'",
         )

@@ -83,7 +83,7 @@ class ConsolidateOptions(LoraOptions, ModelOutputOptions):
             metavar="X|auto",
             check=positive_or_auto,
         ),
-    ] = 1.0
+    ] = 0.75
     steps: Annotated[int, Option("Optimizer steps.", TRAINING, check=validate.at_least_one)] = 150
     lr: Annotated[float, Option("Largest learning rate.", TRAINING, check=validate.more_than_zero)] = 5e-5
     warmup_ratio: Annotated[

@@ -18,6 +18,7 @@ import numpy as np
 
 from fedqsn_cli.checkpoint import FILE_MODE, FILE_TIME, TensorSink, TensorSpec
 from fedqsn_cli.checkpoint.tensor_sink import split_into_shards
+from fedqsn_cli.linux import file_flags
 
 _LABEL, _SELINUX = "security.selinux", re.compile(rb"([a-z_]+:[a-z_]+:[a-z_]+(:s0)?\0?)?")  # the system sets it
 _FOLDER_MODES = frozenset({0o700, 0o750, 0o755, 0o770, 0o775, 0o777})  # what the usual umasks leave
@@ -220,6 +221,8 @@ def _problem(path: Path, owners: Owners, label: bytes) -> str | None:
         return "has extended attributes"
     if not owners.include(found):
         return "belongs to another user or group than the ledger"
+    if (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)) and not _has_usual_flags(path):
+        return "has flags that chattr sets"
     if found.st_mtime_ns != FILE_TIME * 10**9:
         return "has another time of modification than exports write (copy proxies with cp --archive)"
     if stat.S_ISDIR(found.st_mode):
@@ -231,6 +234,12 @@ def _problem(path: Path, owners: Owners, label: bytes) -> str | None:
     if mode != FILE_MODE:
         return f"has mode {mode:04o}; exports write {FILE_MODE:04o}"
     return "is sparse (copy proxies with cp --sparse=never)" if is_sparse(path) else None
+
+
+def _has_usual_flags(path: Path) -> bool:
+    """Has it no flags, or those of the folder that it is in? Some file systems hand them down."""
+    flags = file_flags(path)
+    return not flags or flags == file_flags(Path(os.path.realpath(path.parent)))
 
 
 def is_sparse(path: Path) -> bool:

@@ -102,10 +102,11 @@ def _export(
     lines = [_line(inputs, proxy) for proxy in proxies]
     first, server = lines[0], ServerMasks(job)
     base = _referenced(inputs.base, proxies) if first.fill == "base" else None
+    scaled = first.rescale and first.fill == "zero"  # whatever the line says, no other release is
     model = watched(inputs, origin, first.quantization)
-    session = MaskingSession(model, job, Path(), False, server, first.fill, base, first.rescale)
+    session = MaskingSession(model, job, Path(), False, server, first.fill, base, scaled)
     export = ProxyExport.of(session, first.quantization, first.train, first.max_shard_bytes or USUAL_SHARD_BYTES)
-    masks = [ClientMasks(server, line.client, line.round, line.p2, line.schedule, line.rescale) for line in lines]
+    masks = [ClientMasks(server, line.client, line.round, line.p2, line.schedule, scaled) for line in lines]
     return export.write(folders, masks, algorithm_of(first.model_digest), inputs.progress)
 
 

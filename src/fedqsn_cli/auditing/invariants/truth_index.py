@@ -116,7 +116,7 @@ class TruthIndex:
     def _hidden(self, where: Array) -> Array:
         hidden = np.zeros(len(where), np.bool_)
         numbers, begins = np.unique(where[:, 0], return_index=True)  # vectors stand in the order of tensors
-        for number, begin, end in zip(numbers, begins, [*begins[1:], len(where)], strict=True):
+        for number, begin, end in zip(numbers, begins, np.append(begins, len(where))[1:], strict=True):
             mask = self.tasks[number].hidden
             if mask is not None:
                 kinds, index = where[begin:end, 1], where[begin:end, 2]

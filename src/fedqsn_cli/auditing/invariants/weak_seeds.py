@@ -19,6 +19,7 @@ SEEDS = 65536
 _AT_ONCE = 1024  # seeds; between them a signal is heeded
 
 _WORDS, _SHIFT = 624, 397
+_LANES = 16  # generators side by side, in one register of the processor
 
 
 def longest_runs(hidden: NDArray[np.bool_], seeds: int = SEEDS) -> NDArray[np.int64]:
@@ -26,6 +27,7 @@ def longest_runs(hidden: NDArray[np.bool_], seeds: int = SEEDS) -> NDArray[np.in
 
     Args:
         hidden: [sets, n] flags.
+        seeds: 0 to seeds - 1 are tried; a multiple of 16.
 
     Returns:
         [sets] the largest number of units, counted from one end of randperm(n) or from one end of the order of rand(n),
@@ -46,64 +48,80 @@ def _try(begin: int, flags: NDArray[np.bool_], runs: NDArray[np.int64], first: i
 
 
 @kernel
-def _start(seed: int, words: Any) -> None:
-    words[0] = np.uint32(seed)
+def _start(first: int, words: Any) -> None:
+    """Seed one generator a lane, with first, first + 1, ..."""
+    for lane in range(_LANES):
+        words[0, lane] = np.uint32(first + lane)
     for i in range(1, _WORDS):
-        x = np.uint64(words[i - 1] ^ (words[i - 1] >> np.uint32(30)))
-        words[i] = np.uint32((np.uint64(1812433253) * x + np.uint64(i)) & np.uint64(0xFFFFFFFF))
+        for lane in range(_LANES):
+            x = np.uint32(words[i - 1, lane] ^ (words[i - 1, lane] >> np.uint32(30)))
+            words[i, lane] = np.uint32(np.uint32(1812433253) * x + np.uint32(i))
 
 
 @kernel
-def _next(words: Any, at: int) -> Any:
-    """Number `at` (0, 1, ...) of the generator; numbers must be asked for in order."""
-    i = at % _WORDS
-    y = np.uint32((words[i] & np.uint32(0x80000000)) | (words[(i + 1) % _WORDS] & np.uint32(0x7FFFFFFF)))
-    odd = np.uint32(0x9908B0DF) if y & np.uint32(1) else np.uint32(0)
-    words[i] = words[(i + _SHIFT) % _WORDS] ^ (y >> np.uint32(1)) ^ odd
-    x = words[i]
-    x ^= x >> np.uint32(11)
-    x ^= np.uint32((x << np.uint32(7)) & np.uint32(0x9D2C5680))
-    x ^= np.uint32((x << np.uint32(15)) & np.uint32(0xEFC60000))
-    return np.uint32(x ^ (x >> np.uint32(18)))
+def _draw(words: Any, numbers: Any) -> None:
+    """numbers[i, lane] = number i of each generator."""
+    for i in range(numbers.shape[0]):
+        at, after, far = i % _WORDS, (i + 1) % _WORDS, (i + _SHIFT) % _WORDS
+        for lane in range(_LANES):
+            y = np.uint32((words[at, lane] & np.uint32(0x80000000)) | (words[after, lane] & np.uint32(0x7FFFFFFF)))
+            odd = np.uint32((y & np.uint32(1)) * np.uint32(0x9908B0DF))
+            x = np.uint32(words[far, lane] ^ (y >> np.uint32(1)) ^ odd)
+            words[at, lane] = x
+            x ^= x >> np.uint32(11)
+            x ^= np.uint32((x << np.uint32(7)) & np.uint32(0x9D2C5680))
+            x ^= np.uint32((x << np.uint32(15)) & np.uint32(0xEFC60000))
+            numbers[i, lane] = np.uint32(x ^ (x >> np.uint32(18)))
 
 
 @kernel
-def draw(seed: int, words: Any, order: Any, rank: Any) -> None:
-    """order = randperm(n), rank = the 24 bits of rand(n), each from a generator that was just seeded."""
+def _permute(numbers: Any, order: Any) -> None:
+    """order = randperm(n), from n numbers."""
     n = order.size
-    _start(seed, words)
     for i in range(n):
         order[i] = i
     for i in range(n - 1):
-        j = i + np.int64(_next(words, i)) % (n - i)
+        j = i + np.uint32(numbers[i] % np.uint32(n - i))
         kept = order[i]
         order[i] = order[j]
         order[j] = kept
-    _start(seed, words)
+
+
+@kernel
+def _longest(flags: Any, order: Any, numbers: Any) -> Any:
+    """The longest run of flagged units, from either end of randperm(n) or of the order of rand(n)."""
+    n = flags.size
+    ahead = 0
+    while ahead < n and flags[order[ahead]]:
+        ahead += 1
+    behind = 0
+    while behind < n and flags[order[n - 1 - behind]]:
+        behind += 1
+    low, high = np.int64(1 << 24), np.int64(-1)
     for i in range(n):
-        rank[i] = np.int64(_next(words, i) & np.uint32(0xFFFFFF))
+        if not flags[i]:
+            rank = np.int64(numbers[i] & np.uint32(0xFFFFFF))
+            low, high = min(low, rank), max(high, rank)
+    below = above = np.int64(0)
+    for i in range(n):
+        rank = np.int64(numbers[i] & np.uint32(0xFFFFFF))
+        below += rank < low
+        above += rank > high
+    return max(max(ahead, behind), max(below, above))
 
 
 @kernel
 def _runs(first: int, hidden: Any, out: Any) -> None:
+    """The longest run of each set for successive seeds, a multiple of 16 of them."""
     n = hidden.shape[1]
-    words, order, rank = np.empty(_WORDS, np.uint32), np.empty(n, np.int64), np.empty(n, np.int64)
-    for number in range(out.shape[0]):
-        draw(first + number, words, order, rank)
-        for index in range(hidden.shape[0]):
-            flags = hidden[index]
-            ahead = 0
-            while ahead < n and flags[order[ahead]]:
-                ahead += 1
-            behind = 0
-            while behind < n and flags[order[n - 1 - behind]]:
-                behind += 1
-            low, high = np.int64(1 << 24), np.int64(-1)
+    words, numbers = np.empty((_WORDS, _LANES), np.uint32), np.empty((n, _LANES), np.uint32)
+    own, order = np.empty(n, np.uint32), np.empty(n, np.int64)
+    for start in range(0, out.shape[0], _LANES):
+        _start(first + start, words)
+        _draw(words, numbers)
+        for lane in range(_LANES):
             for i in range(n):
-                if not flags[i]:
-                    low, high = min(low, rank[i]), max(high, rank[i])
-            below = above = 0
-            for i in range(n):
-                below += rank[i] < low
-                above += rank[i] > high
-            out[number, index] = max(max(ahead, behind), max(below, above))
+                own[i] = numbers[i, lane]
+            _permute(own, order)
+            for index in range(hidden.shape[0]):
+                out[start + lane, index] = _longest(hidden[index], order, own)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from fedqsn_cli.artifacts.ledger import Release
 from fedqsn_cli.auditing.completeness import NOT_A_NUMBER
 from fedqsn_cli.auditing.findings import Entry, FunctionRecovery, Recovery
 from fedqsn_cli.auditing.policy import Policy
@@ -32,6 +33,7 @@ class Measured:
     """Everything that was measured; None for what was not.
 
     Args:
+        releases: those of the job, in the order of the ledger.
         expected: exposure of one client after as many fresh proxies as the policy plans.
         baseline: measure -> value in an earlier audit, as `measures` gives them.
     """
@@ -40,6 +42,7 @@ class Measured:
     function: FunctionRecovery | None = None
     exposure: Exposure | None = None
     expected: float | None = None
+    releases: Sequence[Release] = ()
     baseline: Mapping[str, float] | None = None
 
 
