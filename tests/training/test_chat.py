@@ -99,7 +99,7 @@ def test_calls_of_tools_and_the_tools_themselves_are_told_to_the_template() -> N
 @pytest.mark.parametrize(
     ("turns", "complaint"),
     [
-        ([], "has no turns"),
+        ([], "is not a list of objects with a role and a content"),
         ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "has a part in turn 1 that is no text"),
         ([{"role": "user"}], "is not a list of objects with a role and a content"),
         ([{"from": "human"}], "is not a list of objects with a role and a content"),

@@ -30,6 +30,7 @@ COLUMNS = ("messages", "conversations")
 
 _MARKED_TURNS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+_NO_TURNS = "is not a list of objects with a role and a content"
 _PROBE = "fedqsn"  # a text that no template writes by itself
 
 Messages = list[dict[str, Any]]
@@ -87,7 +88,7 @@ class _Conversation:
     def normalized(self) -> _Conversation:
         """With turns as templates take them. Raises DataError."""
         if not self.messages:
-            raise self._wrong("has no turns")
+            raise self._wrong(_NO_TURNS)
         return replace(self, messages=[self._turn(number, turn) for number, turn in enumerate(self.messages, 1)])
 
     def _turn(self, number: int, turn: Any) -> dict[str, Any]:
@@ -99,7 +100,7 @@ class _Conversation:
             given |= {"content": given.pop("value")} if "value" in given else {}
         says_something = "content" in given or "content" in turn or "tool_calls" in given
         if not isinstance(given.get("role"), str) or not says_something:
-            raise self._wrong("is not a list of objects with a role and a content")
+            raise self._wrong(_NO_TURNS)
         content = given.get("content")
         return {**given, "content": self._text(number, content) if isinstance(content, list) else content}
 
