@@ -10,6 +10,7 @@ import os
 import stat
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 from fedqsn_cli.artifacts import ledger
 from fedqsn_cli.artifacts.ledger import Release
 from fedqsn_cli.artifacts.ledger_head import head_path, write_head
+from fedqsn_cli.artifacts.manifests import Quantization
 from fedqsn_cli.errors import FormatError, InputError
 from support.helpers import environment
 
@@ -70,6 +72,29 @@ def test_what_was_recorded_is_read_back_in_order(path: Path) -> None:
     ledger.record(path, JOB, [release(1), release(2)])
     ledger.record(path, JOB, [release(3)])
     assert plain(ledger.read(path)) == [release(1), release(2), release(3)]
+
+
+def test_a_long_ledger_takes_little_memory_and_releases_stay_independent(path: Path) -> None:
+    packed = {"format": "nf4", "block_size": 64, "double_quant": False, "layout": "bnb"}
+    releases = [release(number, client="c1", quantization=Quantization(**packed)) for number in range(500)]
+    ledger.record(path, JOB, releases)
+    tracemalloc.start()
+    read = ledger.read(path)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert plain(read) == releases
+    assert held / 500 < 1500  # 4,400 with objects of its own for each
+    changed = read[0].model_copy(update={"p1_least": 0.05})
+    assert changed.p1_least == 0.05 and "p1_least" not in read[1].model_fields_set and read[1] != changed
+
+
+def test_lines_are_the_same_in_blocks_of_any_size(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger.record(path, JOB, [release(number) for number in range(20)])
+    whole = ledger.read(path)
+    length = path.stat().st_size
+    for block in (1, 100, 700, length - 1, length, length + 1):
+        monkeypatch.setattr(ledger, "_BLOCK", block)
+        assert ledger.read(path) == whole
 
 
 def test_each_line_holds_the_digest_of_the_line_before(path: Path) -> None:

@@ -41,10 +41,18 @@ from fedqsn_cli.auditing import policy_file
 from fedqsn_cli.auditing.report.json import read_measures
 from fedqsn_cli.checkpoint import Checkpoint, read_header
 from fedqsn_cli.cli import exit_codes
+from fedqsn_cli.courier.layout import Invitation
+from fedqsn_cli.courier.orders import Order
+from fedqsn_cli.courier.parts import Part, Parts
+from fedqsn_cli.courier.site import TEMPLATE, SiteSettings
+from fedqsn_cli.crypto import dsse
+from fedqsn_cli.crypto.keys import load_signing_key
 from fedqsn_cli.errors import FedqsnError
 from fedqsn_cli.masks import job_key
+from fedqsn_cli.merging.server_optimizer import open_state
 from fedqsn_cli.models.model import model_tensors, open_model
 from fedqsn_cli.models.plan_file import load_overrides
+from fedqsn_cli.options import ProposalOptions
 from fedqsn_cli.training.data_files import read_table
 from support.attacks import World, make_world
 from support.processes import run
@@ -98,9 +106,18 @@ def _table(name: str) -> Callable[[World], object]:
     return lambda world: read_table(world.root / name)
 
 
+def _order(world: World) -> object:
+    """An order that says what a hostile owner may say: whatever it is, it is signed."""
+    key = load_signing_key(world.root / "owner.key")
+    payload = (world.root / "order.json").read_bytes()
+    signed = dsse.envelope(payload, dsse.sign(payload, key))
+    return Order.opened(strictjson.dumps(signed), key.public_key())
+
+
 _JOB = ("--key", "@job.key", "--ledger", "@ledger.jsonl")
 _OUT = ("--out", "@out")
 _CLIENT = ("--client", "alice", "--round", "1", "--p2", "0.25")
+_ADAM = ("--server-optimizer", "adam", "--server-lr", "0.001")
 _DATA = ("--data", "@data.jsonl")
 _TRUTH = ("--truth", "@model", *_JOB)
 
@@ -121,6 +138,14 @@ PARSERS: dict[str, tuple[Callable[[World], object], tuple[str, ...]]] = {
         lambda w: model_tensors(Checkpoint.open(w.root / "quantized")),
         ("quantized/model.safetensors", "quantized/config.json"),
     ),
+    "shards": (lambda w: Checkpoint.open(w.root / "sharded"), ("sharded/model.safetensors.index.json",)),
+    "order": (_order, ("order.json",)),
+    "server state": (
+        lambda w: open_state(open_model(str(w.root / "adam")), job_key.load(w.key), "adam"),
+        ("adam/fedqsn-server-state.safetensors", "adam/fedqsn.json"),
+    ),
+    "invitation": (lambda w: Invitation.read(w.root / "invitation.json"), ("invitation.json",)),
+    "site.toml": (lambda w: SiteSettings.read(w.root / "site.toml"), ("site.toml",)),
     "model": (
         lambda w: open_model(str(w.root / "server")),
         ("server/config.json", "server/fedqsn.json", "server/model.safetensors"),
@@ -154,6 +179,20 @@ COMMANDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("merge", "@model", "@update", *_OUT, *_JOB),
         ("update/update.json", "update/update.safetensors", "model/config.json", "ledger.jsonl", "job.key"),
     ),
+    "inspect partial": (("inspect", "@partial"), ("partial/partial.json", "partial/partial.safetensors")),
+    "merge partial": (
+        ("merge", "@model", "@partial", *_OUT, *_JOB),
+        ("partial/partial.json", "partial/partial.safetensors"),
+    ),
+    "merge adapters": (
+        ("merge", "@model", "@lora", *_OUT, *_JOB),
+        ("lora/update.json", "lora/adapter_model.safetensors", "lora/adapter_config.json", "lora/update.safetensors"),
+    ),
+    "verify": (
+        ("verify", "@signed", "--key", "@owner.pub"),
+        ("signed/model.sig", "signed/proxy.json", "owner.pub"),
+    ),
+    "unseal": (("unseal", "@sealed", *_OUT, "--key", "@owner.key"), ("sealed", "owner.key")),
     "audit": (
         ("audit", "@proxy", *_TRUTH, "--policy", "@policy.toml", "--baseline", "@baseline.json"),
         (*(f"proxy/{x}" for x in _OF_A_PROXY), "policy.toml", "baseline.json", "ledger.jsonl", "job.key"),
@@ -175,9 +214,33 @@ def prepared(root: Path) -> World:
     (root / "data.json").write_text(json.dumps(rows))
     (root / "data.csv").write_text("text,label\n" + "".join(f'"{row["text"]}",{row["label"]}\n' for row in rows))
     parquet.write_table(pyarrow.Table.from_pylist(rows), root / "data.parquet")
+    _others(world)
     audited = run("audit", world.proxy, *(_word(word, world) for word in _TRUTH), "--format", "json")
     (root / "baseline.json").write_text(audited.out)
     return world
+
+
+def _others(world: World) -> None:
+    """Artifacts that not every job has: shards, sums, adapters, states, signatures, and what a courier carries."""
+    root, new = world.root, tuple(_word(word, world) for word in _JOB)
+    train = ("client-train", world.proxy, "--data", world.data, "--max-steps", "1")
+    for words in (
+        ("mask", world.model, "--out", root / "sharded", "--key", world.key, "--max-shard-size", "50KB"),
+        ("merge", world.model, world.update, "--partial", "--out", root / "partial", *new),
+        ("merge", world.model, world.update, "--out", root / "adam", *_ADAM, *new),
+        (*train, "--out", root / "lora", "--method", "lora"),
+        ("keygen", root / "owner.key"),
+        ("export-proxy", root / "quantized", "--out", root / "signed", *_CLIENT, *new, "--sign", root / "owner.key"),
+        ("seal", root / "signed", "--to", root / "owner.pub", "--out", root / "sealed"),
+    ):
+        ended = run(*words)
+        assert ended.code == 0, ended
+    (root / "site.toml").write_text(TEMPLATE.format(data='"a"', eval_data="", device='"cpu"', max_length=32))
+    (root / "invitation.json").write_bytes(Invitation("p", "localhost", 1, "", "").to_bytes())
+    parts, digest = Parts((Part(0, 9, "0" * 64),)), "0" * 64
+    order = Order("alice", digest, digest, parts, ProposalOptions(epochs=1.0, lr=1e-3, batch_size=8))
+    signed = json.loads(order.signed(load_signing_key(root / "owner.key")))
+    (root / "order.json").write_bytes(base64.b64decode(signed["payload"]))
 
 
 @contextmanager

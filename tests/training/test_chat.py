@@ -135,6 +135,23 @@ def test_turns_of_the_assistant_are_found_by_rendering_prefixes(kind: str) -> No
     assert (first.strip(), second.strip()) == ("It is a fox.<|im_end|>", "hello there!<|im_end|>")
 
 
+@pytest.mark.parametrize("template", [CHATML, "{{ '<s>' }}" + CHATML, PLAIN])
+def test_the_assistant_may_begin(template: str) -> None:
+    given = encoder("byte-level", template)
+    assert counted(given, encode(given, TURNS[2:])) == counted(given, encode(given, TURNS))
+
+
+def test_who_begins_must_be_seen_in_the_template() -> None:
+    with pytest.raises(DataError, match="row 1: column 'messages': the assistant begins, and the chat template has no"):
+        given = encoder("byte-level", PLAIN.split("{% if")[0])
+        encode(given, TURNS[2:])
+
+
+def test_half_a_character_in_a_turn_is_named() -> None:
+    with pytest.raises(DataError, match="row 1: column 'messages' holds U.D800 at 1, which is not a character"):
+        encode(encoder("byte-level", CHATML), [{"role": "user", "content": "a\ud800"}, TURNS[2]])
+
+
 def test_a_template_without_a_generation_prompt_works_too() -> None:
     given = encoder("byte-level", LLAMA2)
     assert counted(given, encode(given, TURNS[1:])) == [" It is a fox.</s>", " hello there!</s>"]

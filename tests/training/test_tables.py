@@ -13,6 +13,7 @@ from pyarrow import parquet
 from fedqsn_cli.errors import DataError
 from fedqsn_cli.training import tables
 from fedqsn_cli.training.data_files import open_data, read_table
+from fedqsn_cli.training.tables import Table
 
 JSONL = '{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n'
 
@@ -26,6 +27,7 @@ JSONL = '{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n'
         ("data.json", '[{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]'),
         ("data.csv", "label,text\nx,a\ny,b\n"),
         ("odd [1]*?.jsonl", JSONL),
+        ("data.csv", "\n\ntext,label\n\na,x\nb,y\n\n"),
     ],
 )
 def test_every_kind_of_file_gives_the_same_columns(tmp_path: Path, name: str, content: str) -> None:
@@ -122,6 +124,11 @@ def test_a_value_that_is_no_json_matters_only_where_it_is_used(
         table.texts("text")
 
 
+def test_characters_are_counted_at_any_depth() -> None:
+    messages = [{"role": "user", "content": [{"text": "abc"}]}]
+    assert Table(Path("x"), {"text": ["ab", None, 5], "messages": [messages, None, []]}, (), 3).characters == 2 + 7
+
+
 def in_parts(tmp_path: Path, kind: str, rows: int) -> Path:
     """A file of so many rows of 2 kB."""
     path, text = tmp_path / f"{rows}.{kind}", "word " * 400
@@ -204,8 +211,8 @@ def test_half_a_character_is_refused_with_its_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "complaint"),
     [
-        ("[1, NaN]", "no list in JSON"),
-        ("[1", "no list in JSON"),
+        ("[1, NaN]", "not a list in JSON"),
+        ("[1", "not a list in JSON"),
         ("{}", "text, not a list"),
         (3, "a number, not a list"),
     ],

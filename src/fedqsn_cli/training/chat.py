@@ -102,6 +102,8 @@ class _Conversation:
         if not isinstance(given.get("role"), str) or not says_something:
             raise self._wrong(_NO_TURNS)
         content = given.get("content")
+        if isinstance(content, str):
+            self.table.check_characters(self.column, self.row, content)
         return {**given, "content": self._text(number, content) if isinstance(content, list) else content}
 
     def _text(self, number: int, parts: list[Any]) -> Any:
@@ -111,6 +113,7 @@ class _Conversation:
             text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
             if type(text) is not str:
                 raise self._wrong(f"has a part in turn {number} that is no text ({type_name(text)})")
+            self.table.check_characters(self.column, self.row, text)
             texts.append(text)
         return [{"type": "text", "text": text} for text in texts] if self._takes_lists() else "".join(texts)
 

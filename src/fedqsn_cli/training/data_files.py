@@ -251,10 +251,11 @@ def _records(path: Path, file: BinaryIO) -> Iterator[tuple[dict[str, str], int]]
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     try:
         lines = csv.reader(_bounded(path, file, text.readline), strict=True)
-        header = _next(lines) or []
+        records = iter(lambda: _next(lines), None)
+        header = next(filter(None, records), [])
         if len(set(header)) != len(header):
             raise DataError("two columns have the same name", where=path)
-        while (fields := _next(lines)) is not None:
+        for fields in records:
             if fields and len(fields) != len(header):
                 what = f"{len(fields)} fields, but the header has {len(header)}"
                 raise DataError(what, where=f"{path}: line {lines.line_num}", hint="quote fields that contain commas")

@@ -45,7 +45,7 @@ def completions(encoding: Encoding, table: Table, progress: Progress) -> tuple[l
     prompts, replies = table.texts("prompt"), table.texts("completion")
     encoded: list[EncodedText] = []
     cut: set[int] = set()
-    for rows in chunks(table.rows, progress):
+    for rows in chunks(table.rows, progress, (prompts, replies)):
         parts = list(zip(prompts[rows], replies[rows], strict=True))
         texts = ["".join(part) for part in parts]
         tokens = encoding.batch(table, rows, [texts], ["prompt", "completion"], **encoding.with_offsets)
@@ -107,7 +107,7 @@ def sources(encoding: Encoding, table: Table, progress: Progress) -> Examples:
     features, cut = encoding.features(table, progress, "source")
     targets: list[Ids] = []
     texts = table.texts("target")
-    for rows in chunks(table.rows, progress):
+    for rows in chunks(table.rows, progress, (texts,)):
         targets += [one["input_ids"] for one in encoding.batch(table, rows, [texts[rows]], ["target"], target=True)]
     cut |= {row for row, target in enumerate(targets) if len(target) > encoding.max_length}
     shorter = [target[: encoding.max_length] for target in targets]  # without an end: the model shall not learn to stop

@@ -82,6 +82,11 @@ class Table:
             yield replace(self, columns=columns, rows=count, first=self.first + first)
 
     @property
+    def characters(self) -> int:
+        """How many characters of text it holds."""
+        return sum(len(part) for values in self.columns.values() for part in _parts(values) if isinstance(part, str))
+
+    @property
     def unused(self) -> tuple[str, ...]:
         """Names of the columns that nobody asked for."""
         return tuple(sorted(set(self.names) - self.used))
@@ -147,14 +152,17 @@ class Table:
 
 def _reason(value: object) -> str | None:
     """Why a value, or a part of it, cannot be used; None if all of it can."""
+    return next((part.reason for part in _parts(value) if isinstance(part, Unusable)), None)
+
+
+def _parts(value: object) -> Iterator[object]:
+    """A value and all parts of it. No recursion: JSON may be nested as deeply as Python reads it."""
     parts = [value]
-    while parts:  # no recursion: JSON may be nested as deeply as Python reads it
+    while parts:
         part = parts.pop()
-        if isinstance(part, Unusable):
-            return part.reason
+        yield part
         if isinstance(part, (list, dict)):
             parts += part.values() if isinstance(part, dict) else part
-    return None
 
 
 def type_name(value: object) -> str:

@@ -16,8 +16,9 @@ from fedqsn_cli.training.examples import Ids
 from fedqsn_cli.training.tables import Table
 
 SECONDS, SECONDS_A_ROW = 10, 0.05  # of processor time for all that tokenizes; usual rows take a thousandth of it
+_CHARACTERS_A_SECOND = 100_000  # that the slowest tokenizers read on any machine
 _BYTES_A_TOKEN = 128  # that a token takes in Python and in JSON
-_CHUNK = 1000  # rows per call of the tokenizer
+_CHUNK, _CHARACTERS = 1000, 1_000_000  # rows and characters per call of the tokenizer
 _NOT_OURS = (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, DataError)
 
 
@@ -50,11 +51,11 @@ class Encoding:
     decoder_inputs: Callable[[Ids], Ids] | None = None
     seed: int = 0
 
-    def guarded(self, work: Callable[[], Any], *, what: str, rows: int) -> Any:
+    def guarded(self, work: Callable[[], Any], *, what: str, rows: int, characters: int = 0) -> Any:
         """Call what uses the tokenizer in a child process, with limits that grow with the data; returns its result.
 
         Args:
-            work, what: as for `in_child`. rows: how many texts it reads or writes.
+            work, what: as for `in_child`. rows: how many texts it reads or writes. characters: that it reads.
 
         Raises:
             InputError: it took too much time or memory. FedqsnError: whatever `work` raised.
@@ -63,7 +64,7 @@ class Encoding:
             work,
             what=what,
             where=self.tokenizer.name_or_path,
-            seconds=SECONDS + rows * SECONDS_A_ROW,
+            seconds=SECONDS + rows * SECONDS_A_ROW + characters / _CHARACTERS_A_SECOND,
             memory=MEMORY + rows * self.max_length * _BYTES_A_TOKEN,
         )
 
@@ -83,7 +84,7 @@ class Encoding:
         """
         found: list[dict[str, Any]] = []
         cut: set[int] = set()
-        for rows in chunks(table.rows, progress):
+        for rows in chunks(table.rows, progress, texts):
             part = self.batch(table, rows, [column[rows] for column in texts], columns, **options)
             for place, tokens in enumerate(part):
                 if len(tokens["input_ids"]) > self.max_length:
@@ -183,9 +184,19 @@ def _listed(columns: Sequence[str]) -> str:
     return "column " + " with ".join(repr(column) for column in columns)
 
 
-def chunks(rows: int, progress: Progress) -> Iterator[slice]:
-    """Slices of the rows; each is reported to `progress` when the next is asked for."""
-    for first in range(0, rows, _CHUNK):
-        part = slice(first, min(first + _CHUNK, rows))
-        yield part
-        progress.advance(part.stop - part.start)
+def chunks(rows: int, progress: Progress, texts: Sequence[Sequence[str]] = ()) -> Iterator[slice]:
+    """Slices of the rows; each is reported to `progress` when the next is asked for.
+
+    Args:
+        texts: columns of text of which a slice holds about `_CHARACTERS` at most: what a library keeps of each token
+            of a text, before it is cut, takes a hundred times the text.
+    """
+    first = 0
+    while first < rows:
+        last, characters = first, 0
+        while last < min(first + _CHUNK, rows) and characters <= _CHARACTERS:
+            characters += sum(len(column[last]) for column in texts)
+            last += 1
+        yield slice(first, last)
+        progress.advance(last - first)
+        first = last
