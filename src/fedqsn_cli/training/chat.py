@@ -153,9 +153,11 @@ class _Conversation:
 
     def _span(self, turn: int, text: str) -> tuple[int, int]:
         """The characters of one turn of the assistant. Raises DataError where rendered prefixes do not tell."""
-        prompt = self._render(self.messages[:turn], prompt=True)
+        prompt = self._render(self.messages[:turn], prompt=True) if turn else self._first_prompt()
         after = self._render(self.messages[: turn + 1], prompt=False)
-        if not after.startswith(prompt):
+        if prompt is None:
+            what = "the assistant begins, and the chat template has no generation prompt"
+        elif not after.startswith(prompt):
             what = f"the chat template renders turn {turn + 1} otherwise than behind its own generation prompt"
         elif not text.startswith(after):
             what = f"the chat template renders turn {turn + 1} otherwise once other turns follow"
@@ -164,6 +166,15 @@ class _Conversation:
         hint = "mark the assistant's turns in the template with {% generation %}, or give prompt and completion"
         what = f"column {self.column!r}: {what}, so what to learn is not known"
         raise self.table.error(what, row=self.row, hint=hint)
+
+    def _first_prompt(self) -> str | None:
+        """The prompt of an assistant that begins: up to the generation prompt, as it stands behind the first turn.
+
+        `transformers` renders no conversation without a turn. None where the template has no generation prompt.
+        """
+        turn = self._render(self.messages[:1], prompt=False)
+        added = self._render(self.messages[:1], prompt=True).removeprefix(turn)
+        return turn[: turn.index(added) + len(added)] if added and added in turn else None
 
     def _render(self, messages: Messages, *, prompt: bool) -> str:
         template = self.encoding.tokenizer.apply_chat_template
