@@ -14,6 +14,7 @@ exposure    of 1000 clients in 100 rounds       ten seconds
 compile     the first command of all            the second one
 training    steps of client-train               a plain loop of transformers and torch
 lora        steps, start and bytes of LoRA      a plain loop of peft; from_pretrained; a full update (lora_figures.py)
+            lora-step, lora-start and lora-bytes are parts of it
 merge-lora  merge of 8 updates of adapters      plain loops that read and write as many bytes (lora_figures.py)
 load        much of everything                  nothing: times, memory and open files (load.py)
 """
@@ -29,7 +30,7 @@ from pathlib import Path
 
 from benchmarks.inputs import Place
 from benchmarks.load import load
-from benchmarks.lora_figures import lora, merge_lora
+from benchmarks.lora_figures import lora, lora_bytes, lora_start, lora_step, merge_lora
 from benchmarks.measure import Contender, Sample, compare, run, said_by, step_seconds, total_bytes
 from benchmarks.peers import install_mergekit, linear_merge
 from benchmarks.report import Row
@@ -354,6 +355,13 @@ FIGURES: dict[str, Callable[[Place, str], Iterator[Row]]] = {
     "merge-lora": merge_lora,
     "load": load,
 }
+PARTS: dict[str, Callable[[Place, str], Iterator[Row]]] = {
+    "lora-step": lora_step,
+    "lora-start": lora_start,
+    "lora-bytes": lora_bytes,
+}
+"""Parts of figures, which can be measured by themselves."""
+
 SIZES: dict[str, tuple[str, ...]] = {
     "help": ("",),
     "exposure": ("",),
@@ -369,6 +377,7 @@ SIZES: dict[str, tuple[str, ...]] = {
     "memory": ("0.1b", "1.1b", "7b"),
     "training": ("minilm", "llama-0.1b"),
     "lora": ("1.1b",),
+    **dict.fromkeys(PARTS, ("1.1b",)),
     "merge-lora": ("1.1b",),
     "load": ("",),
 }
