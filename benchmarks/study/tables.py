@@ -211,7 +211,7 @@ def summit(results: Results, rows: Sequence[Row]) -> str:
     """Three questions with numbers for each, for every task; the last one where many blends were measured."""
     head = ["task", "method", "share of FedAvg's gain on B", "ρ(64)", "ρ'(64)", "of A's secret gain left"]
     body = []
-    for task in (TOPICS.name, NEWS.name):
+    for task in (one.name for one in TASKS):
         for title, best in (
             ("least ρ'(64) with A kept and 90 % of the gain", _least_leak(rows, task)),
             ("most gain with A kept and ρ'(64) below one half", _most_gain(rows, task)),
@@ -233,7 +233,7 @@ def _leaks(rows: Sequence[Row], task: str, method: str) -> list[str]:
 
 def _most_of_a(results: Results, rows: Sequence[Row]) -> list[list[str]]:
     """The most of A that any blend leaves with nine tenths of the gain and ρ(64) below one half."""
-    title = f"{NEWS.name}: most of A with 90 % of the gain and ρ(64) below one half"
+    title = f"{NEWS.name}: most of A by a restore with 90 % of the gain and ρ(64) below one half"
     found = []
     for method in CHOICES:
         leak = spread_at(rows, NEWS.name, _plain(method), 64, added=False)
@@ -305,7 +305,7 @@ def _pair(found: tuple[Spread | None, Spread | None] | None) -> str:
 def _candidates(rows: Sequence[Row], task: str) -> list[tuple[Method, float, float]]:
     """Methods that keep A, with their gain and ρ'(64)."""
     found = []
-    for method in METHODS:
+    for method in (*METHODS, *ENDED):
         gain, leak = spread(rows, task, method.name, "gain"), spread_at(rows, task, method.name, 64, added=True)
         if gain is not None and leak is not None and keeps_a(rows, task, method.name):
             found.append((method, gain.middle, leak.middle))
