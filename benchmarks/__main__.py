@@ -10,11 +10,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.figures import FIGURES, SIZES
+from benchmarks.figures import FIGURES, PARTS, SIZES
 from benchmarks.inputs import NoRoom, Place
 from benchmarks.measure import Failed
 from benchmarks.report import Row, document, flatness, table
 from benchmarks.synthetic import SHAPES
+from benchmarks.training import KINDS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,7 +77,7 @@ def measured(place: Place, name: str, size: str) -> list[Row]:
     print(f"{time.strftime('%H:%M:%S')} {name} {size}", file=sys.stderr, flush=True)
     rows: list[Row] = []
     try:
-        for row in FIGURES[name](place, size):
+        for row in (FIGURES | PARTS)[name](place, size):
             rows.append(row)
             print(table([row]).splitlines()[2], file=sys.stderr, flush=True)
     except (NoRoom, Failed) as error:
@@ -91,8 +92,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--work", type=Path, default=Path("build/bench"), help="folder for models and outputs")
     result.add_argument("--out", type=Path, help="write all figures as JSON")
     result.add_argument("--runs", type=int, default=3, help="runs of each side (default 3)")
-    result.add_argument("--only", nargs="+", choices=FIGURES, help="measure these figures only")
-    result.add_argument("--sizes", nargs="+", choices=SHAPES, help="sizes instead of each figure's own")
+    result.add_argument("--only", nargs="+", choices=[*FIGURES, *PARTS], help="measure these figures only")
+    result.add_argument("--sizes", nargs="+", choices=[*SHAPES, *KINDS], help="sizes instead of each figure's own")
     result.add_argument("--clients", nargs="+", type=int, default=[1, 10, 100], help="fan-outs (default 1 10 100)")
     result.add_argument("--updates", type=int, default=8, help="updates a merge takes (default 8)")
     result.add_argument("--update-format", choices=("bf16", "fp32"), default="bf16", help="precision of the updates")

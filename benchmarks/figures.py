@@ -5,6 +5,7 @@ floor       export-proxy                        plain loops that read and write 
 peer        export-proxy                        transformers + bitsandbytes
 fanout      export-proxy for 10 and 100         export-proxy for 1
 merge       merge of 8 updates                  plain loops that read and write as many bytes
+rules       merges that withstand attackers     a merge by average of the same updates
 mergekit    merge of a model and 2 updates      mergekit-yaml, linear, 3 models
 audit       audit of one proxy                  reading the model and the proxy once
 memory      export-proxy and merge by size      600 MiB, and each other
@@ -13,6 +14,7 @@ exposure    of 1000 clients in 100 rounds       ten seconds
 compile     the first command of all            the second one
 training    steps of client-train               a plain loop of transformers and torch
 lora        steps, start and bytes of LoRA      a plain loop of peft; from_pretrained; a full update (lora_figures.py)
+            lora-step, lora-start and lora-bytes are parts of it
 merge-lora  merge of 8 updates of adapters      plain loops that read and write as many bytes (lora_figures.py)
 load        much of everything                  nothing: times, memory and open files (load.py)
 """
@@ -28,7 +30,7 @@ from pathlib import Path
 
 from benchmarks.inputs import Place
 from benchmarks.load import load
-from benchmarks.lora_figures import lora, merge_lora
+from benchmarks.lora_figures import lora, lora_bytes, lora_start, lora_step, merge_lora
 from benchmarks.measure import Contender, Sample, compare, run, said_by, step_seconds, total_bytes
 from benchmarks.peers import install_mergekit, linear_merge
 from benchmarks.report import Row
@@ -40,6 +42,7 @@ MAX_HELP = 0.25  # seconds
 MAX_EXPOSURE = 10.0  # seconds
 MAX_START = 6.0  # seconds
 TRAINED_STEPS = 8
+RULES = {"median": 2, "trimmed-mean": 2, "krum": 2, "multi-krum": 2, "geometric-median": 2, "bulyan": 1}  # attackers
 
 
 def kernel(place: Place, size: str) -> Iterator[Row]:
@@ -127,6 +130,23 @@ def merge(place: Place, size: str) -> Iterator[Row]:
     )
     figure = f"merge of {place.updates} updates ({place.update_format}) {size}"
     yield from _against_floors(figure, size, samples, sum(map(total_bytes, inputs)), out)
+
+
+def rules(place: Place, size: str) -> Iterator[Row]:
+    """Rules that withstand attackers against the average of the same updates."""
+    place.model(size)
+    job = place.job(size, place.updates, place.update_format)
+    place.need(8 * SHAPES[size].parameters)
+    contenders = {"fedavg": _merge(place, job)}
+    for rule, attackers in RULES.items():
+        contenders[rule] = _merge(place, job, "--rule", rule, "--byzantine", attackers)
+    samples = compare(contenders, place.runs)
+    fedavg = samples.pop("fedavg")
+    for rule, sample in samples.items():
+        busy = [sum(each.processor) / len(each.processor) for each in (sample, fedavg)]
+        note = f"{busy[0]:.1f} against {busy[1]:.1f} processor seconds, peak {sample.largest:.0f} MiB"
+        figure = f"merge of {place.updates} by {rule} {size}"
+        yield Row.of(figure, size, sample, "fedavg", fedavg, most=3.0, note=note)
 
 
 def mergekit(place: Place, size: str) -> Iterator[Row]:
@@ -288,7 +308,7 @@ def _export(place: Place, size: str, count: int) -> Contender:
     return Contender(command, [place.work / f"model-{size}"], fresh, fresh)
 
 
-def _merge(place: Place, job: object) -> Contender:
+def _merge(place: Place, job: object, *more: object) -> Contender:
     from benchmarks.inputs import Job
 
     assert isinstance(job, Job)
@@ -296,7 +316,7 @@ def _merge(place: Place, job: object) -> Contender:
     def fresh() -> None:
         place.clear("merged")
 
-    return Contender(place.merge(job, "merged"), [job.model, *job.updates], fresh, fresh)
+    return Contender(place.merge(job, "merged", *more), [job.model, *job.updates], fresh, fresh)
 
 
 def _floor(place: Place, how: str, size: int, inputs: list[Path]) -> Contender:
@@ -325,6 +345,7 @@ FIGURES: dict[str, Callable[[Place, str], Iterator[Row]]] = {
     "peer": peer,
     "fanout": fanout,
     "merge": merge,
+    "rules": rules,
     "mergekit": mergekit,
     "floor": floor,
     "audit": audit,
@@ -334,6 +355,13 @@ FIGURES: dict[str, Callable[[Place, str], Iterator[Row]]] = {
     "merge-lora": merge_lora,
     "load": load,
 }
+PARTS: dict[str, Callable[[Place, str], Iterator[Row]]] = {
+    "lora-step": lora_step,
+    "lora-start": lora_start,
+    "lora-bytes": lora_bytes,
+}
+"""Parts of figures, which can be measured by themselves."""
+
 SIZES: dict[str, tuple[str, ...]] = {
     "help": ("",),
     "exposure": ("",),
@@ -342,12 +370,14 @@ SIZES: dict[str, tuple[str, ...]] = {
     "peer": ("1.1b",),
     "fanout": ("0.1b", "1.1b"),
     "merge": ("1.1b",),
+    "rules": ("1.1b",),
     "mergekit": ("1.1b",),
     "floor": ("0.1b", "1.1b", "7b"),
     "audit": ("0.1b", "1.1b"),
     "memory": ("0.1b", "1.1b", "7b"),
     "training": ("minilm", "llama-0.1b"),
     "lora": ("1.1b",),
+    **dict.fromkeys(PARTS, ("1.1b",)),
     "merge-lora": ("1.1b",),
     "load": ("",),
 }

@@ -170,11 +170,10 @@ class Place:
         (job.folder / "done").touch()
         return job
 
-    def merge(self, job: Job, out: str) -> list[str]:
+    def merge(self, job: Job, out: str, *more: object) -> list[str]:
         """A fedqsn merge command for all updates of a job."""
-        return self.fedqsn(
-            "merge", job.model, *job.updates, "--out", self.work / out, "--key", job.key, "--ledger", job.ledger
-        )
+        secrets = ["--key", job.key, "--ledger", job.ledger]
+        return self.fedqsn("merge", job.model, *job.updates, "--out", self.work / out, *secrets, *more)
 
     def prepare_kernels(self) -> None:
         """Run every command once on a tiny model, so that compiled kernels are on disk and programs in memory."""

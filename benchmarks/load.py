@@ -1,8 +1,9 @@
-"""Much of everything: many exports at once, tensors, shards, releases and clients.
+"""Much of everything: many exports at once, tensors, shards, releases and clients, and tensors over 4 GiB.
 
 The models for it and a long ledger are made by processes of their own:
 
     python -m benchmarks.load model LAYERS SHARD_BYTES FOLDER
+    python -m benchmarks.load wide ELEMENTS FOLDER
     python -m benchmarks.load ledger KEY LEDGER RELEASES
 """
 
@@ -18,7 +19,9 @@ from benchmarks.measure import run, watch
 from benchmarks.report import Row
 from benchmarks.synthetic import SHAPES, SHARD_BYTES, Shape, write
 
-EXPORTS, TENSORS, SHARDS, RELEASES, CLIENTS = 64, 10_000, 200, 100_000, 200
+EXPORTS, TENSORS, SHARDS, RELEASES, CLIENTS = 64, 10_000, 200, 100_000, 1000
+OPEN_FILES = 1024  # what most systems allow a process
+ELEMENTS = 2_200_000_000  # of a tensor: more than 2^31, and 4.1 GiB
 A_LAYER = 9  # tensors
 KEY, LEDGER = "load.key", "load.jsonl"
 
@@ -30,6 +33,7 @@ def load(place: Place, size: str) -> Iterator[Row]:
     yield from large_model(place, max(1, _share(place, SHARDS) // A_LAYER), 1)
     yield from long_ledger(place, _share(place, RELEASES))
     yield from many_clients(place, _share(place, CLIENTS))
+    yield from large_tensors(place, _share(place, ELEMENTS))
 
 
 def exports_at_once(place: Place, count: int) -> Iterator[Row]:
@@ -65,20 +69,39 @@ def long_ledger(place: Place, count: int) -> Iterator[Row]:
 
 
 def many_clients(place: Place, count: int) -> Iterator[Row]:
-    """One round of many clients, whose updates are random."""
-    size = "0.01b" if place.load >= 1 else "tiny"
+    """One round of many clients, whose updates are random, under the usual limit of open files."""
+    size = "0.005b" if place.load >= 1 else "tiny"
     model = place.model(size)
     place.need(3 * count * SHAPES[size].parameters)
     _clear(place)
-    sample, files = watch([_export(place, model, *(f"c{number}" for number in range(count)))])
+    limited = ["prlimit", f"--nofile={OPEN_FILES}"]
+    sample, files = watch([limited + _export(place, model, *(f"c{number}" for number in range(count)))])
     yield Row.load(f"export for {count} clients ({size})", sample, files)
+    yield _merge(place, model, f"merge of {count} updates ({size})")
+
+
+def large_tensors(place: Place, elements: int) -> Iterator[Row]:
+    """One round of one client with a model whose embedding and head have so many elements each."""
+    place.need(17 * elements)  # the model, the proxy, an update, and the next model with its residual
+    _clear(place)
+    model = place.work / "load-model"
+    run(place.module("benchmarks.load", "wide", elements, model))
+    sample, files = watch([_export(place, model, "a")])
+    yield Row.load(f"export of two tensors of {elements} elements", sample, files)
+    yield _merge(place, model, f"merge of two tensors of {elements} elements")
+
+
+def _merge(place: Place, model: Path, what: str) -> Row:
+    """Merge random updates of all clients in the ledger."""
     key, ledger = _secrets(place)
     folder = place.work / "load-updates"
     run(place.module("benchmarks.updates", model, key, ledger, place.update_format, folder))
     words = ["merge", model, *sorted(folder.iterdir()), "--out", place.work / "load-merged"]
-    sample, files = watch([place.fedqsn(*words, "--key", key, "--ledger", ledger)])
-    yield Row.load(f"merge of {count} updates ({size})", sample, files)
+    place.clear("load-out")  # the proxies are as large as a quarter of the updates
+    limited = ["prlimit", f"--nofile={OPEN_FILES}"]
+    sample, files = watch([limited + place.fedqsn(*words, "--key", key, "--ledger", ledger)])
     _clear(place)
+    return Row.load(what, sample, files)
 
 
 def _share(place: Place, count: int) -> int:
@@ -125,6 +148,8 @@ def main(arguments: list[str]) -> None:
     what, *rest = arguments
     if what == "model":
         write(_deep(int(rest[0])), Path(rest[2]), 0, int(rest[1]))
+    elif what == "wide":
+        write(Shape(2048, 1, 16, 16, 256, int(rest[0]) // 2048), Path(rest[1]), 0)
     else:
         _fill(Path(rest[0]), Path(rest[1]), int(rest[2]))
 

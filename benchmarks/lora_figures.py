@@ -1,4 +1,8 @@
-"""The figures about adapters: training them, sending them, merging them."""
+"""The figures about adapters: training them, sending them, merging them.
+
+lora measures all of training and sending; lora-step, lora-start and lora-bytes each a part, for machines that are free
+for some minutes only.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +21,20 @@ PEER = "peft + transformers + bitsandbytes"
 
 
 def lora(place: Place, size: str) -> Iterator[Row]:
-    """Adapters on an nf4 proxy against a plain loop: time of a step, peak memory, start; and bytes to send back."""
+    """All that is measured about training adapters on an nf4 proxy."""
+    yield from lora_step(place, size)
+    yield from lora_start(place, size)
+    yield from lora_bytes(place, size)
+
+
+def lora_step(place: Place, size: str) -> Iterator[Row]:
+    """Time of a step, peak memory and start against a plain loop."""
     folder = place.adapters(size)
     ours, theirs, start, theirs_start = Sample(), Sample(), Sample(), Sample()
     for _ in range(place.runs):
         place.clear("update", "ours.jsonl", "plain.jsonl")
         began = time.time()
-        _, processor, peak = run(_client_train(place, folder))
+        _, processor, peak = run(_client_train(place, folder, STEPS))
         step, first = step_seconds(place.work / "ours.jsonl", began)
         ours.add(step, processor / STEPS, peak)
         start.add(first, 0.0, 0.0)
@@ -38,16 +49,34 @@ def lora(place: Place, size: str) -> Iterator[Row]:
     note = f"{ours.largest:.0f} against {theirs.largest:.0f} MiB"
     yield Row.of(f"peak of LoRA training, {size} nf4", size, ours, PEER, theirs, ratio, 1.0, note)
     yield Row.of(f"start to the first LoRA step, {size} nf4", size, start, PEER, theirs_start, most=1.0)
-    loading = compare({"theirs": Contender(place.module("benchmarks.lora", "load", folder / "proxy"))}, place.runs)
-    yield Row.of(f"start to the first LoRA step, {size} nf4", size, start, "from_pretrained alone", loading["theirs"])
-    sent, whole = (
-        total_bytes(place.work / "update"),
-        int(said_by(place.module("benchmarks.lora", "full", folder / "proxy"))),
-    )
+    place.clear("update", "ours.jsonl", "plain.jsonl")
+
+
+def lora_start(place: Place, size: str) -> Iterator[Row]:
+    """Start to the end of the first step against from_pretrained alone."""
+    folder = place.adapters(size)
+    start, loading = Sample(), Sample()
+    for _ in range(place.runs):
+        place.clear("update", "ours.jsonl")
+        began = time.time()
+        _, processor, peak = run(_client_train(place, folder, 2))
+        start.add(step_seconds(place.work / "ours.jsonl", began)[1], processor, peak)
+        loading.add(*run(place.module("benchmarks.lora", "load", folder / "proxy")))
+    yield Row.of(f"start to the first LoRA step, {size} nf4", size, start, "from_pretrained alone", loading)
+    place.clear("update", "ours.jsonl")
+
+
+def lora_bytes(place: Place, size: str) -> Iterator[Row]:
+    """Bytes to send back against a full update."""
+    folder = place.adapters(size)
+    place.clear("update", "ours.jsonl")
+    run(_client_train(place, folder, 1))
+    sent = total_bytes(place.work / "update")
+    whole = int(said_by(place.module("benchmarks.lora", "full", folder / "proxy")))
     figure = f"bytes of an update, LoRA r = {RANK}, {size}"
     ratio, note = sent / whole, f"{sent / 1e6:.1f} against {whole / 1e6:.0f} MB"
     yield Row(figure, size, None, "full, fp32", None, ratio, "<= 0.01x", ratio <= 0.01, note)
-    place.clear("update", "ours.jsonl", "plain.jsonl")
+    place.clear("update", "ours.jsonl")
 
 
 def merge_lora(place: Place, size: str) -> Iterator[Row]:
@@ -74,9 +103,9 @@ def merge_lora(place: Place, size: str) -> Iterator[Row]:
     yield Row.of(figure, size, ours, "floor: plain loops", plain, most=1.3, note=f"peak {ours.largest:.0f} MiB")
 
 
-def _client_train(place: Place, folder: Path) -> list[str]:
+def _client_train(place: Place, folder: Path, steps: int) -> list[str]:
     return place.fedqsn(
         *("client-train", folder / "proxy", "--out", place.work / "update", "--data", folder / "data.jsonl"),
-        *("--method", "lora", "--lora-r", RANK, "--batch-size", BATCH, "--max-steps", STEPS),
+        *("--method", "lora", "--lora-r", RANK, "--batch-size", BATCH, "--max-steps", steps),
         *("--device", "cpu", "--log", place.work / "ours.jsonl"),  # like its peer it computes in the dtype of the proxy
     )

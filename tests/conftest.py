@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from support.large_pages import use_large_pages
 from support.untrainable import accept_untrainable_models
 
 # What users, CI systems and parent processes leave in the environment and what would change outcomes. What the product
@@ -96,13 +97,22 @@ def tame_hypothesis() -> None:
 
 settle()
 tame_hypothesis()
-gc.disable()  # until everything is imported, which leaves little garbage
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Import without looking for garbage, of which imports leave little."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def pytest_collection_finish() -> None:
-    gc.enable()
-    gc.set_threshold(20_000, 10, 10)
+    gc.set_threshold(100_000, 20, 20)  # as the command line has it
     leave_to_rest()
+    use_large_pages()
 
 
 @pytest.hookimpl(trylast=True)

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from fedqsn_cli import inspect
-from fedqsn_cli.artifacts import proxy_folder
 from fedqsn_cli.artifacts.manifests import GroupUnits, ProxyManifest, Units, file_digest, read_manifest
 from fedqsn_cli.artifacts.proxy_folder import VisibleUnits, open_visible, verify_proxy, write_visible
 from fedqsn_cli.auditing.opened_proxy import open_proxy
@@ -280,13 +279,15 @@ def visible_units(folder: Path, sizes: dict[str, int]) -> VisibleUnits:
     return open_visible(folder, manifest, {name: (units, 3) for name, units in sizes.items()})
 
 
-def test_large_groups_are_kept_in_memory_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"small": 3, "large": 20, "larger": 30}
+LARGE = 1 << 20  # units
+
+
+def test_large_groups_are_kept_in_memory_one_at_a_time(tmp_path: Path) -> None:
+    sizes = {"small": 3, "large": LARGE + 1, "larger": LARGE + 9}
     with ArtifactWriter(tmp_path / "out", force=False) as writer:
         write_visible(writer, sizes, lambda _, units: np.ones(units, np.bool_))
         writer.publish()
     units = visible_units(tmp_path / "out", sizes)
-    monkeypatch.setattr(proxy_folder, "_LARGE", 10)
     kept = []
     for name in ("small", "large", "small", "larger"):
         assert units.flags(name).size == sizes[name]
@@ -294,14 +295,13 @@ def test_large_groups_are_kept_in_memory_one_at_a_time(tmp_path: Path, monkeypat
     assert kept == [{"small"}, {"large"}, {"small", "large"}, {"larger"}]
 
 
-def test_several_threads_may_ask_for_large_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {name: 20 + number for number, name in enumerate("abcd")}
+def test_several_threads_may_ask_for_large_groups(tmp_path: Path) -> None:
+    sizes = {name: LARGE + 1 + number for number, name in enumerate("abcd")}
     with ArtifactWriter(tmp_path / "out", force=False) as writer:
         write_visible(writer, sizes, lambda _, units: np.ones(units, np.bool_))
         writer.publish()
     units = visible_units(tmp_path / "out", sizes)
-    monkeypatch.setattr(proxy_folder, "_LARGE", 10)
-    names = list(sizes) * 500
+    names = list(sizes) * 50
     with ThreadPoolExecutor(4) as threads:
         assert [flags.size for flags in threads.map(units.flags, names)] == [sizes[name] for name in names]
 

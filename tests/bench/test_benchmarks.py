@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from benchmarks.figures import RULES
 
 from support.helpers import environment
 
@@ -96,6 +97,14 @@ def test_adapters_are_measured_next_to_a_plain_loop_of_peft(tmp_path: Path) -> N
 
 
 @pytest.mark.soak
+def test_rules_are_measured_next_to_the_average(tmp_path: Path) -> None:
+    figures, _ = bench(tmp_path, "--only", "rules", "--updates", "8")
+
+    assert [row["figure"].split()[4] for row in figures["rows"]] == list(RULES)
+    assert all(row["ratio"] > 0 and row["target"] == "<= 3x" for row in figures["rows"])
+
+
+@pytest.mark.soak
 def test_a_little_load_is_measured_with_memory_and_open_files(tmp_path: Path) -> None:
     figures, table = bench(tmp_path, "--only", "load", "--load", "0.03")
 
@@ -105,8 +114,8 @@ def test_a_little_load_is_measured_with_memory_and_open_files(tmp_path: Path) ->
         "export of 300 tensors in 1 files",
         "export of 12 tensors in 12 files",
         "export with 3000 earlier releases",
-        "export for 6 clients (tiny)",
-        "merge of 6 updates (tiny)",
+        "export for 30 clients (tiny)",
+        "merge of 30 updates (tiny)",
     ]
     assert all(row["open_files"] > 0 and row["ours"]["peak"][0] > 0 for row in rows.values())
     assert "3 of 3 releases in the ledger" in table

@@ -23,48 +23,41 @@ from support.signing import Party, party, sign_folder
 ALICE, EVE = X25519PrivateKey.generate(), X25519PrivateKey.generate()
 
 
+SMALL = 16  # bytes of a chunk
+
+
 def sealed(plain: bytes) -> bytes:
-    return b"".join(stream.encrypt([plain], ALICE.public_key()))
+    return b"".join(stream.encrypt([plain], ALICE.public_key(), SMALL))
 
 
-def opened(data: bytes, key: X25519PrivateKey = ALICE) -> bytes:
-    return b"".join(stream.decrypt(io.BytesIO(data).read, key, "sealed"))
+def opened(data: bytes, key: X25519PrivateKey = ALICE, chunk_bytes: int = SMALL) -> bytes:
+    return b"".join(stream.decrypt(io.BytesIO(data).read, key, "sealed", chunk_bytes))
 
 
 def parts(data: bytes) -> list[bytes]:
     """Header and chunks."""
-    size = stream.CHUNK + stream.TAG
+    size = SMALL + stream.TAG
     return [data[:48], *(data[at : at + size] for at in range(48, len(data), size))]
-
-
-@pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "CHUNK", 16)
 
 
 @given(pieces=st.lists(st.binary(max_size=70), max_size=6), size=st.integers(1, 40))
 def test_a_stream_comes_back_whatever_the_pieces(pieces: list[bytes], size: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "CHUNK", size)
-        data = b"".join(stream.encrypt(pieces, ALICE.public_key()))
-        plain = b"".join(pieces)
-        assert opened(data) == plain
-        assert len(data) == 48 + len(plain) + stream.TAG * max(1, -(-len(plain) // size))
+    data = b"".join(stream.encrypt(pieces, ALICE.public_key(), size))
+    plain = b"".join(pieces)
+    assert opened(data, chunk_bytes=size) == plain
+    assert len(data) == 48 + len(plain) + stream.TAG * max(1, -(-len(plain) // size))
 
 
 @given(data=st.data(), plain=st.binary(max_size=60))
 def test_any_changed_byte_and_any_cut_is_refused(data: st.DataObject, plain: bytes) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "CHUNK", 16)
-        whole = sealed(plain)
-        at, bit = data.draw(st.integers(0, len(whole) - 1)), data.draw(st.integers(0, 7))
-        flipped = whole[:at] + bytes([whole[at] ^ (1 << bit)]) + whole[at + 1 :]
-        for other in (flipped, whole[:at], whole + b"\0"):
-            with pytest.raises(FormatError):
-                opened(other)
+    whole = sealed(plain)
+    at, bit = data.draw(st.integers(0, len(whole) - 1)), data.draw(st.integers(0, 7))
+    flipped = whole[:at] + bytes([whole[at] ^ (1 << bit)]) + whole[at + 1 :]
+    for other in (flipped, whole[:at], whole + b"\0"):
+        with pytest.raises(FormatError):
+            opened(other)
 
 
-@pytest.mark.usefixtures("small_chunks")
 def test_chunks_cannot_be_swapped_repeated_dropped_or_taken_from_another_stream() -> None:
     one, other = parts(sealed(bytes(range(64)))), parts(sealed(bytes(range(64))))
     assert len(one) == 5

@@ -7,6 +7,7 @@ import hmac
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from itertools import pairwise
 
@@ -246,22 +247,45 @@ def test_the_stream_chooses_what_sorting_would(key: bytes, n: int, ratio: float)
     expected = np.zeros(n, np.bool_)
     expected[np.argsort(drawn, kind="stable")[:count]] = True
     chosen = shake256.lowest_ranks(seed(key, SERVER, GROUP), allowed, count)
-    assert chosen is not None and (chosen == expected).all()
+    assert chosen is not None and (chosen[0] == expected).all()
+    stream, run = shake256.RankStream(seed(key, SERVER, GROUP)), 1 + n // 3
+    again = [stream.chosen(min(run, n - at), chosen[1]) for at in range(0, n, run)]
+    assert (np.concatenate(again) & allowed == expected).all()
 
 
-def test_large_and_small_groups_are_drawn_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    large = hidden_units(KEY, GROUP, draw.STREAM_FROM, 0.3)
-    client = client_units(KEY, GROUP, large, 0.1, client_scope("a", 1))
-    monkeypatch.setattr(draw, "STREAM_FROM", 2**60)
-    assert (hidden_units(KEY, GROUP, large.size, 0.3) == large).all()
-    assert (client_units(KEY, GROUP, large, 0.1, client_scope("a", 1)) == client).all()
+@given(keys, st.integers(1, 400), ratios, ratios)
+def test_a_clients_units_come_in_order_as_they_are_drawn_at_once(key: bytes, n: int, p1: float, p2: float) -> None:
+    hidden, scope = hidden_units(key, GROUP, n, p1), client_scope("a", 1)
+    units, run = draw.ClientUnitsInOrder(key, GROUP, hidden, p2, scope), 1 + n // 3
+    parts = [units.take(min(run, n - at)) for at in range(0, n, run)]
+    assert (np.concatenate(parts) == client_units(key, GROUP, hidden, p2, scope)).all()
 
 
-def test_a_missed_window_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shake256, "_WINDOW", 0.0)
-    monkeypatch.setattr(shake256, "_SLACK", 0.0)
+def test_units_in_order_of_many_clients_take_no_memory_of_their_own() -> None:
+    hidden = hidden_units(KEY, GROUP, 2**18, 0.1)
+    tracemalloc.start()
+    held = [draw.ClientUnitsInOrder(KEY, GROUP, hidden, 0.2, client_scope(f"c{k}", 1)) for k in range(8)]
+    flags = [units.take(1000) for units in held]
+    current, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert all(each.any() for each in flags)
+    assert current < hidden.nbytes / 4
+
+
+def test_units_of_large_groups_are_those_of_lowest_rank() -> None:
+    n, scope = draw.STREAM_FROM, client_scope("a", 1)
+    server, client = ranks(KEY, SERVER, GROUP, n), ranks(KEY, scope, GROUP, n)
+    hidden = hidden_units(KEY, GROUP, n, 0.3)
+    assert hidden.sum() == round(0.3 * n) and server[hidden].max() < server[~hidden].min()
+    more = client_units(KEY, GROUP, hidden, 0.1, scope)
+    shown = ~hidden & ~more
+    assert more.sum() == round(0.1 * (n - hidden.sum())) and not (more & hidden).any()
+    assert client[more].max() < client[shown].min()
+
+
+def test_a_missed_window_is_noticed() -> None:
     allowed = np.ones(1000, np.bool_)
-    assert shake256.lowest_ranks(KEY, allowed, 500) is None
+    assert shake256.lowest_ranks(KEY, allowed, 500, window=(0.0, 0.0)) is None
 
 
 def test_a_seed_that_does_not_fit_one_block_is_a_bug() -> None:

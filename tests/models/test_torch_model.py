@@ -15,7 +15,14 @@ from safetensors.torch import load_file, save_file
 from fedqsn_cli import mask, quantize
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.errors import FormatError, InputError
-from fedqsn_cli.models.torch_model import build_model, choose_device, load_dense, load_model, stored_tensors
+from fedqsn_cli.models.torch_model import (
+    build_model,
+    choose_device,
+    load_dense,
+    load_model,
+    load_tokenizer,
+    stored_tensors,
+)
 from support.families import EVERY_HEAD, build
 from support.hardware import unpacked_weights
 from support.training_jobs import dense_tensors, make_proxy, small_model
@@ -240,3 +247,16 @@ def test_devices_are_checked() -> None:
     for name in ("tpu", "cpu:1", "cuda:x", "cuda:-1", "", "cuda:99"):
         with pytest.raises(InputError, match="--device"):
             choose_device(name)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "bert"])
+@pytest.mark.parametrize("named", [None, "Qwen2Tokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+def test_a_tokenizer_is_the_one_that_its_file_describes(named: str | None, family: str, tmp_path: Path) -> None:
+    build(family, tmp_path, tokenizer=True)  # of words: transformers makes a BPE of it for some classes
+    if named is not None:
+        path = tmp_path / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": named}))
+    with Checkpoint.open(tmp_path) as checkpoint:
+        tokenizer = load_tokenizer(checkpoint)
+    assert tokenizer("w3 w4")["input_ids"] == [3, 4]
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.model_max_length) == (0, 2, 64)

@@ -51,6 +51,67 @@ def encode(given: Encoder, *conversations: Any) -> Examples:
     return given.encode(table, Silent())
 
 
+def of_columns(given: Encoder, **columns: Any) -> Examples:
+    return given.encode(
+        Table(Path("data.jsonl"), {name: [value] for name, value in columns.items()}, (*columns,), 1), Silent()
+    )
+
+
+SHARED = [
+    {"from": "system", "value": "be brief"},
+    {"from": "human", "value": "What is it?"},
+    {"from": "gpt", "value": "It is a fox."},
+    {"from": "human", "value": "hello world"},
+    {"from": "gpt", "value": "hello there!", "weight": None},
+]
+IN_PARTS = [{**turn, "content": [{"type": "text", "text": turn["content"][:3]}, turn["content"][3:]]} for turn in TURNS]
+LISTS = CHATML.replace(
+    "{{ m.content }}",
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endif %}",
+)
+TOOLS = (
+    "{% if tools %}tools: {{ tools | tojson }}\n{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content or '' }}"
+    "{% for call in m.tool_calls or [] %}call {{ call.function.name }}{% endfor %}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+CALL = [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [{"function": {"name": "look"}}]}]
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED, LISTS])
+def test_the_form_of_turns_does_not_change_what_is_learnt(template: str) -> None:
+    given = encoder("byte-level", template)
+    expected = encode(given, TURNS)
+    assert of_columns(given, conversations=SHARED) == expected
+    assert of_columns(given, conversations=TURNS) == expected
+    assert of_columns(given, messages=SHARED) == expected
+    assert of_columns(given, messages=IN_PARTS) == expected
+
+
+def test_calls_of_tools_and_the_tools_themselves_are_told_to_the_template() -> None:
+    given = encoder("byte-level", TOOLS)
+    examples = of_columns(given, messages=CALL, tools='[{"name": "look"}]')
+    assert given.tokenizer.decode(examples.features[0]["input_ids"]).startswith('tools: [{"name": "look"}]\nuser: hi')
+    assert counted(given, examples) == ["call look"]
+    assert of_columns(given, messages=CALL, tools=None) == of_columns(given, messages=CALL)
+    assert examples.unused == ()
+
+
+@pytest.mark.parametrize(
+    ("turns", "complaint"),
+    [
+        ([], "is not a list of objects with a role and a content"),
+        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "has a part in turn 1 that is no text"),
+        ([{"role": "user"}], "is not a list of objects with a role and a content"),
+        ([{"from": "human"}], "is not a list of objects with a role and a content"),
+        ([{"from": None, "value": "hi"}], "is not a list of objects with a role and a content"),
+        (["hi"], "is not a list of objects with a role and a content"),
+    ],
+)
+def test_what_is_no_conversation_is_refused_with_its_row(turns: list[Any], complaint: str) -> None:
+    with pytest.raises(DataError, match=f"row 1: column 'conversations' {complaint}"):
+        of_columns(encoder("byte-level", CHATML), conversations=turns)
+
+
 def counted(given: Encoder, examples: Examples) -> list[str]:
     """The texts that count, one for each run of tokens."""
     runs: list[list[int]] = []

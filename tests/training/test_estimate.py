@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedqsn_cli.errors import InputError
 from fedqsn_cli.options import RecipeOptions, TrainOptions
 from fedqsn_cli.training.client import estimate_training
 from fedqsn_cli.training.estimate import Estimate, Sizes
@@ -62,6 +63,12 @@ def test_the_memory_that_is_held_is_what_the_tensors_of_a_step_take(
 def estimate_of(proxy: Path, data: Path, **options: Any) -> Estimate:
     given = {"precision": "fp32", "device": "cpu", "batch_size": 4} | options
     return estimate_training(proxy, TrainOptions(out=proxy.parent / "none", data=data, **given))
+
+
+def test_several_processes_are_not_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="--dry-run: is for one process; start it without a launcher"):
+        estimate_of(tmp_path / "proxy", tmp_path / "data.jsonl")
 
 
 def test_the_batch_that_takes_most_memory_is_tried_once_the_optimizer_has_its_state() -> None:

@@ -40,7 +40,7 @@ def load(folder: Path) -> Loaded:
 
 
 def written(loaded: Loaded, batch_size: int = 4) -> list[str]:
-    options = EvaluateOptions(data="data.jsonl", max_new_tokens=6, batch_size=batch_size)
+    options = EvaluateOptions(data="data.jsonl", generate=True, max_new_tokens=6, batch_size=batch_size)
     encoder = Encoder.of(loaded, 64)
     name = generation._COLUMNS[loaded.task][0]
     table = Table(Path("data.jsonl"), {name: PROMPTS}, (name,), len(PROMPTS))
@@ -94,6 +94,11 @@ def test_measures_of_texts_are_those_of_the_libraries() -> None:
     assert generation._rouge(texts, right) == pytest.approx(
         {"rouge1": (5 / 6 + 1) / 2, "rouge2": (3 / 5 + 1) / 2, "rougel": (5 / 6 + 1) / 2}
     )
+
+
+def test_the_length_of_answers_is_refused_where_there_are_none() -> None:
+    with pytest.raises(InputError, match="--max-new-tokens: nothing is generated; add --generate"):
+        EvaluateOptions(data="data.jsonl", max_new_tokens=6)
 
 
 def test_what_writes_no_texts_is_refused(writer: Path, tmp_path: Path) -> None:

@@ -340,6 +340,18 @@ def test_without_opacus_one_line_names_the_extra(job: Path, tmp_path: Path, monk
         ({**PRIVATE, "dp_delta": 1.0}, "--dp-delta: 1 is not a probability"),
         ({**PRIVATE, "dp_epsilon": 0.0}, "--dp-epsilon"),
         ({**PRIVATE, "precision": "bf16"}, "--dp-epsilon: is computed in fp32"),
+        ({**PRIVATE, "max_grad_norm": 0.5}, "--max-grad-norm: every example is clipped by itself"),
+        ({**PRIVATE, "packing": True}, "--packing: does not go with --dp-epsilon"),
+        ({**PRIVATE, "gradient_checkpointing": True}, "--gradient-checkpointing: does not go with --dp-epsilon"),
+        ({**PRIVATE, "save_every": "3"}, "--save-every: does not go with --dp-epsilon"),
+        ({**PRIVATE, "log": "steps.jsonl"}, "--log: does not go with --dp-epsilon"),
+        ({"noise_multiplier": 1.0}, "--noise-multiplier: needs --clip-norm"),
+        ({"residual": "kept"}, "--residual: fp32 loses nothing"),
+        ({"lora_r": 4}, "--lora-r: is for adapters; add --method lora"),
+        ({"method": "lora", "clip_norm": 1.0}, "--clip-norm: works on weights"),
+        ({"method": "lora", "update_format": "nf4"}, "--update-format: adapters are not sent as nf4"),
+        ({"method": "lora", "update_format": "bf16", "residual": "kept"}, "--residual: works on weights"),
+        ({"method": "lora", "precision": "bf16-weights"}, "--precision: adapters are trained in fp32"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], complaint: str) -> None:

@@ -28,21 +28,24 @@ TAG = 16
 _HEADER = len(MAGIC) + 32
 
 
-def encrypt(plain: Iterable[bytes], recipient: X25519PublicKey) -> Iterator[bytes]:
+def encrypt(plain: Iterable[bytes], recipient: X25519PublicKey, chunk_bytes: int = CHUNK) -> Iterator[bytes]:
     """Encrypt a stream; yields header and chunks.
 
     Args:
         plain: pieces of any size.
+        chunk_bytes: of each chunk but the last; `decrypt` must be given the same.
     """
     ephemeral = X25519PrivateKey.generate()
     header = MAGIC + ephemeral.public_key().public_bytes_raw()
     cipher = _cipher(ephemeral.exchange(recipient), header, recipient)
     yield header
-    for number, chunk, last in _marked(_chunks(plain, CHUNK)):
+    for number, chunk, last in _marked(_chunks(plain, chunk_bytes)):
         yield cipher.encrypt(_nonce(number, last), chunk, header)
 
 
-def decrypt(read: Callable[[int], bytes], key: X25519PrivateKey, where: object) -> Iterator[bytes]:
+def decrypt(
+    read: Callable[[int], bytes], key: X25519PrivateKey, where: object, chunk_bytes: int = CHUNK
+) -> Iterator[bytes]:
     """Decrypt a stream; yields verified chunks. What was yielded counts only when the last chunk was, too.
 
     Args:
@@ -59,7 +62,7 @@ def decrypt(read: Callable[[int], bytes], key: X25519PrivateKey, where: object) 
     except ValueError:  # a point of small order: the secret would be known to everybody
         raise _refused(where) from None
     cipher = _cipher(shared, header, key.public_key())
-    for number, chunk, last in _marked(iter(lambda: read(CHUNK + TAG), b"")):
+    for number, chunk, last in _marked(iter(lambda: read(chunk_bytes + TAG), b"")):
         try:
             yield cipher.decrypt(_nonce(number, last), chunk, header)
         except InvalidTag:

@@ -76,6 +76,39 @@ def client_units(key: bytes, group: str, hidden: Mask, p2: float, scope: tuple[s
     return _draw(key, scope, group, ~hidden, p2)
 
 
+class ClientUnitsInOrder:
+    """The units of `client_units`, drawn once more from the first to the last: they are never all in memory.
+
+    Args:
+        hidden: what the server hides of the group, shape (n,).
+    """
+
+    def __init__(self, key: bytes, group: str, hidden: Mask, p2: float, scope: tuple[str, ...]) -> None:
+        from fedqsn_cli.masks.shake256 import LastChosen, RankStream, lowest_ranks
+
+        allowed = ~hidden
+        count = hidden_count(int(np.count_nonzero(allowed)), p2)
+        own = seed(key, scope, group)
+        found = lowest_ranks(own, allowed, count) if count else (allowed, LastChosen(0, -1))
+        self._whole = client_units(key, group, hidden, p2, scope) if found is None else None
+        self._hidden, self._stream, self._at = hidden, RankStream(own), 0
+        self._last = found[1] if found is not None else LastChosen(0, -1)
+
+    def take(self, count: int) -> Mask:
+        """The next units, True where hidden from the client only."""
+        run = slice(self._at, self._at + count)
+        self._at += count
+        if self._whole is not None:  # once in more draws than anyone makes
+            return self._whole[run]
+        return self._stream.chosen(count, self._last) & ~self._hidden[run]
+
+    def visible(self, count: int) -> Mask:
+        """The next units, True where the client sees them."""
+        hidden = self._hidden[self._at : self._at + count]
+        seen: Mask = ~(hidden | self.take(count))
+        return seen
+
+
 def _draw(key: bytes, scope: tuple[str, ...], group: str, allowed: Mask, ratio: float) -> Mask:
     """The share `ratio` of the allowed units, those of lowest rank; ranks do not depend on what is allowed."""
     count = hidden_count(int(np.count_nonzero(allowed)), ratio)
@@ -86,9 +119,9 @@ def _draw(key: bytes, scope: tuple[str, ...], group: str, allowed: Mask, ratio: 
     if allowed.size >= STREAM_FROM:
         from fedqsn_cli.masks.shake256 import lowest_ranks
 
-        mask = lowest_ranks(seed(key, scope, group), allowed, count)
-        if mask is not None:
-            return mask
+        found = lowest_ranks(seed(key, scope, group), allowed, count)
+        if found is not None:
+            return found[0]
     drawn = ranks(key, scope, group, allowed.size)
     mask = np.zeros(allowed.size, np.bool_)
     mask[allowed] = _lowest(drawn[allowed], count)

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedqsn_cli.masks.draw import client_scope, client_units, hidden_count, hidden_units, rescale_factor
+from fedqsn_cli.masks.draw import (
+    ClientUnitsInOrder,
+    client_scope,
+    client_units,
+    hidden_count,
+    hidden_units,
+    rescale_factor,
+)
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.planning.tensor_plan import TensorPlan
@@ -91,8 +99,12 @@ class ClientMasks:
 
     def client_hidden_units(self, name: str, units: int) -> Bools:
         """C of a group, [units], True where hidden from the client only."""
-        scope = client_scope(self.client, None if self.schedule == "sticky" else self.round)
-        return client_units(self.server.job.key, name, self.server.hidden_units(name, units), self.p2, scope)
+        hidden = self.server.hidden_units(name, units)
+        return client_units(self.server.job.key, name, hidden, self.p2, self._scope)
+
+    @property
+    def _scope(self) -> tuple[str, ...]:
+        return client_scope(self.client, None if self.schedule == "sticky" else self.round)
 
     def visible_group(self, name: str, units: int) -> Bools:
         """V of a group, [units], True where the client sees the unit."""
@@ -115,6 +127,15 @@ class ClientMasks:
             tensor.axis, tensor.view, [self.visible_group(name, tensor.units) for name in tensor.groups]
         )
 
+    def visible_in_order(self, tensor: TensorPlan) -> VisibleInOrder:
+        """V of a tensor whose units are single weights, from the first to the last."""
+        key = self.server.job.key
+        groups = (
+            ClientUnitsInOrder(key, name, self.server.hidden_units(name, tensor.units), self.p2, self._scope)
+            for name in tensor.groups
+        )
+        return VisibleInOrder(tensor.units, groups)
+
     def visible_count(self, tensor: TensorPlan) -> int:
         """|V|: how many units of each group of a tensor the client sees."""
         return tensor.units - sum(self._counts(tensor))
@@ -132,3 +153,30 @@ class ClientMasks:
     def _counts(self, tensor: TensorPlan) -> tuple[int, int]:
         by_server = self.server.count(tensor)
         return by_server, hidden_count(tensor.units - by_server, self.p2)
+
+
+class VisibleInOrder:
+    """The weights of a tensor that a client sees, asked for from the first to the last, so that few are in memory.
+
+    Args:
+        units: of each group. groups: one after the other, drawn when they begin.
+    """
+
+    def __init__(self, units: int, groups: Iterator[ClientUnitsInOrder]) -> None:
+        self._units, self._groups = units, groups
+        self._left = 0  # of the current group
+        self.seen = 0
+        """How many of all that were asked for it sees."""
+
+    def take(self, count: int) -> Bools:
+        """Flags of the next `count` weights."""
+        parts = []
+        while count:
+            if not self._left:
+                self._group, self._left = next(self._groups), self._units
+            taken = min(count, self._left)
+            parts.append(self._group.visible(taken))
+            self._left, count = self._left - taken, count - taken
+        flags = np.concatenate(parts) if parts else np.zeros(0, np.bool_)
+        self.seen += int(np.count_nonzero(flags))
+        return flags

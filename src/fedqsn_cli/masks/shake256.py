@@ -6,6 +6,7 @@ hashlib squeezes all output at once, 8 bytes a unit. Here the sponge runs block 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 from fedqsn_cli.kernels.jit import kernel
 
 RATE_LANES = 17
-_WINDOW, _SLACK = 10, 64  # half the width of the window in standard deviations, and in units beyond that
+_TOP = 2**64 - 1  # the highest rank
+WINDOW = 10, 64
 
 ROUND_CONSTANTS = np.array(
     [
@@ -120,8 +122,8 @@ def permutation_round(s: Any, constant: Any) -> Any:
 
 
 @kernel
-def _select(state: Any, allowed: Any, low: Any, high: Any, mask: Any, where: Any, what: Any) -> Any:
-    """Mark allowed units of rank < low; collect those of rank low ... high; return how many of both."""
+def _permute(state: Any) -> None:
+    """Keccak-f[1600], in place."""
     s = (
         state[0],
         state[1],
@@ -149,28 +151,42 @@ def _select(state: Any, allowed: Any, low: Any, high: Any, mask: Any, where: Any
         state[23],
         state[24],
     )
-    block = np.empty(RATE_LANES, np.uint64)
+    for constant in ROUND_CONSTANTS:
+        s = permutation_round(s, constant)
+    for lane in range(25):
+        state[lane] = s[lane]
+
+
+@kernel
+def _select(state: Any, allowed: Any, low: Any, high: Any, mask: Any, where: Any, what: Any) -> Any:
+    """Mark allowed units of rank < low; collect those of rank low ... high; return how many of both."""
     below, found, n = 0, 0, mask.size
     for start in range(0, n, RATE_LANES):
-        for constant in ROUND_CONSTANTS:
-            s = permutation_round(s, constant)
-        block[0], block[1], block[2], block[3], block[4], block[5] = s[0], s[1], s[2], s[3], s[4], s[5]
-        block[6], block[7], block[8], block[9], block[10], block[11] = s[6], s[7], s[8], s[9], s[10], s[11]
-        block[12], block[13], block[14], block[15], block[16] = s[12], s[13], s[14], s[15], s[16]
+        _permute(state)
         for lane in range(min(RATE_LANES, n - start)):
-            unit = start + lane
-            lower = allowed[unit] & (block[lane] < low)
+            unit, rank = start + lane, state[lane]
+            lower = allowed[unit] & (rank < low)
             mask[unit] = lower
             below += lower
-            if allowed[unit] and not lower and block[lane] <= high:
+            if allowed[unit] and not lower and rank <= high:
                 if found < where.size:
-                    where[found], what[found] = unit, block[lane]
+                    where[found], what[found] = unit, rank
                 found += 1
     return below, found
 
 
-def lowest_ranks(seed: bytes, allowed: NDArray[np.bool_], count: int) -> NDArray[np.bool_] | None:
-    """The `count` allowed units of lowest rank, ties by lowest index.
+@dataclass(frozen=True, slots=True)
+class LastChosen:
+    """The unit of the highest rank among those that were chosen; of several of that rank the last."""
+
+    rank: int
+    unit: int
+
+
+def lowest_ranks(
+    seed: bytes, allowed: NDArray[np.bool_], count: int, window: tuple[float, float] = WINDOW
+) -> tuple[NDArray[np.bool_], LastChosen] | None:
+    """The `count` allowed units of lowest rank, ties by lowest index, and the last of them.
 
     Ranks are uniform, so the highest rank that is still chosen is within a narrow window around its expectation:
     one pass marks everything below that window and keeps the few ranks inside.
@@ -178,22 +194,48 @@ def lowest_ranks(seed: bytes, allowed: NDArray[np.bool_], count: int) -> NDArray
     Args:
         seed: of SHAKE-256, 32 bytes.
         allowed: which units may be chosen, shape (n,).
+        window: half its width, in standard deviations and in units beyond that.
 
     Returns:
         Shape (n,), or None in the practically impossible case that the window missed.
     """
     total = int(np.count_nonzero(allowed))
     share = count / total
-    spread = _WINDOW * (share * (1 - share) / total) ** 0.5 + _SLACK / total
-    low, high = (int(min(max(edge, 0.0), 1.0) * 2.0**64) for edge in (share - spread, share + spread))
+    deviations, slack = window
+    spread = deviations * (share * (1 - share) / total) ** 0.5 + slack / total
+    low, high = (min(int(min(max(edge, 0.0), 1.0) * 2.0**64), _TOP) for edge in (share - spread, share + spread))
     room = int(4 * spread * total) + 1024
     where, what = np.empty(room, np.int64), np.empty(room, np.uint64)
     mask = np.empty(allowed.size, np.bool_)
-    top = np.uint64(min(high, 2**64 - 1))
-    below, found = _select(initial_state(seed), allowed, np.uint64(low), top, mask, where, what)
+    below, found = _select(initial_state(seed), allowed, np.uint64(low), np.uint64(high), mask, where, what)
     missing = count - below
     if not 0 <= missing <= found <= room:
         return None
-    order = np.lexsort((where[:found], what[:found]))
-    mask[where[order[:missing]]] = True
-    return mask
+    order = np.lexsort((where[:found], what[:found]))[:missing]
+    mask[where[order]] = True
+    last = LastChosen(int(what[order[-1]]), int(where[order[-1]])) if missing else LastChosen(low - 1, allowed.size)
+    return mask, last
+
+
+class RankStream:
+    """The ranks of a group, from its first unit to its last, compared as they come."""
+
+    def __init__(self, seed: bytes) -> None:
+        self._state = initial_state(seed)
+        self._unit = 0
+
+    def chosen(self, count: int, last: LastChosen) -> NDArray[np.bool_]:
+        """Which of the next `count` units come before the last one that was chosen, or are it."""
+        chosen = np.empty(count, np.bool_)
+        _compare(self._state, self._unit, np.uint64(last.rank), last.unit, chosen)
+        self._unit += count
+        return chosen
+
+
+@kernel
+def _compare(state: Any, first: int, rank: Any, unit: int, chosen: Any) -> None:
+    for i in range(chosen.size):
+        lane = (first + i) % RATE_LANES
+        if lane == 0:
+            _permute(state)
+        chosen[i] = state[lane] < rank or (state[lane] == rank and first + i <= unit)

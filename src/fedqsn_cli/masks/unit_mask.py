@@ -112,8 +112,6 @@ class UnitMask:
     def count_before(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """How many marked elements stand before each flat position (C order, 0 .. size)."""
         lead, rows, cols = self.view
-        if self.axis == "element" and positions.size <= 2:
-            return np.array([np.count_nonzero(self.flags[:stop]) for stop in positions], dtype=np.int64)
         if self.axis == "element":
             return _running(self.flags)[positions]
         row, column = np.divmod(positions, cols)

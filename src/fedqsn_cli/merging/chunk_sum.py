@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.errors import RefusedUpdate
+from fedqsn_cli.kernels.threads import run_ranges
 from fedqsn_cli.merging import arithmetic, stepping
-from fedqsn_cli.merging.arithmetic import PieceSquares
+from fedqsn_cli.merging.arithmetic import GRAIN, PieceSquares
 from fedqsn_cli.merging.chunks import ModelChunk
 from fedqsn_cli.merging.cosines import KEPT, compare, first_rows
 from fedqsn_cli.merging.exact_sum import MOST_TERM, Digits
@@ -35,7 +36,8 @@ class Scratch:
     def zeros(self, use: str, shape: tuple[int, ...]) -> Doubles:
         """An array of zeros; what an earlier call for the same use returned is overwritten."""
         array = self.empty(use, shape)
-        array[:] = 0
+        flat = array.reshape(-1)
+        run_ranges(flat.size, GRAIN, lambda start, stop: flat[start:stop].fill(0))
         return array
 
     def digits(self, shape: tuple[int, ...]) -> Digits:
@@ -110,7 +112,7 @@ class ChunkStep:
     def __init__(self, chunk: ModelChunk, scratch: Scratch, kept_rows: int) -> None:
         self._chunk = chunk
         self._scratch = scratch
-        self._total = scratch.zeros("total", chunk.values.shape)
+        self._total = scratch.empty("total", chunk.values.shape)  # a subclass fills it
         self._weights = np.zeros(unit_count(chunk.task.plan.axis, *self._total.shape))
         self._kept: list[tuple[UpdateReader, UpdateChunk]] = []
         self._kept_rows = kept_rows
@@ -129,9 +131,14 @@ class ChunkStep:
     def compare(self) -> None:
         """Measure how each update points in comparison with the step."""
         rows, axis = self._kept_rows, self._chunk.task.plan.axis
-        divisors = by_unit(self._weights, axis, self._total.shape)[:rows]
-        mean = self._scratch.empty("mean", (rows, self._total.shape[1]))
-        np.divide(self._total[:rows], np.where(divisors > 0, divisors, np.inf), out=mean)
+        weights = by_unit(np.where(self._weights > 0, self._weights, np.inf), axis, self._total.shape)
+        total, divisors = self._total[:rows], np.broadcast_to(weights, self._total.shape)[:rows]
+        mean = self._scratch.empty("mean", total.shape)
+
+        def work(start: int, stop: int) -> None:
+            np.divide(total[start:stop], divisors[start:stop], out=mean[start:stop])
+
+        run_ranges(rows, -(-GRAIN // max(total.shape[1], 1)), work)
         for reader, piece in self._kept:
             compare(mean, self._chunk.task.plan, reader, piece)
         self._kept.clear()

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedqsn_cli.kernels.jit import kernel
+from fedqsn_cli.kernels.jit import kernel, view_kernel
 from fedqsn_cli.kernels.threads import run_ranges
-from fedqsn_cli.kernels.values import total
 
 Doubles = NDArray[np.float64]
 
@@ -68,33 +67,59 @@ def _add_pairs(values: Any, seen: Any, across: int, along: int, pairs: Any, star
             i, j = pairs[pair, 0], pairs[pair, 1]
             lanes[:] = 0.0
             if along:
-                _add_some(values[i, row], values[j, row], seen[i, unit:], seen[j, unit:], lanes)
+                shown, other = seen[i, unit : unit + cols], seen[j, unit : unit + cols]
+                _add_some(values[i, row], values[j, row], shown, other, lanes)
             elif seen[i, unit] != 0.0 and seen[j, unit] != 0.0:
                 _add_all(values[i, row], values[j, row], lanes)
                 lanes[3, 0] = cols
             else:
                 continue
-            for which in range(4):
-                sums[pair, which] += total(lanes[which])
+            _add_totals(lanes[0], lanes[1], lanes[2], lanes[3], sums[pair])
 
 
-@kernel
+@view_kernel
 def _add_all(x: Any, y: Any, lanes: Any) -> None:
     for at in range(0, x.size, LANES):
-        for i in range(min(LANES, x.size - at)):
-            a, b = x[at + i], y[at + i]
-            lanes[0, i] += a * b
-            lanes[1, i] += a * a
-            lanes[2, i] += b * b
+        _multiply(x[at : at + LANES], y[at : at + LANES], lanes[0], lanes[1], lanes[2])
 
 
-@kernel
+@view_kernel
+def _multiply(x: Any, y: Any, dots: Any, squares: Any, others: Any) -> None:
+    for i in range(x.size):
+        a, b = x[i], y[i]
+        dots[i] += a * b
+        squares[i] += a * a
+        others[i] += b * b
+
+
+@view_kernel
 def _add_some(x: Any, y: Any, shown: Any, other: Any, lanes: Any) -> None:
     """The same over the weights that both saw; values that were not seen are 0."""
     for at in range(0, x.size, LANES):
-        for i in range(min(LANES, x.size - at)):
-            a, b = x[at + i], y[at + i]
-            lanes[0, i] += a * b
-            lanes[1, i] += a * a * other[at + i]
-            lanes[2, i] += b * b * shown[at + i]
-            lanes[3, i] += shown[at + i] * other[at + i]
+        end = at + LANES
+        _multiply_seen(x[at:end], y[at:end], shown[at:end], other[at:end], lanes[0], lanes[1], lanes[2], lanes[3])
+
+
+@view_kernel
+def _multiply_seen(x: Any, y: Any, shown: Any, other: Any, dots: Any, squares: Any, others: Any, counts: Any) -> None:
+    for i in range(x.size):
+        a, b = x[i], y[i]
+        dots[i] += a * b
+        squares[i] += a * a * other[i]
+        others[i] += b * b * shown[i]
+        counts[i] += shown[i] * other[i]
+
+
+@view_kernel
+def _add_totals(dots: Any, squares: Any, others: Any, counts: Any, sums: Any) -> None:
+    """Add the sum of each, from the first to the last: side by side, since each waits for itself."""
+    dot = square = another = count = 0.0
+    for i in range(LANES):
+        dot += dots[i]
+        square += squares[i]
+        another += others[i]
+        count += counts[i]
+    sums[0] += dot
+    sums[1] += square
+    sums[2] += another
+    sums[3] += count

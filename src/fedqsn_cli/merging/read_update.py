@@ -21,7 +21,7 @@ from fedqsn_cli.checkpoint.header import FileIdentity
 from fedqsn_cli.errors import InputError, RefusedUpdate
 from fedqsn_cli.kernels.digests import algorithm_of
 from fedqsn_cli.kernels.hash_threads import HashQueue
-from fedqsn_cli.masks.job_masks import ClientMasks
+from fedqsn_cli.masks.job_masks import ClientMasks, VisibleInOrder
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.merging.arithmetic import PieceSquares
 from fedqsn_cli.merging.file_hash import FileHash
@@ -118,7 +118,7 @@ class UpdateReader:
             name: FileHash(update.folder / name, identity, queue, algorithm_of(update.manifest.files[name]))
             for name, identity in update.identities.items()
         }
-        self._visible: tuple[str, UnitMask | None] = ("", None)
+        self._visible: tuple[str, UnitMask | VisibleInOrder | None] = ("", None)
         self.measures = UpdateMeasures()
 
     def prepare(self, task: TensorTask, first: int, rows: int) -> Callable[[], UpdateChunk]:
@@ -132,14 +132,23 @@ class UpdateReader:
             return UpdateChunk(part, error)
 
     def locate(self, task: TensorTask, first: int, rows: int) -> UpdateSlice:
-        """The elements of U that belong to rows `first` .. `first + rows` of a tensor."""
-        if self._visible[0] != task.name:  # one mask at a time: it may be as large as the tensor
-            mask = None if self.update.moves_fill else self.update.masks.visible(task.plan)
-            self._visible = (task.name, mask)
+        """The elements of U that belong to the rows that come next of a tensor, `first` .. `first + rows`."""
+        if self._visible[0] != task.name:  # one mask at a time, and of single weights only those of the next rows
+            self._visible = (task.name, self._mask(task.plan))
         visible, cols = self._visible[1], task.layout.view[2]
+        if isinstance(visible, VisibleInOrder):
+            begin, index = visible.seen, np.flatnonzero(visible.take(rows * cols))
+            return UpdateSlice(first, rows, begin, index.size, index)
         if visible is None:
             return UpdateSlice(first, rows, first * cols, rows * cols, np.empty(0, np.int64))
         return slice_rows(visible, first, rows)
+
+    def _mask(self, tensor: TensorPlan) -> UnitMask | VisibleInOrder | None:
+        if self.update.moves_fill:
+            return None
+        masks = self.update.masks
+        single = tensor.masked and tensor.axis == "element"
+        return masks.visible_in_order(tensor) if single else masks.visible(tensor)
 
     def read(self, name: str, part: UpdateSlice) -> ReadValues:
         """Elements of U, [part.count]; from any thread.

@@ -12,6 +12,7 @@ import copy
 import inspect
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ _REFUSED_FIELDS = (
 )
 
 _UNLIMITED = 1 << 30  # positions
+_KIND = re.compile(rb'"model"\s*:\s*\{\s*"type"\s*:\s*"(\w+)"')  # of a tokenizer, as its library writes it
 _SECONDS_TO_LOAD = 30  # a tokenizer of 33 MB takes two
 
 
@@ -314,16 +316,31 @@ def _try_tokenizer(path: Path, state: tuple[tuple[str, int, int, int], ...]) -> 
 
 
 def _tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        if _is_of_another_kind(loaded, path):
+            return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        return loaded
     except MemoryError:
         raise
     except BaseException as error:  # its files may hold anything, and Rust code panics with no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise InputError(f"the tokenizer cannot be loaded ({first_line(error)})", where=path) from None
+
+
+def _is_of_another_kind(loaded: Any, folder: Path) -> bool:
+    """Did transformers make a tokenizer by the model's class that tokenizer.json does not describe?
+
+    Of a Qwen2 with a word-level tokenizer it makes a BPE without merges, which finds no word in any text.
+    """
+    made, file = getattr(loaded, "backend_tokenizer", None), folder / "tokenizer.json"
+    if made is None or not file.is_file():
+        return False
+    described = _KIND.search(file.read_bytes())
+    return described is not None and described[1].decode() != type(made.model).__name__
 
 
 def _tried(path: Path) -> None:

@@ -15,6 +15,7 @@ from fedqsn_cli.options.groups import (
     CLIENT,
     COMPUTING,
     DATA,
+    DEFAULT_GRAD_NORM,
     DOUBLE_QUANT,
     FORCE,
     GATE,
@@ -244,6 +245,8 @@ class TrainOptions(PrivacyOptions, LoraOptions, RecipeOptions):
         """Refuse what private training does not do, and would otherwise leave out silently. Raises InputError."""
         if self.precision not in ("auto", "fp32"):
             raise InputError("is computed in fp32 only", where="--dp-epsilon", hint="give --precision fp32")
+        if self.max_grad_norm != DEFAULT_GRAD_NORM:
+            raise InputError("every example is clipped by itself", where="--max-grad-norm", hint="give --dp-clip only")
         others = {
             "--packing": self.packing,
             "--gradient-checkpointing": self.gradient_checkpointing,
@@ -288,10 +291,21 @@ class EvaluateOptions(Options):
         bool, Option("Let a language model answer the prompts too: BLEU, ROUGE and exact matches.", COMPUTING)
     ] = False
     max_new_tokens: Annotated[
-        int, Option("Longest answer in tokens, for --generate.", COMPUTING, check=validate.at_least_one)
-    ] = 64
+        int | None,
+        Option("Longest answer in tokens, for --generate.", COMPUTING, shown="64", check=validate.at_least_one),
+    ] = None
     batch_size: Annotated[int, batch_size_option(COMPUTING)] = 32
     device: Annotated[str, device_option(COMPUTING)] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_new_tokens is not None and not self.generate:
+            raise InputError("nothing is generated", where="--max-new-tokens", hint="add --generate")
+
+    @property
+    def answer_tokens(self) -> int:
+        """Longest answer in tokens."""
+        return 64 if self.max_new_tokens is None else self.max_new_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

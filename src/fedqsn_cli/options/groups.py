@@ -266,6 +266,9 @@ class QuantizationOptions(Options):
     layout: Annotated[Layout | None, LAYOUT] = None
 
 
+DEFAULT_GRAD_NORM = 1.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class RecipeOptions(Options):
     """How a model is trained: linear warm-up and decay of the learning rate."""
@@ -280,7 +283,7 @@ class RecipeOptions(Options):
     ] = 0.1
     weight_decay: Annotated[float, Option("Weight decay of matrices.", TRAINING, check=validate.not_negative)] = 0.01
     max_grad_norm: Annotated[float, Option("Clip gradients to this norm.", TRAINING, check=validate.more_than_zero)] = (
-        1.0
+        DEFAULT_GRAD_NORM
     )
     batch_size: Annotated[int, batch_size_option(TRAINING)] = 16
     gradient_accumulation: Annotated[int, Option("Batches in a step.", TRAINING, check=validate.at_least_one)] = 1

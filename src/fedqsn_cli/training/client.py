@@ -168,6 +168,8 @@ def estimate_training(proxy: str | Path, options: TrainOptions, *, progress: Pro
     """
     if options.dp_epsilon is not None:
         raise InputError("does not know private training", where="--dry-run", hint="leave out --dp-epsilon")
+    if launched().count > 1:
+        raise InputError("is for one process", where="--dry-run", hint="start it without a launcher")
     unwritten = replace(options, save_every=None, log=None, tensorboard=None)
     with quiet(), memory_errors(), _prepared(proxy, unwritten, progress) as ready:
         bytes_up = ready.method.bytes_sent(options)

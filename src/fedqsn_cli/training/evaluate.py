@@ -43,7 +43,7 @@ def evaluate(source: str | Path, options: EvaluateOptions, *, progress: Progress
             verify_proxy(folder)
         loaded = load_model(checkpoint)
         encoder = Encoder.of(loaded, options.max_length)
-        prompts = Prompts.of(encoder, data.table(), options.max_new_tokens) if options.generate else None
+        prompts = Prompts.of(encoder, data.table(), options.answer_tokens) if options.generate else None
         examples = encoder.encode(data, progress)
         loaded.model.to(device)
         result = score(

@@ -110,7 +110,7 @@ def _answers(
         output = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=options.max_new_tokens,
+            max_new_tokens=options.answer_tokens,
             do_sample=False,
             num_beams=1,
             pad_token_id=encoding.pad,

@@ -45,7 +45,8 @@ def _sequences(encoding: Encoding, table: Table, progress: Progress, target: Tar
     features, cut = encoding.features(table, progress, *columns)
     for row, feature in enumerate(features):
         if not feature["input_ids"]:
-            raise table.error("the text is empty", row=row)
+            blank = not any(table.columns[column][row].strip() for column in columns)
+            raise table.error("the text is empty" if blank else "the tokenizer finds no token in the text", row=row)
         if encoding.end is not None and feature["input_ids"].count(encoding.end) != 1:
             what = (
                 f"the text has {feature['input_ids'].count(encoding.end)} end-of-text tokens, where the model needs 1"

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.progress import Progress
-from fedqsn_cli.training.chat import conversations
+from fedqsn_cli.training import chat
 from fedqsn_cli.training.examples import IGNORED, Examples, Ids
 from fedqsn_cli.training.tables import Table
 from fedqsn_cli.training.tokenizing import Encoding, chunks
@@ -21,8 +21,8 @@ EncodedText = tuple[dict[str, Any], Ids]
 
 def language(encoding: Encoding, table: Table, progress: Progress) -> Examples:
     """Conversations, prompts with completions, or plain texts: whichever of these columns there are first."""
-    if "messages" in table.columns:
-        encoded, cut = conversations(encoding, table, progress)
+    if any(name in table.columns for name in chat.COLUMNS):
+        encoded, cut = chat.conversations(encoding, table, progress)
     elif "prompt" in table.columns or "completion" in table.columns:
         table.require("prompt", "completion", why="a prompt needs a completion")
         encoded, cut = completions(encoding, table, progress)

@@ -12,7 +12,7 @@ from fedqsn_cli.errors import DataError, FormatError
 
 COLUMNS = (
     *("text", "text_pair", "label", "tokens", "tags"),
-    *("prompt", "completion", "messages", "source", "target"),
+    *("prompt", "completion", "messages", "conversations", "tools", "source", "target"),
 )
 """Names of all columns that some task uses (`tasks`); others are not kept in memory."""
 

@@ -98,6 +98,31 @@ class RowSums:
             self.base = self.base.plus(other.base)
 
 
+@dataclass
+class OrderedSums:
+    """The sums of a tensor, added in the order of its rows, whichever order runs of them come in.
+
+    Args:
+        failure: what went wrong first, in that order.
+    """
+
+    sums: RowSums
+    failure: Exception | None = None
+    _next: int = 0
+    _waiting: dict[int, tuple[int, RowSums | Exception]] = field(default_factory=dict)
+
+    def put(self, first: int, rows: int, found: RowSums | Exception) -> None:
+        """Take the sums of rows, or why there are none."""
+        self._waiting[first] = rows, found
+        while self._next in self._waiting:
+            rows, found = self._waiting.pop(self._next)
+            self._next += rows
+            if isinstance(found, RowSums):
+                self.sums.add(found)
+            else:
+                self.failure = self.failure or found
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """Rows of one tensor: the truth and the public base (None where it has no such tensor), [rows, cols] fp32."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from fedqsn_cli.auditing.recovery import attacks
 from fedqsn_cli.auditing.recovery.evidence import Evidence, Reading
 from fedqsn_cli.auditing.recovery.low_rank import complete
 from fedqsn_cli.auditing.recovery.metrics import COUNT, DD, EXACT, GG, HITS, WW, AttackResult, ErrorSums, G
-from fedqsn_cli.auditing.recovery.sums import Rows, RowSums, Target, TensorSums
+from fedqsn_cli.auditing.recovery.sums import OrderedSums, Rows, RowSums, Target, TensorSums
 from fedqsn_cli.auditing.rows import CHUNK, has_tensor, model_rows
 from fedqsn_cli.errors import FedqsnError, FormatError
 from fedqsn_cli.kernels.read_ahead import compute_ahead
@@ -45,8 +46,8 @@ BEST_OF_EACH = "best of each tensor"
 class WeightAttack:
     """All attacks on the proxies of one format: each alone, and all together if there are several.
 
-    It looks at the truth as it is read (`TruthPass`). Sums are kept run by run of rows, and added in their order: the
-    result does not depend on which of several threads was faster.
+    It looks at the truth as it is read (`TruthPass`). Sums of runs of rows are added in the order of rows: the result
+    does not depend on which of several threads was faster.
     """
 
     def __init__(self, truth: OpenModel, base: PublicBase | None, proxies: Sequence[OpenedProxy]) -> None:
@@ -57,20 +58,29 @@ class WeightAttack:
             self._targets.append(Target(f"coalition of {len(proxies)}", proxies))
         self.quantization = proxies[0].manifest.quantization
         self._block = self.quantization.block_size if self.quantization else 1
-        self._runs: dict[str, dict[int, RowSums | FedqsnError | OSError]] = {}
+        self._tensors: dict[str, OrderedSums] = {}
+        self._lock = Lock()
 
     def take(self, task: TensorTask, first: int, w: Floats) -> None:
         """Attack rows of a tensor; `result` tells what cannot be read of a proxy: others look at the truth, too."""
-        runs = self._runs.setdefault(task.name, {})
+        found: RowSums | Exception
         try:
-            runs[first] = self._attack(task, first, w)
+            found = self._attack(task, first, w)
         except (FedqsnError, OSError) as error:
-            runs[first] = error
+            found = error
+        with self._lock:
+            self._sums_of(task).put(first, len(w), found)
+
+    def _sums_of(self, task: TensorTask) -> OrderedSums:
+        return self._tensors.setdefault(task.name, OrderedSums(self._no_sums(task)))
+
+    def _no_sums(self, task: TensorTask) -> RowSums:
+        return RowSums.none(self._targets, self._base is not None, has_tensor(self._base, task))
 
     def _attack(self, task: TensorTask, first: int, w: Floats) -> RowSums:
         _require(self._targets, task)
         base, with_base = self._base if has_tensor(self._base, task) else None, self._base is not None
-        sums = RowSums.none(self._targets, with_base, base is not None)
+        sums = self._no_sums(task)
         step = len(w) if task.layout.transposed else rows_at_a_time(task.layout, self._block, CHUNK)
         for begin in range(0, len(w), step):
             part, at = w[begin : begin + step], first + begin
@@ -102,11 +112,10 @@ class WeightAttack:
 
     def _of_tensor(self, task: TensorTask) -> Attacked:
         base, with_base = self._base if has_tensor(self._base, task) else None, self._base is not None
-        sums = RowSums.none(self._targets, with_base, base is not None)
-        for _, run in sorted(self._runs.get(task.name, {}).items(), key=lambda item: item[0]):
-            if isinstance(run, Exception):
-                raise run
-            sums.add(run)
+        ordered = self._sums_of(task)
+        if ordered.failure is not None:
+            raise ordered.failure
+        sums = ordered.sums
         results = [_results(one, sums.whole, sums.base, with_base) for one in sums.targets]
         if base is not None and sums.base is not None:
             for one, found in zip(sums.targets, results, strict=True):

@@ -24,8 +24,8 @@ LEVELS = {"hard": "error", "gate": "error", "incomplete": "error", "info": "note
 SECURITY = {"hard": "9.5", "gate": "7.0", "incomplete": "5.0", "info": "1.0"}  # as code-scanning sites rank findings
 
 
-def document(audit: Audit) -> dict[str, Any]:
-    """The log as plain values."""
+def document(audit: Audit, most: int = MOST_RESULTS) -> dict[str, Any]:
+    """The log as plain values, with so many findings at most."""
     found = ordered(audit)
     rules = list(RULES)
     run: dict[str, Any] = {
@@ -43,10 +43,10 @@ def document(audit: Audit) -> dict[str, Any]:
                 "executionSuccessful": audit.verdict != "incomplete",
                 "exitCode": audit.exit_code,
                 "exitCodeDescription": meaning(audit),
-                "toolExecutionNotifications": _notifications(len(found)),
+                "toolExecutionNotifications": _notifications(len(found), most),
             }
         ],
-        "results": [_result(finding, rules.index(finding.rule)) for finding in found[:MOST_RESULTS]],
+        "results": [_result(finding, rules.index(finding.rule)) for finding in found[:most]],
         "properties": {"verdict": audit.verdict, "headline": dict(headline(audit)), "inputs": dict(audit.inputs)},
     }
     return {"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}
@@ -109,8 +109,8 @@ def _fingerprint(finding: Finding) -> str:
     return hashlib.sha256("\0".join((finding.rule, finding.scope, finding.tensor or "")).encode()).hexdigest()
 
 
-def _notifications(found: int) -> list[dict[str, Any]]:
-    if found <= MOST_RESULTS:
+def _notifications(found: int, most: int) -> list[dict[str, Any]]:
+    if found <= most:
         return []
-    text = f"{found - MOST_RESULTS} of {found} findings are left out; --format json lists all"
+    text = f"{found - most} of {found} findings are left out; --format json lists all"
     return [{"level": "warning", "message": {"text": text}}]
