@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from fedqsn_cli.errors import InputError
 from fedqsn_cli.progress import Progress, Silent
 from fedqsn_cli.text import clean, plain, size
 
@@ -80,7 +81,7 @@ def print_error(line: str) -> None:
     """Print one line about an error on stderr; a failing stderr is ignored."""
     try:
         _write(sys.stderr, _shortened(clean(line)) + "\n")
-    except OSError:
+    except InputError:
         return
 
 
@@ -250,7 +251,7 @@ def _is_terminal(stream: TextIO | None) -> bool:
 
 
 def _write(stream: TextIO | None, data: str) -> None:
-    """Write and flush. A closed pipe is not an error. Raises OSError for a full disk and the like."""
+    """Write and flush. A closed pipe is not an error. Raises InputError for a full disk and the like."""
     if stream is None:
         return
     encoding = stream.encoding or "utf-8"
@@ -259,9 +260,10 @@ def _write(stream: TextIO | None, data: str) -> None:
         stream.flush()
     except BrokenPipeError:
         _abandon(stream)
-    except OSError:
+    except OSError as error:
         _abandon(stream)
-        raise
+        hint = "files that the command wrote are complete"  # results are shown at the end
+        raise InputError(f"cannot be written ({error.strerror})", where="standard output", hint=hint) from None
 
 
 def _abandon(stream: TextIO) -> None:

@@ -109,7 +109,8 @@ def test_a_full_disk_is_one_line() -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(command("--version"), env=environment(), stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
-    assert done.stderr == "fedqsn: error: No space left on device; free some space\n"
+    what = "standard output: cannot be written (No space left on device); files that the command wrote are complete"
+    assert done.stderr == f"fedqsn: error: {what}\n"
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:
