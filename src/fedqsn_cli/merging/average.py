@@ -117,7 +117,7 @@ def step_by_average(
         squares = part.squares(own[0], columns, cols)
         part.reader.measure(tensor, chunk.first, squares, part.piece.read.values.size)
         require_summable(part.reader, tensor, part.coefficient, squares)
-        part.reader.measures.compare(*own.sum(axis=1), scale=part.reader.update.scale(tensor))
+        part.reader.measures.compare(*own.sum(axis=1).tolist(), scale=part.reader.update.scale(tensor))
     require_finite(bad, chunk.task.name)
     return int(np.count_nonzero(weights)) * (chunk.values.size // weights.size)
 
