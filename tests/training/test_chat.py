@@ -100,7 +100,7 @@ def test_calls_of_tools_and_the_tools_themselves_are_told_to_the_template() -> N
     ("turns", "complaint"),
     [
         ([], "is not a list of objects with a role and a content"),
-        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "has a part in turn 1 that is no text"),
+        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "has a part in turn 1 that is not text"),
         ([{"role": "user"}], "is not a list of objects with a role and a content"),
         ([{"from": "human"}], "is not a list of objects with a role and a content"),
         ([{"from": None, "value": "hi"}], "is not a list of objects with a role and a content"),

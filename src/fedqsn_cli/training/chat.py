@@ -107,12 +107,12 @@ class _Conversation:
         return {**given, "content": self._text(number, content) if isinstance(content, list) else content}
 
     def _text(self, number: int, parts: list[Any]) -> Any:
-        """A content of several texts, as the template takes it. Raises DataError: a part is no text."""
+        """A content of several texts, as the template takes it. Raises DataError: a part is not text."""
         texts: list[str] = []
         for part in parts:
             text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
             if type(text) is not str:
-                raise self._wrong(f"has a part in turn {number} that is no text ({type_name(text)})")
+                raise self._wrong(f"has a part in turn {number} that is not text ({type_name(text)})")
             self.table.check_characters(self.column, self.row, text)
             texts.append(text)
         return [{"type": "text", "text": text} for text in texts] if self._takes_lists() else "".join(texts)
