@@ -277,20 +277,16 @@ def test_auto_asks_each_teacher_once(
     assert asked == [12, 24]
 
 
-def test_auto_writes_nothing_where_every_weight_loses_the_owners_skill(
-    language: Job, both_skills: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("tolerance", "message"),
+    [(0, "loses more than 0 on the owner's skill"), (100, "better at what clients teach")],
+)
+def test_auto_writes_nothing_where_no_weight_keeps_the_owners_skill_or_none_teaches_anything(
+    tolerance: float, message: str, language: Job, both_skills: dict[str, Path], tmp_path: Path
 ) -> None:
-    with nothing_written(tmp_path), pytest.raises(GateFailed, match="loses more than 0 on the owner's skill"):
-        data = {"transfer_data": language.data, "own_data": language.data, **both_skills}
-        language.consolidate(tmp_path / "out", **data, **AUTO | {"lr": 0.5}, own_tolerance=0)
-
-
-def test_auto_writes_nothing_where_no_weight_teaches_anything(
-    language: Job, both_skills: dict[str, Path], tmp_path: Path
-) -> None:
-    with nothing_written(tmp_path), pytest.raises(GateFailed, match="better at what clients teach"):
-        data = {"transfer_data": language.data, "own_data": language.data, **both_skills}
-        language.consolidate(tmp_path / "out", **data, **AUTO | {"lr": 0.5}, own_tolerance=100)
+    data = {"transfer_data": language.data, "own_data": language.data, **both_skills}
+    with nothing_written(tmp_path), pytest.raises(GateFailed, match=message):
+        language.consolidate(tmp_path / "out", **data, **AUTO | {"lr": 0.5}, own_tolerance=tolerance)
 
 
 def test_of_weights_that_keep_the_skill_the_one_that_learnt_most_is_first() -> None:

@@ -15,14 +15,8 @@ from safetensors.torch import load_file, save_file
 from fedqsn_cli import mask, quantize
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.errors import FormatError, InputError
-from fedqsn_cli.models.torch_model import (
-    build_model,
-    choose_device,
-    load_dense,
-    load_model,
-    load_tokenizer,
-    stored_tensors,
-)
+from fedqsn_cli.models.tokenizer import load_tokenizer
+from fedqsn_cli.models.torch_model import build_model, choose_device, load_dense, load_model, stored_tensors
 from support.families import EVERY_HEAD, build
 from support.hardware import unpacked_weights
 from support.training_jobs import dense_tensors, make_proxy, small_model

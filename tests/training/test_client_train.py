@@ -19,7 +19,8 @@ from fedqsn_cli.artifacts.manifests import UpdateManifest, file_digest, read_man
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.errors import DataError, FormatError, InputError, OutputExists
 from fedqsn_cli.models.architecture import task_of
-from fedqsn_cli.models.torch_model import Loaded, build_model, load_tokenizer
+from fedqsn_cli.models.tokenizer import load_tokenizer
+from fedqsn_cli.models.torch_model import Loaded, build_model
 from fedqsn_cli.progress import Silent
 from fedqsn_cli.training.data import Encoder
 from fedqsn_cli.training.data_files import read_table

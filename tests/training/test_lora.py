@@ -22,7 +22,8 @@ from fedqsn_cli.artifacts.manifests import ProxyManifest, UpdateManifest, read_m
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.models.stored_model import load_stored
-from fedqsn_cli.models.torch_model import Loaded, load_tokenizer, task_of
+from fedqsn_cli.models.tokenizer import load_tokenizer
+from fedqsn_cli.models.torch_model import Loaded, task_of
 from fedqsn_cli.options import TrainOptions
 from fedqsn_cli.progress import Silent
 from fedqsn_cli.training.batching import collate, loss_sum

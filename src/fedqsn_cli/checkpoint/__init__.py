@@ -1,6 +1,7 @@
 """Checkpoints on disk: strict reading, all-or-nothing writing, and where they come from.
 
 files.py      plain files: opened with limits, replaced and locked
+secret_files.py  files that only their owner can open
 companions.py  the files of a tokenizer beside a model
 companion_limits.py  how much they may say before they could carry weights
 header.py     one safetensors header, read strictly or planned ahead
@@ -16,9 +17,10 @@ source.py     a path or hf://owner/name[@revision] -> a local path, and back
 
 from __future__ import annotations
 
-from fedqsn_cli.checkpoint.files import create_secret, write_file_atomically
+from fedqsn_cli.checkpoint.files import write_file_atomically
 from fedqsn_cli.checkpoint.header import Header, TensorEntry, TensorSpec, plan_file, read_header
 from fedqsn_cli.checkpoint.reader import Checkpoint
+from fedqsn_cli.checkpoint.secret_files import create_secret
 from fedqsn_cli.checkpoint.source import Source, check_reference, push, resolve
 from fedqsn_cli.checkpoint.stream import WriterThreads, allow_open_files
 from fedqsn_cli.checkpoint.tensor_sink import FolderWriter, TensorSink

@@ -19,7 +19,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
-from fedqsn_cli.checkpoint.files import create_secret, read_file, read_secret, write_file_atomically
+from fedqsn_cli.checkpoint.files import read_file, write_file_atomically
+from fedqsn_cli.checkpoint.secret_files import create_secret, read_secret
 from fedqsn_cli.errors import KeyFileError, OutputExists
 from fedqsn_cli.options import KeygenOptions
 

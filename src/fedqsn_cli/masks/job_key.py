@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fedqsn_cli import strictjson, validate
-from fedqsn_cli.checkpoint.files import read_secret
+from fedqsn_cli.checkpoint.secret_files import read_secret
 from fedqsn_cli.errors import FormatError, InputError, KeyFileError, OutputExists, PlanError
 from fedqsn_cli.masks.draw import KEY_BYTES, derive, hidden_count
 from fedqsn_cli.planning.overrides import canonical

@@ -28,7 +28,8 @@ from fedqsn_cli.merging.students import FullStudent, Student
 from fedqsn_cli.merging.weight_search import WEIGHTS, WeightSearch, WeightTrial, rank, require_better
 from fedqsn_cli.merging.written_texts import written_texts
 from fedqsn_cli.models.architecture import task_of
-from fedqsn_cli.models.torch_model import Loaded, choose_device, load_model, memory_errors, quiet
+from fedqsn_cli.models.messages import quiet
+from fedqsn_cli.models.torch_model import Loaded, choose_device, load_model, memory_errors
 from fedqsn_cli.options import ConsolidateOptions, MergeOptions
 from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.training.batching import Examples

@@ -24,7 +24,8 @@ from fedqsn_cli.errors import InputError
 from fedqsn_cli.merging.chunks import Weights
 from fedqsn_cli.merging.line_search import Point
 from fedqsn_cli.models.dense import TORCH_DTYPES, from_bytes, rescale_factors
-from fedqsn_cli.models.torch_model import build_model, choose_device, load_model, memory_errors, quiet
+from fedqsn_cli.models.messages import quiet
+from fedqsn_cli.models.torch_model import build_model, choose_device, load_model, memory_errors
 from fedqsn_cli.progress import Progress, Silent
 from fedqsn_cli.training.data import Encoder
 from fedqsn_cli.training.data_files import DataFile, open_data

@@ -11,6 +11,8 @@ plan_file.py    a user's plan file on disk
 child_process.py  work on strangers' files, with limits on time and memory
 architecture.py what a model is for, from its config.json
 dense.py        a model's tensors as dense torch tensors (imports torch)
+messages.py     what transformers says while it works
+tokenizer.py    the tokenizer of a checkpoint, tried in a child process first
 torch_model.py  the transformers model of a checkpoint (imports torch)
 stored_model.py the transformers model of a proxy, packed as it is (imports torch)
 """

@@ -10,14 +10,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
-import os
-import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +19,10 @@ from torch import Tensor
 
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.models.architecture import Task, has_tokenizer, task_of
-from fedqsn_cli.models.child_process import in_child
+from fedqsn_cli.models.architecture import Task, task_of
 from fedqsn_cli.models.dense import load_dense as load_dense
+from fedqsn_cli.models.messages import first_line, quiet
+from fedqsn_cli.models.tokenizer import load_tokenizer
 from fedqsn_cli.planning.roles import rules
 from fedqsn_cli.planning.tied import model_type
 
@@ -48,8 +43,6 @@ _REFUSED_FIELDS = (
 )
 
 _UNLIMITED = 1 << 30  # positions
-_KIND = re.compile(rb'"model"\s*:\s*\{\s*"type"\s*:\s*"(\w+)"')  # of a tokenizer, as its library writes it
-_SECONDS_TO_LOAD = 30  # a tokenizer of 33 MB takes two
 
 
 class Loaded(NamedTuple):
@@ -289,76 +282,6 @@ def _packs(conversion: Any) -> bool:
     return any("bitsandbytes" in type(step).__module__ for step in getattr(conversion, "operations", ()))
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The tokenizer of a checkpoint, from its own files only; None if it has none.
-
-    Raises:
-        InputError: its files cannot be used, or they need code from elsewhere.
-    """
-    if not has_tokenizer(checkpoint):
-        return None
-    path = checkpoint.path
-    with quiet():
-        _try_tokenizer(path, _state(path))
-        return _tokenizer(path)
-
-
-def _state(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
-    """What changes whenever a file in a folder does, whatever times it is given."""
-    found = [(entry.name, entry.stat()) for entry in os.scandir(folder) if entry.is_file()]
-    return tuple(sorted((name, status.st_ino, status.st_size, status.st_ctime_ns) for name, status in found))
-
-
-@lru_cache(maxsize=64)
-def _try_tokenizer(path: Path, state: tuple[tuple[str, int, int, int], ...]) -> None:
-    """Load a tokenizer in a child process, once while its folder stays as it is. Raises InputError."""
-    in_child(lambda: _tried(path), what="loading the tokenizer", where=path, seconds=_SECONDS_TO_LOAD)
-
-
-def _tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    try:
-        loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-        if _is_of_another_kind(loaded, path):
-            return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-        return loaded
-    except MemoryError:
-        raise
-    except BaseException as error:  # its files may hold anything, and Rust code panics with no Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        raise InputError(f"the tokenizer cannot be loaded ({first_line(error)})", where=path) from None
-
-
-def _is_of_another_kind(loaded: Any, folder: Path) -> bool:
-    """Did transformers make a tokenizer by the model's class that tokenizer.json does not describe?
-
-    Of a Qwen2 with a word-level tokenizer it makes a BPE without merges, which finds no word in any text.
-    """
-    made, file = getattr(loaded, "backend_tokenizer", None), folder / "tokenizer.json"
-    if made is None or not file.is_file():
-        return False
-    described = _KIND.search(file.read_bytes())
-    return described is not None and described[1].decode() != type(made.model).__name__
-
-
-def _tried(path: Path) -> None:
-    """Load a tokenizer and ask what everybody asks it. Raises InputError for one that knows no word."""
-    tokenizer = _tokenizer(path)
-    try:
-        words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
-        tokenizer("text")
-        len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, int(tokenizer.model_max_length)
-    except MemoryError:
-        raise
-    except BaseException as error:
-        raise InputError(f"the tokenizer cannot be used ({first_line(error)})", where=path) from None
-    if not words:
-        hint = "add the file of its vocabulary to the folder"
-        raise InputError("the tokenizer knows no word but special tokens", where=path, hint=hint)
-
-
 def choose_device(name: str) -> torch.device:
     """The device that an option names: auto, cpu, cuda or cuda:N. Raises InputError when it is not there."""
     if name == "auto":
@@ -378,27 +301,3 @@ def memory_errors() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise MemoryError("the device has too little memory") from None
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars, warnings and reports off stderr; errors still show."""
-    from transformers.utils import logging as chatter
-
-    verbosity, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
-    chatter.set_verbosity(logging.ERROR)
-    chatter.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        chatter.set_verbosity(verbosity)
-        if bars:
-            chatter.enable_progress_bar()
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error message, of at most 300 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]

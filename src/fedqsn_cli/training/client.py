@@ -25,7 +25,8 @@ from fedqsn_cli.crypto.keys import SigningKey, load_signing_key, load_verify_key
 from fedqsn_cli.crypto.signature import sign_artifacts, verify_folder
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.models.architecture import Task
-from fedqsn_cli.models.torch_model import Loaded, choose_device, memory_errors, quiet
+from fedqsn_cli.models.messages import quiet
+from fedqsn_cli.models.torch_model import Loaded, choose_device, memory_errors
 from fedqsn_cli.options import TrainOptions
 from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.text import size

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from fedqsn_cli.artifacts.proxy_folder import verify_proxy
 from fedqsn_cli.checkpoint import Checkpoint, resolve
-from fedqsn_cli.models.torch_model import choose_device, load_model, memory_errors, quiet
+from fedqsn_cli.models.messages import quiet
+from fedqsn_cli.models.torch_model import choose_device, load_model, memory_errors
 from fedqsn_cli.options import EvaluateOptions
 from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.training.data import Encoder

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.models.torch_model import first_line
+from fedqsn_cli.models.messages import first_line
 from fedqsn_cli.options import OptimizerName, RecipeOptions
 from fedqsn_cli.training.compact import Trainable
 

@@ -9,7 +9,8 @@ from typing import Any
 from fedqsn_cli.artifacts.proxy_folder import verify_proxy
 from fedqsn_cli.checkpoint import Checkpoint, resolve
 from fedqsn_cli.models.architecture import Task
-from fedqsn_cli.models.torch_model import load_outline, quiet
+from fedqsn_cli.models.messages import quiet
+from fedqsn_cli.models.torch_model import load_outline
 from fedqsn_cli.options import TrainOptions
 from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.training.data import Encoder

@@ -10,7 +10,7 @@ from typing import Any
 from fedqsn_cli.errors import DataError
 from fedqsn_cli.models.architecture import Task
 from fedqsn_cli.models.child_process import MEMORY, in_child
-from fedqsn_cli.models.torch_model import first_line
+from fedqsn_cli.models.messages import first_line
 from fedqsn_cli.progress import Progress
 from fedqsn_cli.training.examples import Ids
 from fedqsn_cli.training.tables import Table

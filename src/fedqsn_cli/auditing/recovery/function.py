@@ -29,8 +29,9 @@ from fedqsn_cli.auditing.recovery.attackers.catalogue import STARTS, TRAININGS
 from fedqsn_cli.auditing.recovery.attackers.evaluation import Evaluation, rho
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.models.dense import load_dense
+from fedqsn_cli.models.messages import quiet
 from fedqsn_cli.models.model import OpenModel
-from fedqsn_cli.models.torch_model import Loaded, load_model, memory_errors, quiet
+from fedqsn_cli.models.torch_model import Loaded, load_model, memory_errors
 from fedqsn_cli.training.batching import Examples
 from fedqsn_cli.training.data_files import open_data
 
