@@ -15,43 +15,6 @@ def loose(function: F) -> F:
 
 
 @kernel
-def nonzero_codes(packed: Any, start: int, cols: int, row_flags: Any, col_flags: Any, zero: int) -> int:
-    """How many hidden elements of rows of packed 4-bit codes do not have the code of zero.
-
-    Args:
-        packed: codes of whole rows. start: 1 if the first code is in the low half of the first byte.
-        row_flags: [rows], col_flags: [cols] True where visible; an element is visible if both are.
-    """
-    count = 0
-    for row in range(row_flags.size):
-        shown = row_flags[row]
-        base = row * cols + start
-        for col in range(cols):
-            if shown and col_flags[col]:
-                continue
-            at = base + col
-            byte = np.int64(packed[at // 2])
-            code = byte & 15 if at % 2 else byte >> 4
-            count += code != zero
-    return count
-
-
-@kernel
-def attained(packed: Any, count: int, block: int, top: Any, out: Any) -> None:
-    """out[b] = does a code of block b stand for the level of largest magnitude?
-
-    Args:
-        packed: codes of whole blocks. count: number of codes. top: [16] flags of those codes.
-    """
-    for index in range(out.size):
-        found = False
-        for at in range(index * block, min((index + 1) * block, count)):
-            byte = np.int64(packed[at // 2])
-            found |= top[byte & 15 if at % 2 else byte >> 4]
-        out[index] = found
-
-
-@kernel
 def decode_levels(packed: Any, absmax: Any, block: int, table: Any, out: Any) -> None:
     """out[i] = table[code i] * absmax of its block: levels, or the ends of the cells that are rounded to them.
 
