@@ -15,10 +15,10 @@ from fedqsn_cli import audit, export_proxy
 from fedqsn_cli.auditing.completeness import Collector
 from fedqsn_cli.auditing.findings import LEAST_LOG10, AttackScore, Recovery
 from fedqsn_cli.auditing.inputs import open_inputs
-from fedqsn_cli.auditing.observed import recover_weights
 from fedqsn_cli.auditing.recovery import attacks
 from fedqsn_cli.auditing.recovery.intervals import cells
 from fedqsn_cli.auditing.recovery.metrics import ErrorSums
+from fedqsn_cli.auditing.truth_pass import recover_weights
 from fedqsn_cli.export.outputs import METADATA
 from fedqsn_cli.kernels import read_ahead
 from fedqsn_cli.options import AuditOptions

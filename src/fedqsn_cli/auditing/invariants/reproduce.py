@@ -19,9 +19,9 @@ from fedqsn_cli.auditing.digests import taken_behind
 from fedqsn_cli.auditing.findings import Entry, Finding
 from fedqsn_cli.auditing.inputs import BASE, LEDGER, ORIGIN, OWNER, PROXY, Inputs
 from fedqsn_cli.auditing.invariants.compared_folder import ComparedFolder, Difference, Owners, entry_problems
-from fedqsn_cli.auditing.observed import watched
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.registry import EXPORT_AGAIN, Rule
+from fedqsn_cli.auditing.truth_pass import watched
 from fedqsn_cli.export.proxy import ProxyExport
 from fedqsn_cli.export.session import MaskingSession
 from fedqsn_cli.kernels.digests import algorithm_of
