@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.artifacts.manifests import Quantization
+from fedqsn_cli.auditing.checks import grouped
 from fedqsn_cli.auditing.completeness import Collector
 from fedqsn_cli.auditing.findings import Recovery
 from fedqsn_cli.auditing.inputs import Inputs
 from fedqsn_cli.auditing.invariants.truth_index import TruthIndex
-from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.recovery.weights import WeightAttack
 from fedqsn_cli.auditing.rows import as_float32
 from fedqsn_cli.export.pipeline import CHUNK_ELEMENTS
@@ -124,10 +124,10 @@ class Observed:
     def of(cls, inputs: Inputs, truth: OpenModel) -> Observed:
         """Nothing was read yet."""
         index = TruthIndex(inputs, truth)
-        formats: dict[str, list[OpenedProxy]] = {}
-        for proxy in inputs.proxies:
-            formats.setdefault(str(proxy.manifest.quantization), []).append(proxy)
-        attacks = {name: WeightAttack(truth, inputs.base, proxies) for name, proxies in formats.items()}
+        formats = grouped(inputs.proxies, lambda proxy: str(proxy.manifest.quantization))
+        attacks = {
+            str(one.proxies[0].manifest.quantization): WeightAttack(truth, inputs.base, one.proxies) for one in formats
+        }
         passes: dict[str, TruthPass] = {}
         for name, attack in attacks.items():
             observers: list[Observer] = [attack] if passes else [index, attack]
