@@ -103,7 +103,10 @@ def fetch_parts(parts: Parts, references: Any, sender: str, target: Path, cell: 
 
     def fetch(part: Part, writer: PartWriter) -> None:
         consumer = WrittenPart(writer)
-        download_object(sender, known[part], _REQUEST, cell, consumer, abort_signal=abort)
+        try:
+            download_object(sender, known[part], _REQUEST, cell, consumer, abort_signal=abort)
+        except Exception as error:  # FLARE asserts what its messages hold, and a sender may lie in any of them
+            raise FormatError(f"a part did not arrive ({error!r})", where=target) from error
         if consumer.failure is not None:
             raise FormatError(f"a part did not arrive ({consumer.failure})", where=target)
 
