@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from fedqsn_cli.errors import InputError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 View = Literal["table", "json", "quiet"]
 
 _UNLIMITED = 100_000  # columns: what is piped into another program is never folded
+_TOKENS = 10_000  # of JSON that are printed at a time
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,7 +60,8 @@ def show(view: View, document: object, *, essential: Sequence[object], parts: Se
         parts: what people see, from top to bottom.
     """
     if view == "json":
-        _write(sys.stdout, json.dumps(plain(document), indent=2, allow_nan=False) + "\n")
+        for piece in _json_pieces(document):
+            _write(sys.stdout, piece)
     elif view == "quiet":
         _write(sys.stdout, "".join(f"{clean(str(value))}\n" for value in essential))
     else:
@@ -168,6 +171,14 @@ class Bar:
         """Remove the bar from the screen."""
         if self._rich is not None:
             self._rich.stop()
+
+
+def _json_pieces(document: object) -> Iterator[str]:
+    """A document as JSON, a part at a time: it can be much longer than what it describes."""
+    tokens = json.JSONEncoder(indent=2, allow_nan=False).iterencode(plain(document))
+    while piece := "".join(islice(tokens, _TOKENS)):
+        yield piece
+    yield "\n"
 
 
 def _render_for_stdout(parts: Sequence[Part]) -> str:

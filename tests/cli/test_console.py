@@ -58,6 +58,14 @@ def test_json_is_one_document_in_ascii(capsys: pytest.CaptureFixture[str]) -> No
     assert out.isascii()
 
 
+def test_json_that_is_printed_in_parts_is_the_same(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "_TOKENS", 2)
+    console.show("json", SAMPLE, essential=[], parts=[])
+    assert capsys.readouterr().out == json.dumps(text.plain(SAMPLE), indent=2) + "\n"
+
+
 def test_quiet_prints_the_essential_values_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
     console.show("quiet", SAMPLE, essential=["a", "b\n"], parts=PARTS)
     assert capsys.readouterr().out == "a\nb\\n\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
@@ -115,3 +116,11 @@ def test_help_is_a_command_too() -> None:
         "fedqsn: error: no such command 'maks'; did you mean 'mask'?\n",
     )
     assert run("help", "mask", "merge").code == 2
+
+
+def test_the_commands_of_a_courier_have_a_help_of_their_own() -> None:
+    listed = run("courier", "--help")
+    assert listed == run("help", "courier") == run("courier", "-h")
+    assert listed.code == 0
+    assert set(re.findall(r"^  ([a-z-]+)", listed.out, re.M)) == {name for name in COMMANDS if "courier" in name}
+    assert run("help", "courier", "send") == run("courier-send", "--help")

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from cli.conftest import Round
 from fedqsn_cli import inspect
+from fedqsn_cli.cli import inspect as cli_inspect
 from fedqsn_cli.errors import FormatError, InputError, KeyFileError, PlanError
 from support.families import build
 from support.processes import run
@@ -81,6 +82,15 @@ def test_the_ledger_is_listed_release_by_release(played: Round) -> None:
     releases = inspect(played.folder / "ledger.jsonl").releases
     assert [(each.client, each.round, each.p2) for each in releases] == [("alice", 1, 0.25), ("bob", 1, 0.25)]
     assert "    1  alice   0.25  0.25  fresh     nf4" in run("inspect", played.folder / "ledger.jsonl").out
+
+
+def test_people_see_the_latest_releases_of_a_long_ledger(played: Round, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_inspect, "_SHOWN_RELEASES", 1)
+    path = played.folder / "ledger.jsonl"
+    shown = run("inspect", path).out
+    assert "  bob " in shown and "  alice " not in shown
+    assert shown.endswith("\n\nThe latest 1 of 2 releases; --json lists all.\n")
+    assert len(json.loads(run("inspect", path, "--json").out)["releases"]) == 2
 
 
 def test_the_plan_is_one_row_a_tensor(played: Round) -> None:

@@ -20,6 +20,10 @@ INSPECT = "inspect model"
 
 WRONG = [
     ("", "a command is missing; choose from mask, quantize,"),
+    ("courier", "a command is missing after 'courier'; choose from init, join,"),
+    ("courier sned", "no such command 'courier sned'; did you mean 'courier send'?"),
+    ("courier frobnicate", "no such command 'courier frobnicate'; choose from init, join,"),
+    ("help courier frobnicate", "no such command 'courier frobnicate'; choose from init, join,"),
     ("msk", "no such command 'msk'; did you mean 'mask'?"),
     ("frobnicate", "no such command 'frobnicate'; choose from mask,"),
     ("--frob", "no such option --frob; see 'fedqsn --help'"),

@@ -9,6 +9,7 @@ import pytest
 
 from fedqsn_cli.errors import DataError
 from fedqsn_cli.progress import Silent
+from fedqsn_cli.training import chat
 from fedqsn_cli.training.data import Encoder
 from fedqsn_cli.training.examples import IGNORED, Examples
 from fedqsn_cli.training.tables import Table
@@ -49,6 +50,11 @@ def encoder(kind: str, template: str, **options: Any) -> Encoder:
 def encode(given: Encoder, *conversations: Any) -> Examples:
     table = Table(Path("data.jsonl"), {"messages": list(conversations)}, ("messages",), len(conversations))
     return given.encode(table, Silent())
+
+
+def tokens_and_targets(given: Encoder, turns: Any) -> list[tuple[dict[str, Any], list[int]]]:
+    table = Table(Path("data.jsonl"), {"messages": [turns]}, ("messages",), 1)
+    return chat.conversations(given, table, Silent())[0]
 
 
 def of_columns(given: Encoder, **columns: Any) -> Examples:
@@ -185,6 +191,30 @@ def test_a_long_conversation_is_cut_and_counted() -> None:
     examples = encode(given, TURNS, TURNS[1:3])
     assert examples.cut == 1
     assert max(examples.lengths) == 30
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("length", [1, 17, 30, 200])
+def test_what_is_left_of_a_long_conversation_is_learnt_as_without_a_cut(side: str, length: int) -> None:
+    whole, shorter = encoder("byte-level", CHATML), encoder("byte-level", CHATML, max_length=length)
+    shorter.tokenizer.truncation_side = side
+    nothing_said = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+    kept = slice(-length, None) if side == "left" else slice(length)
+    for turns in (TURNS * 2, TURNS[1:] + nothing_said, nothing_said + TURNS):
+        ((expected, targets),) = tokens_and_targets(whole, turns)
+        ((found, learnt),) = tokens_and_targets(shorter, turns)
+        assert (found["input_ids"], learnt) == (expected["input_ids"][kept], targets[kept])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_turns_that_are_cut_are_not_looked_for(side: str) -> None:
+    given = encoder("byte-level", CHATML, max_length=100)
+    given.tokenizer.truncation_side = side
+    rendered: list[int] = []
+    apply = given.tokenizer.apply_chat_template
+    given.tokenizer.apply_chat_template = lambda turns, **options: rendered.append(1) or apply(turns, **options)
+    tokens_and_targets(given, TURNS[1:] * 500)
+    assert 3 < len(rendered) < 30
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,11 @@ def test_characters_are_counted_at_any_depth() -> None:
     assert Table(Path("x"), {"text": ["ab", None, 5], "messages": [messages, None, []]}, (), 3).characters == 2 + 7
 
 
+def test_the_longest_row_is_measured_in_bytes() -> None:
+    columns = {"text": ["é\ud800", "abcdefg"], "messages": [[{"content": "世"}], None]}
+    assert Table(Path("x"), columns, (), 2).longest_row == 2 + 3 + 3
+
+
 def in_parts(tmp_path: Path, kind: str, rows: int) -> Path:
     """A file of so many rows of 2 kB."""
     path, text = tmp_path / f"{rows}.{kind}", "word " * 400

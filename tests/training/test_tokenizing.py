@@ -1,12 +1,17 @@
-"""How many texts a tokenizer is given at a time."""
+"""How many texts a tokenizer is given at a time, and how much memory."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
 from fedqsn_cli.progress import SILENT
 from fedqsn_cli.training import tokenizing
+from fedqsn_cli.training.data import Encoder
+from fedqsn_cli.training.tables import Table
 from fedqsn_cli.training.tokenizing import chunks
+from support.tokenizers import tokenizer
 
 
 def test_texts_are_tokenized_in_parts_that_memory_can_hold(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,3 +22,14 @@ def test_texts_are_tokenized_in_parts_that_memory_can_hold(monkeypatch: pytest.M
     assert list(chunks(7, SILENT, [long])) == [slice(0, 3), slice(3, 5), slice(5, 7)]
     assert list(chunks(7, SILENT, [short, long])) == [slice(0, 2), slice(2, 3), slice(3, 5), slice(5, 7)]
     assert list(chunks(0, SILENT, [[]])) == []
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "unigram"])
+def test_one_long_text_is_given_the_memory_that_it_takes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizing, "MEMORY", 1 << 24)
+    encoder = Encoder(
+        *("causal-lm", tokenizer(kind), frozenset({"input_ids"})),
+        **{"vocabulary": 1000, "label_ids": {}, "labels": 0, "max_length": 16, "positions": 16},
+    )
+    table = Table(Path("long.jsonl"), {"text": ["q#" * 200_000]}, ("text",), 1)
+    assert list(encoder.encode(table, SILENT).lengths) == [16]

@@ -63,6 +63,12 @@ def help_of(command: str | None) -> str:
     return help_text.of_command(built, built.make_context(f"fedqsn {command}", [], resilient_parsing=True))
 
 
+def _family(word: str) -> list[str]:
+    """The commands that begin with a word, as those of a courier do; none where it is the first word of just one."""
+    members = [name for name in COMMANDS if name.startswith(f"{word}-")]
+    return members if len(members) > 1 else []
+
+
 def _help_of_all(group: Any, context: Any) -> str:
     return help_text.of_group(group, context, {name: function_of(name) for name in COMMANDS})
 
@@ -114,7 +120,9 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _joined(arguments: Sequence[str]) -> Sequence[str]:
-    """Commands of two words: `courier send` is `courier-send`."""
+    """Commands of two words: `courier send` is `courier-send`, also after `help`."""
+    if arguments[:1] == ["help"]:
+        return ["help", *_joined(arguments[1:])]
     name = "-".join(arguments[:2])
     return [name, *arguments[2:]] if len(arguments) > 1 and name in COMMANDS else arguments
 
@@ -125,8 +133,10 @@ def _invoke(path: str, arguments: list[str]) -> int:
     if arguments[:1] == ["help"]:
         return _help(arguments[1:])
     if path == "fedqsn":
+        if arguments[1:2] and arguments[1] in HELP_NAMES["help_option_names"] and _family(arguments[0]):
+            return _help(arguments[:1])
         if not arguments or not arguments[0].startswith("-"):
-            exit_codes.refuse_command("".join(arguments[:1]), list(COMMANDS))
+            _refuse(arguments)
         command = program()
     else:  # past the group, which would import pydantic to parse its own options
         command, arguments = build(arguments[0]), arguments[1:]
@@ -141,11 +151,24 @@ def _invoke(path: str, arguments: list[str]) -> int:
 def _help(names: list[str]) -> int:
     """`fedqsn help [COMMAND]`: what --help shows."""
     if len(names) > 1:
+        if _family(names[0]):
+            _refuse(names)
         raise InputError(f"unexpected argument {names[1]}", hint="see 'fedqsn help'")
+    if names and (members := _family(names[0])):
+        console.text(help_text.of_family(f"fedqsn {names[0]}", {name: function_of(name) for name in members}))
+        return 0
     if names and names[0] not in COMMANDS:
-        exit_codes.refuse_command(names[0], list(COMMANDS))
+        _refuse(names)
     console.text(help_of(names[0] if names else None))
     return 0
+
+
+def _refuse(arguments: list[str]) -> NoReturn:
+    """Say which command is missing or unknown; of a family, such as `courier`, it is the second word."""
+    first, second = [*arguments, "", ""][:2]
+    if _family(first):
+        exit_codes.refuse_command(second, [name.removeprefix(f"{first}-") for name in _family(first)], first)
+    exit_codes.refuse_command(first, list(COMMANDS))
 
 
 def _quieten_libraries(arguments: Sequence[str]) -> None:

@@ -55,11 +55,13 @@ def error_to_exit(error: BaseException, command: str) -> tuple[str, int]:
     return f"fedqsn: internal error: {line} (set FEDQSN_DEBUG=1 for the traceback)", EXIT_BUG
 
 
-def refuse_command(name: str, commands: Sequence[str]) -> NoReturn:
-    """Raise InputError for an unknown or missing command, with the nearest name."""
+def refuse_command(name: str, commands: Sequence[str], family: str = "") -> NoReturn:
+    """Raise InputError for an unknown or missing command, with the nearest name; a family is its first word, if any."""
     near = difflib.get_close_matches(name, commands, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(commands)}"
-    raise InputError(f"no such command '{name}'" if name else "a command is missing", hint=hint)
+    hint = f"did you mean '{f'{family} {near[0]}'.strip()}'?" if near else f"choose from {', '.join(commands)}"
+    if name:
+        raise InputError(f"no such command '{f'{family} {name}'.strip()}'", hint=hint)
+    raise InputError("a command is missing" + (f" after '{family}'" if family else ""), hint=hint)
 
 
 def _from_system(error: OSError, command: str) -> str:

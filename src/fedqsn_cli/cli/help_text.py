@@ -37,10 +37,18 @@ def of_command(command: Any, context: typer.Context) -> str:
 
 def of_group(group: Any, context: typer.Context, functions: Mapping[str, Any]) -> str:
     """The help text of `fedqsn` itself: its commands, a line each."""
-    commands = [(name, _first_sentence(function.__doc__)) for name, function in functions.items()]
     options = [(_names(param), _describe(param)) for param in group.get_params(context)]
     usage = f"{_heading('Usage:')} {context.command_path} COMMAND [OPTIONS]"
-    return "\n\n".join([usage, _prose(group.help or ""), _section("Commands", commands), _section("Options", options)])
+    return "\n\n".join([usage, _prose(group.help or ""), _commands(functions), _section("Options", options)])
+
+
+def of_family(path: str, functions: Mapping[str, Any]) -> str:
+    """The help text of commands that share their first word, such as those of `fedqsn courier`."""
+    return "\n\n".join([f"{_heading('Usage:')} {path} COMMAND [OPTIONS]", _commands(functions)])
+
+
+def _commands(functions: Mapping[str, Any]) -> str:
+    return _section("Commands", [(name, _first_sentence(function.__doc__)) for name, function in functions.items()])
 
 
 def _usage(context: typer.Context, names: Mapping[Any, str]) -> str:

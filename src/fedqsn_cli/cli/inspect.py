@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from fedqsn_cli.planning.tensor_plan import TensorPlan
 
 
+_SHOWN_RELEASES = 1000  # more than anybody reads; a table of 100,000 takes half a minute
+
+
 def inspect(
     path: Annotated[
         str, argument("PATH", "A model, proxy, update, key, ledger or .safetensors file; or an hf:// reference.")
@@ -56,7 +59,7 @@ def _parts(inspection: Inspection) -> list[console.Part]:
     if inspection.clear:
         parts.append(_clear_table(inspection))
     if inspection.releases:
-        parts.append(_release_table(inspection.releases))
+        parts += _release_parts(inspection.releases)
     if inspection.plan is not None:
         parts.append(_plan_table(inspection.plan))
     if inspection.public_base is not None:
@@ -107,6 +110,13 @@ def _clear_table(inspection: Inspection) -> console.Table:
         ],
         numbers=frozenset({"tensors", "parameters", "share"}),
     )
+
+
+def _release_parts(releases: Sequence[Release]) -> list[console.Part]:
+    latest = releases[-_SHOWN_RELEASES:]
+    total = text.number(len(releases))
+    left_out = [f"The latest {text.number(len(latest))} of {total} releases; --json lists all."]
+    return [_release_table(latest), *(left_out if len(latest) < len(releases) else [])]
 
 
 def _release_table(releases: Sequence[Release]) -> console.Table:

@@ -69,9 +69,15 @@ def _tools(table: Table, row: int, value: Any) -> list[Any] | None:
 
 def _shortened(encoding: Encoding, ids: Ids, counts: Sequence[bool]) -> tuple[dict[str, Any], Ids]:
     targets = [token if counted else IGNORED for token, counted in zip(ids, counts, strict=True)]
+    kept = _kept(encoding, len(ids))
+    part = slice(kept.start, kept.stop)
+    return {"input_ids": ids[part]}, targets[part]
+
+
+def _kept(encoding: Encoding, tokens: int) -> range:
+    """Which of so many tokens are not cut."""
     left = encoding.tokenizer.truncation_side == "left"
-    kept = slice(-encoding.max_length, None) if left else slice(encoding.max_length)
-    return {"input_ids": ids[kept]}, targets[kept]
+    return range(max(0, tokens - encoding.max_length), tokens) if left else range(min(tokens, encoding.max_length))
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,16 +144,22 @@ class _Conversation:
         """Tokens, and what counts by rendering the conversation up to each turn of the assistant."""
         with row_errors(self.table, self.row, self._refused):
             text = self._render(self.messages, prompt=False)
-            turns = [turn for turn, message in enumerate(self.messages) if message["role"] == "assistant"]
-            spans = [self._span(turn, text) for turn in turns]
         with row_errors(self.table, self.row, f"column {self.column!r} cannot be tokenized"):
             tokens = self.encoding.tokenizer(
                 text, add_special_tokens=False, verbose=False, **self.encoding.with_offsets
             )
         ids = list(tokens["input_ids"])
         counts = [False] * len(ids)
-        for span in spans:
-            start, stop = self.encoding.boundaries(text, tokens, span, add_special_tokens=False)
+        boundary = self.encoding.boundaries(text, tokens, add_special_tokens=False)
+        kept = _kept(self.encoding, len(ids))
+        begin_is_cut = kept.start > 0
+        turns = [turn for turn, message in enumerate(self.messages) if message["role"] == "assistant"]
+        for turn in reversed(turns) if begin_is_cut else turns:
+            with row_errors(self.table, self.row, self._refused):
+                span = self._span(turn, text)
+            start, stop = map(boundary, span)
+            if stop <= kept.start if begin_is_cut else start >= kept.stop:
+                break  # all others are cut, too, and each of them costs two renderings
             counts[start:stop] = [True] * (stop - start)
         return ids, counts
 

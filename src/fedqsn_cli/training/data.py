@@ -90,7 +90,7 @@ class Encoder(Encoding):
                 lambda: replace(kind.encode(self, part, SILENT), unused=part.unused).to_plain(),
                 what=f"tokenizing {part.path.name}",
                 rows=part.rows,
-                characters=part.characters,
+                table=part,
             )
         )
 

@@ -62,6 +62,7 @@ class Prompts:
             lambda: [prompt_ids(encoding, table, first[text], text, prompt, new) for text in right],
             what=f"tokenizing {table.path.name}",
             rows=len(right),
+            table=table,
         )
         return cls(tokens, list(right.values()))
 

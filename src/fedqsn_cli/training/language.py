@@ -50,7 +50,7 @@ def completions(encoding: Encoding, table: Table, progress: Progress) -> tuple[l
         texts = ["".join(part) for part in parts]
         tokens = encoding.batch(table, rows, [texts], ["prompt", "completion"], **encoding.with_offsets)
         for (prompt, _), text, one in zip(parts, texts, tokens, strict=True):
-            (start,) = encoding.boundaries(text, one, [len(prompt)])
+            start = encoding.boundaries(text, one)(len(prompt))
             ids = _ended(encoding, list(one["input_ids"]))
             shorter = _shortened(encoding, ids[:start], ids[start:], encoding.max_length)
             if len(shorter[0]) + len(shorter[1]) < len(ids):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -87,6 +87,11 @@ class Table:
         return sum(len(part) for values in self.columns.values() for part in _parts(values) if isinstance(part, str))
 
     @property
+    def longest_row(self) -> int:
+        """How many bytes of text the longest row holds, in UTF-8."""
+        return max(map(_text_bytes, zip(*self.columns.values(), strict=True)), default=0)
+
+    @property
     def unused(self) -> tuple[str, ...]:
         """Names of the columns that nobody asked for."""
         return tuple(sorted(set(self.names) - self.used))
@@ -163,6 +168,11 @@ def _parts(value: object) -> Iterator[object]:
         yield part
         if isinstance(part, (list, dict)):
             parts += part.values() if isinstance(part, dict) else part
+
+
+def _text_bytes(row: Sequence[object]) -> int:
+    """How many bytes all text in a row takes in UTF-8."""
+    return sum(len(part.encode(errors="surrogatepass")) for part in _parts(list(row)) if isinstance(part, str))
 
 
 def type_name(value: object) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from fedqsn_cli.errors import DataError
@@ -18,6 +20,7 @@ from fedqsn_cli.training.tables import Table
 SECONDS, SECONDS_A_ROW = 10, 0.05  # of processor time for all that tokenizes; usual rows take a thousandth of it
 _CHARACTERS_A_SECOND = 100_000  # that the slowest tokenizers read on any machine
 _BYTES_A_TOKEN = 128  # that a token takes in Python and in JSON
+_BYTES_A_BYTE = 1024  # address space that a library needs for a byte of one text: as many as twice the tokens of it
 _CHUNK, _CHARACTERS = 1000, 1_000_000  # rows and characters per call of the tokenizer
 _NOT_OURS = (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, DataError)
 
@@ -51,21 +54,22 @@ class Encoding:
     decoder_inputs: Callable[[Ids], Ids] | None = None
     seed: int = 0
 
-    def guarded(self, work: Callable[[], Any], *, what: str, rows: int, characters: int = 0) -> Any:
+    def guarded(self, work: Callable[[], Any], *, what: str, rows: int, table: Table | None = None) -> Any:
         """Call what uses the tokenizer in a child process, with limits that grow with the data; returns its result.
 
         Args:
-            work, what: as for `in_child`. rows: how many texts it reads or writes. characters: that it reads.
+            work, what: as for `in_child`. rows: how many texts it reads or writes. table: that it reads.
 
         Raises:
             InputError: it took too much time or memory. FedqsnError: whatever `work` raised.
         """
+        characters, longest = (table.characters, table.longest_row) if table is not None else (0, 0)
         return in_child(
             work,
             what=what,
             where=self.tokenizer.name_or_path,
             seconds=SECONDS + rows * SECONDS_A_ROW + characters / _CHARACTERS_A_SECOND,
-            memory=MEMORY + rows * self.max_length * _BYTES_A_TOKEN,
+            memory=MEMORY + rows * self.max_length * _BYTES_A_TOKEN + longest * _BYTES_A_BYTE,
         )
 
     def features(self, table: Table, progress: Progress, *columns: str) -> tuple[list[dict[str, Ids]], set[int]]:
@@ -135,22 +139,22 @@ class Encoding:
         whole = {"attention_mask": [1] * len(features["input_ids"]), **features}
         return {name: value for name, value in whole.items() if name in self.inputs}
 
-    def boundaries(self, text: str, tokens: Mapping[str, Any], places: Sequence[int], **options: Any) -> list[int]:
-        """For each place in a text, the number of the first token that holds something behind it.
+    def boundaries(self, text: str, tokens: Mapping[str, Any], **options: Any) -> Callable[[int], int]:
+        """A function from a place in a text, a number of characters, to the first token that holds something behind it.
 
         Args:
             tokens: of the text, with `offset_mapping` and `special_tokens_mask` if the tokenizer knows them.
-            places: numbers of characters.
             options: under which the tokenizer gave these tokens.
         """
         ids = tokens["input_ids"]
         if "offset_mapping" not in tokens:
-            return [_common(ids, self._call(text[:place], **options)["input_ids"]) for place in places]
+            return lambda place: _common(ids, self._call(text[:place], **options)["input_ids"])
         stops = [
             stop if not special else -1
             for (_, stop), special in zip(tokens["offset_mapping"], tokens["special_tokens_mask"], strict=True)
         ]
-        return [next((i for i, stop in enumerate(stops) if stop > place), _content(stops)) for place in places]
+        furthest, content = list(accumulate(stops, max)), _content(stops)
+        return lambda place: min(bisect_right(furthest, place), content)
 
     @property
     def with_offsets(self) -> dict[str, bool]:
