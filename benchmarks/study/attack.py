@@ -31,8 +31,8 @@ def audited(
     """
     from fedqsn_cli.auditing.completeness import Collector
     from fedqsn_cli.auditing.inputs import open_inputs
-    from fedqsn_cli.auditing.observed import recover_weights
     from fedqsn_cli.auditing.recovery.function import FunctionOptions, recover_function
+    from fedqsn_cli.auditing.truth_pass import recover_weights
     from fedqsn_cli.options import AuditOptions
 
     collector = Collector()

@@ -33,11 +33,13 @@ def real(value: float | None) -> str:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON can hold it: dataclasses become objects, paths become text, NaN and infinities null."""
+    """The value as JSON can hold it: records become objects, paths become text, NaN and infinities null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if hasattr(value, "model_dump"):
         return plain(value.model_dump(mode="json"))
+    if hasattr(value, "_asdict"):
+        return plain(value._asdict())
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):

@@ -12,7 +12,6 @@ checks.py        how a check is run over proxies, with the inputs that it needs
 rows.py          rows of models and proxies side by side
 kernels.py       compiled comparisons
 truth_pass.py    one pass over the truth for all that looks at its weights
-observed.py      what looks on while it is read
 invariants/      the hard rules
 recovery/        attacks on weights and function
 limits/          measurements held against the policy

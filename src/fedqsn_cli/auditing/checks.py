@@ -9,7 +9,7 @@ what cannot be read becomes an FQ903 finding, and what the check had found until
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, overload
 
@@ -49,6 +49,14 @@ def each_folder(inputs: Inputs) -> Iterable[ProxyFolder]:
 def each_proxy(inputs: Inputs) -> Iterable[OpenedProxy]:
     """Every proxy that can be read."""
     return inputs.proxies
+
+
+def grouped(proxies: Iterable[OpenedProxy], kind: Callable[[OpenedProxy], Hashable]) -> list[Together]:
+    """Proxies of one kind together, in the order of the first of each."""
+    kinds: dict[Hashable, list[OpenedProxy]] = {}
+    for proxy in proxies:
+        kinds.setdefault(kind(proxy), []).append(proxy)
+    return [Together(tuple(proxy.scope for proxy in group), tuple(group)) for group in kinds.values()]
 
 
 def once(scope: str) -> Callable[[Inputs], Iterable[Together]]:

@@ -15,43 +15,6 @@ def loose(function: F) -> F:
 
 
 @kernel
-def nonzero_codes(packed: Any, start: int, cols: int, row_flags: Any, col_flags: Any, zero: int) -> int:
-    """How many hidden elements of rows of packed 4-bit codes do not have the code of zero.
-
-    Args:
-        packed: codes of whole rows. start: 1 if the first code is in the low half of the first byte.
-        row_flags: [rows], col_flags: [cols] True where visible; an element is visible if both are.
-    """
-    count = 0
-    for row in range(row_flags.size):
-        shown = row_flags[row]
-        base = row * cols + start
-        for col in range(cols):
-            if shown and col_flags[col]:
-                continue
-            at = base + col
-            byte = np.int64(packed[at // 2])
-            code = byte & 15 if at % 2 else byte >> 4
-            count += code != zero
-    return count
-
-
-@kernel
-def attained(packed: Any, count: int, block: int, top: Any, out: Any) -> None:
-    """out[b] = does a code of block b stand for the level of largest magnitude?
-
-    Args:
-        packed: codes of whole blocks. count: number of codes. top: [16] flags of those codes.
-    """
-    for index in range(out.size):
-        found = False
-        for at in range(index * block, min((index + 1) * block, count)):
-            byte = np.int64(packed[at // 2])
-            found |= top[byte & 15 if at % 2 else byte >> 4]
-        out[index] = found
-
-
-@kernel
 def decode_levels(packed: Any, absmax: Any, block: int, table: Any, out: Any) -> None:
     """out[i] = table[code i] * absmax of its block: levels, or the ends of the cells that are rounded to them.
 
@@ -140,47 +103,39 @@ def drop_below_peak(sent: Any, block: int, down: bool, values: Any) -> None:
 
 
 @loose
-def hits(w: Any, certain: Any, row_flags: Any, flags: Any, tolerance: Any) -> float:
-    """How many visible elements are certain and right; arguments as for `compare`, NaN where nothing is certain."""
-    count = 0.0
-    for row in range(w.shape[0]):
-        if not row_flags[row]:
-            continue
-        line = flags[row if flags.shape[0] > 1 else 0]
-        found = np.float32(0)
-        for col in range(w.shape[1]):
-            right = abs(w[row, col] - certain[row, col]) <= tolerance * abs(w[row, col])
-            found += line[col] if right else np.float32(0)
-        count += float(found)
-    return count
-
-
-@loose
-def compare(w: Any, guess: Any, divisor: Any, row_flags: Any, flags: Any, tolerance: Any, out: Any) -> None:
+def compare(
+    w: Any, guess: Any, certain: Any, base: Any, divisor: Any, row_flags: Any, flags: Any, tolerance: Any, out: Any
+) -> None:
     """Add to out what a guess is worth on the visible elements of rows.
 
     Args:
-        w, guess: [rows, cols] fp32; the guess is guess / divisor.
+        w, guess, certain: [rows, cols] fp32; the guess is guess / divisor, and what the attacker is certain of is
+            certain / divisor, NaN where nothing is.
+        base: [rows, cols] fp32; [0, cols] for zeros.
         row_flags: bool [rows]. flags: fp32 [1, cols] or [rows, cols], 1 where visible; an element needs both.
-        tolerance: relative; a guess within it counts as exact.
-        out: [7] sums over visible elements: count, w, w², guess, guess², (w - guess)², exact ones.
+        tolerance: relative; what is certain and within it counts as exact.
+        out: [8] sums over visible elements: count, w, w², guess, guess², (w - guess)², exact ones, (guess - base)².
     """
+    with_base = base.shape[0] > 0
     for row in range(w.shape[0]):
         if not row_flags[row]:
             continue
         line = flags[row if flags.shape[0] > 1 else 0]
-        n = ws = ww = gs = gg = dd = exact = np.float32(0)
+        n = ws = ww = gs = gg = dd = exact = moved = np.float32(0)
         for col in range(w.shape[1]):
             a = w[row, col] * line[col]
             b = guess[row, col] / divisor * line[col]
             d = a - b
+            m = b - base[row, col] * line[col] if with_base else b
             n += line[col]
             ws += a
             ww += a * a
             gs += b
             gg += b * b
             dd += d * d
-            exact += line[col] if abs(d) <= tolerance * abs(a) else np.float32(0)
+            moved += m * m
+            off = abs(w[row, col] - certain[row, col] / divisor)
+            exact += line[col] if off <= tolerance * abs(w[row, col]) else np.float32(0)
         out[0] += n
         out[1] += ws
         out[2] += ww
@@ -188,3 +143,4 @@ def compare(w: Any, guess: Any, divisor: Any, row_flags: Any, flags: Any, tolera
         out[4] += gg
         out[5] += dd
         out[6] += exact
+        out[7] += moved

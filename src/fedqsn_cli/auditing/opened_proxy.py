@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,26 +152,32 @@ class OpenedProxy:
             raise FormatError("has another shape than the truth", where=f"{self.scope}: {name}")
         if packing is None:
             return self._plain(name, layout, first, rows)
-        out = np.empty((rows, cols), np.float32)
         if packing.shape != (lead * height, cols):
             raise FormatError("has another shape than the truth", where=f"{self.scope}: {name}")
         if packing.kind == "pack8":
-            codes = np.empty((rows, cols), np.int8)
+            codes, out = np.empty((rows, cols), np.int8), np.empty((rows, cols), np.float32)
             self.checkpoint.read_into(name, first * cols, codes)
             kernels.dequantize_int8(codes, self.scales(name, packing, first, rows), "F32", out)
             return out
-        start, block = first * cols, packing.block
-        lower = start // block * block  # of the block that the rows begin in
-        flat = out if lower == start else np.empty(start - lower + out.size, np.float32)
-        kernels.dequantize_4bit(
-            self.codes(name, lower, flat.size),
-            self.scales(name, packing, lower // block, -(-flat.size // block)),
-            format=packing.format,
-            block=block,
-            dtype="F32",
-            out=flat,
+        return self.decoded(
+            name, first, rows, partial(kernels.dequantize_4bit, format=packing.format, block=packing.block, dtype="F32")
         )
-        return flat.reshape(-1)[start - lower :].reshape(rows, cols)
+
+    def decoded(self, name: str, first: int, rows: int, decode: Callable[..., None]) -> Floats:
+        """Rows of packed 4-bit codes, [rows, cols].
+
+        Args:
+            decode: takes the codes and scales of whole blocks, and writes their values into `out`.
+        """
+        packing = self.tensors[name].packing
+        assert packing is not None
+        cols, block = packing.shape[1], packing.block
+        start = first * cols
+        lower = start // block * block  # of the block that the rows begin in
+        flat = np.empty(start - lower + rows * cols, np.float32)
+        scales = self.scales(name, packing, lower // block, -(-flat.size // block))
+        decode(self.codes(name, lower, flat.size), scales, out=flat)
+        return flat[start - lower :].reshape(rows, cols)
 
     def _plain(self, name: str, layout: TensorLayout, first: int, rows: int) -> Floats:
         """Dense values; those of a transposed tensor are stored as in the truth."""

@@ -17,13 +17,13 @@ from fedqsn_cli.auditing.gate import evaluate_policy
 from fedqsn_cli.auditing.inputs import EVAL_DATA, NO_OPTIONS, Inputs, open_inputs
 from fedqsn_cli.auditing.limits.function import FUNCTION_RECOVERY
 from fedqsn_cli.auditing.limits.measured import Measured
-from fedqsn_cli.auditing.observed import recover_weights
 from fedqsn_cli.auditing.outbox import proxies_of_round
 from fedqsn_cli.auditing.policy import Policy
 from fedqsn_cli.auditing.policy_file import load, summary, without_file
 from fedqsn_cli.auditing.report.json import read_measures
 from fedqsn_cli.auditing.rules import CHECKS
 from fedqsn_cli.auditing.targets import check_targets
+from fedqsn_cli.auditing.truth_pass import recover_weights
 from fedqsn_cli.crypto.keys import SigningKey, load_signing_key
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.exposure.expected import ExpectedExposure

@@ -15,6 +15,7 @@ from fedqsn_cli.auditing.invariants.secrets import (
     SECRET_IN_BYTES,
     SecretPatterns,
     find_problems,
+    ordinary,
 )
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.registry import EXPORT_AGAIN, Rule
@@ -73,7 +74,7 @@ def _secrets(folder: ProxyFolder, patterns: SecretPatterns, digests: Mapping[str
     reproduced = folder.opened is not None and folder.opened.reproduced
     for name, digest in digests.items():
         if digest == NOT_READ:
-            message = f"{_shown(name)} is larger than any such file, and was not read"
+            message = f"{ordinary(name)} is larger than any such file, and was not read"
             yield SECRET_IN_BYTES.finding(folder.scope, message)
             continue
         path = folder.folder / name
@@ -82,12 +83,7 @@ def _secrets(folder: ProxyFolder, patterns: SecretPatterns, digests: Mapping[str
         if not explained and _holds_key(path, patterns) and not any("key" in problem for problem in problems):
             problems.append("holds the job's key")
         for problem in problems:
-            yield SECRET_IN_BYTES.finding(folder.scope, f"{_shown(name)} {problem}")
-
-
-def _shown(name: str) -> str:
-    """A file's name, if it is an ordinary one; a path or a key could be in it."""
-    return name if re.fullmatch(r"[A-Za-z0-9._-]{1,60}", name) else "a file"
+            yield SECRET_IN_BYTES.finding(folder.scope, f"{ordinary(name)} {problem}")
 
 
 def _holds_key(path: Path, patterns: SecretPatterns) -> bool:
@@ -106,15 +102,15 @@ def _listing(folder: ProxyFolder, proxy: OpenedProxy, digests: Mapping[str, str]
     listed, scope = proxy.manifest.files, proxy.scope
     for name, digest in sorted(listed.items()):
         if name not in digests:
-            yield UNLISTED_CONTENT.finding(scope, f"{_shown(name)} is listed in proxy.json, but missing")
+            yield UNLISTED_CONTENT.finding(scope, f"{ordinary(name)} is listed in proxy.json, but missing")
         elif digests[name] != digest:
-            yield UNLISTED_CONTENT.finding(scope, f"{_shown(name)} is not the file that proxy.json lists")
+            yield UNLISTED_CONTENT.finding(scope, f"{ordinary(name)} is not the file that proxy.json lists")
         known = is_companion(name) or name in ("config.json", VISIBLE_TENSORS) or _MODEL_FILE.fullmatch(name)
         if not known:
-            yield UNLISTED_CONTENT.finding(scope, f"{_shown(name)} is not part of a proxy")
+            yield UNLISTED_CONTENT.finding(scope, f"{ordinary(name)} is not part of a proxy")
     for name in digests:
         if name not in listed and name not in (PROXY_MANIFEST, SIGNATURE):
-            yield UNLISTED_CONTENT.finding(scope, f"{_shown(name)} is not listed in proxy.json")
+            yield UNLISTED_CONTENT.finding(scope, f"{ordinary(name)} is not listed in proxy.json")
     for path in folder.folder.iterdir():
         if path.is_dir() or not path.exists():
             yield UNLISTED_CONTENT.finding(scope, "holds a folder or a broken link")

@@ -18,13 +18,14 @@ from fedqsn_cli.auditing.inputs import TRUTH, Inputs
 from fedqsn_cli.auditing.invariants.holes import CLEAR_COPY, HIDDEN_UNIT_PRESENT
 from fedqsn_cli.auditing.invariants.sketches import SHORTEST, Sketches, cosine, project, similar, window
 from fedqsn_cli.auditing.invariants.truth_index import MatrixSketches, TruthIndex, fetch, matrix_view, origins
-from fedqsn_cli.auditing.observed import truth_index
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
-from fedqsn_cli.auditing.registry import Rule
+from fedqsn_cli.auditing.truth_pass import truth_index
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.checkpoint.files import open_regular_file
+from fedqsn_cli.dtypes import DTYPES
 from fedqsn_cli.export.pipeline import CHUNK_ELEMENTS
 from fedqsn_cli.models.model import OpenModel
+from fedqsn_cli.quantization import kernels
 from fedqsn_cli.quantization.layout import TensorLayout, row_chunks
 
 Array = NDArray[Any]
@@ -143,29 +144,47 @@ def _confirm(
     """
     if length < SHORTEST or length not in truth.lengths():
         return 0
-    vectors, places = candidates.stacked()
-    sketches, origin, hidden = truth.stacked(length)
-    units = np.flatnonzero(hidden)
-    confirmed: set[tuple[int, ...]] = set()
-    comparisons = 0
-    for left, right in similar(sketches[units], vectors):
-        for unit, place in zip(origin[units[left]], places[right], strict=True):
-            kind, index = int(place[1]), int(place[2])
-            own = (number, 1 - kind if transposed else kind, index)
-            if comparisons >= 4 * _COMPARISONS or len(confirmed) >= _COMPARISONS:
-                return len(confirmed)
-            if tuple(unit) in confirmed:
+    _, origin, hidden = truth.stacked(length)
+    # what is left of a vector when some of its numbers are hidden is still like it
+    wanted = hidden & ~((origin[:, 0] == number) & truth.is_partially_hidden(number))
+    confirmed = 0
+
+    def read(place: Array) -> Floats:
+        return vector(int(place[1]), int(place[2]))
+
+    for unit, place, near in _copies(truth, length, candidates, wanted, read, 4 * _COMPARISONS):
+        own = (number, 1 - int(place[1]) if transposed else int(place[1]), int(place[2]))
+        if tuple(origin[unit]) == own or near > cosine(read(place), truth.vector(*own)) + 1e-3:
+            confirmed += 1
+            wanted[unit] = False
+        if confirmed == _COMPARISONS:
+            break
+    return confirmed
+
+
+def _copies(
+    truth: TruthIndex, length: int, candidates: Sketches, wanted: Array, read: Callable[[Array], Floats], most: int
+) -> Iterator[tuple[int, Array, float]]:
+    """Copies of vectors of the truth: (number of the vector, where the copy is, |cosine|).
+
+    Args:
+        candidates: vectors of that length, sketched; `read` gives their numbers.
+        wanted: flags of the vectors that are looked for; those of which enough is known may be cleared meanwhile.
+        most: comparisons number by number.
+    """
+    (sketches, origin, _), (vectors, places) = truth.stacked(length), candidates.stacked()
+    units, comparisons = np.flatnonzero(wanted), 0
+    for left, right in similar(sketches if wanted.all() else sketches[units], vectors):
+        for unit, place in zip(units[left], places[right], strict=True):
+            if comparisons == most:
+                return
+            if not wanted[unit]:
                 continue
-            partial = truth.is_partially_hidden(int(unit[0]))
-            if partial and unit[0] == number:
-                continue  # what is left of the vector when some of its numbers are hidden is still like it
             comparisons += 1
-            found = vector(kind, index)
-            near = cosine(found, truth.vector(*unit))
-            least = SHORT_COPY if length < _SHORT else SAME if partial else COPY
-            if near > least and (tuple(unit) == own or near > cosine(found, truth.vector(*own)) + 1e-3):
-                confirmed.add(tuple(unit))
-    return len(confirmed)
+            near = cosine(read(place), truth.vector(*origin[unit]))
+            partial = truth.is_partially_hidden(int(origin[unit][0]))
+            if near > (SHORT_COPY if length < _SHORT else SAME if partial else COPY):
+                yield int(unit), place, near
 
 
 def _unexpected(truth: TruthIndex, proxy: OpenedProxy) -> Iterator[tuple[str, ReadBytes, int]]:
@@ -206,18 +225,17 @@ def _file_reader(path: Path) -> ReadBytes:
 
 def _in_bytes(truth: TruthIndex, proxy: OpenedProxy, label: str, read: ReadBytes, size: int) -> list[Finding]:
     """Units of the truth in bytes of unknown meaning: as fp32, fp16, bf16 and int8, as rows and as columns."""
-    data_start = _after_header(read, size) if label.endswith(".safetensors") else 0
-    worst = _NOTHING
+    start, worst = _after_header(read, size) if label.endswith(".safetensors") else 0, _NOTHING
+    name = label if label.isprintable() and len(label) <= 200 else None
     for length in truth.lengths():
-        for kind, itemsize in (("F32", 4), ("F16", 2), ("BF16", 2), ("I8", 1)):
-            worst = max(worst, _as_rows(truth, length, kind, itemsize, read, data_start, size))
-            if worst == _HIDDEN:
-                return [_named_copy(proxy, label, HIDDEN_UNIT_PRESENT, "holds units of the truth that are hidden")]
-    return [_named_copy(proxy, label, CLEAR_COPY, "holds weights of the truth once more")] if worst else []
-
-
-def _named_copy(proxy: OpenedProxy, label: str, rule: Rule, message: str) -> Finding:
-    return rule.finding(proxy.scope, message, tensor=label if label.isprintable() and len(label) <= 200 else None)
+        for dtype in ("F32", "F16", "BF16", "I8") if length >= SHORTEST else ():
+            for x in _vectors(read, start, size, length, dtype):
+                worst = _similarity_level(truth, length, x, worst)
+                if worst == _HIDDEN:
+                    message = "holds units of the truth that are hidden"
+                    return [HIDDEN_UNIT_PRESENT.finding(proxy.scope, message, tensor=name)]
+    message = "holds weights of the truth once more"
+    return [CLEAR_COPY.finding(proxy.scope, message, tensor=name)] if worst else []
 
 
 def _after_header(read: ReadBytes, size: int) -> int:
@@ -226,55 +244,34 @@ def _after_header(read: ReadBytes, size: int) -> int:
     return 8 + length if 8 + length <= size else 0
 
 
-def _as_rows(truth: TruthIndex, length: int, kind: str, itemsize: int, read: ReadBytes, start: int, size: int) -> int:
-    """The worst that vectors are copies of; they are stored one after the other, or across."""
-    width = length * itemsize
-    count = (size - start) // width
-    if not count or length < SHORTEST:
-        return _NOTHING
-    worst = _NOTHING
-    step = max(1, _READ // width)
+def _vectors(read: ReadBytes, start: int, size: int, length: int, dtype: str) -> Iterator[Floats]:
+    """Bytes as vectors, [n, length], a run at a time: stored one after the other, or across."""
+    width = length * DTYPES[dtype].nbytes
+    count, step = (size - start) // width, max(1, _READ // width)
     for first in range(0, count, step):
-        data = read(start + first * width, min(step, count - first) * width)
-        worst = max(worst, _similarity_level(truth, length, _numbers(data, kind).reshape(-1, length)))
-    if (size - start) % width == 0 and size - start <= 64 * _READ and count > 1 and worst < _HIDDEN:
-        whole = _numbers(read(start, size - start), kind).reshape(length, count)
-        for column in range(0, count, step):
-            worst = max(
-                worst, _similarity_level(truth, length, np.ascontiguousarray(whole[:, column : column + step].T))
-            )
-    return worst
+        yield _numbers(read(start + first * width, min(step, count - first) * width), dtype).reshape(-1, length)
+    if (size - start) % width == 0 and size - start <= 64 * _READ and count > 1:
+        across = _numbers(read(start, size - start), dtype).reshape(length, count).T
+        for first in range(0, count, step):
+            yield np.ascontiguousarray(across[first : first + step])
 
 
-def _numbers(data: bytes, kind: str) -> Floats:
+def _numbers(data: bytes, dtype: str) -> Floats:
     """Bytes as numbers of a dtype; what is not finite counts as zero."""
-    if kind == "I8":
+    if dtype == "I8":
         return np.frombuffer(data, np.int8).astype(np.float32)
-    if kind == "BF16":
-        x = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
-    else:
-        x = np.frombuffer(data, np.float16 if kind == "F16" else np.float32).astype(np.float32)
+    x = kernels.widened(np.frombuffer(bytearray(data), DTYPES[dtype].bits), dtype)
     return np.where(np.isfinite(x) & (np.abs(x) < 1e15), x, np.float32(0))
 
 
-def _similarity_level(truth: TruthIndex, length: int, x: Floats) -> int:
-    """The worst that rows x, [n, length], are copies of."""
-    sketches, origin, hidden = truth.stacked(length)
+def _similarity_level(truth: TruthIndex, length: int, x: Floats, known: int) -> int:
+    """The worst that rows x, [n, length], are copies of, or what is known if that is worse."""
     low, high = window(length)
-    candidates = Sketches()
+    candidates, hidden = Sketches(), truth.stacked(length)[2]
     candidates.add(project(x[:, low:high], 0, high - low), high - low, origins(0, 0, 0, len(x)))
-    vectors, places = candidates.stacked()
-    worst, comparisons = _NOTHING, 0
-    for left, right in similar(sketches, vectors):
-        for unit, place in zip(left, right, strict=True):
-            level = _HIDDEN if hidden[unit] else _SHOWN
-            if comparisons >= 8 * _COMPARISONS or worst == _HIDDEN:
-                return worst
-            if level <= worst:
-                continue
-            comparisons += 1
-            partial = truth.is_partially_hidden(int(origin[unit][0]))
-            least = SHORT_COPY if length < _SHORT else SAME if partial else COPY
-            if cosine(x[places[place][2]], truth.vector(*origin[unit])) > least:
-                worst = level
-    return worst
+    wanted = hidden.copy() if known == _SHOWN else np.ones_like(hidden)
+    for unit, _, _ in _copies(truth, length, candidates, wanted, lambda place: x[place[2]], 8 * _COMPARISONS):
+        if hidden[unit]:
+            return _HIDDEN
+        known, wanted[:] = _SHOWN, hidden
+    return known

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from fedqsn_cli.auditing.checks import check, each_proxy
 from fedqsn_cli.auditing.findings import Entry, Finding
 from fedqsn_cli.auditing.inputs import BASE, OWNER, PROXY, Inputs
-from fedqsn_cli.auditing.kernels import attained, nonzero_codes
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.registry import EXPORT_AGAIN, Rule, needed
 from fedqsn_cli.export.pipeline import CHUNK_ELEMENTS
@@ -110,28 +109,22 @@ def _holes(proxy: OpenedProxy, name: str) -> Iterator[Finding]:
 
 def _nonzero(proxy: OpenedProxy, name: str, layout: TensorLayout, mask: UnitMask, first: int, rows: int) -> int:
     """Hidden elements of rows that do not hold zero."""
-    cols, packing = layout.view[2], proxy.tensors[name].packing
-    if packing is not None and packing.kind == "pack4":
-        zero = FORMATS[packing.format].zero_code
+    cols, tensor = layout.view[2], proxy.tensors[name]
+    hidden = ~np.broadcast_to(mask.element_flags(first, rows), (rows, cols))
+    if tensor.packing is not None and tensor.packing.kind == "pack4":
         start = first * cols
-        packed = proxy.codes(name, start // 2 * 2, rows * cols + start % 2)
-        if mask.axis == "element":
-            flags = ~mask.flags_of_rows(first, rows).reshape(-1)
-            return int(np.count_nonzero(unpacked(packed)[start % 2 :][: flags.size][flags] != zero))
-        row_flags, col_flags = mask.split_flags(first, rows)
-        return int(nonzero_codes(packed, start % 2, cols, row_flags, col_flags[0], zero))
-    entry = proxy.checkpoint.entries[name]
-    kind = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[
-        max(1, entry.nbytes // max(1, math.prod(layout.view)))
-    ]
-    out = np.empty((rows, cols), kind)
+        codes = _unpacked(proxy, name, start, rows * cols).reshape(rows, cols)
+        return int(np.count_nonzero(codes[hidden] != FORMATS[tensor.packing.format].zero_code))
+    itemsize = proxy.checkpoint.entries[name].nbytes // max(1, math.prod(layout.view))
+    out = np.empty((rows, cols), f"u{max(1, itemsize)}")
     proxy.checkpoint.read_into(name, first * cols * out.itemsize, out)
-    return int(np.count_nonzero(mask.inverted().select(out, first)))
+    return int(np.count_nonzero(out[hidden]))
 
 
-def unpacked(packed: Array) -> Array:
-    """4-bit codes, one a byte."""
-    return np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)
+def _unpacked(proxy: OpenedProxy, name: str, first: int, count: int) -> Array:
+    """4-bit codes of elements, one a byte: [count]."""
+    packed = proxy.codes(name, first // 2 * 2, count + first % 2)
+    return np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[first % 2 :][:count]
 
 
 def _scales(inputs: Inputs, proxy: OpenedProxy, name: str) -> Iterator[Finding]:
@@ -188,8 +181,8 @@ def _attained(proxy: OpenedProxy, name: str, packing: Packing, layout: TensorLay
         codes = np.empty((count, cols), np.int8)
         proxy.checkpoint.read_into(name, first * cols, codes)
         return np.asarray(np.abs(codes.astype(np.int16)).max(axis=1) == 127)
-    out, block = np.empty(count, np.bool_), packing.block
-    top = np.abs(np.array(FORMATS[packing.format].values, np.float32)) == 1
+    block = packing.block
     size = min(count * block, math.prod(layout.view) - first * block)
-    attained(proxy.codes(name, first * block, size), size, block, top, out)
-    return out
+    top = np.abs(np.array(FORMATS[packing.format].values, np.float32)) == 1
+    at_top = np.pad(top[_unpacked(proxy, name, first * block, size)], (0, count * block - size))
+    return np.asarray(at_top.reshape(count, block).any(axis=1))

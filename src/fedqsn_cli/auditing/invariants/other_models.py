@@ -11,7 +11,6 @@ to the hidden one, was put there.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -41,8 +40,8 @@ _BY_CHANCE = 16  # equal numbers that mean nothing
 OWNER_AND_AFTER: Need[tuple[OwnerInputs, OpenModel]] = Need(
     ("--truth", "--after", "--key"), lambda inputs: pair(inputs.owner, inputs.after)
 )
-OWNER_AND_BASE: Need[tuple[OwnerInputs, PublicBase]] = Need(
-    ("--truth", "--key", "--public-base"), lambda inputs: pair(inputs.owner, inputs.base)
+SERVER_AND_BASE: Need[tuple[OwnerInputs, tuple[OpenModel, PublicBase]]] = Need(
+    ("--truth", "--key", "--public-base"), lambda inputs: pair(inputs.owner, pair(inputs.server, inputs.base))
 )
 MERGE_CHANGED_HIDDEN = Rule(
     "FQ008",
@@ -103,28 +102,22 @@ def _bits(x: Array) -> Array:
     return np.ascontiguousarray(x).view(np.uint32 if x.dtype.itemsize == 4 else np.uint16)
 
 
-@dataclass(frozen=True)
-class ServerModel:
-    """The server model that proxies were exported from, as checks take it."""
-
-    model: OpenModel
-    scopes: tuple[str, ...] = ("server",)
+def _server(inputs: Inputs) -> list[Together]:
+    return [] if inputs.server is None else [Together(("server",))]
 
 
-def _server(inputs: Inputs) -> list[ServerModel]:
-    return [] if inputs.server is None else [ServerModel(inputs.server)]
-
-
-@check(HIDDEN_UNIT_PRESENT, _server, OWNER_AND_BASE, more=", to look into the holes of the server model")
-def server_holes(inputs: Inputs, server: ServerModel, given: tuple[OwnerInputs, PublicBase]) -> Iterator[Entry]:
+@check(HIDDEN_UNIT_PRESENT, _server, SERVER_AND_BASE, more=", to look into the holes of the server model")
+def server_holes(
+    inputs: Inputs, group: Together, given: tuple[OwnerInputs, tuple[OpenModel, PublicBase]]
+) -> Iterator[Entry]:
     """Compare the holes of the server model with the hidden units of the truth, seen from the public base."""
-    owner, base = given
-    (scope,), found = server.scopes, list[Finding]()
-    for task, hidden, same in _hidden_tensors(owner, server.model):
+    owner, (server, base) = given
+    (scope,), found = group.scopes, list[Finding]()
+    for task, hidden, same in _hidden_tensors(owner, server):
         if not same:
             found.append(DOES_NOT_BELONG.finding(scope, "the server model lacks this tensor", tensor=task.name))
         elif hidden is not None:
-            found += _in_holes((owner.truth, server.model, base), task, hidden, scope)
+            found += _in_holes((owner.truth, server, base), task, hidden, scope)
     why = "its holes were compared with hidden units, from the public base on"
     yield from HIDDEN_UNIT_PRESENT.checked(scope, why, found)
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.artifacts.manifests import Quantization
-from fedqsn_cli.auditing.checks import Together, check
+from fedqsn_cli.auditing.checks import Together, check, grouped
 from fedqsn_cli.auditing.completeness import DOES_NOT_BELONG
 from fedqsn_cli.auditing.findings import Entry, Finding
 from fedqsn_cli.auditing.inputs import BASE, ORIGIN, OWNER, PROXY, Inputs
@@ -90,14 +90,12 @@ HIDDEN_INFLUENCE = Rule(
 
 def each_format(inputs: Inputs) -> list[Together]:
     """The proxies of each format, which one pass over the truth builds again."""
-    formats: dict[str, list[OpenedProxy]] = {}
-    for proxy in inputs.proxies:
-        if proxy.reproduced:
-            formats.setdefault("reproduced", []).append(proxy)
-            continue
-        kind = f"{proxy.manifest.quantization} {proxy.manifest.fill} {_algorithm(inputs, proxy)}"
-        formats.setdefault(kind, []).append(proxy)
-    return [Together(tuple(proxy.scope for proxy in proxies), tuple(proxies)) for proxies in formats.values()]
+
+    def kind(proxy: OpenedProxy) -> object:
+        said = proxy.manifest
+        return None if proxy.reproduced else (str(said.quantization), said.fill, _algorithm(inputs, proxy))
+
+    return grouped(inputs.proxies, kind)
 
 
 def _algorithm(inputs: Inputs, proxy: OpenedProxy) -> Algorithm:

@@ -13,15 +13,16 @@ from pathlib import Path
 
 from fedqsn_cli.artifacts.ledger import Release
 from fedqsn_cli.artifacts.manifests import SIGNATURE
-from fedqsn_cli.auditing.checks import Together, check
+from fedqsn_cli.auditing.checks import Together, check, grouped
 from fedqsn_cli.auditing.completeness import DOES_NOT_BELONG
 from fedqsn_cli.auditing.digests import taken_behind
 from fedqsn_cli.auditing.findings import Entry, Finding
 from fedqsn_cli.auditing.inputs import BASE, LEDGER, ORIGIN, OWNER, PROXY, Inputs
 from fedqsn_cli.auditing.invariants.compared_folder import ComparedFolder, Difference, Owners, entry_problems
-from fedqsn_cli.auditing.observed import watched
+from fedqsn_cli.auditing.invariants.secrets import ordinary
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.registry import EXPORT_AGAIN, Rule
+from fedqsn_cli.auditing.truth_pass import watched
 from fedqsn_cli.export.proxy import ProxyExport
 from fedqsn_cli.export.session import MaskingSession
 from fedqsn_cli.kernels.digests import algorithm_of
@@ -53,13 +54,13 @@ _COMMIT = re.compile(r"hf://[\w.-]+/[\w.-]+@[0-9a-f]{40}", re.ASCII)
 
 def each_release(inputs: Inputs) -> list[Together]:
     """Proxies that one pass over the truth makes again; those that are not in the ledger are left alone."""
-    kinds: dict[str, list[OpenedProxy]] = {}
-    for proxy in inputs.proxies:
+
+    def kind(proxy: OpenedProxy) -> object:
         line = inputs.release(proxy)
-        common = line and (line.quantization, line.fill, line.train, line.rescale, line.max_shard_bytes)
-        kind = f"{common} {_reference(proxy)} {algorithm_of(line.model_digest)}" if line else ""
-        kinds.setdefault(kind, []).append(proxy)
-    return [Together(tuple(proxy.scope for proxy in proxies), tuple(proxies)) for proxies in kinds.values()]
+        common = line and (str(line.quantization), line.fill, line.train, line.rescale, line.max_shard_bytes)
+        return (common, _reference(proxy), algorithm_of(line.model_digest)) if line else None
+
+    return grouped(inputs.proxies, kind)
 
 
 @check(
@@ -160,11 +161,5 @@ def _first(scope: str, differences: Sequence[Difference], problems: Sequence[tup
         yield NOT_REPRODUCED.finding(scope, where + more, tensor=one.tensor)
     elif problems:
         name, problem = problems[0]
-        yield NOT_REPRODUCED.finding(scope, f"{_shown(name)} {problem}{more}")
-
-
-def _shown(name: str) -> str:
-    """A name of an entry, if it is an ordinary one; a path or a key could be in it."""
-    if name == ".":
-        return "the folder"
-    return name if re.fullmatch(r"[A-Za-z0-9._-]{1,60}", name) else "an entry"
+        what = "the folder" if name == "." else ordinary(name, "an entry")
+        yield NOT_REPRODUCED.finding(scope, f"{what} {problem}{more}")

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedqsn_cli.auditing.checks import Together, check
+from fedqsn_cli.auditing.checks import Together, check, grouped
 from fedqsn_cli.auditing.findings import Entry, Finding
 from fedqsn_cli.auditing.inputs import PROXIES, Inputs
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
@@ -32,12 +32,11 @@ _NEAR = {"F32": 1e-5, "F16": 3e-3, "BF16": 1.6e-2}
 
 def each_round(inputs: Inputs) -> list[Together]:
     """The proxies of each round and format that has several; where none has, a group without proxies."""
-    rounds: dict[tuple[str, int, str], list[OpenedProxy]] = {}
-    for proxy in inputs.proxies:
-        manifest = proxy.manifest
-        rounds.setdefault((manifest.job, manifest.round, str(manifest.quantization)), []).append(proxy)
-    groups = [Together((f"coalition of {len(group)}",), tuple(group)) for group in rounds.values() if len(group) > 1]
-    return groups or [Together(("coalition",))]
+    rounds = grouped(
+        inputs.proxies, lambda proxy: (proxy.manifest.job, proxy.manifest.round, str(proxy.manifest.quantization))
+    )
+    several = [one.proxies for one in rounds if len(one.proxies) > 1]
+    return [Together((f"coalition of {len(proxies)}",), proxies) for proxies in several] or [Together(("coalition",))]
 
 
 @check(CODES_DIFFER, each_round, problem="a tensor cannot be read")

@@ -55,6 +55,7 @@ _GENERIC = re.compile(
     r"quant|type|blocksize|nested|offset|bitsandbytes|hidden|layer|layers|size|vocab|token|tokenizer",
     re.IGNORECASE,
 )
+_ORDINARY = re.compile(r"[A-Za-z0-9._-]{1,60}")
 _SAFE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")
 _SEARCHED_COMPANIONS = frozenset(
     {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"}
@@ -188,6 +189,11 @@ def _text_problems(field: str, text: str, names: tuple[str, ...] | None = None) 
         yield f"{_at(field)} holds a clock time"
     if any(_is_word_of(name, text) for name in (machine_names() if names is None else names)):
         yield f"{_at(field)} holds the name of this machine or of its user"
+
+
+def ordinary(name: str, otherwise: str = "a file") -> str:
+    """The name of a file, if it is an ordinary one; a path or a key could be in it."""
+    return name if _ORDINARY.fullmatch(name) else otherwise
 
 
 def _at(field: str) -> str:

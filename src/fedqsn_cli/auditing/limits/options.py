@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 from fedqsn_cli.artifacts.ledger import Release
 from fedqsn_cli.auditing.findings import Entry
@@ -31,38 +30,6 @@ _SETTINGS = ("schedule", "rescale", "fill", "train", "quantization", "max_shard_
 _DECIMALS = 3
 
 
-@dataclass
-class _History:
-    """What a job's releases were so far."""
-
-    latest: int = 0
-    last: Release | None = None
-    ratios: dict[str, float] = field(default_factory=dict)
-    given: set[tuple[str, int]] = field(default_factory=set)
-
-    def surprises(self, release: Release) -> Iterator[str]:
-        """What of the next release does not follow, in words."""
-        if not self.latest <= release.round <= self.latest + 1:
-            yield f"its round is {release.round}, and that of the job {self.latest}"
-        if (release.client, release.round) in self.given:
-            yield "it is a second proxy of one client in one round"
-        before = self.ratios.get(release.client, release.p2)
-        if before != release.p2:
-            yield f"its p2 is {release.p2}, and was {before}"
-        elif round(release.p2, _DECIMALS) != release.p2:
-            yield f"its p2, {release.p2}, has more than {_DECIMALS} decimals"
-        for name in _SETTINGS if self.last is not None else ():
-            if getattr(self.last, name) != getattr(release, name):
-                yield f"its {name.replace('_', ' ')} is not that of the release before"
-
-    def add(self, release: Release) -> None:
-        """Go on to the next."""
-        self.latest = max(self.latest, release.round)
-        self.last = release
-        self.ratios[release.client] = release.p2
-        self.given.add((release.client, release.round))
-
-
 @LimitCheck
 def options(policy: Policy, measured: Measured) -> Iterator[Entry]:
     """Every release of the job, in the order of the ledger."""
@@ -79,10 +46,22 @@ def options(policy: Policy, measured: Measured) -> Iterator[Entry]:
 
 def _surprises(releases: Sequence[Release], clients: Sequence[str] | None) -> Iterator[tuple[str, str]]:
     """(scope, what does not follow)."""
-    history = _History()
-    for release in releases:
-        scope = f"release {release.client} round {release.round}"
-        if clients is not None and release.client not in clients:
-            yield scope, "the policy does not list its client"
-        yield from ((scope, message) for message in history.surprises(release))
-        history.add(release)
+    latest, ratios, given = 0, dict[str, float](), set[tuple[str, int]]()
+    for number, release in enumerate(releases):
+        before, p2 = releases[max(0, number - 1)], ratios.get(release.client, release.p2)
+        unexpected = {
+            "the policy does not list its client": clients is not None and release.client not in clients,
+            f"its round is {release.round}, and that of the job {latest}": release.round not in (latest, latest + 1),
+            "it is a second proxy of one client in one round": (release.client, release.round) in given,
+            f"its p2 is {release.p2}, and was {p2}": p2 != release.p2,
+            f"its p2, {release.p2}, has more than {_DECIMALS} decimals": p2 == release.p2 != round(p2, _DECIMALS),
+        }
+        for name in _SETTINGS:
+            what = f"its {name.replace('_', ' ')} is not that of the release before"
+            unexpected[what] = getattr(before, name) != getattr(release, name)
+        yield from (
+            (f"release {release.client} round {release.round}", what) for what, is_so in unexpected.items() if is_so
+        )
+        latest = max(latest, release.round)
+        ratios[release.client] = release.p2
+        given.add((release.client, release.round))

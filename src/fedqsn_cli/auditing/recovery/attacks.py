@@ -102,7 +102,7 @@ def filled(fill: str, shown: ErrorSums, hidden_truth: ErrorSums, hidden_base: Er
     if fill == "base" and hidden_base is not None:
         return hidden_base
     mean = shown[G] / shown[COUNT] if shown[COUNT] else 0.0
-    return constant_guess(hidden_truth, mean if fill == "mean" else 0.0)
+    return constant_guess(hidden_truth, mean if fill == "mean" else 0.0, hidden_base)
 
 
 def name_of(estimate: str, fill: str) -> str:

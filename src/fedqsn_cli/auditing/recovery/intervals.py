@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ from fedqsn_cli.auditing.kernels import decode_levels, drop_below_peak
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.quantization import kernels
-from fedqsn_cli.quantization.bnb_format import Packing
 from fedqsn_cli.quantization.codebooks import FORMATS, codebook
 
 Floats = NDArray[np.float32]
@@ -75,7 +74,8 @@ def intervals(proxy: OpenedProxy, task: TensorTask, first: int, sent: Floats) ->
     packing, quantization = proxy.tensors[task.name].packing, proxy.manifest.quantization
     factor = proxy.factor(task.name)
     if packing is not None and packing.kind == "pack4":
-        low, high = (_packed(proxy, task.name, packing, first, sent.shape, ends) for ends in cells(packing.format))
+        decode, block = partial(proxy.decoded, task.name, first, len(sent)), packing.block
+        low, high = (decode(partial(decode_levels, block=block, table=ends)) for ends in cells(packing.format))
         return low / factor, high / factor
     if packing is not None:
         scales = proxy.scales(task.name, packing, first, len(sent))
@@ -86,19 +86,6 @@ def intervals(proxy: OpenedProxy, task: TensorTask, first: int, sent: Floats) ->
     block = _row_block(task, quantization.format, quantization.block_size)
     low, high = _snapped(sent, _block_peaks(sent, task.layout.geometry, block), quantization.format)
     return low / factor, high / factor
-
-
-def _packed(
-    proxy: OpenedProxy, name: str, packing: Packing, first: int, shape: tuple[int, ...], ends: Floats
-) -> Floats:
-    """One end of the cells of packed codes: [rows, cols]."""
-    (rows, cols), block = shape, packing.block
-    start = first * cols
-    lower = start // block * block  # of the block that the rows begin in
-    flat = np.empty(start - lower + rows * cols, np.float32)
-    codes = proxy.codes(name, lower, flat.size)
-    decode_levels(codes, proxy.scales(name, packing, lower // block, -(-flat.size // block)), block, ends, flat)
-    return flat[start - lower :].reshape(rows, cols)
 
 
 def _snapped(sent: Floats, peaks: Floats, format: str) -> tuple[Floats, Floats]:

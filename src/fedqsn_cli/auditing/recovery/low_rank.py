@@ -9,6 +9,7 @@ times. The rank is the one with the least error, so what is reported is the best
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.recovery.evidence import Evidence, collect
-from fedqsn_cli.auditing.recovery.metrics import DD, ErrorSums
+from fedqsn_cli.auditing.recovery.metrics import DD, MOVED, ErrorSums
 from fedqsn_cli.auditing.rows import CHUNK, model_rows
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.public_base import PublicBase
@@ -49,11 +50,13 @@ def complete(
     sums = {rank: ErrorSums() for rank in RANKS}
     for rows in _rows(public_base, proxies, task):
         w, shown = model_rows(truth, task, rows.part.start, len(rows.base)), rows.evidence.count > 0
-        row_flags, flags = np.asarray(shown.any(axis=1)), shown.astype(np.float32)
+        flags = np.asarray(shown.any(axis=1)), shown.astype(np.float32)
         for rank in RANKS:
             guess = rows.evidence.clamped(rows.base + left[rows.part, :rank] @ right[:rank])
-            sums[rank].add(w, guess.astype(np.float32), row_flags, flags)
-    return min(sums.values(), key=lambda found: found[DD])
+            sums[rank].add(w, guess.astype(np.float32), flags)
+    best = min(sums.values(), key=lambda found: found[DD])
+    best.values[MOVED] = math.nan  # not added up
+    return best
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,72 +21,86 @@ from fedqsn_cli.auditing.kernels import compare
 
 Floats = NDArray[np.float32]
 Array = NDArray[Any]
+Flags = tuple[Array, Floats]
+"""Row flags and flags of elements, as `kernels.compare` takes them."""
 
 EXACT = np.float32(2.0**-20)
 """Relative difference that scaling and scaling back leave of an exactly known fp32 number."""
 
-COUNT, W, WW, G, GG, DD, HITS = range(7)
+COUNT, W, WW, G, GG, DD, HITS, MOVED = range(8)
+_LEAST = np.where([name in (W, G) for name in range(8)], -np.inf, 0)
 
 
 @dataclass(slots=True)
 class ErrorSums:
-    """ErrorSums over some elements: count, w, w², w', w'², (w - w')², exact ones."""
+    """Sums over some elements: count, w, w², w', w'², (w - w')², exact ones, (w' - b)²; b is 0 without a base."""
 
-    values: NDArray[np.float64] = field(default_factory=lambda: np.zeros(7))
+    values: NDArray[np.float64] = field(default_factory=lambda: np.zeros(8))
 
     def add(
-        self, w: Floats, guess: Floats, row_flags: Array, flags: Floats, divisor: Any = 1, tolerance: Any = EXACT
+        self,
+        w: Floats,
+        guess: Floats,
+        shown: Flags,
+        *,
+        certain: Floats | None = None,
+        base: Floats | None = None,
+        divisor: Any = 1,
+        tolerance: float = float(EXACT),
     ) -> None:
-        """Add rows; arguments are those of `kernels.compare`."""
-        compare(w, guess, np.float32(divisor), row_flags, flags, np.float32(tolerance), self.values)
+        """Add rows.
+
+        Args:
+            shown: which elements, as row_flags and flags of `kernels.compare`; the others are its arguments, too.
+            certain: what the attacker is certain of, where that is not the guess.
+        """
+        certain, base = guess if certain is None else certain, w[:0] if base is None else base
+        compare(w, guess, certain, base, np.float32(divisor), *shown, np.float32(tolerance), self.values)
 
     def __getitem__(self, index: int) -> float:
         return float(self.values[index])
 
-    def plus(self, other: ErrorSums) -> ErrorSums:
-        """Both together."""
+    def __add__(self, other: ErrorSums) -> ErrorSums:
         return ErrorSums(self.values + other.values)
 
     def minus(self, part: ErrorSums) -> ErrorSums:
         """Without a part."""
-        return ErrorSums(np.maximum(self.values - part.values, np.where([0, 1, 0, 1, 0, 0, 0], -np.inf, 0)))
+        return ErrorSums(np.maximum(self.values - part.values, _LEAST))
 
     def scaled(self, factor: float) -> ErrorSums:
         """As if the guess had been `factor` times as large; what was exact is not any more."""
-        n, w, ww, g, gg, dd, _ = self.values
+        n, w, ww, g, gg, dd, *_ = self.values
         cross = (ww + gg - dd) / 2
         new = max(0.0, ww - 2 * factor * cross + factor * factor * gg)
-        return ErrorSums(np.array([n, w, ww, factor * g, factor * factor * gg, new, 0.0]))
+        return ErrorSums(np.array([n, w, ww, factor * g, factor * factor * gg, new, 0.0, math.nan]))
 
 
-def constant_guess(truth: ErrorSums, value: float) -> ErrorSums:
-    """ErrorSums for elements that are all guessed to be `value`; of `truth`, only count, w and w² are used."""
+def constant_guess(truth: ErrorSums, value: float, base: ErrorSums | None) -> ErrorSums:
+    """Sums for elements that are all guessed to be `value`.
+
+    Args:
+        truth: over the same elements, of which only count, w and w² are used. base: with the public base as the guess.
+    """
     n, w, ww = truth[COUNT], truth[W], truth[WW]
-    error = max(0.0, ww - 2 * value * w + n * value * value)
-    return ErrorSums(np.array([n, w, ww, n * value, n * value * value, error, 0.0]))
+    error, energy = max(0.0, ww - 2 * value * w + n * value * value), n * value * value
+    moved = energy if base is None else base[GG] - 2 * value * base[G] + base[COUNT] * value * value
+    return ErrorSums(np.array([n, w, ww, n * value, energy, error, 0.0, moved]))
 
 
 @dataclass(frozen=True, slots=True)
 class AttackResult:
-    """What one attack makes of some elements: those it was shown, and those it had to guess.
-
-    Args:
-        moved: ||W' - B||² of all of them; None where it was not added up.
-    """
+    """What one attack makes of some elements: those it was shown, and those it had to guess."""
 
     shown: ErrorSums
     guessed: ErrorSums
-    moved: float | None = None
 
-    def plus(self, other: AttackResult) -> AttackResult:
-        """Both together."""
-        moved = None if self.moved is None or other.moved is None else self.moved + other.moved
-        return AttackResult(self.shown.plus(other.shown), self.guessed.plus(other.guessed), moved)
+    def __add__(self, other: AttackResult) -> AttackResult:
+        return AttackResult(self.shown + other.shown, self.guessed + other.guessed)
 
     @property
-    def error(self) -> float:
-        """||W - W'||²."""
-        return self.shown[DD] + self.guessed[DD]
+    def whole(self) -> ErrorSums:
+        """Both together."""
+        return self.shown + self.guessed
 
     def score(self, attack: str, difference: float | None) -> AttackScore:
         """The measures.
@@ -94,23 +108,24 @@ class AttackResult:
         Args:
             difference: ||W - B||² over the same elements, None without a public base.
         """
-        whole = self.shown.plus(self.guessed)
+        whole = self.whole
         return AttackScore(
             attack,
             whole[HITS] / whole[COUNT] if whole[COUNT] else 0.0,
             log10_ratio(whole[DD], whole[WW]),
             cosine(whole),
-            None if not difference else 1 - whole[DD] / difference,
+            1 - whole[DD] / difference if difference else None,
             log10_ratio(self.shown[DD], self.shown[WW]),
-            self._direction(difference),
+            direction(whole, difference) if difference else None,
         )
 
-    def _direction(self, difference: float | None) -> float | None:
-        """Squared cosine between W - B and W' - B; 0 where they point away from each other."""
-        if not difference or self.moved is None:
-            return None
-        product = (difference + self.moved - self.error) / 2
-        return min(1.0, product * product / (difference * self.moved)) if product > 0 and self.moved > 0 else 0.0
+
+def direction(sums: ErrorSums, difference: float) -> float | None:
+    """Squared cosine between W - B and W' - B, 0 where they point away from each other; None if it was not added up."""
+    if math.isnan(sums[MOVED]):
+        return None
+    product = (difference + sums[MOVED] - sums[DD]) / 2
+    return min(1.0, product * product / (difference * sums[MOVED])) if product > 0 and sums[MOVED] > 0 else 0.0
 
 
 def log10_ratio(error: float, energy: float) -> float:

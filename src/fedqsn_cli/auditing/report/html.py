@@ -11,7 +11,7 @@ from pathlib import Path
 from fedqsn_cli.auditing.findings import AttackScore, Audit
 from fedqsn_cli.auditing.report.headline import headline
 from fedqsn_cli.auditing.report.html_plots import plots
-from fedqsn_cli.auditing.report.sections import MEASURES, attempts
+from fedqsn_cli.auditing.report.sections import MEASURES, attempts, cells
 from fedqsn_cli.auditing.report.wording import (
     LOWER_BOUND,
     NOT_SKILL,
@@ -127,14 +127,7 @@ def _seen(audit: Audit, exposure: Exposure) -> list[tuple[str, str]]:
 
 def _cells(score: AttackScore) -> tuple[str, ...]:
     """The values of MEASURES; errors in per cent."""
-    return (
-        percent(score.exact_share),
-        percent(10**score.log10_nmse),
-        percent(10**score.log10_nmse_visible),
-        f"{score.cosine:.4f}",
-        delta(score.delta_recovered),
-        delta(score.delta_direction),
-    )
+    return cells(score, lambda log10: percent(10**log10))
 
 
 def _limits(audit: Audit) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from fedqsn_cli import strictjson
-from fedqsn_cli.auditing.findings import Audit, FunctionRecovery, Recovery
+from fedqsn_cli.auditing.findings import Audit
 from fedqsn_cli.auditing.limits.regression import measures
 from fedqsn_cli.auditing.report.headline import headline
 from fedqsn_cli.auditing.report.wording import meaning, unchecked
@@ -32,27 +32,13 @@ def document(audit: Audit) -> dict[str, object]:
         "inputs": dict(audit.inputs),
         "policy": plain(dict(audit.policy)),
         "findings": plain(audit.findings),
-        "checked": [check._asdict() for check in audit.checked],
+        "checked": plain(audit.checked),
         "unchecked": [{"rule": check.rule, "scope": check.scope, "why": check.why} for check in unchecked(audit)],
         "measures": plain(measures(audit.recovery, audit.function, audit.exposure)),
-        "recovery": [_recovery(recovery) for recovery in audit.recovery],
-        "function": _function(audit.function),
+        "recovery": plain(audit.recovery),
+        "function": plain(audit.function),
         "exposure": plain(audit.exposure),
     }
-
-
-def _recovery(recovery: Recovery) -> dict[str, object]:
-    table = [plain(score._asdict()) for score in recovery.attack_table]
-    return {**plain(recovery), "attack_table": table, "best": plain(recovery.best._asdict())}
-
-
-def _function(function: FunctionRecovery | None) -> dict[str, object] | None:
-    if function is None:
-        return None
-    scores, curve, attempts = (
-        [plain(value._asdict()) for value in values] for values in (function.scores, function.curve, function.attempts)
-    )
-    return {**plain(function), "scores": scores, "curve": curve, "attempts": attempts}
 
 
 def render(audit: Audit) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -120,12 +120,12 @@ def _clients(exposure: Exposure) -> list[Part]:
     return [title, Table(("client", "proxies", "first", "now"), rows, _NUMBERS)]
 
 
-def _cells(score: AttackScore) -> tuple[str, ...]:
-    """The values of MEASURES."""
+def cells(score: AttackScore, error: Callable[[float], str] = squared) -> tuple[str, ...]:
+    """The values of MEASURES; `error` writes one whose logarithm is given."""
     return (
         percent(score.exact_share),
-        squared(score.log10_nmse),
-        squared(score.log10_nmse_visible),
+        error(score.log10_nmse),
+        error(score.log10_nmse_visible),
         f"{score.cosine:.4f}",
         delta(score.delta_recovered),
         delta(score.delta_direction),
@@ -135,14 +135,14 @@ def _cells(score: AttackScore) -> tuple[str, ...]:
 def _recoveries(recoveries: Sequence[Recovery]) -> list[Part]:
     """The worst of each measure, a line a proxy; those that give most away first."""
     worst = sorted(recoveries, key=lambda recovery: recovery.peak.log10_nmse)[:MOST_SCOPES]
-    rows = [(recovery.scope, recovery.best.attack, *_cells(recovery.peak)) for recovery in worst]
+    rows = [(recovery.scope, recovery.best.attack, *cells(recovery.peak)) for recovery in worst]
     table = Table(("given", "best attack", *MEASURES), rows, _NUMBERS)
     title = "What the attacks recover of all weights (error: squared, 1 knows nothing):"
     return [title, table, *_left_out(len(recoveries) - len(worst), "proxies")]
 
 
 def _recovery(recovery: Recovery) -> list[Part]:
-    rows = [(score.attack, *_cells(score)) for score in recovery.attack_table]
+    rows = [(score.attack, *cells(score)) for score in recovery.attack_table]
     attacks = Table(("attack", *MEASURES), rows, _NUMBERS)
     largest = sorted(recovery.tensors, key=lambda tensor: (-tensor.parameters, tensor.tensor))[:MOST_TENSORS]
     tensors = Table(

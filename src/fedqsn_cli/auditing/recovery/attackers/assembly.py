@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,6 @@ from fedqsn_cli.auditing.recovery.evidence import Evidence, collect
 from fedqsn_cli.auditing.rows import CHUNK, has_tensor, model_rows
 from fedqsn_cli.masks.draw import rescale_factor
 from fedqsn_cli.masks.job_masks import ServerMasks
-from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.models.dense import load_dense
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.public_base import PublicBase
@@ -63,59 +61,39 @@ class Assembly:
 
     def estimated(self, estimate: Estimate, proxies: Sequence[OpenedProxy] | None = None) -> State:
         """A model that is estimated row by row, from the audited proxies unless others are given."""
-        state = load_dense(self.truth.checkpoint)
-        for task in self._floats():
-            values = self._empty(task)
-            for first, count in self._runs(task):
-                evidence = collect(proxies or self.inputs.proxies, task, first, count)
-                values[first : first + count] = estimate(evidence, self._base_rows(task, first, count))
-            state[task.name] = _as_stored(task, values)
-        return state
+        known = self.inputs.proxies if proxies is None else proxies
+        return self._made(
+            lambda task, first, count: estimate(collect(known, task, first, count), self._base_rows(task, first, count))
+        )
 
     def scaled(self) -> State:
         """What is shown, scaled up for what is not."""
-        state = load_dense(self.truth.checkpoint)
+        state, missing = self.estimated(lambda evidence, base: evidence.first), self._missing(self.inputs.proxies)
         for task in self._floats():
-            values, shown = self._empty(task), 0
-            for first, count in self._runs(task):
-                evidence = collect(self.inputs.proxies, task, first, count)
-                values[first : first + count] = evidence.first
-                shown += int((evidence.count > 0).sum())
-            if task.plan.masked:
-                values *= np.float32(values.size / max(1, shown))
-            state[task.name] = _as_stored(task, values)
+            shown = task.size - int(torch.count_nonzero(missing[task.name]))
+            state[task.name] *= task.size / max(1, shown)
         return state
 
     def holes(self) -> State:
-        """1 where no proxy shows a weight, 0 elsewhere, and 0 in everything that is not masked."""
-        state = load_dense(self.truth.checkpoint)
-        for task in self._floats():
-            values = np.zeros_like(self._empty(task))
-            if task.plan.masked:
-                for first, count in self._runs(task):
-                    evidence = collect(self.everything, task, first, count)
-                    values[first : first + count] = evidence.count == 0
-            state[task.name] = _as_stored(task, values)
-        return state
+        """1 where no proxy shows a weight, 0 elsewhere."""
+        return self._missing(self.everything)
+
+    def _missing(self, proxies: Sequence[OpenedProxy]) -> State:
+        return self.estimated(lambda evidence, base: np.asarray(evidence.count == 0, np.float32), proxies)
 
     def server(self, owner: OwnerInputs) -> State:
         """The server model: zero in its holes and the rest scaled by n / (n - hidden), or the public base in them."""
         masks, filled = ServerMasks(owner.job), self.inputs.proxies[0].manifest.fill == "base"
-        base, state = self.inputs.base, load_dense(self.truth.checkpoint)
-        for task in self._floats():
-            tensor, hidden = task.plan, masks.hidden(task.plan)
+        rescaled = any(proxy.manifest.rescale for proxy in self.inputs.proxies)
+
+        def rows(task: TensorTask, first: int, count: int) -> Floats:
+            x, hidden = model_rows(self.truth, task, first, count), masks.hidden(task.plan)
             if hidden is None:
-                continue
-            values = state[tensor.name].float().numpy().copy()
-            lead, rows, cols = tensor.view
-            source = None
-            if filled and base is not None and has_tensor(base, task):
-                source = self._base_tensor(base, task).numpy().reshape(lead * rows, cols)
-            _overwrite(hidden, values.reshape(lead * rows, cols), source, rows)
-            if any(proxy.manifest.rescale for proxy in self.inputs.proxies):
-                values *= rescale_factor(tensor.units, masks.count(tensor), 0)
-            state[tensor.name] = torch.from_numpy(values)
-        return state
+                return x
+            task.layout.working(hidden).overwrite(x, first, self._base_rows(task, first, count) if filled else None)
+            return x * rescale_factor(task.plan.units, masks.count(task.plan), 0) if rescaled else x
+
+        return self._made(rows)
 
     def working_base(self) -> PublicBase | None:
         """The public base, if it has all of the model: without a head it does not work."""
@@ -124,42 +102,29 @@ class Assembly:
 
     def base(self, base: PublicBase) -> State:
         """The public base."""
-        tensors = {task.name: self._base_tensor(base, task) for task in self._floats()}
-        return load_dense(self.truth.checkpoint) | tensors
+        return self._made(lambda task, first, count: model_rows(base, task, first, count))
 
-    def _base_tensor(self, base: PublicBase, task: TensorTask) -> Tensor:
-        values = self._empty(task)
-        for first, count in self._runs(task):
-            values[first : first + count] = model_rows(base, task, first, count)
-        return _as_stored(task, values)
+    def _made(self, rows: Callable[[TensorTask, int, int], Floats]) -> State:
+        """A model whose floats are made by runs of rows, given a tensor, the first row and their number."""
+        state = load_dense(self.truth.checkpoint)
+        for task in self._floats():
+            lead, height, cols = task.layout.view
+            values = np.empty((lead * height, cols), np.float32)
+            for first, count in row_chunks(task.layout, self._block, CHUNK):
+                values[first : first + count] = rows(task, first, count)
+            whole = values.T if task.layout.transposed else values
+            state[task.name] = torch.from_numpy(np.ascontiguousarray(whole).reshape(task.tensor.shape))
+        return state
 
     def _base_rows(self, task: TensorTask, first: int, count: int) -> Floats | None:
         base = self.inputs.base
         return model_rows(base, task, first, count) if base is not None and has_tensor(base, task) else None
 
     def _floats(self) -> list[TensorTask]:
-        quantization = self.inputs.proxies[0].manifest.quantization
-        tasks = tensor_tasks(self.truth, quantization, lambda tensor: None)
+        tasks = tensor_tasks(self.truth, self.inputs.proxies[0].manifest.quantization, lambda tensor: None)
         return [task for task in tasks if task.tensor.is_float]
 
-    def _empty(self, task: TensorTask) -> Floats:
-        lead, rows, cols = task.layout.view
-        return np.empty((lead * rows, cols), np.float32)
-
-    def _runs(self, task: TensorTask) -> Iterator[tuple[int, int]]:
+    @property
+    def _block(self) -> int:
         quantization = self.inputs.proxies[0].manifest.quantization
-        return row_chunks(task.layout, quantization.block_size if quantization else 1, CHUNK)
-
-
-def _as_stored(task: TensorTask, values: Any) -> Tensor:
-    """fp32 values of the working view [lead * rows, cols], as the tensor's own shape."""
-    whole = values.T if task.layout.transposed else values
-    return torch.from_numpy(np.ascontiguousarray(whole).reshape(task.tensor.shape))
-
-
-def _overwrite(hidden: UnitMask, values: Any, source: Any, rows: int) -> None:
-    """Zeros, or what `source` has there, on the hidden elements of a whole tensor [lead * rows, cols]."""
-    step = rows if hidden.axis == "column" else len(values)  # columns are those of one lead slice
-    for first in range(0, len(values), max(1, step)):
-        part = slice(first, first + step)
-        hidden.overwrite(values[part], first, None if source is None else source[part])
+        return quantization.block_size if quantization is not None else 1
