@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
+
+_LISTED = 20
 
 
 def size(count: float) -> str:
@@ -30,6 +33,12 @@ def number(count: int) -> str:
 def real(value: float | None) -> str:
     """A measured value for people: `0.6931`, a dash for none."""
     return "-" if value is None else f"{value:.4g}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names that a file gives, of which there may be any number: `a, b, c and 7 more`."""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
 
 
 def plain(value: Any) -> Any:
