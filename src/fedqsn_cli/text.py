@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
-_LISTED = 20
-
 
 def size(count: float) -> str:
     """Bytes for people: `87.3 MB` (decimal, as disks and networks count)."""
@@ -35,10 +33,10 @@ def real(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str], most: int = 20) -> str:
     """Names that a file gives, of which there may be any number: `a, b, c and 7 more`."""
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def plain(value: Any) -> Any:
