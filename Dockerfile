@@ -4,7 +4,11 @@
 #   docker run --rm --network none -v "$PWD:/work" fedqsn export-proxy global --out proxy ...
 #
 # Clients train with `python -m pip install fedqsn-cli`, which has torch. Tags of images move: to build the same image
-# again, give the digest that you have checked: --build-arg BASE=python@sha256:...
+# again, give the digest of the base that you have checked, as your container tool prints it:
+#
+#   docker pull python:3.12-slim
+#   docker image inspect --format '{{index .RepoDigests 0}}' python:3.12-slim
+#   docker build --build-arg BASE=python@sha256:... -t fedqsn .
 ARG BASE=python:3.12-slim
 FROM $BASE
 

@@ -5,6 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready
+COMPILED := $(VENV)/.compiled
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo audit test fuzz deps golden soak matrix lint format types docs bench study clean
@@ -12,7 +13,7 @@ READY := $(VENV)/.ready
 help: ## list the chores
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-setup: $(READY) ## make the virtual environment (the others do it when needed)
+setup: $(READY) $(COMPILED) ## make the virtual environment (the others do it when needed)
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: Python 3.11, 3.12 or 3.13 is needed; name it with make PYTHON=..." >&2; exit 2; }
@@ -21,13 +22,18 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+$(COMPILED): $(READY)
+	@echo "compiling kernels"
+	@cd tests && PYTHONPATH=../src:. $(BIN)/python -m support.compiled || echo "make: the tests will tell why" >&2
+	@touch $@
+
 demo: $(READY) ## run a federated job on a real model (3 minutes)
 	@PATH="$(BIN):$$PATH" examples/quickstart/run.sh
 
 audit: $(READY) ## hold what `make demo` left behind against its policy
 	@PATH="$(BIN):$$PATH" examples/quickstart/audit.sh
 
-test: $(READY) ## run the tests; choose with ARGS="-k merge"
+test: $(COMPILED) ## run the tests; choose with ARGS="-k merge"
 	@$(BIN)/python -m pytest -q -n auto --dist worksteal $(ARGS)
 
 fuzz: $(READY) ## damage files and count how commands end; ARGS="--seconds 600 --seed 1"

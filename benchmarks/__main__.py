@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     root = str(Path(__file__).resolve().parent.parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, f"{root}/src", os.environ.get("PYTHONPATH")]))
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # compiled once, like installed packages, and not at every start
     os.environ["FEDQSN_ALLOW_UNTRAINABLE"] = "1"  # synthetic models have no tokenizer
     options.work.mkdir(parents=True, exist_ok=True)
     if options.courier is not None:

@@ -109,8 +109,9 @@ def make_job(home: Path, *clients: str, server: str | None = None) -> Job:
 
 
 @contextmanager
-def served(*folders: Path) -> Iterator[None]:
-    words = [command("courier", "serve", folder, "-q") for folder in folders]
+def served(*folders: Path, within: tuple[str, ...] = ()) -> Iterator[None]:
+    """Serve folders, each by a process of its own that another one may run."""
+    words = [[*within, *command("courier", "serve", folder, "-q")] for folder in folders]
     processes = [subprocess.Popen(each, env=environment(**FAST), stdout=subprocess.DEVNULL) for each in words]
     try:
         yield
@@ -349,26 +350,32 @@ def test_a_site_with_the_certificate_of_another_authority_cannot_connect(job: Jo
     assert "Successfully registered" not in log
 
 
+AGAIN = ("bash", "-c", 'until "$@"; do sleep 1; done', "bash")
+"""Starts a process again when it fails, as a service manager does."""
+
+
 def processes_of(folder: Path) -> dict[str, list[int]]:
-    """FLARE's processes below a folder, by what they are."""
+    """The processes that serve a folder, by what they are."""
     kinds = {"server_train": "server", "client_train": "site", "runner_process": "server's worker"}
     found: dict[str, list[int]] = {}
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             words = (process / "cmdline").read_bytes().decode().split("\0")
-            if any(word.startswith(str(folder)) for word in words):
+            if words[0] != AGAIN[0] and any(word.startswith(str(folder)) for word in words):
                 kind = next((known for part, known in kinds.items() if any(part in word for word in words)), "worker")
+                kind = "courier serve" if "serve" in words else kind
                 found.setdefault(kind, []).append(int(process.name))
     return found
 
 
 @pytest.mark.soak
 def test_kills_at_random_instants_lose_nothing_and_double_nothing(tmp_path: Path) -> None:
-    """kill -9 of servers, sites and workers until there were KILLS of them (by default 12), round after round.
+    """kill -9 of servers, sites, workers and `courier serve`, until there were KILLS of them (by default 12).
 
-    In each round for KILL_SECONDS (by default 60); then it must end, whatever was killed before.
+    In each round for KILL_SECONDS (by default 60); then it must end, whatever was killed before. SEED draws others.
     """
-    wanted, draw, kills = int(os.environ.get("KILLS", "12")), random.Random(0), Counter[str]()
+    wanted, kills = int(os.environ.get("KILLS", "12")), Counter[str]()
+    draw = random.Random(int(os.environ.get("SEED", "0")))
     seconds = float(os.environ.get("KILL_SECONDS", "60"))
     job, ended = make_job(tmp_path / "job", "alice"), threading.Event()
 
@@ -382,7 +389,7 @@ def test_kills_at_random_instants_lose_nothing_and_double_nothing(tmp_path: Path
                     kills[kind] += 1
 
     number = 0
-    with served(job.courier):
+    with served(job.courier, within=AGAIN):
         while kills.total() < wanted:
             number, killer = number + 1, threading.Thread(target=kill)
             outbox = job.pack(number, "alice", lr=1e-3)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fedqsn_cli import seal
+from fedqsn_cli.courier.flare import transfer
 from fedqsn_cli.courier.flare.job import ORDER, PARTS, PROBLEM, REFERENCES, CourierController, CourierExecutor
 from fedqsn_cli.courier.flare.transfer import fetch_parts
 from fedqsn_cli.courier.outbox import Consignment, read_outbox
@@ -109,6 +110,20 @@ def test_a_host_cannot_write_orders_itself_nor_seal_proxies(desk: Desk) -> None:
         received(desk, "alice", one.text, carry(own))
 
 
+@pytest.mark.parametrize("lie", [TypeError("x"), AssertionError(), ConnectionError("gone")])
+def test_a_message_that_flare_cannot_read_is_a_part_that_did_not_arrive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lie: Exception
+) -> None:
+    def download(*_: object, **__: object) -> None:
+        raise lie
+
+    monkeypatch.setattr(transfer, "download_object", download)
+    parts = Parts((Part(0, 1, "0" * 64),))
+    with pytest.raises(FormatError, match="a part did not arrive"):
+        fetch_parts(parts, ["a"], "server", tmp_path / "target", None, None)
+    assert not (tmp_path / "target").exists()
+
+
 @pytest.mark.parametrize("references", [None, [], ["a", "b"], [1], "a", {"a": 1}])
 def test_an_offer_that_does_not_name_each_part_is_refused(tmp_path: Path, references: object) -> None:
     parts = Parts((Part(0, 1, "0" * 64),))
@@ -155,6 +170,13 @@ def test_a_message_that_is_no_order_is_refused_and_the_answer_tells_nothing(desk
     assert "refused: " in desk.site("alice").log.read_text()
 
 
+def test_a_site_whose_disk_takes_no_line_of_its_log_trains_nothing_and_says_no(desk: Desk) -> None:
+    site = desk.site("alice")
+    site.log.mkdir()  # as with a full disk, it cannot be written
+    assert "its log says why" in executed(desk, "alice", sent(desk)["alice"].text)[PROBLEM]
+    assert not list(site.rounds.iterdir())
+
+
 def controller(desk: Desk, update: Path) -> CourierController:
     one = sent(desk)["alice"]
     return CourierController("alice", str(one.sealed), str(update), one.order.sealed.to_document(), one.text)
@@ -180,7 +202,9 @@ def test_a_site_answers_for_itself_once_and_within_limits(desk: Desk, tmp_path: 
     assert taken(made, "bob", **huge) == "site 'bob' answered for 'alice'"
     assert "far larger than any update" in str(taken(made, "alice", **huge))
     assert "not a list of parts" in str(taken(made, "alice", **{PARTS: "x", REFERENCES: ["x"]}))
+    assert "more parts than" in str(taken(made, "alice", **{PARTS: [[1, "0" * 64]] * 9, REFERENCES: ["x"] * 9}))
     assert taken(made, "alice", **{PROBLEM: "out of memory"}) == "no update: out of memory"
+    assert taken(made, "alice", **{PROBLEM: "a\nb\x1b[2J" + "c" * 10**6}) == "no update: a\\nb\\x1b[2J" + "c" * 193
     update.write_bytes(b"the first answer")
     assert taken(made, "alice", **huge) is None  # a second answer is not even fetched
     assert update.read_bytes() == b"the first answer"

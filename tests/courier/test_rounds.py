@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
 import pytest
 
 from fedqsn_cli import courier_send, seal
+from fedqsn_cli.courier import rounds
 from fedqsn_cli.courier.outbox import read_outbox
 from fedqsn_cli.courier.rounds import Opened, Sealed
 from fedqsn_cli.crypto.keys import load_verify_key
-from fedqsn_cli.errors import GateFailed, InputError, RefusedUpdate
+from fedqsn_cli.errors import GateFailed, InputError, KeyFileError, RefusedUpdate
 from support.courier import Carrier, Desk
 from support.helpers import contents, nothing_written, send
 from support.signing import Party, sign_folder
@@ -19,13 +21,16 @@ from support.signing import Party, sign_folder
 
 def deliveries(desk: Desk, number: int = 1, inbox: str = "in") -> dict[str, Opened]:
     """As `courier_send` makes them where the owner's key is."""
-    made, owner = {}, desk.owner
-    for sent in read_outbox(desk.pack(f"outbox-{number}", number=number), load_verify_key(desk.key.public)):
-        client = sent.order.client
-        place = desk.home.parent / inbox
-        made[client] = Opened(sent, owner.host.carried, place, desk.key.private, owner.public_key(client))
-        place.mkdir(exist_ok=True)
-    return made
+    place = desk.home.parent / inbox
+    place.mkdir(exist_ok=True)
+    return {one.client: one for one in deliveries_of(desk, desk.pack(f"outbox-{number}", number=number), place)}
+
+
+def deliveries_of(desk: Desk, outbox: Path, inbox: Path = Path("in")) -> list[Opened]:
+    """What is sent of an outbox."""
+    owner, sent = desk.owner, read_outbox(outbox, load_verify_key(desk.key.public))
+    key, carried = desk.key.private, owner.host.carried
+    return [Opened(one, carried, inbox, key, owner.public_key(one.order.client)) for one in sent]
 
 
 def party_of(desk: Desk, name: str) -> Party:
@@ -75,6 +80,53 @@ def test_a_byte_that_the_host_changed_in_an_update_is_found(desk: Desk) -> None:
     delivery.sealed_update.write_bytes(data)
     with pytest.raises(RefusedUpdate, match="cut off, or changed"):
         delivery.take()
+
+
+def test_an_answer_that_the_owner_cannot_open_now_is_kept(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the key or room on the disk, the fault is not the client's."""
+    delivery = deliveries(desk)["alice"]
+    reply(desk, delivery, "alice", "owner", desk.proxy("alice"))
+    delivery.key.rename(desk.home / "elsewhere")
+    with pytest.raises(KeyFileError):
+        delivery.take()
+    (desk.home / "elsewhere").rename(delivery.key)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(rounds, "unseal", full)
+        delivery.take()
+    assert not delivery.done
+    delivery.take()
+    assert delivery.done and not delivery.sealed_update.exists()
+
+
+def test_of_two_who_send_a_proxy_at_once_one_is_refused(desk: Desk, carrier: Carrier) -> None:
+    outbox, options = desk.pack(), {"into": desk.home / "in", "key": desk.key.private, "deadline": "1m"}
+    (first, *_) = deliveries_of(desk, outbox)
+    with first.alone():
+        before = contents(desk.owner.host.carried)
+        with pytest.raises(InputError, match="another 'fedqsn courier-send' sends this proxy"):
+            courier_send(desk.owner.home, outbox, **options)
+        assert not carrier.jobs and contents(desk.owner.host.carried) == before
+    assert courier_send(desk.owner.home, outbox, **options).arrived == 2
+    assert not list(desk.owner.host.carried.iterdir())
+
+
+@pytest.mark.parametrize("key", ["with the key", None])
+def test_an_inbox_that_holds_something_else_is_refused_before_anything_is_sent(
+    desk: Desk, carrier: Carrier, key: str | None
+) -> None:
+    outbox, options = desk.pack(), {"deadline": "1m", "key": desk.key.private if key else None}
+    for number, name in enumerate(("alice", "alice.update", "")):  # a file where a folder is to be, a stray update
+        inbox = desk.home / f"in-{number}"
+        (inbox / name).parent.mkdir(exist_ok=True)
+        (inbox / name).write_text("x")
+        if name in ("", "alice" if key else "alice.update"):
+            with pytest.raises(InputError):
+                courier_send(desk.owner.home, outbox, into=inbox, **options)
+            assert (inbox / name).read_text() == "x" and not carrier.jobs
 
 
 def test_an_inbox_takes_one_round(desk: Desk) -> None:

@@ -287,6 +287,8 @@ def test_settings_are_read_strictly(tmp_path: Path) -> None:
     assert (read.max_bytes, read.max_memory) == (20 * 10**9, None)
     wrong = [good.replace("data =", "dta =", 1), good.replace("[bounds]", "[limits]"), good + "more = 1\n", "x", "\xff"]
     wrong += [good.replace('"20GB"', '"much"'), good.replace("max_bytes", "bytes"), good.replace("methods", "method")]
+    wrong += [good.replace(" = 32", " = 0"), good.replace("= 0.01", "= -1"), good.replace("= 0.01", "= nan")]
+    wrong += [good.replace('"full"', '"ful"'), good.replace('"nf4"', '"nf5"'), good.replace('"6h"', '"0s"')]
     wrong += [good.replace("epochs = 10", 'epochs = "10"'), good.replace("max_length = 32", "max_length = true")]
     wrong += ["x = " + "[" * 9999, "x = " + "9" * 9999, good.replace('"20GB"', '"' + "9" * 400 + 'TB"')]
     for text in [*wrong, good.replace('"6h"', "6"), good.replace("epochs", "epoch")]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fedqsn_cli import merge
 from fedqsn_cli.errors import FedqsnError
 from fedqsn_cli.merging import chunks
+from fedqsn_cli.merging.adapters import Factor, KeptFactors
 from fedqsn_cli.merging.products import product
 from merging.test_merge import fedavg, whole_update
 from support.adapters import AdapterUpdate, draft_adapters
@@ -50,6 +51,26 @@ def test_a_product_is_that_of_numpy_whichever_of_its_elements_are_computed(
     np.testing.assert_allclose(whole, 1.5 * (left @ right), rtol=1e-6, atol=1e-6)
     first, start = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, cols - 1))
     np.testing.assert_array_equal(product(left[first:], right[:, start:], 1.5), whole[first:, start:])
+
+
+def test_the_factors_that_were_read_last_are_kept_up_to_a_size() -> None:
+    asked: list[int] = []
+
+    def read(name: str, start: int, count: int) -> NDArray[np.uint8]:
+        asked.append(start)
+        return np.full(count // 4, start, np.float32).view(np.uint8)
+
+    kept = KeptFactors(most_bytes=8 * 2 * 6)  # two factors in double precision
+    factors = [Factor(start, "F32", 2, 3) for start in (1, 2, 3)]
+    for number in (0, 1, 0, 1, 2, 1, 2, 0):
+        rows, piece = kept.read(factors[number], read)
+        assert piece.start == number + 1
+        np.testing.assert_array_equal(rows, np.full((2, 3), number + 1.0))
+    assert asked == [1, 2, 3, 1]
+    large = Factor(7, "F32", 4, 4)
+    assert kept.read(large, read)[0].shape == (4, 4)
+    kept.read(large, read)
+    assert asked[4:] == [7, 7]
 
 
 def parts_of(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedqsn_cli.training.batching import IGNORED, Examples, Padding, collate, in_order, loss_sum, shuffled
+from fedqsn_cli.training.batching import IGNORED, Examples, Padding, collate, in_order, loss_sum, shuffled, within
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=300)
 
@@ -62,3 +64,20 @@ def test_the_loss_counts_the_next_token_where_it_is_not_ignored() -> None:
     likelihoods = logits.log_softmax(-1)
     expected = -(likelihoods[0, 0, 2] + likelihoods[0, 1, 3] + likelihoods[1, 1, 4])
     torch.testing.assert_close(loss_sum("causal-lm", logits, targets), expected)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=20),
+    most=st.integers(1, 200),
+)
+def test_parts_of_a_batch_are_no_larger_than_asked_and_no_smaller_than_they_can_be(
+    lengths: list[int], most: int
+) -> None:
+    rows = list(range(len(lengths)))
+    parts = list(within(rows, lengths, most))
+    assert [row for part in parts for row in part] == rows
+    tokens = [len(part) * max(lengths[row] for row in part) for part in parts]
+    assert all(size <= most or len(part) == 1 for size, part in zip(tokens, parts, strict=True))
+    for part, following in itertools.pairwise(parts):
+        longer = [*part, following[0]]
+        assert len(longer) * max(lengths[row] for row in longer) > most

@@ -68,6 +68,35 @@ def test_gradients_move_to_the_leaves_and_nothing_stays_behind() -> None:
     assert all(leaf.grad is None for leaf in visible.leaves)
 
 
+def gradients_of_an_embedding(passes: int, *, sparse: bool) -> Tensor:
+    """Those of its visible columns after some backward passes."""
+    torch.manual_seed(2)
+    model = nn.Embedding(50, 8, padding_idx=3, sparse=sparse)
+    visible = VisibleParameters(model, {"weight": bools(1, 8).expand(50, 8)})
+    assert visible.takes_rows(model.weight)
+    for _ in range(passes):
+        model(torch.randint(0, 20, (4, 16))).mul(torch.randn(4, 16, 8)).sum().backward()
+    assert model.weight.grad is None
+    (leaf,) = visible.leaves
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def test_gradients_of_only_the_rows_that_take_part_are_those_of_all() -> None:
+    once = [gradients_of_an_embedding(1, sparse=sparse) for sparse in (True, False)]
+    assert torch.equal(*once)
+    twice = [gradients_of_an_embedding(2, sparse=sparse) for sparse in (True, False)]
+    torch.testing.assert_close(*twice, rtol=1e-5, atol=1e-5)
+
+
+def test_only_columns_of_fp32_matrices_take_sparse_gradients() -> None:
+    whole, rows, halves = nn.Embedding(6, 4), nn.Embedding(6, 4), nn.Embedding(6, 4, dtype=torch.bfloat16)
+    shown, columns = torch.arange(6) % 2 == 0, (torch.arange(4) < 3).expand(6, 4)
+    assert not VisibleParameters(whole, {}).takes_rows(whole.weight)
+    assert not VisibleParameters(rows, {"weight": shown[:, None].expand(6, 4)}).takes_rows(rows.weight)
+    assert not VisibleParameters(halves, {"weight": columns}).takes_rows(halves.weight)
+
+
 def test_biases_and_norms_have_no_decay() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     visible = VisibleParameters(model, {})

@@ -129,6 +129,39 @@ def test_the_optimizer_holds_two_numbers_for_each_visible_weight_and_none_for_hi
     assert sizes == 2 * shown
 
 
+def test_one_step_is_the_same_however_many_tokens_go_through_the_model_at_once() -> None:
+    examples, recipe = some_examples(8), RecipeOptions(epochs=2, lr=1e-2, seed=4, batch_size=8)
+    whole, parts = new_model(), new_model()
+    masks = some_masks(whole)
+    train(whole, examples, masks, recipe)
+    few = loop.Surroundings(tokens_at_once=2 * max(examples.lengths))
+    loop.train(parts, examples, VisibleParameters(parts, masks), recipe, PADDING, SILENT, few)
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_an_embedding_has_sparse_gradients_only_while_it_is_trained() -> None:
+    model = new_model()
+    embeddings = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    seen: list[bool] = []
+    hook = model.register_forward_hook(lambda *_: seen.append(all(module.sparse for module in embeddings)))
+    train(model, some_examples(4), some_masks(model), RecipeOptions(max_steps=1, batch_size=4))
+    hook.remove()
+    assert seen == [True]
+    assert not any(module.sparse for module in embeddings)
+
+
+def test_a_tied_embedding_has_dense_gradients() -> None:
+    model = new_model()
+    model.get_input_embeddings().second = torch.nn.Linear(1, 1)
+    model.get_input_embeddings().second.weight = model.get_input_embeddings().weight
+    masks = {name: mask for name, mask in some_masks(model).items() if "second" not in name}
+    trainable = VisibleParameters(model, masks)
+    assert trainable.takes_rows(model.get_input_embeddings().weight)
+    with loop._rows_of_embeddings(model, trainable):
+        assert not model.get_input_embeddings().sparse
+
+
 def test_one_step_is_the_same_however_it_is_split_into_batches() -> None:
     examples = some_examples(8)
     whole, parts = new_model(), new_model()

@@ -13,12 +13,16 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from fedqsn_cli.checkpoint.files import write_file_atomically
-from fedqsn_cli.courier.layout import Invitation
-from fedqsn_cli.errors import InputError
+from cryptography import x509
+from cryptography.hazmat.primitives.hashes import SHA256
+
+from fedqsn_cli.checkpoint.files import read_file, write_file_atomically
+from fedqsn_cli.courier.layout import INVITATION, Invitation
+from fedqsn_cli.errors import FormatError, InputError
 
 Kind = Literal["server", "client", "admin"]
 
@@ -28,6 +32,8 @@ ALLOWED = ["fedqsn_cli.courier.flare."]
 
 _ROLE = "lead"  # may submit jobs and end its own, and nothing else
 _ORGANISATION = "fedqsn"
+_AUTHORITY = "rootCA.pem"
+_LARGEST = 1 << 20  # bytes of a certificate
 
 
 def require_flare() -> None:
@@ -76,6 +82,33 @@ def package(signed: Path, requested: Path, invitation: Invitation, kit: Path, ki
         _settle(made / "local", kind)
         shutil.move(made, kit)
     os.chmod(kit, 0o700)
+
+
+def require_valid(kit: Path) -> None:
+    """Refuse a kit that cannot connect: FLARE would try again and again, and say why in its own log only.
+
+    Raises:
+        InputError: a certificate has expired, is not valid yet by this machine's clock, or is of another courier.
+    """
+    startup, now = kit / "startup", datetime.now(UTC)
+    for path in (startup / _AUTHORITY, *sorted(startup.glob("*.crt"))):
+        certificate = _certificate(path)
+        begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+        if now < begins:
+            raise InputError(f"is not valid before {begins:%Y-%m-%d}", where=path, hint="set this machine's clock")
+        if now > ends:
+            hint = "if this machine's clock is right, join again (a site) or make the courier anew (the owner)"
+            raise InputError(f"has expired on {ends:%Y-%m-%d}", where=path, hint=hint)
+    root = Invitation.read(kit.parent / INVITATION).root.removeprefix("SHA256:").replace(":", "")
+    if _certificate(startup / _AUTHORITY).fingerprint(SHA256()).hex() != root.lower():
+        raise InputError("is the kit of another courier", where=kit, hint="put back the kit that belongs here")
+
+
+def _certificate(path: Path) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(read_file(path, _LARGEST))
+    except ValueError:
+        raise FormatError("is not a certificate", where=path, hint="put back the kit that belongs here") from None
 
 
 def place_server(kit: Path) -> None:

@@ -12,7 +12,7 @@ The host's, where the server runs; nothing in it opens a proxy or an update:
 
     invitation.json, owner.pub
     server/, admin/         FLARE's start-up kits of the server and of the owner's session
-    carried/                sealed updates on their way, ID.update
+    carried/                sealed updates on their way, ID.update, and a lock for each proxy that is being sent
 
 A site's, private:
 

@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +19,7 @@ from fedqsn_cli.checkpoint.files import open_regular_file, sync_directory, write
 from fedqsn_cli.errors import FormatError, InputError
 
 PART = 128 << 20
+_AT_ONCE = 2  # parts: while one is synced, or waits for its next bytes, the other goes on
 _PIECE = 1 << 20
 _LONGEST = 1 << 40  # bytes of a part that a list may name
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -153,10 +155,10 @@ class PartWriter:
 
 
 def fetch_file(parts: Parts, target: Path, fetch: Callable[[Part, PartWriter], None]) -> int:
-    """Fetch the parts that are missing; the file appears when all are there.
+    """Fetch the parts that are missing, `_AT_ONCE` of them at a time; the file appears when all are there.
 
     Args:
-        fetch: gets one part, and writes it.
+        fetch: gets one part, and writes it; called in several threads.
 
     Returns:
         How many parts were there before.
@@ -169,12 +171,15 @@ def fetch_file(parts: Parts, target: Path, fetch: Callable[[Part, PartWriter], N
     if not staging.exists() or staging.stat().st_size != parts.size:
         _reserve(staging, parts.size)
         have = set()
-    with record.open("a" if have else "w") as known:
-        for part in parts.parts:
-            if _line(part) not in have:
-                _fetch_part(part, staging, fetch)
-                known.write(_line(part) + "\n")
-                known.flush()
+    with record.open("ab" if have else "wb", buffering=0) as known, ThreadPoolExecutor(_AT_ONCE) as threads:
+
+        def keep(part: Part) -> None:
+            _fetch_part(part, staging, fetch)
+            known.write(f"{_line(part)}\n".encode())  # one call: lines of two threads cannot mix
+
+        missing = [part for part in parts.parts if _line(part) not in have]
+        for _ in threads.map(keep, missing):  # an error ends it, when the parts that have begun are over
+            pass
     record.unlink()
     os.replace(staging, target)
     sync_directory(target.parent)

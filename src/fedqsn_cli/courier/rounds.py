@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedqsn_cli.artifacts.manifests import UpdateManifest, read_manifest
-from fedqsn_cli.checkpoint.files import read_file, write_file_atomically
+from fedqsn_cli.checkpoint.files import read_file, try_lock, write_file_atomically
 from fedqsn_cli.courier.outbox import Consignment
 from fedqsn_cli.crypto import dsse
 from fedqsn_cli.crypto.seal import unseal
-from fedqsn_cli.errors import FedqsnError, InputError, RefusedUpdate
+from fedqsn_cli.errors import FormatError, InputError, RefusedUpdate, SignatureError
 from fedqsn_cli.options import UnsealOptions
 
 _MIXED = "choose another folder for each round"
@@ -57,6 +59,22 @@ class Delivery(ABC):
     @abstractmethod
     def take(self) -> None:
         """Take the answer that has come. Raises RefusedUpdate."""
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold what two processes must not send at once. Raises InputError: another one does."""
+        lock = self.carried / f"{self.sent.order.proxy_sha256[:32]}.lock"
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            if not try_lock(descriptor):
+                hint = "wait until it has ended, or end it"
+                raise InputError("another 'fedqsn courier-send' sends this proxy", where=self.client, hint=hint)
+            try:
+                yield
+            finally:
+                lock.unlink()
+        finally:
+            os.close(descriptor)
 
     @property
     def done(self) -> bool:
@@ -115,17 +133,18 @@ class Opened(Delivery):
         return read_manifest(update, UpdateManifest).proxy_sha256 == self.sent.order.proxy_sha256
 
     def take(self) -> None:
-        """Open the answer; what the courier carried is removed, whatever it is.
+        """Open the answer, and remove what the courier carried; where the fault is the owner's, it stays.
 
         Raises:
             RefusedUpdate: the client did not seal and sign it, or it answers something else.
+            InputError, OSError: it cannot be opened here, as without the key or room on the disk.
         """
         try:
             self._open()
-        except FedqsnError as error:
-            raise RefusedUpdate(f"the answer of client {self.client!r} is refused: {error.what}") from None
-        finally:
+        except (FormatError, SignatureError, RefusedUpdate) as error:
             self.sealed_update.unlink()
+            raise RefusedUpdate(f"the answer of client {self.client!r} is refused: {error.what}") from None
+        self.sealed_update.unlink()
 
     def _open(self) -> None:
         opened = self.inbox / f".{self.client}.opened"

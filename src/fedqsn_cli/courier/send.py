@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,7 +65,8 @@ def courier_send(
         progress: told of what happens.
 
     Raises:
-        InputError: it is not an outbox, or the inbox holds other updates; nothing was sent then.
+        InputError: it is not an outbox, the inbox holds other updates, another process sends it, or the certificates
+            cannot be used; nothing was sent then.
         SignatureError: the owner did not sign an order or the attestation. FormatError: a file was damaged.
         GateFailed: the audit did not pass, or too few updates came in time. Run it again, and it goes on.
 
@@ -78,16 +80,19 @@ def courier_send(
     if least > len(sent):
         raise InputError(f"there are {len(sent)} proxies", where="--at-least", hint="give a smaller number")
     deliveries = [_delivery(host, path, one, options) for one in sent]
+    if Path(options.into).exists() and not Path(options.into).is_dir():
+        raise InputError("is not a folder", where=options.into, hint="give a folder for the updates of this round")
     for delivery in deliveries:
         delivery.check()
     from fedqsn_cli.courier.flare.session import Session
 
-    session = Session(host.admin)
-    try:
+    with ExitStack() as held:
+        for delivery in deliveries:
+            held.enter_context(delivery.alone())
+        session = Session(host.admin)
+        held.callback(session.close)
         clients = [_Client(delivery) for delivery in deliveries]
         return Sending(session, clients, progress).run(least, options.seconds)
-    finally:
-        session.close()
 
 
 def _delivery(host: Host, path: str | Path, sent: Consignment, options: CourierSendOptions) -> Delivery:

@@ -12,6 +12,7 @@ from fedqsn_cli.courier import daemons, kits
 from fedqsn_cli.courier.daemons import Daemon
 from fedqsn_cli.courier.layout import INVITATION, Host, Invitation, Owner, Site, read_json
 from fedqsn_cli.courier.rounds import Unreachable
+from fedqsn_cli.courier.site import SiteSettings
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.options import CourierServeOptions, CourierStatusOptions, CourierStopOptions
 
@@ -53,7 +54,8 @@ def courier_serve(path: str | Path, options: CourierServeOptions) -> Served:
         options: see `CourierServeOptions`.
 
     Raises:
-        InputError: there is no such folder, the owner has not approved the site yet, or it is served already.
+        InputError: there is no such folder, the owner has not approved the site yet, it is served already, the
+            certificates cannot be used, or site.toml is malformed.
 
     Example:
         >>> courier_serve("site").path
@@ -80,6 +82,7 @@ def _daemons(home: Path, options: CourierServeOptions) -> list[Daemon]:
     if (home / "site.toml").exists():
         return [_site(Site.open(home))]
     server = Host.open(home).server
+    kits.require_valid(server)
     kits.place_server(server)
     return [Daemon(None, server), *(_site(site) for site in Owner(home).sites() if not options.server_only)]
 
@@ -93,6 +96,8 @@ def _site(site: Site) -> Daemon:
     if not site.kit.is_dir():
         hint = "give the owner its request, then: fedqsn courier-join INVITATION --out SITE --approval FILE"
         raise InputError("the owner has not approved this site yet", where=site.home, hint=hint)
+    kits.require_valid(site.kit)
+    SiteSettings.read(site.settings)  # what is wrong in it shows now, not when a proxy comes
     name = read_json(site.kit / "startup" / "fed_client.json")["client"]["fqsn"]
     return Daemon(str(name), site.kit)
 

@@ -15,6 +15,8 @@ from fedqsn_cli.checkpoint.files import read_file
 from fedqsn_cli.courier.orders import Order
 from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.options import ProposalOptions
+from fedqsn_cli.options.groups import UpdateFormat
+from fedqsn_cli.options.lora import Method
 
 _LARGEST = 1 << 20  # bytes of site.toml
 
@@ -45,12 +47,12 @@ class Bounds(Strict):
         update_formats: those that it sends. methods: those that it trains with.
     """
 
-    epochs: float
-    lr: float
-    batch_size: int
-    update_formats: tuple[str, ...] = Field(strict=False)
-    methods: tuple[str, ...] = Field(strict=False)
-    lora_r: int
+    epochs: float = Field(ge=0)
+    lr: float = Field(ge=0)
+    batch_size: int = Field(ge=0)
+    update_formats: tuple[UpdateFormat, ...] = Field(strict=False)
+    methods: tuple[Method, ...] = Field(strict=False)
+    lora_r: int = Field(ge=0)
 
     def require(self, asked: ProposalOptions, where: Path) -> None:
         """Refuse a proposal that asks for more. Raises InputError."""
@@ -75,7 +77,7 @@ class _Document(Strict):
     data: str
     eval_data: str | None = None
     device: str
-    max_length: int
+    max_length: int = Field(ge=1)
     time_limit: str
     max_bytes: str
     max_memory: str | None = None

@@ -30,6 +30,7 @@ from fedqsn_cli.crypto.keys import load_recipient, load_verify_key
 from fedqsn_cli.crypto.seal import sealed_pieces, unseal
 from fedqsn_cli.errors import FormatError
 from fedqsn_cli.options import UnsealOptions
+from fedqsn_cli.text import clean
 
 Fetch = Callable[[Parts, Path], object]
 
@@ -52,9 +53,8 @@ class NoUpdate(Exception):
 
 def log(site: Site, text: str) -> None:
     """Add a line to the site's log; whatever the text holds, it stays one line."""
-    text = "".join(x if x.isprintable() else ascii(x)[1:-1] for x in text)
     with site.log.open("a", encoding="utf-8") as file:
-        file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {text}\n")
+        file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {clean(text)}\n")
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from fedqsn_cli.crypto import stream
 from fedqsn_cli.crypto.folder import folder_stream, write_folder
 from fedqsn_cli.crypto.keys import load_opening_key, load_recipient, load_verify_key
 from fedqsn_cli.crypto.signature import verify_folder
-from fedqsn_cli.errors import InputError
+from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.options import SealOptions, UnsealOptions
 
 _SENT = (PROXY_MANIFEST, UPDATE_MANIFEST)
@@ -103,7 +103,7 @@ def unseal(path: str | Path, options: UnsealOptions) -> Unsealed:
         with open(open_regular_file(source), "rb") as file:
             write_folder(stream.decrypt(file.read, key, source), writer, source)
         if not any(name in writer.digests for name in _SENT):
-            raise InputError("holds neither a proxy nor an update", where=source)
+            raise FormatError("holds neither a proxy nor an update", where=source)
         if sender is not None:
             verify_folder(writer.place(SIGNATURE).parent, sender, writer.digests)
         return Unsealed(str(writer.publish()), sender is not None)

@@ -96,6 +96,7 @@ class ClientMasks:
     p2: float
     schedule: Literal["fresh", "sticky"]
     rescale: bool
+    _last: tuple[TensorPlan | None, np.float32] = (None, np.float32(1))  # the factor that was asked for before
 
     def client_hidden_units(self, name: str, units: int) -> Bools:
         """C of a group, [units], True where hidden from the client only."""
@@ -148,7 +149,11 @@ class ClientMasks:
         """The scale s of a tensor in this client's proxy: n / |V|, or 1."""
         if not self.rescale or not tensor.masked:
             return np.float32(1)
-        return rescale_factor(tensor.units, *self._counts(tensor))
+        last, factor = self._last  # read and written as one, because threads ask, too
+        if last is not tensor:
+            factor = rescale_factor(tensor.units, *self._counts(tensor))
+            self._last = tensor, factor
+        return factor
 
     def _counts(self, tensor: TensorPlan) -> tuple[int, int]:
         by_server = self.server.count(tensor)

@@ -10,6 +10,7 @@ zero: it is not part of U, and no place for anything else.
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,10 @@ from fedqsn_cli.planning.tensor_plan import TensorPlan, UnitAxis
 
 Array = NDArray[Any]
 
+FactorRows = tuple[NDArray[np.float64], StoredPiece]
+"""Rows of a factor in double precision, and their bytes."""
+
+KEPT_BYTES = 16 << 20
 _NONE: NDArray[np.int64] = np.empty(0, np.int64)
 
 
@@ -51,13 +56,44 @@ class Factor:
     rows: int
     cols: int
 
-    def read(self, first: int, rows: int, read: ReadBytes) -> tuple[NDArray[np.float64], StoredPiece]:
-        """Some rows in double precision, and their bytes."""
+    def read(self, first: int, rows: int, read: ReadBytes) -> FactorRows:
+        """Some rows."""
         bits = np.dtype(DTYPES[self.dtype].bits)
         start = self.start + first * self.cols * bits.itemsize
         data = read(ADAPTER_TENSORS, start, rows * self.cols * bits.itemsize)
         values = widened(data.view(bits), self.dtype).astype(np.float64)
         return values.reshape(rows, self.cols), StoredPiece(ADAPTER_TENSORS, start, data)
+
+
+class KeptFactors:
+    """Whole factors, which every run of rows of a tensor needs again: the last ones that were read, up to a size."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most = most_bytes
+        self._bytes = 0
+        self._lock = threading.Lock()
+        self._kept: dict[tuple[Factor, ReadBytes], FactorRows] = {}
+
+    def read(self, factor: Factor, read: ReadBytes) -> FactorRows:
+        """All rows of a factor; from any thread."""
+        with self._lock:
+            found = self._kept.get((factor, read))
+        if found is None:
+            found = factor.read(0, factor.rows, read)
+            with self._lock:
+                self._keep((factor, read), found)
+        return found
+
+    def _keep(self, key: tuple[Factor, ReadBytes], rows: FactorRows) -> None:
+        if key not in self._kept:
+            self._kept[key] = rows
+            self._bytes += rows[0].nbytes
+        while self._bytes > self._most:
+            oldest = next(iter(self._kept))
+            self._bytes -= self._kept.pop(oldest)[0].nbytes
+
+
+_WHOLE = KeptFactors(KEPT_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +136,11 @@ class AdapterValues:
 
     def _factors(self, part: UpdateSlice, read: ReadBytes) -> tuple[Array, Array, tuple[StoredPiece, ...]]:
         """Left [rows, rank] and right [rank, cols] factor of a run of rows, hidden units included."""
-        a, a_piece = self.a.read(0, self.a.rows, read)
-        first, rows = (0, self.b.rows) if self.transposed else (part.row, part.rows)
-        b, b_piece = self.b.read(first, rows, read)
+        a, a_piece = _WHOLE.read(self.a, read)
         if self.transposed:
+            b, b_piece = _WHOLE.read(self.b, read)
             return a.T[part.row : part.row + part.rows], b.T, (a_piece, b_piece)
+        b, b_piece = self.b.read(part.row, part.rows, read)
         return b, a, (a_piece, b_piece)
 
     def _require_zeros(self, hidden: Array) -> None:

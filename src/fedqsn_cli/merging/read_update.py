@@ -188,6 +188,8 @@ class UpdateReader:
 def slice_rows(visible: UnitMask, first: int, rows: int) -> UpdateSlice:
     """The elements of U that belong to rows `first` .. `first + rows` of a tensor."""
     cols = visible.view[2]
+    index = np.flatnonzero(visible.flags_of_rows(first, rows).reshape(-1)).astype(np.int64)
+    if visible.axis == "row":
+        return UpdateSlice(first, rows, int(np.count_nonzero(visible.flags[:first])) * cols, index.size * cols, index)
     begin, end = visible.count_before(np.array([first * cols, (first + rows) * cols], dtype=np.int64))
-    index = np.flatnonzero(visible.flags_of_rows(first, rows).reshape(-1))
-    return UpdateSlice(first, rows, int(begin), int(end - begin), index.astype(np.int64))
+    return UpdateSlice(first, rows, int(begin), int(end - begin), index)

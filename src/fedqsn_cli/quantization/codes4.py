@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.kernels.floats import PIECE, Floats, writable
-from fedqsn_cli.kernels.jit import NonFinite, kernel, widen
+from fedqsn_cli.kernels.jit import BF16, NonFinite, kernel, widen
 from fedqsn_cli.kernels.threads import run_ranges
 from fedqsn_cli.quantization.blocks import BATCH, SMALLEST, largest, normalize, rank
 from fedqsn_cli.quantization.codebooks import BLOCK_SIZES, FORMATS, Codebook, codebook
+from fedqsn_cli.quantization.codes4_brain import encode_brain
 
 Bytes = NDArray[np.uint8]
 Float32s = NDArray[np.float32]
@@ -81,13 +82,20 @@ def _quantize(
     book = _checked(source.size, format, block, packed, absmax)
     remap = (book.order[:, None] << 4 | book.order).reshape(-1)
     in_order = format == "nf4"
+    brain = in_order and source.kind == BF16 and not given
     flaws: list[int] = []
 
     def work(start: int, stop: int) -> None:
-        codes, scales = packed[start // 2 : (stop + 1) // 2], absmax[start // block :]
-        bits = writable(source.bits[start:stop])
-        if not _encode(bits, source.kind, block, book.bounds, remap, in_order, codes, scales, given):
-            flaws.append(start)
+        whole = start + (stop - start) // block * block if brain else start
+        if whole > start:
+            codes, bits = packed[start // 2 : whole // 2], writable(source.bits[start:whole])
+            if not encode_brain(bits, block, book.bounds, codes, absmax[start // block :]):
+                flaws.append(start)
+        if stop > whole:
+            codes, bits = packed[whole // 2 : (stop + 1) // 2], writable(source.bits[whole:stop])
+            scales = absmax[whole // block :]
+            if not _encode(bits, source.kind, block, book.bounds, remap, in_order, codes, scales, given):
+                flaws.append(whole)
 
     run_ranges(source.size, max(block, GRAIN), work)
     if flaws:

@@ -80,6 +80,20 @@ def of_one_length(examples: Examples, size: int) -> Iterator[list[int]]:
             yield rows[first : first + size]
 
 
+def within(rows: Sequence[int], lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Split a batch into successive parts of at most so many tokens, padding included; a row alone may have more."""
+    part: list[int] = []
+    longest = 0
+    for row in rows:
+        longest = max(longest, lengths[row])
+        if part and (len(part) + 1) * longest > most:
+            yield part
+            part, longest = [], lengths[row]
+        part.append(row)
+    if part:
+        yield part
+
+
 def shuffled(lengths: Sequence[int], size: int, *, seed: int, epoch: int) -> Sequence[list[int]]:
     """Batches of row numbers for one epoch of training: random, with similar lengths together.
 

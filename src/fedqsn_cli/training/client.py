@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,8 +21,6 @@ from fedqsn_cli.artifacts.manifests import (
 from fedqsn_cli.artifacts.proxy_folder import verify_proxy
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, resolve
 from fedqsn_cli.checkpoint.files import keep_outside
-from fedqsn_cli.crypto.keys import SigningKey, load_signing_key, load_verify_key
-from fedqsn_cli.crypto.signature import sign_artifacts, verify_folder
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.models.architecture import Task
 from fedqsn_cli.models.messages import quiet
@@ -50,6 +48,9 @@ from fedqsn_cli.training.scoring import Evaluation, score
 from fedqsn_cli.training.shared_examples import shared
 from fedqsn_cli.training.states import StateFolder, remove_finished
 from fedqsn_cli.version import VERSION
+
+if TYPE_CHECKING:
+    from fedqsn_cli.crypto.keys import SigningKey
 
 __all__ = ["Estimate", "TrainResult", "client_train", "estimate_training"]
 
@@ -125,6 +126,8 @@ def client_train(proxy: str | Path, options: TrainOptions, *, progress: Progress
         if writer is not None:
             _write_update(writer, ready, trained, before, after)
             if signer is not None:
+                from fedqsn_cli.crypto.signature import sign_artifacts
+
                 sign_artifacts(signer, [writer])
             ready.method.prepare(Path(path), writer.digests[UPDATE_MANIFEST])
             if ready.states is not None:
@@ -155,7 +158,11 @@ def client_train(proxy: str | Path, options: TrainOptions, *, progress: Progress
 
 def _signer(options: TrainOptions) -> SigningKey | None:
     """The key that signs the update, if one was given. Raises KeyFileError."""
-    return load_signing_key(options.sign) if options.sign is not None else None
+    if options.sign is None:
+        return None
+    from fedqsn_cli.crypto.keys import load_signing_key  # imports cryptography, which takes 10 MiB
+
+    return load_signing_key(options.sign)
 
 
 def estimate_training(proxy: str | Path, options: TrainOptions, *, progress: Progress = SILENT) -> Estimate:
@@ -173,9 +180,13 @@ def estimate_training(proxy: str | Path, options: TrainOptions, *, progress: Pro
         raise InputError("is for one process", where="--dry-run", hint="start it without a launcher")
     unwritten = replace(options, save_every=None, log=None, tensorboard=None)
     with quiet(), memory_errors(), _prepared(proxy, unwritten, progress) as ready:
-        bytes_up = ready.method.bytes_sent(options)
+        padding, bytes_up, at_once = (
+            ready.encoder.padding,
+            ready.method.bytes_sent(options),
+            ready.method.tokens_at_once,
+        )
         return measured(
-            ready.model, ready.examples, ready.trainable, ready.options, ready.encoder.padding, bytes_up, progress
+            ready.model, ready.examples, ready.trainable, ready.options, padding, bytes_up, progress, at_once
         )
 
 
@@ -236,7 +247,12 @@ class _Ready:
         with journals(
             Path(log) if log is not None and first else None, Path(board) if board is not None and first else None
         ) as listeners:
-            around = Surroundings(processes=self.processes, states=self.states, journals=listeners)
+            around = Surroundings(
+                processes=self.processes,
+                states=self.states,
+                journals=listeners,
+                tokens_at_once=self.method.tokens_at_once,
+            )
             return train(
                 self.model, self.examples, self.trainable, self.options, self.encoder.padding, progress, around
             )
@@ -258,8 +274,7 @@ def _prepared(proxy: str | Path, options: TrainOptions, progress: Progress) -> I
         folder = resolve(str(proxy)).path
         manifest = verify_proxy(folder)
         if options.verify_key is not None:
-            known = manifest.files | {PROXY_MANIFEST: file_digest(folder / PROXY_MANIFEST)}
-            verify_folder(folder, load_verify_key(options.verify_key), known)
+            _verify_signature(folder, manifest, options.verify_key)
         checkpoint = stack.enter_context(Checkpoint.open(folder))
         states = _states(options, folder, processes)
         if states is not None and processes.is_first:
@@ -284,6 +299,15 @@ def _prepared(proxy: str | Path, options: TrainOptions, progress: Progress) -> I
             states=states,
             private=plan_privacy(options, options, len(examples)),
         )
+
+
+def _verify_signature(folder: Path, manifest: ProxyManifest, key: str | Path) -> None:
+    """Refuse a proxy that the owner of a public key did not sign. Raises KeyFileError, SignatureError."""
+    from fedqsn_cli.crypto.keys import load_verify_key  # imports cryptography, which takes 10 MiB
+    from fedqsn_cli.crypto.signature import verify_folder
+
+    known = manifest.files | {PROXY_MANIFEST: file_digest(folder / PROXY_MANIFEST)}
+    verify_folder(folder, load_verify_key(key), known)
 
 
 def _method(checkpoint: Checkpoint, manifest: ProxyManifest, options: TrainOptions, device: torch.device) -> Method:

@@ -17,7 +17,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fedqsn_cli.linux import return_freed_memory
 from fedqsn_cli.planning.tensor_plan import UnitAxis
+
+PART_BYTES = 16 << 20
+"""Values of leaves that are in memory at the same time, unless a single leaf is larger."""
 
 
 class Trainable(Protocol):
@@ -38,6 +42,9 @@ class Trainable(Protocol):
 
     def drop_gradients(self) -> None:
         """Drop all gradients; called after the optimizer's step."""
+
+    def takes_rows(self, parameter: Tensor) -> bool:
+        """Whether the gradient of a parameter may be a sparse tensor, of the rows that take part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,17 +87,29 @@ class Piece:
         index = index.to(parameter.device)
         return cls(parameter, part, axis, index, _select(parameter.detach(), part, axis, index))
 
+    @property
+    def takes_rows(self) -> bool:
+        """Whether the gradient may be sparse, of the rows of a matrix that take part. Sums in bf16 would differ."""
+        return self.axis == "column" and self.parameter.ndim == 2 and self.parameter.dtype == torch.float32
+
     def gather(self) -> None:
         """Set the leaf's gradient from the parameter's, if that has one."""
         if self.parameter.grad is not None:
-            self.leaf.grad = _select(self.parameter.grad, self.part, self.axis, self.index)
+            self.leaf.grad = None
+            self.accumulate()
 
     def accumulate(self) -> None:
         """Add the parameter's gradient to the leaf's."""
-        before = self.leaf.grad
-        self.gather()
-        if before is not None and self.leaf.grad is not None:
-            self.leaf.grad = before.add_(self.leaf.grad)
+        gradient, before = self.parameter.grad, self.leaf.grad
+        if gradient is None:
+            return
+        if gradient.is_sparse:
+            rows, values = gradient._indices()[0], gradient._values()  # coalescing would add in another order
+            total = torch.zeros(self.leaf.shape, device=gradient.device) if before is None else before
+            self.leaf.grad = total.index_add_(0, rows, values.index_select(1, self.index))
+        else:
+            shown = _select(gradient, self.part, self.axis, self.index)
+            self.leaf.grad = shown if before is None else before.add_(shown)
 
     def fetch(self) -> None:
         """Give the leaf memory, and in it the parameter's values."""
@@ -195,6 +214,8 @@ class VisibleParameters:
         """Within this block these leaves hold the parameters' values; when it ends, parameters hold theirs."""
         pieces = [self._pieces[id(leaf)] for leaf in leaves if id(leaf) in self._pieces]
         try:
+            if sum(piece.leaf.nbytes for piece in pieces) >= PART_BYTES:
+                return_freed_memory()  # what activations took lies in small pieces between gradients
             for piece in pieces:
                 piece.fetch()
             yield
@@ -208,6 +229,11 @@ class VisibleParameters:
         """Drop the gradients of leaves and parameters."""
         for tensor in (*self.leaves, *self._parameters):
             tensor.grad = None
+
+    def takes_rows(self, parameter: Tensor) -> bool:
+        """Whether all that is trained of a parameter are columns of it."""
+        pieces = [piece for piece in self._pieces.values() if piece.parameter is parameter]
+        return bool(pieces) and all(piece.takes_rows for piece in pieces)
 
 
 def _own_memory(parameter: Any) -> None:

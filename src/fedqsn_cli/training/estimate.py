@@ -117,6 +117,7 @@ def measured(
     padding: Padding,
     update_bytes: int,
     progress: Progress,
+    tokens_at_once: int | None = None,
 ) -> Estimate:
     """Make a few steps with a model, which is of no use afterwards, and estimate all of them."""
     plan, lengths, clock = MemoryPlan.of(model, trainable, recipe), examples.lengths, _Clock()
@@ -124,7 +125,8 @@ def measured(
     tried, steps = sizes.tried(), len(sizes.steps)
     wanted = {step: window for step, window in enumerate(windows(recipe, lengths)) if step in tried}
     few = replace(recipe, max_steps=len(tried))
-    around = Surroundings(journals=[clock], windows=[wanted[step] for step in tried])
+    windows_tried = [wanted[step] for step in tried]
+    around = Surroundings(journals=[clock], windows=windows_tried, tokens_at_once=tokens_at_once)
     train(model, examples, trainable, few, padding, progress, around)
     seconds = sizes.seconds(tried[1:], clock.seconds[1:])  # the first step warms up
     return Estimate(

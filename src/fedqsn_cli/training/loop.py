@@ -10,19 +10,20 @@ from __future__ import annotations
 import inspect
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.models.architecture import Task
 from fedqsn_cli.options import RecipeOptions
 from fedqsn_cli.progress import Progress
-from fedqsn_cli.training.batching import Batch, Examples, Padding, collate, loss_sum
+from fedqsn_cli.training.batching import Batch, Examples, Padding, collate, loss_sum, within
 from fedqsn_cli.training.compact import Trainable
 from fedqsn_cli.training.interrupts import held_signals
 from fedqsn_cli.training.journal import Journal, StepFigures
@@ -75,6 +76,8 @@ class Surroundings:
         states: where states are kept; it is open.
         journals: who hears of each step.
         windows: the batches of each step, if not those of the recipe.
+        tokens_at_once: how many tokens of a batch go through the model together, padding included; None for all. It
+            bounds the memory of activations, and changes a step only by how sums are rounded.
     """
 
     backward: Backward = backward
@@ -82,6 +85,7 @@ class Surroundings:
     states: StateFolder | None = None
     journals: Sequence[Journal] = ()
     windows: Sequence[Window] | None = None
+    tokens_at_once: int | None = None
 
 
 @dataclass(slots=True)
@@ -126,7 +130,11 @@ def train(
     around = around or Surroundings()
     whole = replace(recipe, batch_size=recipe.batch_size * around.processes.count)
     run = _Run(model, examples, trainable, whole, padding, around)
-    with repeatable(model.device, recipe.seed + around.processes.rank), _checkpointing(model, recipe):
+    with (
+        repeatable(model.device, recipe.seed + around.processes.rank),
+        _checkpointing(model, recipe),
+        _rows_of_embeddings(model, trainable),
+    ):
         model.train()
         if around.states is None:
             run.steps(progress)
@@ -213,6 +221,8 @@ class _Run:
         """Give the leaves the gradients of a step. Returns its mean loss."""
         processes = self.around.processes
         shares = [share for share in map(processes.share, window) if share]
+        if (most := self.around.tokens_at_once) is not None:
+            shares = [part for share in shares for part in within(share, self._lengths, most)]
         batches = [collate(self.examples, rows, self.padding) for rows in shares]
         (count,) = processes.sums(sum(batch.count for batch in batches))
         loss = self.around.backward(self.model, self.examples.task, batches, int(count), self.recipe)
@@ -297,6 +307,30 @@ def _checkpointing(model: Any, recipe: RecipeOptions) -> Iterator[None]:
         yield
     finally:
         model.gradient_checkpointing_disable()
+
+
+@contextmanager
+def _rows_of_embeddings(model: Any, trainable: Trainable) -> Iterator[None]:
+    """Within this block, the gradient of an embedding has rows for the tokens of a batch, not for all that there are.
+
+    A weight that other modules use, too, is left alone: sums of dense and sparse gradients are rounded otherwise.
+    """
+    users = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    changed = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        and not (module.sparse or module.scale_grad_by_freq)
+        and users[id(module.weight)] == 1
+        and trainable.takes_rows(module.weight)
+    ]
+    try:
+        for module in changed:
+            module.sparse = True
+        yield
+    finally:
+        for module in changed:
+            module.sparse = False
 
 
 def _loss(model: Any, task: Task, batch: Batch, precision: str) -> Tensor:

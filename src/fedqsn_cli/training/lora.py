@@ -100,6 +100,11 @@ class LoraMethod:
         return VisibleParameters(trained, masks)
 
     @property
+    def tokens_at_once(self) -> None:
+        """All: packed weights are unpacked each time."""
+        return None
+
+    @property
     def numbers_sent(self) -> int:
         """Numbers in the update: factors, and what was trained in full twice, as it is and as U."""
         return sum(tensor.numel() for tensor in self._adapter_tensors().values()) + update.parameters(

@@ -20,6 +20,10 @@ class Method(Protocol):
         """Bring the model to where and how it is trained; called once, before anything is computed."""
 
     @property
+    def tokens_at_once(self) -> int | None:
+        """How many tokens of a batch go through the model together; None for all."""
+
+    @property
     def numbers_sent(self) -> int:
         """Numbers in the update."""
 

@@ -16,10 +16,7 @@ from torch import Tensor
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.models.messages import first_line
 from fedqsn_cli.options import OptimizerName, RecipeOptions
-from fedqsn_cli.training.compact import Trainable
-
-PART_BYTES = 16 << 20
-"""Values of leaves that are in memory at the same time, unless a single leaf is larger."""
+from fedqsn_cli.training.compact import PART_BYTES, Trainable
 
 STATE_BYTES: dict[OptimizerName, float] = {"adamw": 8, "adamw-8bit": 2 + 2 * 4 / 256, "sgd": 0}
 """Bytes of optimizer state for each fp32 number that is trained: two moments; in 8 bits, 256 share an fp32 scale."""
@@ -81,7 +78,12 @@ def make_optimizer(leaves: list[Tensor], weight_decay: float, recipe: RecipeOpti
             leaves, lr=recipe.lr, weight_decay=weight_decay
         )
         return optimizer
-    return torch.optim.AdamW(leaves, lr=recipe.lr, weight_decay=weight_decay, fused=True)
+    adamw = torch.optim.AdamW(leaves, lr=recipe.lr, weight_decay=weight_decay, fused=True)
+    # As its first step would, but in one piece: between activations that come and go, states would scatter free memory.
+    for leaf in leaves:
+        step = torch.zeros((), dtype=torch.float32, device=leaf.device)
+        adamw.state[leaf] = {"step": step, "exp_avg": torch.zeros_like(leaf), "exp_avg_sq": torch.zeros_like(leaf)}
+    return adamw
 
 
 def _parts(leaves: list[Tensor]) -> Iterator[list[Tensor]]:

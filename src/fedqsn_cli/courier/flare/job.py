@@ -11,6 +11,7 @@ default FLARE would send the server's paths to every site.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ from nvflare.apis.signal import Signal
 from fedqsn_cli.courier.flare.transfer import fetch_parts, offer_parts
 from fedqsn_cli.courier.layout import Site
 from fedqsn_cli.courier.outbox import Consignment
-from fedqsn_cli.courier.parts import Parts
+from fedqsn_cli.courier.parts import PART, Parts
 from fedqsn_cli.courier.work import NoUpdate, SiteRound, log
 from fedqsn_cli.errors import FedqsnError, FormatError
+from fedqsn_cli.text import clean
 
 TASK = "round"
 ORDER, PARTS, REFERENCES, PROBLEM = "fedqsn_order", "fedqsn_parts", "fedqsn_references", "fedqsn_problem"
+_LONGEST = 200  # characters of a site's problem that the server keeps
 _TIMES, _MORE = 16, 64 << 20  # an update is at most so many times as large as its proxy, and so much larger
 
 
@@ -84,11 +87,13 @@ class CourierController(Controller):  # type: ignore[misc]
         if client_task.client.name != self._client:
             return f"site {client_task.client.name!r} answered for {self._client!r}"
         if result.get_return_code() != ReturnCode.OK or PROBLEM in result:
-            return f"no update: {result.get(PROBLEM, result.get_return_code())}"
+            return f"no update: {clean(str(result.get(PROBLEM, result.get_return_code()))[:_LONGEST])}"
         if not self._update.exists():
             parts = Parts.from_document(result.get(PARTS))
             if parts.size > _TIMES * self._parts.size + _MORE:
                 raise FormatError("is far larger than any update of this proxy", where=self._client)
+            if len(parts.parts) != -(-parts.size // PART):  # each part costs the server a request and a sync
+                raise FormatError("is in more parts than a site cuts it into", where=self._client)
             sender, cell = f"{self._client}.{fl_ctx.get_job_id()}", fl_ctx.get_engine().get_cell()
             fetch_parts(parts, result.get(REFERENCES), sender, self._update, cell, self._abort)
         return None
@@ -118,7 +123,8 @@ class CourierExecutor(Executor):  # type: ignore[misc]
         except NoUpdate as error:
             reply[PROBLEM] = error.reason
         except (FedqsnError, OSError) as error:  # no word of it leaves the site: it may name files
-            log(site, f"refused: {error}")
+            with suppress(OSError):  # the disk may be full
+                log(site, f"refused: {error}")
             reply[PROBLEM] = "the site refused the proxy or what was asked for; its log says why"
         return reply
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from nvflare.fuel.flare_api.flare_api import new_secure_session
 
-from fedqsn_cli.courier.kits import ADMIN
+from fedqsn_cli.courier.kits import ADMIN, require_valid
 from fedqsn_cli.courier.rounds import Unreachable
 
 T = TypeVar("T")
@@ -23,9 +23,13 @@ class Session:
 
     Args:
         kit: of the owner's session.
+
+    Raises:
+        InputError: its certificates cannot be used.
     """
 
     def __init__(self, kit: Path) -> None:
+        require_valid(kit)
         logging.getLogger("nvflare").setLevel(logging.CRITICAL)
         self._kit = kit
         self._session: Any = None

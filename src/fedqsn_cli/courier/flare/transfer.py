@@ -31,6 +31,12 @@ def free_sent(taken: int) -> None:
         gc.collect()
 
 
+def _settle() -> None:
+    """Let `free_sent` pass over what is there before a transfer: hundreds of thousands of objects that stay."""
+    gc.collect()
+    gc.freeze()
+
+
 class OfferedPart(Downloadable):  # type: ignore[misc]
     """A part of a file, read when it is asked for."""
 
@@ -76,7 +82,7 @@ class WrittenPart(Consumer):  # type: ignore[misc]
 
 def offer_parts(path: Path, parts: Parts, cell: Any) -> list[str]:
     """Offer a file to one receiver; returns the references of its parts."""
-    gc.freeze()  # what was imported stays: `free_sent` need not look at it
+    _settle()
     downloader = ObjectDownloader(cell, timeout=_TRANSACTION, num_receivers=1)
     return [str(downloader.add_object(OfferedPart(path, part))) for part in parts.parts]
 
@@ -93,10 +99,14 @@ def fetch_parts(parts: Parts, references: Any, sender: str, target: Path, cell: 
     if type(references) is not list or [type(one) for one in references] != [str] * len(parts.parts):
         raise FormatError("is not an offer of these parts", where=target)
     known = dict(zip(parts.parts, references, strict=True))
+    _settle()
 
     def fetch(part: Part, writer: PartWriter) -> None:
         consumer = WrittenPart(writer)
-        download_object(sender, known[part], _REQUEST, cell, consumer, abort_signal=abort)
+        try:
+            download_object(sender, known[part], _REQUEST, cell, consumer, abort_signal=abort)
+        except Exception as error:  # FLARE asserts what its messages hold, and a sender may lie in any of them
+            raise FormatError(f"a part did not arrive ({error!r})", where=target) from error
         if consumer.failure is not None:
             raise FormatError(f"a part did not arrive ({consumer.failure})", where=target)
 
