@@ -76,8 +76,8 @@ def full_bytes(proxy: str) -> int:
     from fedqsn_cli.artifacts.manifests import ProxyManifest, read_manifest
     from fedqsn_cli.checkpoint import Checkpoint
     from fedqsn_cli.models.dense import DenseTensors
-    from fedqsn_cli.training import update
-    from fedqsn_cli.training.visible import read_visible
+    from fedqsn_cli.training.steps.visible import read_visible
+    from fedqsn_cli.training.updates import update
 
     with Checkpoint.open(Path(proxy)) as checkpoint:
         layout = DenseTensors(checkpoint).layout

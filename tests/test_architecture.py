@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import fedqsn_cli
@@ -57,6 +58,12 @@ def package(module: str) -> str:
     return module.split(".")[0] or "fedqsn_cli"
 
 
+def inner_package(module: str) -> str:
+    """The package inside a package that a module belongs to, or "" for none."""
+    name = ".".join(module.split(".")[:2])
+    return name if (ROOT / name.replace(".", "/") / "__init__.py").exists() and "." in name else ""
+
+
 @cache
 def graph() -> dict[str, set[str]]:
     """Which modules each module imports."""
@@ -93,6 +100,18 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
     for name in edges:
         visit(name, ())
+
+
+def test_inner_packages_do_not_import_each_other_in_a_circle() -> None:
+    """Those of one package; files beside them, such as commands, are not part of any."""
+    edges: dict[str, set[str]] = {}
+    for name, others in graph().items():
+        inner = [inner_package(other) for other in others if package(other) == package(name)]
+        edges.setdefault(inner_package(name), set()).update(inner)
+    edges.pop("")
+    assert set(TopologicalSorter({name: others - {name, ""} for name, others in edges.items()}).static_order()) == {
+        ".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("*/*/__init__.py")
+    }
 
 
 def test_the_root_stays_small() -> None:

@@ -40,7 +40,7 @@ class Trainee:
         """The model of a checkpoint or proxy, with other weights if they are given."""
         from fedqsn_cli.checkpoint import Checkpoint
         from fedqsn_cli.models.torch_model import load_model
-        from fedqsn_cli.training.data import Encoder
+        from fedqsn_cli.training.data.encoder import Encoder
 
         with Checkpoint.open(source) as checkpoint:
             loaded = load_model(checkpoint, dense=state)
@@ -49,8 +49,8 @@ class Trainee:
     def examples(self, data: Path, most: int | None = None) -> Any:
         """The first examples of a file, or all."""
         from fedqsn_cli.progress import Silent
-        from fedqsn_cli.training.batching import Examples
-        from fedqsn_cli.training.data_files import open_data
+        from fedqsn_cli.training.data.data_files import open_data
+        from fedqsn_cli.training.steps.batching import Examples
 
         found = self.encoder.encode(open_data(data), Silent())
         return found if most is None else Examples(found.task, found.features[:most], found.targets[:most])
@@ -61,8 +61,8 @@ class Trainee:
         """Train what is not frozen; returns how many different examples took part."""
         from fedqsn_cli.options import RecipeOptions
         from fedqsn_cli.progress import Silent
-        from fedqsn_cli.training.compact import VisibleParameters
-        from fedqsn_cli.training.loop import train
+        from fedqsn_cli.training.steps.compact import VisibleParameters
+        from fedqsn_cli.training.steps.loop import train
 
         recipe = RecipeOptions(epochs=MANY, max_steps=steps, lr=lr, batch_size=batch_size, seed=seed)
         trainable = VisibleParameters(self.model, {})
@@ -72,7 +72,7 @@ class Trainee:
     def score(self, data: Path) -> Score:
         """Loss and accuracy."""
         from fedqsn_cli.progress import Silent
-        from fedqsn_cli.training.scoring import score
+        from fedqsn_cli.training.scoring.scoring import score
 
         found = score(self.model, self.examples(data), batch_size=32, padding=self.encoder.padding, progress=Silent())
         return {"loss": found.loss, "accuracy": found.accuracy}

@@ -21,7 +21,7 @@ from fedqsn_cli.artifacts.proxy_folder import VisibleUnits, open_visible, verify
 from fedqsn_cli.auditing.opened_proxy import open_proxy
 from fedqsn_cli.checkpoint import ArtifactWriter
 from fedqsn_cli.errors import FormatError, InputError
-from fedqsn_cli.training.visible import read_visible
+from fedqsn_cli.training.steps.visible import read_visible
 from support.helpers import contents
 from support.scenario import few
 from support.training_jobs import dense_tensors, make_proxy, small_model

@@ -49,11 +49,11 @@ from fedqsn_cli.crypto import dsse
 from fedqsn_cli.crypto.keys import load_signing_key
 from fedqsn_cli.errors import FedqsnError
 from fedqsn_cli.masks import job_key
-from fedqsn_cli.merging.server_optimizer import open_state
+from fedqsn_cli.merging.step.server_optimizer import open_state
 from fedqsn_cli.models.model import model_tensors, open_model
 from fedqsn_cli.models.plan_file import load_overrides
 from fedqsn_cli.options import ProposalOptions
-from fedqsn_cli.training.data_files import read_table
+from fedqsn_cli.training.data.data_files import read_table
 from support.attacks import World, make_world
 from support.processes import run
 

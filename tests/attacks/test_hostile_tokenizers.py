@@ -20,8 +20,8 @@ SLOW = 40.0  # seconds, on a machine that is busy
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedqsn_cli.training.tokenizing.SECONDS", 1)
-    monkeypatch.setattr("fedqsn_cli.training.tokenizing.MEMORY", 1 << 27)
+    monkeypatch.setattr("fedqsn_cli.training.data.tokenizing.SECONDS", 1)
+    monkeypatch.setattr("fedqsn_cli.training.data.tokenizing.MEMORY", 1 << 27)
 
 
 @pytest.fixture(scope="module")

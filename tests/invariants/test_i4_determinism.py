@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from fedqsn_cli import export_proxy, mask, merge
 from fedqsn_cli.export import pipeline, proxy, server_model
 from fedqsn_cli.kernels import threads
-from fedqsn_cli.merging import chunks, restore
+from fedqsn_cli.merging.ending import restore
+from fedqsn_cli.merging.step import chunks
 from fedqsn_cli.models import residual
 from fedqsn_cli.quantization.layout import TensorLayout, row_chunks
 from support.helpers import (

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from fedqsn_cli import merge
 from fedqsn_cli.errors import FedqsnError
-from fedqsn_cli.merging import chunks
-from fedqsn_cli.merging.adapters import Factor, KeptFactors
-from fedqsn_cli.merging.products import product
+from fedqsn_cli.merging.step import chunks
+from fedqsn_cli.merging.updates.adapters import Factor, KeptFactors
+from fedqsn_cli.merging.updates.products import product
 from merging.test_merge import fedavg, whole_update
 from support.adapters import AdapterUpdate, draft_adapters
 from support.helpers import (

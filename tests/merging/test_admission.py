@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fedqsn_cli import merge
 from fedqsn_cli.errors import FormatError, InputError, RefusedUpdate
-from fedqsn_cli.merging.cosines import KEPT
+from fedqsn_cli.merging.step.cosines import KEPT
 from merging.test_merge import fedavg, whole_update
 from support.helpers import contents, draft, make_model, noise, nothing_written, read_model, send, to_floats
 from support.raw_safetensors import read_file

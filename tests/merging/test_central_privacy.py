@@ -15,7 +15,7 @@ from fedqsn_cli import inspect, merge
 from fedqsn_cli.artifacts import ledger as ledgers
 from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.masks import job_key
-from fedqsn_cli.merging.noise import BLOCK, Noise
+from fedqsn_cli.merging.step.noise import BLOCK, Noise
 from invariants.test_i4_determinism import chunks_of, threads_of
 from merging.test_merge import whole_update
 from support.helpers import contents, draft, make_model, noise, nothing_written, read_model, send, to_floats

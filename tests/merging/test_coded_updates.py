@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from fedqsn_cli import merge
 from fedqsn_cli.artifacts.update_folder import UPDATE_FORMATS, format_of, stored_specs
 from fedqsn_cli.errors import RefusedUpdate
-from fedqsn_cli.merging import chunks
-from fedqsn_cli.merging.stored_values import StoredValues, UpdateSlice
+from fedqsn_cli.merging.step import chunks
+from fedqsn_cli.merging.updates.stored_values import StoredValues, UpdateSlice
 from fedqsn_cli.quantization.runs import decode_run, encode_run
 from support.helpers import Update, contents, draft, make_model, noise, nothing_written
 from support.scenario import JobFolder, Scenario, few, job_folder, scenarios

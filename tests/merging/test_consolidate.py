@@ -14,13 +14,13 @@ from torch import Tensor
 
 from fedqsn_cli import client_train, consolidate, evaluate, export_proxy, inspect, mask, merge
 from fedqsn_cli.errors import DataError, GateFailed, InputError, OutputExists
-from fedqsn_cli.merging.lora_student import LoraStudent
-from fedqsn_cli.merging.weight_search import WEIGHTS, WeightTrial, rank
+from fedqsn_cli.merging.ending.lora_student import LoraStudent
+from fedqsn_cli.merging.ending.weight_search import WEIGHTS, WeightTrial, rank
 from fedqsn_cli.options import RecipeOptions
 from fedqsn_cli.progress import SILENT, Silent
-from fedqsn_cli.training.batching import IGNORED, Examples, Padding, collate
-from fedqsn_cli.training.scoring import Evaluation
-from fedqsn_cli.training.teachers import Distillation, Lesson, Said, kept_tokens, listen
+from fedqsn_cli.training.scoring.scoring import Evaluation
+from fedqsn_cli.training.scoring.teachers import Distillation, Lesson, Said, kept_tokens, listen
+from fedqsn_cli.training.steps.batching import IGNORED, Examples, Padding, collate
 from support.families import build
 from support.helpers import contents, nothing_written
 from support.processes import run
@@ -395,7 +395,7 @@ def reference(teacher: Tensor, student: Tensor) -> float:
 
 
 def test_the_loss_is_the_divergence_over_the_likeliest_tokens_and_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedqsn_cli.training.teachers.LIKELIEST", KEPT)
+    monkeypatch.setattr("fedqsn_cli.training.scoring.teachers.LIKELIEST", KEPT)
     generator = torch.Generator().manual_seed(0)
     teacher, student = (torch.randn(6, 50, generator=generator) for _ in range(2))
     examples = texts([6, 4, 5], ignored=1)

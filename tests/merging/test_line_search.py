@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedqsn_cli.errors import GateFailed, InputError
-from fedqsn_cli.merging.line_search import BLENDS, STEPS, Point, best, best_blend, best_step, explore
+from fedqsn_cli.merging.ending.line_search import BLENDS, STEPS, Point, best, best_blend, best_step, explore
 from fedqsn_cli.progress import Silent
 
 

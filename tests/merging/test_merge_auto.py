@@ -13,7 +13,7 @@ import pytest
 
 from fedqsn_cli import client_train, evaluate, export_proxy, mask, merge
 from fedqsn_cli.errors import DataError, GateFailed, InputError, RefusedUpdate
-from fedqsn_cli.merging.interpolate import Interpolation
+from fedqsn_cli.merging.ending.interpolate import Interpolation
 from fedqsn_cli.merging.results import MergeResult
 from support.helpers import (
     as_strings,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedqsn_cli.merging.order_rules import KINDS, PIECE, OrderRule
+from fedqsn_cli.merging.rules.order_rules import KINDS, PIECE, OrderRule
 
 Doubles = NDArray[np.float64]
 ROWS, COLS = 3, PIECE + 37

@@ -20,8 +20,9 @@ from fedqsn_cli.artifacts.manifests import file_digest, manifest_bytes, read_man
 from fedqsn_cli.artifacts.partial_folder import PARTIAL_TENSORS, PartialManifest
 from fedqsn_cli.errors import FedqsnError, InputError, RefusedUpdate
 from fedqsn_cli.masks import job_key
-from fedqsn_cli.merging import arithmetic, chunks
-from fedqsn_cli.merging.exact_sum import Digits
+from fedqsn_cli.merging.step import chunks
+from fedqsn_cli.merging.sums import arithmetic
+from fedqsn_cli.merging.sums.exact_sum import Digits
 from fedqsn_cli.options import MergeOptions
 from merging.test_admission import CLIENTS, job_with_updates, merged
 from support.adapters import draft_adapters

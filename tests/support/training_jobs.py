@@ -16,7 +16,7 @@ from fedqsn_cli.artifacts.manifests import ProxyManifest, read_manifest
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.models.dense import load_dense
-from fedqsn_cli.training.visible import expanded, read_visible
+from fedqsn_cli.training.steps.visible import expanded, read_visible
 from support.families import build
 from support.keys import known_key
 

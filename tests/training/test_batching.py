@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedqsn_cli.training.batching import IGNORED, Examples, Padding, collate, in_order, loss_sum, shuffled, within
+from fedqsn_cli.training.steps.batching import IGNORED, Examples, Padding, collate, in_order, loss_sum, shuffled, within
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=300)
 

@@ -9,10 +9,10 @@ import pytest
 
 from fedqsn_cli.errors import DataError
 from fedqsn_cli.progress import Silent
-from fedqsn_cli.training import chat
-from fedqsn_cli.training.data import Encoder
-from fedqsn_cli.training.examples import IGNORED, Examples
-from fedqsn_cli.training.tables import Table
+from fedqsn_cli.training.data import chat
+from fedqsn_cli.training.data.encoder import Encoder
+from fedqsn_cli.training.data.examples import IGNORED, Examples
+from fedqsn_cli.training.data.tables import Table
 from support.tokenizers import KINDS, tokenizer
 
 CHATML = (

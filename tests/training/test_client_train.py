@@ -22,9 +22,9 @@ from fedqsn_cli.models.architecture import task_of
 from fedqsn_cli.models.tokenizer import load_tokenizer
 from fedqsn_cli.models.torch_model import Loaded, build_model
 from fedqsn_cli.progress import Silent
-from fedqsn_cli.training.data import Encoder
-from fedqsn_cli.training.data_files import read_table
-from fedqsn_cli.training.scoring import score
+from fedqsn_cli.training.data.data_files import read_table
+from fedqsn_cli.training.data.encoder import Encoder
+from fedqsn_cli.training.scoring.scoring import score
 from support.families import EVERY_HEAD, rest_in_soak
 from support.helpers import HOST, USER, set_host_names
 from support.training_jobs import (
@@ -118,7 +118,7 @@ def test_training_learns(bert: Path, tmp_path: Path) -> None:
 
 def evaluate_update(bert: Path, update: Path, data: Path, expected: float) -> Any:
     """The evaluation that client_train reported, after its loss was found again from the files."""
-    from fedqsn_cli.training.scoring import Evaluation
+    from fedqsn_cli.training.scoring.scoring import Evaluation
 
     dense, change = dense_tensors(bert / "proxy"), whole_update(bert / "proxy", update)
     loss = loss_of(bert / "proxy", {name: dense[name] + change[name] for name in dense}, data)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedqsn_cli.training.compact import Piece, VisibleParameters, split
+from fedqsn_cli.training.steps.compact import Piece, VisibleParameters, split
 
 
 def bools(*sizes: int) -> Tensor:

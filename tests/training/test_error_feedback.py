@@ -19,9 +19,9 @@ from fedqsn_cli.artifacts.update_folder import UPDATE_FORMATS, format_of
 from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.quantization.runs import decode_run
-from fedqsn_cli.training.error_feedback import ErrorFeedback
-from fedqsn_cli.training.update import encode_update
-from fedqsn_cli.training.visible import expanded, put_visible, rescale_factors, visible_part
+from fedqsn_cli.training.steps.visible import expanded, put_visible, rescale_factors, visible_part
+from fedqsn_cli.training.updates.error_feedback import ErrorFeedback
+from fedqsn_cli.training.updates.update import encode_update
 from support.scenario import few
 from support.training_jobs import dense_tensors, labelled, make_proxy, small_model, visible_units
 
@@ -255,7 +255,7 @@ def killed_round(job: Path, here: Path, monkeypatch: pytest.MonkeyPatch, at: str
 
 
 PUBLISH = "fedqsn_cli.checkpoint.writer.ArtifactWriter.publish"
-REPLACE = "fedqsn_cli.training.error_feedback.ErrorFeedback.replace"
+REPLACE = "fedqsn_cli.training.updates.error_feedback.ErrorFeedback.replace"
 
 
 def test_a_kill_between_update_and_residual_loses_nothing(

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.options import RecipeOptions, TrainOptions
 from fedqsn_cli.training.client import estimate_training
-from fedqsn_cli.training.estimate import Estimate, Sizes
-from fedqsn_cli.training.optimizers import Optimizers
-from fedqsn_cli.training.schedule import windows
+from fedqsn_cli.training.steps.estimate import Estimate, Sizes
+from fedqsn_cli.training.steps.optimizers import Optimizers
+from fedqsn_cli.training.steps.schedule import windows
 from support.training_jobs import make_proxy, plain_texts, small_model
 
 SHORT_AND_ONE_LONG = [5] * 40 + [90] + [7] * 40

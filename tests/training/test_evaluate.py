@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from fedqsn_cli import evaluate, mask, quantize
 from fedqsn_cli.errors import DataError, FormatError, InputError
-from fedqsn_cli.training.metrics import of_classes
+from fedqsn_cli.training.data.metrics import of_classes
 from support.keys import known_key
 from support.training_jobs import labelled, make_proxy, plain_texts, small_model, write_lines
 

@@ -18,10 +18,10 @@ from pyarrow import parquet
 
 from fedqsn_cli.errors import DataError
 from fedqsn_cli.progress import Silent
-from fedqsn_cli.training.data import Encoder
-from fedqsn_cli.training.data_files import read_table
-from fedqsn_cli.training.examples import Examples
-from fedqsn_cli.training.tasks import TASKS
+from fedqsn_cli.training.data.data_files import read_table
+from fedqsn_cli.training.data.encoder import Encoder
+from fedqsn_cli.training.data.examples import Examples
+from fedqsn_cli.training.data.tasks import TASKS
 from support.scenario import MEMORY, few
 from support.tokenizers import tokenizer
 

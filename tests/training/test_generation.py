@@ -13,9 +13,9 @@ from fedqsn_cli.errors import DataError, InputError
 from fedqsn_cli.models.torch_model import Loaded, load_model
 from fedqsn_cli.options import EvaluateOptions
 from fedqsn_cli.progress import Silent
-from fedqsn_cli.training import generation
-from fedqsn_cli.training.data import Encoder
-from fedqsn_cli.training.tables import Table
+from fedqsn_cli.training.data.encoder import Encoder
+from fedqsn_cli.training.data.tables import Table
+from fedqsn_cli.training.scoring import generation
 from support.tokenizers import tokenizer
 from support.training_jobs import labelled, small_model, write_lines
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.training.journal import StepFigures, TensorBoard, journals
+from fedqsn_cli.training.steps.journal import StepFigures, TensorBoard, journals
 
 
 def figures(step: int) -> StepFigures:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from fedqsn_cli.errors import DataError, InputError
 from fedqsn_cli.progress import Silent
-from fedqsn_cli.training.data import Encoder
-from fedqsn_cli.training.examples import IGNORED, Examples
-from fedqsn_cli.training.tables import Table
+from fedqsn_cli.training.data.encoder import Encoder
+from fedqsn_cli.training.data.examples import IGNORED, Examples
+from fedqsn_cli.training.data.tables import Table
 from support.scenario import few
 from support.tokenizers import KINDS, tokenizer
 

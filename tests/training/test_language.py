@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from fedqsn_cli.errors import DataError
 from fedqsn_cli.progress import Silent
-from fedqsn_cli.training.data import Encoder
-from fedqsn_cli.training.examples import IGNORED, Examples
-from fedqsn_cli.training.tables import Table
+from fedqsn_cli.training.data.encoder import Encoder
+from fedqsn_cli.training.data.examples import IGNORED, Examples
+from fedqsn_cli.training.data.tables import Table
 from support.scenario import few
 from support.tokenizers import KINDS, tokenizer
 
@@ -167,7 +167,7 @@ def test_a_row_that_cannot_be_tokenized_is_named(
 def test_rows_that_are_tokenized_in_parts_are_masked_and_numbered_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
     given, texts = encoder("word-piece", "masked-lm"), [f"hello world fox {number}" for number in range(7)]
     whole = encode(given, text=texts)
-    monkeypatch.setattr("fedqsn_cli.training.tables.PART_ROWS", 2)
+    monkeypatch.setattr("fedqsn_cli.training.data.tables.PART_ROWS", 2)
     parts = encode(given, text=texts)
     assert list(parts.features) == list(whole.features) and list(parts.targets) == list(whole.targets)
     with pytest.raises(DataError, match="row 6: column 'text' holds a number"):

@@ -12,14 +12,14 @@ from torch import Tensor
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.options import RecipeOptions
 from fedqsn_cli.progress import SILENT, Silent
-from fedqsn_cli.training import loop
-from fedqsn_cli.training.batching import IGNORED, Examples, Padding, collate, loss_sum, shuffled
-from fedqsn_cli.training.compact import VisibleParameters
-from fedqsn_cli.training.loop import TrainingSummary
-from fedqsn_cli.training.memory import MemoryPlan
-from fedqsn_cli.training.optimizers import Optimizers, make_optimizer
-from fedqsn_cli.training.precision import choose_precision
-from fedqsn_cli.training.schedule import learning_rate, step_count
+from fedqsn_cli.training.steps import loop
+from fedqsn_cli.training.steps.batching import IGNORED, Examples, Padding, collate, loss_sum, shuffled
+from fedqsn_cli.training.steps.compact import VisibleParameters
+from fedqsn_cli.training.steps.loop import TrainingSummary
+from fedqsn_cli.training.steps.memory import MemoryPlan
+from fedqsn_cli.training.steps.optimizers import Optimizers, make_optimizer
+from fedqsn_cli.training.steps.precision import choose_precision
+from fedqsn_cli.training.steps.schedule import learning_rate, step_count
 from support.families import make_config
 
 PADDING = Padding(0)

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from fedqsn_cli.training import losses, metrics
-from fedqsn_cli.training.examples import IGNORED
+from fedqsn_cli.training.data import losses, metrics
+from fedqsn_cli.training.data.examples import IGNORED
 
 
 def test_classes_are_measured_by_accuracy_f1_and_correlation() -> None:

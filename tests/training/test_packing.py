@@ -14,10 +14,10 @@ from fedqsn_cli import client_train
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.options import RecipeOptions
 from fedqsn_cli.progress import SILENT
-from fedqsn_cli.training import loop
-from fedqsn_cli.training.batching import IGNORED, Examples, Padding
-from fedqsn_cli.training.compact import VisibleParameters
-from fedqsn_cli.training.packing import check_separation, packed
+from fedqsn_cli.training.steps import loop
+from fedqsn_cli.training.steps.batching import IGNORED, Examples, Padding
+from fedqsn_cli.training.steps.compact import VisibleParameters
+from fedqsn_cli.training.steps.packing import check_separation, packed
 from support.families import make_config
 from support.training_jobs import labelled, make_proxy, plain_texts, small_model
 

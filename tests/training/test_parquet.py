@@ -14,8 +14,8 @@ from pyarrow import parquet
 from pyarrow.parquet import encryption
 
 from fedqsn_cli.errors import DataError
-from fedqsn_cli.training.data_files import read_table
-from fedqsn_cli.training.tables import Table
+from fedqsn_cli.training.data.data_files import read_table
+from fedqsn_cli.training.data.tables import Table
 from support.processes import run
 
 JSON = pyarrow.json_()

@@ -20,10 +20,10 @@ from fedqsn_cli.errors import InputError
 from fedqsn_cli.options import RecipeOptions, TrainOptions
 from fedqsn_cli.options.privacy import PrivacyOptions
 from fedqsn_cli.progress import SILENT
-from fedqsn_cli.training import private_loop
-from fedqsn_cli.training.batching import Examples, Padding, collate, loss_sum
-from fedqsn_cli.training.compact import VisibleParameters
-from fedqsn_cli.training.private_loop import PerExample, check_supported, plan_privacy, train_privately
+from fedqsn_cli.training.steps import private_loop
+from fedqsn_cli.training.steps.batching import Examples, Padding, collate, loss_sum
+from fedqsn_cli.training.steps.compact import VisibleParameters
+from fedqsn_cli.training.steps.private_loop import PerExample, check_supported, plan_privacy, train_privately
 from support.families import make_config
 from support.training_jobs import labelled, make_proxy, plain_texts, small_model
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from fedqsn_cli import client_train
-from fedqsn_cli.training.processes import ALONE, Processes, launched, own_device
+from fedqsn_cli.training.steps.processes import ALONE, Processes, launched, own_device
 from support.processes import environment
 from support.training_jobs import labelled, make_proxy, small_model
 from support.warm_processes import WarmServer

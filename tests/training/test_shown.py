@@ -9,7 +9,7 @@ import pytest
 
 from fedqsn_cli.cli.app import main
 from fedqsn_cli.options import TrainOptions
-from fedqsn_cli.training.shown import show_examples
+from fedqsn_cli.training.data.shown import show_examples
 from support.helpers import contents
 from support.tokenizers import tokenizer
 from support.training_jobs import labelled, make_proxy, small_model, write_lines

@@ -20,13 +20,13 @@ from fedqsn_cli.checkpoint import files
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.options import RecipeOptions
 from fedqsn_cli.progress import SILENT, Silent
-from fedqsn_cli.training import loop
-from fedqsn_cli.training.batching import Examples, Padding
-from fedqsn_cli.training.compact import VisibleParameters
-from fedqsn_cli.training.interrupts import held_signals
-from fedqsn_cli.training.journal import StepFigures
-from fedqsn_cli.training.loop import Surroundings, TrainingSummary
-from fedqsn_cli.training.states import KEPT, StateFolder, remove_finished
+from fedqsn_cli.training.steps import loop
+from fedqsn_cli.training.steps.batching import Examples, Padding
+from fedqsn_cli.training.steps.compact import VisibleParameters
+from fedqsn_cli.training.steps.interrupts import held_signals
+from fedqsn_cli.training.steps.journal import StepFigures
+from fedqsn_cli.training.steps.loop import Surroundings, TrainingSummary
+from fedqsn_cli.training.steps.states import KEPT, StateFolder, remove_finished
 from support.processes import run
 from support.training_jobs import labelled, make_proxy, small_model
 from support.warm_processes import WarmServer
@@ -201,7 +201,7 @@ def test_a_signal_waits_for_the_end_of_the_block() -> None:
 
 @pytest.mark.usefixtures("heeded")
 def test_who_insists_is_heard_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedqsn_cli.training.interrupts.ECHO_SECONDS", -1.0)
+    monkeypatch.setattr("fedqsn_cli.training.steps.interrupts.ECHO_SECONDS", -1.0)
     with pytest.raises(KeyboardInterrupt), held_signals():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedqsn_cli import client_train
-from fedqsn_cli.training import stored_examples, tables
-from fedqsn_cli.training.stored_examples import Computed, StoredExamples
+from fedqsn_cli.training.data import stored_examples, tables
+from fedqsn_cli.training.data.stored_examples import Computed, StoredExamples
 from support.training_jobs import data_for, make_proxy, small_model
 
 IDS = st.lists(st.integers(0, 2**31), min_size=1, max_size=9)
@@ -77,8 +77,8 @@ def test_memory_does_not_grow_with_the_number_of_encoded_rows(tmp_path: Path) ->
     from fedqsn_cli.checkpoint import Checkpoint
     from fedqsn_cli.models.torch_model import load_model
     from fedqsn_cli.progress import SILENT
-    from fedqsn_cli.training.data import Encoder
-    from fedqsn_cli.training.data_files import open_data
+    from fedqsn_cli.training.data.data_files import open_data
+    from fedqsn_cli.training.data.encoder import Encoder
 
     model = small_model(tmp_path / "model", "bert", head="BertForSequenceClassification")
     path = tmp_path / "data.jsonl"

@@ -11,9 +11,9 @@ import pytest
 from pyarrow import parquet
 
 from fedqsn_cli.errors import DataError
-from fedqsn_cli.training import tables
-from fedqsn_cli.training.data_files import open_data, read_table
-from fedqsn_cli.training.tables import Table
+from fedqsn_cli.training.data import tables
+from fedqsn_cli.training.data.data_files import open_data, read_table
+from fedqsn_cli.training.data.tables import Table
 
 JSONL = '{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n'
 

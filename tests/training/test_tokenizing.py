@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from fedqsn_cli.progress import SILENT
-from fedqsn_cli.training import tokenizing
-from fedqsn_cli.training.data import Encoder
-from fedqsn_cli.training.tables import Table
-from fedqsn_cli.training.tokenizing import chunks
+from fedqsn_cli.training.data import tokenizing
+from fedqsn_cli.training.data.encoder import Encoder
+from fedqsn_cli.training.data.tables import Table
+from fedqsn_cli.training.data.tokenizing import chunks
 from support.tokenizers import tokenizer
 
 

@@ -16,9 +16,9 @@ from scipy import integrate, stats
 from fedqsn_cli import client_train, merge
 from fedqsn_cli.artifacts.manifests import ProxyManifest, UpdateManifest, read_manifest
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.training.secure_random import normals, uniforms
-from fedqsn_cli.training.update_noise import UpdateNoise, gaussian_delta, gaussian_epsilon
-from fedqsn_cli.training.visible import rescale_factors
+from fedqsn_cli.training.steps.secure_random import normals, uniforms
+from fedqsn_cli.training.steps.visible import rescale_factors
+from fedqsn_cli.training.updates.update_noise import UpdateNoise, gaussian_delta, gaussian_epsilon
 from support.training_jobs import labelled, make_proxy, small_model, visible_units
 
 FAST: dict[str, Any] = {"max_steps": 3, "batch_size": 4, "lr": 1e-2}

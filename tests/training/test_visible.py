@@ -12,8 +12,8 @@ import torch
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.models.torch_model import build_model, stored_tensors
-from fedqsn_cli.training.compact import VisibleParameters
-from fedqsn_cli.training.visible import check_round_trip, expanded, parameter_masks
+from fedqsn_cli.training.steps.compact import VisibleParameters
+from fedqsn_cli.training.steps.visible import check_round_trip, expanded, parameter_masks
 from support.training_jobs import dense_tensors, make_proxy, small_model, visible_units
 
 # Families whose parameters are not what the checkpoint holds: fused, stacked, turned or tied.

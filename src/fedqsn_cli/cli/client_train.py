@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from fedqsn_cli.cli.views import TrainView
     from fedqsn_cli.options import TrainOptions
     from fedqsn_cli.training import TrainResult
-    from fedqsn_cli.training.estimate import Estimate
-    from fedqsn_cli.training.shown import ShownExamples
+    from fedqsn_cli.training.data.shown import ShownExamples
+    from fedqsn_cli.training.steps.estimate import Estimate
 
 _DELTA = 1e-5  # for which ε of a noisy update is told
 
@@ -43,7 +43,7 @@ def client_train(
       fedqsn client-train proxy/ --out update/ --data train.jsonl --dp-epsilon 8 --dp-delta 1e-5 --dp-clip 1
     """
     from fedqsn_cli.training import client
-    from fedqsn_cli.training.processes import launched
+    from fedqsn_cli.training.steps.processes import launched
 
     if view.show_examples is not None:
         _show_examples(proxy, options, view, view.show_examples)
@@ -62,8 +62,8 @@ def client_train(
 
 
 def _show_examples(proxy: str, options: TrainOptions, view: TrainView, count: int) -> None:
-    from fedqsn_cli.training.processes import launched
-    from fedqsn_cli.training.shown import show_examples
+    from fedqsn_cli.training.data.shown import show_examples
+    from fedqsn_cli.training.steps.processes import launched
 
     if not launched().is_first:
         return
@@ -143,7 +143,7 @@ def _privacy(result: TrainResult) -> list[tuple[str, object]]:
 
 
 def _update_privacy(update: UpdatePrivacy) -> str:
-    from fedqsn_cli.training.update_noise import gaussian_epsilon
+    from fedqsn_cli.training.updates.update_noise import gaussian_epsilon
 
     if not update.noise_multiplier:
         return f"norm at most {update.clip_norm:g}; without noise, that alone gives no privacy"

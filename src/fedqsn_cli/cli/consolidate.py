@@ -10,7 +10,7 @@ from fedqsn_cli.cli.command import argument
 if TYPE_CHECKING:
     from fedqsn_cli.cli.views import ViewOptions
     from fedqsn_cli.merging.consolidate import ConsolidateResult
-    from fedqsn_cli.merging.weight_search import WeightSearch
+    from fedqsn_cli.merging.ending.weight_search import WeightSearch
     from fedqsn_cli.options import ConsolidateOptions
 
 

@@ -10,7 +10,7 @@ from fedqsn_cli.cli.command import argument
 if TYPE_CHECKING:
     from fedqsn_cli.cli.views import EvaluateView
     from fedqsn_cli.options import EvaluateOptions
-    from fedqsn_cli.training.scoring import Evaluation
+    from fedqsn_cli.training.scoring.scoring import Evaluation
 
 
 def evaluate(

@@ -9,7 +9,7 @@ from fedqsn_cli.cli.command import argument
 
 if TYPE_CHECKING:
     from fedqsn_cli.cli.views import ViewOptions
-    from fedqsn_cli.merging.line_search import Search
+    from fedqsn_cli.merging.ending.line_search import Search
     from fedqsn_cli.merging.results import MergedClient, MergeResult
     from fedqsn_cli.options import MergeOptions
 

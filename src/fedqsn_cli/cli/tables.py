@@ -10,7 +10,7 @@ from fedqsn_cli.artifacts.manifests import Quantization
 
 if TYPE_CHECKING:
     from fedqsn_cli.inspection import TensorTotals
-    from fedqsn_cli.training.scoring import Evaluation
+    from fedqsn_cli.training.scoring.scoring import Evaluation
 
 _SHIPS = {
     "masked_quantized": "masked and quantized",

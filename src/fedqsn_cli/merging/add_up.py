@@ -20,15 +20,15 @@ from fedqsn_cli.artifacts.partial_folder import (
 )
 from fedqsn_cli.checkpoint import ArtifactWriter
 from fedqsn_cli.kernels.hash_threads import HashThreads
-from fedqsn_cli.merging.aggregation import Aggregation, aggregation
 from fedqsn_cli.merging.job_model import open_job_model
-from fedqsn_cli.merging.measures import Excess
 from fedqsn_cli.merging.merged_clients import clients_of
 from fedqsn_cli.merging.partial_pass import PartialPass
-from fedqsn_cli.merging.refusals import Refusals
 from fedqsn_cli.merging.results import MergedClient, MergeResult
-from fedqsn_cli.merging.survey import admit, check_read
-from fedqsn_cli.merging.verify import Round, UpdateVerifier
+from fedqsn_cli.merging.rules.aggregation import Aggregation, aggregation
+from fedqsn_cli.merging.rules.survey import admit, check_read
+from fedqsn_cli.merging.updates.measures import Excess
+from fedqsn_cli.merging.updates.refusals import Refusals
+from fedqsn_cli.merging.updates.verify import Round, UpdateVerifier
 from fedqsn_cli.models.tensor_task import tensor_tasks
 from fedqsn_cli.options import MergeOptions
 from fedqsn_cli.progress import Progress

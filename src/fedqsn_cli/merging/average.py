@@ -15,18 +15,18 @@ from numpy.typing import NDArray
 from fedqsn_cli.kernels.jit import as_bits
 from fedqsn_cli.kernels.threads import run_ranges
 from fedqsn_cli.kernels.values import widened
-from fedqsn_cli.merging.aggregation import Aggregation
-from fedqsn_cli.merging.arithmetic import GRAIN, PIECE, PieceSquares
-from fedqsn_cli.merging.average_kernel import (
+from fedqsn_cli.merging.rules.aggregation import Aggregation
+from fedqsn_cli.merging.step.chunk_sum import require_finite, require_summable, unit_count
+from fedqsn_cli.merging.step.chunks import ModelChunk
+from fedqsn_cli.merging.sums.arithmetic import GRAIN, PIECE, PieceSquares
+from fedqsn_cli.merging.sums.average_kernel import (
     DOUBLES,
     MOST_AVERAGED,
     STRIPE,
     average_rows,
     singles_for,
 )
-from fedqsn_cli.merging.chunk_sum import require_finite, require_summable, unit_count
-from fedqsn_cli.merging.chunks import ModelChunk
-from fedqsn_cli.merging.read_update import UpdateChunk, UpdateReader
+from fedqsn_cli.merging.updates.read_update import UpdateChunk, UpdateReader
 from fedqsn_cli.planning.tensor_plan import UnitAxis
 
 Doubles = NDArray[np.float64]

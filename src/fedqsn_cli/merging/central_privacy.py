@@ -21,9 +21,9 @@ from fedqsn_cli.artifacts import ledger as ledgers
 from fedqsn_cli.artifacts.ledger import PrivateMerge
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.masks.job_key import JobKey
-from fedqsn_cli.merging.noise import Noise
-from fedqsn_cli.merging.read_update import ClientUpdate
 from fedqsn_cli.merging.results import MergePrivacy
+from fedqsn_cli.merging.step.noise import Noise
+from fedqsn_cli.merging.updates.read_update import ClientUpdate
 from fedqsn_cli.options import MergeOptions
 
 

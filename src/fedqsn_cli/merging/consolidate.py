@@ -22,24 +22,24 @@ import torch
 from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, file_digest, manifest_bytes
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, files, write_file_atomically
 from fedqsn_cli.errors import InputError
+from fedqsn_cli.merging.ending.restore import RestoreInputs, open_restore_inputs
+from fedqsn_cli.merging.ending.students import FullStudent, Student
+from fedqsn_cli.merging.ending.weight_search import WEIGHTS, WeightSearch, WeightTrial, rank, require_better
+from fedqsn_cli.merging.ending.written_texts import written_texts
 from fedqsn_cli.merging.job_model import merged_manifest, model_sinks, publish
-from fedqsn_cli.merging.restore import RestoreInputs, open_restore_inputs
-from fedqsn_cli.merging.students import FullStudent, Student
-from fedqsn_cli.merging.weight_search import WEIGHTS, WeightSearch, WeightTrial, rank, require_better
-from fedqsn_cli.merging.written_texts import written_texts
 from fedqsn_cli.models.architecture import task_of
 from fedqsn_cli.models.messages import quiet
 from fedqsn_cli.models.torch_model import Loaded, choose_device, load_model, memory_errors
 from fedqsn_cli.options import ConsolidateOptions, MergeOptions
 from fedqsn_cli.progress import SILENT, Progress
-from fedqsn_cli.training.batching import Examples
-from fedqsn_cli.training.data import Encoder
-from fedqsn_cli.training.data_files import DataFile, open_data
-from fedqsn_cli.training.loop import Surroundings, TrainingSummary, train
-from fedqsn_cli.training.scoring import Evaluation, score
-from fedqsn_cli.training.states import StateFolder, remove_finished
-from fedqsn_cli.training.tables import Rows
-from fedqsn_cli.training.teachers import TAUGHT_TASKS, Distillation, Lesson, Unlabelled, listen
+from fedqsn_cli.training.data.data_files import DataFile, open_data
+from fedqsn_cli.training.data.encoder import Encoder
+from fedqsn_cli.training.data.tables import Rows
+from fedqsn_cli.training.scoring.scoring import Evaluation, score
+from fedqsn_cli.training.scoring.teachers import TAUGHT_TASKS, Distillation, Lesson, Unlabelled, listen
+from fedqsn_cli.training.steps.batching import Examples
+from fedqsn_cli.training.steps.loop import Surroundings, TrainingSummary, train
+from fedqsn_cli.training.steps.states import StateFolder, remove_finished
 
 _MEASURING = frozenset({"eval_data", "own_eval_data", "own_tolerance", "report"})
 _NOT_BINDING = _MEASURING | {"out", "force", "max_shard_size", "device", "save_every", "key"}
@@ -106,7 +106,7 @@ def consolidate(
     with ArtifactWriter(Path(options.out), force=options.force, digest=None) as writer, quiet(), memory_errors():
         result = _Consolidation.of(source, trained, options, writer.place("student"), progress).run(writer)
     if options.report is not None and result.search is not None:
-        from fedqsn_cli.merging.page_weights import render
+        from fedqsn_cli.merging.report.page_weights import render
 
         write_file_atomically(Path(options.report), render(result.search).encode())
     return result
@@ -310,7 +310,7 @@ class _Consolidation:
         """The restored model, ready to be trained."""
         if self.options.method == "full":
             return FullStudent.of(self.inputs, self.options.blend, self.device, self.progress)
-        from fedqsn_cli.merging.lora_student import LoraStudent  # imports peft, which takes long
+        from fedqsn_cli.merging.ending.lora_student import LoraStudent  # imports peft, which takes long
 
         return LoraStudent.of(self.work, self.inputs, self.options, self.device, self.progress)
 

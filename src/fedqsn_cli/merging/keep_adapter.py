@@ -23,11 +23,11 @@ from fedqsn_cli.artifacts.update_folder import PEFT_PREFIX, factor_names
 from fedqsn_cli.checkpoint import ArtifactWriter, TensorSpec
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.kernels.hash_threads import HashThreads
-from fedqsn_cli.merging.adapter_config import read_config
-from fedqsn_cli.merging.adapters import AdapterValues
-from fedqsn_cli.merging.chunks import InMemorySink, Sink
-from fedqsn_cli.merging.read_update import ClientUpdate, UpdateReader
 from fedqsn_cli.merging.results import KeptAdapter
+from fedqsn_cli.merging.step.chunks import InMemorySink, Sink
+from fedqsn_cli.merging.updates.adapter_config import read_config
+from fedqsn_cli.merging.updates.adapters import AdapterValues
+from fedqsn_cli.merging.updates.read_update import ClientUpdate, UpdateReader
 from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.options import MergeOptions
 

@@ -34,27 +34,27 @@ from fedqsn_cli.export.outputs import tensor_specs
 from fedqsn_cli.kernels.hash_threads import HashThreads
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.merging.add_up import add_up
-from fedqsn_cli.merging.aggregation import Aggregation, aggregation
 from fedqsn_cli.merging.central_privacy import CentralPrivacy
-from fedqsn_cli.merging.chunks import InMemorySink, Sink, Weights, write_chunks
+from fedqsn_cli.merging.ending.line_search import Search, best_step
+from fedqsn_cli.merging.ending.restore import restore_model
 from fedqsn_cli.merging.job_model import merged_manifest, model_sinks, open_job_model, publish
 from fedqsn_cli.merging.keep_adapter import KeptStep, Tee
-from fedqsn_cli.merging.line_search import Search, best_step
 from fedqsn_cli.merging.merge_pass import MergePass
 from fedqsn_cli.merging.merged_clients import clients_of, merged_client
-from fedqsn_cli.merging.read_update import ClientUpdate
-from fedqsn_cli.merging.refusals import Refusals
-from fedqsn_cli.merging.restore import restore_model
 from fedqsn_cli.merging.results import MergeResult
-from fedqsn_cli.merging.server_optimizer import (
+from fedqsn_cli.merging.rules.aggregation import Aggregation, aggregation
+from fedqsn_cli.merging.rules.survey import admit, check_read
+from fedqsn_cli.merging.step.chunks import InMemorySink, Sink, Weights, write_chunks
+from fedqsn_cli.merging.step.server_optimizer import (
     SavedState,
     ServerOptimizer,
     open_state,
     require_tensors,
     state_sink,
 )
-from fedqsn_cli.merging.survey import admit, check_read
-from fedqsn_cli.merging.verify import Round, UpdateVerifier
+from fedqsn_cli.merging.updates.read_update import ClientUpdate
+from fedqsn_cli.merging.updates.refusals import Refusals
+from fedqsn_cli.merging.updates.verify import Round, UpdateVerifier
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.residual import Residual, residual_specs
 from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
@@ -62,7 +62,7 @@ from fedqsn_cli.options import MergeOptions
 from fedqsn_cli.progress import SILENT, Progress
 
 if TYPE_CHECKING:
-    from fedqsn_cli.merging.interpolate import DevelopmentSet
+    from fedqsn_cli.merging.ending.interpolate import DevelopmentSet
 
 
 def merge(
@@ -98,7 +98,7 @@ def merge(
     else:
         result = merge_updates(source, updates, options, development, progress=progress)
     if options.report is not None:
-        from fedqsn_cli.merging.page import render
+        from fedqsn_cli.merging.report.page import render
 
         write_file_atomically(Path(options.report), render(result).encode())
     return result
@@ -121,7 +121,7 @@ def _development(options: MergeOptions) -> DevelopmentSet | None:
     """The owner's data, read before anything else is; None where nothing is searched for."""
     if options.eval_data is None:
         return None
-    from fedqsn_cli.merging.interpolate import DevelopmentSet
+    from fedqsn_cli.merging.ending.interpolate import DevelopmentSet
 
     return DevelopmentSet.of(options.eval_data, options.batch_size, options.max_length, options.device)
 
@@ -240,7 +240,7 @@ class MergeRun:
 
     def search(self, development: DevelopmentSet) -> Search:
         """Find η with the lowest loss. All checks of the updates are done before the model is evaluated."""
-        from fedqsn_cli.merging.interpolate import Interpolation
+        from fedqsn_cli.merging.ending.interpolate import Interpolation
 
         after, before = self._after_full_step(), self._current()
         line = Interpolation(self.model.checkpoint, before, after, development, self.progress)

@@ -14,12 +14,12 @@ import numpy as np
 
 from fedqsn_cli.kernels.digests import algorithm_of
 from fedqsn_cli.kernels.hash_threads import HashThreads
-from fedqsn_cli.merging import arithmetic
-from fedqsn_cli.merging.aggregation import Aggregation
 from fedqsn_cli.merging.average import is_average, is_matrix, step_by_average
-from fedqsn_cli.merging.chunk_stack import ChunkStack
-from fedqsn_cli.merging.chunk_sum import ChunkStep, ChunkSum, Scratch
-from fedqsn_cli.merging.chunks import (
+from fedqsn_cli.merging.rules.aggregation import Aggregation
+from fedqsn_cli.merging.rules.chunk_stack import ChunkStack
+from fedqsn_cli.merging.rules.order_rules import OrderRule
+from fedqsn_cli.merging.step.chunk_sum import ChunkStep, ChunkSum, Scratch
+from fedqsn_cli.merging.step.chunks import (
     ModelChunk,
     Source,
     joint_chunks,
@@ -27,12 +27,12 @@ from fedqsn_cli.merging.chunks import (
     visible_count,
     visible_rows,
 )
-from fedqsn_cli.merging.measures import ModelSizes
-from fedqsn_cli.merging.order_rules import OrderRule
-from fedqsn_cli.merging.partial_sum import PartialReader
-from fedqsn_cli.merging.read_update import ClientUpdate, UpdateReader
-from fedqsn_cli.merging.server_optimizer import ServerOptimizer
-from fedqsn_cli.merging.verify import Round
+from fedqsn_cli.merging.step.server_optimizer import ServerOptimizer
+from fedqsn_cli.merging.sums import arithmetic
+from fedqsn_cli.merging.updates.measures import ModelSizes
+from fedqsn_cli.merging.updates.partial_sum import PartialReader
+from fedqsn_cli.merging.updates.read_update import ClientUpdate, UpdateReader
+from fedqsn_cli.merging.updates.verify import Round
 from fedqsn_cli.models.digest import ModelHash
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.tensor_task import TensorTask

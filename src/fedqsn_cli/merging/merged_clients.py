@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator, Sequence
 
 from fedqsn_cli.artifacts.partial_folder import Movement
-from fedqsn_cli.merging.admission import relative_norm
-from fedqsn_cli.merging.aggregation import Aggregation, clipped
-from fedqsn_cli.merging.measures import Excess, ModelSizes
-from fedqsn_cli.merging.partial_sum import PartialReader
-from fedqsn_cli.merging.read_update import UpdateReader
 from fedqsn_cli.merging.results import MergedClient
+from fedqsn_cli.merging.rules.aggregation import Aggregation, clipped
+from fedqsn_cli.merging.updates.admission import relative_norm
+from fedqsn_cli.merging.updates.measures import Excess, ModelSizes
+from fedqsn_cli.merging.updates.partial_sum import PartialReader
+from fedqsn_cli.merging.updates.read_update import UpdateReader
 
 
 def clients_of(

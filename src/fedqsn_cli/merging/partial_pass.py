@@ -15,14 +15,14 @@ from fedqsn_cli.artifacts.partial_folder import SUM, WEIGHTS, unit_run
 from fedqsn_cli.checkpoint import TensorSink
 from fedqsn_cli.kernels.digests import algorithm_of
 from fedqsn_cli.kernels.hash_threads import HashThreads
-from fedqsn_cli.merging import arithmetic
-from fedqsn_cli.merging.aggregation import Aggregation
-from fedqsn_cli.merging.chunk_sum import ChunkSum, Scratch
-from fedqsn_cli.merging.chunks import ModelChunk, joint_chunks, visible_count, visible_rows
-from fedqsn_cli.merging.measures import ModelSizes
-from fedqsn_cli.merging.partial_sum import PartialReader
-from fedqsn_cli.merging.read_update import UpdateReader
-from fedqsn_cli.merging.verify import Round
+from fedqsn_cli.merging.rules.aggregation import Aggregation
+from fedqsn_cli.merging.step.chunk_sum import ChunkSum, Scratch
+from fedqsn_cli.merging.step.chunks import ModelChunk, joint_chunks, visible_count, visible_rows
+from fedqsn_cli.merging.sums import arithmetic
+from fedqsn_cli.merging.updates.measures import ModelSizes
+from fedqsn_cli.merging.updates.partial_sum import PartialReader
+from fedqsn_cli.merging.updates.read_update import UpdateReader
+from fedqsn_cli.merging.updates.verify import Round
 from fedqsn_cli.models.digest import ModelHash
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.tensor_task import TensorTask

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedqsn_cli.merging.line_search import Search
-from fedqsn_cli.merging.measures import Excess
+from fedqsn_cli.merging.ending.line_search import Search
+from fedqsn_cli.merging.updates.measures import Excess
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,25 +28,25 @@ from fedqsn_cli.models.torch_model import Loaded, choose_device, memory_errors
 from fedqsn_cli.options import TrainOptions
 from fedqsn_cli.progress import SILENT, Progress
 from fedqsn_cli.text import size
-from fedqsn_cli.training import update
-from fedqsn_cli.training.batching import Examples
-from fedqsn_cli.training.compact import Trainable
-from fedqsn_cli.training.data import Encoder
-from fedqsn_cli.training.data_files import DataFile, open_data
-from fedqsn_cli.training.estimate import Estimate, measured
-from fedqsn_cli.training.full import FullMethod
-from fedqsn_cli.training.journal import journals
-from fedqsn_cli.training.loop import Surroundings, TrainingSummary, train
-from fedqsn_cli.training.memory import MemoryPlan
-from fedqsn_cli.training.method import Method
-from fedqsn_cli.training.packing import check_separation, packed
-from fedqsn_cli.training.precision import ChosenPrecision, choose_precision
-from fedqsn_cli.training.privacy import privacy_record, reported_losses
-from fedqsn_cli.training.private_loop import plan_privacy, require_opacus, train_privately
-from fedqsn_cli.training.processes import Processes, joined, launched, own_device
-from fedqsn_cli.training.scoring import Evaluation, score
-from fedqsn_cli.training.shared_examples import shared
-from fedqsn_cli.training.states import StateFolder, remove_finished
+from fedqsn_cli.training.data.data_files import DataFile, open_data
+from fedqsn_cli.training.data.encoder import Encoder
+from fedqsn_cli.training.methods.full import FullMethod
+from fedqsn_cli.training.methods.method import Method
+from fedqsn_cli.training.scoring.scoring import Evaluation, score
+from fedqsn_cli.training.steps.batching import Examples
+from fedqsn_cli.training.steps.compact import Trainable
+from fedqsn_cli.training.steps.estimate import Estimate, measured
+from fedqsn_cli.training.steps.journal import journals
+from fedqsn_cli.training.steps.loop import Surroundings, TrainingSummary, train
+from fedqsn_cli.training.steps.memory import MemoryPlan
+from fedqsn_cli.training.steps.packing import check_separation, packed
+from fedqsn_cli.training.steps.precision import ChosenPrecision, choose_precision
+from fedqsn_cli.training.steps.private_loop import plan_privacy, require_opacus, train_privately
+from fedqsn_cli.training.steps.processes import Processes, joined, launched, own_device
+from fedqsn_cli.training.steps.shared_examples import shared
+from fedqsn_cli.training.steps.states import StateFolder, remove_finished
+from fedqsn_cli.training.updates import update
+from fedqsn_cli.training.updates.privacy import privacy_record, reported_losses
 from fedqsn_cli.version import VERSION
 
 if TYPE_CHECKING:
@@ -313,7 +313,7 @@ def _verify_signature(folder: Path, manifest: ProxyManifest, key: str | Path) ->
 def _method(checkpoint: Checkpoint, manifest: ProxyManifest, options: TrainOptions, device: torch.device) -> Method:
     """The proxy, loaded for the method that the options name. Raises InputError, FormatError."""
     if options.method == "lora":
-        from fedqsn_cli.training.lora import LoraMethod  # imports peft, which takes long
+        from fedqsn_cli.training.methods.lora import LoraMethod  # imports peft, which takes long
 
         return LoraMethod.load(checkpoint, manifest, options, device)
     return FullMethod.load(checkpoint, manifest, options, device)

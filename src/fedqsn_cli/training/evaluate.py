@@ -11,10 +11,10 @@ from fedqsn_cli.models.messages import quiet
 from fedqsn_cli.models.torch_model import choose_device, load_model, memory_errors
 from fedqsn_cli.options import EvaluateOptions
 from fedqsn_cli.progress import SILENT, Progress
-from fedqsn_cli.training.data import Encoder
-from fedqsn_cli.training.data_files import open_data
-from fedqsn_cli.training.generation import Prompts, measure_texts, require_libraries
-from fedqsn_cli.training.scoring import Evaluation, score
+from fedqsn_cli.training.data.data_files import open_data
+from fedqsn_cli.training.data.encoder import Encoder
+from fedqsn_cli.training.scoring.generation import Prompts, measure_texts, require_libraries
+from fedqsn_cli.training.scoring.scoring import Evaluation, score
 
 __all__ = ["Evaluation", "evaluate"]
 

@@ -32,8 +32,8 @@ from fedqsn_cli.models.dense import load_dense
 from fedqsn_cli.models.messages import quiet
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.torch_model import Loaded, load_model, memory_errors
-from fedqsn_cli.training.batching import Examples
-from fedqsn_cli.training.data_files import open_data
+from fedqsn_cli.training.data.data_files import open_data
+from fedqsn_cli.training.steps.batching import Examples
 
 SIZES = (8, 32, 128, 512, 2048, 8192)
 """Numbers of public examples on the curve, as far as there are so many."""

@@ -12,7 +12,7 @@ from fedqsn_cli.auditing.recovery.attackers.assembly import Assembly, State
 from fedqsn_cli.models.torch_model import Loaded
 from fedqsn_cli.options import RecipeOptions
 from fedqsn_cli.progress import Progress
-from fedqsn_cli.training.batching import Examples, Padding
+from fedqsn_cli.training.steps.batching import Examples, Padding
 
 BATCH, LEAST_STEPS, MOST_STEPS = 16, 40, 600
 

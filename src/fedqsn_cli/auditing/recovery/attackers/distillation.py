@@ -11,9 +11,9 @@ import torch
 
 from fedqsn_cli.auditing.recovery.attackers.attack import Trained, Training, TrainingInputs
 from fedqsn_cli.auditing.recovery.attackers.full import fitted
-from fedqsn_cli.training.compact import VisibleParameters
-from fedqsn_cli.training.loop import Surroundings, train
-from fedqsn_cli.training.teachers import TAUGHT_TASKS, Distillation, Lesson, listen
+from fedqsn_cli.training.scoring.teachers import TAUGHT_TASKS, Distillation, Lesson, listen
+from fedqsn_cli.training.steps.compact import VisibleParameters
+from fedqsn_cli.training.steps.loop import Surroundings, train
 
 _BATCH = 32
 

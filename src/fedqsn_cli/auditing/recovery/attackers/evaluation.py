@@ -10,11 +10,11 @@ import torch
 from fedqsn_cli.auditing.findings import ModelScore
 from fedqsn_cli.models.torch_model import Loaded, choose_device
 from fedqsn_cli.progress import Progress
-from fedqsn_cli.training.batching import Examples
-from fedqsn_cli.training.data import Encoder
-from fedqsn_cli.training.data_files import open_data
-from fedqsn_cli.training.scoring import score
-from fedqsn_cli.training.tasks import TASKS
+from fedqsn_cli.training.data.data_files import open_data
+from fedqsn_cli.training.data.encoder import Encoder
+from fedqsn_cli.training.data.tasks import TASKS
+from fedqsn_cli.training.scoring.scoring import score
+from fedqsn_cli.training.steps.batching import Examples
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fedqsn_cli.auditing.recovery.attackers.attack import Trained, Training, TrainingInputs
 from fedqsn_cli.models.torch_model import Loaded
-from fedqsn_cli.training.compact import Trainable, VisibleParameters
-from fedqsn_cli.training.loop import train
+from fedqsn_cli.training.steps.compact import Trainable, VisibleParameters
+from fedqsn_cli.training.steps.loop import train
 
 
 def fitted(given: TrainingInputs, loaded: Loaded, rate: float, trainable: Trainable | None = None) -> Trained:

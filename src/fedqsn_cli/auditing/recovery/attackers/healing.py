@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedqsn_cli.auditing.recovery.attackers.attack import Trained, Training, TrainingInputs
 from fedqsn_cli.auditing.recovery.attackers.full import fitted
-from fedqsn_cli.training.compact import VisibleParameters
+from fedqsn_cli.training.steps.compact import VisibleParameters
 
 
 def _healed(given: TrainingInputs, rate: float) -> Trained | None:

@@ -7,8 +7,8 @@ from typing import Any
 from fedqsn_cli.auditing.recovery.attackers.attack import Trained, Training, TrainingInputs
 from fedqsn_cli.auditing.recovery.attackers.full import fitted
 from fedqsn_cli.models.architecture import CLASSIFIERS
-from fedqsn_cli.training.compact import TrainedPart, VisibleParameters
-from fedqsn_cli.training.precision import repeatable
+from fedqsn_cli.training.steps.compact import TrainedPart, VisibleParameters
+from fedqsn_cli.training.steps.precision import repeatable
 
 RANK = 16
 
