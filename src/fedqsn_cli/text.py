@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -30,6 +31,12 @@ def number(count: int) -> str:
 def real(value: float | None) -> str:
     """A measured value for people: `0.6931`, a dash for none."""
     return "-" if value is None else f"{value:.4g}"
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """Names that a file gives, of which there may be any number: `a, b, c and 7 more`."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def plain(value: Any) -> Any:

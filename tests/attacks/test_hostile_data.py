@@ -13,6 +13,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from fedqsn_cli.cli.tables import rows_left_out
 from fedqsn_cli.errors import DataError
 from fedqsn_cli.training import data_files
 from fedqsn_cli.training import parquet as parquet_columns
@@ -88,6 +89,14 @@ def test_rows_without_end_are_refused(
     first, repeated, times, last = parts
     (tmp_path / name).write_bytes(first + repeated * times + last)
     assert complaint in refusal(tmp_path / name)
+
+
+def test_only_some_names_of_unused_columns_are_shown() -> None:
+    assert rows_left_out(0, 0, [f"c{n}" for n in range(100_000)])[-1][1] == (
+        ", ".join(f"c{n}" for n in range(20)) + " and 99980 more"
+    )
+    assert dict(rows_left_out(0, 0, ["a", "b"]))["columns not used"] == "a, b"
+    assert dict(rows_left_out(0, 0, []))["columns not used"] is None
 
 
 def test_only_some_names_of_many_columns_are_told(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedqsn_cli import audit, export_proxy
+from fedqsn_cli.auditing import digests
 from fedqsn_cli.errors import InputError
 from support.leaks import AuditedJob, make_job
 
@@ -62,6 +63,23 @@ def test_whatever_else_lies_in_the_outbox_is_audited_too(job: AuditedJob, tmp_pa
     shutil.copytree(job.truth, tmp_path / "outbox" / "mistake")
     _, problems = scopes(job, 1, tmp_path / "outbox")
     assert "the proxy cannot be read: no proxy.json here" in problems
+
+
+@pytest.mark.parametrize("folder", ["/", "/proc", "/dev"])
+def test_a_folder_of_anything_else_is_refused_before_it_is_read(folder: str, job: AuditedJob) -> None:
+    with pytest.raises(InputError, match=r"none of the \d+ folders in it is a proxy"):
+        audit(outbox=folder, round=1, ledger=job.ledger)
+
+
+def test_a_disk_is_no_proxy(job: AuditedJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digests, "_MOST_ENTRIES", 30)
+    outbox = Path(shutil.copytree(job.home / "outbox", tmp_path / "outbox"))
+    home = outbox / "home"
+    for number in range(31):
+        (home / "deep" / str(number)).mkdir(parents=True)
+    (outbox / "alice-1" / "loop").symlink_to(".")  # is not followed
+    _, problems = scopes(job, 1, outbox)
+    assert "holds more than 30 files and folders" in problems
 
 
 @pytest.mark.parametrize(

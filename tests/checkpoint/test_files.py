@@ -13,7 +13,7 @@ import pytest
 
 from fedqsn_cli import linux
 from fedqsn_cli.checkpoint import create_secret, files, write_file_atomically
-from fedqsn_cli.checkpoint.files import require_file_target
+from fedqsn_cli.checkpoint.files import open_regular_file, require_file_target
 from fedqsn_cli.errors import InputError
 from support.helpers import nothing_written
 
@@ -138,6 +138,14 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a directory"):
         write_file_atomically(tmp_path / "folder", b"")
     assert os.listdir(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/proc/self/status", "/proc/self/fd/../mem", "/sys/kernel/mm/transparent_hugepage/enabled"]
+)
+def test_what_the_kernel_shows_as_a_file_is_not_read(path: str) -> None:
+    with pytest.raises(InputError, match=r"not a regular file|no such file|cannot be opened"):
+        open_regular_file(Path(path))
 
 
 def test_a_file_takes_the_place_of_no_device_and_no_pipe(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from threading import Event
 
@@ -13,13 +14,14 @@ from fedqsn_cli.auditing.inputs import Inputs, ProxyFolder
 from fedqsn_cli.checkpoint import read_header
 from fedqsn_cli.checkpoint.companions import MAX_COMPANION_BYTES
 from fedqsn_cli.checkpoint.files import open_regular_file
-from fedqsn_cli.errors import FedqsnError
+from fedqsn_cli.errors import FedqsnError, FormatError
 
 Digests = dict[str, str]
 """SHA-256 in hexadecimal, by file name; NOT_READ for what is larger than any such file."""
 
 NOT_READ = "-"
 _PIECE = 1 << 22
+_MOST_ENTRIES = 10_000  # of a folder, before none of it is read: it is no proxy, but a disk
 
 
 def digests_of(inputs: Inputs, folder: ProxyFolder) -> Digests:
@@ -44,10 +46,32 @@ def taken_behind(inputs: Inputs, folders: Sequence[ProxyFolder]) -> Iterator[lis
 
 
 def _hashed(folder: Path, given_up: Event) -> Digests:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {
-        str(path.relative_to(folder)): NOT_READ if is_oversized(path) else _sha256(path, given_up) for path in files
+        str(path.relative_to(folder)): NOT_READ if is_oversized(path) else _sha256(path, given_up)
+        for path in files_of(folder)
     }
+
+
+def files_of(folder: Path) -> list[Path]:
+    """All files in a folder, at any depth.
+
+    Raises:
+        FormatError: there are more than any proxy has. OSError: a folder in it cannot be read.
+    """
+    entries = list(islice(_entries(folder), _MOST_ENTRIES + 1))
+    if len(entries) > _MOST_ENTRIES:
+        raise FormatError(f"holds more than {_MOST_ENTRIES} files and folders", where=folder)
+    return sorted(path for path in entries if path.is_file())
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    """Whatever lies in a folder, at any depth; links to folders are not followed."""
+    waiting = [folder]
+    while waiting:
+        for path in waiting.pop().iterdir():
+            yield path
+            if path.is_dir() and not path.is_symlink():
+                waiting.append(path)
 
 
 def _sha256(path: Path, given_up: Event) -> str:

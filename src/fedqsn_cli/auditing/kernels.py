@@ -78,28 +78,24 @@ def cell_mates(one: Any, other: Any, order: Any, begin: Any, end: Any, first: in
 
 
 @kernel
-def drop_below_peak(sent: Any, block: int, down: bool, values: Any) -> None:
-    """values = NaN where |sent| is not the largest of its block; [rows, cols], blocks along rows or down columns."""
-    rows, cols = sent.shape
+def block_peaks(x: Any, block: int, down: bool, out: Any) -> None:
+    """out = the largest magnitude of each value's block; [rows, cols], blocks along rows or down columns."""
+    rows, cols = x.shape
     if down:
-        peaks = np.empty(cols, np.float32)
         for top in range(0, rows, block):
-            peaks[:] = 0
+            out[top] = 0
             for row in range(top, min(top + block, rows)):
                 for col in range(cols):
-                    peaks[col] = max(peaks[col], abs(sent[row, col]))
-            for row in range(top, min(top + block, rows)):
-                for col in range(cols):
-                    values[row, col] = values[row, col] if abs(sent[row, col]) >= peaks[col] else np.float32(np.nan)
+                    out[top, col] = max(out[top, col], abs(x[row, col]))
+            for row in range(top + 1, min(top + block, rows)):
+                out[row] = out[top]
         return
     for row in range(rows):
         for left in range(0, cols, block):
-            stop = min(left + block, cols)
             peak = np.float32(0)
-            for col in range(left, stop):
-                peak = max(peak, abs(sent[row, col]))
-            for col in range(left, stop):
-                values[row, col] = values[row, col] if abs(sent[row, col]) >= peak else np.float32(np.nan)
+            for col in range(left, min(left + block, cols)):
+                peak = max(peak, abs(x[row, col]))
+            out[row, left : min(left + block, cols)] = peak
 
 
 @loose

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedqsn_cli.artifacts import ledger as ledgers
 from fedqsn_cli.artifacts.ledger import Release
-from fedqsn_cli.artifacts.manifests import ProxyManifest, read_manifest
+from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, ProxyManifest, read_manifest
 from fedqsn_cli.auditing.completeness import UNREADABLE, Collector
 from fedqsn_cli.errors import FedqsnError, InputError
 from fedqsn_cli.options import AuditOptions
@@ -44,7 +45,11 @@ def _chosen(
     """Every folder but those of other rounds' proxies: whatever else lies there may be sent, too."""
     others = {release.proxy_id for release in releases} - set(wanted)
     found = set()
-    for folder in sorted(path for path in outbox.iterdir() if path.is_dir()):
+    folders = sorted(path for path in outbox.iterdir() if path.is_dir())
+    if folders and not any(os.path.lexists(folder / PROXY_MANIFEST) for folder in folders):
+        hint = "give the folder that export-proxy wrote into"
+        raise InputError(f"none of the {len(folders)} folders in it is a proxy", where=outbox, hint=hint)
+    for folder in folders:
         proxy_id = _proxy_id(folder)
         if proxy_id not in others:
             found.add(proxy_id)

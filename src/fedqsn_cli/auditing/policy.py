@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import fnmatch
 import math
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
@@ -37,40 +38,37 @@ def _between(least: float, most: float) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-def _whole(value: object) -> int:
-    if type(value) is not int or value < 1:
-        raise _wrong(f"must be a whole number, 1 or more, not {value!r}")
-    return value
+def _that(accepts: Callable[[Any], object], wanted: str, convert: Callable[[Any], Any] = lambda value: value) -> Any:
+    """A value of the kind that is wanted; the text may name what was given instead as {!r}."""
+
+    def check(value: object) -> Any:
+        if not accepts(value):
+            raise _wrong(f"must be {wanted.format(value)}")
+        return convert(value)
+
+    return BeforeValidator(check)
 
 
-def _counts(values: object) -> tuple[int, ...]:
-    if not isinstance(values, list) or not values or not all(type(value) is int and value > 0 for value in values):
-        raise _wrong("must be a list of positive whole numbers such as [100, 1000]")
-    return tuple(sorted(set(values)))
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise _wrong("must be a text that is not empty")
-    return value
-
-
-def _texts(values: object) -> tuple[str, ...]:
-    if not isinstance(values, list | tuple) or not all(isinstance(value, str) for value in values):
-        raise _wrong('must be a list of texts such as ["invariants", "recovery"]')
-    return tuple(values)
-
-
-def _date(value: object) -> datetime.date:
-    if not isinstance(value, datetime.date) or isinstance(value, datetime.datetime):
-        raise _wrong("must be a date such as 2027-01-31 (without quotation marks)")
-    return value
-
+_WHOLE = _that(lambda value: type(value) is int and value >= 1, "a whole number, 1 or more, not {!r}")
+_COUNTS = _that(
+    lambda values: isinstance(values, list) and values and all(type(value) is int and value > 0 for value in values),
+    "a list of positive whole numbers such as [100, 1000]",
+    lambda values: tuple(sorted(set(values))),
+)
+_TEXTS = _that(
+    lambda values: isinstance(values, list | tuple) and all(isinstance(value, str) for value in values),
+    'a list of texts such as ["invariants", "recovery"]',
+    tuple,
+)
+_DATE = _that(
+    lambda value: isinstance(value, datetime.date) and not isinstance(value, datetime.datetime),
+    "a date such as 2027-01-31 (without quotation marks)",
+)
 
 Share = Annotated[float | None, _between(0.0, 1.0)]
 Worsening = Annotated[float | None, _between(0.0, math.inf)]
-Whole = Annotated[int | None, BeforeValidator(_whole)]
-Text = Annotated[str, BeforeValidator(_text)]
+Whole = Annotated[int | None, _WHOLE]
+Text = Annotated[str, _that(lambda value: isinstance(value, str) and value.strip(), "a text that is not empty")]
 
 
 class Table(BaseModel):
@@ -86,7 +84,7 @@ class Table(BaseModel):
 class Scope(Table):
     """[scope]: parts of an audit, or ids of rules, that must have been checked."""
 
-    require: Annotated[tuple[str, ...], BeforeValidator(_texts)] = ()
+    require: Annotated[tuple[str, ...], _TEXTS] = ()
 
 
 class Threat(Table):
@@ -98,9 +96,9 @@ class Threat(Table):
         public_base: is the model a fine-tune of a public one? None: as --public-base is given.
     """
 
-    colluders: Annotated[int, BeforeValidator(_whole)] = 3
+    colluders: Annotated[int, _WHOLE] = 3
     rounds: Whole = None
-    public_examples: Annotated[tuple[int, ...] | None, BeforeValidator(_counts)] = None
+    public_examples: Annotated[tuple[int, ...] | None, _COUNTS] = None
     public_base: bool | None = None
 
 
@@ -112,7 +110,7 @@ class Releases(Table):
     """
 
     settled: bool = False
-    clients: Annotated[tuple[str, ...] | None, BeforeValidator(_texts)] = None
+    clients: Annotated[tuple[str, ...] | None, _TEXTS] = None
 
 
 class WeightLimits(Table):
@@ -197,7 +195,7 @@ class Waiver(Table):
     scope: Text = "*"
     reason: Text
     owner: Text
-    expires: Annotated[datetime.date, BeforeValidator(_date)]
+    expires: Annotated[datetime.date, _DATE]
 
     def covers(self, finding: Finding) -> bool:
         """Is it about this finding, whatever the date?"""

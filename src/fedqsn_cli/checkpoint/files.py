@@ -19,6 +19,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 from fedqsn_cli import linux
@@ -29,7 +30,8 @@ def open_regular_file(path: Path) -> int:
     """Open a regular file for reading and return its descriptor; never blocks on a pipe.
 
     Raises:
-        InputError: there is no such file, it cannot be read, or it is a directory, pipe or device.
+        InputError: there is no such file, it cannot be read, or it is a directory, pipe or device, or a file in which
+            the kernel shows what it knows: those have no size and may have no end.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -37,10 +39,17 @@ def open_regular_file(path: Path) -> int:
         raise InputError("there is no such file", where=path) from None
     except OSError as error:
         raise InputError(f"cannot be opened ({error.strerror})", where=path) from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_dev in _kernel_devices():
         os.close(descriptor)
         raise InputError("not a regular file", where=path)
     return descriptor
+
+
+@cache
+def _kernel_devices() -> frozenset[int]:
+    """The devices of file systems that no disk holds."""
+    return frozenset(os.stat(place).st_dev for place in ("/proc", "/sys") if os.path.ismount(place))
 
 
 def check_size(path: Path, most: int) -> None:

@@ -88,5 +88,5 @@ def rows_left_out(skipped: int, cut: int, unused: Sequence[str]) -> list[tuple[s
     return [
         ("rows with nothing to learn", text.number(skipped) if skipped else None),
         ("rows cut at the maximum length", text.number(cut) if cut else None),
-        ("columns not used", ", ".join(unused) or None),
+        ("columns not used", text.listed(unused) or None),
     ]

@@ -16,14 +16,14 @@ from fedqsn_cli.models.tokenizer_files import tokenizer_problem
 from fedqsn_cli.options import ExportOptions
 from fedqsn_cli.planning.roles import rules
 from fedqsn_cli.progress import Progress
+from fedqsn_cli.text import listed
 
 
 def tell_what_stays(model: OpenModel, progress: Progress) -> None:
     """Name the files beside a model that are not carried along."""
     names = left_behind(model.source.path)
     if names:
-        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        progress.note(f"not carried along: {', '.join(names[:8])}{more}")
+        progress.note(f"not carried along: {listed(names, 8)}")
 
 
 def tell_of_unusual_companions(model: OpenModel, progress: Progress) -> None:

@@ -9,7 +9,6 @@ A unit of the element in row r and column c is number r * across + c * along of 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedqsn_cli.merging.chunk_sum import ChunkStep, Scratch, accumulate
 from fedqsn_cli.merging.chunks import ModelChunk
@@ -42,8 +41,8 @@ class ChunkStack(ChunkStep):
         cols = self._total.shape[1]
         return {None: (0, 0), "row": (1, 0), "column": (0, 1), "element": (cols, 1)}[self._chunk.task.plan.axis]
 
-    def combine(self, rule: OrderRule, chosen: NDArray[np.bool_]) -> None:
-        """Make one step of what the chosen clients sent; a unit that too few of them saw stays."""
-        values, seen = (self.values, self.seen) if chosen.all() else (self.values[chosen], self.seen[chosen])
+    def combine(self, rule: OrderRule, chosen: int) -> None:
+        """Make one step of what the first `chosen` clients sent; a unit that too few of them saw stays."""
+        values, seen = self.values[:chosen], self.seen[:chosen]
         self._weights[:] = seen.sum(axis=0) >= rule.least
         rule.apply(values, seen, self.strides, self._total)

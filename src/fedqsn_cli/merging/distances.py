@@ -21,6 +21,7 @@ from fedqsn_cli.kernels.threads import run_ranges
 Doubles = NDArray[np.float64]
 
 LANES = 64  # partial sums that a row is added to, in an order that vectorises
+SUMS = 4  # that are completed side by side
 
 
 class PairSums:
@@ -60,41 +61,59 @@ class PairSums:
 @kernel
 def _add_pairs(values: Any, seen: Any, across: int, along: int, pairs: Any, start: int, stop: int, sums: Any) -> None:
     """Pairs start .. stop, row after row: the result depends neither on threads nor on where chunks end."""
-    cols, lanes = values.shape[2], np.empty((4, LANES))
-    for row in range(values.shape[1]):
+    clients, rows, cols = values.shape
+    lanes, totals, squares = np.empty((SUMS, LANES)), np.empty(SUMS), np.empty(clients)
+    for row in range(rows):
         unit = row * across
-        for pair in range(start, stop):
-            i, j = pairs[pair, 0], pairs[pair, 1]
-            lanes[:] = 0.0
-            if along:
+        if along:
+            for pair in range(start, stop):
+                i, j = pairs[pair, 0], pairs[pair, 1]
                 shown, other = seen[i, unit : unit + cols], seen[j, unit : unit + cols]
+                lanes[:] = 0.0
                 _add_some(values[i, row], values[j, row], shown, other, lanes)
-            elif seen[i, unit] != 0.0 and seen[j, unit] != 0.0:
-                _add_all(values[i, row], values[j, row], lanes)
-                lanes[3, 0] = cols
-            else:
-                continue
-            _add_totals(lanes[0], lanes[1], lanes[2], lanes[3], sums[pair])
+                _complete(lanes, totals)
+                for which in range(SUMS):
+                    sums[pair, which] += totals[which]
+            continue
+        for first in range(0, clients, SUMS):
+            last = min(first + SUMS, clients)
+            lanes[:] = 0.0
+            for client in range(first, last):
+                _add_products(values[client, row], values[client, row], lanes[client - first])
+            _complete(lanes, totals)
+            squares[first:last] = totals[: last - first]
+        for first in range(start, stop, SUMS):
+            last = min(first + SUMS, stop)
+            lanes[:] = 0.0
+            for pair in range(first, last):
+                i, j = pairs[pair, 0], pairs[pair, 1]
+                if seen[i, unit] != 0.0 and seen[j, unit] != 0.0:
+                    _add_products(values[i, row], values[j, row], lanes[pair - first])
+            _complete(lanes, totals)
+            for pair in range(first, last):
+                i, j = pairs[pair, 0], pairs[pair, 1]
+                if seen[i, unit] != 0.0 and seen[j, unit] != 0.0:
+                    sums[pair, 0] += totals[pair - first]
+                    sums[pair, 1] += squares[i]
+                    sums[pair, 2] += squares[j]
+                    sums[pair, 3] += cols
 
 
 @view_kernel
-def _add_all(x: Any, y: Any, lanes: Any) -> None:
+def _add_products(x: Any, y: Any, dots: Any) -> None:
     for at in range(0, x.size, LANES):
-        _multiply(x[at : at + LANES], y[at : at + LANES], lanes[0], lanes[1], lanes[2])
+        _multiply(x[at : at + LANES], y[at : at + LANES], dots)
 
 
 @view_kernel
-def _multiply(x: Any, y: Any, dots: Any, squares: Any, others: Any) -> None:
+def _multiply(x: Any, y: Any, dots: Any) -> None:
     for i in range(x.size):
-        a, b = x[i], y[i]
-        dots[i] += a * b
-        squares[i] += a * a
-        others[i] += b * b
+        dots[i] += x[i] * y[i]
 
 
 @view_kernel
 def _add_some(x: Any, y: Any, shown: Any, other: Any, lanes: Any) -> None:
-    """The same over the weights that both saw; values that were not seen are 0."""
+    """Products, squares of both and numbers of the weights that both saw; values that were not seen are 0."""
     for at in range(0, x.size, LANES):
         end = at + LANES
         _multiply_seen(x[at:end], y[at:end], shown[at:end], other[at:end], lanes[0], lanes[1], lanes[2], lanes[3])
@@ -111,15 +130,12 @@ def _multiply_seen(x: Any, y: Any, shown: Any, other: Any, dots: Any, squares: A
 
 
 @view_kernel
-def _add_totals(dots: Any, squares: Any, others: Any, counts: Any, sums: Any) -> None:
-    """Add the sum of each, from the first to the last: side by side, since each waits for itself."""
-    dot = square = another = count = 0.0
+def _complete(lanes: Any, totals: Any) -> None:
+    """The sum of each, from the first to the last: side by side, since each waits for itself."""
+    a = b = c = d = 0.0
     for i in range(LANES):
-        dot += dots[i]
-        square += squares[i]
-        another += others[i]
-        count += counts[i]
-    sums[0] += dot
-    sums[1] += square
-    sums[2] += another
-    sums[3] += count
+        a += lanes[0, i]
+        b += lanes[1, i]
+        c += lanes[2, i]
+        d += lanes[3, i]
+    totals[0], totals[1], totals[2], totals[3] = a, b, c, d

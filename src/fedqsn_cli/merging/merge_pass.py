@@ -148,8 +148,9 @@ class MergePass:
 
     def _ordered(self, chunk: ModelChunk, pieces: Iterator[Any], rule: OrderRule) -> ChunkStep:
         """What a rule makes of all updates side by side."""
-        stack = ChunkStack(chunk, self._scratch, len(self.clients))
-        for number, (reader, factor) in enumerate(zip(self.clients, self._how.factors, strict=True)):
-            stack.add(number, reader, next(pieces), factor)
-        stack.combine(rule, np.array(self._how.weights) > 0)
+        stack, left_out = ChunkStack(chunk, self._scratch, len(self.clients)), np.array(self._how.weights) == 0
+        places = np.argsort(np.argsort(left_out, kind="stable"))  # those that count come first
+        for place, reader, factor in zip(places, self.clients, self._how.factors, strict=True):
+            stack.add(int(place), reader, next(pieces), factor)
+        stack.combine(rule, int(np.count_nonzero(~left_out)))
         return stack

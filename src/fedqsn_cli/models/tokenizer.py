@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
-import re
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from fedqsn_cli.checkpoint import Checkpoint
+from fedqsn_cli.checkpoint.companions import MAX_COMPANION_BYTES
+from fedqsn_cli.checkpoint.files import read_file
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.models.architecture import has_tokenizer
 from fedqsn_cli.models.child_process import in_child
 from fedqsn_cli.models.messages import first_line, quiet
 
-_KIND = re.compile(rb'"model"\s*:\s*\{\s*"type"\s*:\s*"(\w+)"')  # of a tokenizer, as its library writes it
+_DESCRIPTION = "tokenizer.json"
+_BEFORE_MODEL = ("normalizer", "pre_tokenizer")
+_SWITCHES = ("fuse_unk", "byte_fallback", "ignore_merges")  # of the model
 _SECONDS_TO_LOAD = 30  # a tokenizer of 33 MB takes two
 
 
@@ -49,8 +54,13 @@ def _tokenizer(path: Path) -> Any:
 
     try:
         loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-        if _is_of_another_kind(loaded, path):
+        described = _described(path)
+        if described is None or not hasattr(loaded, "backend_tokenizer"):
+            return loaded
+        if described["model"].get("type", _kind(loaded)) != _kind(loaded):  # class and special tokens are not its own
             return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        if _steps(described) != _steps(_made(loaded)):
+            _restore(loaded, path / _DESCRIPTION)
         return loaded
     except MemoryError:
         raise
@@ -60,16 +70,52 @@ def _tokenizer(path: Path) -> Any:
         raise InputError(f"the tokenizer cannot be loaded ({first_line(error)})", where=path) from None
 
 
-def _is_of_another_kind(loaded: Any, folder: Path) -> bool:
-    """Did transformers make a tokenizer by the model's class that tokenizer.json does not describe?
+def _described(folder: Path) -> dict[str, Any] | None:
+    """What tokenizer.json says of a tokenizer, None without it.
 
-    Of a Qwen2 with a word-level tokenizer it makes a BPE without merges, which finds no word in any text.
+    transformers makes a tokenizer by the model's class, whatever that file describes: of a Qwen2 with a word-level
+    tokenizer a BPE without merges, which finds no word in any text; of a GPT2 with Llama's one that splits words as
+    GPT2's does.
     """
-    made, file = getattr(loaded, "backend_tokenizer", None), folder / "tokenizer.json"
-    if made is None or not file.is_file():
-        return False
-    described = _KIND.search(file.read_bytes())
-    return described is not None and described[1].decode() != type(made.model).__name__
+    file = folder / _DESCRIPTION
+    return json.loads(read_file(file, MAX_COMPANION_BYTES)) if file.is_file() else None
+
+
+def _kind(loaded: Any) -> str:
+    """Of the model of a tokenizer: BPE, Unigram, WordPiece or WordLevel."""
+    return type(loaded.backend_tokenizer.model).__name__
+
+
+def _made(loaded: Any) -> dict[str, Any]:
+    """What a tokenizer does with a text, but for the words and special tokens, in the form of tokenizer.json."""
+    made = loaded.backend_tokenizer
+    parts = {name: getattr(made, name) for name in _BEFORE_MODEL}
+    before = {name: json.loads(part.__getstate__()) for name, part in parts.items() if part is not None}
+    return {**before, "model": {name: getattr(made.model, name, False) for name in _SWITCHES}}
+
+
+def _steps(description: Mapping[str, Any]) -> list[list[str]]:
+    """What is done with a text, one kind after the other; other settings may come from tokenizer_config.json."""
+    switches = [name for name in _SWITCHES if description["model"].get(name)]
+    return [*(_kinds(description.get(name)) for name in _BEFORE_MODEL), switches]
+
+
+def _kinds(part: Mapping[str, Any] | None) -> list[str]:
+    if part is None:
+        return []
+    parts = part.get("normalizers", part.get("pretokenizers"))
+    return [part["type"]] if parts is None else [kind for one in parts for kind in _kinds(one)]
+
+
+def _restore(loaded: Any, file: Path) -> None:
+    """Let a tokenizer do with texts what tokenizer.json describes; special tokens stay those of its class."""
+    from tokenizers import Tokenizer, processors
+
+    made, described = loaded.backend_tokenizer, Tokenizer.from_file(str(file))
+    for name in (*_BEFORE_MODEL, "model", "decoder"):
+        setattr(made, name, getattr(described, name))
+    if not isinstance(described.post_processor, processors.ByteLevel | None):  # it puts special tokens around a text
+        made.post_processor = described.post_processor
 
 
 def _tried(path: Path) -> None:

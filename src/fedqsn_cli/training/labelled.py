@@ -9,6 +9,7 @@ from typing import Any
 
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.progress import Progress
+from fedqsn_cli.text import listed
 from fedqsn_cli.training.examples import IGNORED, Examples, Ids
 from fedqsn_cli.training.tables import Table, type_name
 from fedqsn_cli.training.tokenizing import Encoding
@@ -65,9 +66,7 @@ def label_id(encoding: Encoding, table: Table, row: int, value: object, column: 
         number = int(value)
     else:
         shown = repr(value)[:60] if isinstance(value, (str, float, bool)) else type_name(value)
-        known = ", ".join(list(encoding.label_ids)[:8])
-        more = f" and {len(encoding.label_ids) - 8} more" if len(encoding.label_ids) > 8 else ""
-        hint = f"its labels are {known}{more}, or their numbers"
+        hint = f"its labels are {listed(list(encoding.label_ids), 8)}, or their numbers"
         raise table.error(f"column {column!r}: {shown} is not a label of the model", row=row, hint=hint)
     if not 0 <= number < encoding.labels:
         hint = f"the model has labels 0 to {encoding.labels - 1}"

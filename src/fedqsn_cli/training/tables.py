@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from fedqsn_cli import strictjson
 from fedqsn_cli.errors import DataError, FormatError
+from fedqsn_cli.text import listed
 
 COLUMNS = (
     *("text", "text_pair", "label", "tokens", "tags"),
@@ -18,8 +19,6 @@ COLUMNS = (
 
 PART_ROWS, PART_BYTES = 2000, 16_000_000
 """The most rows, and about the most bytes, that are in memory together."""
-
-_SHOWN = 20  # names of columns in a message
 
 _TYPE_NAMES: dict[type, str] = {
     type(None): "nothing",
@@ -100,9 +99,8 @@ class Table:
         """Check that the file has these columns. Raises DataError, with `why` as its hint."""
         missing = [name for name in names if name not in self.columns]
         if missing:
-            found = [name.encode(errors="backslashreplace").decode() for name in self.names[:_SHOWN]] or ["none"]
-            more = f" and {len(self.names) - _SHOWN} more" if len(self.names) > _SHOWN else ""
-            raise self.error(f"column {missing[0]!r} is missing (found: {', '.join(found)}{more})", hint=why)
+            found = listed([name.encode(errors="backslashreplace").decode() for name in self.names]) or "none"
+            raise self.error(f"column {missing[0]!r} is missing (found: {found})", hint=why)
 
     def values(self, name: str) -> list[Any]:
         """A column whose values can all be used. Raises DataError, naming the first row whose value cannot."""

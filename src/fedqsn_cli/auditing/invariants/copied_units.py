@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, VISIBLE_TENSORS
 from fedqsn_cli.auditing.checks import Together, check, each_proxy
-from fedqsn_cli.auditing.digests import is_oversized
+from fedqsn_cli.auditing.digests import files_of, is_oversized
 from fedqsn_cli.auditing.findings import Entry, Finding
 from fedqsn_cli.auditing.inputs import TRUTH, Inputs
 from fedqsn_cli.auditing.invariants.holes import CLEAR_COPY, HIDDEN_UNIT_PRESENT
@@ -199,9 +199,9 @@ def _unexpected(truth: TruthIndex, proxy: OpenedProxy) -> Iterator[tuple[str, Re
             if name not in known:
                 yield name, _entry_reader(checkpoint, name), entry.nbytes
     own = {entry.file for entry in (*proxy.checkpoint.entries.values(), *proxy.units.stored.entries.values())}
-    for path in sorted(proxy.folder.rglob("*")):
+    for path in files_of(proxy.folder):
         listed = path in own or path.name in {PROXY_MANIFEST, VISIBLE_TENSORS, "config.json"}
-        if path.is_file() and not listed and not is_oversized(path):
+        if not listed and not is_oversized(path):
             yield path.name, _file_reader(path), path.stat().st_size
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedqsn_cli.auditing.kernels import decode_levels, drop_below_peak
+from fedqsn_cli.artifacts.manifests import Quantization
+from fedqsn_cli.auditing.kernels import block_peaks, decode_levels
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.quantization import kernels
@@ -54,19 +55,18 @@ def certain_values(proxy: OpenedProxy, task: TensorTask, sent: Floats, values: F
     quantization = proxy.manifest.quantization
     if quantization is None or task.layout.kind != "snap":
         return rounded
-    block = _row_block(task, quantization.format, quantization.block_size)
-    if task.layout.geometry == "flat":
-        drop_below_peak(sent.reshape(1, -1), block, False, rounded.reshape(1, -1))
-    else:
-        drop_below_peak(sent, block, task.layout.geometry == "column", rounded)
-    return rounded
+    peaks = _peaks(task, quantization, sent)
+    return np.where(np.abs(sent) >= peaks, rounded, np.float32(np.nan))
 
 
-def _row_block(task: TensorTask, format: str, block: int) -> int:
-    """Values a scale of a snapped tensor; int8 along rows takes one a row."""
-    if format == "int8" and task.layout.geometry != "column":
-        return task.layout.view[2]
-    return block
+def _peaks(task: TensorTask, quantization: Quantization, sent: Floats) -> Floats:
+    """For each value of a snapped tensor, the largest magnitude in its block: [rows, cols] of whole blocks."""
+    geometry, block, peaks = task.layout.geometry, quantization.block_size, np.empty_like(sent)
+    if quantization.format == "int8" and geometry != "column":
+        block = task.layout.view[2]  # int8 along rows takes one scale a row
+    shape = (1, sent.size) if geometry == "flat" else sent.shape
+    block_peaks(sent.reshape(shape), block, geometry == "column", peaks.reshape(shape))
+    return peaks
 
 
 def intervals(proxy: OpenedProxy, task: TensorTask, first: int, sent: Floats) -> tuple[Floats, Floats]:
@@ -83,8 +83,7 @@ def intervals(proxy: OpenedProxy, task: TensorTask, first: int, sent: Floats) ->
         return np.asarray((sent - half) / factor, np.float32), np.asarray((sent + half) / factor, np.float32)
     if quantization is None or task.layout.kind == "raw":
         return sent / factor, sent / factor
-    block = _row_block(task, quantization.format, quantization.block_size)
-    low, high = _snapped(sent, _block_peaks(sent, task.layout.geometry, block), quantization.format)
+    low, high = _snapped(sent, _peaks(task, quantization, sent), quantization.format)
     return low / factor, high / factor
 
 
@@ -103,22 +102,3 @@ def _snapped(sent: Floats, peaks: Floats, format: str) -> tuple[Floats, Floats]:
     low = np.where(off, -np.inf, (bounds[rank] - np.float32(0.01)) * peaks)
     high = np.where(off, np.inf, (bounds[rank + 1] + np.float32(0.01)) * peaks)
     return low.astype(np.float32), high.astype(np.float32)
-
-
-def _block_peaks(x: Floats, geometry: str, block: int) -> Floats:
-    """For each value, the largest magnitude in its block: [rows, cols] of whole blocks, or their end."""
-    rows, cols = x.shape
-    size = np.abs(x)
-    if geometry == "column":
-        return _along_rows(np.ascontiguousarray(size.T), block).T
-    if geometry == "row":
-        return _along_rows(size, block)
-    return _along_rows(size.reshape(1, -1), block).reshape(rows, cols)
-
-
-def _along_rows(size: Floats, block: int) -> Floats:
-    rows, cols = size.shape
-    pad = -cols % block
-    blocks: Any = np.pad(size, ((0, 0), (0, pad))).reshape(rows, -1, block)
-    peaks: Floats = np.broadcast_to(blocks.max(axis=2, keepdims=True), blocks.shape).reshape(rows, cols + pad)[:, :cols]
-    return peaks

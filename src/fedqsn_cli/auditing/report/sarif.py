@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Any
 from urllib.parse import quote
 
@@ -88,7 +89,8 @@ def _result(finding: Finding, index: int) -> dict[str, Any]:
     }
     if finding.severity == "info":
         result["level"] = "none"
-    figures = {name: value for name, value in (("value", finding.value), ("limit", finding.limit)) if _finite(value)}
+    given = {"value": finding.value, "limit": finding.limit}
+    figures = {name: value for name, value in given.items() if value is not None and math.isfinite(value)}
     if figures:
         result["properties"] = figures
     return result
@@ -98,10 +100,6 @@ def _uri(scope: str) -> str:
     """A file to hang a finding on: code-scanning sites want one for each."""
     name = scope.removeprefix("proxy ").split(" ")[0]
     return f"{quote(name, safe='')}/proxy.json" if scope.startswith("proxy ") else "ledger.jsonl"
-
-
-def _finite(value: float | None) -> bool:
-    return value is not None and abs(value) < float("inf")
 
 
 def _fingerprint(finding: Finding) -> str:

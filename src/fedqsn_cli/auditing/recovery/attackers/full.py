@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from fedqsn_cli.auditing.recovery.attackers.attack import Trained, Training, TrainingInputs
 from fedqsn_cli.models.torch_model import Loaded
-from fedqsn_cli.training.compact import VisibleParameters
+from fedqsn_cli.training.compact import Trainable, VisibleParameters
 from fedqsn_cli.training.loop import train
 
 
-def fitted(given: TrainingInputs, loaded: Loaded, rate: float) -> Trained:
-    """Train every weight of a model."""
-    trainable = VisibleParameters(loaded.model, {})
-    summary = train(loaded.model, given.examples, trainable, given.recipe(rate), given.padding, given.progress)
+def fitted(given: TrainingInputs, loaded: Loaded, rate: float, trainable: Trainable | None = None) -> Trained:
+    """Train a model: every weight, unless told otherwise."""
+    part = VisibleParameters(loaded.model, {}) if trainable is None else trainable
+    summary = train(loaded.model, given.examples, part, given.recipe(rate), given.padding, given.progress)
     return Trained(loaded, summary.steps)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fedqsn_cli.auditing.recovery.attackers.attack import Trained, Training, TrainingInputs
+from fedqsn_cli.auditing.recovery.attackers.full import fitted
 from fedqsn_cli.training.compact import VisibleParameters
-from fedqsn_cli.training.loop import train
 
 
 def _healed(given: TrainingInputs, rate: float) -> Trained | None:
@@ -14,9 +14,7 @@ def _healed(given: TrainingInputs, rate: float) -> Trained | None:
     loaded = given.build()
     for name, parameter in loaded.model.named_parameters():
         parameter.requires_grad_(name in holes)
-    trainable = VisibleParameters(loaded.model, holes)
-    summary = train(loaded.model, given.examples, trainable, given.recipe(rate), given.padding, given.progress)
-    return Trained(loaded, summary.steps)
+    return fitted(given, loaded, rate, VisibleParameters(loaded.model, holes))
 
 
 HEALING = Training(

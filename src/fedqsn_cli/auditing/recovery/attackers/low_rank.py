@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from fedqsn_cli.auditing.recovery.attackers.attack import Trained, Training, TrainingInputs
+from fedqsn_cli.auditing.recovery.attackers.full import fitted
 from fedqsn_cli.models.architecture import CLASSIFIERS
 from fedqsn_cli.training.compact import TrainedPart, VisibleParameters
-from fedqsn_cli.training.loop import train
 from fedqsn_cli.training.precision import repeatable
 
 RANK = 16
@@ -28,8 +28,8 @@ def _adapted(given: TrainingInputs, rate: float) -> Trained | None:
     with repeatable(loaded.model.device, 0):  # adapters begin with random numbers, and an audit must be repeatable
         adapted: Any = get_peft_model(loaded.model, config)
     trainable = VisibleParameters(TrainedPart.of(adapted), {})
-    summary = train(adapted, given.examples, trainable, given.recipe(rate), given.padding, given.progress)
-    return Trained(loaded._replace(model=adapted.merge_and_unload()), summary.steps)
+    trained = fitted(given, loaded._replace(model=adapted), rate, trainable)
+    return Trained(loaded._replace(model=adapted.merge_and_unload()), trained.steps)
 
 
 LOW_RANK = Training(
