@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.courier is not None:
         from benchmarks import courier
 
+        if options.sites is not None:
+            return courier.many_sites(options.work.resolve(), options.sites)
         return courier.main(options.work.resolve(), options.out, options.courier or courier.SIZES)
     place = Place(
         options.work.resolve(),
@@ -101,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--millions", type=float, default=64, help="numbers a kernel quantizes, in 2^20 (default 64)")
     result.add_argument("--load", type=float, default=1.0, help="share of the full load, for 'load' (default 1)")
     result.add_argument("--courier", nargs="*", type=float, metavar="GIB", help="measure the courier only")
+    result.add_argument("--sites", type=int, help="with --courier: so many sites on this machine at once, instead")
     result.add_argument("--keep", action="store_true", help="keep models and outputs for the next time")
     return result
 

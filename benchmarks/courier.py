@@ -5,6 +5,9 @@ FLARE with real processes and mutual TLS. Nothing is trained: the update lies th
 what the site does in between (open, verify, seal) apart. Next to them: `cp` and SHA-256 of the same bytes on the same
 disk, the least that a verified transfer does. The peak of every process is its own high-water mark (VmHWM); its
 processor time is that of its last look before it ended.
+
+With `--sites N`: so many sites on this machine, each with a proxy of 1 MiB, all at once; and what all processes hold
+together at the worst instant (proportional set sizes: shared pages count once).
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedqsn_cli import courier_init, courier_stop, keygen
 from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, SIGNATURE, UPDATE_MANIFEST, file_digest
@@ -37,11 +40,15 @@ from fedqsn_cli.crypto.seal import sealed_pieces
 from fedqsn_cli.crypto.signature import signed_bytes
 from fedqsn_cli.options import ProposalOptions
 
+if TYPE_CHECKING:
+    from fedqsn_cli.courier.flare.session import Session
+
 GIB = 1 << 30
 SIZES = (0.3, 3.0, 10.0)
 MOST_TIMES, MOST_PEAK = 3.0, 600  # of cp and SHA-256; MiB
 PORT = 28477
 CLIENT = "alice"
+SMALL = 1 << 20  # bytes of each proxy where there are many sites
 
 
 @dataclass
@@ -90,18 +97,26 @@ def copied(source: Path, target: Path) -> float:
 
 @dataclass
 class Watch:
-    """High-water marks in MiB, and processor seconds, of the processes of a courier."""
+    """High-water marks in MiB, and processor seconds, of the processes of a courier.
+
+    Args:
+        together: MiB that all of them held at the worst instant. most: how many they were then.
+    """
 
     home: Path
     peaks: dict[str, int] = field(default_factory=dict)
     processor: dict[str, float] = field(default_factory=dict)
+    together: int = 0
+    most: int = 0
 
     def look(self) -> None:
         """Take down what the processes have used so far."""
+        held: list[int] = []
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 words = (process / "cmdline").read_bytes().split(b"\0")
                 status, times = (process / "status").read_text(), (process / "stat").read_text().rsplit(")", 1)[1]
+                shares = (process / "smaps_rollup").read_text()
             except OSError:
                 continue
             module = next((word.decode() for word in words if word.startswith(b"nvflare.private")), None)
@@ -110,13 +125,16 @@ class Watch:
             name, used = module.rsplit(".", 1)[-1], times.split()
             self.peaks[name] = max(self.peaks.get(name, 0), int(status.split("VmHWM:")[1].split()[0]) >> 10)
             self.processor[name] = (int(used[11]) + int(used[12])) / os.sysconf("SC_CLK_TCK")
+            held.append(int(shares.split("Pss:")[1].split()[0]) >> 10)
+        if sum(held) > self.together:
+            self.together, self.most = sum(held), len(held)
 
 
 @contextmanager
-def running(home: Path) -> Iterator[Owner]:
-    """A courier with one site."""
+def running(home: Path, clients: Sequence[str] = (CLIENT,)) -> Iterator[Owner]:
+    """A courier with its sites."""
     keygen(home / "owner.key")
-    courier_init(home / "courier", key=home / "owner.pub", server=f"localhost:{PORT}", local=[CLIENT])
+    courier_init(home / "courier", key=home / "owner.pub", server=f"localhost:{PORT}", local=clients)
     words = [sys.executable, "-m", "fedqsn_cli", "courier", "serve", str(home / "courier"), "--quiet"]
     server = subprocess.Popen(words, stdout=subprocess.DEVNULL)
     try:
@@ -136,37 +154,50 @@ def signed_folder(folder: Path, manifest: str, size: int, key: Path) -> Path:
     return folder
 
 
-def consignment(owner: Owner, size: int) -> Consignment:
+def consignment(owner: Owner, size: int, client: str = CLIENT) -> Consignment:
     """A proxy of random bytes, sealed and ordered."""
     key = owner.home.with_name("owner.key")
     folder = signed_folder(owner.home / "proxy", PROXY_MANIFEST, size, key)
-    sealed, parts = owner.home / "sealed.proxy", PartDigests()
-    stream_new_file(sealed, parts.through(sealed_pieces(folder, load_recipient(owner.public_key(CLIENT)))))
+    sealed, parts = owner.home / f"{client}.proxy", PartDigests()
+    stream_new_file(sealed, parts.through(sealed_pieces(folder, load_recipient(owner.public_key(client)))))
     digest = file_digest(folder / PROXY_MANIFEST)
     shutil.rmtree(folder)
-    order = Order(CLIENT, digest, "0" * 64, Parts(parts.finish()), ProposalOptions())
+    order = Order(client, digest, "0" * 64, Parts(parts.finish()), ProposalOptions())
     return Consignment(order, order.signed(load_signing_key(key)), sealed)
 
 
-def transfer(owner: Owner, gib: float) -> Transfer:
-    """Send one file down and one up."""
-    from fedqsn_cli.courier.flare.job import write_job
-    from fedqsn_cli.courier.flare.session import Session
-
-    size, update = int(gib * GIB), owner.host.carried / "file.update"
-    sent, site = consignment(owner, size), Site(owner.home / "sites" / CLIENT)
+def answered(owner: Owner, sent: Consignment, size: int) -> SiteRound:
+    """The round of a site, whose update lies there already."""
+    site = Site(owner.home / "sites" / sent.order.client)
     round = SiteRound.of(site, sent.text)
     signed_folder(round.folder / "update", UPDATE_MANIFEST, size, site.private_key)
-    baseline = sum(copied(sent.sealed, owner.home / "copy") for _ in range(2))
-    session, watch, seen = Session(owner.host.admin), Watch(owner.home), dict[str, float]()
+    return round
+
+
+def submit(session: Session, sent: Consignment, update: Path) -> None:
+    """Send a job, as soon as the server answers."""
+    from fedqsn_cli.courier.flare.job import write_job
+
     with tempfile.TemporaryDirectory() as place:
         job = write_job(Path(place) / "job", sent, update)
         while True:
             try:
                 session.submit(job)
-                break
+                return
             except Unreachable:
                 time.sleep(1)
+
+
+def transfer(owner: Owner, gib: float) -> Transfer:
+    """Send one file down and one up."""
+    from fedqsn_cli.courier.flare.session import Session
+
+    size, update = int(gib * GIB), owner.host.carried / "file.update"
+    sent = consignment(owner, size)
+    round = answered(owner, sent, size)
+    baseline = sum(copied(sent.sealed, owner.home / "copy") for _ in range(2))
+    session, watch, seen = Session(owner.host.admin), Watch(owner.home), dict[str, float]()
+    submit(session, sent, update)
     events = {
         "down": round.folder / "proxy.sealed.part",
         "opened": round.sealed_proxy,
@@ -186,6 +217,29 @@ def transfer(owner: Owner, gib: float) -> Transfer:
         remove_tree(path)
     courier = seen["opened"] - seen["down"] + end - seen["up"]
     return Transfer(gib, courier, seen["up"] - seen["opened"], baseline, watch.peaks, watch.processor)
+
+
+def many_sites(work: Path, count: int) -> int:
+    """Send a small proxy to each of many sites, all at once, and print seconds and memory. Returns 0."""
+    from fedqsn_cli.courier.flare.session import Session
+
+    clients = [f"site-{number:02}" for number in range(count)]
+    with tempfile.TemporaryDirectory(dir=work) as name, running(Path(name), clients) as owner:
+        session, watch = Session(owner.host.admin), Watch(owner.home)
+        updates = {client: owner.host.carried / f"{client}.update" for client in clients}
+        begin = time.perf_counter()
+        for client, update in updates.items():
+            sent = consignment(owner, SMALL, client)
+            answered(owner, sent, SMALL)
+            submit(session, sent, update)
+        while not all(update.exists() for update in updates.values()):
+            time.sleep(0.5)
+            watch.look()
+        seconds = time.perf_counter() - begin
+        session.close()
+    peaks = ", ".join(f"{kind} {size}" for kind, size in sorted(watch.peaks.items()))
+    print(f"{count} sites: {seconds:.0f} s; {watch.most} processes held {watch.together} MiB; peaks, MiB: {peaks}")
+    return 0
 
 
 def main(work: Path, out: Path | None, sizes: Sequence[float] = SIZES) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -208,6 +210,14 @@ def test_a_site_answers_for_itself_once_and_within_limits(desk: Desk, tmp_path: 
     update.write_bytes(b"the first answer")
     assert taken(made, "alice", **huge) is None  # a second answer is not even fetched
     assert update.read_bytes() == b"the first answer"
+
+
+def test_a_servers_worker_does_not_import_torch(desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take 150 MiB and seconds at the end of each job."""
+    monkeypatch.setitem(sys.modules, "nvflare.app_opt.pt", ModuleType("pt"))  # put back afterwards
+    controller(desk, tmp_path / "update").start_controller(Context())
+    with pytest.raises(ImportError):
+        importlib.import_module("nvflare.app_opt.pt.tensor_downloader")
 
 
 def test_a_round_that_was_answered_and_removed_is_told_so(desk: Desk) -> None:

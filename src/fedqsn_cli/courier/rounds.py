@@ -66,7 +66,8 @@ class Delivery(ABC):
         lock = self.carried / f"{self.sent.order.proxy_sha256[:32]}.lock"
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            if not try_lock(descriptor):
+            # A process that has just ended may have removed the file that this one locked.
+            if not try_lock(descriptor) or not _is_at(descriptor, lock):
                 hint = "wait until it has ended, or end it"
                 raise InputError("another 'fedqsn courier-send' sends this proxy", where=self.client, hint=hint)
             try:
@@ -80,6 +81,10 @@ class Delivery(ABC):
     def done(self) -> bool:
         """Whether there is an answer that was taken."""
         return self.update.exists()
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,9 +66,9 @@ class Factor:
 
 
 class KeptFactors:
-    """Whole factors, which every run of rows of a tensor needs again: the last ones that were read, up to a size."""
+    """Whole factors, which every run of rows of a tensor needs again: the last ones that a merge read, up to a size."""
 
-    def __init__(self, most_bytes: int) -> None:
+    def __init__(self, most_bytes: int = KEPT_BYTES) -> None:
         self._most = most_bytes
         self._bytes = 0
         self._lock = threading.Lock()
@@ -93,9 +93,6 @@ class KeptFactors:
             self._bytes -= self._kept.pop(oldest)[0].nbytes
 
 
-_WHOLE = KeptFactors(KEPT_BYTES)
-
-
 @dataclass(frozen=True, slots=True)
 class AdapterValues:
     """The U of one tensor as a product: one of the `TensorValues`.
@@ -103,6 +100,7 @@ class AdapterValues:
     Args:
         a: [rank, in]. b: [out, rank].
         axis: along which U has units; None where it holds all elements.
+        kept: where factors are kept from one run of rows to the next.
     """
 
     where: str
@@ -111,6 +109,7 @@ class AdapterValues:
     scaling: float
     transposed: bool
     axis: UnitAxis | None
+    kept: KeptFactors
 
     def read(self, part: UpdateSlice, read: ReadBytes) -> ReadValues:
         """Whole rows of U.
@@ -136,9 +135,9 @@ class AdapterValues:
 
     def _factors(self, part: UpdateSlice, read: ReadBytes) -> tuple[Array, Array, tuple[StoredPiece, ...]]:
         """Left [rows, rank] and right [rank, cols] factor of a run of rows, hidden units included."""
-        a, a_piece = _WHOLE.read(self.a, read)
+        a, a_piece = self.kept.read(self.a, read)
         if self.transposed:
-            b, b_piece = _WHOLE.read(self.b, read)
+            b, b_piece = self.kept.read(self.b, read)
             return a.T[part.row : part.row + part.rows], b.T, (a_piece, b_piece)
         b, b_piece = self.b.read(part.row, part.rows, read)
         return b, a, (a_piece, b_piece)
@@ -152,10 +151,11 @@ class AdapterFolder:
     """The adapters of an update, checked as far as that is possible without reading their values.
 
     Args:
+        kept: where factors are kept while they are needed; one for all updates of a merge.
         entries: tensors of the file that nothing has asked for yet.
     """
 
-    def __init__(self, folder: Path, manifest: UpdateManifest, most_header_bytes: int) -> None:
+    def __init__(self, folder: Path, manifest: UpdateManifest, most_header_bytes: int, kept: KeptFactors) -> None:
         """Open a folder whose manifest lists adapters.
 
         Raises:
@@ -167,7 +167,7 @@ class AdapterFolder:
         header = read_header(folder / ADAPTER_TENSORS, most_header_bytes)
         self.identity: FileIdentity = header.identity
         self.entries = header.entries
-        self._folder = folder
+        self._folder, self._kept = folder, kept
         self._dtype = UPDATE_FORMATS[manifest.precision].dtype
         self._records = dict(manifest.adapters or {})
         self._saved = dict(manifest.saved or {})
@@ -210,6 +210,7 @@ class AdapterFolder:
             record.scaling,
             record.transposed,
             axis,
+            self._kept,
         )
 
     def _factor(self, name: str, shape: tuple[int, int]) -> Factor:

@@ -24,7 +24,7 @@ from fedqsn_cli.errors import RefusedUpdate, SignatureError
 from fedqsn_cli.kernels.digests import algorithm_of
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.masks.job_masks import ClientMasks, ServerMasks
-from fedqsn_cli.merging.adapters import AdapterFolder
+from fedqsn_cli.merging.adapters import AdapterFolder, KeptFactors
 from fedqsn_cli.merging.partial_sum import PartialSum, is_partial
 from fedqsn_cli.merging.read_update import ClientUpdate
 from fedqsn_cli.merging.refusals import Refusals
@@ -104,6 +104,7 @@ class UpdateVerifier:
         self._ledger = ledger
         self._key_of = key_of
         self._takes_late = takes_late
+        self._factors = KeptFactors()
         self._releases = {release.proxy_id: release for release in ledgers.read(ledger, job)}
 
     def round(self, folders: Sequence[str | Path], refusals: Refusals) -> Round:
@@ -203,7 +204,7 @@ class UpdateVerifier:
         most = most_header_bytes(self._model.plan.tensors)
         header = read_header(folder / UPDATE_TENSORS, most) if UPDATE_TENSORS in manifest.files else None
         entries, identities = ({}, {}) if header is None else (header.entries, {UPDATE_TENSORS: header.identity})
-        adapters = AdapterFolder(folder, manifest, most) if manifest.adapters is not None else None
+        adapters = AdapterFolder(folder, manifest, most, self._factors) if manifest.adapters is not None else None
         stored: dict[str, TensorValues] = {}
         for tensor in self._model.plan.tensors:
             if tensor.dtype in WEIGHT_DTYPES:

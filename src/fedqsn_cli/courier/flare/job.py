@@ -11,6 +11,7 @@ default FLARE would send the server's paths to every site.
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ class CourierController(Controller):  # type: ignore[misc]
         self._abort: Signal | None = None
 
     def start_controller(self, fl_ctx: FLContext) -> None:
-        """Nothing to prepare."""
+        """Keep torch out of the server's worker: a job's end would import it, to end transfers of tensors."""
+        sys.modules["nvflare.app_opt.pt"] = None  # type: ignore[assignment]  # as where torch is not installed
 
     def stop_controller(self, fl_ctx: FLContext) -> None:
         """Nothing to clean up: parts that have come are kept."""
