@@ -53,7 +53,7 @@ def _hashed(folder: Path, given_up: Event) -> Digests:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """All files in a folder, at any depth.
+    """All files in a folder, at any depth; none if there is no such folder, which whoever opens the proxy says.
 
     Raises:
         FormatError: there are more than any proxy has. OSError: a folder in it cannot be read.
@@ -66,7 +66,7 @@ def files_of(folder: Path) -> list[Path]:
 
 def _entries(folder: Path) -> Iterator[Path]:
     """Whatever lies in a folder, at any depth; links to folders are not followed."""
-    waiting = [folder]
+    waiting = [folder] if folder.is_dir() else []
     while waiting:
         for path in waiting.pop().iterdir():
             yield path
