@@ -19,6 +19,7 @@ from support.processes import run
 SOURCES = Path(app.__file__).parents[1]
 ASKS_FOR_THE_DATE = {
     "auditing/run.py",  # which waivers have expired
+    "courier/kits.py",  # whether certificates are valid
     "courier/work.py",  # the log of a site
 }
 
