@@ -99,6 +99,12 @@ settle()
 tame_hypothesis()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than cores: a test that waits for a process of its own, or for a site, leaves a core to another one."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
     """Import without looking for garbage, of which imports leave little."""
