@@ -23,7 +23,7 @@ from fedqsn_cli.training.updates import update
 from fedqsn_cli.training.updates.error_feedback import ErrorFeedback, read_errors, require_place
 from fedqsn_cli.training.updates.privacy import update_noise
 
-_TOKENS_AT_ONCE = 256
+_NUMBERS_AT_ONCE = 256 * 768  # of a hidden state: fewer make matrix products slow, more take memory
 
 
 @dataclass(slots=True)
@@ -76,8 +76,9 @@ class FullMethod:
 
     @property
     def tokens_at_once(self) -> int | None:
-        """On a CPU few: with this many tokens matrix products are nearly as fast as with more."""
-        return _TOKENS_AT_ONCE if self.device.type == "cpu" else None
+        """On a CPU, so many that a hidden state of them has as many numbers in models of any width."""
+        width = int(self.loaded.model.get_input_embeddings().weight.shape[1])
+        return max(1, _NUMBERS_AT_ONCE // width) if self.device.type == "cpu" else None
 
     @property
     def numbers_sent(self) -> int:

@@ -17,11 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fedqsn_cli.linux import return_freed_memory
 from fedqsn_cli.planning.tensor_plan import UnitAxis
-
-PART_BYTES = 16 << 20
-"""Values of leaves that are in memory at the same time, unless a single leaf is larger."""
 
 
 class Trainable(Protocol):
@@ -214,8 +210,6 @@ class VisibleParameters:
         """Within this block these leaves hold the parameters' values; when it ends, parameters hold theirs."""
         pieces = [self._pieces[id(leaf)] for leaf in leaves if id(leaf) in self._pieces]
         try:
-            if sum(piece.leaf.nbytes for piece in pieces) >= PART_BYTES:
-                return_freed_memory()  # what activations took lies in small pieces between gradients
             for piece in pieces:
                 piece.fetch()
             yield

@@ -16,7 +16,10 @@ from torch import Tensor
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.models.messages import first_line
 from fedqsn_cli.options import OptimizerName, RecipeOptions
-from fedqsn_cli.training.steps.compact import PART_BYTES, Trainable
+from fedqsn_cli.training.steps.compact import Trainable
+
+PART_BYTES = 16 << 20
+"""Values of leaves that are in memory at the same time, unless a single leaf is larger."""
 
 STATE_BYTES: dict[OptimizerName, float] = {"adamw": 8, "adamw-8bit": 2 + 2 * 4 / 256, "sgd": 0}
 """Bytes of optimizer state for each fp32 number that is trained: two moments; in 8 bits, 256 share an fp32 scale."""
