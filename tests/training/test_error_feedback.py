@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from fedqsn_cli import client_train, export_proxy, merge
 from fedqsn_cli.artifacts.manifests import ProxyManifest, UpdateManifest, read_manifest
 from fedqsn_cli.artifacts.update_folder import UPDATE_FORMATS, format_of
-from fedqsn_cli.errors import FormatError, InputError
+from fedqsn_cli.errors import FormatError, InputError, OutputExists
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.quantization.runs import decode_run
 from fedqsn_cli.training.steps.visible import expanded, put_visible, rescale_factors, visible_part
@@ -271,6 +271,17 @@ def test_a_kill_between_update_and_residual_loses_nothing(
     assert updates[0] == updates[1]
     assert load_file(tmp_path / "whole" / "residual").keys() == load_file(tmp_path / "killed" / "residual").keys()
     assert not (tmp_path / "killed" / "residual.next").exists()
+
+
+def test_the_same_command_after_such_a_kill_puts_the_residual_in_place(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed_round(job, tmp_path, monkeypatch, REPLACE)
+    left = (tmp_path / "residual.next").read_bytes()
+    with pytest.raises(OutputExists):
+        train(job, 1, tmp_path / "update", update_format="nf4", residual=tmp_path / "residual")
+    assert (tmp_path / "residual").read_bytes() == left
+    assert not (tmp_path / "residual.next").exists()
 
 
 def test_a_round_killed_before_its_update_is_trained_again(

@@ -46,6 +46,7 @@ from fedqsn_cli.training.steps.processes import Processes, joined, launched, own
 from fedqsn_cli.training.steps.shared_examples import shared
 from fedqsn_cli.training.steps.states import StateFolder, remove_finished
 from fedqsn_cli.training.updates import update
+from fedqsn_cli.training.updates.error_feedback import settle_published
 from fedqsn_cli.training.updates.privacy import privacy_record, reported_losses
 from fedqsn_cli.version import VERSION
 
@@ -195,6 +196,8 @@ def _writer(options: TrainOptions) -> Any:
     if not launched().is_first:
         return nullcontext()
     remove_finished(Path(options.out), Path(options.out))
+    if options.residual is not None:  # a run that was killed after its update appeared is at its end, too
+        settle_published(Path(options.residual))
     # A signature lists SHA-256, so with one the files are hashed only once.
     return ArtifactWriter(Path(options.out), force=options.force, digest="sha256" if options.sign else "blake3")
 

@@ -90,14 +90,29 @@ def settle(path: Path, proxy_id: str) -> None:
         return
     with Checkpoint.open(pending) as stored:
         found = stored.metadata
-    manifest = Path(found.get("update", "")) / UPDATE_MANIFEST
-    if manifest.is_file() and file_digest(manifest) == found.get("update_sha256"):
+    if _is_published(found):
         os.replace(pending, path)
     elif found.get("proxy_id") == proxy_id:
         os.unlink(pending)
     else:
         hint = f"if that update was sent, run: mv {pending} {path}; if not, delete {pending}"
         raise InputError("a killed round left it, and its update is not where it was made", where=pending, hint=hint)
+
+
+def settle_published(path: Path) -> None:
+    """Let the new file take the place of the old one if a round was killed between publishing its update and that."""
+    pending = _next(path)
+    if os.path.lexists(pending):
+        with Checkpoint.open(pending) as stored:
+            found = stored.metadata
+        if _is_published(found):
+            os.replace(pending, path)
+
+
+def _is_published(found: Mapping[str, str]) -> bool:
+    """Whether the update that a new file goes with is where it was made."""
+    manifest = Path(found.get("update", "")) / UPDATE_MANIFEST
+    return manifest.is_file() and file_digest(manifest) == found.get("update_sha256")
 
 
 def require_place(path: Path) -> None:
