@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fedqsn_cli.kernels.jit import CacheFile
+
 CALLED = """
 from fedqsn_cli.kernels.jit import kernel
 
@@ -64,3 +66,27 @@ def test_a_kernel_is_compiled_again_when_a_kernel_or_a_constant_of_another_file_
     (tmp_path / "called.py").write_text(CALLED.format(level=level, operator=operator))
     assert called(tmp_path) == (result, False)
     assert called(tmp_path) == (result, True)
+
+
+def test_no_process_is_given_what_another_one_compiled_for_another_signature_or_source(tmp_path: Path) -> None:
+    """Two begin at once, where machine code of an earlier source lies; and one is killed before all is written."""
+    earlier, one, other, reader = (CacheFile(str(tmp_path), "f-1.py311", stamp) for stamp in ("old", *["new"] * 3))
+    earlier.save("a", "old a")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(one, "_load_index", dict)
+        patch.setattr(other, "_load_index", dict)
+        one.save("a", "a")
+        other.save("b", "b")
+    assert {key: reader.load(key) for key in "ab"} in ({"a": None, "b": "b"}, {"a": "a", "b": "b"})
+    reader.save("a", "a")
+    assert {key: reader.load(key) for key in "ab"} == {"a": "a", "b": "b"}
+    assert len(list(tmp_path.glob("*.nbc"))) == 2
+
+    later = CacheFile(str(tmp_path), "f-1.py311", "newer")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(later, "_save_data", lambda name, data: (_ for _ in ()).throw(OSError))
+        with pytest.raises(OSError):
+            later.save("a", "newer a")
+    assert later.load("a") is None
+    later.save("a", "newer a")
+    assert later.load("a") == "newer a"

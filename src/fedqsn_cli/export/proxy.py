@@ -9,10 +9,9 @@ nothing but key, model and options, so a repeated export is the same release and
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from fedqsn_cli.artifacts import ledger as ledgers
@@ -23,6 +22,7 @@ from fedqsn_cli.checkpoint import ArtifactWriter, FolderWriter, WriterThreads, a
 from fedqsn_cli.checkpoint import push as push_to_hub
 from fedqsn_cli.checkpoint.descriptors import MAX_OPEN_FILES
 from fedqsn_cli.checkpoint.files import keep_outside
+from fedqsn_cli.crypto.optional import signer
 from fedqsn_cli.errors import InputError, OutputExists
 from fedqsn_cli.export.advice import (
     check_settings,
@@ -109,7 +109,7 @@ def export_proxy(source: str | Path, options: ExportOptions, *, progress: Progre
         keep_outside(target, key=options.key, ledger=ledger, sign=options.sign)
     for repository in options.repositories:
         check_reference(repository)
-    sign = _signer(options)
+    sign = signer(options.sign)
     session = open_session(source, options)
     untrainable = refuse_untrainable(session.model, options.allow_untrainable)
     past = ledgers.read_if_there(ledger, None if options.trust_records else session.job)
@@ -141,16 +141,6 @@ def export_proxy(source: str | Path, options: ExportOptions, *, progress: Progre
         commits = [push_to_hub(folder, to) for folder, to in zip(folders, options.repositories, strict=True)]
     proxies = map(_exported, releases, folders, commits)
     return _result(export, masks[0], releases[0].model_digest, tuple(proxies))
-
-
-def _signer(options: ExportOptions) -> Callable[[Sequence[ArtifactWriter]], None]:
-    """What signs the proxies, if they are to be signed. Raises KeyFileError."""
-    if options.sign is None:
-        return lambda writers: None
-    from fedqsn_cli.crypto.keys import load_signing_key
-    from fedqsn_cli.crypto.signature import sign_artifacts
-
-    return partial(sign_artifacts, load_signing_key(options.sign))
 
 
 def _trained_fill(session: MaskingSession, options: ExportOptions) -> TrainsFill:

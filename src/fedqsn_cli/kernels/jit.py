@@ -6,6 +6,7 @@ No kernel may depend on fused or reordered arithmetic: fastmath stays off.
 from __future__ import annotations
 
 import functools
+import glob
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.dispatcher import Dispatcher
 from numba.core.runtime import rtsys
 from numpy.typing import NDArray
@@ -33,8 +34,31 @@ class NonFinite(Exception):
     """A value is NaN, infinite, or beyond the range of the format."""
 
 
+class CacheFile(IndexDataCacheFile):  # type: ignore[misc]
+    """The files that machine code is kept in, each named by its key.
+
+    numba numbers them, and uses numbers again when the source has changed, or when two processes compile at once: a
+    process could be given the code of another signature, or of an earlier version.
+    """
+
+    def save(self, key: Any, data: Any) -> None:
+        """Keep the code of a key; what is left of other versions of the source goes."""
+        known = self._load_index()
+        if not known:
+            for path in Path(self._cache_path).glob(glob.escape(self._data_name_pattern.split("{")[0]) + "*.nbc"):
+                path.unlink(missing_ok=True)
+        name = self._data_name(int(hashlib.sha256(repr(key).encode()).hexdigest()[:16], 16))
+        self._save_data(name, data)  # before anybody can read of it
+        self._save_index({**known, key: name})
+
+
 class _Cache(FunctionCache):  # type: ignore[misc]
     """Machine code on disk, loaded without all that only compiling needs: numba would spend half a second on that."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__(function)
+        place = self._impl.locator
+        self._cache_file = CacheFile(place.get_cache_path(), self._impl.filename_base, place.get_source_stamp())
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """As the original does, which refreshes the context first."""
@@ -146,7 +170,7 @@ def narrow_half(bits: Any) -> Any:
 
 
 @kernel
-def narrow_brain(bits: Any) -> Any:
+def narrow_bf16(bits: Any) -> Any:
     """Bits of an fp32 number rounded to bf16, ties to even; overflow becomes infinity."""
     even = np.uint32(bits >> np.uint32(16)) & np.uint32(1)
     return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + even) >> np.uint32(16))
@@ -174,7 +198,7 @@ def narrow(source: Any, kind: int, out: Any) -> None:
             out[i] = source[i]
     elif kind == BF16:
         for i in range(out.size):
-            out[i] = narrow_brain(source[i])
+            out[i] = narrow_bf16(source[i])
     else:
         for i in range(out.size):
             out[i] = narrow_half(source[i])

@@ -3,7 +3,7 @@
 codebooks.py      the formats as data
 layout.py         how a tensor is stored: raw, snapped or packed, and in which view
 blocks.py         one block against a codebook
-codes4_brain.py   nf4 codes of bf16 values, by 16-bit comparisons
+codes4_bf16.py    nf4 codes of bf16 values, by 16-bit comparisons
 codes4.py         4-bit codes, two a byte
 codes8.py         int8 codes, one scale a row
 blocks8.py        int8 codes, one scale a block

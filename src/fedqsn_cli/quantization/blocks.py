@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fedqsn_cli.kernels.jit import MAGNITUDE, kernel, to_bits, to_float
+from fedqsn_cli.kernels.jit import MAGNITUDE, kernel, to_bits, to_float, view_kernel
 
 SMALLEST = np.float32(1e-38)
 BATCH = 1024  # values that go through each step together: they stay in the first cache
@@ -92,3 +92,11 @@ def nearest(values: Any, bounds: Any, levels: Any, out: Any) -> None:
         best = l13 if v > b12 else best
         best = l14 if v > b13 else best
         out[i] = l15 if v > b14 else best
+
+
+@view_kernel
+def pack_pairs(pairs: Any, packed: Any) -> None:
+    """packed[i] = first code << 4 | second code, of pairs of codes that were read as numbers of twice the width."""
+    four, half = pairs.dtype.type(4), pairs.dtype.type(4 * pairs.itemsize)
+    for i in range(packed.size):
+        packed[i] = np.uint8(pairs[i] << four) | np.uint8(pairs[i] >> half)

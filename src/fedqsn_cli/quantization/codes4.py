@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from fedqsn_cli.kernels.floats import PIECE, Floats, writable
 from fedqsn_cli.kernels.jit import BF16, NonFinite, kernel, widen
 from fedqsn_cli.kernels.threads import run_ranges
-from fedqsn_cli.quantization.blocks import BATCH, SMALLEST, largest, normalize, rank
+from fedqsn_cli.quantization.blocks import BATCH, SMALLEST, largest, normalize, pack_pairs, rank
 from fedqsn_cli.quantization.codebooks import BLOCK_SIZES, FORMATS, Codebook, codebook
-from fedqsn_cli.quantization.codes4_brain import encode_brain
+from fedqsn_cli.quantization.codes4_bf16 import encode_bf16
 
 Bytes = NDArray[np.uint8]
 Float32s = NDArray[np.float32]
@@ -82,14 +82,14 @@ def _quantize(
     book = _checked(source.size, format, block, packed, absmax)
     remap = (book.order[:, None] << 4 | book.order).reshape(-1)
     in_order = format == "nf4"
-    brain = in_order and source.kind == BF16 and not given
+    by_bits = in_order and source.kind == BF16 and not given
     flaws: list[int] = []
 
     def work(start: int, stop: int) -> None:
-        whole = start + (stop - start) // block * block if brain else start
+        whole = start + (stop - start) // block * block if by_bits else start
         if whole > start:
             codes, bits = packed[start // 2 : whole // 2], writable(source.bits[start:whole])
-            if not encode_brain(bits, block, book.bounds, codes, absmax[start // block :]):
+            if not encode_bf16(bits, block, book.bounds, codes, absmax[start // block :]):
                 flaws.append(start)
         if stop > whole:
             codes, bits = packed[whole // 2 : (stop + 1) // 2], writable(source.bits[whole:stop])
@@ -138,19 +138,11 @@ def _encode(
             count += 1
         rank(ratios[:count], bounds, ranks)
         target = packed[begin // 2 : (begin + count) // 2]
-        _pack(pairs, target)
+        pack_pairs(pairs, target)
         if not in_order:
             for i in range(target.size):
                 target[i] = remap[target[i]]
     return bool(fine)
-
-
-@kernel
-def _pack(pairs: Any, packed: Any) -> None:
-    """packed[i] = first code << 4 | second code, of pairs of 32-bit codes that were read as 64-bit numbers."""
-    for i in range(packed.size):
-        pair = pairs[i]
-        packed[i] = np.uint8(np.uint64(pair << np.uint64(4)) | np.uint64(pair >> np.uint64(32)))
 
 
 @kernel

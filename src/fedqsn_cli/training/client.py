@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -21,6 +21,7 @@ from fedqsn_cli.artifacts.manifests import (
 from fedqsn_cli.artifacts.proxy_folder import verify_proxy
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, resolve
 from fedqsn_cli.checkpoint.files import keep_outside
+from fedqsn_cli.crypto.optional import signer, verify_signed
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.models.architecture import Task
 from fedqsn_cli.models.messages import quiet
@@ -49,9 +50,6 @@ from fedqsn_cli.training.updates import update
 from fedqsn_cli.training.updates.error_feedback import settle_published
 from fedqsn_cli.training.updates.privacy import privacy_record, reported_losses
 from fedqsn_cli.version import VERSION
-
-if TYPE_CHECKING:
-    from fedqsn_cli.crypto.keys import SigningKey
 
 __all__ = ["Estimate", "TrainResult", "client_train", "estimate_training"]
 
@@ -117,7 +115,7 @@ def client_train(proxy: str | Path, options: TrainOptions, *, progress: Progress
     """
     beside = {name: getattr(options, name) for name in ("sign", "residual", "log", "tensorboard")}
     keep_outside(Path(options.out), **beside)
-    signer = _signer(options)
+    sign = signer(options.sign)
     with _writer(options) as writer, quiet(), memory_errors(), _prepared(proxy, options, progress) as ready:
         ready.tell_plan(progress)
         before = ready.measure(progress)
@@ -126,10 +124,7 @@ def client_train(proxy: str | Path, options: TrainOptions, *, progress: Progress
         path = str(Path(options.out).absolute())
         if writer is not None:
             _write_update(writer, ready, trained, before, after)
-            if signer is not None:
-                from fedqsn_cli.crypto.signature import sign_artifacts
-
-                sign_artifacts(signer, [writer])
+            sign([writer])
             ready.method.prepare(Path(path), writer.digests[UPDATE_MANIFEST])
             if ready.states is not None:
                 ready.states.finish(UPDATE_MANIFEST, writer.digests[UPDATE_MANIFEST])
@@ -157,15 +152,6 @@ def client_train(proxy: str | Path, options: TrainOptions, *, progress: Progress
         )
 
 
-def _signer(options: TrainOptions) -> SigningKey | None:
-    """The key that signs the update, if one was given. Raises KeyFileError."""
-    if options.sign is None:
-        return None
-    from fedqsn_cli.crypto.keys import load_signing_key  # imports cryptography, which takes 10 MiB
-
-    return load_signing_key(options.sign)
-
-
 def estimate_training(proxy: str | Path, options: TrainOptions, *, progress: Progress = SILENT) -> Estimate:
     """Find out what a training would take, by a few steps that are thrown away; nothing is written.
 
@@ -181,14 +167,8 @@ def estimate_training(proxy: str | Path, options: TrainOptions, *, progress: Pro
         raise InputError("is for one process", where="--dry-run", hint="start it without a launcher")
     unwritten = replace(options, save_every=None, log=None, tensorboard=None)
     with quiet(), memory_errors(), _prepared(proxy, unwritten, progress) as ready:
-        padding, bytes_up, at_once = (
-            ready.encoder.padding,
-            ready.method.bytes_sent(options),
-            ready.method.tokens_at_once,
-        )
-        return measured(
-            ready.model, ready.examples, ready.trainable, ready.options, padding, bytes_up, progress, at_once
-        )
+        work = (ready.model, ready.examples, ready.trainable, ready.options, ready.encoder.padding)
+        return measured(*work, ready.method.bytes_sent(options), progress, ready.method.tokens_at_once)
 
 
 def _writer(options: TrainOptions) -> Any:
@@ -277,7 +257,8 @@ def _prepared(proxy: str | Path, options: TrainOptions, progress: Progress) -> I
         folder = resolve(str(proxy)).path
         manifest = verify_proxy(folder)
         if options.verify_key is not None:
-            _verify_signature(folder, manifest, options.verify_key)
+            known = manifest.files | {PROXY_MANIFEST: file_digest(folder / PROXY_MANIFEST)}
+            verify_signed(folder, options.verify_key, known)
         checkpoint = stack.enter_context(Checkpoint.open(folder))
         states = _states(options, folder, processes)
         if states is not None and processes.is_first:
@@ -302,15 +283,6 @@ def _prepared(proxy: str | Path, options: TrainOptions, progress: Progress) -> I
             states=states,
             private=plan_privacy(options, options, len(examples)),
         )
-
-
-def _verify_signature(folder: Path, manifest: ProxyManifest, key: str | Path) -> None:
-    """Refuse a proxy that the owner of a public key did not sign. Raises KeyFileError, SignatureError."""
-    from fedqsn_cli.crypto.keys import load_verify_key  # imports cryptography, which takes 10 MiB
-    from fedqsn_cli.crypto.signature import verify_folder
-
-    known = manifest.files | {PROXY_MANIFEST: file_digest(folder / PROXY_MANIFEST)}
-    verify_folder(folder, load_verify_key(key), known)
 
 
 def _method(checkpoint: Checkpoint, manifest: ProxyManifest, options: TrainOptions, device: torch.device) -> Method:

@@ -16,7 +16,7 @@ from fedqsn_cli.kernels.jit import (
     as_bits,
     kernel,
     narrow,
-    narrow_brain,
+    narrow_bf16,
     to_bits,
     to_float,
     view_kernel,
@@ -156,7 +156,7 @@ def _replace(bits: Any, others: Any, mask: Any) -> None:
 def _keep_rest(residual: Any, new: Any, stored: Any, moved: Any) -> None:
     """What rounding dropped."""
     for i in range(residual.size):
-        dropped = narrow_brain(to_bits(new[i] - stored[i]))
+        dropped = narrow_bf16(to_bits(new[i] - stored[i]))
         residual[i] = residual[i] ^ ((residual[i] ^ dropped) & moved[i])
 
 

@@ -19,6 +19,7 @@ from fedqsn_cli.artifacts.manifests import (
 from fedqsn_cli.artifacts.update_folder import files_of, format_of, most_header_bytes, require_no_more, update_shape
 from fedqsn_cli.checkpoint import read_header
 from fedqsn_cli.checkpoint.header import FileIdentity
+from fedqsn_cli.crypto.optional import verify_signed
 from fedqsn_cli.dtypes import WEIGHT_DTYPES
 from fedqsn_cli.errors import RefusedUpdate, SignatureError
 from fedqsn_cli.kernels.digests import algorithm_of
@@ -226,14 +227,10 @@ class UpdateVerifier:
         public = self._key_of(client)
         if public is None:
             return
-        from fedqsn_cli.crypto.keys import load_verify_key
-        from fedqsn_cli.crypto.signature import verify_folder
-
-        key = load_verify_key(public)
         listed = {name: manifest.files[name] for name in _COMPARED & manifest.files.keys()}
         known = {name: digest for name, digest in listed.items() if algorithm_of(digest) == "sha256"}
         try:
-            verify_folder(folder, key, known)
+            verify_signed(folder, public, known)
         except SignatureError as error:
             hint = f"its proxy is that of client {client!r}, who must sign with the key of {public}"
             raise RefusedUpdate(error.what, where=error.where, hint=hint) from None

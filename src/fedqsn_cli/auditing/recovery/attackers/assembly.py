@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -68,18 +69,21 @@ class Assembly:
 
     def scaled(self) -> State:
         """What is shown, scaled up for what is not."""
-        state, missing = self.estimated(lambda evidence, base: evidence.first), self._missing(self.inputs.proxies)
+        shown: Counter[str] = Counter()
+
+        def rows(task: TensorTask, first: int, count: int) -> Floats:
+            evidence = collect(self.inputs.proxies, task, first, count)
+            shown[task.name] += int(np.count_nonzero(evidence.count))
+            return evidence.first
+
+        state = self._made(rows)
         for task in self._floats():
-            shown = task.size - int(torch.count_nonzero(missing[task.name]))
-            state[task.name] *= task.size / max(1, shown)
+            state[task.name] *= task.size / max(1, shown[task.name])
         return state
 
     def holes(self) -> State:
         """1 where no proxy shows a weight, 0 elsewhere."""
-        return self._missing(self.everything)
-
-    def _missing(self, proxies: Sequence[OpenedProxy]) -> State:
-        return self.estimated(lambda evidence, base: np.asarray(evidence.count == 0, np.float32), proxies)
+        return self.estimated(lambda evidence, base: np.asarray(evidence.count == 0, np.float32), self.everything)
 
     def server(self, owner: OwnerInputs) -> State:
         """The server model: zero in its holes and the rest scaled by n / (n - hidden), or the public base in them."""

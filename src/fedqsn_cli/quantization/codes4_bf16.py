@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fedqsn_cli.kernels.jit import kernel, to_bits, to_float, view_kernel
-from fedqsn_cli.quantization.blocks import BATCH, SMALLEST
+from fedqsn_cli.quantization.blocks import BATCH, SMALLEST, pack_pairs
 from fedqsn_cli.quantization.codebooks import LEVELS
 
 SIGNIFICANDS = 128
@@ -81,16 +81,8 @@ def count_reached(bits: Any, thresholds: Any, ranks: Any) -> None:
             target[i] = np.int16(np.int16(8) * eight + np.int16(4) * four + np.int16(2) * two + np.int16(1) * one)
 
 
-@view_kernel
-def pack_pairs(pairs: Any, packed: Any) -> None:
-    """packed[i] = first code << 4 | second code, of pairs of 16-bit codes that were read as 32-bit numbers."""
-    for i in range(packed.size):
-        pair = pairs[i]
-        packed[i] = np.uint8(np.uint32(pair << np.uint32(4)) | np.uint32(pair >> np.uint32(16)))
-
-
 @kernel
-def encode_brain(bits: Any, block: int, bounds: Any, packed: Any, absmax: Any) -> bool:
+def encode_bf16(bits: Any, block: int, bounds: Any, packed: Any, absmax: Any) -> bool:
     """nf4 codes and scales of whole blocks of bf16 values. Returns False if a value is not finite."""
     batch = max(block, BATCH)
     ranks, thresholds = np.empty(batch, np.int16), np.empty(LEVELS, np.int16)
