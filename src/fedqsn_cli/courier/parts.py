@@ -19,7 +19,7 @@ from fedqsn_cli.checkpoint.files import open_regular_file, sync_directory, write
 from fedqsn_cli.errors import FormatError, InputError
 
 PART = 128 << 20
-_AT_ONCE = 1  # parts: while one is synced, or waits for its next bytes, the other goes on
+_AT_ONCE = 2  # parts: while one is synced, or waits for its next bytes, the other goes on
 _PIECE = 1 << 20
 _LONGEST = 1 << 40  # bytes of a part that a list may name
 _SHA256 = re.compile("[0-9a-f]{64}")
