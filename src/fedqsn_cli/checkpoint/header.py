@@ -184,6 +184,18 @@ def name_problem(name: str) -> str | None:
     return None
 
 
+def is_plain_file_name(name: object) -> bool:
+    """Whether `name` can only mean a visible file right in its directory."""
+    return (
+        type(name) is str
+        and not name_problem(name)
+        and not name.startswith(".")
+        and "/" not in name
+        and "\\" not in name
+        and len(name.encode()) <= 255
+    )
+
+
 def _check_tiling(entries: Sequence[TensorEntry], data_start: int, size: int, path: Path) -> None:
     """Tensors must fill the file from the header to the last byte, without holes and overlaps."""
     position = data_start

@@ -17,7 +17,7 @@ from fedqsn_cli import strictjson
 from fedqsn_cli.artifacts.manifests import SIGNATURE, file_digest
 from fedqsn_cli.checkpoint import ArtifactWriter
 from fedqsn_cli.checkpoint.files import read_file
-from fedqsn_cli.checkpoint.reader import is_plain_file_name
+from fedqsn_cli.checkpoint.header import is_plain_file_name
 from fedqsn_cli.crypto import dsse
 from fedqsn_cli.crypto.keys import SigningKey, VerifyKey, fingerprint
 from fedqsn_cli.errors import FormatError, SignatureError

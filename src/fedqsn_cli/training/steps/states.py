@@ -65,7 +65,8 @@ class State:
     def read(self, name: str) -> Tensor:
         """One of its tensors."""
         with safe_open(self.path / _TENSORS, "pt") as stored:
-            return stored.get_tensor(name)
+            tensor: Tensor = stored.get_tensor(name)
+            return tensor
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Its tensors, read one after the other."""

@@ -136,7 +136,7 @@ def read_errors(path: Path, job: str, proxy_id: str, shapes: Mapping[str, tuple[
         FormatError: it is malformed.
     """
     settle(path, proxy_id)
-    if not os.path.lexists(path):  # a link to a disk that is not there is no reason to begin anew
+    if not path.exists():
         return {name: torch.zeros(shape) for name, shape in shapes.items()}
     with Checkpoint.open(path) as stored:
         _check_origin(path, stored.metadata, job, proxy_id)
