@@ -30,10 +30,10 @@ from fedqsn_cli.training.steps.interrupts import held_signals
 from fedqsn_cli.training.steps.journal import StepFigures
 from fedqsn_cli.training.steps.loop import Surroundings, TrainingSummary
 from fedqsn_cli.training.steps.states import KEPT, StateFolder, remove_finished
+from support.forks import fork_command
 from support.processes import run
 from support.raw_safetensors import Tensors, read_file, write_file
 from support.training_jobs import labelled, make_proxy, small_model
-from support.warm_processes import WarmServer
 
 CPU = {"device": "cpu", "precision": "fp32"}
 RECIPE = RecipeOptions(epochs=3, batch_size=4, lr=1e-2)
@@ -360,29 +360,27 @@ def words(job: Path, out: Path, *more: str) -> list[str]:
     return ["client-train", str(job / "proxy"), "--out", str(out), "--device", "cpu", "--precision", "fp32", *given]
 
 
-def test_kills_at_any_instant_and_a_polite_end_change_no_byte(
-    job: Path, tmp_path: Path, warm_server: WarmServer
-) -> None:
+def test_kills_at_any_instant_and_a_polite_end_change_no_byte(job: Path, tmp_path: Path) -> None:
     rng = random.Random(5)
     states, update, polite = tmp_path / ".update.fedqsn-states", tmp_path / "update", tmp_path / "polite" / "update"
     with (tmp_path / "told").open("w") as told:
         for _ in range(2):
-            child = warm_server.start(*words(job, update, "--save-every", "1"), err=told)
+            child = fork_command(*words(job, update, "--save-every", "1"), told=told)
             wait_for_a_state(states, child.pid)
             time.sleep(rng.uniform(0, 0.03))
-            os.kill(child.pid, signal.SIGKILL)
+            child.kill()
             assert child.wait() == -signal.SIGKILL
         polite.parent.mkdir()
         log = tmp_path / "log"
-        child = warm_server.start(*words(job, polite, "--save-every", "100", "--log", str(log)), err=told)
+        child = fork_command(*words(job, polite, "--save-every", "100", "--log", str(log)), told=told)
         while not log.exists() or not log.read_text():
             time.sleep(0.001)
-        os.kill(child.pid, signal.SIGTERM)
+        child.kill(signal.SIGTERM)
         assert child.wait() == 130
         assert len(list((polite.parent / ".update.fedqsn-states").glob("step-*"))) == 1
         for out in (tmp_path / "whole", update, polite):  # "whole" there too: other numbers of threads round otherwise
             if not out.exists():
-                assert warm_server.start(*words(job, out, "--save-every", "100"), err=told).wait() == 0
+                assert fork_command(*words(job, out, "--save-every", "100"), told=told).wait() == 0
             assert update_bytes(out) == update_bytes(tmp_path / "whole")
     text = (tmp_path / "told").read_text()
     assert "fedqsn: going on after step" in text
