@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedqsn_cli.kernels import threads
 from fedqsn_cli.quantization import kernels
+from support.passes import threads_of
 from support.reference import (
     DTYPES,
     bits,
@@ -185,12 +185,12 @@ def test_int8_down_columns_takes_scales_gathered_from_all_chunks() -> None:
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("format", ["nf3", "int8"])
-def test_threads_do_not_change_a_bit(format: str, geometry: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_do_not_change_a_bit(format: str, geometry: str) -> None:
     x = normals(600 * 300, "BF16").reshape(600, 300)
     results = []
     for count in (1, 2, 5):
-        monkeypatch.setattr(threads, "thread_count", lambda count=count: count)
-        results.append(bits(snap(x, "BF16", format, geometry)))
+        with threads_of(count):
+            results.append(bits(snap(x, "BF16", format, geometry)))
     assert results[0] == results[1] == results[2]
 
 
