@@ -133,6 +133,7 @@ def test_a_file_that_grows_while_it_is_read_is_refused(
 def test_a_small_parquet_file_that_inflates_is_refused(
     dictionary: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # patched: the real one needs a file that inflates to 250 MB
     monkeypatch.setattr(parquet_columns, "BYTES", 20_000_000)
     path = tmp_path / "data.parquet"
     table = pyarrow.table({"text": ["w1 " * 300_000] * 60, "label": [1] * 60})

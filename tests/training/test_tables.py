@@ -147,6 +147,10 @@ def in_parts(tmp_path: Path, kind: str, rows: int) -> Path:
     return path
 
 
+# The sizes of a part are patched below: nobody has a reason to choose them, and parameters would go from each command
+# through every reader, and into the process that decodes Parquet, for tests alone.
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_rows_come_in_parts_and_memory_holds_one_of_them(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
