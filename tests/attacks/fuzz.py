@@ -53,9 +53,9 @@ from fedqsn_cli.merging.step.server_optimizer import open_state
 from fedqsn_cli.models.model import model_tensors, open_model
 from fedqsn_cli.models.plan_file import load_overrides
 from fedqsn_cli.options import ProposalOptions
-from fedqsn_cli.training.data.data_files import read_table
 from support.attacks import World, make_world
 from support.processes import run
+from support.tables import read_table
 
 CORPUS = Path(__file__).parent / "corpus"
 MEMORY_DISK = "/dev/shm"  # three to five times as many inputs for most parsers

@@ -17,7 +17,8 @@ from fedqsn_cli.cli.tables import rows_left_out
 from fedqsn_cli.errors import DataError
 from fedqsn_cli.training.data import data_files
 from fedqsn_cli.training.data import parquet as parquet_columns
-from fedqsn_cli.training.data.data_files import FILE_BYTES, READERS, ROW_BYTES, read_table
+from fedqsn_cli.training.data.data_files import FILE_BYTES, READERS, ROW_BYTES
+from support.tables import read_table
 
 KINDS = sorted(READERS)
 QUICK = 5.0  # seconds of processor time

@@ -12,8 +12,9 @@ from pyarrow import parquet
 
 from fedqsn_cli.errors import DataError
 from fedqsn_cli.training.data import tables
-from fedqsn_cli.training.data.data_files import open_data, read_table
+from fedqsn_cli.training.data.data_files import open_data
 from fedqsn_cli.training.data.tables import Table
+from support.tables import read_table
 
 JSONL = '{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n'
 
