@@ -112,7 +112,7 @@ def _certificate(path: Path) -> x509.Certificate:
 
 
 def place_server(kit: Path) -> None:
-    """Let a server keep its state in its kit, not in /tmp, wherever the kit lies now."""
+    """Let a server keep its state in its kit, not in /tmp, wherever the kit is now."""
     path = kit / "local" / "resources.json"
     document = json.loads(path.read_text())
     document["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(kit / "snapshots")

@@ -1,4 +1,4 @@
-"""The folders of the courier: what lies where.
+"""The folders of the courier: what is where.
 
 The owner's, private (in the strongroom, if there is one):
 
