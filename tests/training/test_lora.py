@@ -413,7 +413,7 @@ def test_a_packed_module_whose_weight_is_dense_is_refused(tmp_path: Path, llama:
     config["quantization_config"]["llm_int8_skip_modules"] = ["score"]
     config["tie_word_embeddings"] = True
     (proxy / "config.json").write_text(json.dumps(config))
-    with Checkpoint.open(proxy) as checkpoint, pytest.raises(FormatError, match=r"does not list lm_head"):
+    with Checkpoint.open(proxy) as checkpoint, pytest.raises(FormatError, match=r"lm_head is not packed"):
         load_stored(checkpoint, read_manifest(proxy, ProxyManifest).quantization, torch.float32)
 
 

@@ -61,7 +61,7 @@ def _check_packed(model: Any, checkpoint: Checkpoint) -> None:
     """Refuse dense weights in modules that compute with packed ones only. Raises FormatError."""
     for name, module in model.named_modules():
         if type(module).__module__.startswith("bitsandbytes.") and module.weight.is_floating_point():
-            what = f"config.json does not list {name} among the modules that are not packed, as it is"
+            what = f"{name} is not packed, and config.json does not list it in llm_int8_skip_modules"
             raise FormatError(what, where=checkpoint.path)
 
 
