@@ -173,7 +173,7 @@ def _settings(options: CourierJoinOptions) -> str:
     )
 
 
-def _quoted(value: str | Path) -> str:
+def _quoted(value: object) -> str:
     """Text as TOML has it: as JSON, which leaves one control character as it is."""
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
