@@ -13,9 +13,9 @@ from fedqsn_cli import merge
 from fedqsn_cli.errors import RefusedUpdate
 from fedqsn_cli.merging import merge_pass
 from fedqsn_cli.merging.sums.average_kernel import MOST_AVERAGED
-from invariants.test_i4_determinism import chunks_of, threads_of
 from support.adapters import draft_adapters
 from support.helpers import contents, draft, make_model, noise, nothing_written, read_model
+from support.passes import chunks_of, threads_of
 from support.scenario import JobFolder, Scenario, few, job_folder, scenarios
 
 PRECISIONS = ("fp32", "bf16", "fp16")
