@@ -109,7 +109,7 @@ def _check_updates(updates: Sequence[str | Path], options: MergeOptions) -> None
     if options.restore is not None and updates:
         raise InputError("a restore takes no updates", where="--restore", hint="merge them first")
     if options.restore is None and not updates:
-        raise InputError("no update was given", hint="name the update directories, or end the job with --restore")
+        raise InputError("no update was given", hint="name the folders of updates, or end the job with --restore")
     several = len(updates) + (options.control is not None) > 1
     if several and options.verify_key is not None and "{client}" not in str(options.verify_key):
         raise InputError("is the same for several clients", where="--verify-key", hint='put "{client}" into it')
@@ -137,7 +137,7 @@ def merge_updates(
     """Verify updates, merge them into a model, and write the result.
 
     Args:
-        source: the model that the proxies were made of. updates: update directories.
+        source: the model that the proxies were made of. updates: folders of updates.
         development: where `server_lr` auto looks for the lowest loss.
 
     Raises:
