@@ -99,7 +99,7 @@ def unseal(path: str | Path, options: UnsealOptions) -> Unsealed:
     sender = load_verify_key(options.verify_key) if options.verify_key is not None else None
     key = load_opening_key(options.key)
     source = Path(path)
-    with ArtifactWriter(Path(options.out), force=options.force, uniform=True) as writer:
+    with ArtifactWriter(Path(options.out), force=options.force, replaces=_SENT, uniform=True) as writer:
         with open(open_regular_file(source), "rb") as file:
             write_folder(stream.decrypt(file.read, key, source), writer, source)
         if not any(name in writer.digests for name in _SENT):
