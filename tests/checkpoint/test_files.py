@@ -151,7 +151,9 @@ def test_what_the_kernel_shows_as_a_file_is_not_read(path: str) -> None:
 def test_a_file_takes_the_place_of_no_device_and_no_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("/dev/null")
-    for name in ("pipe", "link"):
+    (tmp_path / "broken").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("pipe", "link", "broken", "loop"):
         with nothing_written(tmp_path), pytest.raises(InputError, match="is not a plain file"):
             write_file_atomically(tmp_path / name, b"")
 

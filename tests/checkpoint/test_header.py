@@ -75,6 +75,7 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "entry is a list": (raw({"w": ["F32", [2], [0, 8]]}), "exactly dtype, shape and data_offsets"),
     "entry is null": (raw({"w": None}), "exactly dtype, shape and data_offsets"),
     "empty name": (raw({"": GOOD}), "is empty"),
+    "endless name": (raw({"w" * 1001: GOOD}), "is longer than 1000 characters"),
     "name with NUL": (raw({"w\0": GOOD}), "cannot be printed"),
     "name with a terminal escape": (raw({"\x1b[2J": GOOD}), "cannot be printed"),
     "name with a lone surrogate": (raw('{"\\ud800":' + TEXT + "}"), "cannot be printed"),

@@ -57,6 +57,14 @@ def test_a_directory_gives_config_tensors_manifests_and_companions(tmp_path: Pat
         assert np.array_equal(checkpoint.read("w"), WEIGHT)
 
 
+@pytest.mark.parametrize("name", [".tiktoken", "\x1b[31m.tiktoken", "a\nb.tiktoken", os.fsdecode(b"\xff.tiktoken")])
+def test_a_companion_with_a_name_that_no_artifact_takes_is_refused(name: str, tmp_path: Path) -> None:
+    save_file({"w": WEIGHT}, tmp_path / "model.safetensors")
+    (tmp_path / name).write_text("dzE= 0\n")
+    with pytest.raises(InputError, match="has a name that is not taken"):
+        Checkpoint.open(tmp_path)
+
+
 def test_one_safetensors_file_is_a_checkpoint_without_a_config(tmp_path: Path) -> None:
     save_file({"w": WEIGHT}, tmp_path / "any.safetensors")
     (tmp_path / "config.json").write_text("{}")

@@ -8,10 +8,14 @@ import os
 import pty
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
 
 from fedqsn_cli import console, text
 from fedqsn_cli.cli.views import ViewOptions
@@ -39,6 +43,29 @@ def test_a_table_is_plain_aligned_text_when_it_is_piped(capsys: pytest.CaptureFi
     console.show("table", SAMPLE, essential=["out"], parts=PARTS)
     expected = "model   out\nhidden  10 %\n\nclient   size\nalice     9 B\nbob     10 kB\n\nThat is [all].\n"
     assert capsys.readouterr().out == expected
+
+
+WORDS = st.text("ab é界\u0301", max_size=9).map(str.strip)
+
+
+@given(st.lists(st.tuples(WORDS, WORDS, WORDS), max_size=5), st.sets(st.sampled_from("xyz")))
+def test_a_table_that_is_piped_is_what_rich_makes_of_it(
+    rows: list[tuple[str, str, str]], numbers: frozenset[str]
+) -> None:
+    table = console.Table(("x", "y", "z"), [("left", "0", "é"), *rows], numbers=frozenset(numbers))
+    screen = Console(file=io.StringIO(), width=200)
+    screen.print(console._renderable(table))
+    expected = "".join(f"{line.rstrip()}\n" for line in screen.file.getvalue().splitlines())  # type: ignore[attr-defined]
+    assert console.as_text([table]) == expected
+
+
+def test_a_table_of_100_000_rows_is_printed_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    began = time.process_time()
+    console.show(
+        "table", None, essential=[], parts=[console.Table(("a", "b"), [(str(n), "x") for n in range(100_000)])]
+    )
+    assert len(capsys.readouterr().out.splitlines()) == 100_001
+    assert time.process_time() - began < 5
 
 
 def test_what_is_piped_is_never_folded_though_colours_are_forced(

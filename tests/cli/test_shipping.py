@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import yaml
 from fedqsn_cli import export_proxy, keygen
 from fedqsn_cli.cli import commit_hooks
 from support.helpers import make_model, search_path, with_sources
-from support.processes import SOURCES
+from support.processes import SOURCES, environment
 
 ROOT = Path(__file__).parents[2]
 POLICY = '[scope]\nrequire = ["invariants"]\n'
@@ -143,6 +144,19 @@ def test_the_image_runs_as_nobody_and_installs_no_torch() -> None:
     assert "torch" not in first and "transformers" not in first and "--no-deps" in second
 
 
+def test_the_image_has_every_package_that_the_owners_commands_import() -> None:
+    program = (
+        "import sys; from importlib.metadata import packages_distributions; "
+        "from fedqsn_cli import audit, export_proxy, keygen, mask, merge, quantize, seal, unseal, verify; "
+        "print(*(name for key, names in packages_distributions().items() if key in sys.modules for name in names))"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    needed = {re.split("[>=]", dependency)[0] for dependency in named} & set(done.stdout.split())
+    assert {"blake3", "numba"} <= needed <= set(pip_words()[0])
+
+
 @pytest.mark.soak
 def test_the_steps_of_the_image_make_an_environment_that_masks_and_audits(job: Path, tmp_path: Path) -> None:
     """No container runtime is needed for that: the same steps, in an environment of its own."""
@@ -152,7 +166,7 @@ def test_the_steps_of_the_image_make_an_environment_that_masks_and_audits(job: P
         here = [word.replace("/source/", f"{ROOT}/") if word.startswith("/source") else word for word in words]
         here = [str(ROOT) if word == "/source" else word for word in here]
         subprocess.run([python, "-m", "pip", *here, "--disable-pip-version-check"], check=True, capture_output=True)
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     common = ["--key", job / "job.key", "--ledger", job / "ledger.jsonl"]
     for words in (
         ["keygen", tmp_path / "owner.key"],
@@ -162,7 +176,7 @@ def test_the_steps_of_the_image_make_an_environment_that_masks_and_audits(job: P
         ["seal", tmp_path / "p", "--to", tmp_path / "owner.pub", "--out", tmp_path / "p.sealed"],
     ):  # fmt: skip
         done = subprocess.run(
-            [tmp_path / "image/bin/fedqsn", *map(str, words)], env=environment, capture_output=True, text=True
+            [tmp_path / "image/bin/fedqsn", *map(str, words)], env=clean, capture_output=True, text=True
         )
         assert done.returncode == 0, (words, done.stdout, done.stderr)
     listed = subprocess.run([python, "-m", "pip", "list"], capture_output=True, text=True, check=True).stdout

@@ -163,6 +163,38 @@ def test_a_round_is_sent_and_taken_and_sent_again_without_any_training(desk: Des
     assert "epochs 1.0, and the site allows 0.5" in carrier.problems[0]
 
 
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, OSError])
+def test_who_is_interrupted_leaves_no_job_and_goes_on_when_run_again(
+    ending: type[BaseException], desk: Desk, carrier: Carrier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox, options = desk.pack(), {"into": desk.home / "in", "key": desk.key.private, "deadline": "1m"}
+    carrier.slow = True
+
+    def interrupted(*_: object) -> None:
+        raise ending
+
+    with monkeypatch.context() as patch, pytest.raises(ending):
+        patch.setattr(Carrier, "at_work", interrupted)
+        courier_send(desk.owner.home, outbox, **options)
+    assert list(carrier.jobs.values()) == ["FINISHED:ABORTED"] * 2
+    assert not (desk.home / "in").exists() and not list(desk.owner.host.carried.iterdir())
+    carrier.slow = False
+    assert courier_send(desk.owner.home, outbox, **options).arrived == 2
+
+
+def test_jobs_of_a_send_that_was_killed_are_ended_before_others_are_submitted(desk: Desk, carrier: Carrier) -> None:
+    outbox = desk.pack()
+    carrier.jobs = {"left": "RUNNING", "done": "FINISHED:COMPLETED", "another proxy's": "RUNNING"}
+    name = deliveries_of(desk, outbox)[0].sent.name
+    carrier.names = {"left": name, "done": name, "another proxy's": "0"}
+    courier_send(desk.owner.home, outbox, into=desk.home / "in", key=desk.key.private, deadline="1m")
+    assert [carrier.jobs[job] for job in ("left", "done", "another proxy's")] == [
+        "FINISHED:ABORTED",
+        "FINISHED:COMPLETED",
+        "RUNNING",
+    ]
+
+
 def test_a_site_cannot_answer_for_another(desk: Desk, carrier: Carrier) -> None:
     carrier.sites["bob"] = carrier.sites["alice"]  # alice's machine answers for bob, too
     with pytest.raises(GateFailed, match="bob waiting"):

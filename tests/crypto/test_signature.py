@@ -133,6 +133,8 @@ def test_no_byte_that_says_something_can_change(alice: Path, owner: Party, field
         lambda told: told["predicate"]["resources"][0].update(name="../proxy.json"),
         lambda told: told["predicate"]["resources"][0].update(name="/etc/passwd"),
         lambda told: told["predicate"]["resources"][0].update(algorithm="md5"),
+        lambda told: told["predicate"]["resources"][0].update(algorithm=["sha256"]),
+        lambda told: told["predicate"]["resources"][0].update(name=["proxy.json"]),
         lambda told: told["predicate"]["resources"][0].update(digest="zz"),
         lambda told: told["predicate"].pop("resources"),
         lambda told: told["subject"].append(told["subject"][0]),

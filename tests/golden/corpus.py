@@ -100,6 +100,12 @@ def make_all(sections: Sequence[str], processes: int, quick: bool = False) -> li
     return made
 
 
+def make_here(section: str) -> list[Made]:
+    """Do the jobs of a section that measure nothing, in this process; its environment is another one afterwards."""
+    settle()
+    return [make(section, job) for job in jobs(section) if not measures(section, job)]
+
+
 # ------------------------------------------------------------------------------------------------ files
 
 
@@ -121,6 +127,11 @@ def texts(made: Sequence[Made]) -> dict[str, str]:
 def as_lines(records: Mapping[str, str]) -> str:
     """Entries as JSON, one a line."""
     return json.dumps(records, indent=0, ensure_ascii=False) + "\n"
+
+
+def faults(made: Sequence[Made], before: Mapping[str, str], most: int = 40) -> list[str]:
+    """The jobs that failed, and what differs between recorded and made, `most` lines of each file."""
+    return [*(one.failure for one in made if one.failure), *differences(before, texts(made), most)]
 
 
 def recorded(sections: Sequence[str]) -> dict[str, str]:
@@ -180,18 +191,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     made = make_all(options.only, options.processes, options.quick)
-    failures = [one.failure for one in made if one.failure]
     before, after = recorded(options.only), texts(made)
     if options.quick:
         before = {name: text for name, text in before.items() if name in after}
-    if options.write and not failures:
+    if options.write and not any(one.failure for one in made):
         write(before, after)
-    differing = [] if options.write else list(differences(before, after, options.lines))
-    for line in (*failures, *differing):
+        before = after
+    found = faults(made, before, options.lines)
+    for line in found:
         print(line)
     for section in options.only:
         print(summary(section, made, after), file=sys.stderr)
-    return 1 if failures or differing else 0
+    return 1 if found else 0
 
 
 def summary(section: str, made: Sequence[Made], after: Mapping[str, str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedqsn_cli import merge
 from golden.inputs import draft, make_model, noise
-from golden.running import SECRET, Files, Job, Records, digests, export_proxy, fixed_key, mask
+from golden.running import SECRET, Files, Job, Records, digests, drawing, export_proxy, mask
 from support.raw_safetensors import read_model
 
 KEY, LEDGER = Path("job.key"), Path("ledger.jsonl")
@@ -69,8 +69,8 @@ def play(case: Case) -> Files:
     make_model(Path("model"), case.family, **sizes)
     make_model(Path("base"), case.family, seed=1, **sizes)
     options: dict[str, Any] = {"p1": 0.3, "axis": case.axis, "rescale": case.rescale, **case.filling}
-    fixed_key(KEY, SECRET, lambda: mask("model", "scratch", key=KEY, **options))
-    mask("model", "server", key=KEY, **options)
+    with drawing(SECRET):
+        mask("model", "server", key=KEY, **options)
     records = served(case) | ({} if case.trains else owned(case))
     return {f"merges/{case.name}.json": records | digests(LEDGER)}
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from fedqsn_cli import quantize
 from golden.inputs import SHAPES, make_config, make_model, make_tensors
-from golden.running import SECRET, Files, Job, Records, attempt, digests, export_proxy, fixed_key, mask, sha256
+from golden.running import SECRET, Files, Job, Records, attempt, digests, drawing, export_proxy, fixed_key, mask, sha256
 from support.raw_safetensors import Tensors, to_bits, to_floats, write_model
 
 FORMATS = ("nf4", "fp4", "int8", "nf3", "nf2", "none")
@@ -119,9 +119,9 @@ def play(case: Case) -> Files:
     sizes: dict[str, Any] = {"dtype": case.dtype, "hidden": case.hidden, "inner": case.inner, "shards": case.shards}
     make_model(Path("model"), case.family, **sizes)
     make_model(Path("base"), case.family, seed=1, **sizes)
-    fixed_key(KEY, SECRET, lambda: mask("model", "scratch", key=KEY, **case.masking))
     source: dict[str, Any] = {"key": KEY, "max_shard_size": case.limit}
-    mask("model", "server", **source, **case.masking)
+    with drawing(SECRET):
+        mask("model", "server", **source, **case.masking)
     quantize("server", "packed", max_shard_size=case.limit, **case.packing)
     export_proxy("model", "round-1/{client}", round=1, **source, **case.masking, **case.packing, **case.releasing)
     export_proxy("packed", "round-2/{client}", round=2, **source, **case.masking, **case.releasing)
@@ -168,8 +168,8 @@ def hiding(family: str) -> Files:
 def hidden(place: str, options: dict[str, Any], releasing: dict[str, Any]) -> Records:
     """A server model and a proxy."""
     key = Path(f"{place}.key")
-    fixed_key(key, SECRET, lambda: mask("model", "scratch", key=key, **options))
-    mask("model", f"{place}/server", key=key, **options)
+    with drawing(SECRET):
+        mask("model", f"{place}/server", key=key, **options)
     export_proxy(
         "model",
         f"{place}/proxy",
@@ -226,9 +226,9 @@ def bases() -> Files:
         write_model(folder / "base", base, config)
         options: dict[str, Any] = {"p1": 0.5, "fill": "base", "public_base": str(folder / "base")}
         model, key = str(folder / "model"), folder / KEY
-        fixed_key(key, SECRET, partial(mask, model, "scratch", key=key, **options))
         server, proxy = folder / "server", folder / "proxy"
-        made = mask(model, server, key=key, **options)
+        with drawing(SECRET):
+            made = mask(model, server, key=key, **options)
         export_proxy(
             model, proxy, client="ann", round=1, key=key, ledger=folder / LEDGER, p2=0.2, train="all", **options
         )
@@ -286,8 +286,8 @@ def large(family: str, dtype: str, format: str, axis: str, inner: int = 36_000) 
     """Tensors of several chunks: a vocabulary and a layer too large to be read at once."""
     sizes: dict[str, Any] = {"dtype": dtype, "hidden": 64, "inner": inner, "vocabulary": 40_003}
     make_model(Path("model"), family, **sizes)
-    fixed_key(KEY, SECRET, lambda: mask("model", "scratch", key=KEY, p1=0.3, axis=axis))
-    mask("model", "server", key=KEY)
+    with drawing(SECRET):
+        mask("model", "server", key=KEY, p1=0.3, axis=axis)
     export_proxy(
         "server", "proxies/{client}", client=("ann", "bob"), round=3, key=KEY, ledger=LEDGER, p2=0.1, format=format
     )
@@ -328,8 +328,8 @@ def sources() -> Files:
     records: Records = {}
     for number, source in enumerate(places):
         key, server = Path(f"{number}.key"), f"server-{number}"
-        fixed_key(key, SECRET, partial(mask, source, "scratch", key=key, p1=0.2, rescale=False))
-        mask(source, server, key=key, rescale=False)
+        with drawing(SECRET):
+            mask(source, server, key=key, p1=0.2, rescale=False)
         records |= digests(key, server)
         for format in ("fp4", "int8", "nf2"):
             records |= attempt(f"{server} {format}", partial(packed, server, key, format))
@@ -361,7 +361,7 @@ def edged(tensors: Tensors) -> Tensors:
 def releases() -> Files:
     """More clients than are written at once; releases repeated, resumed after a torn line, and of both schedules."""
     make_model(Path("model"), "qwen2")
-    fixed_key(KEY, SECRET, lambda: mask("model", "scratch", key=KEY, p1=0.2))
+    fixed_key(SECRET, lambda: mask("model", "scratch", key=KEY, p1=0.2))
     usual: dict[str, Any] = {"key": KEY, "ledger": LEDGER, "p2": 0.3}
     everyone = [f"client-{number:03}" for number in range(133)]
     export_proxy("model", "all/{client}", client=everyone, round=1, **usual)

@@ -127,7 +127,7 @@ def export_job(family: str = "bert", dtype: str = "F32", **options: Any) -> None
         for name, shape in float_shapes("base").items()
     }
     write_model(Path("global"), tuned, make_config(family, dtype))
-    fixed_key(KEY, SECRET, lambda: mask("global", "scratch", key=KEY, **options))
+    fixed_key(SECRET, lambda: mask("global", "scratch", key=KEY, **options))
 
 
 def float_shapes(model: str) -> dict[str, tuple[int, ...]]:
@@ -238,7 +238,7 @@ def over() -> Words:
 def broken() -> Words:
     """Hard invariants do not hold, and the key is another job's for one more proxy."""
     leak()
-    fixed_key(Path("other.key"), OTHER_SECRET, lambda: mask("global", "scratch", key="other.key", p1=0.25))
+    fixed_key(OTHER_SECRET, lambda: mask("global", "scratch", key="other.key", p1=0.25))
     export_proxy("global", "r1/eve", client="eve", round=1, key="other.key", ledger="eve.jsonl", p2=0.1, format="nf3")
     return [*(f"r1/{name}" for name in ("alice", "bob", "eve")), *OWNER]
 

@@ -11,14 +11,14 @@ import io
 import os
 import re
 import runpy
+import secrets
 import shutil
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import fedqsn_cli
@@ -106,25 +106,26 @@ def succeed(*words: str | Path) -> Outcome:
     return outcome
 
 
-def fixed_key(key: Path, secret: str, start: Callable[[], Any]) -> Path:
+@contextmanager
+def drawing(secret: str) -> Iterator[None]:
+    """A block in which a new job key is not drawn by chance, but is this one."""
+    drawn, by_chance = bytes.fromhex(secret), secrets.token_bytes
+    with patch("secrets.token_bytes", lambda count: drawn if count == len(drawn) else by_chance(count)):
+        yield
+
+
+def fixed_key(secret: str, start: Callable[[], object]) -> None:
     """Begin a job whose secret is known.
 
     Args:
-        key: where `start` lets the product make a new key. What it makes else is of no use: the secret comes later.
+        start: lets the product make a new key in the working directory; what it makes else is removed.
     """
     before = set(os.listdir())
-    start()
-    for name in set(os.listdir()) - before - {key.name}:
-        path = Path(name)
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    text, count = re.subn(r'("key": *)"[0-9a-f]{64}"', rf'\1"{secret}"', key.read_text())
-    assert count == 1
-    key.write_text(re.sub(r',\s*"seal": *"[0-9a-f]{64}"', "", text))  # the mode stays what it was
-    if '"seal"' in text:  # a file whose key was changed has another one
-        from fedqsn_cli.masks import job_key
-
-        job_key.seal_file(key, job_key.load(key, unsealed=True))
-    return key
+    with drawing(secret):
+        start()
+    for path in map(Path, set(os.listdir()) - before):
+        if path.is_dir():
+            shutil.rmtree(path)
 
 
 # ------------------------------------------------------------------------------------------------ recording

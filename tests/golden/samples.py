@@ -11,6 +11,9 @@ filled.key filled    another job: p1 0.5, the public base in the holes, which cl
 from __future__ import annotations
 
 import json
+import tempfile
+from contextlib import chdir
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +33,28 @@ def models() -> None:
     make_model(Path("base"), "bert", dtype="BF16", hidden=32, seed=1)
     config = Path("global/config.json")
     config.write_text(json.dumps(json.loads(config.read_text()) | SIZES))
-    fixed_key(KEY, SECRET, lambda: mask("global", "scratch", key=KEY, p1=0.25))
+    fixed_key(SECRET, lambda: mask("global", "scratch", key=KEY, p1=0.25))
     other = Path("filled.key")
-    fixed_key(other, OTHER_SECRET, lambda: mask("global", "scratch", key=other, p1=0.5, **FILLED))
+    fixed_key(OTHER_SECRET, lambda: mask("global", "scratch", key=other, p1=0.5, **FILLED))
 
 
 def whole_job() -> None:
-    """Everything."""
+    """Everything, in the working directory."""
+    for path, (mode, content) in _whole_job().items():
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(content)
+        Path(path).chmod(mode)
+
+
+@cache
+def _whole_job() -> dict[str, tuple[int, bytes]]:
+    """Its files with their modes, made once in each process: nothing in them depends on where they are."""
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+        _make_whole_job()
+        return {str(path): (path.stat().st_mode, path.read_bytes()) for path in Path().rglob("*") if path.is_file()}
+
+
+def _make_whole_job() -> None:
     models()
     mask("global", "server", key=KEY)
     mask("global", "filled", key="filled.key", **FILLED)

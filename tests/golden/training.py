@@ -62,7 +62,7 @@ def begin(family: str, **options: Any) -> Path:
     """A model, a key, and data of its task."""
     model("global", family)
     model("base", family, seed=1)
-    fixed_key(KEY, SECRET, lambda: mask("global", "scratch", key=KEY, p1=0.25, **options))
+    fixed_key(SECRET, lambda: mask("global", "scratch", key=KEY, p1=0.25, **options))
     return labelled("data.jsonl") if family == "bert" else plain("data.jsonl")
 
 
@@ -212,7 +212,7 @@ def function() -> Files:
     export_proxy("base", "all", client="ann", round=1, p1=0, p2=0, format="none", key="any.key", ledger="any.jsonl")
     client_train("all", "tuning", data=data, epochs=3, lr=1e-3, batch_size=8, **CPU)
     merge("base", ["tuning"], "global", key="any.key", ledger="any.jsonl")
-    fixed_key(KEY, SECRET, lambda: mask("global", "scratch", key=KEY, p1=0.25))
+    fixed_key(SECRET, lambda: mask("global", "scratch", key=KEY, p1=0.25))
     export_proxy("global", "r1/{client}", client=("ann", "bob"), round=1, p2=0.3, **JOB)
     labelled("public.jsonl", 8)
     Path("policy.toml").write_text("[threat]\npublic_examples = [4, 8]\n[limits.coalition]\nrho = 0.5\ngain = 5.0\n")

@@ -139,7 +139,7 @@ def of_models(command: str, lines: list[str]) -> Files:
     """A transcript of a command that works on what `mask` makes."""
     models()
     Path("plan.toml").write_text(PLAN)
-    fixed_key(Path("hiding.key"), SECRET, lambda: succeed(*shlex.split(MASK[8]), "--p1", "0.25"))
+    fixed_key(SECRET, lambda: succeed(*shlex.split(MASK[8]), "--p1", "0.25"))
     if command != "mask":
         for line in (MASK[0], MASK[6], QUANTIZE[0]) if command == "export-proxy" else (MASK[0], MASK[6]):
             succeed(*shlex.split(line))
@@ -150,7 +150,7 @@ def of_job(command: str, lines: list[str]) -> Files:
     """A transcript of a command that works on everything."""
     whole_job()
     Path("plan.toml").write_text(PLAN)
-    fixed_key(Path("hiding.key"), SECRET, lambda: succeed(*shlex.split(MASK[8]), "--p1", "0.25"))
+    fixed_key(SECRET, lambda: succeed(*shlex.split(MASK[8]), "--p1", "0.25"))
     return recorded(command, lines)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,8 @@ def test_every_matrix_of_every_family_is_masked_and_quantized(
     planned: Planned, name: str, head: str, axis: str
 ) -> None:
     plan, _ = planned(name, head, axis=axis)
-    matrices = [tensor for tensor in plan.tensors if len(tensor.shape) > 1 and tensor.role != "bias"]
+    public = ("bias", "buffer")
+    matrices = [tensor for tensor in plan.tensors if len(tensor.shape) > 1 and tensor.role not in public]
     assert matrices and all(tensor.masked and tensor.quantized for tensor in matrices)
 
 
@@ -645,6 +647,12 @@ def test_the_axis_counts_even_where_no_tensor_feels_it() -> None:
     assert len({make_plan(shapes, None, axis=axis).digest for axis in MASK_AXES}) == 3
 
 
+@pytest.mark.parametrize(("kind", "role"), [("pegasus", "buffer"), ("roformer", "buffer"), ("bart", "embedding")])
+def test_positions_that_nothing_trains_are_no_weights(kind: str, role: str) -> None:
+    name = "model.encoder.embed_positions.weight"
+    assert one({name: ("F32", (64, 64))}, name, {"model_type": kind}).role == role
+
+
 # ---------------------------------------------------------------- skip list
 
 
@@ -662,6 +670,36 @@ def test_a_router_called_gate_leaves_gate_proj_packed() -> None:
     )
     entries = make_plan(shapes, {"model_type": "qwen2_moe"}).skip_modules({"model_type": "qwen2_moe"})
     assert [any(fits(entry, name.removesuffix(".weight")) for entry in entries) for name in shapes] == [1, 0, 1, 0]
+
+
+@pytest.mark.soak
+def test_every_output_layer_that_transformers_ties_is_left_out() -> None:
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    missing = set()
+    for names in (
+        auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    ):
+        for kind, head in names.items():
+            tied = getattr(getattr(transformers, head), "_tied_weights_keys", None)
+            entries = skip_modules([], {"model_type": kind})
+            modules = {key.removesuffix(".weight") for key in tied or () if key.endswith(".weight")}
+            missing |= {(kind, module) for module in modules if not any(fits(entry, module) for entry in entries)}
+    others = {("whisper", "proj_out"), ("git", "output"), ("trocr", "output_projection")}  # not for text
+    others.add(("luke", "entity_predictions.decoder"))
+    assert {pair for pair in missing if not re.search("embed|shared", pair[1])} == others
+
+
+def test_an_encoder_of_any_name_keeps_its_tied_output_layer() -> None:
+    for kind, module in (("roformer", "cls.predictions.decoder"), ("longformer", "lm_head.decoder")):
+        assert module in skip_modules([], {"model_type": kind})
+    assert skip_modules([], None) == skip_modules([], {"model_type": "llama"}) == ["classification_head", *HEADS_OF_ALL]
+
+
+HEADS_OF_ALL = ["classifier", "lm_head", "qa_outputs", "score"]
 
 
 def test_ten_thousand_experts_need_one_entry(planned: Planned) -> None:

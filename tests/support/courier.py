@@ -125,12 +125,15 @@ class Carrier:
     """In place of FLARE and the owner's session: a job runs in this process when it is submitted.
 
     Args:
-        sites: by client. problems: what the sites answered in place of an update.
+        sites: by client. jobs: their states. names: of the jobs. problems: what the sites answered in place of an
+            update. slow: jobs begin, and do not end.
     """
 
     sites: dict[str, Site]
     jobs: dict[str, str] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    slow: bool = False
 
     def __call__(self, kit: Path) -> Carrier:
         return self
@@ -138,7 +141,10 @@ class Carrier:
     def submit(self, job: Path) -> str:
         (workflow,) = json.loads((job / "app_server/config/config_fed_server.json").read_text())["workflows"]
         told, number = workflow["args"], str(len(self.jobs))
-        self.jobs[number] = "FINISHED:EXECUTION_EXCEPTION"
+        self.names[number] = json.loads((job / "meta.json").read_text())["name"]
+        self.jobs[number] = "RUNNING" if self.slow else "FINISHED:EXECUTION_EXCEPTION"
+        if self.slow:
+            return number
         try:
             round = SiteRound.of(self.sites[told["client"]], told["order"])
             parts = answer(round, carry(Path(told["proxy"])))
@@ -151,8 +157,13 @@ class Carrier:
     def status(self, job: str) -> str:
         return self.jobs[job]
 
+    def unfinished(self, name: str) -> list[str]:
+        """Jobs that were begun, and not ended."""
+        return [job for job, state in self.jobs.items() if state == "RUNNING" and self.names[job] == name]
+
     def abort(self, job: str) -> None:
-        """Nothing runs in the background."""
+        """End a job that was begun."""
+        self.jobs[job] = "FINISHED:ABORTED"
 
     def at_work(self) -> dict[str, set[str]]:
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -89,3 +90,13 @@ def test_a_missing_tensorboard_is_named_with_what_installs_it(monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(InputError, match=r"not installed; pip install 'fedqsn-cli\[tensorboard\]'"):
         TensorBoard(tmp_path)
+
+
+@pytest.mark.parametrize("length", [1 << 17, 64 << 30])
+def test_a_file_of_nothing_but_holes_is_no_log_and_is_not_read_to_its_end(tmp_path: Path, length: int) -> None:
+    log = tmp_path / "log"
+    log.touch()
+    os.truncate(log, length)
+    with pytest.raises(InputError, match="is not a log of client-train"):
+        write(log, 0, range(1, 2))
+    assert log.stat().st_size == length

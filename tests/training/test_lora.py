@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,18 @@ from torch import Tensor
 from fedqsn_cli import client_train, merge
 from fedqsn_cli.artifacts.manifests import ProxyManifest, UpdateManifest, read_manifest
 from fedqsn_cli.checkpoint import Checkpoint
-from fedqsn_cli.errors import InputError
+from fedqsn_cli.errors import FormatError, InputError
+from fedqsn_cli.models.dense import DenseTensors
 from fedqsn_cli.models.stored_model import load_stored
 from fedqsn_cli.models.tokenizer import load_tokenizer
 from fedqsn_cli.models.torch_model import Loaded, task_of
 from fedqsn_cli.options import TrainOptions
+from fedqsn_cli.options.lora import LoraOptions
 from fedqsn_cli.progress import Silent
 from fedqsn_cli.training.client import estimate_training
 from fedqsn_cli.training.data.data_files import read_table
 from fedqsn_cli.training.data.encoder import Encoder
+from fedqsn_cli.training.methods.lora_modules import choose_modules
 from fedqsn_cli.training.scoring.scoring import score
 from fedqsn_cli.training.steps.batching import collate, loss_sum
 from fedqsn_cli.training.steps.schedule import learning_rate, step_count, windows
@@ -75,6 +79,7 @@ CASES = [
     Case("roberta", "RobertaForSequenceClassification", (NF4, DENSE)),
     Case("qwen3", proxy=(NF4, ("double_quant", True))),
     Case("t5", "T5ForSequenceClassification", (NF4,)),
+    Case("deepseek_v3", proxy=(NF4,)),
 ]
 
 
@@ -179,7 +184,7 @@ def test_an_estimate_counts_the_bytes_of_the_factors(tmp_path: Path, llama: tupl
     assert not (tmp_path / "no").exists()
 
 
-IN_SOAK = {1, 2, 5, 7}  # one of each format, layout, axis and head is left
+IN_SOAK = {1, 2, 5, 7, 9}  # one of each format, layout, axis and head is left
 
 
 @pytest.mark.parametrize(
@@ -382,6 +387,34 @@ def test_what_cannot_be_trained_or_sent_is_refused(
     with pytest.raises(InputError, match=message):
         train(tmp_path, LLAMA, *llama, **options)
     assert not (tmp_path / "update").exists()
+
+
+def test_layers_that_peft_takes_for_experts_get_no_adapter(tmp_path: Path) -> None:
+    case = Case("deepseek_v3", proxy=(NF4,))
+    proxy, _ = world(tmp_path, case)
+
+    def targets(*names: str) -> list[str]:
+        with Checkpoint.open(proxy) as checkpoint:
+            model = load_stored(checkpoint, read_manifest(proxy, ProxyManifest).quantization, torch.float32).model
+            layout = DenseTensors(checkpoint).layout
+            chosen = choose_modules(model, layout, checkpoint.config, LoraOptions(method="lora", target_modules=names))
+        return [target.name for target in chosen.targets]
+
+    assert {name.rpartition(".")[2] for name in targets()} == {
+        *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+    }
+    with pytest.raises(InputError, match=r"peft takes model.layers.0.mlp.gate_proj for one of the experts"):
+        targets("gate_proj")
+
+
+def test_a_packed_module_whose_weight_is_dense_is_refused(tmp_path: Path, llama: tuple[Path, Path]) -> None:
+    proxy = shutil.copytree(llama[0], tmp_path / "proxy")
+    config = json.loads((proxy / "config.json").read_text())
+    config["quantization_config"]["llm_int8_skip_modules"] = ["score"]
+    config["tie_word_embeddings"] = True
+    (proxy / "config.json").write_text(json.dumps(config))
+    with Checkpoint.open(proxy) as checkpoint, pytest.raises(FormatError, match=r"lm_head is not packed"):
+        load_stored(checkpoint, read_manifest(proxy, ProxyManifest).quantization, torch.float32)
 
 
 def test_tied_heads_and_masks_of_single_weights_are_refused(tmp_path: Path) -> None:

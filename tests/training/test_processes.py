@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from fedqsn_cli import client_train
 from fedqsn_cli.training.steps.processes import ALONE, Processes, launched, own_device
+from support.forks import fork_command
 from support.processes import environment
 from support.training_jobs import labelled, make_proxy, small_model
-from support.warm_processes import WarmServer
 
 EXACT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
@@ -62,32 +62,30 @@ def check(job: Path, method: str, printed: str) -> None:
     assert sorted(path.name for path in job.glob(".two*")) == []
 
 
-def test_two_processes_take_the_steps_of_one_with_twice_the_batch(
-    job: Path, method: str, warm_server: WarmServer
-) -> None:
-    codes, printed = two_processes(job, [*WORDS, "--method", method], warm_server)
+def test_two_processes_take_the_steps_of_one_with_twice_the_batch(job: Path, method: str) -> None:
+    codes, printed = two_processes(job, [*WORDS, "--method", method])
     assert codes == [0, 0], printed
     check(job, method, printed)
 
 
-def two_processes(folder: Path, words: list[str], warm_server: WarmServer) -> tuple[list[int], str]:
+def two_processes(folder: Path, words: list[str]) -> tuple[list[int], str]:
     """The exit codes of two processes, and what they print; only the first of them can reach the data."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with (folder / "printed").open("w") as printed:
         both = [
-            warm_server.start(*given, err=printed, folder=folder, RANK=str(rank), LOCAL_RANK=str(rank), **common)
+            fork_command(*given, told=printed, folder=folder, RANK=str(rank), LOCAL_RANK=str(rank), **common)
             for rank, given in enumerate((words, [word.replace("data.jsonl", "nowhere.jsonl") for word in words]))
         ]
         codes = [child.wait() for child in both]
     return codes, (folder / "printed").read_text()
 
 
-def test_data_that_the_first_process_cannot_use_ends_all_of_them(tmp_path: Path, warm_server: WarmServer) -> None:
+def test_data_that_the_first_process_cannot_use_ends_all_of_them(tmp_path: Path) -> None:
     make_proxy(small_model(tmp_path / "model", **EXACT), tmp_path / "proxy")
     (tmp_path / "data.jsonl").write_text('{"text": "w5", "label": 0}\n{"text": "w6", "label": "unknown"}\n')
-    codes, printed = two_processes(tmp_path, WORDS, warm_server)
+    codes, printed = two_processes(tmp_path, WORDS)
     assert codes == [2, 2]
     assert printed.count("data.jsonl: row 2: column 'label'") == 2
 

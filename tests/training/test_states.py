@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from fedqsn_cli import client_train
+from fedqsn_cli.artifacts.manifests import file_digest
 from fedqsn_cli.checkpoint import files
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.options import RecipeOptions
@@ -27,9 +30,10 @@ from fedqsn_cli.training.steps.interrupts import held_signals
 from fedqsn_cli.training.steps.journal import StepFigures
 from fedqsn_cli.training.steps.loop import Surroundings, TrainingSummary
 from fedqsn_cli.training.steps.states import KEPT, StateFolder, remove_finished
+from support.forks import fork_command
 from support.processes import run
+from support.raw_safetensors import Tensors, read_file, write_file
 from support.training_jobs import labelled, make_proxy, small_model
-from support.warm_processes import WarmServer
 
 CPU = {"device": "cpu", "precision": "fp32"}
 RECIPE = RecipeOptions(epochs=3, batch_size=4, lr=1e-2)
@@ -130,6 +134,78 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path: Path, damag
     assert torch.equal(whole, again)
     assert notes.texts[0].startswith("ignoring the damaged state step-00000005 (")
     assert notes.texts[1] == "going on after step 4 of 9"
+
+
+def rewritten(state: Path, change: Callable[[Tensors, dict[str, Any]], None]) -> None:
+    """Change what a state holds, and write down the digest of that."""
+    document, tensors = json.loads((state / "state.json").read_text()), read_file(state / "state.safetensors")
+    change(tensors, document)
+    write_file(state / "state.safetensors", tensors)
+    document["files"]["state.safetensors"] = file_digest(state / "state.safetensors")
+    (state / "state.json").write_text(json.dumps(document))
+
+
+def renamed(old: str, new: str) -> Callable[[Tensors, dict[str, Any]], None]:
+    return lambda tensors, _: tensors.update({new: tensors.pop(old)})
+
+
+def filled(name: str, value: int) -> Callable[[Tensors, dict[str, Any]], None]:
+    return lambda tensors, _: tensors[name][1].view(np.uint8).fill(value)
+
+
+def reshaped(name: str) -> Callable[[Tensors, dict[str, Any]], None]:
+    return lambda tensors, _: tensors.update({name: (tensors[name][0], tensors[name][1][..., None])})
+
+
+def told(**fields: Any) -> Callable[[Tensors, dict[str, Any]], None]:
+    return lambda _, document: document.update(fields)
+
+
+FOREIGN = {
+    "a leaf too many": renamed("leaf.0", "leaf.999"),
+    "a leaf without a number": renamed("leaf.0", "leaf.x"),
+    "a leaf of another shape": reshaped("leaf.0"),
+    "no losses": renamed("losses", "loss"),
+    "losses in rows": reshaped("losses"),
+    "losses that are no numbers": filled("losses", 255),
+    "a generator that is none": filled("random", 255),
+    "generators of other processes": reshaped("random"),
+    "another optimizer": renamed("optimizer.0.exp_avg", "optimizer.0.momentum"),
+    "a moment too few": lambda tensors, _: tensors.pop("optimizer.0.exp_avg"),
+    "a scalar too many": told(scalars={"0.zz": 1}),
+    "scalars that are no numbers": told(scalars={"0.step": "x"}),
+    "a step that was never made": told(step=10**9),
+    "a step before all others": told(step=-1),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_state_of_something_else_is_passed_over_though_its_digest_is_right(tmp_path: Path, what: str) -> None:
+    whole, _ = trained(None)
+    notes = Notes()
+    with StateFolder(tmp_path / "out", {}, "1").opened() as folder:
+        with pytest.raises(Killed):
+            trained(folder, kill_after=6)
+        rewritten(folder.path / "step-00000005", FOREIGN[what])
+        again, _ = trained(folder, progress=notes)
+    assert torch.equal(whole, again)
+    assert [text.split(" (")[0] for text in notes.texts] == [
+        "ignoring the damaged state step-00000005",
+        "going on after step 4 of 9",
+    ]
+
+
+@pytest.mark.parametrize("name", ["state.json", "state.safetensors"])
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_a_special_file_in_a_state_is_never_read(tmp_path: Path, name: str, make: Callable[[Path], None]) -> None:
+    notes = Notes()
+    with StateFolder(tmp_path / "out", {}, "1").opened() as folder:
+        with pytest.raises(Killed):
+            trained(folder, kill_after=3)
+        (folder.path / "step-00000002" / name).unlink()
+        make(folder.path / "step-00000002" / name)
+        trained(folder, progress=notes)
+    assert notes.texts[-1] == "going on after step 1 of 9"
 
 
 def damage_state(state: Path, damage: str) -> None:
@@ -284,29 +360,27 @@ def words(job: Path, out: Path, *more: str) -> list[str]:
     return ["client-train", str(job / "proxy"), "--out", str(out), "--device", "cpu", "--precision", "fp32", *given]
 
 
-def test_kills_at_any_instant_and_a_polite_end_change_no_byte(
-    job: Path, tmp_path: Path, warm_server: WarmServer
-) -> None:
+def test_kills_at_any_instant_and_a_polite_end_change_no_byte(job: Path, tmp_path: Path) -> None:
     rng = random.Random(5)
     states, update, polite = tmp_path / ".update.fedqsn-states", tmp_path / "update", tmp_path / "polite" / "update"
     with (tmp_path / "told").open("w") as told:
         for _ in range(2):
-            child = warm_server.start(*words(job, update, "--save-every", "1"), err=told)
+            child = fork_command(*words(job, update, "--save-every", "1"), told=told)
             wait_for_a_state(states, child.pid)
             time.sleep(rng.uniform(0, 0.03))
-            os.kill(child.pid, signal.SIGKILL)
+            child.kill()
             assert child.wait() == -signal.SIGKILL
         polite.parent.mkdir()
         log = tmp_path / "log"
-        child = warm_server.start(*words(job, polite, "--save-every", "100", "--log", str(log)), err=told)
+        child = fork_command(*words(job, polite, "--save-every", "100", "--log", str(log)), told=told)
         while not log.exists() or not log.read_text():
             time.sleep(0.001)
-        os.kill(child.pid, signal.SIGTERM)
+        child.kill(signal.SIGTERM)
         assert child.wait() == 130
         assert len(list((polite.parent / ".update.fedqsn-states").glob("step-*"))) == 1
         for out in (tmp_path / "whole", update, polite):  # "whole" there too: other numbers of threads round otherwise
             if not out.exists():
-                assert warm_server.start(*words(job, out, "--save-every", "100"), err=told).wait() == 0
+                assert fork_command(*words(job, out, "--save-every", "100"), told=told).wait() == 0
             assert update_bytes(out) == update_bytes(tmp_path / "whole")
     text = (tmp_path / "told").read_text()
     assert "fedqsn: going on after step" in text

@@ -14,6 +14,11 @@ from fedqsn_cli.training.data.tokenizing import chunks
 from support.tokenizers import tokenizer
 
 
+@pytest.fixture(autouse=True)
+def tokenizers_in_place() -> None:
+    """Nothing: a text is tokenized in a process with limits."""
+
+
 def test_texts_are_tokenized_in_parts_that_memory_can_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizing, "_CHUNK", 3)
     monkeypatch.setattr(tokenizing, "_CHARACTERS", 10)

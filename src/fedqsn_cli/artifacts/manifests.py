@@ -85,7 +85,7 @@ def _printable(value: str) -> str:
     return value
 
 
-ToolName = Annotated[str, Field(max_length=200), AfterValidator(_printable)]
+ShortText = Annotated[str, Field(max_length=200), AfterValidator(_printable)]
 BlockSize = Annotated[int, _checked_by(validate.block_size)]
 
 
@@ -339,7 +339,7 @@ class UpdateManifest(Manifest):
     steps: Count
     losses: Losses
     precision: Literal["fp32", "bf16", "fp16", "int8", "nf4"]
-    tool: ToolName
+    tool: ShortText
     privacy: PrivacyRecord | None = None
     adapters: dict[str, AdapterRecord] | None = None
     saved: dict[str, str] | None = None

@@ -7,6 +7,8 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from threadpoolctl import threadpool_limits
+
 from fedqsn_cli.artifacts.ledger import Release
 from fedqsn_cli.artifacts.manifests import file_digest
 from fedqsn_cli.auditing.attest import write_attestation
@@ -67,10 +69,12 @@ def audit(
     baseline = read_measures(options.baseline) if options.baseline is not None else None
     signer = _signer(proxies, options)
     inputs = open_inputs(proxies, collector, options, progress)
-    if proxies or options.after is not None:
-        run_checks(CHECKS, inputs, collector)
+    with threadpool_limits(1, "blas"):  # several threads compute; those that BLAS adds would wait for each other
+        if proxies or options.after is not None:
+            run_checks(CHECKS, inputs, collector)
+        recovered = recover_weights(inputs, collector) if proxies else ()
     measured = Measured(
-        recover_weights(inputs, collector) if proxies else (),
+        recovered,
         _function(inputs, collector, policy) if proxies else None,
         _exposure(inputs, collector, policy),
         _expected(inputs, policy),

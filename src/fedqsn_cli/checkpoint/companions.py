@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 from fedqsn_cli.checkpoint.files import check_size
+from fedqsn_cli.checkpoint.header import is_plain_file_name
+from fedqsn_cli.errors import InputError
 
 MAX_COMPANION_BYTES = 256 << 20
 """The largest tokenizer.json of well-known models has 33 MB."""
@@ -68,11 +70,14 @@ def find_companions(folder: Path) -> list[Path]:
     """The companions in a folder, in the order of `COMPANIONS`.
 
     Raises:
-        InputError: one of them is not a plain file. FormatError: it is larger than any that is known.
+        InputError: one of them is not a plain file, or has a name that no artifact takes. FormatError: it is larger
+            than any that is known.
     """
     names = [name for pattern in COMPANIONS for name in _matching(folder, pattern)]
     found = [folder / name for name in names]
     for path in found:
+        if not is_plain_file_name(path.name):
+            raise InputError("has a name that is not taken", where=path, hint="rename it")
         check_size(path, MAX_COMPANION_BYTES)
     return found
 

@@ -24,6 +24,7 @@ from fedqsn_cli.errors import FormatError, InputError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_DIMENSIONS = 32
+MAX_NAME = 1000  # characters; those of well-known models have fewer than 200
 MAX_COUNT = 2**63 - 1  # largest count of bytes that numpy and pread can address
 
 
@@ -137,7 +138,7 @@ def _entry(name: str, fields: Any, data_start: int, path: Path) -> TensorEntry:
     """One checked tensor entry, its offsets made absolute."""
     problem = name_problem(name)
     if problem:
-        raise FormatError(f"tensor name {name!r} {problem}", where=path)
+        raise FormatError(f"tensor name {name[:MAX_NAME]!r} {problem}", where=path)
     where = f"{path}: {name}"
     if type(fields) is not dict or fields.keys() != {"dtype", "shape", "data_offsets"}:
         raise FormatError("entry is not an object of exactly dtype, shape and data_offsets", where=where)
@@ -172,6 +173,8 @@ def name_problem(name: str) -> str | None:
     """Say what is wrong with a tensor name, or None if nothing is."""
     if not name:
         return "is empty"
+    if len(name) > MAX_NAME:  # a table of many names would be as wide for each of them
+        return f"is longer than {MAX_NAME} characters"
     if not name.isprintable():  # NUL, line feeds, lone surrogates, marks that reverse a terminal's text
         return "holds a character that cannot be printed"
     if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
@@ -179,6 +182,18 @@ def name_problem(name: str) -> str | None:
     if name == "__metadata__":
         return "is reserved"
     return None
+
+
+def is_plain_file_name(name: object) -> bool:
+    """Whether `name` can only mean a visible file right in its directory."""
+    return (
+        type(name) is str
+        and not name_problem(name)
+        and not name.startswith(".")
+        and "/" not in name
+        and "\\" not in name
+        and len(name.encode()) <= 255
+    )
 
 
 def _check_tiling(entries: Sequence[TensorEntry], data_start: int, size: int, path: Path) -> None:

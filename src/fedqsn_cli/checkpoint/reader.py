@@ -20,7 +20,15 @@ from fedqsn_cli import strictjson
 from fedqsn_cli.checkpoint.companions import find_companions
 from fedqsn_cli.checkpoint.descriptors import DESCRIPTORS, DirectFile
 from fedqsn_cli.checkpoint.files import read_file
-from fedqsn_cli.checkpoint.header import FileIdentity, Header, TensorEntry, name_problem, read_header
+from fedqsn_cli.checkpoint.header import (
+    MAX_NAME,
+    FileIdentity,
+    Header,
+    TensorEntry,
+    is_plain_file_name,
+    name_problem,
+    read_header,
+)
 from fedqsn_cli.checkpoint.model_config import check_config
 from fedqsn_cli.dtypes import DTYPES
 from fedqsn_cli.errors import FormatError, InputError
@@ -259,8 +267,8 @@ def _sharded_headers(index: Path) -> list[Header]:
         raise FormatError("weight_map is not an object that names tensors", where=index)
     tensors: dict[str, set[str]] = {}
     for name, file in weight_map.items():
-        if name_problem(name):
-            raise FormatError(f"tensor name {name!r} {name_problem(name)}", where=index)
+        if problem := name_problem(name):
+            raise FormatError(f"tensor name {name[:MAX_NAME]!r} {problem}", where=index)
         if not is_plain_file_name(file) or not file.endswith(".safetensors"):
             raise FormatError(
                 f"weight_map sends {name!r} to {file!r}, which is not a file of this directory", where=index
@@ -279,18 +287,6 @@ def _check_shard(listed: set[str], stored: set[str], index: Path, file: str) -> 
         raise FormatError(f"tensor {name!r} is not in {file}", where=index)
     for name in sorted(stored - listed):
         raise FormatError(f"tensor {name!r} of {file} is not in the index", where=index)
-
-
-def is_plain_file_name(name: object) -> bool:
-    """Whether `name` can only mean a visible file right in its directory."""
-    return (
-        type(name) is str
-        and not name_problem(name)
-        and not name.startswith(".")
-        and "/" not in name
-        and "\\" not in name
-        and len(name.encode()) <= 255
-    )
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

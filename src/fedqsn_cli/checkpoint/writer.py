@@ -17,8 +17,7 @@ from pathlib import Path
 
 from fedqsn_cli.checkpoint import files
 from fedqsn_cli.checkpoint.companions import MANIFESTS
-from fedqsn_cli.checkpoint.header import TensorSpec
-from fedqsn_cli.checkpoint.reader import is_plain_file_name
+from fedqsn_cli.checkpoint.header import TensorSpec, is_plain_file_name
 from fedqsn_cli.checkpoint.stream import BUFFER_BYTES, FileStream, WriterThreads
 from fedqsn_cli.checkpoint.tensor_sink import TensorSink, split_into_shards
 from fedqsn_cli.errors import InputError, OutputExists

@@ -60,6 +60,11 @@ class Consignment:
     text: str
     sealed: Path
 
+    @property
+    def name(self) -> str:
+        """What its job and its files on the host are called."""
+        return self.order.proxy_sha256[:32]
+
 
 def courier_pack(path: str | Path, proxies: Sequence[str | Path], options: CourierPackOptions) -> Packed:
     """Seal audited proxies for their clients, and sign what the clients are asked to train.

@@ -45,7 +45,7 @@ class Delivery(ABC):
     @property
     def sealed_update(self) -> Path:
         """What the courier brings."""
-        return self.carried / f"{self.sent.order.proxy_sha256[:32]}.update"
+        return self.carried / f"{self.sent.name}.update"
 
     @property
     @abstractmethod
@@ -63,7 +63,7 @@ class Delivery(ABC):
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Hold what two processes must not send at once. Raises InputError: another one does."""
-        lock = self.carried / f"{self.sent.order.proxy_sha256[:32]}.lock"
+        lock = self.carried / f"{self.sent.name}.lock"
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             # A process that has just ended may have removed the file that this one locked.

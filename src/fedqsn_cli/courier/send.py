@@ -133,7 +133,18 @@ class Sending:
     _next_look: float = 0.0
 
     def run(self, least: int, seconds: float) -> SendResult:
-        """Wait until enough have answered. Raises GateFailed: too few did in time."""
+        """Wait until enough have answered; no job is left then. Raises GateFailed: too few did in time."""
+        try:
+            self._wait(least, seconds)
+        finally:
+            self._end_others()
+        if self.arrived < least:
+            told = ", ".join(f"{client.delivery.client} {client.state}" for client in self.clients)
+            hint = "run the same command again: it goes on where it was"
+            raise GateFailed(f"{self.arrived} of {least} updates came in time ({told})", hint=hint)
+        return SendResult(tuple(c.result() for c in self.clients), self.arrived, time.monotonic() - self._began)
+
+    def _wait(self, least: int, seconds: float) -> None:
         while self.arrived < least and any(c.state == "waiting" for c in self.clients):
             if time.monotonic() - self._began > seconds:
                 break
@@ -144,12 +155,6 @@ class Sending:
                     self._later(client, f"the server does not answer ({error})")
             self._find_lost()
             time.sleep(_POLL)
-        self._end_others()
-        if self.arrived < least:
-            told = ", ".join(f"{client.delivery.client} {client.state}" for client in self.clients)
-            hint = "run the same command again: it goes on where it was"
-            raise GateFailed(f"{self.arrived} of {least} updates came in time ({told})", hint=hint)
-        return SendResult(tuple(c.result() for c in self.clients), self.arrived, time.monotonic() - self._began)
 
     @property
     def arrived(self) -> int:
@@ -201,6 +206,9 @@ class Sending:
     def _submit(self, client: _Client) -> None:
         from fedqsn_cli.courier.flare.job import write_job
 
+        if not client.jobs:  # of an earlier send that was killed: two at once would fetch one update into one file
+            for left in self.session.unfinished(client.delivery.sent.name):
+                self.session.abort(left)
         with tempfile.TemporaryDirectory() as place:
             job = write_job(Path(place) / "job", client.delivery.sent, client.delivery.sealed_update)
             client.job = self.session.submit(job)
@@ -215,9 +223,9 @@ class Sending:
 
     def _end_others(self) -> None:
         """Jobs that nobody waits for any more."""
-        for client in self.clients:
-            if client.job is not None and not client.delivery.done:
-                try:
+        try:
+            for client in self.clients:
+                if client.job is not None and not client.delivery.done:
                     self.session.abort(client.job)
-                except Unreachable as error:
-                    self.progress.note(f"{client.delivery.client}: its job could not be ended ({error})")
+        except Unreachable as error:
+            self.progress.note(f"jobs could not be ended ({error}); sending the same proxies again ends them")

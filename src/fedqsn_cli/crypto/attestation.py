@@ -15,14 +15,16 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
+
+from pydantic import Field
 
 from fedqsn_cli import strictjson
-from fedqsn_cli.artifacts.manifests import file_digest
+from fedqsn_cli.artifacts.manifests import Sha256, ShortText, Strict, file_digest
 from fedqsn_cli.checkpoint.files import read_file
 from fedqsn_cli.crypto import dsse
 from fedqsn_cli.crypto.keys import SigningKey, VerifyKey
-from fedqsn_cli.errors import FormatError, GateFailed, InputError, SignatureError
+from fedqsn_cli.errors import GateFailed, InputError, SignatureError
 from fedqsn_cli.version import VERSION
 
 PREDICATE = "https://in-toto.io/attestation/test-result/v0.1"
@@ -78,25 +80,57 @@ def read_attestation(path: Path, key: VerifyKey) -> Attestation:
     """
     document = strictjson.loads(read_file(path, dsse.LARGEST), path)
     told, _ = dsse.opened(document, key, PREDICATE, path)
-    try:
-        return _attestation(told)
-    except (KeyError, TypeError, ValueError):
-        raise FormatError("the signed statement is not that of an audit", where=path) from None
+    return _Statement.from_document({"subject": told.get("subject"), "predicate": told.get("predicate")}, path).told()
 
 
-def _attestation(told: dict[str, Any]) -> Attestation:
-    predicate = told["predicate"]
-    policy, tool = predicate["configuration"]
-    annotations = tool["annotations"]
-    return Attestation(
-        result=predicate["result"],
-        verdict=annotations["verdict"],
-        tool=f"{tool['name']} {annotations['version']}",
-        policy=policy["digest"]["sha256"],
-        proxies={one["name"]: one["digest"]["sha256"] for one in told["subject"]},
-        passed=predicate["passedTests"],
-        failed=predicate["failedTests"],
-    )
+class _Sha256(Strict):
+    sha256: Sha256
+
+
+class _Subject(Strict):
+    name: ShortText
+    digest: _Sha256
+
+
+class _Policy(Strict):
+    name: Literal["policy"]
+    digest: _Sha256
+
+
+class _Annotations(Strict):
+    version: ShortText
+    verdict: ShortText
+
+
+class _Tool(Strict):
+    name: ShortText
+    annotations: _Annotations
+
+
+class _Predicate(Strict):
+    result: Literal["PASSED", "FAILED"]
+    configuration: tuple[_Policy, _Tool] = Field(strict=False)
+    passedTests: list[ShortText]
+    failedTests: list[ShortText]
+
+
+class _Statement(Strict):
+    """What `attestation_bytes` signs: whoever signed it, each part has its type."""
+
+    subject: list[_Subject]
+    predicate: _Predicate
+
+    def told(self) -> Attestation:
+        policy, tool = self.predicate.configuration
+        return Attestation(
+            result=self.predicate.result,
+            verdict=tool.annotations.verdict,
+            tool=f"{tool.name} {tool.annotations.version}",
+            policy=policy.digest.sha256,
+            proxies={one.name: one.digest.sha256 for one in self.subject},
+            passed=self.predicate.passedTests,
+            failed=self.predicate.failedTests,
+        )
 
 
 def read_passed(path: Path, key: VerifyKey, policy: str | Path | None = None) -> Attestation:

@@ -18,7 +18,7 @@ from typing import Any
 from fedqsn_cli import strictjson
 from fedqsn_cli.checkpoint import ArtifactWriter
 from fedqsn_cli.checkpoint.files import open_regular_file
-from fedqsn_cli.checkpoint.reader import is_plain_file_name
+from fedqsn_cli.checkpoint.header import is_plain_file_name
 from fedqsn_cli.errors import FormatError, InputError
 
 FORMAT = "fedqsn-folder/1"

@@ -17,7 +17,7 @@ from fedqsn_cli import strictjson
 from fedqsn_cli.artifacts.manifests import SIGNATURE, file_digest
 from fedqsn_cli.checkpoint import ArtifactWriter
 from fedqsn_cli.checkpoint.files import read_file
-from fedqsn_cli.checkpoint.reader import is_plain_file_name
+from fedqsn_cli.checkpoint.header import is_plain_file_name
 from fedqsn_cli.crypto import dsse
 from fedqsn_cli.crypto.keys import SigningKey, VerifyKey, fingerprint
 from fedqsn_cli.errors import FormatError, SignatureError
@@ -128,7 +128,7 @@ def _resources(told: dict[str, Any], where: Path) -> dict[str, str]:
         digests = {name: digest for name, digest, _ in listed}
     except (KeyError, TypeError, ValueError):
         raise FormatError("the signed statement does not list files", where=where) from None
-    if {algorithm for *_, algorithm in listed} - {"sha256"} or found != wanted or len(digests) < len(listed):
+    if any(algorithm != "sha256" for *_, algorithm in listed) or found != wanted or len(digests) < len(listed):
         raise FormatError("the signed statement contradicts itself, or uses other digests than SHA-256", where=where)
     for name in digests:
         if not is_plain_file_name(name):

@@ -46,6 +46,7 @@ def load_stored(checkpoint: Checkpoint, kind: Quantization | None, compute: torc
         quantization=_quantization(checkpoint, kind, compute),
     )
     model.requires_grad_(False)
+    _check_packed(model, checkpoint)
     _forbid_repacking(model)
     return with_tokenizer(model, checkpoint, task)
 
@@ -54,6 +55,14 @@ def _stored(checkpoint: Checkpoint, name: str) -> Tensor:
     """A tensor as it is in the file."""
     entry = checkpoint.entries[name]
     return from_bytes(checkpoint.mapped(name), entry.dtype, entry.shape)
+
+
+def _check_packed(model: Any, checkpoint: Checkpoint) -> None:
+    """Refuse dense weights in modules that compute with packed ones only. Raises FormatError."""
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("bitsandbytes.") and module.weight.is_floating_point():
+            what = f"{name} is not packed, and config.json does not list it in llm_int8_skip_modules"
+            raise FormatError(what, where=checkpoint.path)
 
 
 def _forbid_repacking(model: Any) -> None:

@@ -84,7 +84,7 @@ class Rules:
     tied_inputs: re.Pattern[str]
     tied_outputs: re.Pattern[str]
     new_heads: tuple[str, ...]
-    output_modules: dict[str, tuple[str, ...]]
+    output_modules: dict[str, list[str]]
     never_packed: dict[str, re.Pattern[str]]
     parts: tuple[Part, ...]
     containers: re.Pattern[str]
@@ -126,7 +126,7 @@ def rules() -> Rules:
         tied_inputs=endings([f"{module}.weight" for module in document["tied"]["inputs"]]),
         tied_outputs=endings([f"{module}.weight" for module in document["tied"]["outputs"]]),
         new_heads=tuple(document["new_heads"]["modules"]),
-        output_modules={model: tuple(names) for model, names in document["output_modules"].items()},
+        output_modules=document["output_modules"],
         never_packed={model: endings(names) for model, names in document["never_packed"].items()},
         parts=tuple(_compile_part(part) for part in document["part"]),
         containers=re.compile(rf"(?:^|\.)(?:{'|'.join(document['layers']['containers'])})\.([0-9]+)\."),

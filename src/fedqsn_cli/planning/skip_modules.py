@@ -28,12 +28,16 @@ def skip_modules(tensors: Sequence[TensorPlan], config: Mapping[str, Any] | None
     """
     packed = [_module(tensor) for tensor in tensors if tensor.packable and tensor.quantized]
     dense = {_module(tensor) for tensor in tensors if _is_dense_linear(tensor)}
-    output = rules().output_modules
-    dense.update(rules().new_heads, output.get(model_type(config) or "", output["default"]))
+    dense.update(rules().new_heads, _output_modules(model_type(config)))
     entries = {_entry(module, packed) for module in dense.difference(packed)}
     if any(tensor.role == "expert" for tensor in tensors):
         entries.add(EXPERTS)
     return sorted(entries)
+
+
+def _output_modules(model: str | None) -> list[str]:
+    """Names of the output layers of a model type."""
+    return [name for name, types in rules().output_modules.items() if model in types] or ["lm_head"]
 
 
 def fits(entry: str, module: str) -> bool:

@@ -145,7 +145,7 @@ def write_job(folder: Path, sent: Consignment, update: Path) -> Path:
     nothing: dict[str, list[Any]] = {"task_data_filters": [], "task_result_filters": [], "components": []}
     files = {
         "meta.json": {
-            "name": "courier",
+            "name": sent.name,
             "resource_spec": {},
             "min_clients": 1,
             "mandatory_clients": [client],

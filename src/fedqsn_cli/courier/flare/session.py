@@ -46,6 +46,11 @@ class Session:
         """End a job. Raises Unreachable."""
         self._try(lambda session: session.abort_job(job))
 
+    def unfinished(self, name: str) -> list[str]:
+        """The jobs of a name that have not ended. Raises Unreachable."""
+        told = self._try(lambda session: session.list_jobs(name_prefix=name)) or []
+        return [str(one["job_id"]) for one in told if not str(one.get("status")).startswith("FINISHED")]
+
     def sites(self) -> list[str]:
         """The sites that are connected. Raises Unreachable."""
         return self._try(lambda session: sorted(client.name for client in session.get_system_info().client_info))

@@ -76,6 +76,7 @@ class _Finder:
         self._weights = tensor_names(model, linear, layout)
         shapes = {n: (FROM_TORCH[str(t.dtype).removeprefix("torch.")], tuple(t.shape)) for n, t in layout.items()}
         self._roles = {tensor.name: tensor.role for tensor in make_plan(shapes, config).tensors}
+        self._expert_names = _expert_names(model, linear)
 
     def saved(self, names: Iterable[str]) -> tuple[str, ...]:
         """Modules to train in full: those of the given names, else a classifier's head."""
@@ -140,10 +141,11 @@ class _Finder:
         return found
 
     def _all_linear(self, saved: tuple[str, ...]) -> Iterator[str]:
-        """Every linear layer but heads and routers."""
+        """Every linear layer but heads, routers, and those that peft takes for experts."""
         for name, tensor in self._weights.items():
             module = name.removesuffix(".weight")
-            if self._roles[tensor] in _ADAPTED_ROLES and not _is_inside(module, saved) and name not in self._tied:
+            usual = self._roles[tensor] in _ADAPTED_ROLES and _last(module) not in self._expert_names
+            if usual and not _is_inside(module, saved) and name not in self._tied:
                 yield module
 
     def _target(self, name: str) -> TargetModule:
@@ -153,6 +155,9 @@ class _Finder:
             what = f"{name} is not a linear layer but {type(module).__name__}"
             raise InputError(what, where=_TARGETS, hint=f"train it in full: {_SAVED}")
         self._refuse_tied(weight, _TARGETS)
+        if _last(name) in self._expert_names:
+            what = f"peft takes {name} for one of the experts, which this model holds in one tensor"
+            raise InputError(what, where=_TARGETS, hint="name other layers, or use --method full")
         tensor = self._weights.get(weight)
         if tensor is None or tuple(self._layout[tensor].shape) != _shape(module):
             what = f"the weight of {name} is not one tensor of the proxy, so no adapter of it can be merged"
@@ -184,6 +189,31 @@ def _is_linear(module: nn.Module) -> bool:
 def _is_transposed(module: nn.Module) -> bool:
     """Whether the checkpoint has its weight as [in, out]."""
     return isinstance(module, Conv1D) or getattr(module, "source_cls", None) is Conv1D
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _expert_names(model: Any, weights: Iterable[str]) -> frozenset[str]:
+    """Last components of names by which peft, here and where an update is opened, would adapt stacked experts instead.
+
+    transformers stacks the experts of some families; peft turns the names that they had before into the stacks, and
+    other layers of such a model may have the same names.
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    found = set()
+    for name in {_last(weight.removesuffix(".weight")) for weight in weights}:
+        config = LoraConfig(target_modules=[name])
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError:  # half of what is fused into one stack
+            found.add(name)
+        else:
+            found |= {name}.difference(config.target_modules or ())
+    return frozenset(found)
 
 
 def _shape(module: Any) -> tuple[int, ...]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, BinaryIO, Protocol
 
 from fedqsn_cli.checkpoint.files import require_file_target
 from fedqsn_cli.errors import InputError
+
+_LONGEST_LINE = 1 << 16  # bytes of a log; its lines have 250
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ class Journal(Protocol):
 class LogFile:
     """A JSON line for each step."""
 
-    def __init__(self, path: Path, file: TextIO) -> None:
+    def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path, self._file = path, file
 
     @classmethod
@@ -61,32 +64,34 @@ class LogFile:
         """
         require_file_target(path)
         try:
-            with path.open("a+", encoding="utf-8") as file:
+            with path.open("a+b") as file:
                 log = cls(path, file)
-                log._lines()
+                log._end(math.inf)
                 yield log
         except OSError as error:
             raise InputError(f"cannot be written ({error.strerror})", where=path) from None
 
-    def _lines(self) -> list[tuple[int, str]]:
-        """The whole lines that are there, and their steps; one that was cut short by a kill is none."""
-        self._file.seek(0)
+    def _end(self, done: float) -> int:
+        """Where the lines of so many steps end; a line that was cut short by a kill is none."""
+        end = self._file.seek(0)
         try:
-            lines = [line for line in self._file if line.endswith("\n")]
-            return [(int(json.loads(line)["step"]), line) for line in lines]
+            while (line := self._file.readline(_LONGEST_LINE)).endswith(b"\n"):
+                if int(json.loads(line)["step"]) > done:
+                    return end
+                end += len(line)
+            if len(line) == _LONGEST_LINE:
+                raise ValueError
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise InputError("is not a log of client-train", where=self._path, hint="choose another --log") from None
+        return end
 
     def begin(self, done: int) -> None:
         """Keep the lines of these steps, and no other."""
-        kept = [line for step, line in self._lines() if step <= done]
-        self._file.truncate(0)
-        self._file.writelines(kept)
-        self._file.flush()
+        self._file.truncate(self._end(done))
 
     def add(self, figures: StepFigures) -> None:
         """Append a line."""
-        self._file.write(json.dumps(asdict(figures)) + "\n")
+        self._file.write(json.dumps(asdict(figures)).encode() + b"\n")
         self._file.flush()
 
 

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedqsn_cli.errors import InputError
+from fedqsn_cli.checkpoint import TensorSpec
+from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.models.architecture import Task
 from fedqsn_cli.options import RecipeOptions
 from fedqsn_cli.progress import Progress
@@ -32,7 +33,7 @@ from fedqsn_cli.training.steps.optimizers import Optimizers
 from fedqsn_cli.training.steps.precision import repeatable
 from fedqsn_cli.training.steps.processes import ALONE, Processes
 from fedqsn_cli.training.steps.schedule import Window, learning_rate, step_count, windows
-from fedqsn_cli.training.steps.states import StateFolder
+from fedqsn_cli.training.steps.states import State, StateFolder, stored_as
 
 Backward = Callable[[Any, Task, Sequence[Batch], int, RecipeOptions], float]
 """Computes gradients: takes a model, its task, the batches of a step, the number of targets that count in them (those
@@ -265,9 +266,36 @@ class _Run:
 
         states.save(len(self.history.losses), self.seconds(), [*leaves, *others.items()], values(), scalars)
 
+    def _check(self, state: State) -> None:
+        """Refuse a state that holds something else than `_save` writes for this training. Raises FormatError."""
+        optimizer = dict(self.optimizers.state())
+        alike = {f"leaf.{number}": leaf for number, leaf in enumerate(self.trainable.leaves)}
+        alike |= {f"optimizer.{name}": value for name, value in optimizer.items() if isinstance(value, Tensor)}
+        expected = {name: stored_as(name, like) for name, like in alike.items()}
+        expected["losses"] = TensorSpec("losses", "F64", (state.step,))
+        generators = {"random": torch.Generator()}
+        if self.model.device.type == "cuda":
+            generators["random-cuda"] = torch.Generator(self.model.device)
+        for name, generator in generators.items():
+            expected[name] = TensorSpec(name, "U8", (self.around.processes.count, len(generator.get_state())))
+        scalars = {name for name, value in optimizer.items() if not isinstance(value, Tensor)}
+        if (
+            not 0 < state.step <= self.total
+            or state.specs() != expected
+            or state.scalars.keys() != scalars
+            or not all(type(value) is int and 0 <= value <= state.step for value in state.scalars.values())
+            or not bool(state.read("losses").isfinite().all())
+        ):
+            raise FormatError("does not fit this training", where=state.path)
+        try:
+            for name, generator in generators.items():
+                generator.set_state(state.read(name)[self.around.processes.rank])
+        except RuntimeError:
+            raise FormatError("is not the state of a random generator", where=f"{state.path}: {name}") from None
+
     def resume(self, states: StateFolder, progress: Progress) -> None:
         """Go on from the last whole state, if there is one."""
-        state = states.latest(progress)
+        state = states.latest(progress, self._check)
         if state is None:
             return
         leaves, rank = self.trainable.leaves, self.around.processes.rank

@@ -73,16 +73,20 @@ class Optimizers:
 
 
 def make_optimizer(leaves: list[Tensor], weight_decay: float, recipe: RecipeOptions) -> torch.optim.Optimizer:
-    """An optimizer over some leaves, in one fused kernel."""
+    """An optimizer over some leaves, in one fused kernel.
+
+    Its state is made at once, as its first step would, but in one piece: between activations that come and go, it would
+    scatter free memory. So it is also known, before any step, what a state on disk must hold.
+    """
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(leaves, lr=recipe.lr, weight_decay=weight_decay, fused=True)
     if recipe.optimizer == "adamw-8bit":
-        optimizer: torch.optim.Optimizer = _bitsandbytes().optim.AdamW8bit(
-            leaves, lr=recipe.lr, weight_decay=weight_decay
-        )
+        adamw_8bit: Any = _bitsandbytes().optim.AdamW8bit(leaves, lr=recipe.lr, weight_decay=weight_decay)
+        for position, leaf in enumerate(leaves):
+            adamw_8bit.init_state(adamw_8bit.param_groups[0], leaf, 0, position)
+        optimizer: torch.optim.Optimizer = adamw_8bit
         return optimizer
     adamw = torch.optim.AdamW(leaves, lr=recipe.lr, weight_decay=weight_decay, fused=True)
-    # As its first step would, but in one piece: between activations that come and go, states would scatter free memory.
     for leaf in leaves:
         step = torch.zeros((), dtype=torch.float32, device=leaf.device)
         adamw.state[leaf] = {"step": step, "exp_avg": torch.zeros_like(leaf), "exp_avg_sq": torch.zeros_like(leaf)}

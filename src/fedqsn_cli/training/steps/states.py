@@ -14,23 +14,24 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from fedqsn_cli import strictjson, validate
 from fedqsn_cli.artifacts.manifests import file_digest
-from fedqsn_cli.checkpoint import ArtifactWriter, TensorSpec, files
+from fedqsn_cli.checkpoint import ArtifactWriter, TensorSpec, files, read_header
 from fedqsn_cli.checkpoint.companions import MANIFESTS
 from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.models.dense import TORCH_DTYPES
 from fedqsn_cli.progress import Progress
+from fedqsn_cli.text import listed
 
 FORMAT = "fedqsn-training-state/1"
 KEPT = 2
@@ -56,11 +57,27 @@ class State:
     scalars: Mapping[str, float]
     path: Path
 
+    def specs(self) -> dict[str, TensorSpec]:
+        """What its tensors are, by name. Raises FormatError."""
+        entries = read_header(self.path / _TENSORS).entries
+        return {name: TensorSpec(name, entry.dtype, entry.shape) for name, entry in entries.items()}
+
+    def read(self, name: str) -> Tensor:
+        """One of its tensors."""
+        with safe_open(self.path / _TENSORS, "pt") as stored:
+            tensor: Tensor = stored.get_tensor(name)
+            return tensor
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Its tensors, read one after the other."""
         with safe_open(self.path / _TENSORS, "pt") as stored:
             for name in stored.keys():  # noqa: SIM118 - it is not a mapping
                 yield name, stored.get_tensor(name)
+
+
+def stored_as(name: str, like: Tensor) -> TensorSpec:
+    """How a tensor of this dtype and shape lies in a state."""
+    return TensorSpec(name, _STORED[like.dtype], tuple(like.shape))
 
 
 class StateFolder:
@@ -139,7 +156,7 @@ class StateFolder:
         """
         path = self.path / f"step-{step:08d}"
         files.remove_tree(path)  # a damaged one, for otherwise the training would have gone on from it
-        specs = [TensorSpec(name, _STORED[like.dtype], tuple(like.shape)) for name, like in tensors]
+        specs = [stored_as(name, like) for name, like in tensors]
         with ArtifactWriter(path, force=False) as writer:
             sink = writer.tensors("state", specs, max_shard_bytes=None, metadata={"format": "pt"})
             for spec, value in zip(specs, values, strict=True):
@@ -162,16 +179,21 @@ class StateFolder:
             files.remove_tree(old)
         self._last = time.monotonic()
 
-    def latest(self, progress: Progress) -> State | None:
+    def latest(self, progress: Progress, check: Callable[[State], None]) -> State | None:
         """The last whole state; damaged ones are told of and passed over.
+
+        Args:
+            check: raises FormatError for a state that this training cannot go on from.
 
         Raises:
             InputError: the states are those of another training.
         """
-        for path in self._steps_on_disk():
+        for path in self._steps_on_disk()[: KEPT + 1]:  # one more, if a kill came before the oldest was deleted
             try:
-                return self._read(path)
-            except (FormatError, SafetensorError, OSError) as error:
+                state = self._read(path)
+                check(state)
+                return state
+            except (FormatError, OSError) as error:
                 progress.note(f"ignoring the damaged state {path.name} ({error})")
         return None
 
@@ -184,7 +206,7 @@ class StateFolder:
             if document["format"] != FORMAT:
                 raise FormatError(f"has the format {document['format']!r}, not {FORMAT}", where=path)
             self._compare(document["facts"])
-            if file_digest(path / _TENSORS) != document["files"][_TENSORS]:
+            if _digest(path / _TENSORS) != document["files"][_TENSORS]:
                 raise FormatError("does not have the digest that was written down", where=path / _TENSORS)
             return State(int(document["step"]), float(document["seconds"]), dict(document["scalars"]), path)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -196,7 +218,7 @@ class StateFolder:
         other = [name for name in names if facts.get(name) != self._facts.get(name)]
         if other:
             hint = "repeat the command as it was, or delete that folder to begin anew"
-            raise InputError(f"holds a training with other {', '.join(other)}", where=self.path, hint=hint)
+            raise InputError(f"holds a training with other {listed(other)}", where=self.path, hint=hint)
 
     def _steps_on_disk(self) -> list[Path]:
         """Folders of states, the last one first."""
@@ -216,6 +238,14 @@ class StateFolder:
     def remove(self) -> None:
         """Delete all states: the output is there."""
         _remove(self.path)
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file of a state. Raises FormatError: it is no plain file."""
+    try:
+        return file_digest(path)
+    except InputError as error:
+        raise FormatError(error.what, where=path) from None
 
 
 def remove_finished(states_of: Path, out: Path) -> None:
