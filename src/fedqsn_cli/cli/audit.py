@@ -58,7 +58,6 @@ def _print(result: Audit, view: AuditView) -> None:
     """Files first: whatever happens to the terminal, they are complete."""
     from fedqsn_cli.auditing.report import render
     from fedqsn_cli.auditing.report.text import parts
-    from fedqsn_cli.auditing.report.wording import title
     from fedqsn_cli.checkpoint import write_file_atomically
 
     if view.report is not None:
@@ -66,7 +65,7 @@ def _print(result: Audit, view: AuditView) -> None:
     if view.output is not None:
         write_file_atomically(Path(view.output), render(result, view.format_name).encode())
     if view.quiet:
-        console.show("quiet", None, essential=[title(result)], parts=[])
+        console.show("quiet", None, essential=[result.verdict], parts=[])
     elif view.format_name == "text" or view.output is not None:
         console.show("table", None, essential=[], parts=parts(result))
     else:
