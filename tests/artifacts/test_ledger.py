@@ -88,13 +88,11 @@ def test_a_long_ledger_takes_little_memory_and_releases_stay_independent(path: P
     assert changed.p1_least == 0.05 and "p1_least" not in read[1].model_fields_set and read[1] != changed
 
 
-def test_lines_are_the_same_in_blocks_of_any_size(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_are_the_same_in_blocks_of_any_size(path: Path) -> None:
     ledger.record(path, JOB, [release(number) for number in range(20)])
-    whole = ledger.read(path)
-    length = path.stat().st_size
-    for block in (1, 100, 700, length - 1, length, length + 1):
-        monkeypatch.setattr(ledger, "_BLOCK", block)
-        assert ledger.read(path) == whole
+    data = path.read_bytes()
+    for block in (1, 100, 700, len(data) - 1, len(data), len(data) + 1):
+        assert list(ledger._lines(data, len(data), block)) == data.splitlines()
 
 
 def test_each_line_holds_the_digest_of_the_line_before(path: Path) -> None:
@@ -124,6 +122,22 @@ def test_a_proxy_id_with_other_content_is_refused_and_nothing_is_written(field: 
     with pytest.raises(InputError, match="released before with other content"):
         ledger.record(path, JOB, [release(5), release(1, **{field: other[field]})])
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "hint"),
+    [
+        (60_000, None, "that was with --max-shard-size 60000: do the same now"),
+        (None, 60_000, "that was without --max-shard-size: do the same now"),
+        (60_000, 60_000, "files next to the model"),
+    ],
+)
+def test_what_a_repeated_export_does_otherwise_is_said(
+    before: int | None, now: int | None, hint: str, path: Path
+) -> None:
+    ledger.record(path, JOB, [release(1, max_shard_bytes=before)])
+    with pytest.raises(InputError, match=hint):
+        ledger.record(path, JOB, [release(1, max_shard_bytes=now, proxy_sha256="9" * 64)])
 
 
 def test_every_change_of_an_earlier_line_is_found(path: Path) -> None:

@@ -33,10 +33,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "base fill": {"fill": "base"},
     "base fill, sharded": {"fill": "base", "max_shard_size": "60KB"},
 }
+QUICK = ("zero fill", "base fill, sharded")  # each fill and each way to store it; what is checked is not their product
+PARAMS = [
+    pytest.param(options, id=name, marks=() if name in QUICK else pytest.mark.soak) for name, options in KINDS.items()
+]
 Cheat = Callable[[AuditedJob], None]
 
 
-@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
+@pytest.fixture(scope="module", params=PARAMS)
 def clean(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AuditedJob:
     job = make_job(tmp_path_factory.mktemp("clean") / "job", clients=["alice"], **request.param)
     assert reproduced(audit(job)) == ["pass"]
@@ -374,6 +378,16 @@ ENTRIES: dict[str, tuple[Cheat, str]] = {
 def test_entries_that_are_no_plain_files_of_the_release_are_found(cheat: Cheat, expected: str, job: AuditedJob) -> None:
     cheat(job)
     assert expected in message(job)
+
+
+@kinds_with("zero fill, sharded")
+def test_an_attribute_that_cannot_be_read_is_found(job: AuditedJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> bytes:
+        raise PermissionError(1, "not permitted")
+
+    monkeypatch.setattr(os, "listxattr", lambda *_, **__: ["user.note"])
+    monkeypatch.setattr(os, "getxattr", refuse)
+    assert "has extended attributes" in message(job)
 
 
 def test_a_file_whose_zeros_are_left_out_is_told_from_one_that_holds_them(tmp_path: Path) -> None:

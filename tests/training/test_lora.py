@@ -30,7 +30,6 @@ from fedqsn_cli.options import TrainOptions
 from fedqsn_cli.options.lora import LoraOptions
 from fedqsn_cli.progress import Silent
 from fedqsn_cli.training.client import estimate_training
-from fedqsn_cli.training.data.data_files import read_table
 from fedqsn_cli.training.data.encoder import Encoder
 from fedqsn_cli.training.methods.lora_modules import choose_modules
 from fedqsn_cli.training.scoring.scoring import score
@@ -38,6 +37,7 @@ from fedqsn_cli.training.steps.batching import collate, loss_sum
 from fedqsn_cli.training.steps.schedule import learning_rate, step_count, windows
 from fedqsn_cli.training.steps.visible import expanded
 from support.helpers import HOST, USER, contents, set_host_names
+from support.tables import read_table
 from support.training_jobs import data_for, dense_tensors, make_proxy, small_model, visible_units
 from training.test_tasks import CASES as TASKS
 from training.test_tasks import make_job

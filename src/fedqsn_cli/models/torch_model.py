@@ -85,14 +85,11 @@ class Loaded(NamedTuple):
         return positions
 
 
-def load_model(
-    checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, *, dense: Mapping[str, Tensor] | None = None
-) -> Loaded:
-    """Build the model of a checkpoint on the CPU, in evaluation mode, with dense weights.
+def load_model(checkpoint: Checkpoint, *, dense: Mapping[str, Tensor] | None = None) -> Loaded:
+    """Build the model of a checkpoint on the CPU, in evaluation mode, with dense weights in fp32.
 
     Args:
         checkpoint: a global model, server model (its scale is applied), quantized model or proxy.
-        dtype: of all floating-point parameters.
         dense: its tensors, where they have been read already; parameters may share memory with them.
 
     Raises:
@@ -100,7 +97,7 @@ def load_model(
     """
     task, _ = task_of(checkpoint.config, checkpoint.path)
     state = load_dense(checkpoint) if dense is None else dense
-    model = build_model(checkpoint.config or {}, state, where=checkpoint.path, dtype=dtype)
+    model = build_model(checkpoint.config or {}, state, where=checkpoint.path)
     return with_tokenizer(model, checkpoint, task)
 
 

@@ -176,7 +176,7 @@ def check_supported(model: Any) -> None:
     """Refuse a model, in training mode, in which opacus cannot know the gradients of single examples.
 
     Raises:
-        InputError: what stands in the way.
+        InputError: it cannot; the message names the layer or parameter.
     """
     from opacus.validators import ModuleValidator
 
