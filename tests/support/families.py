@@ -73,6 +73,9 @@ FAMILIES: dict[str, Family] = {
         "DebertaV2", relative_attention=True, position_buckets=8, pos_att_type=["p2c", "c2p"], share_att_key=False
     ),
     "modernbert": _bert_like("ModernBert", cls_token_id=1, sep_token_id=2),
+    "longformer": Family(
+        "LongformerConfig", ("LongformerForMaskedLM",), {"attention_window": [8, 8], "sep_token_id": 2}
+    ),
     "gpt2": Family(
         "GPT2Config",
         ("GPT2LMHeadModel", "GPT2ForSequenceClassification"),
@@ -152,6 +155,22 @@ FAMILIES: dict[str, Family] = {
             "vocab_size": VOCABULARY,
             "decoder_start_token_id": 0,
             "feed_forward_proj": "gated-gelu",
+        },
+        common=False,
+    ),
+    "longt5": Family(
+        "LongT5Config",
+        ("LongT5ForConditionalGeneration",),
+        {
+            "d_model": HIDDEN,
+            "d_kv": 16,
+            "d_ff": INNER,
+            "num_layers": LAYERS,
+            "num_heads": ATTENTION_HEADS,
+            "vocab_size": VOCABULARY,
+            "decoder_start_token_id": 0,
+            "encoder_attention_type": "transient-global",
+            "global_block_size": 8,
         },
         common=False,
     ),

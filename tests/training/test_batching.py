@@ -36,6 +36,12 @@ def test_batches_hold_little_padding() -> None:
     assert padded < 1.1 * sum(lengths)
 
 
+def test_batches_of_few_examples_hold_texts_of_all_lengths() -> None:
+    lengths = [5, 9] * 16
+    batches = shuffled(lengths, 8, seed=0, epoch=0)
+    assert all({lengths[row] for row in rows} == {5, 9} for rows in batches)
+
+
 @settings(max_examples=30, deadline=None)
 @given(lengths=LENGTHS, size=st.integers(1, 9))
 def test_evaluation_goes_from_long_to_short(lengths: list[int], size: int) -> None:

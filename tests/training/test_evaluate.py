@@ -13,6 +13,7 @@ from torch.nn import functional
 from fedqsn_cli import evaluate, mask, quantize
 from fedqsn_cli.errors import DataError, FormatError, InputError
 from fedqsn_cli.training.data.metrics import of_classes
+from fedqsn_cli.training.scoring.one_by_one import OneByOne
 from support.keys import known_key
 from support.training_jobs import labelled, make_proxy, plain_texts, small_model, write_lines
 
@@ -130,3 +131,8 @@ def test_bad_data_and_options_are_refused(bert: Path, tmp_path: Path) -> None:
         evaluate(bert / "model", data=write_lines(tmp_path / "data.jsonl", [{"text": "w5"}]))
     with pytest.raises(InputError, match="--batch-size"):
         evaluate(bert / "model", data=bert / "data.jsonl", batch_size=0)
+
+
+def test_layers_that_get_nothing_of_a_short_text_are_computed_as_they_are() -> None:
+    with OneByOne(3):
+        assert functional.linear(torch.ones(3, 0, 4), torch.ones(5, 4)).shape == (3, 0, 5)

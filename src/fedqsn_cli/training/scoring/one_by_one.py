@@ -46,7 +46,8 @@ class OneByOne(TorchFunctionMode):
         return func(*args, **given)
 
     def _divides(self, x: Tensor) -> bool:
-        return x.dim() > 1 and x.shape[:-1].numel() % self._examples == 0
+        rows = x.shape[:-1].numel()
+        return x.dim() > 1 and rows > 0 and rows % self._examples == 0
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x weight + bias, for x [..., inputs] and weight [inputs, outputs]."""

@@ -16,7 +16,8 @@ from fedqsn_cli.training.data.examples import Padding as Padding
 from fedqsn_cli.training.data.stored_examples import Computed
 from fedqsn_cli.training.data.tasks import TASKS
 
-_POOL = 50  # batches whose examples are sorted by length together: little padding, and still shuffled
+_POOL = 50  # batches, at most, whose examples are sorted by length together: little padding, and still shuffled
+_POOLS = 4  # in an epoch, at least: else a batch of few data holds texts of one length, which may tell their label
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ def shuffled(lengths: Sequence[int], size: int, *, seed: int, epoch: int) -> Seq
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     order = torch.randperm(len(lengths), generator=generator)
-    pool = size * _POOL
+    pool = size * max(1, min(_POOL, len(lengths) // (_POOLS * size)))
     for first in range(0, len(order), pool):
         similar = sorted(order[first : first + pool].tolist(), key=lambda row: -lengths[row])
         order[first : first + pool] = torch.tensor(similar)
