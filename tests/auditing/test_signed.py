@@ -203,7 +203,7 @@ def test_a_forged_attestation_is_refused(job: AuditedJob) -> None:
     for predicate in ({}, {"result": "PASSED", "configuration": []}):
         payload = dsse.statement([], PREDICATE, predicate)
         path.write_text(json.dumps(dsse.envelope(payload, dsse.sign(payload, private))))
-        with pytest.raises(FormatError, match="field predicate"):
+        with pytest.raises(FormatError, match="field (subject|predicate)"):
             read_attestation(path, key)
 
 

@@ -58,6 +58,7 @@ OTHERS: dict[str, Change] = {
     "a number as a digest": lambda told: told["subject"][0]["digest"].update(sha256=5),
     "no digest": lambda told: told["subject"][0]["digest"].update(sha256="x"),
     "a list as a name": lambda told: told["subject"][0].update(name=["proxy 1"]),
+    "no subject": lambda told: told.update(subject=[]),
     "no list of subjects": lambda told: told.update(subject=5),
     "no list of tests": lambda told: told["predicate"].update(passedTests={"FQ001": 1}),
     "tests without names": lambda told: told["predicate"].update(failedTests=[None]),

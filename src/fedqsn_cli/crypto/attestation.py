@@ -116,7 +116,7 @@ class _Predicate(Strict):
 class _Statement(Strict):
     """What `attestation_bytes` signs: whoever signed it, each part has its type."""
 
-    subject: list[_Subject]
+    subject: list[_Subject] = Field(min_length=1)
     predicate: _Predicate
 
     def told(self) -> Attestation:
