@@ -91,11 +91,6 @@ def set_direct(descriptor: int, wanted: bool = True) -> bool:
     return wanted and bool(O_DIRECT)
 
 
-def is_direct(descriptor: int) -> bool:
-    """Whether O_DIRECT is on."""
-    return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & O_DIRECT)
-
-
 def file_flags(path: Path) -> int:
     """Flags of a file or folder that `chattr` sets, and no file system by itself; 0 where there are none."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)

@@ -20,10 +20,10 @@ from fedqsn_cli.auditing.recovery.intervals import cells
 from fedqsn_cli.auditing.recovery.metrics import ErrorSums
 from fedqsn_cli.auditing.truth_pass import recover_weights
 from fedqsn_cli.export.outputs import METADATA
-from fedqsn_cli.kernels import read_ahead
 from fedqsn_cli.options import AuditOptions
 from support.families import build
 from support.leaks import AuditedJob, make_job, perturb_codes, requantize, tamper
+from support.passes import threads_of
 
 UP = "model.layers.{}.mlp.up_proj.weight"
 GAUSSIAN = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
@@ -58,12 +58,12 @@ def score(recovery: Recovery, name: str) -> AttackScore:
 
 
 @pytest.mark.parametrize("axis", ["neuron", "element"])
-def test_the_number_of_threads_changes_no_measure(axis: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_threads_changes_no_measure(axis: str, tmp_path: Path) -> None:
     job = gaussian(tmp_path / "job", clients=2, p1=0.2, p2=0.2, double_quant=True, axis=axis)
     found = []
-    for threads in (1, 4):
-        monkeypatch.setattr(read_ahead, "thread_count", lambda threads=threads: threads)
-        found.append(attack(job, base=job.truth))
+    for count in (1, 4):
+        with threads_of(count):
+            found.append(attack(job, base=job.truth))
     assert found[0] == found[1]
 
 

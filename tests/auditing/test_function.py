@@ -282,6 +282,7 @@ def test_a_time_limit_leaves_out_attacks_and_says_which(job: AuditedJob, tmp_pat
 def test_an_audit_that_was_killed_goes_on_where_it_was(
     job: AuditedJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(function, "TRAININGS", tuple(replace(one, rates=one.rates[:1]) for one in TRAININGS))
     data, public = labelled(tmp_path / "dev.jsonl"), labelled(tmp_path / "public.jsonl", rows=16)
     options: dict[str, Any] = {"public_data": public, "public_examples": (16,), "base_losses": {16: 9.0}}
     whole, _ = measure(job, data, **options)

@@ -24,14 +24,14 @@ from fedqsn_cli.auditing.inputs import open_inputs
 from fedqsn_cli.auditing.rules import CHECKS
 from fedqsn_cli.checkpoint import FILE_TIME
 from fedqsn_cli.crypto import dsse
-from fedqsn_cli.crypto.attestation import PREDICATE, file_digests, folder_digest, read_attestation, read_passed
+from fedqsn_cli.crypto.attestation import PREDICATE, folder_digest, read_attestation, read_passed
 from fedqsn_cli.crypto.keys import load_signing_key, load_verify_key
 from fedqsn_cli.crypto.signature import bundle_bytes
 from fedqsn_cli.errors import FormatError, GateFailed, InputError, SignatureError
 from fedqsn_cli.options import AuditOptions
 from support.leaks import AuditedJob, make_job
 from support.processes import run
-from support.signing import party
+from support.signing import digest_of, party
 
 POLICY = '[scope]\nrequire = ["invariants"]\n'
 
@@ -140,10 +140,6 @@ def test_a_number_that_was_chosen_is_found_with_the_private_key(job: AuditedJob)
 def attested(job: AuditedJob, **options: Any) -> tuple[Audit, Path]:
     path = job.home / "audit.intoto.json"
     return audited(job, sign=job.home / "owner.key", attest=path, **options), path
-
-
-def digest_of(folder: Path) -> str:
-    return folder_digest(file_digests(folder))
 
 
 def test_a_verdict_travels_with_the_digests_of_the_proxies_and_without_any_name(signed: AuditedJob) -> None:

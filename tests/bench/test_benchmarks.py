@@ -57,6 +57,7 @@ def test_figures_of_our_own_are_measured_and_written_down(tmp_path: Path) -> Non
     assert not any((tmp_path / "work").iterdir())  # models and outputs are gone
 
 
+@pytest.mark.soak
 def test_an_audit_is_measured_next_to_reading_what_it_reads(tmp_path: Path) -> None:
     figures, _ = bench(tmp_path, "--only", "audit")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import resource
@@ -17,7 +18,6 @@ from typing import NoReturn
 import pytest
 from safetensors.numpy import load_file
 
-from fedqsn_cli import linux
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, TensorSink, TensorSpec, stream
 from support import disks
 from support.checkpoints import BYTES, ENVIRONMENT, make
@@ -120,7 +120,7 @@ def test_a_file_system_without_direct_writes_is_written_through_its_cache(
     pwrite = os.pwrite
 
     def refuse_direct(descriptor: int, data: memoryview, offset: int) -> int:
-        if linux.is_direct(descriptor):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
             raise OSError(errno.EINVAL, "Invalid argument")
         return pwrite(descriptor, data, offset)
 

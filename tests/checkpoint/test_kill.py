@@ -2,47 +2,46 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import itertools
 import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, files
+from fedqsn_cli import linux
+from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, TensorSpec, create_secret, files, write_file_atomically
+from support.forks import fork
 
-# Writes version after version of the same artifacts until it is killed; says when the first is out.
-FOREVER = """
-import itertools, json, sys
-from pathlib import Path
-import numpy as np
-from fedqsn_cli.checkpoint import ArtifactWriter, TensorSpec, create_secret, stream, write_file_atomically
+SPECS = [TensorSpec(f"w{i}", "F32", (300, 1000)) for i in range(8)] + [TensorSpec("odd", "U8", (5,))]
 
-folder = Path(sys.argv[1])
-specs = [TensorSpec(f"w{i}", "F32", (300, 1000)) for i in range(8)] + [TensorSpec("odd", "U8", (5,))]
 
-def artifact(out, version, force):
+def write_forever(folder: Path, first: int, going: int) -> None:
+    """Write version after version of the same artifacts; says through a descriptor when the first is out."""
+    for version in itertools.count(first):
+        write_artifact(folder / "replaced", version, force=True)
+        write_artifact(folder / f"new-{version}", version, force=False)
+        write_file_atomically(folder / "ledger", str(version).encode() * 10_000)
+        create_secret(folder / f"key-{version}", str(version).encode() * 10_000)
+        if version == first:
+            os.write(going, b"!")
+
+
+def write_artifact(out: Path, version: int, *, force: bool) -> None:
     with ArtifactWriter(out, force=force) as writer:
-        sink = writer.tensors("model", specs, max_shard_bytes=3_000_000, metadata={"version": str(version)})
-        for spec in specs:
+        sink = writer.tensors("model", SPECS, max_shard_bytes=3_000_000, metadata={"version": str(version)})
+        for spec in SPECS:
             sink.write(spec.name, 0, np.full(spec.nbytes, version % 251, np.uint8))
         sink.close()
         writer.add_bytes("proxy.json", json.dumps({"version": version, "files": writer.digests}).encode())
         writer.publish()
-
-for version in itertools.count(int(sys.argv[2])):
-    artifact(folder / "replaced", version, True)
-    artifact(folder / f"new-{version}", version, False)
-    write_file_atomically(folder / "ledger", str(version).encode() * 10_000)
-    create_secret(folder / f"key-{version}", str(version).encode() * 10_000)
-    if version == int(sys.argv[2]):
-        print("going", flush=True)
-"""
 
 
 def check_artifact(path: Path) -> int:
@@ -72,15 +71,20 @@ def check_state(folder: Path) -> int:
     return max(versions, default=0)
 
 
-def start(code: str, folder: Path, version: int) -> subprocess.Popen[bytes]:
-    """A writer that has published its first version; leaving its block waits for its end."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, folder, str(version)], env=environment, stdout=subprocess.PIPE
-    )
-    assert child.stdout is not None
-    assert child.stdout.readline() == b"going\n"
-    return child
+def write_and_be_killed(folder: Path, first: int, seconds: float, prepare: Callable[[], object] = int) -> None:
+    """Kill a process so many seconds after it has published its first version.
+
+    Args:
+        prepare: called in that process.
+    """
+    reading, writing = os.pipe()
+    child = fork(lambda: (prepare(), write_forever(folder, first, writing)))
+    os.close(writing)
+    with open(reading, "rb") as going:
+        assert going.read(1) == b"!"
+        time.sleep(seconds)
+        child.kill()
+        assert child.wait() == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -88,9 +92,7 @@ def test_a_kill_at_any_instant_leaves_the_old_state_or_the_new(seed: int, tmp_pa
     rng = random.Random(seed)
     newest = 0
     for _ in range(8):
-        with start(FOREVER, tmp_path, newest + 1) as child:
-            time.sleep(rng.uniform(0, 0.12))
-            child.send_signal(signal.SIGKILL)
+        write_and_be_killed(tmp_path, newest + 1, rng.uniform(0, 0.12))
         before, newest = newest, check_state(tmp_path)
         assert newest > before
     for name in ["replaced", *(f"new-{version}" for version in range(newest + 2))]:
@@ -100,26 +102,23 @@ def test_a_kill_at_any_instant_leaves_the_old_state_or_the_new(seed: int, tmp_pa
     check_state(tmp_path)
 
 
-# Makes the instant between the two renames long enough to be hit.
-SLOW_RENAMES = """
-import errno, os, time
-from fedqsn_cli import linux
-def unsupported(*_):
-    raise OSError(errno.ENOSYS, "")
-rename = os.rename
-def slow(source, target):
-    rename(source, target)
-    time.sleep(0.02)
-linux._renameat2, os.rename = unsupported, slow
-"""
+def rename_slowly() -> None:
+    """Make the instant between the two renames of a replacement long enough to be hit."""
+
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "")
+
+    def slow(source: Path, target: Path, rename: Callable[[Path, Path], None] = os.rename) -> None:
+        rename(source, target)
+        time.sleep(0.02)
+
+    linux._renameat2, os.rename = unsupported, slow
 
 
 def test_where_directories_cannot_be_swapped_the_next_run_mends_a_killed_replacement(tmp_path: Path) -> None:
     rng = random.Random(0)
     for version in range(1000, 8000, 1000):
-        with start(SLOW_RENAMES + FOREVER, tmp_path, version) as child:
-            time.sleep(rng.uniform(0, 0.2))
-            child.send_signal(signal.SIGKILL)
+        write_and_be_killed(tmp_path, version, rng.uniform(0, 0.2), rename_slowly)
         with ArtifactWriter(tmp_path / "replaced", force=True):
             pass
         assert check_artifact(tmp_path / "replaced") >= version

@@ -88,6 +88,7 @@ def test_json_is_one_document_in_ascii(capsys: pytest.CaptureFixture[str]) -> No
 def test_json_that_is_printed_in_parts_is_the_same(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # patched: the real one needs a document of ten thousand tokens
     monkeypatch.setattr(console, "_TOKENS", 2)
     console.show("json", SAMPLE, essential=[], parts=[])
     assert capsys.readouterr().out == json.dumps(text.plain(SAMPLE), indent=2) + "\n"

@@ -85,6 +85,7 @@ def test_the_ledger_is_listed_release_by_release(played: Round) -> None:
 
 
 def test_people_see_the_latest_releases_of_a_long_ledger(played: Round, monkeypatch: pytest.MonkeyPatch) -> None:
+    # patched: the real one needs a thousand releases
     monkeypatch.setattr(cli_inspect, "_SHOWN_RELEASES", 1)
     path = played.folder / "ledger.jsonl"
     shown = run("inspect", path).out

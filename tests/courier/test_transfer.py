@@ -22,6 +22,7 @@ class Record:
 
 
 def test_a_part_comes_in_chunks_and_few_of_them_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # patched: FLARE makes these objects, and both sides must agree on the size
     monkeypatch.setattr(transfer, "CHUNK", 100)
     data = bytes(range(256)) * 50
     (tmp_path / "file").write_bytes(b"before" + data + b"after")

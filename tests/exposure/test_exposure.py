@@ -19,6 +19,7 @@ from fedqsn_cli.masks.draw import client_scope, client_units, hidden_units
 from fedqsn_cli.masks.job_key import JobKey
 from support.audits import KEY, job
 from support.ledgers import Line
+from support.passes import threads_of
 from support.scenario import few
 
 SMALL = JobKey(
@@ -141,14 +142,12 @@ def test_a_group_with_more_units_than_fit_is_looked_at_in_part() -> None:
     assert some.clients[0].shares == pytest.approx(whole.clients[0].shares, abs=0.02)
 
 
-def test_the_number_of_threads_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedqsn_cli.kernels import threads
-
+def test_the_number_of_threads_changes_nothing() -> None:
     lines = [Line(f"c{c}", r, "fresh", 0.5) for c in range(19) for r in range(4)]
     found = []
     for count in (1, 3):
-        monkeypatch.setattr(threads, "thread_count", lambda count=count: count)
-        found.append(exposure(job(layers=1), lines))
+        with threads_of(count):
+            found.append(exposure(job(layers=1), lines))
     assert found[0] == found[1]
 
 

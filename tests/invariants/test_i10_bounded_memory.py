@@ -7,7 +7,9 @@ import resource
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,7 +39,7 @@ sys.exit(code)
 """
 
 
-def run(*arguments: str | Path, files: int = 0, hard: str = "soft", threads: int = 1) -> dict[str, float | list[str]]:
+def run(*arguments: str | Path, files: int = 0, hard: str = "soft", threads: int = 1) -> dict[str, Any]:
     """Run a fedqsn command with at most `files` open files; returns its peak in MiB and the modules it imported.
 
     In one thread, whatever the machine has: how much of each other's work threads hold at a time depends on chance.
@@ -63,40 +65,51 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"small": small, "large": large}
 
 
+class Runs:
+    """Runs of each command on each model, with one thread or many: none is made twice."""
+
+    def __init__(self, models: dict[str, Path], folder: Path) -> None:
+        self._models, self._folder = models, folder
+        self.told = cache(self._told)
+
+    def _told(self, command: str, size: str, threads: int) -> dict[str, Any]:
+        """What a run took."""
+        place = self._folder / size
+        place.mkdir(exist_ok=True)
+        out = self._folder / f"{size}-{command}-{threads}"
+        more = {
+            "mask": ["--p1", "0.1", *job(place)[:2]],
+            "quantize": ["--format", "nf4"],
+            "export-proxy": ["--client", "alice", "--round", "1", "--p1", "0.1", "--p2", "0.1", *job(place)],
+            "merge": [place / "update", *job(place)],
+        }[command]
+        if command == "merge" and not (place / "update").exists():
+            self.told("export-proxy", size, 1)
+            send(self._folder / f"{size}-export-proxy-1", place / "update")
+        return run(command, self._models[size], "--out", out, *more, threads=threads)
+
+
+@pytest.fixture(scope="module")
+def runs(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(models, tmp_path_factory.mktemp("runs"))
+
+
 @linux
 @pytest.mark.parametrize("command", [*IN_SOAK, "export-proxy", "merge"])
-def test_a_model_five_times_as_large_takes_no_more_memory_and_nothing_imports_torch(
-    command: str, models: dict[str, Path], tmp_path: Path
-) -> None:
-    peaks = {}
-    for size, model in models.items():
-        folder = tmp_path / size
-        folder.mkdir()
-        release = ["--client", "alice", "--round", "1", "--p1", "0.1", "--p2", "0.1", *job(folder)]
-        if command == "merge":
-            export_proxy(
-                str(model),
-                folder / "proxy",
-                client=["alice"],
-                round=1,
-                p1=0.1,
-                p2=0.1,
-                key=folder / "job.key",
-                ledger=folder / "ledger.jsonl",
-            )
-            send(folder / "proxy", folder / "update")
-        more = {
-            "mask": ["--p1", "0.1", *job(folder)[:2]],
-            "quantize": ["--format", "nf4"],
-            "export-proxy": release,
-            "merge": [folder / "update", *job(folder)],
-        }[command]
-        told = run(command, model, "--out", folder / "out", *more)
-        assert not set(HEAVY) & set(told["modules"])
-        peaks[size] = float(told["peak"])
+def test_a_model_five_times_as_large_takes_no_more_memory_and_nothing_imports_torch(command: str, runs: Runs) -> None:
+    small, large = (runs.told(command, size, 1) for size in ("small", "large"))
+    assert not set(HEAVY) & {*small["modules"], *large["modules"]}
+    assert large["peak"] <= LIMIT
+    assert large["peak"] <= small["peak"] + SLACK
 
-    assert peaks["large"] <= LIMIT
-    assert peaks["large"] <= peaks["small"] + SLACK
+
+@linux
+@pytest.mark.parametrize("command", [IN_SOAK[1], "export-proxy", "merge"])
+def test_many_cores_take_little_more_memory_than_one(command: str, runs: Runs) -> None:
+    """However many there are, few chunks are worked on at once."""
+    one, many = (runs.told(command, "large", threads) for threads in (1, 64))
+    assert many["peak"] <= LIMIT
+    assert many["peak"] <= one["peak"] + 2 * SLACK
 
 
 @linux
@@ -113,29 +126,6 @@ def test_a_public_base_of_another_dtype_and_vocabulary_goes_by_in_chunks(
 
     assert peaks["large"] <= LIMIT
     assert peaks["large"] <= peaks["small"] + SLACK
-
-
-@linux
-@pytest.mark.parametrize("command", [IN_SOAK[1], "export-proxy", "merge"])
-def test_many_cores_take_little_more_memory_than_one(command: str, models: dict[str, Path], tmp_path: Path) -> None:
-    """However many there are, few chunks are worked on at once."""
-    model = models["large"]
-    release = ["--client", "alice", "--round", "1", "--p1", "0.1", "--p2", "0.1", *job(tmp_path)]
-    if command == "merge":
-        run("export-proxy", model, "--out", tmp_path / "proxy", *release)
-        send(tmp_path / "proxy", tmp_path / "update")
-    more = {
-        "quantize": ["--format", "nf4"],
-        "export-proxy": release,
-        "merge": [tmp_path / "update", *job(tmp_path)],
-    }[command]
-    peaks = {}
-    for threads in (1, 64):
-        told = run(command, model, "--out", tmp_path / "out", *more, "--force", threads=threads)
-        peaks[threads] = float(told["peak"])
-
-    assert peaks[64] <= LIMIT
-    assert peaks[64] <= peaks[1] + 2 * SLACK
 
 
 @linux

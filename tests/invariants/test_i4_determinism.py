@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedqsn_cli import export_proxy, mask, merge
-from fedqsn_cli.export import pipeline, proxy, server_model
+from fedqsn_cli.export import pipeline
 from fedqsn_cli.kernels import threads
 from fedqsn_cli.merging.ending import restore
 from fedqsn_cli.merging.step import chunks
@@ -37,39 +36,13 @@ from support.helpers import (
     send,
     write_model,
 )
+from support.passes import chunks_of, threads_of
 from support.scenario import JobFolder, Scenario, few, job_folder, scenarios
 
 SEVERAL = ("ann", "bob", "cleo")
 
 
-@contextmanager
-def chunks_of(elements: int) -> Iterator[None]:
-    """Let every pass over a model read so many elements at a time."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (proxy, server_model):
-            patch.setattr(module, "run", partial(pipeline.run, chunk_elements=elements))
-        patch.setattr(restore, "CHUNK_ELEMENTS", elements)
-        patch.setattr(residual, "CHUNK", elements)
-        patch.setattr(chunks, "CHUNK_ELEMENTS", elements)
-        yield
-
-
-@contextmanager
-def threads_of(count: int) -> Iterator[None]:
-    """Let kernels compute in so many threads."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEDQSN_THREADS", str(count))
-        forget_threads()
-        yield
-    forget_threads()
-
-
-def forget_threads() -> None:
-    threads.thread_count.cache_clear()
-    threads._pool.cache_clear()
-
-
-def test_i4_the_patches_of_this_file_reach_what_they_patch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_i4_chunk_size_and_threads_reach_every_pass(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reached: dict[str, set[int]] = {}
 
     def spy(name: str, layout: TensorLayout, block: int, elements: int) -> Iterator[tuple[int, int]]:

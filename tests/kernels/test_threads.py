@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedqsn_cli.errors import InputError
-from fedqsn_cli.kernels import threads
 from fedqsn_cli.kernels.threads import run_ranges, thread_count, work_alone
+from support.passes import threads_of
 
 
 @pytest.fixture(autouse=True)
-def four_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "thread_count", lambda: 4)
+def four_threads() -> Iterator[None]:
+    with threads_of(4):
+        yield
 
 
 @given(st.integers(0, 5000), st.integers(1, 700))

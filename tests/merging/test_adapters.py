@@ -162,6 +162,7 @@ def merged(job: JobFolder, *folders: Path, out: str = "next", **options: Any) ->
 def test_chunks_change_no_byte(job: JobFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     update = draft_adapters(job.root / "proxies/ann", 1, rank=5).write(job.root / "u")
     merged(job, update)
+    # patched, as in support/passes.py: a parameter would go through every command for tests alone
     monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 100)
     merged(job, update, out="again")
     assert contents(job.root / "next") == contents(job.root / "again")

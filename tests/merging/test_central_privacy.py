@@ -16,9 +16,9 @@ from fedqsn_cli.artifacts import ledger as ledgers
 from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.masks import job_key
 from fedqsn_cli.merging.step.noise import BLOCK, Noise
-from invariants.test_i4_determinism import chunks_of, threads_of
 from merging.test_merge import whole_update
 from support.helpers import contents, draft, make_model, noise, nothing_written, read_model, send, to_floats
+from support.passes import chunks_of, threads_of
 from support.scenario import JobFolder, Scenario
 
 CLIENTS = ("c0", "c1", "c2")

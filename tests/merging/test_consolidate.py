@@ -395,6 +395,7 @@ def reference(teacher: Tensor, student: Tensor) -> float:
 
 
 def test_the_loss_is_the_divergence_over_the_likeliest_tokens_and_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    # patched: a limit of memory that no option sets; the real one is larger than the vocabulary of a tiny model
     monkeypatch.setattr("fedqsn_cli.training.scoring.teachers.LIKELIEST", KEPT)
     generator = torch.Generator().manual_seed(0)
     teacher, student = (torch.randn(6, 50, generator=generator) for _ in range(2))

@@ -15,7 +15,6 @@ from fedqsn_cli import merge
 from fedqsn_cli.errors import InputError, RefusedUpdate
 from fedqsn_cli.merging.results import MergedClient
 from invariants.test_i3_hidden_stays import seen_by
-from invariants.test_i4_determinism import chunks_of, threads_of
 from merging.test_merge import fedavg, whole_update
 from support.helpers import (
     contents,
@@ -28,6 +27,7 @@ from support.helpers import (
     send,
     to_floats,
 )
+from support.passes import chunks_of, threads_of
 from support.scenario import KINDS, JobFolder, Scenario, few, job_folder, scenarios
 
 USUAL = Scenario("bert", "F32", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.4)

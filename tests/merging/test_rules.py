@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from fedqsn_cli import merge
 from fedqsn_cli.errors import InputError, RefusedUpdate
 from fedqsn_cli.merging.rules.client_weights import geometric_median
-from invariants.test_i4_determinism import chunks_of, threads_of
 from merging.test_merge import whole_update
 from support.helpers import contents, draft, make_model, noise, nothing_written, read_model, send, to_floats
+from support.passes import chunks_of, threads_of
 from support.scenario import JobFolder, Scenario, few, job_folder, scenarios
 
 Doubles = NDArray[np.float64]

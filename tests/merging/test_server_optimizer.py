@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from fedqsn_cli import inspect, merge
 from fedqsn_cli.errors import InputError
-from invariants.test_i4_determinism import chunks_of, threads_of
 from merging.test_merge import fedavg, whole_update
 from support.helpers import contents, draft, make_model, noise, nothing_written, read_file, read_model, to_floats
+from support.passes import chunks_of, threads_of
 from support.scenario import JobFolder, Scenario, few, job_folder, scenarios
 
 Doubles = NDArray[np.float64]

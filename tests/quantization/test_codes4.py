@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedqsn_cli.kernels import threads
 from fedqsn_cli.kernels.floats import PIECE
 from fedqsn_cli.quantization import kernels
 from fedqsn_cli.quantization.codebooks import FORMATS
+from support.passes import threads_of
 from support.reference import BLOCKS, DTYPES, bits, normals, numbers, pack, quantize_run, tensor, unpack, weights, wide
 
 Array = NDArray[Any]
@@ -139,14 +139,14 @@ def test_chunks_of_whole_blocks_give_what_the_whole_tensor_gives(format: str) ->
     assert bits(np.concatenate([part[1] for part in parts])) == bits(absmax)
 
 
-def test_threads_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_do_not_change_a_bit() -> None:
     x = normals(400_001, "BF16")
     results = []
     for count in (1, 2, 5):
-        monkeypatch.setattr(threads, "thread_count", lambda count=count: count)
-        packed, absmax = quantize(x, "BF16", "nf4", 64)
-        out = np.empty_like(x)
-        kernels.dequantize_4bit(packed, absmax, format="nf4", block=64, dtype="BF16", out=out)
+        with threads_of(count):
+            packed, absmax = quantize(x, "BF16", "nf4", 64)
+            out = np.empty_like(x)
+            kernels.dequantize_4bit(packed, absmax, format="nf4", block=64, dtype="BF16", out=out)
         results.append((bits(packed), bits(absmax), bits(out)))
     assert results[0] == results[1] == results[2]
 

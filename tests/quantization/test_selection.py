@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedqsn_cli.kernels import threads
 from fedqsn_cli.quantization import kernels
+from support.passes import threads_of
 from support.reference import bits, pack, unpack
 
 Array = NDArray[Any]
@@ -73,16 +73,16 @@ def test_padding_at_an_odd_end_stays(axis: str) -> None:
 
 
 @pytest.mark.parametrize("axis", ["rows", "cols", "elements"])
-def test_threads_do_not_change_a_bit(axis: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_do_not_change_a_bit(axis: str) -> None:
     rows, cols = 701, 999
     rng = np.random.default_rng(0)
     hidden = rng.random({"rows": rows, "cols": cols, "elements": rows * cols}[axis]) < 0.4
     codes = rng.integers(0, 16, rows * cols, np.uint8)
     results = []
     for count in (1, 2, 5):
-        monkeypatch.setattr(threads, "thread_count", lambda count=count: count)
         packed = pack(codes, ZERO)
-        select(axis, packed, 0, rows * cols, cols, hidden, None)
+        with threads_of(count):
+            select(axis, packed, 0, rows * cols, cols, hidden, None)
         results.append(bits(packed))
     assert results[0] == results[1] == results[2]
     should = np.where(chosen(axis, hidden, rows, cols), ZERO, codes)

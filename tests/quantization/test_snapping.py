@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedqsn_cli.kernels import threads
 from fedqsn_cli.quantization import kernels
+from support.passes import threads_of
 from support.reference import (
     DTYPES,
     bits,
@@ -32,27 +32,21 @@ CODEBOOKS = ("nf4", "fp4", "nf3", "nf2")
 GEOMETRIES = ("flat", "row", "column")
 
 
-def snap(x: Array, dtype: str, format: str, geometry: str, block: int = 32, **more: Any) -> Array:
+def snap(x: Array, dtype: str, format: str, geometry: str, block: int = 32) -> Array:
     rows, cols = x.shape
     out = np.empty_like(x)
-    kernels.snap(x, dtype, format=format, block=block, geometry=geometry, rows=rows, cols=cols, out=out, **more)
+    kernels.snap(x, dtype, format=format, block=block, geometry=geometry, rows=rows, cols=cols, out=out)
     return out
 
 
-def expected(x: Array, dtype: str, format: str, geometry: str, block: int, reference: Array | None = None) -> Array:
+def expected(x: Array, dtype: str, format: str, geometry: str, block: int) -> Array:
     """Run by run with the short reference."""
     values = wide(x, dtype)
-    scales = None if reference is None else wide(reference, dtype)
     if geometry == "column":
-        values, scales = values.T, None if scales is None else scales.T
+        values = values.T
     runs = values.reshape(1, -1) if geometry == "flat" and format != "int8" else values
-    others = [None] * len(runs) if scales is None else scales.reshape(runs.shape)
-    one = (
-        (lambda run, other: snap_int8_run(run, other))
-        if format == "int8"
-        else (lambda run, other: snap_run(run, format, block, other))
-    )
-    result = np.stack([one(run, other) for run, other in zip(runs, others, strict=True)]).reshape(values.shape)
+    snapped = [snap_int8_run(run) if format == "int8" else snap_run(run, format, block) for run in runs]
+    result = np.stack(snapped).reshape(values.shape)
     return numbers(narrow(result.T if geometry == "column" else result, dtype), dtype)
 
 
@@ -116,25 +110,15 @@ def test_int8_keeps_numbers_of_any_size_within_half_a_step(case: tuple[Array, st
 
 
 @settings(max_examples=60, deadline=None)
-@given(weights(), weights(), st.sampled_from([*CODEBOOKS, "int8"]), st.sampled_from(GEOMETRIES), st.integers(1, 9))
-def test_scales_of_a_reference_are_used_and_their_reach_clamps(
-    case: tuple[Array, str], other: tuple[Array, str], format: str, geometry: str, cols: int
-) -> None:
+@given(weights(), st.sampled_from([*CODEBOOKS, "int8"]), st.sampled_from(GEOMETRIES), st.integers(1, 9))
+def test_any_matrix_is_on_the_grid(case: tuple[Array, str], format: str, geometry: str, cols: int) -> None:
     dtype = case[1]
     limit = 2.0**14 if format == "int8" else 2.0**120  # int8's short reference knows no shift
     least = 2.0**-14 if format == "int8" else 0.0
-    rows = -(-case[0].size // cols)
-    shape = rows, cols
-    pair = [np.resize(wide(*one), shape) for one in (case, other)]
-    pair = [np.where(np.abs(values) < least, 0, np.clip(values, -limit, limit)) for values in pair]
-    if dtype == "F16":
-        pair = [np.clip(values, -60000, 60000) for values in pair]
-    x, reference = (narrow(values.astype(np.float32), dtype) for values in pair)
-    out = np.empty_like(x)
-    kernels.snap_with(
-        x, dtype, format=format, block=32, geometry=geometry, rows=rows, cols=cols, reference=reference, out=out
-    )
-    assert bits(out) == bits(expected(x, dtype, format, geometry, 32, reference))
+    values = np.resize(wide(*case), (-(-case[0].size // cols), cols))
+    values = np.where(np.abs(values) < least, 0, np.clip(values, -limit, limit))
+    x = narrow((np.clip(values, -60000, 60000) if dtype == "F16" else values).astype(np.float32), dtype)
+    assert bits(snap(x, dtype, format, geometry)) == bits(expected(x, dtype, format, geometry, 32))
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -173,24 +157,14 @@ def test_chunks_give_what_the_whole_matrix_gives(geometry: str) -> None:
     assert bits(np.concatenate(parts)) == bits(whole)
 
 
-def test_int8_down_columns_takes_scales_gathered_from_all_chunks() -> None:
-    x = normals(200 * 48, "F16").reshape(200, 48)
-    absmax = np.zeros(48, np.float32)
-    for start in range(0, 200, 64):
-        kernels.column_absmax(x[start : start + 64], "F16", rows=len(x[start : start + 64]), cols=48, out=absmax)
-    assert bits(absmax) == bits(np.abs(wide(x, "F16")).max(axis=0))
-    parts = [snap(x[start : start + 64], "F16", "int8", "column", absmax=absmax) for start in range(0, 200, 64)]
-    assert bits(np.concatenate(parts)) == bits(snap(x, "F16", "int8", "column"))
-
-
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("format", ["nf3", "int8"])
-def test_threads_do_not_change_a_bit(format: str, geometry: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_do_not_change_a_bit(format: str, geometry: str) -> None:
     x = normals(600 * 300, "BF16").reshape(600, 300)
     results = []
     for count in (1, 2, 5):
-        monkeypatch.setattr(threads, "thread_count", lambda count=count: count)
-        results.append(bits(snap(x, "BF16", format, geometry)))
+        with threads_of(count):
+            results.append(bits(snap(x, "BF16", format, geometry)))
     assert results[0] == results[1] == results[2]
 
 
@@ -204,19 +178,6 @@ def test_a_value_that_is_not_finite_is_refused(bad: float, format: str, geometry
         broken[39, 39] = narrow(np.full(1, bad, np.float32), dtype)[0]
         with pytest.raises(kernels.NonFinite):
             snap(broken, dtype, format, geometry)
-        for values, reference in ((x, broken), (broken, x)):
-            with pytest.raises(kernels.NonFinite):
-                kernels.snap_with(
-                    values,
-                    dtype,
-                    format=format,
-                    block=32,
-                    geometry=geometry,
-                    rows=40,
-                    cols=40,
-                    reference=reference,
-                    out=np.empty_like(x),
-                )
 
 
 def test_arrays_that_do_not_fit_are_a_bug_of_the_caller() -> None:

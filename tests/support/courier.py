@@ -17,11 +17,11 @@ from fedqsn_cli.courier.layout import Host, Invitation, Owner, Site
 from fedqsn_cli.courier.parts import Part, Parts, PartWriter, fetch_file
 from fedqsn_cli.courier.site import TEMPLATE
 from fedqsn_cli.courier.work import NoUpdate, SiteRound
-from fedqsn_cli.crypto.attestation import Attestation, attestation_bytes, file_digests, folder_digest
+from fedqsn_cli.crypto.attestation import Attestation, attestation_bytes
 from fedqsn_cli.crypto.keys import load_signing_key
 from fedqsn_cli.errors import FedqsnError, InputError
 from support.helpers import make_model, send
-from support.signing import Party, party, sign_folder
+from support.signing import Party, digest_of, party, sign_folder
 
 CLIENTS = ("alice", "bob")
 
@@ -59,7 +59,7 @@ class Desk:
         self.attest(number)
 
     def attest(self, number: int, result: str = "PASSED") -> Path:
-        digests = {name: folder_digest(file_digests(self.proxy(name, number))) for name in CLIENTS}
+        digests = {name: digest_of(self.proxy(name, number)) for name in CLIENTS}
         told = Attestation(result, result.lower(), "fedqsn", "0" * 64, digests, [], [])
         path = self.home / f"{number}.json"
         path.write_bytes(attestation_bytes(told, load_signing_key(self.key.private)))

@@ -75,19 +75,17 @@ def quantize_run(x: Float32s, format: str, block: int, absmax: Float32s | None =
     return codes, scales
 
 
-def snap_run(x: Float32s, format: str, block: int, reference: Float32s | None = None) -> Float32s:
-    """One run of values on the grid, in fp32; scales from the reference, where there is one."""
-    _, scales = quantize_run(x if reference is None else reference, format, block)
-    source = x if reference is None else reference
-    blank = np.array([not source[start : start + block].any() for start in range(0, x.size, block)])
+def snap_run(x: Float32s, format: str, block: int) -> Float32s:
+    """One run of values on the grid, in fp32."""
+    codes, scales = quantize_run(x, format, block)
+    blank = np.array([not x[start : start + block].any() for start in range(0, x.size, block)])
     scales = np.where(blank, np.float32(0), scales)
-    codes, _ = quantize_run(x, format, block, scales)
     return np.array(FORMATS[format].values, np.float32)[codes] * np.repeat(scales, block)[: x.size] + np.float32(0)
 
 
-def snap_int8_run(x: Float32s, reference: Float32s | None = None) -> Float32s:
+def snap_int8_run(x: Float32s) -> Float32s:
     """One run of values on int8's grid, in fp32, for scales that need no shift."""
-    absmax = np.abs(x if reference is None else reference).max(initial=np.float32(0))
+    absmax = np.abs(x).max(initial=np.float32(0))
     factor = np.float32(1) / absmax * np.float32(127) if absmax else np.float32(0)
     codes = np.clip(np.rint(x * factor), -127, 127).astype(np.float32)
     return codes * absmax * np.float32(7.874015718698502e-3) + np.float32(0)

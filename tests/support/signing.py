@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fedqsn_cli import keygen
 from fedqsn_cli.artifacts.manifests import SIGNATURE, file_digest
+from fedqsn_cli.crypto.attestation import folder_digest
 from fedqsn_cli.crypto.keys import load_signing_key
 from fedqsn_cli.crypto.signature import signed_bytes
 
@@ -30,3 +31,8 @@ def sign_folder(folder: Path, signer: Party) -> Path:
     digests = {path.name: file_digest(path) for path in folder.iterdir() if path.name != SIGNATURE}
     (folder / SIGNATURE).write_bytes(signed_bytes(digests, load_signing_key(signer.private)))
     return folder
+
+
+def digest_of(folder: Path) -> str:
+    """The digest of a folder that an attestation names."""
+    return folder_digest({path.name: file_digest(path) for path in folder.iterdir()})

@@ -22,11 +22,11 @@ from fedqsn_cli.models.architecture import task_of
 from fedqsn_cli.models.tokenizer import load_tokenizer
 from fedqsn_cli.models.torch_model import Loaded, build_model
 from fedqsn_cli.progress import Silent
-from fedqsn_cli.training.data.data_files import read_table
 from fedqsn_cli.training.data.encoder import Encoder
 from fedqsn_cli.training.scoring.scoring import score
 from support.families import EVERY_HEAD, rest_in_soak
 from support.helpers import HOST, USER, set_host_names
+from support.tables import read_table
 from support.training_jobs import (
     data_for,
     dense_tensors,

@@ -19,11 +19,11 @@ from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.errors import DataError, InputError
 from fedqsn_cli.models.torch_model import Loaded, load_model
 from fedqsn_cli.progress import Silent
-from fedqsn_cli.training.data.data_files import read_table
 from fedqsn_cli.training.data.encoder import Encoder
 from fedqsn_cli.training.data.tasks import TASKS
 from fedqsn_cli.training.steps.batching import IGNORED, Examples
 from support.scenario import MEMORY, few
+from support.tables import read_table
 from support.training_jobs import small_model, write_lines
 
 EOS = 2

@@ -18,11 +18,11 @@ from pyarrow import parquet
 
 from fedqsn_cli.errors import DataError
 from fedqsn_cli.progress import Silent
-from fedqsn_cli.training.data.data_files import read_table
 from fedqsn_cli.training.data.encoder import Encoder
 from fedqsn_cli.training.data.examples import Examples
 from fedqsn_cli.training.data.tasks import TASKS
 from support.scenario import MEMORY, few
+from support.tables import read_table
 from support.tokenizers import tokenizer
 
 LABELS = {"O": 0, "B-x": 1, "7": 2}

@@ -30,7 +30,6 @@ from fedqsn_cli.options import TrainOptions
 from fedqsn_cli.options.lora import LoraOptions
 from fedqsn_cli.progress import Silent
 from fedqsn_cli.training.client import estimate_training
-from fedqsn_cli.training.data.data_files import read_table
 from fedqsn_cli.training.data.encoder import Encoder
 from fedqsn_cli.training.methods.lora_modules import choose_modules
 from fedqsn_cli.training.scoring.scoring import score
@@ -38,6 +37,7 @@ from fedqsn_cli.training.steps.batching import collate, loss_sum
 from fedqsn_cli.training.steps.schedule import learning_rate, step_count, windows
 from fedqsn_cli.training.steps.visible import expanded
 from support.helpers import HOST, USER, contents, set_host_names
+from support.tables import read_table
 from support.training_jobs import data_for, dense_tensors, make_proxy, small_model, visible_units
 from training.test_tasks import CASES as TASKS
 from training.test_tasks import make_job
@@ -415,6 +415,16 @@ def test_a_packed_module_whose_weight_is_dense_is_refused(tmp_path: Path, llama:
     (proxy / "config.json").write_text(json.dumps(config))
     with Checkpoint.open(proxy) as checkpoint, pytest.raises(FormatError, match=r"lm_head is not packed"):
         load_stored(checkpoint, read_manifest(proxy, ProxyManifest).quantization, torch.float32)
+
+
+def test_a_packed_layer_follows_autocast_as_any_other_linear_layer_does(llama: tuple[Path, Path]) -> None:
+    with Checkpoint.open(llama[0]) as checkpoint:
+        manifest = read_manifest(llama[0], ProxyManifest)
+        layer = load_stored(checkpoint, manifest.quantization, torch.bfloat16).model.model.layers[0].self_attn.q_proj
+    assert type(layer).__name__ == "Linear4bit"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(torch.ones(2, 64)).dtype == torch.nn.Linear(64, 64)(torch.ones(2, 64)).dtype == torch.bfloat16
+    assert layer(torch.ones(2, 64)).dtype == torch.float32
 
 
 def test_tied_heads_and_masks_of_single_weights_are_refused(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from pyarrow import parquet
 from pyarrow.parquet import encryption
 
 from fedqsn_cli.errors import DataError
-from fedqsn_cli.training.data.data_files import read_table
 from fedqsn_cli.training.data.tables import Table
 from support.processes import run
+from support.tables import read_table
 
 JSON = pyarrow.json_()
 TURNS = [{"role": "user", "content": "hi", "name": None}, {"role": "assistant", "content": None, "name": "x"}]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedqsn_cli import client_train
-from fedqsn_cli.training.data import stored_examples, tables
+from fedqsn_cli.training.data import tables
 from fedqsn_cli.training.data.stored_examples import Computed, StoredExamples
 from support.training_jobs import data_for, make_proxy, small_model
 
@@ -30,11 +31,8 @@ def test_what_is_read_is_what_was_added(examples: list[tuple[dict[str, list[int]
     assert [stored.read(row) for row in order] == [examples[row] for row in order]
 
 
-def test_a_file_of_examples_has_no_name_and_is_for_its_owner_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stored_examples, "LIMIT", 10)
-    stored = StoredExamples(tmp_path)
+def test_a_file_of_examples_has_no_name_and_is_for_its_owner_alone(tmp_path: Path) -> None:
+    stored = StoredExamples(tmp_path, in_memory=10)
     stored.add({"input_ids": list(range(100))}, 1, 100)
     assert stat.S_IMODE(os.fstat(stored._file.fileno()).st_mode) == 0o600
     assert not list(tmp_path.iterdir())
@@ -64,7 +62,8 @@ def test_an_update_does_not_depend_on_where_examples_are_kept(
     )
     recipe = {"epochs": 1, "batch_size": 4, "device": "cpu", "precision": "fp32", **options}
     client_train(proxy, tmp_path / "whole", data=rows, **recipe)
-    monkeypatch.setattr(stored_examples, "LIMIT", 1)
+    # a user has no reason to choose either: small data is small, and large data must not fill memory
+    monkeypatch.setattr("fedqsn_cli.training.data.encoder.StoredExamples", partial(StoredExamples, in_memory=1))
     monkeypatch.setattr(tables, "PART_ROWS", 3)
     client_train(proxy, tmp_path / "parts", data=rows, **recipe)
     for file in (tmp_path / "whole").iterdir():

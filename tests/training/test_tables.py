@@ -12,8 +12,9 @@ from pyarrow import parquet
 
 from fedqsn_cli.errors import DataError
 from fedqsn_cli.training.data import tables
-from fedqsn_cli.training.data.data_files import open_data, read_table
+from fedqsn_cli.training.data.data_files import open_data
 from fedqsn_cli.training.data.tables import Table
+from support.tables import read_table
 
 JSONL = '{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n'
 
@@ -145,6 +146,10 @@ def in_parts(tmp_path: Path, kind: str, rows: int) -> Path:
     else:
         parquet.write_table(pyarrow.Table.from_pylist(labelled), path, row_group_size=700)
     return path
+
+
+# The sizes of a part are patched below: nobody has a reason to choose them, and parameters would go from each command
+# through every reader, and into the process that decodes Parquet, for tests alone.
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])

@@ -161,9 +161,9 @@ def test_losses_are_those_of_transformers(tmp_path: Path, name: str) -> None:
     from fedqsn_cli.checkpoint import Checkpoint
     from fedqsn_cli.models.torch_model import load_model
     from fedqsn_cli.progress import Silent
-    from fedqsn_cli.training.data.data_files import read_table
     from fedqsn_cli.training.data.encoder import Encoder
     from fedqsn_cli.training.steps.batching import collate
+    from support.tables import read_table
 
     job = make_job(tmp_path, CASES[name])
     with Checkpoint.open(job / "model") as checkpoint:

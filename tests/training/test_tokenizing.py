@@ -19,14 +19,15 @@ def tokenizers_in_place() -> None:
     """Nothing: a text is tokenized in a process with limits."""
 
 
-def test_texts_are_tokenized_in_parts_that_memory_can_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizing, "_CHUNK", 3)
-    monkeypatch.setattr(tokenizing, "_CHARACTERS", 10)
+def test_texts_are_tokenized_in_parts_that_memory_can_hold() -> None:
+    def parts(rows: int, *texts: list[str]) -> list[slice]:
+        return list(chunks(rows, SILENT, texts, most_rows=3, most_characters=10))
+
     short, long = ["a"] * 7, ["a", "b" * 8, "c" * 99, "d", "e" * 11, "f", ""]
-    assert list(chunks(7, SILENT)) == list(chunks(7, SILENT, [short])) == [slice(0, 3), slice(3, 6), slice(6, 7)]
-    assert list(chunks(7, SILENT, [long])) == [slice(0, 3), slice(3, 5), slice(5, 7)]
-    assert list(chunks(7, SILENT, [short, long])) == [slice(0, 2), slice(2, 3), slice(3, 5), slice(5, 7)]
-    assert list(chunks(0, SILENT, [[]])) == []
+    assert parts(7) == parts(7, short) == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    assert parts(7, long) == [slice(0, 3), slice(3, 5), slice(5, 7)]
+    assert parts(7, short, long) == [slice(0, 2), slice(2, 3), slice(3, 5), slice(5, 7)]
+    assert parts(0, []) == []
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "unigram"])

@@ -39,7 +39,7 @@ from fedqsn_cli.errors import FormatError, InputError
 _NO_LINE = "0" * 64
 _BEGINS = b'{"client'  # every line
 _LARGEST = 1 << 30  # bytes, a million releases
-_BLOCK = 1 << 22  # bytes of whole lines that are copied at a time
+_BLOCK = 1 << 22  # bytes
 _SAME_IN_A_JOB = ("p1", "p1_least", "plan")
 _SHARED = frozenset({"client", "format", "job", "model_digest", "plan", "quantization"})  # alike in many lines
 ClientId = Annotated[str, Field(pattern=f"^{validate.CLIENT_ID}$")]
@@ -324,11 +324,11 @@ class _Lines:
         return cls(entries, digests, size, data[size - 1 : size] not in (b"\n", b""))
 
 
-def _lines(data: bytes, size: int) -> Iterator[bytes]:
-    """The lines of the first bytes."""
+def _lines(data: bytes, size: int, block: int = _BLOCK) -> Iterator[bytes]:
+    """The lines of the first `size` bytes, of which about `block` are copied at a time."""
     start = 0
     while start < size:
-        stop = data.rfind(b"\n", start, min(start + _BLOCK, size)) + 1 or size
+        stop = data.rfind(b"\n", start, min(start + block, size)) + 1 or size
         yield from data[start:stop].splitlines()
         start = stop
 

@@ -109,7 +109,7 @@ def clean(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_private(key: str, value: Any) -> bool:
-    """Does a field go by its name alone? An object under such a name is looked into."""
+    """Is a field left out? An object under a private name is looked into."""
     by_name = PRIVATE_NAME.fullmatch(key) is not None and not isinstance(value, Mapping)
     return key in PRIVATE_FIELDS or by_name or _is_path(key)
 

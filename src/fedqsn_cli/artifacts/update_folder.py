@@ -171,7 +171,7 @@ def update_shape(shape: tuple[int, ...], axis: str | None, view: tuple[int, int,
 
     Args:
         shape: of the tensor as it is stored.
-        axis: along which its units lie: row, column, element, or None for a tensor without units.
+        axis: of its units: row, column, element, or None for a tensor without units.
         view: (lead, rows, cols) of the tensor.
         visible: number of visible units, over all lead slices; each slice has as many as the others.
     """

@@ -65,7 +65,7 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def _entries(folder: Path) -> Iterator[Path]:
-    """Whatever lies in a folder, at any depth; links to folders are not followed."""
+    """Everything in a folder, at any depth; links to folders are not followed."""
     waiting = [folder] if folder.is_dir() else []
     while waiting:
         for path in waiting.pop().iterdir():

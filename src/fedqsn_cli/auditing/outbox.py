@@ -42,7 +42,7 @@ def proxies_of_round(given: Sequence[str | Path], options: AuditOptions, collect
 def _chosen(
     outbox: Path, releases: Sequence[Release], wanted: dict[str, Release], collector: Collector
 ) -> Iterator[str | Path]:
-    """Every folder but those of other rounds' proxies: whatever else lies there may be sent, too."""
+    """Every folder but those of other rounds' proxies: whatever else is there may be sent, too."""
     others = {release.proxy_id for release in releases} - set(wanted)
     found = set()
     folders = sorted(path for path in outbox.iterdir() if path.is_dir())

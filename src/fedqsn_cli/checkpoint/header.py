@@ -30,7 +30,7 @@ MAX_COUNT = 2**63 - 1  # largest count of bytes that numpy and pread can address
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one stored tensor lies: `nbytes` bytes at the absolute offset `start` of `file`."""
+    """Where one stored tensor is: `nbytes` bytes at the absolute offset `start` of `file`."""
 
     name: str
     dtype: str

@@ -97,7 +97,7 @@ def check_config(config: Mapping[str, Any], tensors: Mapping[str, int], where: o
 
 
 def _whole_numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
-    """Every whole number of a document, by the key that it stands under."""
+    """Every whole number of a document, by the key that it is under."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _whole_numbers(item, key)

@@ -34,7 +34,7 @@ from fedqsn_cli.dtypes import DTYPES
 from fedqsn_cli.errors import FormatError, InputError
 
 MAX_JSON_BYTES = 100_000_000
-READ_AHEAD = 1 << 20  # bytes before a chunk that are dropped with it: large pages may lie on both sides
+READ_AHEAD = 1 << 20  # bytes before a chunk that are dropped with it: a large page may cross its start
 
 _CONVERT = "convert to safetensors first (save_pretrained writes them)"
 _PICKLE = "pickled weights, which are never loaded", _CONVERT

@@ -36,7 +36,7 @@ class ArtifactWriter:
 
     Args:
         out: the directory to make; missing parents are made too.
-        force: replace an artifact of fedqsn that stands there. Any other directory is never touched.
+        force: replace an artifact of fedqsn that is there. Any other directory is never touched.
         replaces: the manifests that such an artifact may have, so that no input is lost to an output of another kind.
         pipeline: the background threads, for several writers that are filled at the same time and given up together;
             None for threads of its own.

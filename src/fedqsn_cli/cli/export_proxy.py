@@ -22,10 +22,9 @@ def export_proxy(
     """Make what clients get, and record the release.
 
     A global model is masked, quantized, and masked again for each client; for a server model the first steps are
-    skipped. A proxy
-    holds no hidden weight and nothing about the key, and is an ordinary Hugging Face model folder. The model is read
-    and quantized once, however many clients there are. The same export run again gives the same bytes and no second
-    line in the ledger.
+    skipped. A proxy holds no hidden weight and nothing about the key, and is an ordinary Hugging Face model folder. The
+    model is read and quantized once, however many clients there are. The same export run again gives the same bytes and
+    no second line in the ledger.
 
     With --budget, a release that would show a client (or, with --coalition, so many clients together) too much of the
     model over all rounds is refused before anything is written; the exit code is 1 then.
@@ -33,7 +32,7 @@ def export_proxy(
     With --where and --layers only a part of the model is hidden; the rest is in the clear, but quantized. A preset sets
     several options at once: paper hides as the method's authors did, strong hides as much as a public base allows.
 
-    With --train all (and a public base in the holes) clients train what stands in the holes, too, and what they
+    With --train all (and a public base in the holes) clients train what is in the holes, too, and what they
     learn there is added to the hidden neurons at the end, by 'fedqsn merge --restore'. So nearly everything can be
     hidden, and still be improved. Merge such updates into the server model.
 

@@ -1,7 +1,7 @@
 """The help of a command as plain text: usage, what it does, its options by group, examples.
 
 Kept apart from typer's rich panels: those take longer to import than all of fedqsn, and fold differently in every
-terminal, while this text stands word for word in docs/commands/.
+terminal, while this text is copied word for word into docs/commands/.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _prose(text: str) -> str:
 
 
 def _fold(text: str, width: int) -> list[str]:
-    """Lines of at most this width; what stands in brackets or quotes stays on one line."""
+    """Lines of at most this width; what is in brackets or quotes stays on one line."""
     glued = re.sub(r"\[[^]]*\]|(?<!\w)'[^']*'(?!\w)", lambda match: match[0].replace(" ", "\0"), text)
     return [line.replace("\0", " ") for line in textwrap.wrap(glued, width, break_on_hyphens=False)]
 

@@ -28,8 +28,9 @@ def merge(
 
     Updates are weighted by their numbers of examples; neurons that were hidden keep their values bit for bit. Every
     update is checked against the ledger: one that is stale, foreign, given twice, not finite or far too large is
-    refused, and then nothing is written; with --on-refused skip the others are merged without it. So is, among three
-    or more, one that claims more than ten times the median number of examples, unless --max-examples allows it.
+    refused, and then nothing is written; with --on-refused skip the others are merged without it. Among three or more
+    updates, one that claims more than ten times the median number of examples is refused, too, unless --max-examples
+    allows it.
 
     An average follows everyone, an attacker too. --rule takes a median or another rule that withstands --byzantine f of
     them, each unit over the clients that saw it.

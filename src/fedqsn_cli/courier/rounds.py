@@ -89,7 +89,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Sealed(Delivery):
-    """On a host without the owner's key: an update stays sealed, and its order lies beside it."""
+    """On a host without the owner's key: an update stays sealed, and its order is beside it."""
 
     @property
     def update(self) -> Path:

@@ -11,7 +11,6 @@ The digest of a proxy is that of its whole folder: SHA-256 of what `LC_ALL=C sha
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,16 +148,6 @@ def read_passed(path: Path, key: VerifyKey, policy: str | Path | None = None) ->
     if policy is not None and told.policy != file_digest(Path(policy)):
         raise InputError("the audit was held against another policy", where=path, hint=f"audit with {policy}")
     return told
-
-
-def file_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of the files of a flat folder, by name. Raises InputError: it holds something else."""
-    digests = {}
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if not entry.is_file():
-            raise InputError("is not a file", where=entry.path, hint="remove it")
-        digests[entry.name] = file_digest(Path(entry.path))
-    return digests
 
 
 def folder_digest(digests: Mapping[str, str]) -> str:

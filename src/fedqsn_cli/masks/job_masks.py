@@ -29,7 +29,7 @@ _LARGE = 1 << 20  # units; only a group of single weights has more
 
 @dataclass
 class ServerMasks:
-    """The server mask of a job. The hidden set of a group is drawn once and kept while its tensors go by."""
+    """The server mask of a job. The hidden set of a group is drawn once and kept while its tensors are processed."""
 
     job: JobKey
     _groups: dict[str, Bools] = field(default_factory=dict)

@@ -110,7 +110,7 @@ class UnitMask:
         return taken
 
     def count_before(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """How many marked elements stand before each flat position (C order, 0 .. size)."""
+        """How many marked elements there are before each flat position (C order, 0 .. size)."""
         lead, rows, cols = self.view
         if self.axis == "element":
             return _running(self.flags)[positions]

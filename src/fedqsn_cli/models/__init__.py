@@ -1,7 +1,7 @@
 """An opened model under its plan: its tensors as they were before packing, its public base, its content digest.
 
 model.py        a checkpoint opened with its plan: rows of dense or packed tensors
-tensor_task.py         one tensor with all that decides how it is processed
+tensor_task.py  one tensor with all that decides how it is processed
 digest.py       the content digest of a model
 public_base.py  the public base under the model's own names, dtypes and shapes
 duplicates.py   refuse equal tensors under two names that would be masked apart

@@ -41,23 +41,21 @@ def in_child(
     where: object,
     seconds: float,
     memory: int = MEMORY,
-    reads: Collection[int] = (),
 ) -> Any:
     """Call a function in a child process, and return its result.
 
     Args:
-        work: returns what JSON can hold; it may read files, but what it changes is lost.
+        work: returns what JSON can hold; it may open files and read them, but what it changes is lost.
         what: names the work in an error message, as in "loading the tokenizer".
         where: the file or folder that decides what it takes.
         seconds: of processor time that it may take; waiting, twice as long.
         memory: bytes that it may take beyond what this process has.
-        reads: descriptors that it uses; all others are closed to it.
 
     Raises:
         InputError: it took too much time or memory, or it crashed.
         FedqsnError: whatever `work` raised; any other exception becomes an InputError.
     """
-    with _Child(lambda _: work(), what, where, seconds, memory, reads) as child:
+    with _Child(lambda _: work(), what, where, seconds, memory, ()) as child:
         _, result = child.next()
         return result
 
@@ -74,7 +72,8 @@ def stream_from_child(
     """Call a generator in a child process, and yield what it yields; the child waits until each piece is taken.
 
     Args:
-        work, what, where, seconds, memory, reads: as for `in_child`.
+        work, what, where, seconds, memory: as for `in_child`.
+        reads: descriptors that it uses; all others are closed to it.
 
     Raises:
         InputError, FedqsnError: as from `in_child`.
@@ -94,7 +93,7 @@ class _Child:
 
     Args:
         work: takes the descriptor that pieces of a stream are sent through, and returns what JSON can hold.
-        what, where, seconds, memory, reads: as for `in_child`.
+        what, where, seconds, memory, reads: as for `stream_from_child`.
     """
 
     def __init__(

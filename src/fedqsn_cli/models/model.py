@@ -22,8 +22,6 @@ from fedqsn_cli.quantization.scales import Scales
 
 Array = NDArray[Any]
 
-RESIDUAL_STEM = "fedqsn-residual"
-
 
 @dataclass(frozen=True, slots=True)
 class ModelTensor:

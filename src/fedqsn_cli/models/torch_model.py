@@ -69,7 +69,7 @@ class Loaded(NamedTuple):
         The tokenizer's, the model's, or the end of text; if there is none of them, one that no text has, or 0.
         """
         config, tokenizer = self.model.config.get_text_config(), self.tokenizer
-        known = [getattr(tokenizer, "pad_token_id", None), config.pad_token_id]
+        known = [getattr(one, "pad_token_id", None) for one in (tokenizer, config)]
         known += [getattr(tokenizer, "eos_token_id", None), len(tokenizer) if tokenizer is not None else None]
         return next((one for one in known if type(one) is int and 0 <= one < self.vocabulary), 0)
 
@@ -85,14 +85,11 @@ class Loaded(NamedTuple):
         return positions
 
 
-def load_model(
-    checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, *, dense: Mapping[str, Tensor] | None = None
-) -> Loaded:
-    """Build the model of a checkpoint on the CPU, in evaluation mode, with dense weights.
+def load_model(checkpoint: Checkpoint, *, dense: Mapping[str, Tensor] | None = None) -> Loaded:
+    """Build the model of a checkpoint on the CPU, in evaluation mode, with dense weights in fp32.
 
     Args:
         checkpoint: a global model, server model (its scale is applied), quantized model or proxy.
-        dtype: of all floating-point parameters.
         dense: its tensors, where they have been read already; parameters may share memory with them.
 
     Raises:
@@ -100,7 +97,7 @@ def load_model(
     """
     task, _ = task_of(checkpoint.config, checkpoint.path)
     state = load_dense(checkpoint) if dense is None else dense
-    model = build_model(checkpoint.config or {}, state, where=checkpoint.path, dtype=dtype)
+    model = build_model(checkpoint.config or {}, state, where=checkpoint.path)
     return with_tokenizer(model, checkpoint, task)
 
 

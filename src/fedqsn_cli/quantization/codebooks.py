@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from fedqsn_cli.validate import BLOCK_SIZES as BLOCK_SIZES
 
 Float32s = NDArray[np.float32]
-Layout = Literal["bnb", "dense"]
 
 LEVELS = 16  # every codebook is padded to this many levels, so that one compiled kernel serves them all
 
@@ -36,7 +35,6 @@ class Format:
     Args:
         name, bits: what it is called, bits a weight (without scales).
         kind: codebook4 packs two codes a byte; codebook has no packed form; int8 is linear; none changes nothing.
-        layouts: how it can be stored: as bitsandbytes packs it, or as dense values on its grid.
         values: levels by code, largest magnitude 1; empty for int8 and none.
         zero_code: the code that an exact zero gets.
     """
@@ -44,7 +42,6 @@ class Format:
     name: str
     bits: int
     kind: Literal["codebook4", "codebook", "int8", "none"]
-    layouts: tuple[Layout, ...]
     values: tuple[float, ...]
     zero_code: int
 
@@ -98,12 +95,12 @@ NF3 = (
 NF2 = (-1.0, 0.0, 0.4358181655406952, 1.0)
 
 FORMATS: dict[str, Format] = {
-    "nf4": Format("nf4", 4, "codebook4", ("bnb", "dense"), NF4, 7),
-    "fp4": Format("fp4", 4, "codebook4", ("bnb", "dense"), FP4, 0),
-    "int8": Format("int8", 8, "int8", ("bnb", "dense"), (), 0),
-    "nf3": Format("nf3", 3, "codebook", ("dense",), NF3, 3),
-    "nf2": Format("nf2", 2, "codebook", ("dense",), NF2, 1),
-    "none": Format("none", 0, "none", ("dense",), (), 0),
+    "nf4": Format("nf4", 4, "codebook4", NF4, 7),
+    "fp4": Format("fp4", 4, "codebook4", FP4, 0),
+    "int8": Format("int8", 8, "int8", (), 0),
+    "nf3": Format("nf3", 3, "codebook", NF3, 3),
+    "nf2": Format("nf2", 2, "codebook", NF2, 1),
+    "none": Format("none", 0, "none", (), 0),
 }
 
 

@@ -2,7 +2,7 @@
 
 A value's code is the number of bounds below x * (1 / absmax), in fp32. For one absmax that product never falls while x
 rises. So the code is also the number of bf16 values in a short list, one a bound, that x reaches: the smallest x whose
-product lies above the bound. Twice the absmax gives twice the list, so that there are as many lists as bf16 has
+product is above the bound. Twice the absmax gives twice the list, so that there are as many lists as bf16 has
 significands; absmax near the ends of the range, where fp32 rounds otherwise, get lists of their own.
 
 Key: bf16 as a 16-bit number that orders as the values do. Magnitudes as they are stored; negative ones complemented.
@@ -35,7 +35,7 @@ def key_of(bits: Any) -> Any:
 
 @view_kernel
 def find_thresholds(absmax: Any, bounds: Any, thresholds: Any) -> None:
-    """thresholds[k] = the smallest key whose value times 1 / absmax lies above bounds[k]."""
+    """thresholds[k] = the smallest key whose value times 1 / absmax is above bounds[k]."""
     factor = np.float32(1) / absmax
     for k in range(bounds.size):
         near = np.int32(key_of(np.uint16(to_bits(bounds[k] * absmax) >> np.uint32(16)))) - np.int32(2)

@@ -9,14 +9,12 @@ from fedqsn_cli.quantization.codes8 import dequantize_int8, quantize_int8
 from fedqsn_cli.quantization.nested import double_quantize
 from fedqsn_cli.quantization.nested_scales import DoubleQuantized, double_dequantize
 from fedqsn_cli.quantization.selection import select_codes_cols, select_codes_elements, select_codes_rows
-from fedqsn_cli.quantization.snapping import snap, snap_with
-from fedqsn_cli.quantization.snapping8 import column_absmax
+from fedqsn_cli.quantization.snapping import snap
 
 __all__ = [
     "DoubleQuantized",
     "NonFinite",
     "all_finite",
-    "column_absmax",
     "dequantize_4bit",
     "dequantize_int8",
     "double_dequantize",
@@ -30,6 +28,5 @@ __all__ = [
     "select_codes_elements",
     "select_codes_rows",
     "snap",
-    "snap_with",
     "widened",
 ]

@@ -26,7 +26,7 @@ from fedqsn_cli.quantization.snapping8 import column_scales, snap_rows_int8, sna
 
 Array = NDArray[Any]
 Float32s = NDArray[np.float32]
-Step = Callable[[Float32s, Float32s, Float32s], bool]  # values, reference, out -> are all finite?
+Step = Callable[[Float32s, Float32s], bool]  # values, out -> are all finite?
 
 
 def snap(
@@ -39,7 +39,6 @@ def snap(
     rows: int,
     cols: int,
     out: Array,
-    absmax: Float32s | None = None,
 ) -> None:
     """Round a matrix, or whole rows of one, to the grid of a format.
 
@@ -51,91 +50,52 @@ def snap(
         block: values a scale; int8 does not use it.
         geometry: flat, row or column (see above).
         out: as x; may be x.
-        absmax: [cols] largest magnitudes of whole columns, from `column_absmax`: for int8 in geometry column, where a
-            chunk does not show them.
 
     Raises:
         NonFinite: a value is NaN or infinite.
     """
-    snap_with(
-        x,
-        dtype,
-        format=format,
-        block=block,
-        geometry=geometry,
-        rows=rows,
-        cols=cols,
-        reference=x,
-        out=out,
-        absmax=absmax,
-    )
-
-
-def snap_with(
-    x: Array,
-    dtype: str,
-    *,
-    format: str,
-    block: int,
-    geometry: str,
-    rows: int,
-    cols: int,
-    reference: Array,
-    out: Array,
-    absmax: Float32s | None = None,
-) -> None:
-    """As `snap`, but the scale of each block is that of `reference`; what it cannot reach gets the outermost level.
-
-    Args:
-        reference: as x. Where a block of it is all zero, so is the result.
-        absmax: [cols] of the reference, where `snap` would need it.
-    """
-    sources = Floats(x, dtype), Floats(reference, dtype), Floats(out, dtype)
-    if any(floats.size != rows * cols for floats in sources):
+    source, target = Floats(x, dtype), Floats(out, dtype)
+    if source.size != rows * cols or target.size != rows * cols:
         raise ValueError(f"the arrays do not hold {rows} x {cols} values")
     if geometry not in {"flat", "row", "column"} or (format != "int8" and block not in BLOCK_SIZES):
         raise ValueError(f"no geometry {geometry} with blocks of {block}")
     if not rows * cols:
         return
-    step, size = _step(sources[1], format, block, geometry, cols, absmax)
+    step, size = _step(source, format, block, geometry, cols)
     flaws: list[int] = []
 
     def work(start: int, stop: int) -> None:
-        scratches = [floats.scratch(size) for floats in sources]
+        read, written = source.scratch(size), target.scratch(size)
         for first in range(start, stop, size):
             last = min(first + size, stop)
-            values = sources[0].read(first, last, scratches[0])
-            scales = values if reference is x else sources[1].read(first, last, scratches[1])
-            target = sources[2].room(first, last, scratches[2])
-            if not step(values, scales, target):
+            room = target.room(first, last, written)
+            if not step(source.read(first, last, read), room):
                 flaws.append(first)
-            sources[2].write_plain(first, last, target)
+            target.write_plain(first, last, room)
 
     run_ranges(rows * cols, size, work)
     if flaws:
         raise NonFinite("a value is NaN or infinite")
 
 
-def _step(
-    reference: Floats, format: str, block: int, geometry: str, cols: int, absmax: Float32s | None
-) -> tuple[Step, int]:
+def _step(source: Floats, format: str, block: int, geometry: str, cols: int) -> tuple[Step, int]:
     """What to do with a piece, and how many values make one."""
     whole_rows = max(1, PIECE // cols) * cols
     if format == "int8":
         if geometry != "column":
-            return lambda x, scale_x, out: snap_rows_int8(x, scale_x, cols, out), whole_rows
-        table = column_scales(reference, cols, absmax)
-        return lambda x, _, out: snap_table_int8(x, table, out), whole_rows
+            return lambda x, out: snap_rows_int8(x, cols, out), whole_rows
+        table = column_scales(source, cols)
+        return lambda x, out: snap_table_int8(x, table, out), whole_rows
     book = codebook(format)
     if geometry == "column":
-        return lambda x, scale_x, out: _snap_panel(x, scale_x, cols, block, book.bounds, book.levels, out), block * cols
+        return lambda x, out: _snap_panel(x, cols, block, book.bounds, book.levels, out), block * cols
     size = max(block, PIECE) if geometry == "flat" else whole_rows
     run = size if geometry == "flat" else cols
-    return lambda x, scale_x, out: _snap_runs(x, scale_x, run, block, book.bounds, book.levels, out), size
+    return lambda x, out: _snap_runs(x, run, block, book.bounds, book.levels, out), size
 
 
 @kernel
-def _snap_runs(values: Any, reference: Any, run: int, block: int, bounds: Any, levels: Any, out: Any) -> bool:
+def _snap_runs(values: Any, run: int, block: int, bounds: Any, levels: Any, out: Any) -> bool:
     """Runs of `run` values, one after the other."""
     batch = max(block, BATCH)
     ratios = np.empty(batch, np.float32)
@@ -147,8 +107,7 @@ def _snap_runs(values: Any, reference: Any, run: int, block: int, bounds: Any, l
             last = min(first + batch, end)
             for start in range(first, last, block):
                 part, short = values[start : min(start + block, last)], start + block > last
-                absmax = largest(reference[start : min(start + block, last)])
-                fine &= absmax < np.float32(np.inf)
+                absmax = largest(part)
                 absmax = max(absmax, SMALLEST) if short and absmax > 0 else absmax
                 scales[(start - first) // block] = absmax
                 normalize(part, absmax, short, ratios[start - first :])
@@ -161,16 +120,15 @@ def _snap_runs(values: Any, reference: Any, run: int, block: int, bounds: Any, l
 
 
 @kernel
-def _snap_panel(values: Any, reference: Any, cols: int, block: int, bounds: Any, levels: Any, out: Any) -> bool:
+def _snap_panel(values: Any, cols: int, block: int, bounds: Any, levels: Any, out: Any) -> bool:
     """At most `block` whole rows, each column a block; every step goes along rows."""
     absmax, factors, ratios = np.zeros(cols, np.float32), np.empty(cols, np.float32), np.empty(cols, np.float32)
     short = values.size < block * cols
     fine = largest(values) < np.float32(np.inf)
     for start in range(0, values.size, cols):
-        line = reference[start : start + cols]
+        line = values[start : start + cols]
         for i in range(cols):
             absmax[i] = max(absmax[i], abs(line[i]))
-    fine &= largest(absmax) < np.float32(np.inf) and largest(reference) < np.float32(np.inf)
     for i in range(cols):
         if short and absmax[i] > 0:
             absmax[i] = max(absmax[i], SMALLEST)

@@ -18,55 +18,33 @@ from fedqsn_cli.kernels.jit import NonFinite, kernel
 from fedqsn_cli.quantization.blocks import largest
 from fedqsn_cli.quantization.codes8 import INVERSE, ROUNDER
 
-Array = NDArray[Any]
 Float32s = NDArray[np.float32]
 
 LIMIT = np.float32(127)
 
 
-def column_absmax(x: Array, dtype: str, *, rows: int, cols: int, out: Float32s) -> None:
-    """out[c] = the larger of out[c] and the largest magnitude in column c: called for every chunk, from zeros.
-
-    Args:
-        x: rows * cols values in C order; F32, F16 or BF16 (16-bit floats as uint16).
-        out: fp32 [cols].
+def column_scales(source: Floats, cols: int) -> Float32s:
+    """What `snap_table_int8` needs to know of each column of a matrix: fp32 [4, cols].
 
     Raises:
         NonFinite: a value is NaN or infinite.
     """
-    source = Floats(x, dtype)
-    if out.dtype != np.float32 or out.shape != (cols,) or source.size != rows * cols:
-        raise ValueError(f"the arrays do not hold {rows} x {cols} values and {cols} scales")
-    _gather(source, cols, out)
-
-
-def _gather(source: Floats, cols: int, out: Float32s) -> None:
-    size = max(1, PIECE // max(cols, 1)) * cols
-    scratch = source.scratch(size)
-    for first in range(0, source.size, max(size, 1)):
-        last = min(first + size, source.size)
-        values = source.read(first, last, scratch).reshape(-1, cols)
-        np.maximum(out, np.abs(values).max(axis=0), out=out)  # NaN stays NaN
-    if not np.isfinite(out).all():
-        raise NonFinite("a value is NaN or infinite")
-
-
-def column_scales(reference: Floats, cols: int, absmax: Float32s | None) -> Float32s:
-    """What `snap_table_int8` needs to know of each column: fp32 [4, cols].
-
-    Args:
-        reference: the matrix whose columns give the scales, unless `absmax` is given: [cols].
-    """
-    if absmax is None:
-        absmax = np.zeros(cols, np.float32)
-        _gather(reference, cols, absmax)
-    if absmax.dtype != np.float32 or absmax.shape != (cols,):
-        raise ValueError(f"{cols} columns need as many scales")
-    if not np.isfinite(absmax).all():
-        raise NonFinite("a scale is NaN or infinite")
     table = np.empty((4, cols), np.float32)
-    _factors(np.ascontiguousarray(absmax), table)
+    _factors(_column_absmax(source, cols), table)
     return table
+
+
+def _column_absmax(source: Floats, cols: int) -> Float32s:
+    """The largest magnitude in each column. Raises NonFinite."""
+    absmax = np.zeros(cols, np.float32)
+    size = max(1, PIECE // cols) * cols
+    scratch = source.scratch(size)
+    for first in range(0, source.size, size):
+        values = source.read(first, min(first + size, source.size), scratch).reshape(-1, cols)
+        np.maximum(absmax, np.abs(values).max(axis=0), out=absmax)  # NaN stays NaN
+    if not np.isfinite(absmax).all():
+        raise NonFinite("a value is NaN or infinite")
+    return absmax
 
 
 @kernel
@@ -110,14 +88,14 @@ def snap_table_int8(values: Any, table: Any, out: Any) -> bool:
 
 
 @kernel
-def snap_rows_int8(values: Any, reference: Any, cols: int, out: Any) -> bool:
-    """Whole rows; each has the scale of the same row of the reference. Returns False if a value is not finite."""
+def snap_rows_int8(values: Any, cols: int, out: Any) -> bool:
+    """Whole rows, each with a scale of its own. Returns False if a value is not finite."""
     absmax, table = np.empty(1, np.float32), np.empty((4, 1), np.float32)
     fine = True
     for start in range(0, values.size, cols):
         line, target = values[start : start + cols], out[start : start + cols]
-        absmax[0] = largest(reference[start : start + cols])
-        fine &= absmax[0] < np.float32(np.inf) and largest(line) < np.float32(np.inf)
+        absmax[0] = largest(line)
+        fine &= absmax[0] < np.float32(np.inf)
         _factors(absmax, table)
         up, factor, scale, down = table[0, 0], table[1, 0], table[2, 0], table[3, 0]
         for i in range(cols):

@@ -115,7 +115,7 @@ class TruthIndex:
 
     def _hidden(self, where: Array) -> Array:
         hidden = np.zeros(len(where), np.bool_)
-        numbers, begins = np.unique(where[:, 0], return_index=True)  # vectors stand in the order of tensors
+        numbers, begins = np.unique(where[:, 0], return_index=True)  # vectors are in the order of tensors
         for number, begin, end in zip(numbers, begins, np.append(begins, len(where))[1:], strict=True):
             mask = self.tasks[number].hidden
             if mask is not None:

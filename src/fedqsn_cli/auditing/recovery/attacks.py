@@ -10,7 +10,7 @@
                 clamp        the public base, moved into that interval
                 low-rank     base + the leading singular directions of the visible difference, moved into the interval
     hidden      zero, mean (of the tensor's shown elements), base (the same element of the public base), and, where
-                clients have trained the holes, what stands in them
+                clients have trained the holes, what is in them
 
 The element that attains a block's scale is known exactly ("scale reading"): its level is 1, so descaling shows it.
 """

@@ -43,7 +43,7 @@ class Target:
 
     @property
     def reads_holes(self) -> bool:
-        """Is what stands in the holes more than the public base?"""
+        """Is what is in the holes more than the public base?"""
         return len(self.proxies) == 1 and self.proxies[0].manifest.train == "all"
 
 

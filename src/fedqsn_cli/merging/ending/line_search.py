@@ -53,14 +53,14 @@ class Search:
 Measure = Callable[[float], Point]
 
 
-def explore(measure: Measure, grid: Sequence[float], progress: Progress, extra: int = REFINEMENTS) -> tuple[Point, ...]:
-    """Measure the grid, then `extra` more values around the best one so far; all of them by value."""
-    progress.start("choosing", len(grid) + extra, "models")
+def explore(measure: Measure, grid: Sequence[float], progress: Progress) -> tuple[Point, ...]:
+    """Measure the grid, then `REFINEMENTS` more values around the best one so far; all of them by value."""
+    progress.start("choosing", len(grid) + REFINEMENTS, "models")
     points = []
     for value in grid:
         points.append(measure(value))
         progress.advance(1, best=best(points).loss)
-    for _ in range(extra):
+    for _ in range(REFINEMENTS):
         points.append(measure(_next_value(sorted(points, key=_value))))
         progress.advance(1, best=best(points).loss)
     progress.finish()

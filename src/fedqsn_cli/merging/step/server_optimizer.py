@@ -37,7 +37,7 @@ Doubles = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class SavedState:
-    """The state that lies beside a model, and what its manifest says about it."""
+    """The state beside a model, and what its manifest says about it."""
 
     file: Checkpoint
     record: ServerStateRecord

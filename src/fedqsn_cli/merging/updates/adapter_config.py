@@ -52,7 +52,7 @@ def read_config(folder: Path, manifest: UpdateManifest) -> Mapping[str, Any]:
 
     Raises:
         RefusedUpdate: it is not the file that update.json describes, contradicts it, or has more in it.
-        FormatError, InputError: it is no JSON, or cannot be read.
+        FormatError, InputError: it is not JSON, or cannot be read.
     """
     path = folder / ADAPTER_CONFIG
     data = read_file(path, UpdateManifest.LARGEST)
@@ -60,7 +60,7 @@ def read_config(folder: Path, manifest: UpdateManifest) -> Mapping[str, Any]:
         raise RefusedUpdate(f"its digest is not the one in {UPDATE_MANIFEST}", where=path, hint="send it again")
     document = strictjson.loads(data, path)
     if not isinstance(document, dict):
-        raise RefusedUpdate("is no JSON object", where=path)
+        raise RefusedUpdate("is not a JSON object", where=path)
     for key, value in document.items():
         if key not in _NAMES and not (_FREE[key](value) if key in _FREE else _is_off(value)):
             raise RefusedUpdate(f"{key!r} has a value that no update has", where=path)

@@ -1,4 +1,4 @@
-"""What is measured of every update while its values go by: norms of all, of each tensor and of the largest units.
+"""What is measured of every update while its values are read: norms of all, of each tensor and of the largest units.
 
 Norms are of Δ_k = U_k / s_k, over what the client saw. A tensor or unit is held against the size of the weights: its
 root mean square over that of the tensor's visible weights, or over that of all matrices' where they are larger (a bias

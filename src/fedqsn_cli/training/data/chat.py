@@ -180,7 +180,7 @@ class _Conversation:
         raise self.table.error(what, row=self.row, hint=hint)
 
     def _first_prompt(self) -> str | None:
-        """The prompt of an assistant that begins: up to the generation prompt, as it stands behind the first turn.
+        """The prompt of an assistant that begins: up to the generation prompt, as it comes after the first turn.
 
         `transformers` renders no conversation without a turn. None where the template has no generation prompt.
         """

@@ -112,11 +112,6 @@ def open_data(path: str | Path) -> DataFile:
     return DataFile(path, tuple(names), tuple(name for name in COLUMNS if name in columns), rows, state, whole)
 
 
-def read_table(path: str | Path) -> Table:
-    """A data file, whole and in memory. Raises DataError, as `open_data`."""
-    return open_data(path).table()
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, tuple[int, ...]]]:
     """A plain file of a size that can be read, and its state. Raises DataError."""

@@ -15,20 +15,22 @@ from typing import Any, TypeVar, overload
 
 T = TypeVar("T")
 
-LIMIT = 4 << 20
+IN_MEMORY = 4 << 20
 """Bytes of examples that stay in memory."""
 
 
 class StoredExamples:
     """Examples that are added once, and read as often as needed."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, in_memory: int = IN_MEMORY) -> None:
         """Nothing is written yet.
 
         Args:
             folder: where the file goes; None for the system's folder of temporary files.
+            in_memory: bytes of examples that stay in memory.
         """
-        self._file = SpooledTemporaryFile(max_size=LIMIT, dir=None if folder is None else str(folder))  # noqa: SIM115 - lives as long as this object
+        where = None if folder is None else str(folder)
+        self._file = SpooledTemporaryFile(max_size=in_memory, dir=where)  # noqa: SIM115 - lives as long as this object
         self._starts = array("Q", [0])
         self._lengths = array("I")
 

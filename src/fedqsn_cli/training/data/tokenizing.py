@@ -21,7 +21,7 @@ SECONDS, SECONDS_A_ROW = 10, 0.05  # of processor time for all that tokenizes; u
 _CHARACTERS_A_SECOND = 100_000  # that the slowest tokenizers read on any machine
 _BYTES_A_TOKEN = 128  # that a token takes in Python and in JSON
 _BYTES_A_BYTE = 1024  # address space that a library needs for a byte of one text: as many as twice the tokens of it
-_CHUNK, _CHARACTERS = 1000, 1_000_000  # rows and characters per call of the tokenizer
+_ROWS_A_CALL, _CHARACTERS_A_CALL = 1000, 1_000_000  # of the tokenizer
 _NOT_OURS = (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, DataError)
 
 
@@ -188,17 +188,24 @@ def _listed(columns: Sequence[str]) -> str:
     return "column " + " with ".join(repr(column) for column in columns)
 
 
-def chunks(rows: int, progress: Progress, texts: Sequence[Sequence[str]] = ()) -> Iterator[slice]:
+def chunks(
+    rows: int,
+    progress: Progress,
+    texts: Sequence[Sequence[str]] = (),
+    *,
+    most_rows: int = _ROWS_A_CALL,
+    most_characters: int = _CHARACTERS_A_CALL,
+) -> Iterator[slice]:
     """Slices of the rows; each is reported to `progress` when the next is asked for.
 
     Args:
-        texts: columns of text of which a slice holds about `_CHARACTERS` at most: what a library keeps of each token
-            of a text, before it is cut, takes a hundred times the text.
+        texts: columns of text of which a slice holds about `most_characters`: what a library keeps of each token of a
+            text, before it is cut, takes a hundred times the text.
     """
     first = 0
     while first < rows:
         last, characters = first, 0
-        while last < min(first + _CHUNK, rows) and characters <= _CHARACTERS:
+        while last < min(first + most_rows, rows) and characters <= most_characters:
             characters += sum(len(column[last]) for column in texts)
             last += 1
         yield slice(first, last)

@@ -76,7 +76,7 @@ class State:
 
 
 def stored_as(name: str, like: Tensor) -> TensorSpec:
-    """How a tensor of this dtype and shape lies in a state."""
+    """How a tensor of this dtype and shape is stored in a state."""
     return TensorSpec(name, _STORED[like.dtype], tuple(like.shape))
 
 
@@ -241,7 +241,7 @@ class StateFolder:
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a file of a state. Raises FormatError: it is no plain file."""
+    """SHA-256 of a file of a state. Raises FormatError: it is not a plain file."""
     try:
         return file_digest(path)
     except InputError as error:

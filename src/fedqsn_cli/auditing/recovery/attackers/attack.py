@@ -25,7 +25,7 @@ class Start:
         name: as reports call it. source: who describes the attack.
         applies: can it be tried on these proxies?
         build: makes the weights anew each time, since training moves the tensors themselves.
-        filled: the public base stands where no proxy shows anything; such weights learn well, so that they are trained
+        filled: the public base is used where no proxy shows anything; such weights learn well, so that they are trained
             even if others have less loss before.
     """
 

@@ -1,7 +1,7 @@
 """Each unit's direction from the proxies, its length from the public base.
 
 Fine-tuning turns a unit's weights little and scales them less, so an attacker who does not trust the scale of what was
-sent takes it from the base. ArrowMatch also finds units in another order; here all stand in their places.
+sent takes it from the base. ArrowMatch also finds units in another order; here all are in their places.
 """
 
 from __future__ import annotations
