@@ -16,6 +16,7 @@ from fedqsn_cli.auditing.gate import evaluate_policy
 from fedqsn_cli.auditing.limits.measured import Measured
 from fedqsn_cli.auditing.limits.regression import measures
 from fedqsn_cli.auditing.policy import AllLimits, Budget, Clear, Limits, Policy, Regression, Scope, Threat, Waiver
+from fedqsn_cli.auditing.report.headline import headline
 from fedqsn_cli.exposure.exposure import exposure
 from fedqsn_cli.exposure.results import Coalition, Exposure
 from support.audits import finding, job, recovery, score
@@ -110,6 +111,19 @@ def test_the_gain_over_the_base_is_held_against_its_limit_and_must_be_measured(g
     curve = (CurvePoint(8, 0.4, None, 0.95, 0.5, -0.1), CurvePoint(64, 0.4, None, 0.95, 0.5, gain))
     function = FunctionRecovery("proxy a", (), "base", 1.0, 0.9, "as sent", curve if gain is not None else ())
     assert judged(limits(proxy=Limits(gain=0.5)), Measured(function=function)).exit_code == code
+
+
+def test_a_gain_that_there_was_no_time_for_is_told_from_a_base_that_is_missing() -> None:
+    curve = (CurvePoint(8, 0.4, None, 0.95, None, None),)
+    left_out = ("base, fine-tuning, 8 examples",)
+    function = FunctionRecovery("proxy a", (), "base", 1.0, 0.9, "as sent", curve, left_out=left_out)
+    found = judged(limits(proxy=Limits(gain=0.5)), Measured(function=function))
+    (why,) = [check.why for check in found.checked if check.rule == "FQ302" and check.status == "not-run"]
+    assert found.exit_code == 3 and why.endswith("which --attack-minutes left out")
+    assert (
+        "the base alone may give any share"
+        in dict(headline(replace(found, function=function)))["skill with 8 public examples"]
+    )
 
 
 @pytest.mark.parametrize("scope", ["proxy a", "coalition of 3"])

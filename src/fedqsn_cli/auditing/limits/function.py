@@ -65,6 +65,9 @@ def _after_tuning(limits: Limits, found: FunctionRecovery) -> Iterator[Entry]:
         entries += check_limit(rule, scope, f"{PHRASES['gain']}, {examples} of them", most, limits.gain)
     elif limits.gain is not None:  # rho alone is not what was asked, so its check does not count
         entries = [entry for entry in entries if isinstance(entry, Finding)]
-        why = "the gain over the base needs --public-base, with all tensors of the model, and --public-data"
+        needed = "--public-base, with all tensors of the model, and --public-data"
+        if any(name.startswith("base, ") for name in found.left_out):
+            needed = "the base trained with the same examples, which --attack-minutes left out"
+        why = f"the gain over the base needs {needed}"
         entries.append(rule.not_run(scope, why))
     yield from entries

@@ -6,6 +6,8 @@ does not depend on. So where the function was not measured, every format says th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fedqsn_cli.auditing.findings import Audit, CurvePoint, FunctionRecovery, ModelScore
 from fedqsn_cli.text import percent, real
 
@@ -37,7 +39,10 @@ def headline(audit: Audit) -> list[Line]:
         return [*alone, ("skill", NOT_MEASURED)]
     scores = {score.model: score for score in found.scores}
     lines = [("skill without examples", _without_examples(found, scores.get("attacked")))]
-    lines += [(f"skill with {point.public_examples} public examples", _with_examples(point)) for point in found.curve]
+    lines += [
+        (f"skill with {point.public_examples} public examples", _with_examples(point, found.left_out))
+        for point in found.curve
+    ]
     if not found.curve and not found.left_out:
         lines.append(("skill with public examples", "not measured (needs --public-data)"))
     if found.left_out:
@@ -77,9 +82,13 @@ def _without_examples(found: FunctionRecovery, score: ModelScore | None) -> str:
     return f"{percent(max(rho, 0.0))} of the way from {found.floor} to the owner's model (rho {rho:.3f}){attained}"
 
 
-def _with_examples(point: CurvePoint) -> str:
+def _with_examples(point: CurvePoint, left_out: Sequence[str]) -> str:
     rho = "rho not defined" if point.rho is None else f"rho {point.rho:.3f}"
-    gain = "" if point.gain is None else f", of which the proxies add {percent(max(point.gain, 0.0))} over the base"
+    gain = ""
+    if point.gain is not None:
+        gain = f", of which the proxies add {percent(max(point.gain, 0.0))} over the base"
+    elif any(name.startswith("base, ") for name in left_out):
+        gain = ", of which the base alone may give any share (not tried, for lack of time)"
     accuracy = "" if point.accuracy is None else f", accuracy {real(point.accuracy)}"
     attack = "" if point.attack is None else f" ({point.attack})"
     return f"{rho}{gain}; loss {real(point.loss)}{accuracy}{attack}"

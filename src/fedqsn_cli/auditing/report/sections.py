@@ -183,7 +183,8 @@ def _function(function: FunctionRecovery) -> list[Part]:
         parts.append(Table(_CURVE, points, frozenset(_CURVE)))
     if function.attempts:
         parts.append(attempts(function))
-    return [*parts, *(f"Not tried, for lack of time: {name}" for name in function.left_out)]
+    left_out = "; ".join(function.left_out)
+    return [*parts, f"Not tried, for lack of time: {left_out}"] if left_out else parts
 
 
 def attempts(function: FunctionRecovery | None) -> Table:
