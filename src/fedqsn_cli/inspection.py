@@ -188,7 +188,7 @@ def _key(path: Path) -> Inspection:
         "plan": job.plan_digest,
         "rules": len(job.overrides.get("rule", [])),
         **_placement(job.overrides),
-        "commitment": job.commitment,
+        "job": job.commitment,
     }
     return Inspection("job key", str(path), facts)
 

@@ -16,6 +16,7 @@ from fedqsn_cli.errors import InputError
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # values per absmax: bitsandbytes' own range
 
 CLIENT_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+_HOST = r"[A-Za-z0-9._:\[\]-]{1,253}"
 
 _INTERVAL = re.compile(r"(\d{1,15}(?:\.\d{1,15})?) *([smh]?)", re.IGNORECASE | re.ASCII)
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?) *([KMGT]?)(I?)B?", re.IGNORECASE | re.ASCII)
@@ -40,6 +41,13 @@ def client(value: str, where: str | None = None) -> str:
 def project(value: str, where: str | None = None) -> str:
     """The name of a courier's project; as a client id, since folders are named after both."""
     return _name("project name", value, where)
+
+
+def host(value: str, where: str | None = None) -> str:
+    """The name or address of a machine."""
+    if not re.fullmatch(_HOST, value):
+        raise InputError(f"{value!r} is not the name of a host", where=where, hint="give one such as fl.example.org")
+    return value
 
 
 def _name(kind: str, value: str, where: str | None) -> str:

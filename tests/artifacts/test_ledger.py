@@ -124,6 +124,22 @@ def test_a_proxy_id_with_other_content_is_refused_and_nothing_is_written(field: 
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "hint"),
+    [
+        (60_000, None, "that was with --max-shard-size 60000: do the same now"),
+        (None, 60_000, "that was without --max-shard-size: do the same now"),
+        (60_000, 60_000, "files next to the model"),
+    ],
+)
+def test_what_a_repeated_export_does_otherwise_is_said(
+    before: int | None, now: int | None, hint: str, path: Path
+) -> None:
+    ledger.record(path, JOB, [release(1, max_shard_bytes=before)])
+    with pytest.raises(InputError, match=hint):
+        ledger.record(path, JOB, [release(1, max_shard_bytes=now, proxy_sha256="9" * 64)])
+
+
 def test_every_change_of_an_earlier_line_is_found(path: Path) -> None:
     ledger.record(path, JOB, [release(number) for number in range(3)])
     good = path.read_bytes()

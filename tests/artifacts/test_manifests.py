@@ -196,14 +196,20 @@ def test_groups_of_a_model_that_contradict_each_other_are_refused(field: str, va
         parse_manifest(changed(document, tuple(field.split(".")), value), ModelManifest, "there")
 
 
-def test_a_missing_manifest_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="client-train"):
+def test_a_missing_manifest_says_what_is_there_and_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no update.json here; make an update with 'fedqsn client-train'"):
         read_manifest(tmp_path, UpdateManifest)
-    with pytest.raises(InputError, match="export-proxy"):
+    with pytest.raises(InputError, match="there is no such folder; .*export-proxy"):
         read_manifest(tmp_path / "nowhere", ProxyManifest)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="mask"):
+    with pytest.raises(InputError, match="is not a folder; .*mask"):
         read_manifest(tmp_path / "file", ModelManifest)
+    (tmp_path / "updates/alice").mkdir(parents=True)
+    (tmp_path / "updates/alice/update.json").write_text("{}")
+    with pytest.raises(InputError, match="this is an update, not a proxy; .*export-proxy"):
+        read_manifest(tmp_path / "updates/alice", ProxyManifest)
+    with pytest.raises(InputError, match=r"no update.json here, only in folders in it; name those folders"):
+        read_manifest(tmp_path / "updates", UpdateManifest)
 
 
 @pytest.mark.timeout(300)

@@ -46,7 +46,9 @@ from fedqsn_cli.courier.orders import Order
 from fedqsn_cli.courier.parts import Part, Parts
 from fedqsn_cli.courier.site import TEMPLATE, SiteSettings
 from fedqsn_cli.crypto import dsse
-from fedqsn_cli.crypto.keys import load_signing_key
+from fedqsn_cli.crypto.attestation import Attestation, attestation_bytes, read_attestation
+from fedqsn_cli.crypto.keys import VerifyKey, load_signing_key
+from fedqsn_cli.crypto.signature import bundle_bytes, verify_folder
 from fedqsn_cli.errors import FedqsnError
 from fedqsn_cli.masks import job_key
 from fedqsn_cli.merging.step.server_optimizer import open_state
@@ -108,10 +110,28 @@ def _table(name: str) -> Callable[[World], object]:
 
 def _order(world: World) -> object:
     """An order that says what a hostile owner may say: whatever it is, it is signed."""
-    key = load_signing_key(world.root / "owner.key")
-    payload = (world.root / "order.json").read_bytes()
-    signed = dsse.envelope(payload, dsse.sign(payload, key))
-    return Order.opened(strictjson.dumps(signed), key.public_key())
+    payload, signature, key = _signed(world, "order.json")
+    return Order.opened(strictjson.dumps(dsse.envelope(payload, signature)), key)
+
+
+def _attestation(world: World) -> object:
+    """An attestation, likewise."""
+    payload, signature, key = _signed(world, "attestation.json")
+    (world.root / "attestation").write_text(strictjson.dumps(dsse.envelope(payload, signature)))
+    return read_attestation(world.root / "attestation", key)
+
+
+def _signature(world: World) -> object:
+    """A signature of files, likewise."""
+    payload, signature, key = _signed(world, "signature.json")
+    (world.root / "signed-too/model.sig").write_bytes(bundle_bytes(payload, signature, key))
+    return verify_folder(world.root / "signed-too", key)
+
+
+def _signed(world: World, name: str) -> tuple[bytes, bytes, VerifyKey]:
+    """A statement of the owner, its signature, and the key to verify it with."""
+    key, payload = load_signing_key(world.root / "owner.key"), (world.root / name).read_bytes()
+    return payload, dsse.sign(payload, key), key.public_key()
 
 
 _JOB = ("--key", "@job.key", "--ledger", "@ledger.jsonl")
@@ -140,6 +160,8 @@ PARSERS: dict[str, tuple[Callable[[World], object], tuple[str, ...]]] = {
     ),
     "shards": (lambda w: Checkpoint.open(w.root / "sharded"), ("sharded/model.safetensors.index.json",)),
     "order": (_order, ("order.json",)),
+    "attestation": (_attestation, ("attestation.json",)),
+    "signature": (_signature, ("signature.json",)),
     "server state": (
         lambda w: open_state(open_model(str(w.root / "adam")), job_key.load(w.key), "adam"),
         ("adam/fedqsn-server-state.safetensors", "adam/fedqsn.json"),
@@ -239,8 +261,15 @@ def _others(world: World) -> None:
     (root / "invitation.json").write_bytes(Invitation("p", "localhost", 1, "", "").to_bytes())
     parts, digest = Parts((Part(0, 9, "0" * 64),)), "0" * 64
     order = Order("alice", digest, digest, parts, ProposalOptions(epochs=1.0, lr=1e-3, batch_size=8))
-    signed = json.loads(order.signed(load_signing_key(root / "owner.key")))
-    (root / "order.json").write_bytes(base64.b64decode(signed["payload"]))
+    key = load_signing_key(root / "owner.key")
+    told = Attestation("PASSED", "passed", "fedqsn", digest, {"proxy 1": digest}, ["FQ001"], [])
+    for name, envelope in (
+        ("order.json", json.loads(order.signed(key))),
+        ("attestation.json", json.loads(attestation_bytes(told, key))),
+        ("signature.json", json.loads((root / "signed/model.sig").read_bytes())["dsseEnvelope"]),
+    ):
+        (root / name).write_bytes(base64.b64decode(envelope["payload"]))
+    shutil.copytree(root / "signed", root / "signed-too")
 
 
 @contextmanager

@@ -380,6 +380,16 @@ def test_entries_that_are_no_plain_files_of_the_release_are_found(cheat: Cheat, 
     assert expected in message(job)
 
 
+@kinds_with("zero fill, sharded")
+def test_an_attribute_that_cannot_be_read_is_found(job: AuditedJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> bytes:
+        raise PermissionError(1, "not permitted")
+
+    monkeypatch.setattr(os, "listxattr", lambda *_, **__: ["user.note"])
+    monkeypatch.setattr(os, "getxattr", refuse)
+    assert "has extended attributes" in message(job)
+
+
 def test_a_file_whose_zeros_are_left_out_is_told_from_one_that_holds_them(tmp_path: Path) -> None:
     (tmp_path / "full").write_bytes(bytes(1 << 16))
     with open(tmp_path / "sparse", "wb") as file:

@@ -395,6 +395,7 @@ def test_another_model_as_truth_is_incomplete_and_no_leak(job: AuditedJob) -> No
     save_file(weights, job.truth / "model.safetensors", METADATA)
     found = audit(job)
     assert "FQ904" in rules_of(found) and "FQ001" not in rules_of(found)
+    assert len(set(found.findings)) == len(found.findings), "what two rules find is said once"
 
 
 def test_no_finding_names_a_position_a_weight_or_a_key(job: AuditedJob) -> None:

@@ -123,6 +123,15 @@ def test_force_replaces_an_artifact(manifest: str, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_force_replaces_no_artifact_of_another_kind(tmp_path: Path) -> None:
+    out = make(tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(OutputExists, match=r"is another kind of output: it has no fedqsn\.json; choose another path"):
+        ArtifactWriter(out, force=True, replaces=["fedqsn.json"])
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    ArtifactWriter(out, force=True, replaces=["update.json", "proxy.json"]).abort()
+
+
 def test_without_force_an_artifact_stays(tmp_path: Path) -> None:
     make(tmp_path / "out")
     with pytest.raises(OutputExists):

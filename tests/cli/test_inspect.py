@@ -67,7 +67,7 @@ def test_a_packed_model_is_counted_in_its_own_parameters(played: Round) -> None:
 def test_a_key_tells_its_job_and_nothing_else(played: Round) -> None:
     secret = json.loads((played.folder / "job.key").read_text())["key"]
     found = inspect(played.folder / "job.key")
-    assert set(found.facts) == {"p1", "axis", "plan", "rules", "commitment"}
+    assert set(found.facts) == {"p1", "axis", "plan", "rules", "job"}
     assert secret not in repr(found)
 
 

@@ -19,7 +19,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -187,6 +187,10 @@ def test_what_the_tool_of_flare_says_is_told(tmp_path: Path) -> None:
         {"port": 70000},
         {"port": True},
         {"host": None},
+        {"host": ""},
+        {"host": "\x1b[2J"},
+        {"host": "a b"},
+        {"host": "h" * 300},
         {"owner": None},
         {"more": 1},
     ],
@@ -198,6 +202,18 @@ def test_an_invitation_names_no_place_and_has_no_other_types(tmp_path: Path, wro
     (tmp_path / "invitation.json").write_text(json.dumps(good | wrong))
     with pytest.raises(FormatError, match="not an invitation"):
         Invitation.read(tmp_path / "invitation.json")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"owner": ""}, {"owner": "\x1b"}, {"owner": "é"}, {"root": ""}, {"root": "SHA256:aa"}]
+)
+def test_an_invitation_without_keys_or_certificate_is_not_followed(tmp_path: Path, wrong: dict[str, str]) -> None:
+    keygen(tmp_path / "owner.key")
+    public, root = (tmp_path / "owner.pub").read_text(), "SHA256:" + ":".join(["AB"] * 32)
+    invitation = replace(Invitation("x", "localhost", 1, root, public), **wrong)
+    (tmp_path / "invitation.json").write_bytes(invitation.to_bytes())
+    with nothing_written(tmp_path), pytest.raises(FormatError, match=r"invitation.json: (owner in it|names no)"):
+        courier_join(tmp_path / "invitation.json", tmp_path / "site", name="alice", data="a.jsonl")
 
 
 def test_a_request_that_inflates_is_not_read(tmp_path: Path) -> None:

@@ -67,3 +67,15 @@ def test_the_kit_of_another_courier_and_a_damaged_one_are_refused(kit: Path) -> 
     (kit / "startup/rootCA.pem").unlink()
     with pytest.raises(InputError, match="no such file"):
         kits.require_valid(kit)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"client": []}', '{"components": 5, "snapshot_persistor": 5}', "null"])
+def test_settings_that_flare_has_not_made_are_refused(kit: Path, text: str) -> None:
+    (kit / "local").mkdir()
+    for path, use in (("startup/fed_client.json", kits.client_of), ("local/resources.json", kits.place_server)):
+        with pytest.raises(InputError, match="no such file"):
+            use(kit)
+        (kit / path).write_text(text)
+        with pytest.raises(FormatError, match="is not as FLARE makes it; put back the kit"):
+            use(kit)
+        assert (kit / path).read_text() == text

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from fedqsn_cli import seal, unseal, verify
-from fedqsn_cli.courier import work
+from fedqsn_cli.courier import setup, work
 from fedqsn_cli.courier.layout import Site
 from fedqsn_cli.courier.orders import PREDICATE, Order
 from fedqsn_cli.courier.parts import Parts
@@ -25,7 +25,7 @@ from fedqsn_cli.courier.work import NoUpdate, SiteRound
 from fedqsn_cli.crypto import dsse
 from fedqsn_cli.crypto.keys import load_signing_key
 from fedqsn_cli.errors import FormatError, InputError, SignatureError
-from fedqsn_cli.options import ProposalOptions
+from fedqsn_cli.options import CourierJoinOptions, ProposalOptions
 from support.courier import answer, carry, write_settings
 from support.helpers import listing
 from support.signing import Party, party, sign_folder
@@ -50,6 +50,14 @@ stage.mkdir()
 sign_folder(stage, Party(Path(words[words.index("--sign") + 1]), Path()))
 stage.rename(out)
 """
+
+
+@pytest.mark.parametrize("name", ["\U0001f600.jsonl", "é.jsonl", 'a"b\\c.jsonl', "a\nb\tc", "a\x7fb\x1b", "{data}"])
+def test_the_paths_that_a_site_joins_with_are_those_that_it_reads(name: str, tmp_path: Path) -> None:
+    options = CourierJoinOptions(out=tmp_path, name="alice", data=name, eval_data=name)
+    (tmp_path / "site.toml").write_text(setup._settings(options), encoding="utf-8")
+    found = SiteSettings.read(tmp_path / "site.toml")
+    assert (found.data, found.eval_data) == (tmp_path / name, tmp_path / name)
 
 
 @pytest.fixture

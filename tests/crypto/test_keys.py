@@ -75,9 +75,9 @@ def test_a_key_of_openssl_signs(tmp_path: Path) -> None:
 
 
 def test_a_public_file_does_not_sign_and_a_private_one_does_not_verify(alice: Party) -> None:
-    with pytest.raises(KeyFileError, match="holds no public P-256 key"):
+    with pytest.raises(KeyFileError, match="is a private key; give the public one"):
         keys.load_verify_key(alice.private)
-    with pytest.raises(KeyFileError, match="holds no P-256 key to sign with"):
+    with pytest.raises(KeyFileError, match="is a public key; give the private one"):
         keys.load_signing_key(secret(alice.public, alice.public.read_bytes()))
 
 

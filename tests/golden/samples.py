@@ -11,6 +11,8 @@ filled.key filled    another job: p1 0.5, the public base in the holes, which cl
 from __future__ import annotations
 
 import json
+import os
+import stat
 import tempfile
 from contextlib import chdir
 from functools import cache
@@ -40,18 +42,25 @@ def models() -> None:
 
 def whole_job() -> None:
     """Everything, in the working directory."""
-    for path, (mode, content) in _whole_job().items():
+    made = _whole_job()
+    for path, (found, content) in made.items():
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_bytes(content)
-        Path(path).chmod(mode)
+        if content is None:
+            Path(path).mkdir(exist_ok=True)
+        else:
+            Path(path).write_bytes(content)
+        Path(path).chmod(stat.S_IMODE(found.st_mode))
+    for path, (found, _) in made.items():  # last: a folder's time changes with what is put into it, and audits read it
+        os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
 
 
 @cache
-def _whole_job() -> dict[str, tuple[int, bytes]]:
-    """Its files with their modes, made once in each process: nothing in them depends on where they are."""
+def _whole_job() -> dict[str, tuple[os.stat_result, bytes | None]]:
+    """Its files and folders, made once in each process: nothing in them depends on where they are."""
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
         _make_whole_job()
-        return {str(path): (path.stat().st_mode, path.read_bytes()) for path in Path().rglob("*") if path.is_file()}
+        paths = sorted(Path().rglob("*"))
+        return {str(path): (path.stat(), path.read_bytes() if path.is_file() else None) for path in paths}
 
 
 def _make_whole_job() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +13,8 @@ from fedqsn_cli import merge
 from fedqsn_cli.errors import RefusedUpdate
 from fedqsn_cli.merging import merge_pass
 from fedqsn_cli.merging.sums.average_kernel import MOST_AVERAGED
-from support.helpers import contents, draft, make_model, noise, nothing_written
+from support.adapters import draft_adapters
+from support.helpers import contents, draft, make_model, noise, nothing_written, read_model
 from support.passes import chunks_of, threads_of
 from support.scenario import JobFolder, Scenario, few, job_folder, scenarios
 
@@ -78,6 +80,15 @@ def updates_of(job: JobFolder, count: int, size: float = 0.01) -> list[Path]:
 @pytest.mark.parametrize("count", [1, MOST_AVERAGED, MOST_AVERAGED + 1])
 def test_rows_of_several_pieces(job: JobFolder, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     both_ways(job, updates_of(job, count), monkeypatch)
+
+
+def test_matrices_that_nobody_trained(job: JobFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    proxies = job.export(job.model, "proxies", clients=("ann", "bob"))
+    keep = {"model.layers.0.mlp.up_proj.weight": True}
+    folders = [draft_adapters(proxies / name, 1, keep=keep).write(job.root / name) for name in ("ann", "bob")]
+    both_ways(job, folders, monkeypatch)
+    before, after = read_model(job.model), read_model(job.root / "at-once")
+    assert {name for name in before if not np.array_equal(before[name][1], after[name][1])} == keep.keys()
 
 
 @pytest.mark.parametrize("options", [{"clip_norm": 0.1}, {"rule": "multi-krum", "byzantine": 1}])

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from fedqsn_cli import mask, quantize
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.models.tokenizer import load_tokenizer
-from fedqsn_cli.models.torch_model import build_model, choose_device, load_dense, load_model, stored_tensors
+from fedqsn_cli.models.torch_model import Loaded, build_model, choose_device, load_dense, load_model, stored_tensors
 from support.families import EVERY_HEAD, build
 from support.hardware import unpacked_weights
 from support.training_jobs import dense_tensors, make_proxy, small_model
@@ -254,3 +255,13 @@ def test_a_tokenizer_is_the_one_that_its_file_describes(named: str | None, famil
         tokenizer = load_tokenizer(checkpoint)
     assert tokenizer("w3 w4")["input_ids"] == [3, 4]
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.model_max_length) == (0, 2, 64)
+
+
+def test_a_config_may_have_no_padding_id() -> None:
+    config = transformers.CodeGenConfig(
+        n_embd=8, n_layer=1, n_head=1, vocab_size=9, rotary_dim=8, bos_token_id=1, eos_token_id=2
+    )
+    assert not hasattr(config, "pad_token_id")
+    with torch.device("meta"):
+        model = transformers.CodeGenForCausalLM(config)
+    assert Loaded(model, None, "causal-lm").pad_id == 0

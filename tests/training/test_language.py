@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedqsn_cli.errors import DataError
+from fedqsn_cli.models.torch_model import Loaded
 from fedqsn_cli.progress import Silent
 from fedqsn_cli.training.data.encoder import Encoder
 from fedqsn_cli.training.data.examples import IGNORED, Examples
@@ -172,3 +174,23 @@ def test_rows_that_are_tokenized_in_parts_are_masked_and_numbered_as_in_one(monk
     assert list(parts.features) == list(whole.features) and list(parts.targets) == list(whole.targets)
     with pytest.raises(DataError, match="row 6: column 'text' holds a number"):
         encode(given, text=[*texts[:5], 5])
+
+
+@pytest.mark.parametrize("family", ["M2M100", "Bart"])
+def test_a_decoder_is_fed_with_what_its_own_code_makes_of_the_target(family: str) -> None:
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=20,
+        d_model=8,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=1,
+        decoder_attention_heads=1,
+        encoder_ffn_dim=8,
+        decoder_ffn_dim=8,
+        decoder_start_token_id=7,
+        pad_token_id=0,
+    )
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
+    encoder = Encoder.of(Loaded(model, tokenizer("unigram"), "seq2seq"), 16)
+    assert encoder.decoder_inputs is not None
+    assert encoder.decoder_inputs([5, 6, 2]) == [7, 5, 6]

@@ -417,6 +417,16 @@ def test_a_packed_module_whose_weight_is_dense_is_refused(tmp_path: Path, llama:
         load_stored(checkpoint, read_manifest(proxy, ProxyManifest).quantization, torch.float32)
 
 
+def test_a_packed_layer_follows_autocast_as_any_other_linear_layer_does(llama: tuple[Path, Path]) -> None:
+    with Checkpoint.open(llama[0]) as checkpoint:
+        manifest = read_manifest(llama[0], ProxyManifest)
+        layer = load_stored(checkpoint, manifest.quantization, torch.bfloat16).model.model.layers[0].self_attn.q_proj
+    assert type(layer).__name__ == "Linear4bit"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(torch.ones(2, 64)).dtype == torch.nn.Linear(64, 64)(torch.ones(2, 64)).dtype == torch.bfloat16
+    assert layer(torch.ones(2, 64)).dtype == torch.float32
+
+
 def test_tied_heads_and_masks_of_single_weights_are_refused(tmp_path: Path) -> None:
     case = Case("gpt2", proxy=(NF4,))
     proxy, data = world(tmp_path, case)

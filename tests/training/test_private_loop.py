@@ -315,6 +315,22 @@ def test_a_parameter_that_is_used_for_all_examples_at_once_is_refused() -> None:
             per_example.add(losses)
 
 
+def test_a_stack_of_experts_is_refused() -> None:
+    class Experts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stack = torch.nn.Parameter(torch.zeros(2, 3, 3))
+
+        def forward(self, x: Tensor, index: Tensor) -> Tensor:
+            return torch.einsum("nd,nde->ne", x, self.stack[index])
+
+    model = torch.nn.ModuleDict({"experts": Experts(), "gate": torch.nn.Linear(3, 2)})
+    with pytest.raises(InputError, match=r"does not tell the gradients of examples apart in experts\.stack"):
+        check_supported(model)
+    model["experts"].requires_grad_(False)
+    check_supported(model)
+
+
 def test_gradient_checkpointing_is_refused() -> None:
     model = new_model()
     model.train().gradient_checkpointing_enable()

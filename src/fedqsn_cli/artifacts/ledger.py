@@ -230,8 +230,17 @@ def _unknown(known: Sequence[Release], releases: Sequence[Release], path: Path) 
             raise InputError(
                 f"proxy {release.proxy_id[:12]} for client {release.client!r} was released before with other content",
                 where=path,
-                hint="files next to the model (tokenizer, config) changed since; use a new --round",
+                hint=_other_content(old, release),
             )
+
+
+def _other_content(old: Release, new: Release) -> str:
+    """What differs between two releases with one proxy id, and what to do about it."""
+    if old.max_shard_bytes == new.max_shard_bytes:
+        return "files next to the model (tokenizer, config) changed since; use a new --round"
+    usual = "without --max-shard-size"
+    size = f"with --max-shard-size {old.max_shard_bytes}" if old.max_shard_bytes is not None else usual
+    return f"that was {size}: do the same now, or use a new --round"
 
 
 def _append(descriptor: int, size: int, lines: bytes) -> None:

@@ -120,11 +120,12 @@ class Manifest(Strict):
     """The document in a file of its own.
 
     Args:
-        FILE: the file's name. HINT: how it comes to be there.
+        FILE: the file's name. NAME: what a folder with it is. HINT: how it comes to be there.
         LARGEST: bytes that it may have; that of a 70-billion-parameter model needs less than one MiB.
     """
 
     FILE: ClassVar[str]
+    NAME: ClassVar[str]
     HINT: ClassVar[str]
     LARGEST: ClassVar[int] = 64 << 20
 
@@ -188,6 +189,7 @@ class ModelManifest(Manifest):
     """`fedqsn.json`: what a model that stays with the owner is. Private, but holds no secret."""
 
     FILE = MODEL_MANIFEST
+    NAME = "a model of the owner"
     HINT = "make a server model with 'fedqsn mask'"
 
     format: Literal["fedqsn-model/1", "fedqsn-model/2"] = "fedqsn-model/2"  # 1: before digests by BLAKE3
@@ -250,6 +252,7 @@ class ProxyManifest(Manifest):
     """`proxy.json`: what a client needs to train and answer. Holds no key, client id, path, host name or time."""
 
     FILE = PROXY_MANIFEST
+    NAME = "a proxy"
     HINT = "make a proxy with 'fedqsn export-proxy'"
 
     format: Literal["fedqsn-proxy/1"] = "fedqsn-proxy/1"
@@ -325,6 +328,7 @@ class UpdateManifest(Manifest):
     """
 
     FILE = UPDATE_MANIFEST
+    NAME = "an update"
     HINT = "make an update with 'fedqsn client-train'"
     LARGEST = 1 << 24  # a model of 700 billion parameters has 50,000 matrices that may have an adapter
 
@@ -358,8 +362,21 @@ def read_manifest(folder: Path, kind: type[Kind]) -> Kind:
     """
     path = folder / kind.FILE
     if not os.path.lexists(path):
-        raise InputError(f"no {path.name} here", where=folder, hint=kind.HINT)
+        raise missing_manifest(folder, kind)
     return parse_manifest(read_file(path, kind.LARGEST), kind, path)
+
+
+def missing_manifest(folder: Path, kind: type[Manifest]) -> InputError:
+    """The error for a path that has no manifest of class `kind`: it says what is there instead."""
+    what, hint = f"no {kind.FILE} here", kind.HINT
+    others = [other.NAME for other in Manifest.__subclasses__() if os.path.lexists(folder / other.FILE)]
+    if not os.path.isdir(folder):
+        what = "is not a folder" if os.path.lexists(folder) else "there is no such folder"
+    elif others:
+        what = f"this is {others[0]}, not {kind.NAME}"
+    elif any(folder.glob(f"*/{kind.FILE}")):
+        what, hint = f"no {kind.FILE} here, only in folders in it", "name those folders"
+    return InputError(what, where=folder, hint=hint)
 
 
 def parse_manifest(data: bytes, kind: type[Kind], where: object) -> Kind:

@@ -74,6 +74,7 @@ class PartialManifest(Manifest):
     """
 
     FILE = PARTIAL_MANIFEST
+    NAME = "a partial sum"
     HINT = "make a partial sum with 'fedqsn merge --partial'"
 
     format: Literal["fedqsn-partial/1"] = "fedqsn-partial/1"

@@ -60,14 +60,16 @@ class Collector:
 
     findings: list[Finding] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
+    _known: set[Finding] = field(default_factory=set)
 
     def add(self, entries: Iterable[Entry]) -> bool:
         """Add findings and checks, in any order; True when there are no more."""
         for entry in entries:
-            if isinstance(entry, Finding):
-                self.findings.append(entry)
-            else:
+            if not isinstance(entry, Finding):
                 self.checks.append(entry)
+            elif entry not in self._known:  # two rules may find the same
+                self._known.add(entry)
+                self.findings.append(entry)
         return True
 
     def attempt(self, call: Callable[[], T], *scopes: str, problem: str = "") -> T | None:

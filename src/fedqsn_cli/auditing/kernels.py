@@ -8,6 +8,8 @@ import numpy as np
 
 from fedqsn_cli.kernels.jit import F, compiled, kernel
 
+_TILE = 256  # values whose ranks stay in the first cache
+
 
 def loose(function: F) -> F:
     """Compile with reordered sums, which the compiler needs to add several numbers at once."""
@@ -96,6 +98,68 @@ def block_peaks(x: Any, block: int, down: bool, out: Any) -> None:
             for col in range(left, min(left + block, cols)):
                 peak = max(peak, abs(x[row, col]))
             out[row, left : min(left + block, cols)] = peak
+
+
+@kernel
+def snapped_cells(sent: Any, peaks: Any, bounds: Any, levels: Any, low: Any, high: Any) -> None:
+    """The ends of the cell that each value was rounded to, where values were stored, not codes: fp32 [n] each.
+
+    Args:
+        sent: the values. peaks: the largest magnitude in the block of each, which stands for its scale.
+        bounds: between levels, and -1 and 1 at the ends. levels: of values / scale, rising.
+        low, high: the ends, one hundredth of the scale apart; infinite where the scale is not in sight.
+    """
+    shares, ranks = np.empty(_TILE, np.float32), np.empty(_TILE, np.int32)
+    for start in range(0, sent.size, _TILE):
+        size = min(_TILE, sent.size - start)
+        for at in range(size):
+            peak = peaks[start + at]
+            shares[at] = sent[start + at] / peak if peak > 0 else np.float32(0)
+            ranks[at] = 0
+        for bound in bounds[1:-1]:
+            for at in range(size):
+                ranks[at] += not bound >= shares[at]
+        for at in range(size):
+            rank, peak = ranks[at], peaks[start + at]
+            hidden = abs(shares[at] - levels[rank]) > np.float32(0.02)
+            low[start + at] = np.float32(-np.inf) if hidden else (bounds[rank] - np.float32(0.01)) * peak
+            high[start + at] = np.float32(np.inf) if hidden else (bounds[rank + 1] + np.float32(0.01)) * peak
+
+
+@kernel
+def add_reading(
+    values: Any, certain: Any, low: Any, high: Any, row_flags: Any, flags: Any,
+    first: Any, total: Any, count: Any, lowest: Any, highest: Any, edge: Any,
+) -> None:  # fmt: skip
+    """Add what one proxy says about rows to what others said; arrays are those of `Evidence` and `Reading`."""
+    for row in range(values.shape[0]):
+        if not row_flags[row]:
+            continue
+        line = flags[row if flags.shape[0] > 1 else 0]
+        for col in range(values.shape[1]):
+            shown, value, sure = line[col] > 0, values[row, col], certain[row, col]
+            begin, end, known = low[row, col], high[row, col], edge[row, col]
+            at_end = (value >= end or value <= begin) and not np.isnan(sure)
+            edge[row, col] = sure if shown and at_end and not abs(known) <= abs(sure) else known
+            lowest[row, col] = larger(lowest[row, col], begin) if shown else lowest[row, col]
+            highest[row, col] = -larger(-highest[row, col], -end) if shown else highest[row, col]
+            first[row, col] = value if shown and count[row, col] == 0 else first[row, col]
+            total[row, col] += value if shown else np.float32(0)
+            count[row, col] += np.float32(shown)
+
+
+@kernel
+def larger(one: Any, other: Any) -> Any:
+    """The larger of two numbers, NaN if one is."""
+    return other if other > one or np.isnan(other) else one
+
+
+@kernel
+def clamp(guess: Any, low: Any, high: Any, total: Any, count: Any, out: Any) -> None:
+    """out = the guess, moved into an interval, or the mean of what was shown where that is empty: fp32 [n] each."""
+    for at in range(out.size):
+        inside = -larger(-larger(guess[at], low[at]), -high[at])
+        out[at] = inside if low[at] <= high[at] else total[at] / max(count[at], np.float32(1))
 
 
 @loose

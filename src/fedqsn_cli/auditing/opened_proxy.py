@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli import strictjson
-from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, ProxyManifest, parse_manifest
+from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, ProxyManifest, missing_manifest, parse_manifest
 from fedqsn_cli.artifacts.proxy_folder import VisibleUnits, open_visible
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.checkpoint.files import read_file
 from fedqsn_cli.dtypes import DTYPES, WEIGHT_DTYPES
-from fedqsn_cli.errors import FormatError, InputError
+from fedqsn_cli.errors import FormatError
 from fedqsn_cli.masks.draw import rescale_factor
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.models.model import ModelTensor, model_tensors
@@ -210,7 +210,7 @@ def open_proxy(folder: Path, scope: str) -> OpenedProxy:
         InputError: it is not there. FormatError: a file is malformed, or its files contradict each other.
     """
     if not os.path.lexists(folder / PROXY_MANIFEST):
-        raise InputError("no proxy.json here", where=folder)
+        raise missing_manifest(folder, ProxyManifest)
     data = read_file(folder / PROXY_MANIFEST, ProxyManifest.LARGEST)
     manifest = parse_manifest(data, ProxyManifest, folder / PROXY_MANIFEST)
     checkpoint = Checkpoint.open(folder)

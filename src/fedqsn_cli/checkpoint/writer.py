@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from fedqsn_cli.checkpoint import files
@@ -37,6 +37,7 @@ class ArtifactWriter:
     Args:
         out: the directory to make; missing parents are made too.
         force: replace an artifact of fedqsn that is there. Any other directory is never touched.
+        replaces: the manifests that such an artifact may have, so that no input is lost to an output of another kind.
         pipeline: the background threads, for several writers that are filled at the same time and given up together;
             None for threads of its own.
         digest: how `digests` tells those of tensor files; None if it need not. A given pipeline decides for itself.
@@ -53,12 +54,14 @@ class ArtifactWriter:
         out: Path,
         *,
         force: bool,
+        replaces: Collection[str] = MANIFESTS,
         pipeline: WriterThreads | None = None,
         digest: Algorithm | None = "sha256",
         uniform: bool = False,
     ) -> None:
         self.out = Path(os.path.abspath(out))
         self._force = force
+        self._replaces = replaces
         self._uniform = uniform
         if self.out.name and is_artifact(files.aside_path(self.out)):  # the root folder has no name
             files.recover(self.out)
@@ -78,8 +81,12 @@ class ArtifactWriter:
     def _check_out(self) -> None:
         if not os.path.lexists(self.out):
             return
+        what = None
         if not is_artifact(self.out):
             what = "already exists and was not made by fedqsn, so it is never replaced"
+        elif not is_artifact(self.out, self._replaces):
+            what = f"already exists, and is another kind of output: it has no {' or '.join(self._replaces)}"
+        if what is not None:
             raise OutputExists(what, where=self.out, hint="choose another path")
         if not self._force:
             raise OutputExists("already exists", where=self.out, hint="choose another path, or replace it with --force")
@@ -230,10 +237,10 @@ def _make_uniform(folder: Path) -> None:
             os.close(descriptor)
 
 
-def is_artifact(path: Path) -> bool:
+def is_artifact(path: Path, manifests: Collection[str] = MANIFESTS) -> bool:
     """Whether fedqsn made this directory: a real one that holds one of its manifests."""
     real = os.path.isdir(path) and not os.path.islink(path)  # os.path: False for a name too long, where Path raises
-    return real and any(os.path.isfile(path / name) for name in MANIFESTS)
+    return real and any(os.path.isfile(path / name) for name in manifests)
 
 
 def _make_parents(path: Path) -> list[Path]:

@@ -86,6 +86,8 @@ def _facts(facts: Mapping[str, Any]) -> list[tuple[str, object]]:
             rows.append((words, tables.quantization(value)))
         elif isinstance(value, bool):
             rows.append((words, "yes" if value else "no"))
+        elif isinstance(value, float):
+            rows.append((words, f"{value:.6g}"))
         elif isinstance(value, Mapping):
             rows += [(f"{words}: {inner}", item) for inner, item in _facts(value)]
         elif isinstance(value, list):

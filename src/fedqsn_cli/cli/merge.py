@@ -76,7 +76,8 @@ def _parts(result: MergeResult) -> list[console.Part]:
         facts += [("adapter", result.adapter.path), ("of that adapter", exact)]
     if result.privacy is not None:
         told = result.privacy
-        facts.append(("privacy of a client", f"ε = {told.epsilon:.4g} at δ = {told.delta:g}, {told.merges} merges"))
+        over = f"{told.merges} merge{'s' * (told.merges > 1)} with noise"
+        facts.append(("privacy of a client", f"ε = {told.epsilon:.4g} at δ = {told.delta:g}, {over}"))
     parts: list[console.Part] = [_clients(result)] if result.clients else []
     parts += [_refused(result)] if result.refused else []
     parts += [_curve(result.search)] if result.search else []

@@ -21,7 +21,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
 
 from fedqsn_cli.checkpoint.files import read_file, write_file_atomically
-from fedqsn_cli.courier.layout import INVITATION, Invitation
+from fedqsn_cli.courier.layout import INVITATION, Invitation, read_json
 from fedqsn_cli.errors import FormatError, InputError
 
 Kind = Literal["server", "client", "admin"]
@@ -111,14 +111,31 @@ def _certificate(path: Path) -> x509.Certificate:
         raise FormatError("is not a certificate", where=path, hint="put back the kit that belongs here") from None
 
 
+def client_of(kit: Path) -> str:
+    """The name under which a site's kit connects. Raises InputError, FormatError."""
+    path = kit / "startup" / "fed_client.json"
+    with _settings(path) as document:
+        return str(document["client"]["fqsn"])
+
+
 def place_server(kit: Path) -> None:
-    """Let a server keep its state in its kit, not in /tmp, wherever the kit is now."""
+    """Let a server keep its state in its kit, not in /tmp, wherever the kit is now. Raises InputError, FormatError."""
     path = kit / "local" / "resources.json"
-    document = json.loads(path.read_text())
-    document["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(kit / "snapshots")
-    jobs = next(one for one in document["components"] if one["id"] == "job_manager")
-    jobs["args"] = jobs.get("args", {}) | {"uri_root": str(kit / "jobs")}
+    with _settings(path) as document:
+        document["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(kit / "snapshots")
+        jobs = next(one for one in document["components"] if one["id"] == "job_manager")
+        jobs["args"] = jobs.get("args", {}) | {"uri_root": str(kit / "jobs")}
     write_file_atomically(path, json.dumps(document, indent=2).encode())
+
+
+@contextmanager
+def _settings(path: Path) -> Iterator[Any]:
+    """A file of a kit, for a block that takes from it what FLARE has put there. Raises InputError, FormatError."""
+    document = read_json(path)
+    try:
+        yield document
+    except (LookupError, TypeError, AttributeError, StopIteration):
+        raise FormatError("is not as FLARE makes it", where=path, hint="put back the kit that belongs here") from None
 
 
 def _settle(local: Path, kind: Kind) -> None:

@@ -63,7 +63,7 @@ class Invitation:
         try:
             if document.pop("format") == FORMAT:
                 made = cls(**document)
-                texts = (validate.project(made.project), made.host, made.root, made.owner)
+                texts = (validate.project(made.project), validate.host(made.host), made.root, made.owner)
                 if all(type(x) is str for x in texts) and type(made.port) is int and 0 < made.port < 65536:
                     return made
         except (AttributeError, KeyError, TypeError, InputError):

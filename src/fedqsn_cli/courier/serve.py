@@ -10,7 +10,7 @@ from types import FrameType
 
 from fedqsn_cli.courier import daemons, kits
 from fedqsn_cli.courier.daemons import Daemon
-from fedqsn_cli.courier.layout import INVITATION, Host, Invitation, Owner, Site, read_json
+from fedqsn_cli.courier.layout import INVITATION, Host, Invitation, Owner, Site
 from fedqsn_cli.courier.rounds import Unreachable
 from fedqsn_cli.courier.site import SiteSettings
 from fedqsn_cli.errors import InputError
@@ -98,8 +98,7 @@ def _site(site: Site) -> Daemon:
         raise InputError("the owner has not approved this site yet", where=site.home, hint=hint)
     kits.require_valid(site.kit)
     SiteSettings.read(site.settings)  # what is wrong in it shows now, not when a proxy comes
-    name = read_json(site.kit / "startup" / "fed_client.json")["client"]["fqsn"]
-    return Daemon(str(name), site.kit)
+    return Daemon(kits.client_of(site.kit), site.kit)
 
 
 def courier_stop(path: str | Path, options: CourierStopOptions) -> Served:

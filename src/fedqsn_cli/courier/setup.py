@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import lzma
+import re
 import shutil
 import struct
 import tempfile
@@ -27,6 +28,7 @@ from fedqsn_cli.options import CourierApproveOptions, CourierInitOptions, Courie
 _LARGEST = 1 << 20  # bytes of a request or an approval
 _DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, ValueError, struct.error)
 _KEY, _ASKED, _SIGNED = "site.pub", "request.zip", "signed.zip"
+_FINGERPRINT = re.compile(r"SHA256:([0-9A-F]{2}:){31}[0-9A-F]{2}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,9 @@ def courier_join(path: str | Path, options: CourierJoinOptions) -> CourierSetup:
     """
     kits.require_flare()
     invitation = Invitation.read(Path(path))
+    _check_keys(invitation.owner.encode(), "owner", Path(path))
+    if not _FINGERPRINT.fullmatch(invitation.root):
+        raise FormatError("names no certificate", where=path, hint="ask the owner for it again")
     site = Site(Path(options.out).absolute())
     if options.approval is None:
         return _request(site, invitation, options)
@@ -159,13 +164,18 @@ def _request(site: Site, invitation: Invitation, options: CourierJoinOptions) ->
 
 
 def _settings(options: CourierJoinOptions) -> str:
-    evaluation = f"eval_data = {json.dumps(str(options.eval_data))}\n" if options.eval_data is not None else ""
+    evaluation = f"eval_data = {_quoted(options.eval_data)}\n" if options.eval_data is not None else ""
     return TEMPLATE.format(
-        data=json.dumps(str(options.data)),
+        data=_quoted(options.data),
         eval_data=evaluation,
-        device=json.dumps(options.device),
+        device=_quoted(options.device),
         max_length=options.max_length,
     )
+
+
+def _quoted(value: object) -> str:
+    """Text as TOML has it: as JSON, which leaves one control character as it is."""
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def courier_approve(path: str | Path, request: str | Path, options: CourierApproveOptions) -> CourierSetup:
@@ -186,24 +196,27 @@ def courier_approve(path: str | Path, request: str | Path, options: CourierAppro
         raise OutputExists("already exists", where=options.out, hint="choose another path")
     parts = _unpacked(asked, {_ASKED, _KEY})
     client = _named(parts[_ASKED], asked)
-    _check_keys(parts[_KEY], asked)
+    _check_keys(parts[_KEY], _KEY, asked)
     known = owner.home / "keys" / f"{client}.pub"
     if known.exists() and known.read_bytes() != parts[_KEY]:
         raise InputError(f"client {client!r} has joined with another key", where=known, hint="remove it to replace it")
     work = owner.home / "requests" / client
+    invitation = Invitation.read(owner.invitation)
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True, mode=0o700)
-    (work / f"{client}.request.zip").write_bytes(parts[_ASKED])
-    kits.approve(
-        owner.authority, Invitation.read(owner.invitation), work / f"{client}.request.zip", work / f"{client}.{_SIGNED}"
-    )
+    with _new_folder(work):
+        (work / f"{client}.request.zip").write_bytes(parts[_ASKED])
+        kits.approve(owner.authority, invitation, work / f"{client}.request.zip", work / f"{client}.{_SIGNED}")
     write_file_atomically(known, parts[_KEY])
     _pack(Path(options.out), {_SIGNED: (work / f"{client}.{_SIGNED}").read_bytes()})
     return CourierSetup(str(owner.home), str(options.out), fingerprint(load_verify_key(known)))
 
 
-def _check_keys(data: bytes, where: Path) -> None:
-    """Refuse a request without the keys of a site, before they are kept as those of a client. Raises FormatError."""
+def _check_keys(data: bytes, name: str, where: Path) -> None:
+    """Refuse what holds no public keys, before they are kept as those of somebody. Raises FormatError.
+
+    Args:
+        name: of the part of `where` that should hold them.
+    """
     with tempfile.TemporaryDirectory() as place:
         public = Path(place) / _KEY
         public.write_bytes(data)
@@ -211,7 +224,7 @@ def _check_keys(data: bytes, where: Path) -> None:
             load_verify_key(public)
             load_recipient(public)
         except KeyFileError as error:
-            raise FormatError(f"{_KEY} in it {error.what}", where=where) from None
+            raise FormatError(f"{name} in it {error.what}", where=where) from None
 
 
 def _named(data: bytes, where: Path) -> str:

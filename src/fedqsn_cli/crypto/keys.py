@@ -29,6 +29,7 @@ VerifyKey = ec.EllipticCurvePublicKey
 
 _LIMIT = 1 << 16  # bytes of a key file
 _BLOCK = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----.*?-----END \1-----\s*", re.DOTALL)
+_PRIVATE, _PUBLIC = b"PRIVATE KEY", b"PUBLIC KEY"
 _MAKE_ONE = "make a key pair with 'fedqsn keygen'"
 _PEM, _SPKI = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
 
@@ -123,18 +124,21 @@ def _private_pem(key: SigningKey | X25519PrivateKey) -> bytes:
 
 
 def _private_keys(path: str | Path) -> list[Any]:
-    label = b"PRIVATE KEY"
-    data = read_secret(path, _LIMIT, label)
-    return _keys(data, label, lambda pem: serialization.load_pem_private_key(pem, None), path)
+    data = read_secret(path, _LIMIT, _PRIVATE)
+    return _keys(data, _PRIVATE, lambda pem: serialization.load_pem_private_key(pem, None), path)
 
 
 def _public_keys(path: str | Path) -> list[Any]:
-    return _keys(read_file(Path(path), _LIMIT), b"PUBLIC KEY", serialization.load_pem_public_key, path)
+    return _keys(read_file(Path(path), _LIMIT), _PUBLIC, serialization.load_pem_public_key, path)
 
 
 def _keys(data: bytes, label: bytes, load: Callable[[bytes], Any], path: str | Path) -> list[Any]:
     """The keys of all blocks with such a label; others, such as the parameters of a curve, are left out."""
-    blocks = [match[0] for match in _BLOCK.finditer(data) if match[1].endswith(label)]
+    found = [(match[0], match[1]) for match in _BLOCK.finditer(data)]
+    blocks = [block for block, kind in found if kind.endswith(label)]
+    if not blocks and any(kind.endswith((_PRIVATE, _PUBLIC)) for _, kind in found):
+        is_one, needed = ("public", "private") if label == _PRIVATE else ("private", "public")
+        raise KeyFileError(f"is a {is_one} key", where=path, hint=f"give the {needed} one of the pair")
     try:
         return [load(block) for block in blocks]
     except TypeError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +14,9 @@ from fedqsn_cli.checkpoint import ArtifactWriter
 from fedqsn_cli.checkpoint.files import open_regular_file, stream_new_file
 from fedqsn_cli.crypto import stream
 from fedqsn_cli.crypto.folder import folder_stream, write_folder
-from fedqsn_cli.crypto.keys import load_opening_key, load_recipient, load_verify_key
+from fedqsn_cli.crypto.keys import VerifyKey, load_opening_key, load_recipient, load_verify_key
 from fedqsn_cli.crypto.signature import verify_folder
-from fedqsn_cli.errors import FormatError, InputError
+from fedqsn_cli.errors import FormatError, InputError, SignatureError
 from fedqsn_cli.options import SealOptions, UnsealOptions
 
 _SENT = (PROXY_MANIFEST, UPDATE_MANIFEST)
@@ -99,11 +99,20 @@ def unseal(path: str | Path, options: UnsealOptions) -> Unsealed:
     sender = load_verify_key(options.verify_key) if options.verify_key is not None else None
     key = load_opening_key(options.key)
     source = Path(path)
-    with ArtifactWriter(Path(options.out), force=options.force, uniform=True) as writer:
+    with ArtifactWriter(Path(options.out), force=options.force, replaces=_SENT, uniform=True) as writer:
         with open(open_regular_file(source), "rb") as file:
             write_folder(stream.decrypt(file.read, key, source), writer, source)
         if not any(name in writer.digests for name in _SENT):
             raise FormatError("holds neither a proxy nor an update", where=source)
         if sender is not None:
-            verify_folder(writer.place(SIGNATURE).parent, sender, writer.digests)
+            _verify(writer.place(SIGNATURE).parent, sender, writer.digests, source)
         return Unsealed(str(writer.publish()), sender is not None)
+
+
+def _verify(folder: Path, sender: VerifyKey, digests: Mapping[str, str], source: Path) -> None:
+    """Verify the signature of an opened folder; errors name the sealed file, since the folder will be gone."""
+    try:
+        verify_folder(folder, sender, digests)
+    except (SignatureError, FormatError) as error:
+        error.where = str(error.where).replace(str(folder), str(source), 1)
+        raise

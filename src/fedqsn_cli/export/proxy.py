@@ -226,7 +226,9 @@ def _writers(options: ExportOptions, together: int) -> Iterator[list[ArtifactWri
         threads = WriterThreads(together)
         stack.callback(threads.stop)
         yield [
-            stack.enter_context(ArtifactWriter(target, force=force, pipeline=threads, uniform=True))
+            stack.enter_context(
+                ArtifactWriter(target, force=force, replaces=[PROXY_MANIFEST], pipeline=threads, uniform=True)
+            )
             for target, force in zip(options.targets, _replaceable(options), strict=True)
         ]
 

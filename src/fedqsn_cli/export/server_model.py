@@ -83,7 +83,7 @@ def mask(source: str | Path, options: MaskOptions, *, progress: Progress = SILEN
     refuse_untrainable(model, options.allow_untrainable)
     masks = session.client_masks(options.client, options) if options.client is not None else None
     tasks = session.tasks(quantization)
-    with ArtifactWriter(Path(options.out), force=options.force, digest=None) as writer:
+    with ArtifactWriter(Path(options.out), force=options.force, replaces=[MODEL_MANIFEST], digest=None) as writer:
         specs = tensor_specs(tasks, quantization)
         sink = writer.tensors("model", specs, max_shard_bytes=options.max_shard_bytes, metadata=METADATA)
         output = client_output(sink, quantization, masks) if masks is not None else ServerOutput(sink, quantization)
@@ -132,7 +132,7 @@ def quantize(source: str | Path, options: QuantizeOptions, *, progress: Progress
     model = _open_dense(source, options.plan_file)
     tasks = tensor_tasks(model, quantization, lambda tensor: None)
     algorithm = algorithm_of(model.manifest.model_digest if model.manifest else None)
-    with ArtifactWriter(Path(options.out), force=options.force, digest=None) as writer:
+    with ArtifactWriter(Path(options.out), force=options.force, replaces=[MODEL_MANIFEST], digest=None) as writer:
         specs = tensor_specs(tasks, quantization)
         sink = writer.tensors("model", specs, max_shard_bytes=options.max_shard_bytes, metadata=METADATA)
         digests = run(

@@ -47,7 +47,7 @@ def add_up(
     """
     assert not isinstance(options.clip_norm, str)
     job, model = open_job_model(source, options.key)
-    with ArtifactWriter(Path(options.out), force=options.force, digest="blake3") as writer:
+    with ArtifactWriter(Path(options.out), force=options.force, replaces=[PARTIAL_MANIFEST], digest="blake3") as writer:
         verifier = UpdateVerifier(job, model, options.required_ledger(), options.verify_key_of)
         tasks = tensor_tasks(model, None, verifier.masks.hidden_on_the_way)
         refusals = Refusals(options.on_refused == "skip", [])

@@ -103,7 +103,11 @@ def consolidate(
         files.require_file_target(options.report)
     for weight in _weights(options):
         remove_finished(_named(options, weight), Path(options.out))
-    with ArtifactWriter(Path(options.out), force=options.force, digest=None) as writer, quiet(), memory_errors():
+    with (
+        ArtifactWriter(Path(options.out), force=options.force, replaces=[MODEL_MANIFEST], digest=None) as writer,
+        quiet(),
+        memory_errors(),
+    ):
         result = _Consolidation.of(source, trained, options, writer.place("student"), progress).run(writer)
     if options.report is not None and result.search is not None:
         from fedqsn_cli.merging.report.page_weights import render

@@ -88,10 +88,10 @@ class KeptStep:
         for update in updates:
             if update.manifest.adapters is None:
                 what = f"the update of client {update.client!r} is not one of adapters"
-                raise InputError(what, where="--keep-adapter", hint="leave it out")
+                raise InputError(what, where="--keep-adapter", hint="leave --keep-adapter out")
             if update.manifest.saved != first.manifest.saved:
                 what = f"clients {first.client!r} and {update.client!r} trained different modules in full"
-                raise InputError(what, where="--keep-adapter", hint="leave it out")
+                raise InputError(what, where="--keep-adapter", hint="leave --keep-adapter out")
         self._config = read_config(first.folder, first.manifest)
         self._saved = first.manifest.saved or {}
         self._all_records = [dict(update.manifest.adapters or {}) for update in updates]

@@ -20,16 +20,17 @@ the fill; hidden weights are not in it, and get the difference when the job is r
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedqsn_cli.artifacts.manifests import ServerStateRecord
+from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, ServerStateRecord
 from fedqsn_cli.checkpoint import ArtifactWriter, write_file_atomically
 from fedqsn_cli.checkpoint.files import keep_outside, require_file_target
-from fedqsn_cli.errors import InputError
+from fedqsn_cli.errors import InputError, OutputExists
 from fedqsn_cli.export.outputs import tensor_specs
 from fedqsn_cli.kernels.hash_threads import HashThreads
 from fedqsn_cli.masks.job_key import JobKey
@@ -109,7 +110,7 @@ def _check_updates(updates: Sequence[str | Path], options: MergeOptions) -> None
     if options.restore is not None and updates:
         raise InputError("a restore takes no updates", where="--restore", hint="merge them first")
     if options.restore is None and not updates:
-        raise InputError("no update was given", hint="name the update directories, or end the job with --restore")
+        raise InputError("no update was given", hint="name the folders of updates, or end the job with --restore")
     several = len(updates) + (options.control is not None) > 1
     if several and options.verify_key is not None and "{client}" not in str(options.verify_key):
         raise InputError("is the same for several clients", where="--verify-key", hint='put "{client}" into it')
@@ -137,14 +138,17 @@ def merge_updates(
     """Verify updates, merge them into a model, and write the result.
 
     Args:
-        source: the model that the proxies were made of. updates: update directories.
+        source: the model that the proxies were made of. updates: folders of updates.
         development: where `server_lr` auto looks for the lowest loss.
 
     Raises:
         RefusedUpdate, GateFailed, InputError: as `merge`.
     """
     job, model = open_job_model(source, options.key)
-    with ArtifactWriter(Path(options.out), force=options.force, digest=None) as writer, ExitStack() as stack:
+    with (
+        ArtifactWriter(Path(options.out), force=options.force, replaces=[MODEL_MANIFEST], digest=None) as writer,
+        ExitStack() as stack,
+    ):
         saved = open_state(model, job, options.server_optimizer)
         late = options.staleness_discount is not None
         verifier = UpdateVerifier(job, model, options.required_ledger(), options.verify_key_of, takes_late=late)
@@ -186,7 +190,10 @@ def _kept_step(
     """The step as an adapter, if that is asked for; `stack` removes what of it is not published. Raises InputError."""
     if options.keep_adapter is None:
         return None
-    writer = stack.enter_context(ArtifactWriter(Path(options.keep_adapter), force=options.force))
+    path = Path(options.keep_adapter)
+    if os.path.lexists(path):
+        raise OutputExists("already exists, and adapters are never replaced", where=path, hint="choose another path")
+    writer = stack.enter_context(ArtifactWriter(path, force=False))
     return KeptStep(writer, clients, tasks, options)
 
 

@@ -46,8 +46,9 @@ def load_stored(checkpoint: Checkpoint, kind: Quantization | None, compute: torc
         quantization=_quantization(checkpoint, kind, compute),
     )
     model.requires_grad_(False)
-    _check_packed(model, checkpoint)
-    _forbid_repacking(model)
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("bitsandbytes."):
+            _prepare_packed(name, module, checkpoint)
     return with_tokenizer(model, checkpoint, task)
 
 
@@ -57,22 +58,22 @@ def _stored(checkpoint: Checkpoint, name: str) -> Tensor:
     return from_bytes(checkpoint.mapped(name), entry.dtype, entry.shape)
 
 
-def _check_packed(model: Any, checkpoint: Checkpoint) -> None:
-    """Refuse dense weights in modules that compute with packed ones only. Raises FormatError."""
-    for name, module in model.named_modules():
-        if type(module).__module__.startswith("bitsandbytes.") and module.weight.is_floating_point():
-            what = f"{name} is not packed, and config.json does not list it in llm_int8_skip_modules"
-            raise FormatError(what, where=checkpoint.path)
+def _prepare_packed(name: str, module: Any, checkpoint: Checkpoint) -> None:
+    """Let a module of bitsandbytes be trained like any other. Raises FormatError: its weight is not packed."""
+    if module.weight.is_floating_point():
+        what = f"{name} is not packed, and config.json does not list it in llm_int8_skip_modules"
+        raise FormatError(what, where=checkpoint.path)
+    if hasattr(module, "support_avx512bf16_for_cpu"):
+        # Else, at the first evaluation, bitsandbytes packs the weight anew for CPUs with AVX512_BF16. It is then
+        # multiplied in bfloat16, and by a kernel without a gradient: training would stop learning.
+        module.support_avx512bf16_for_cpu = False
+    module.register_forward_hook(_in_autocast)
 
 
-def _forbid_repacking(model: Any) -> None:
-    """Keep bitsandbytes from repacking weights on CPUs with AVX512_BF16, at the first evaluation.
-
-    What it repacks is multiplied in bfloat16, and by a kernel without a gradient: training would stop learning.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+def _in_autocast(_: Any, __: Any, output: Tensor) -> Tensor:
+    """The dtype that autocast gives the outputs of any other linear layer: models rely on it (DeBERTa's masks)."""
+    kind = output.device.type
+    return output.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else output
 
 
 def _usual_dtype(layout: Mapping[str, Tensor]) -> torch.dtype:

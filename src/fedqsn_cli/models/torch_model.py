@@ -69,7 +69,7 @@ class Loaded(NamedTuple):
         The tokenizer's, the model's, or the end of text; if there is none of them, one that no text has, or 0.
         """
         config, tokenizer = self.model.config.get_text_config(), self.tokenizer
-        known = [getattr(tokenizer, "pad_token_id", None), config.pad_token_id]
+        known = [getattr(one, "pad_token_id", None) for one in (tokenizer, config)]
         known += [getattr(tokenizer, "eos_token_id", None), len(tokenizer) if tokenizer is not None else None]
         return next((one for one in known if type(one) is int and 0 <= one < self.vocabulary), 0)
 

@@ -32,6 +32,8 @@ COURIER = "Courier"
 def _address(value: str, flag: str) -> str:
     """HOST:PORT."""
     host, _, port = value.rpartition(":")
+    if host:
+        validate.host(host, flag)
     if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
         raise InputError(f"{value!r} is not an address", where=flag, hint="give HOST:PORT, such as fl.example.org:443")
     return value

@@ -95,7 +95,7 @@ DOUBLE_QUANT = Option("Quantize the scales too (nf4 and fp4 in layout bnb).", QU
 
 
 OUT = Option("Folder to write.", OUTPUT, metavar="DIR")
-FORCE = Option("Replace what is at --out, if fedqsn wrote it.", OUTPUT)
+FORCE = Option("Replace what is at --out, if fedqsn wrote it and it is of the same kind.", OUTPUT)
 SIGN = Option("Sign the output with this private key, from 'fedqsn keygen'.", SIGNATURES, metavar="PRIVATE")
 PLAN_FILE = Option("TOML rules for tensors that need other treatment.", MASKING, aliases=("--plan",))
 AXIS = Option(

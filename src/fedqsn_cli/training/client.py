@@ -23,6 +23,7 @@ from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, resolve
 from fedqsn_cli.checkpoint.files import keep_outside
 from fedqsn_cli.crypto.optional import signer, verify_signed
 from fedqsn_cli.errors import InputError
+from fedqsn_cli.kernels.digests import Algorithm
 from fedqsn_cli.models.architecture import Task
 from fedqsn_cli.models.messages import quiet
 from fedqsn_cli.models.torch_model import Loaded, choose_device, memory_errors
@@ -179,7 +180,8 @@ def _writer(options: TrainOptions) -> Any:
     if options.residual is not None:  # a run that was killed after its update appeared is at its end, too
         settle_published(Path(options.residual))
     # A signature lists SHA-256, so with one the files are hashed only once.
-    return ArtifactWriter(Path(options.out), force=options.force, digest="sha256" if options.sign else "blake3")
+    digest: Algorithm = "sha256" if options.sign else "blake3"
+    return ArtifactWriter(Path(options.out), force=options.force, replaces=[UPDATE_MANIFEST], digest=digest)
 
 
 @dataclass(slots=True)

@@ -254,11 +254,19 @@ def is_sparse(path: Path) -> bool:
 
 
 def _attributes(path: Path) -> dict[str, bytes]:
+    """Extended attributes; one that cannot be read counts, with a value that no label has."""
     try:
         names = os.listxattr(path, follow_symlinks=False)
-        return {name: os.getxattr(path, name, follow_symlinks=False) for name in names}
     except OSError:
         return {}  # a file system without them
+    return {name: _attribute(path, name) for name in names}
+
+
+def _attribute(path: Path, name: str) -> bytes:
+    try:
+        return os.getxattr(path, name, follow_symlinks=False)
+    except OSError:
+        return b"?"
 
 
 def _in_safetensors(head: bytes, offset: int) -> tuple[str, str | None]:

@@ -154,7 +154,7 @@ def _judge(inputs: Inputs, proxy: OpenedProxy, folder: ComparedFolder, made: Rel
 def _first(scope: str, differences: Sequence[Difference], problems: Sequence[tuple[str, str]]) -> Iterator[Finding]:
     """One finding: what differs first, and in how many places more."""
     rest = len(differences) + len(problems) - 1
-    more = f"; {rest} more such places" if rest > 0 else ""
+    more = f"; {rest} more such place{'s' * (rest > 1)}" if rest > 0 else ""
     if differences:
         one = differences[0]
         where = f"{one.file} differs from what an export writes at byte {one.offset} ({one.place})"

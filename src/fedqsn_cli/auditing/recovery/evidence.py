@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedqsn_cli.auditing import kernels
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.recovery.intervals import certain_values, intervals, once_rounded
 from fedqsn_cli.auditing.rows import shown_flags
 from fedqsn_cli.models.tensor_task import TensorTask
 
 Array = NDArray[Any]
-Bools = NDArray[np.bool_]
 Floats = NDArray[np.float32]
 
 
@@ -59,12 +59,6 @@ class Reading:
         return certain_values(self.proxy, self.task, self.sent, self.values)
 
     @cached_property
-    def shown(self) -> Bools:
-        """Where the proxy shows anything."""
-        shown: Bools = self.row_flags[:, None] & (self.flags > 0)
-        return shown
-
-    @cached_property
     def intervals(self) -> tuple[Floats, Floats]:
         """Where each weight is, by its rounded value: (low, high)."""
         return intervals(self.proxy, self.task, self.first, self.sent)
@@ -98,18 +92,10 @@ class Evidence:
 
     def add(self, reading: Reading) -> None:
         """One more proxy."""
-        values, certain, shown = reading.values, reading.certain, reading.shown
-        low, high = reading.intervals
-        new = shown & (self.count == 0)
-        np.copyto(self.first, values, where=new)
-        np.add(self.total, values, out=self.total, where=shown)
-        self.count += shown
-        np.maximum(self.low, low, out=self.low, where=shown)
-        np.minimum(self.high, high, out=self.high, where=shown)
-        with np.errstate(invalid="ignore"):
-            at_end = shown & ((values >= high) | (values <= low)) & ~np.isnan(certain)
-            nearer = at_end & ~(np.abs(self.edge) <= np.abs(certain))
-        np.copyto(self.edge, certain, where=nearer)
+        kernels.add_reading(
+            *(reading.values, reading.certain, *reading.intervals, reading.row_flags, reading.flags),
+            *(self.first, self.total, self.count, self.low, self.high, self.edge),
+        )
 
     @property
     def mean(self) -> Floats:
@@ -118,8 +104,10 @@ class Evidence:
 
     def clamped(self, guess: Floats) -> Floats:
         """A guess moved into the intervals; where intervals exclude each other, the mean of what was shown."""
-        inside = np.minimum(np.maximum(guess, self.low), self.high)
-        return np.where(self.low <= self.high, inside, self.mean)
+        out = np.empty_like(self.first)
+        arrays = (np.ascontiguousarray(guess), self.low, self.high, self.total, self.count, out)
+        kernels.clamp(*(each.reshape(-1) for each in arrays))
+        return out
 
 
 def collect(proxies: Sequence[OpenedProxy], task: TensorTask, first: int, rows: int) -> Evidence:

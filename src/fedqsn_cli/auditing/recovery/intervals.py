@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.artifacts.manifests import Quantization
-from fedqsn_cli.auditing.kernels import block_peaks, decode_levels
+from fedqsn_cli.auditing.kernels import block_peaks, decode_levels, snapped_cells
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.quantization import kernels
@@ -94,11 +94,7 @@ def _snapped(sent: Floats, peaks: Floats, format: str) -> tuple[Floats, Floats]:
         return sent - half, sent + half
     book = codebook(format)
     count = len(FORMATS[format].values)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        share: Any = np.where(peaks > 0, sent / peaks, 0)
-    rank = np.searchsorted(book.bounds[: count - 1], share)
     bounds = np.concatenate([[-1], book.bounds[: count - 1], [1]]).astype(np.float32)
-    off = np.abs(share - book.levels[rank]) > 0.02  # the scale is not in sight: its element is hidden
-    low = np.where(off, -np.inf, (bounds[rank] - np.float32(0.01)) * peaks)
-    high = np.where(off, np.inf, (bounds[rank + 1] + np.float32(0.01)) * peaks)
-    return low.astype(np.float32), high.astype(np.float32)
+    low, high = np.empty_like(sent), np.empty_like(sent)
+    snapped_cells(sent.reshape(-1), peaks.reshape(-1), bounds, book.levels, low.reshape(-1), high.reshape(-1))
+    return low, high

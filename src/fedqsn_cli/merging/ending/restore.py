@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from fedqsn_cli.artifacts.manifests import ModelManifest
+from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, ModelManifest
 from fedqsn_cli.checkpoint import ArtifactWriter
 from fedqsn_cli.dtypes import SHORT_DTYPES
 from fedqsn_cli.errors import InputError
@@ -66,7 +66,7 @@ def restore_model(
         InputError: the two models do not belong together. Nothing was written then.
     """
     inputs = open_restore_inputs(source, trained, options)
-    with ArtifactWriter(Path(options.out), force=options.force, digest=None) as writer:
+    with ArtifactWriter(Path(options.out), force=options.force, replaces=[MODEL_MANIFEST], digest=None) as writer:
         search = _search(inputs, development, progress) if development is not None else None
         blend = search.chosen if search else float(options.blend)
         path = write_restored(writer, inputs, blend, options.max_shard_bytes, progress)

@@ -14,6 +14,7 @@ from fedqsn_cli.merging.step.noise import Noise
 from fedqsn_cli.merging.updates.read_update import ClientUpdate
 from fedqsn_cli.merging.updates.verify import Round
 from fedqsn_cli.options import MergeOptions
+from fedqsn_cli.text import percent
 
 LEAST_WEIGHT = 2.0**-20
 """What an update that is late counts at least."""
@@ -64,7 +65,7 @@ class Aggregation:
 
 def clipped(factor: float) -> str:
     """What happened to an update that was merged `factor` times."""
-    return "merged" if factor == 1 else f"clipped to {factor:.2g}"
+    return "merged" if factor == 1 else f"clipped to {percent(factor)}"
 
 
 def aggregation(options: MergeOptions, found: Round, survey: Survey | None, noise: Noise | None) -> Aggregation:
@@ -120,7 +121,7 @@ def _require_enough(options: MergeOptions, count: int) -> None:
     least = times * options.byzantine + more
     if count < least:
         raise InputError(
-            f"{options.rule} withstands {options.byzantine} attackers among {least} updates or more; there are {count}",
+            f"{options.rule} needs {least} updates or more to withstand {options.byzantine}; this merge has {count}",
             where="--byzantine",
             hint="give a smaller number, or more updates",
         )

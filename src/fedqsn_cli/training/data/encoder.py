@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -116,7 +117,7 @@ def _ids(feature: dict[str, Ids]) -> list[Ids]:
 
 def _shifted(model: Any) -> Callable[[Ids], Ids]:
     """What the model's own code feeds its decoder with while it learns to write some tokens. Raises InputError."""
-    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None) or _shift_of_module(model)
     if shift is None:
         raise InputError(f"transformers does not say what the decoder of {type(model).__name__} begins with")
 
@@ -125,3 +126,12 @@ def _shifted(model: Any) -> Callable[[Ids], Ids]:
         return ids
 
     return inputs
+
+
+def _shift_of_module(model: Any) -> Callable[..., torch.Tensor] | None:
+    """The function that some models (M2M100, NLLB, Blenderbot) call themselves for it, in the module of their code."""
+    shift = getattr(sys.modules[type(model).__module__], "shift_tokens_right", None)
+    first = getattr(model.config, "decoder_start_token_id", None)
+    if shift is None or type(first) is not int:
+        return None
+    return lambda labels: shift(labels, model.config.pad_token_id, first)

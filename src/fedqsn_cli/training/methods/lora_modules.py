@@ -126,7 +126,8 @@ class _Finder:
         known = tensor_names(self._model, shapes, self._layout)
         for name in shapes:
             if name not in known:
-                raise InputError(f"{name} is not one tensor of the proxy, so it cannot be trained", where=_SAVED)
+                what = f"{name} is not one tensor of the proxy, so it cannot be trained"
+                raise InputError(what, where=_SAVED, hint="use --method full")
         return known
 
     def _fitting(self, name: str, flag: str) -> list[str]:

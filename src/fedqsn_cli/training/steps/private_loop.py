@@ -14,6 +14,7 @@ Batches and noise come from the operating system's random bytes, not from the se
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
 import time
 from collections.abc import Iterator
@@ -40,6 +41,7 @@ from fedqsn_cli.training.steps.secure_random import normals, uniforms
 ACCOUNTANT: Literal["rdp"] = (
     "rdp"  # Rényi differential privacy (arXiv 1702.07476): an upper bound for any number of steps
 )
+_COLLECTING = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _POSITION_TABLES = ("position_embeddings", "wpe")
 _TOLERANCE = 1e-3  # of the sum of per-example gradients against the gradient, relative to the parameter's
 _ROUNDING = 1e-5  # the same relative to those of the whole model: some parameters' gradients are zero but for rounding
@@ -188,6 +190,21 @@ def check_supported(model: Any) -> None:
     errors = ModuleValidator.validate(model, strict=False)
     if errors:
         raise InputError(f"opacus cannot train this model ({str(errors[0]).splitlines()[0]})", where="--dp-epsilon")
+    for name, module in model.named_modules():
+        for parameter, value in module.named_parameters(recurse=False):
+            if value.requires_grad and not _has_rule(module):
+                raise _unclear(f"{name}.{parameter}")
+
+
+def _has_rule(module: nn.Module) -> bool:
+    """Whether opacus can compute gradients of examples: for layers that it knows, and for functions of one tensor.
+
+    A stack of experts, which gets tokens of several examples and where to send them, is neither.
+    """
+    from opacus import GradSampleModule
+
+    inputs = inspect.signature(module.forward).parameters.values()
+    return type(module) in GradSampleModule.GRAD_SAMPLERS or sum(one.kind not in _COLLECTING for one in inputs) == 1
 
 
 class PerExample:
