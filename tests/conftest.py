@@ -80,7 +80,7 @@ def settle() -> None:
     if room_in_memory():
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY)
     accept_untrainable_models()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads would wait for each other, and forks have none
+    os.environ["OMP_NUM_THREADS"] = "1"  # torch's threads would wait for each other, and copies of a process have none
 
 
 def tame_hypothesis() -> None:
