@@ -78,7 +78,7 @@ def test_a_key_is_needed_for_every_client(tmp_path: Path) -> None:
         merged(tmp_path, verify_key=tmp_path / "alice.pub")
     with nothing_written(tmp_path), pytest.raises(InputError, match="there is no such file"):
         merged(tmp_path, verify_key=tmp_path / "keys/{client}.pub")
-    with nothing_written(tmp_path), pytest.raises(KeyFileError, match="no public P-256 key"):
+    with nothing_written(tmp_path), pytest.raises(KeyFileError, match="is a private key"):
         merged(tmp_path, verify_key=tmp_path / "{client}.key")
     with pytest.raises(InputError, match="a restore takes no updates"):
         merged(tmp_path, restore=tmp_path / "model")
