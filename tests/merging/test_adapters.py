@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from fedqsn_cli import merge
 from fedqsn_cli.errors import FedqsnError
-from fedqsn_cli.merging.step import chunks
 from fedqsn_cli.merging.updates.adapters import Factor, KeptFactors
 from fedqsn_cli.merging.updates.products import product
 from merging.test_merge import fedavg, whole_update
@@ -34,6 +33,7 @@ from support.helpers import (
     to_floats,
     visible_elements,
 )
+from support.passes import chunks_of
 from support.scenario import JobFolder, Scenario, few, job_folder, scenarios
 
 Doubles = NDArray[np.float64]
@@ -159,12 +159,11 @@ def merged(job: JobFolder, *folders: Path, out: str = "next", **options: Any) ->
     return merge(str(job.model), folders, job.root / out, **usual | options)
 
 
-def test_chunks_change_no_byte(job: JobFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_change_no_byte(job: JobFolder) -> None:
     update = draft_adapters(job.root / "proxies/ann", 1, rank=5).write(job.root / "u")
     merged(job, update)
-    # patched, as in support/passes.py: a parameter would go through every command for tests alone
-    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 100)
-    merged(job, update, out="again")
+    with chunks_of(100):
+        merged(job, update, out="again")
     assert contents(job.root / "next") == contents(job.root / "again")
 
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from fedqsn_cli import merge
 from fedqsn_cli.artifacts.update_folder import UPDATE_FORMATS, format_of, stored_specs
 from fedqsn_cli.errors import RefusedUpdate
-from fedqsn_cli.merging.step import chunks
 from fedqsn_cli.merging.updates.stored_values import StoredValues, UpdateSlice
 from fedqsn_cli.quantization.runs import decode_run, encode_run
 from support.helpers import Update, contents, draft, make_model, noise, nothing_written
+from support.passes import chunks_of
 from support.scenario import JobFolder, Scenario, few, job_folder, scenarios
 
 USUAL = Scenario("bert", "F32", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2)
@@ -57,8 +57,7 @@ def pair(proxy: Path, form: str, seed: int) -> tuple[Update, Update]:
 @few(16)
 @given(scenarios(shards=1), st.sampled_from(["int8", "nf4"]), st.sampled_from([1 << 20, 300]))
 def test_codes_merge_to_the_same_bits_as_the_values_they_stand_for(scenario: Scenario, form: str, chunk: int) -> None:
-    with job_folder(scenario) as job, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunks, "CHUNK_ELEMENTS", chunk)
+    with job_folder(scenario) as job, chunks_of(chunk):
         proxies = job.export(job.model, "proxies")
         results = []
         for index, kind in enumerate(("codes", "values")):
