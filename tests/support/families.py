@@ -51,6 +51,12 @@ def _llama_like(name: str, *, config: str = "", more: tuple[str, ...] = (), **op
     return Family(config or f"{name}Config", (f"{name}ForCausalLM", *more), options)
 
 
+def _t5_like(name: str, more: tuple[str, ...] = (), **options: Any) -> Family:
+    sizes = {"d_model": HIDDEN, "d_kv": 16, "d_ff": INNER, "num_layers": LAYERS, "num_heads": ATTENTION_HEADS}
+    options = {**sizes, "vocab_size": VOCABULARY, "decoder_start_token_id": 0, **options}
+    return Family(f"{name}Config", (f"{name}ForConditionalGeneration", *more), options, common=False)
+
+
 FAMILIES: dict[str, Family] = {
     "bert": _bert_like("Bert"),
     "roberta": _bert_like("Roberta"),
@@ -143,37 +149,8 @@ FAMILIES: dict[str, Family] = {
     "gemma3": _llama_like("Gemma3", config="Gemma3TextConfig", **_GROUPED),
     "phi": _llama_like("Phi"),
     "phi3": _llama_like("Phi3"),
-    "t5": Family(
-        "T5Config",
-        ("T5ForConditionalGeneration", "T5ForSequenceClassification"),
-        {
-            "d_model": HIDDEN,
-            "d_kv": 16,
-            "d_ff": INNER,
-            "num_layers": LAYERS,
-            "num_heads": ATTENTION_HEADS,
-            "vocab_size": VOCABULARY,
-            "decoder_start_token_id": 0,
-            "feed_forward_proj": "gated-gelu",
-        },
-        common=False,
-    ),
-    "longt5": Family(
-        "LongT5Config",
-        ("LongT5ForConditionalGeneration",),
-        {
-            "d_model": HIDDEN,
-            "d_kv": 16,
-            "d_ff": INNER,
-            "num_layers": LAYERS,
-            "num_heads": ATTENTION_HEADS,
-            "vocab_size": VOCABULARY,
-            "decoder_start_token_id": 0,
-            "encoder_attention_type": "transient-global",
-            "global_block_size": 8,
-        },
-        common=False,
-    ),
+    "t5": _t5_like("T5", ("T5ForSequenceClassification",), feed_forward_proj="gated-gelu"),
+    "longt5": _t5_like("LongT5", encoder_attention_type="transient-global", global_block_size=8),
     "pegasus": Family(
         "PegasusConfig",
         ("PegasusForConditionalGeneration",),

@@ -121,19 +121,24 @@ def test_it_is_told_where_the_training_goes_on(tmp_path: Path) -> None:
     assert notes.texts == ["going on after step 4 of 9"]  # it ended before the state of step 6 was written
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "no document", "half a document", "a document of nothing"])
-def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path: Path, damage: str) -> None:
+def notes_of_a_restart(place: Path, damage: Callable[[Path], None]) -> list[str]:
+    """What is told when the newest state of a killed training is damaged; it ends as one that was not interrupted."""
     whole, _ = trained(None)
     notes = Notes()
-    with StateFolder(tmp_path / "out", {}, "1").opened() as folder:
+    with StateFolder(place / "out", {}, "1").opened() as folder:
         with pytest.raises(Killed):
             trained(folder, kill_after=6)
-        newest = folder.path / "step-00000005"
-        damage_state(newest, damage)
+        damage(folder.path / "step-00000005")
         again, _ = trained(folder, progress=notes)
     assert torch.equal(whole, again)
-    assert notes.texts[0].startswith("ignoring the damaged state step-00000005 (")
-    assert notes.texts[1] == "going on after step 4 of 9"
+    return notes.texts
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "no document", "half a document", "a document of nothing"])
+def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path: Path, damage: str) -> None:
+    notes = notes_of_a_restart(tmp_path, lambda newest: damage_state(newest, damage))
+    assert notes[0].startswith("ignoring the damaged state step-00000005 (")
+    assert notes[1] == "going on after step 4 of 9"
 
 
 def rewritten(state: Path, change: Callable[[Tensors, dict[str, Any]], None]) -> None:
@@ -168,7 +173,7 @@ FOREIGN = {
     "no losses": renamed("losses", "loss"),
     "losses in rows": reshaped("losses"),
     "losses that are no numbers": filled("losses", 255),
-    "a generator that is none": filled("random", 255),
+    "bytes that are no state of a generator": filled("random", 255),
     "generators of other processes": reshaped("random"),
     "another optimizer": renamed("optimizer.0.exp_avg", "optimizer.0.momentum"),
     "a moment too few": lambda tensors, _: tensors.pop("optimizer.0.exp_avg"),
@@ -181,15 +186,8 @@ FOREIGN = {
 
 @pytest.mark.parametrize("what", FOREIGN)
 def test_a_state_of_something_else_is_passed_over_though_its_digest_is_right(tmp_path: Path, what: str) -> None:
-    whole, _ = trained(None)
-    notes = Notes()
-    with StateFolder(tmp_path / "out", {}, "1").opened() as folder:
-        with pytest.raises(Killed):
-            trained(folder, kill_after=6)
-        rewritten(folder.path / "step-00000005", FOREIGN[what])
-        again, _ = trained(folder, progress=notes)
-    assert torch.equal(whole, again)
-    assert [text.split(" (")[0] for text in notes.texts] == [
+    notes = notes_of_a_restart(tmp_path, lambda newest: rewritten(newest, FOREIGN[what]))
+    assert [text.split(" (")[0] for text in notes] == [
         "ignoring the damaged state step-00000005",
         "going on after step 4 of 9",
     ]

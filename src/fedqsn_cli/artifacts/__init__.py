@@ -1,5 +1,6 @@
 """Every file that fedqsn writes beside tensors.
 
+document.py       JSON documents of known fields, read without trust
 manifests.py      fedqsn.json, proxy.json, update.json
 proxy_folder.py   the units that a proxy shows; whether its files are the owner's
 ledger_head.py    where a ledger ends, sealed under the keys of its jobs

@@ -20,19 +20,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fedqsn_cli import strictjson, validate
+from fedqsn_cli.artifacts.document import Count, Digest, PositiveNumber, Ratio, ServerRatio, Sha256, Strict
 from fedqsn_cli.artifacts.ledger_head import Sealer, check_end, head_path, read_head, write_head
-from fedqsn_cli.artifacts.manifests import (
-    Count,
-    Digest,
-    Fill,
-    PositiveNumber,
-    Quantization,
-    Ratio,
-    ServerRatio,
-    Sha256,
-    Strict,
-    TrainsFill,
-)
+from fedqsn_cli.artifacts.manifests import Fill, Quantization, TrainsFill
 from fedqsn_cli.checkpoint.files import open_regular_file
 from fedqsn_cli.errors import FormatError, InputError
 

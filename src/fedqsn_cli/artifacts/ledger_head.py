@@ -20,7 +20,7 @@ from typing import Annotated, Literal, Protocol
 from pydantic import Field
 
 from fedqsn_cli import strictjson
-from fedqsn_cli.artifacts.manifests import Count, Sha256, Strict
+from fedqsn_cli.artifacts.document import Count, Sha256, Strict
 from fedqsn_cli.checkpoint import write_file_atomically
 from fedqsn_cli.checkpoint.files import beside, read_file
 from fedqsn_cli.errors import FormatError

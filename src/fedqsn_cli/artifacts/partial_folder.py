@@ -18,9 +18,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from fedqsn_cli.artifacts.document import Digest, FileName, Manifest, PositiveNumber, Sha256, Strict
 from fedqsn_cli.artifacts.ledger import ClientId
 from fedqsn_cli.artifacts.ledger_head import Sealer
-from fedqsn_cli.artifacts.manifests import Digest, FileName, Manifest, PositiveNumber, Sha256, Strict, manifest_bytes
+from fedqsn_cli.artifacts.manifests import manifest_bytes
 from fedqsn_cli.checkpoint import TensorSpec
 from fedqsn_cli.planning.tensor_plan import TensorPlan, UnitAxis, View, units_per_slice
 

@@ -107,7 +107,7 @@ def snapped_cells(sent: Any, peaks: Any, bounds: Any, levels: Any, low: Any, hig
     Args:
         sent: the values. peaks: the largest magnitude in the block of each, which stands for its scale.
         bounds: between levels, and -1 and 1 at the ends. levels: of values / scale, rising.
-        low, high: the ends, one hundredth of the scale apart; infinite where the scale is not in sight.
+        low, high: the ends, each moved outwards by a hundredth of the scale; infinite where the scale is not in sight.
     """
     shares, ranks = np.empty(_TILE, np.float32), np.empty(_TILE, np.int32)
     for start in range(0, sent.size, _TILE):

@@ -102,7 +102,7 @@ def _check_target(path: str | Path) -> None:
         raise InputError("there is no such folder", where=Path(path).parent, hint="make it first")
     if os.path.isdir(path):
         raise InputError("is a directory", where=path, hint="name a file")
-    if os.path.lexists(path) and not os.path.isfile(path):  # a link to nothing, or to itself, is none either
+    if os.path.lexists(path) and not os.path.isfile(path):  # lexists: a link to nothing, or to itself, too
         raise InputError("is not a plain file", where=path, hint="name another file")
 
 

@@ -12,8 +12,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, TypeAdapter, ValidationError
 
 from fedqsn_cli import strictjson
+from fedqsn_cli.artifacts.document import Sha256, Strict
 from fedqsn_cli.artifacts.ledger import ClientId
-from fedqsn_cli.artifacts.manifests import Sha256, Strict
 from fedqsn_cli.courier.parts import Parts
 from fedqsn_cli.crypto import dsse
 from fedqsn_cli.crypto.keys import SigningKey, VerifyKey

@@ -10,7 +10,7 @@ from typing import Self
 from pydantic import Field
 
 from fedqsn_cli import validate
-from fedqsn_cli.artifacts.manifests import Strict
+from fedqsn_cli.artifacts.document import Strict
 from fedqsn_cli.checkpoint.files import read_file
 from fedqsn_cli.courier.orders import Order
 from fedqsn_cli.errors import FormatError, InputError

@@ -19,7 +19,8 @@ from typing import Literal
 from pydantic import Field
 
 from fedqsn_cli import strictjson
-from fedqsn_cli.artifacts.manifests import Sha256, ShortText, Strict, file_digest
+from fedqsn_cli.artifacts.document import Sha256, ShortText, Strict
+from fedqsn_cli.artifacts.manifests import file_digest
 from fedqsn_cli.checkpoint.files import read_file
 from fedqsn_cli.crypto import dsse
 from fedqsn_cli.crypto.keys import SigningKey, VerifyKey

@@ -137,8 +137,8 @@ def _keys(data: bytes, label: bytes, load: Callable[[bytes], Any], path: str | P
     found = [(match[0], match[1]) for match in _BLOCK.finditer(data)]
     blocks = [block for block, kind in found if kind.endswith(label)]
     if not blocks and any(kind.endswith((_PRIVATE, _PUBLIC)) for _, kind in found):
-        is_one, needed = ("public", "private") if label == _PRIVATE else ("private", "public")
-        raise KeyFileError(f"is a {is_one} key", where=path, hint=f"give the {needed} one of the pair")
+        given, needed = ("public", "private") if label == _PRIVATE else ("private", "public")
+        raise KeyFileError(f"is a {given} key", where=path, hint=f"give the {needed} one of the pair")
     try:
         return [load(block) for block in blocks]
     except TypeError:

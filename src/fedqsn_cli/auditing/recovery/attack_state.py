@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Literal, Self
 
 from fedqsn_cli import strictjson
-from fedqsn_cli.artifacts.manifests import Count, Sha256, Strict, file_digest
+from fedqsn_cli.artifacts.document import Count, Sha256, Strict
+from fedqsn_cli.artifacts.manifests import file_digest
 from fedqsn_cli.auditing.inputs import Inputs
 from fedqsn_cli.checkpoint import write_file_atomically
 from fedqsn_cli.checkpoint.files import read_file

@@ -72,7 +72,7 @@ class LogFile:
             raise InputError(f"cannot be written ({error.strerror})", where=path) from None
 
     def _end(self, done: float) -> int:
-        """Where the lines of so many steps end; a line that was cut short by a kill is none."""
+        """Where the lines of so many steps end; a line that was cut short by a kill does not count."""
         end = self._file.seek(0)
         try:
             while (line := self._file.readline(_LONGEST_LINE)).endswith(b"\n"):

@@ -18,7 +18,7 @@ import inspect
 import math
 import time
 from collections.abc import Iterator
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -82,9 +82,8 @@ def plan_privacy(privacy: PrivacyOptions, recipe: RecipeOptions, examples: int) 
     )
 
 
-@lru_cache(maxsize=64)
 def _noise(epsilon: float, delta: float, rate: float, steps: int) -> tuple[float, float]:
-    """The noise multiplier, and the ε that it gives; the search takes a second. Raises InputError."""
+    """The noise multiplier, and the ε that it gives. Raises InputError."""
     from opacus.accountants import create_accountant
     from opacus.accountants.utils import get_noise_multiplier
 
