@@ -82,9 +82,13 @@ class Job:
         seed = hashlib.sha256(f"{self.cell.name}".encode()).digest()
         job_key.save(self.key, replace(job_key.load(drawn), key=seed))
         shutil.rmtree(self.folder / "drawn")
-        server = self.folder / "server-0"
-        made = mask(str(self.place.owner), server, key=self.key, p1=self.method.p1, **options)
-        self.never_sent = made.hidden
+        return self.mask_with_key(self.place.owner, self.folder / "server-0")
+
+    def mask_with_key(self, model: Path, server: Path) -> Path:
+        """The server model of any model, with the job's key."""
+        from fedqsn_cli import mask
+
+        self.never_sent = mask(str(model), server, key=self.key, p1=self.method.p1, **self.hiding()).hidden
         return server
 
     def export(self, server: Path, number: int, clients: Sequence[str] | None = None, p2: float | None = None) -> Path:

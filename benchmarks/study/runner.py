@@ -152,6 +152,8 @@ def _measured(cell: Cell, place: World, folder: Path, floor: dict[int, float]) -
         "largest": trials.largest,
         "replacement": trials.replacement,
         "layers": trials.layers,
+        "ending": trials.ending,
+        "rounds": trials.rounds,
         "blends": jobs.endings,
         "consolidated": jobs.endings,
     }

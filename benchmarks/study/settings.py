@@ -21,6 +21,8 @@ Kind = Literal[
     "largest",
     "replacement",
     "layers",
+    "ending",
+    "rounds",
     "blends",
     "consolidated",
 ]
@@ -293,6 +295,8 @@ ABLATIONS: tuple[Method, ...] = (
     _trial("replacement", "clients' weights taken over", kind="replacement"),
     _trial("layers", "a blend for every layer", kind="layers"),
     _trial("lora", "clients train LoRA adapters", kind="lora"),
+    _trial("ending", "consolidated at the end", kind="ending"),
+    _trial("rounds", "consolidated in every round", kind="rounds"),
 )
 
 
@@ -426,13 +430,13 @@ def cells(seeds: int, *, smoke: bool = False, long: bool = False) -> list[Cell]:
 def _each(smoke: bool, seed: int, methods: Sequence[Method]) -> Iterator[Cell]:
     for method in methods:
         for task in tasks(smoke):
-            if _played(task.name, method):
+            if plays(task.name, method):
                 yield Cell(task, seed, method)
 
 
-def _played(task: str, method: Method) -> bool:
+def plays(task: str, method: Method) -> bool:
     """Does a task play a method?"""
-    if method.kind == "blends":
+    if method.kind in {"blends", "ending", "rounds"}:
         return task == NEWS.name
     if method.kind == "consolidated":
         return method in consolidated_in(task)

@@ -27,6 +27,7 @@ from benchmarks.study.settings import (
     WEIGHTS,
     Method,
     Task,
+    plays,
 )
 
 Written = Callable[[float], str]
@@ -343,7 +344,7 @@ def ablations(rows: Sequence[Row]) -> str:
     body = []
     for task in (TOPICS.name, NEWS.name):
         ending, number, unit = quality(task)
-        for method in (STRONG, *ABLATIONS):
+        for method in (STRONG, *(one for one in ABLATIONS if plays(task, one))):
             name = method.name
             body.append(
                 [

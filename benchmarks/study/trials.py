@@ -3,6 +3,8 @@
 largest      hides the units with the largest secret difference, instead of drawing them by the key
 replacement  the server takes over what clients hold, quantization error and all, instead of adding differences
 layers       one blend for every layer, looked for layer by layer, instead of one for all
+rounds       the model is consolidated in every round, and the next proxies are made of the result; beside it, `ending`
+             consolidates once, after the last round, as the product's documents propose
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ State = dict[str, Any]
 Floor = Mapping[int, float]
 _PART = re.compile(r"layers?\.\d+\.")
 _TRIES = (0.0, 0.25, 0.5, 0.75, 1.0)
+_WEIGHT = 0.75  # of the clients' teacher in a consolidation
 
 
 def largest(cell: Cell, place: World, folder: Path, floor: Floor) -> dict[str, Any]:
@@ -157,6 +160,27 @@ def _part(name: str) -> str:
     """The layer that a tensor belongs to, or what stands for all that belongs to none."""
     found = _PART.search(name)
     return found.group() if found else "rest"
+
+
+def ending(cell: Cell, place: World, folder: Path, floor: Floor) -> dict[str, Any]:
+    """The job without an attack, ended by one consolidation."""
+    job = Job(cell, place, folder, floor)
+    return _outcome(job, place.scores(job.consolidate(job.trained(), _WEIGHT)), None)
+
+
+def rounds(cell: Cell, place: World, folder: Path, floor: Floor) -> dict[str, Any]:
+    """The same with a consolidation after each round, whose result is masked again for the next one."""
+    job, number = Job(cell, place, folder, floor), 1
+    server = job.mask()
+    job.export(server, number)
+    final = job.consolidate(job.merge(server, number), _WEIGHT)
+    while number < place.task.rounds:
+        number += 1
+        server = job.mask_with_key(final, folder / "masked")
+        shutil.rmtree(final)
+        job.export(server, number)
+        final = job.consolidate(job.merge(server, number), _WEIGHT)
+    return _outcome(job, place.scores(final), None)
 
 
 def _outcome(job: Job, scores: dict[str, Any], blend: float | None) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from benchmarks.study.worlds import world
 
 CHOSEN = ("world", "floor", "local", "train-all-0.9")
 TASKS = ("topics", "news-lm")
-TRIALS = ("strong-largest", "strong-replacement", "strong-layers", "train-all-0.9-blends")  # of one task: it is smaller
-NAMES = {f"{task}/0/{method}" for task in TASKS for method in CHOSEN} | {f"news-lm/0/{trial}" for trial in TRIALS}
+TRIALS = tuple(f"strong-{name}" for name in ("largest", "replacement", "layers", "ending", "rounds"))
+ONE_TASK = (*TRIALS, "train-all-0.9-blends")  # of the smaller task
+NAMES = {f"{task}/0/{method}" for task in TASKS for method in CHOSEN} | {f"news-lm/0/{trial}" for trial in ONE_TASK}
 NAMES |= {"news-lm/0/nothing-sent", "news-lm/0/nothing-sent-consolidated", "topics/0/nothing-sent-consolidated"}
 NAMES |= {"no-base/0/world", "no-base/0/floor", "no-base/0/zero-bottom"}
 PAGE = Path(__file__).parents[2] / "docs" / "study" / "README.md"
@@ -107,6 +108,7 @@ def test_trials_measure_what_they_change(studied: Path) -> None:
     assert [one["blend"] for one in found["train-all-0.9-blends"]["blends"]] == list(MANY_BLENDS)
     assert 0.4 < found["strong-largest"]["never_sent"] < 0.6
     assert found["strong-replacement"]["final"]["b"]["loss"] > 0
+    assert found["strong-ending"]["final"] == found["strong-rounds"]["final"]  # of one round
 
 
 @pytest.mark.soak  # it trains dozens of models; nothing in src depends on it
