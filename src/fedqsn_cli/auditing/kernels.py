@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from fedqsn_cli.kernels.jit import F, compiled, kernel
+from fedqsn_cli.kernels.jit import F, compiled, kernel, narrow, widen
+from fedqsn_cli.quantization.blocks import largest
 
 _TILE = 256  # values whose ranks stay in the first cache
 
@@ -101,6 +102,36 @@ def block_peaks(x: Any, block: int, down: bool, out: Any) -> None:
 
 
 @kernel
+def largest_values(sent: Any, divisor: Any, kind: int, block: int, down: bool, out: Any) -> None:
+    """out = sent / divisor, rounded to a dtype, where a value is the largest of its block; NaN elsewhere.
+
+    Args:
+        sent, out: fp32 [rows, cols]; blocks along rows or down columns. kind: of the dtype.
+    """
+    rows, cols = sent.shape
+    high, wide = (block, cols) if down else (1, block)
+    peaks, part, bits = np.empty(wide, np.float32), np.empty(wide, np.float32), np.empty(wide, np.uint16)
+    for top in range(0, rows, high):
+        for left in range(0, cols, wide):
+            width = min(wide, cols - left)
+            peaks[:] = 0
+            for row in range(top, min(top + high, rows)):
+                x = sent[row, left : left + width]
+                for i in range(x.size):
+                    peaks[i] = max(peaks[i], abs(x[i]))
+            if not down:
+                peaks[:] = largest(peaks)
+            for row in range(top, min(top + high, rows)):
+                x, y = sent[row, left : left + width], out[row, left : left + width]
+                for i in range(x.size):
+                    part[i] = x[i] / divisor
+                narrow(part.view(np.uint32), kind, bits)
+                widen(bits, kind, part.view(np.uint32))
+                for i in range(x.size):
+                    y[i] = part[i] if abs(x[i]) >= peaks[i] else np.float32(np.nan)
+
+
+@kernel
 def snapped_cells(sent: Any, peaks: Any, bounds: Any, levels: Any, low: Any, high: Any) -> None:
     """The ends of the cell that each value was rounded to, where values were stored, not codes: fp32 [n] each.
 
@@ -160,6 +191,59 @@ def clamp(guess: Any, low: Any, high: Any, total: Any, count: Any, out: Any) -> 
     for at in range(out.size):
         inside = -larger(-larger(guess[at], low[at]), -high[at])
         out[at] = inside if low[at] <= high[at] else total[at] / max(count[at], np.float32(1))
+
+
+@loose
+def compare_codes(
+    bits: Any, kind: int, packed: Any, skipped: int, scales: Any, block: int, pairs: Any, divisor: Any,
+    row_flags: Any, flags: Any, tolerance: Any, whole: Any, out: Any,
+) -> None:  # fmt: skip
+    """Add to out what 4-bit codes are worth as a guess, as `compare` does without a base: all in one pass.
+
+    Args:
+        bits: [rows, cols] the weights as they are stored; cols is even. kind: of their dtype.
+        packed, scales: from the beginning of a block on; the rows begin `skipped` elements later.
+        pairs: [256] the two levels of each byte of codes, fp32, as 64 bits. divisor: of the guess.
+        row_flags, flags, tolerance, out: those of `compare`. whole: its count, w and w² of all elements.
+    """
+    rows, cols = bits.shape
+    wide, decoded = np.empty(cols, np.uint32), np.empty(cols, np.float32)
+    w, words = wide.view(np.float32), decoded.view(np.uint64)
+    for row in range(rows):
+        widen(bits[row], kind, wide)
+        ws = ww = np.float32(0)
+        for col in range(cols):
+            ws += w[col]
+            ww += w[col] * w[col]
+        whole[0] += cols
+        whole[1] += ws
+        whole[2] += ww
+        if not row_flags[row]:
+            continue
+        start = skipped + row * cols
+        codes = packed[start // 2 : (start + cols) // 2]
+        for i in range(codes.size):
+            words[i] = pairs[codes[i]]
+        index, at, stop = start // block, 0, block - start % block
+        while at < cols:
+            part, scale = decoded[at:stop], scales[index] / divisor
+            for i in range(part.size):
+                part[i] *= scale
+            index, at, stop = index + 1, stop, stop + block
+        line = flags[row if flags.shape[0] > 1 else 0]
+        n = ws = ww = gs = gg = dd = exact = np.float32(0)
+        for col in range(cols):
+            a, b = w[col] * line[col], decoded[col] * line[col]
+            d = a - b
+            n += line[col]
+            ws += a
+            ww += a * a
+            gs += b
+            gg += b * b
+            dd += d * d
+            exact += line[col] if abs(d) <= tolerance * abs(a) else np.float32(0)
+        for at, found in enumerate((n, ws, ww, gs, gg, dd, exact, gg)):
+            out[at] += found
 
 
 @loose

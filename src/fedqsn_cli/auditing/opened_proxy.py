@@ -107,6 +107,16 @@ class OpenedProxy:
         role = rules().role(name, 2, (self.checkpoint.config or {}).get("model_type"))
         return self.tensors[name].packing is not None and role is not None and role.name == "conv1d"
 
+    def packing(self, name: str, layout: TensorLayout) -> Packing | None:
+        """How a tensor is packed; None for a dense one. Raises FormatError: it has not the shape of the planned one."""
+        if name not in self.tensors:
+            raise FormatError("a tensor of the model is missing", where=f"{self.scope}: {name}")
+        tensor, (lead, height, cols) = self.tensors[name], layout.view
+        packed = tensor.packing is not None and tensor.packing.shape != (lead * height, cols)
+        if packed or math.prod(tensor.shape) != lead * height * cols:
+            raise FormatError("has another shape than the truth", where=f"{self.scope}: {name}")
+        return tensor.packing
+
     def codes(self, name: str, first: int, count: int) -> NDArray[np.uint8]:
         """Packed 4-bit codes of `count` elements from element `first` (even): [ceil(count / 2)]."""
         out = np.empty((count + 1) // 2, np.uint8)
@@ -144,16 +154,9 @@ class OpenedProxy:
         Raises:
             FormatError: the tensor has another number of elements, or its scales are not finite.
         """
-        lead, height, cols = layout.view
-        if name not in self.tensors:
-            raise FormatError("a tensor of the model is missing", where=f"{self.scope}: {name}")
-        packing = self.tensors[name].packing
-        if math.prod(self.tensors[name].shape) != lead * height * cols:
-            raise FormatError("has another shape than the truth", where=f"{self.scope}: {name}")
+        packing, cols = self.packing(name, layout), layout.view[2]
         if packing is None:
             return self._plain(name, layout, first, rows)
-        if packing.shape != (lead * height, cols):
-            raise FormatError("has another shape than the truth", where=f"{self.scope}: {name}")
         if packing.kind == "pack8":
             codes, out = np.empty((rows, cols), np.int8), np.empty((rows, cols), np.float32)
             self.checkpoint.read_into(name, first * cols, codes)
@@ -169,15 +172,22 @@ class OpenedProxy:
         Args:
             decode: takes the codes and scales of whole blocks, and writes their values into `out`.
         """
+        codes, scales, skipped = self.coded(name, first, rows)
+        cols = self.tensors[name].shape[1]
+        flat = np.empty(skipped + rows * cols, np.float32)
+        decode(codes, scales, out=flat)
+        return flat[skipped:].reshape(rows, cols)
+
+    def coded(self, name: str, first: int, rows: int) -> tuple[NDArray[np.uint8], Floats, int]:
+        """Packed 4-bit codes and scales of the blocks that rows are in, and how many elements precede the rows."""
         packing = self.tensors[name].packing
         assert packing is not None
         cols, block = packing.shape[1], packing.block
         start = first * cols
         lower = start // block * block  # of the block that the rows begin in
-        flat = np.empty(start - lower + rows * cols, np.float32)
-        scales = self.scales(name, packing, lower // block, -(-flat.size // block))
-        decode(self.codes(name, lower, flat.size), scales, out=flat)
-        return flat[start - lower :].reshape(rows, cols)
+        count = start - lower + rows * cols
+        scales = self.scales(name, packing, lower // block, -(-count // block))
+        return self.codes(name, lower, count), scales, start - lower
 
     def _plain(self, name: str, layout: TensorLayout, first: int, rows: int) -> Floats:
         """Dense values; those of a transposed tensor are stored as in the truth."""

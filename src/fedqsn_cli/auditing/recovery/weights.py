@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial, reduce
 from operator import add
 from threading import Lock
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,7 @@ from fedqsn_cli.auditing.recovery.evidence import Evidence, Reading
 from fedqsn_cli.auditing.recovery.low_rank import complete
 from fedqsn_cli.auditing.recovery.metrics import COUNT, DD, HITS, WW, AttackResult, ErrorSums
 from fedqsn_cli.auditing.recovery.sums import BASE, EVERYTHING, TRUTH, OrderedSums, Rows, Sums, Target
-from fedqsn_cli.auditing.rows import CHUNK, has_tensor, model_rows
+from fedqsn_cli.auditing.rows import CHUNK, has_tensor
 from fedqsn_cli.errors import FedqsnError, FormatError
 from fedqsn_cli.kernels.read_ahead import compute_ahead
 from fedqsn_cli.models.model import OpenModel
@@ -36,7 +37,7 @@ from fedqsn_cli.models.public_base import PublicBase
 from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.quantization.layout import rows_at_a_time
 
-Floats = NDArray[np.float32]
+Array = NDArray[Any]
 
 BEST_OF_EACH = "best of each tensor"
 
@@ -59,38 +60,52 @@ class WeightAttack:
         self._tensors: dict[str, OrderedSums] = {}
         self._lock = Lock()
 
-    def take(self, task: TensorTask, first: int, w: Floats) -> None:
+    def take(self, task: TensorTask, first: int, stored: Array) -> None:
         """Attack rows of a tensor; `result` tells what cannot be read of a proxy: others look at the truth, too."""
         found: Sums | Exception
         try:
-            found = self._attack(task, first, w)
+            found = self._attack(task, first, stored)
         except (FedqsnError, OSError) as error:
             found = error
         with self._lock:
-            self._tensors.setdefault(task.name, OrderedSums()).put(first, len(w), found)
+            rows = stored.shape[1 if task.layout.transposed else 0]
+            self._tensors.setdefault(task.name, OrderedSums()).put(first, rows, found)
 
-    def _attack(self, task: TensorTask, first: int, w: Floats) -> Sums:
+    def _attack(self, task: TensorTask, first: int, stored: Array) -> Sums:
         for proxy in self.proxies:
             if task.name not in proxy.tensors:
                 raise FormatError("a tensor of the model is missing", where=f"{proxy.scope}: {task.name}")
         base, sums = self._base_of(task), Sums()
-        step = len(w) if task.layout.transposed else rows_at_a_time(task.layout, self._block, CHUNK)
-        for begin in range(0, len(w), step):
-            part, at = w[begin : begin + step], first + begin
-            rows = Rows(task, at, part, None if base is None else model_rows(base, task, at, len(part)))
-            rows.add(sums[EVERYTHING, TRUTH], part, rows.everything)
-            rows.add_base(sums[EVERYTHING, BASE], rows.everything)
-            self._attack_rows(sums, rows)
+        step = len(stored) if task.layout.transposed else rows_at_a_time(task.layout, self._block, CHUNK)
+        for begin in range(0, len(stored), step):
+            rows = Rows(task, first + begin, stored[begin : begin + step], base)
+            if not self._attack_codes(sums, rows):
+                self._attack_rows(sums, rows)
         return sums
+
+    def _attack_codes(self, sums: Sums, rows: Rows) -> bool:
+        """Where codes of one proxy are all there is, what follows from them without ever writing them out."""
+        target = self._targets[0]
+        if len(self.proxies) > 1 or self._base is not None or target.reads_holes:
+            return False
+        reading = Reading.of(target.proxies[0], rows.task, rows.first, rows.count)
+        codes = reading.codes
+        if codes is None:
+            return False
+        shown = reading.row_flags, reading.flags
+        rows.add_codes(sums[EVERYTHING, TRUTH], sums[target.scope, "descale"], codes, shown)
+        return True
 
     def _base_of(self, task: TensorTask) -> PublicBase | None:
         return self._base if has_tensor(self._base, task) else None
 
     def _attack_rows(self, sums: Sums, rows: Rows) -> None:
         """One chunk: every proxy alone, then what they say together."""
+        rows.add(sums[EVERYTHING, TRUTH], rows.w, rows.everything)
+        rows.add_base(sums[EVERYTHING, BASE], rows.everything)
         together = Evidence.none(rows.w.shape, scale_block(self.proxies[0], rows.task)) if self._together else None
         for target in self._alone:
-            reading = Reading.of(target.proxies[0], rows.task, rows.first, len(rows.w))
+            reading = Reading.of(target.proxies[0], rows.task, rows.first, rows.count)
             self._attack_alone(sums, target, rows, reading)
             if together is not None:
                 together.add(reading)
