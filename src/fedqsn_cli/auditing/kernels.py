@@ -18,6 +18,22 @@ def loose(function: F) -> F:
 
 
 @kernel
+def first_unequal(one: Any, other: Any) -> Any:
+    """Index of the first byte that differs, or that one of them does not have; -1 if they are equal."""
+    size = min(one.size, other.size)
+    for start in range(0, size, 4096):
+        left, right = one[start : min(start + 4096, size)], other[start : min(start + 4096, size)]
+        bits = np.uint8(0)
+        for i in range(left.size):
+            bits |= left[i] ^ right[i]
+        if bits:
+            for i in range(left.size):
+                if left[i] != right[i]:
+                    return start + i
+    return -1 if one.size == other.size else size
+
+
+@kernel
 def decode_levels(packed: Any, absmax: Any, block: int, table: Any, out: Any) -> None:
     """out[i] = table[code i] * absmax of its block: levels, or the ends of the cells that are rounded to them.
 
@@ -204,21 +220,22 @@ def compare_codes(
         bits: [rows, cols] the weights as they are stored; cols is even. kind: of their dtype.
         packed, scales: from the beginning of a block on; the rows begin `skipped` elements later.
         pairs: [256] the two levels of each byte of codes, fp32, as 64 bits. divisor: of the guess.
-        row_flags, flags, tolerance, out: those of `compare`. whole: its count, w and w² of all elements.
+        row_flags, flags, tolerance, out: those of `compare`. whole: receives count, w and w² of all elements, which
+            where all are shown are those in out to the last bit.
     """
     rows, cols = bits.shape
     wide, decoded = np.empty(cols, np.uint32), np.empty(cols, np.float32)
     w, words = wide.view(np.float32), decoded.view(np.uint64)
     for row in range(rows):
         widen(bits[row], kind, wide)
-        ws = ww = np.float32(0)
-        for col in range(cols):
-            ws += w[col]
-            ww += w[col] * w[col]
         whole[0] += cols
-        whole[1] += ws
-        whole[2] += ww
         if not row_flags[row]:
+            ws = ww = np.float32(0)
+            for col in range(cols):
+                ws += w[col]
+                ww += w[col] * w[col]
+            whole[1] += ws
+            whole[2] += ww
             continue
         start = skipped + row * cols
         codes = packed[start // 2 : (start + cols) // 2]
@@ -231,19 +248,23 @@ def compare_codes(
                 part[i] *= scale
             index, at, stop = index + 1, stop, stop + block
         line = flags[row if flags.shape[0] > 1 else 0]
-        n = ws = ww = gs = gg = dd = exact = np.float32(0)
+        n = ws = ww = gs = gg = dd = exact = hs = hh = np.float32(0)
         for col in range(cols):
             a, b = w[col] * line[col], decoded[col] * line[col]
-            d = a - b
+            d, h = a - b, w[col] - a
             n += line[col]
             ws += a
             ww += a * a
+            hs += h
+            hh += h * h
             gs += b
             gg += b * b
             dd += d * d
             exact += line[col] if abs(d) <= tolerance * abs(a) else np.float32(0)
         for at, found in enumerate((n, ws, ww, gs, gg, dd, exact, gg)):
             out[at] += found
+        whole[1] += np.float64(ws) + hs
+        whole[2] += np.float64(ww) + hh
 
 
 @loose

@@ -45,6 +45,7 @@ class OpenedProxy:
         mismatched: tensors that are not as an export makes them, once that was checked.
         masks_proven: whether its masks were found to be those of the key.
         reproduced: whether an export wrote the same bytes again.
+        read_once: whether its weights are read once only, so that they need not stay in the page cache.
     """
 
     scope: str
@@ -57,6 +58,7 @@ class OpenedProxy:
     mismatched: set[str] | None = None
     masks_proven: bool = False
     reproduced: bool = False
+    read_once: bool = False
     _nested: tuple[str, Floats, Floats, np.float32] | None = None
 
     @property
@@ -119,16 +121,21 @@ class OpenedProxy:
 
     def codes(self, name: str, first: int, count: int) -> NDArray[np.uint8]:
         """Packed 4-bit codes of `count` elements from element `first` (even): [ceil(count / 2)]."""
-        out = np.empty((count + 1) // 2, np.uint8)
-        self.checkpoint.read_into(name, first // 2, out)
+        return self._read(name, first // 2, (count + 1) // 2)
+
+    def _read(self, name: str, start: int, count: int) -> NDArray[np.uint8]:
+        if self.read_once:
+            return self.checkpoint.read_fresh(name, start, count)
+        out = np.empty(count, np.uint8)
+        self.checkpoint.read_into(name, start, out)
         return out
 
     def scales(self, name: str, packing: Packing, first: int, count: int) -> Floats:
         """Scales of `count` blocks (4-bit) or rows (int8) from `first`: fp32 [count]. Raises FormatError."""
         stored = scb_name(name) if packing.kind == "pack8" else f"{name}.absmax"
-        out: Array = np.empty(count, np.uint8 if packing.double else np.float32)
-        self.checkpoint.read_into(stored, first * out.itemsize, out)
-        absmax: Floats = out
+        width = 1 if packing.double else 4
+        out: Array = self._read(stored, first * width, count * width)
+        absmax: Floats = out.view(np.float32) if width > 1 else out
         if packing.double:
             nested, levels, offset = self._nested_of(name, packing.format)
             absmax = levels[out] * nested[np.arange(first, first + count) // NESTED_BLOCK] + offset
@@ -172,16 +179,15 @@ class OpenedProxy:
         Args:
             decode: takes the codes and scales of whole blocks, and writes their values into `out`.
         """
-        codes, scales, skipped = self.coded(name, first, rows)
-        cols = self.tensors[name].shape[1]
-        flat = np.empty(skipped + rows * cols, np.float32)
-        decode(codes, scales, out=flat)
-        return flat[skipped:].reshape(rows, cols)
-
-    def coded(self, name: str, first: int, rows: int) -> tuple[NDArray[np.uint8], Floats, int]:
-        """Packed 4-bit codes and scales of the blocks that rows are in, and how many elements precede the rows."""
         packing = self.tensors[name].packing
         assert packing is not None
+        codes, scales, skipped = self.coded(name, packing, first, rows)
+        flat = np.empty(skipped + rows * packing.shape[1], np.float32)
+        decode(codes, scales, out=flat)
+        return flat[skipped:].reshape(rows, -1)
+
+    def coded(self, name: str, packing: Packing, first: int, rows: int) -> tuple[NDArray[np.uint8], Floats, int]:
+        """Packed 4-bit codes and scales of the blocks that rows are in, and how many elements precede the rows."""
         cols, block = packing.shape[1], packing.block
         start = first * cols
         lower = start // block * block  # of the block that the rows begin in
@@ -196,12 +202,11 @@ class OpenedProxy:
             raise FormatError(f"{entry.dtype} values where floats belong", where=f"{self.scope}: {name}")
         kind = DTYPES[entry.dtype].bits
         if layout.transposed:
-            whole = np.empty((cols, layout.view[1]), kind)
-            self.checkpoint.read_into(name, 0, whole)
-            transposed: Floats = kernels.widened(whole, entry.dtype).reshape(whole.shape).T[first : first + rows]
+            whole = self._read(name, 0, entry.nbytes).view(kind)
+            transposed: Floats = kernels.widened(whole, entry.dtype).reshape(cols, -1).T[first : first + rows]
             return np.ascontiguousarray(transposed)
-        out = np.empty((rows, cols), kind)
-        self.checkpoint.read_into(name, first * cols * out.itemsize, out)
+        width = np.dtype(kind).itemsize * cols
+        out = self._read(name, first * width, rows * width).view(kind)
         wide: Floats = kernels.widened(out, entry.dtype).reshape(rows, cols)
         return wide
 

@@ -5,24 +5,36 @@ Memory holds a few chunks, as in an export.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
+from fedqsn_cli.auditing.kernels import first_unequal
 from fedqsn_cli.checkpoint import FILE_MODE, FILE_TIME, TensorSink, TensorSpec
+from fedqsn_cli.checkpoint.direct_io import is_uncached, read_direct
 from fedqsn_cli.checkpoint.tensor_sink import split_into_shards
-from fedqsn_cli.linux import file_flags
+from fedqsn_cli.kernels.floats import writable
+from fedqsn_cli.kernels.hash_threads import HashQueue
+from fedqsn_cli.linux import file_flags, set_direct
+
+Bytes = NDArray[np.uint8]
 
 _LABEL, _SELINUX = "security.selinux", re.compile(rb"([a-z_]+:[a-z_]+:[a-z_]+(:s0)?\0?)?")  # the system sets it
 _FOLDER_MODES = frozenset({0o700, 0o750, 0o755, 0o770, 0o775, 0o777})  # what the usual umasks leave
 _MISSING = "0" * 64  # in place of a digest
+_WINDOW = 512 << 10  # bytes that are read at least
+_SMALL = 4 << 10  # bytes that may wait to be hashed
+_NOTHING: Bytes = np.empty(0, np.uint8)
 _JSON_KEY = re.compile(r'( *)"((?:[^"\\]|\\.)*)": ')
 
 
@@ -45,15 +57,23 @@ class ComparedFile:
     """A file of tensors, compared with what an export writes in any order.
 
     Args:
-        size: in bytes, as it should be. first: offset of the first byte that differs.
+        size: in bytes, as it should be. hashing: takes what is read, if that is in the order of the file.
+        first: offset of the first byte that differs.
     """
 
     path: Path
     size: int
+    hashing: HashQueue
     first: int | None = None
     _head: bytes = b""
     _taken: int = 0
     _descriptor: int = -1
+    _direct: bool = False
+    _held: tuple[int, Bytes] = 0, _NOTHING
+    _sha256: Any = field(default_factory=hashlib.sha256)
+    _hashed: int = 0
+    _waiting: dict[int, Bytes] = field(default_factory=dict)
+    _last: Future[None] | None = None
 
     def create(self) -> None:
         """There is nothing to create."""
@@ -70,13 +90,21 @@ class ComparedFile:
         if offset == 0:
             self._head = bytes(data)  # a header is written at once
         self._taken += len(data)
-        wanted = np.frombuffer(data, np.uint8)
-        found = np.frombuffer(os.pread(self._descriptor, len(data), offset) if self._descriptor >= 0 else b"", np.uint8)
-        if not np.array_equal(wanted, found):
-            unequal = np.flatnonzero(wanted[: found.size] != found)
-            self._differs(offset + int(unequal[0] if unequal.size else found.size))
+        wanted, found = np.frombuffer(data, np.uint8), self._read(offset, len(data))
+        if offset == self._hashed or len(data) < _SMALL:
+            self._hash(offset, found)
+        unequal = first_unequal(writable(wanted), found)
+        if unequal >= 0:
+            self._differs(offset + unequal)
         if self.complete:
             self.close()
+
+    def _hash(self, offset: int, found: Bytes) -> None:
+        """In the order of the file; a few small pieces wait for their turn."""
+        self._waiting[offset] = found if offset == self._hashed else found.copy()
+        while (piece := self._waiting.pop(self._hashed, None)) is not None:
+            self._last = self.hashing.submit(self._sha256.update, piece.data)
+            self._hashed += piece.size
 
     def _open(self) -> None:
         try:
@@ -86,8 +114,31 @@ class ComparedFile:
         found = os.fstat(self._descriptor)
         if not stat.S_ISREG(found.st_mode):
             self.close()
-        elif found.st_size > self.size:
-            self._differs(self.size)
+        else:
+            self._direct = is_uncached(self._descriptor, found.st_size) and set_direct(self._descriptor)
+            self._hashed = 0 if found.st_size == self.size else -1  # of another size, no digest helps
+            if found.st_size > self.size:
+                self._differs(self.size)
+
+    def _read(self, offset: int, count: int) -> Bytes:
+        """These bytes of the file, or those of them that it has."""
+        begin, held = self._held
+        if begin <= offset <= offset + count <= begin + held.size:
+            return held[offset - begin :][:count]
+        if offset != self._hashed or count >= _WINDOW:
+            return self._fetch(offset, count)
+        self._held = offset, self._fetch(offset, _WINDOW)
+        return self._held[1][:count]
+
+    def _fetch(self, offset: int, count: int) -> Bytes:
+        if self._descriptor < 0:
+            return _NOTHING
+        found = read_direct(self._descriptor, offset, count) if self._direct else None
+        if found is None:
+            self._direct = self._direct and set_direct(self._descriptor, False)  # this file system cannot
+            found = np.empty(count, np.uint8)
+            found = found[: os.preadv(self._descriptor, [found.data], offset)]
+        return found
 
     def _differs(self, offset: int) -> None:
         self.first = offset if self.first is None else min(self.first, offset)
@@ -96,7 +147,14 @@ class ComparedFile:
         """Compare no more."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
-            self._descriptor = -1
+            self._descriptor, self._held = -1, (0, _NOTHING)
+
+    def digest(self) -> str | None:
+        """SHA-256 of the file, in hex; None where it was not read in its order."""
+        if self._last is None or self._hashed != self.size:
+            return None
+        self._last.result()
+        return str(self._sha256.hexdigest())
 
     def difference(self) -> Difference | None:
         """The first byte that differs."""
@@ -111,11 +169,14 @@ class ComparedFolder:
     """Takes the files of a release as `ArtifactWriter` does, and compares each with that of the same name in a folder.
 
     Args:
-        known: gives SHA-256 of the files that are there: what proxy.json must say of them. Where one is not as it
+        hashing: takes the bytes of all files. taken: receives SHA-256 of those that were read in their order.
+        known: gives SHA-256 of all files that are there: what proxy.json must say of them. Where one is not as it
             should be, that is found in the file itself.
     """
 
     folder: Path
+    hashing: HashQueue
+    taken: dict[str, str]
     known: Callable[[], Mapping[str, str]]
     _files: list[ComparedFile] = field(default_factory=list)
     _texts: dict[str, Difference | None] = field(default_factory=dict)
@@ -123,8 +184,9 @@ class ComparedFolder:
     @property
     def digests(self) -> dict[str, str]:
         """SHA-256 of the files that were compared."""
-        known = self.known()
-        return {name: known.get(name, _MISSING) for name in self.names}
+        names = self.names
+        known = self.taken if names <= self.taken.keys() else self.known()
+        return {name: known.get(name, _MISSING) for name in names}
 
     def tensors(
         self, stem: str, specs: Sequence[TensorSpec], *, max_shard_bytes: int | None, metadata: dict[str, str]
@@ -138,14 +200,15 @@ class ComparedFolder:
 
     def file(self, path: Path, size: int) -> ComparedFile:
         """A file of tensors to compare."""
-        self._files.append(ComparedFile(path, size))
+        self._files.append(ComparedFile(path, size, self.hashing))
         return self._files[-1]
 
     def add_bytes(self, name: str, data: bytes) -> None:
         """Compare a small file."""
-        file = ComparedFile(self.folder / name, len(data))
+        file = ComparedFile(self.folder / name, len(data), self.hashing)
         file.write(0, memoryview(data))
         file.close()  # an empty one is never complete
+        self.finished(file)
         at = file.first
         self._texts[name] = None if at is None else Difference(name, at, _in_text(data, at))
 
@@ -153,7 +216,10 @@ class ComparedFolder:
         """Every byte was compared when it came."""
 
     def finished(self, file: Any) -> None:
-        """Its digest is known already."""
+        """Note its digest."""
+        digest = file.digest()
+        if digest is not None:
+            self.taken[file.path.name] = digest
 
     @property
     def names(self) -> set[str]:

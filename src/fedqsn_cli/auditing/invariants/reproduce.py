@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from fedqsn_cli.artifacts.ledger import Release
 from fedqsn_cli.artifacts.manifests import SIGNATURE
 from fedqsn_cli.auditing.checks import Together, check, grouped
 from fedqsn_cli.auditing.completeness import DOES_NOT_BELONG
-from fedqsn_cli.auditing.digests import taken_behind
+from fedqsn_cli.auditing.digests import digests_of, taken_of
 from fedqsn_cli.auditing.findings import Entry, Finding
 from fedqsn_cli.auditing.inputs import BASE, LEDGER, ORIGIN, OWNER, PROXY, Inputs
 from fedqsn_cli.auditing.invariants.compared_folder import ComparedFolder, Difference, Owners, entry_problems
@@ -26,6 +27,7 @@ from fedqsn_cli.auditing.truth_pass import watched
 from fedqsn_cli.export.proxy import ProxyExport
 from fedqsn_cli.export.session import MaskingSession
 from fedqsn_cli.kernels.digests import algorithm_of
+from fedqsn_cli.kernels.hash_threads import HashThreads
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.masks.job_masks import ClientMasks, ServerMasks
 from fedqsn_cli.models.model import OpenModel
@@ -83,8 +85,11 @@ def reproduce(inputs: Inputs, group: Together, given: tuple[OpenModel, JobKey]) 
             )
         return
     named = [next(one for one in inputs.folders if one.opened is proxy) for proxy in group.proxies]
-    with taken_behind(inputs, named) as digests:
-        folders = [ComparedFolder(one.folder, known) for one, known in zip(named, digests, strict=True)]
+    with HashThreads() as hashing:
+        folders = [
+            ComparedFolder(one.folder, hashing.queue(), taken_of(inputs, one), partial(digests_of, inputs, one))
+            for one in named
+        ]
         made = _export(inputs, group.proxies, origin, job, folders)
     for proxy, folder, release in zip(group.proxies, folders, made, strict=True):
         yield from _judge(inputs, proxy, folder, release)

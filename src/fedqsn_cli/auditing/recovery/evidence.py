@@ -73,7 +73,7 @@ class Reading:
         packing = self.proxy.packing(name, task.layout)
         if packing is None or packing.kind != "pack4" or task.layout.transposed or task.layout.view[2] % 2:
             return None
-        codes, scales, skipped = self.proxy.coded(name, self.first, self.rows)
+        codes, scales, skipped = self.proxy.coded(name, packing, self.first, self.rows)
         return Codes(codes, skipped, scales, packing.block, pairs_of_levels(packing.format), self.factor)
 
     @cached_property

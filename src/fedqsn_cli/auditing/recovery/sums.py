@@ -97,7 +97,7 @@ class Rows:
     @property
     def count(self) -> int:
         """How many."""
-        return self.stored.shape[1 if self.task.layout.transposed else 0]
+        return int(self.stored.shape[1 if self.task.layout.transposed else 0])
 
     @cached_property
     def w(self) -> Floats:

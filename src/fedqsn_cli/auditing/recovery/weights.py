@@ -57,6 +57,7 @@ class WeightAttack:
         self._targets = [*self._alone, *([self._together] if self._together is not None else [])]
         self.quantization = proxies[0].manifest.quantization
         self._block = self.quantization.block_size if self.quantization else 1
+        proxies[0].read_once = len(proxies) == 1 and base is None and not self._alone[0].reads_holes
         self._tensors: dict[str, OrderedSums] = {}
         self._lock = Lock()
 
@@ -76,17 +77,17 @@ class WeightAttack:
             if task.name not in proxy.tensors:
                 raise FormatError("a tensor of the model is missing", where=f"{proxy.scope}: {task.name}")
         base, sums = self._base_of(task), Sums()
+        if self._attack_codes(sums, Rows(task, first, stored, base)):
+            return sums
         step = len(stored) if task.layout.transposed else rows_at_a_time(task.layout, self._block, CHUNK)
         for begin in range(0, len(stored), step):
-            rows = Rows(task, first + begin, stored[begin : begin + step], base)
-            if not self._attack_codes(sums, rows):
-                self._attack_rows(sums, rows)
+            self._attack_rows(sums, Rows(task, first + begin, stored[begin : begin + step], base))
         return sums
 
     def _attack_codes(self, sums: Sums, rows: Rows) -> bool:
-        """Where codes of one proxy are all there is, what follows from them without ever writing them out."""
+        """Where the codes of one proxy are all there is, what follows from them; their values are written nowhere."""
         target = self._targets[0]
-        if len(self.proxies) > 1 or self._base is not None or target.reads_holes:
+        if not target.proxies[0].read_once:
             return False
         reading = Reading.of(target.proxies[0], rows.task, rows.first, rows.count)
         codes = reading.codes
