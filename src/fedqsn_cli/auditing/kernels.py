@@ -66,6 +66,25 @@ def share_edges(edges: Any, block: int, guess: Any) -> None:
             guess[at] = (edge + np.float32(rivals - 1) * guess[at]) / np.float32(rivals)
 
 
+@loose
+def cells_of(vectors: Any, planes: Any, out: Any) -> None:
+    """On which side of each plane a vector is, one bit a plane; the same for a vector and its negative.
+
+    Args:
+        vectors: fp32 [n, d]. planes: fp32 [1 to 17, d]. out: uint16 [n].
+    """
+    for at in range(vectors.shape[0]):
+        vector, cell, first = vectors[at], np.uint32(0), np.uint32(0)
+        for k in range(planes.shape[0]):
+            product, plane = np.float32(0), planes[k]
+            for i in range(plane.size):
+                product += plane[i] * vector[i]
+            side = np.uint32(product > 0)
+            first = side if k == 0 else first
+            cell = cell << np.uint32(1) | (side ^ first)
+        out[at] = cell
+
+
 @kernel
 def cell_mates(one: Any, other: Any, order: Any, begin: Any, end: Any, first: int, least: Any, pairs: Any) -> Any:
     """Pairs of vectors in the same cell whose |cosine| is over `least`.
@@ -94,6 +113,55 @@ def cell_mates(one: Any, other: Any, order: Any, begin: Any, end: Any, first: in
                 pairs[found, 1] = right
                 found += 1
     return found, other.shape[0]
+
+
+@loose
+def project_rows(bits: Any, kind: int, low: int, planes: Any, out: Any) -> None:
+    """Fill out, [n, planes + 2], with products of parts of rows with all planes, their sums, and sums of squares.
+
+    Args:
+        bits: [n, cols] stored numbers; the part begins at column `low`. kind: of their dtype.
+        planes: fp32 [planes, width].
+    """
+    count, width = planes.shape
+    wide = np.empty(width, np.uint32)
+    x = wide.view(np.float32)
+    for row in range(bits.shape[0]):
+        widen(bits[row, low : low + width], kind, wide)
+        total = squares = np.float32(0)
+        for i in range(width):
+            total += x[i]
+            squares += x[i] * x[i]
+        out[row, count], out[row, count + 1] = total, squares
+        for k in range(count):
+            product, plane = np.float32(0), planes[k]
+            for i in range(width):
+                product += plane[i] * x[i]
+            out[row, k] = product
+
+
+@loose
+def project_columns(bits: Any, kind: int, planes: Any, out: Any) -> None:
+    """As `project_rows` for columns: bits [height, n], planes [planes, height]."""
+    count, height = planes.shape
+    wide, sums = np.empty(_TILE, np.uint32), np.empty((count + 2, _TILE), np.float32)
+    x = wide.view(np.float32)
+    for left in range(0, bits.shape[1], _TILE):
+        right = min(left + _TILE, bits.shape[1])
+        sums[:] = 0
+        for row in range(height):
+            widen(bits[row, left:right], kind, wide)
+            for k in range(count):
+                part, plane = sums[k], planes[k, row]
+                for i in range(_TILE):
+                    part[i] += plane * x[i]
+            total, squares = sums[count], sums[count + 1]
+            for i in range(_TILE):
+                total[i] += x[i]
+                squares[i] += x[i] * x[i]
+        for i in range(right - left):
+            for k in range(count + 2):
+                out[left + i, k] = sums[k, i]
 
 
 @kernel

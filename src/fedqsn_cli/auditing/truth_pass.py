@@ -126,7 +126,7 @@ class Observed:
         }
         passes: dict[str, TruthPass] = {}
         for name, attack in attacks.items():
-            observers: list[Observer] = [attack] if passes else [index, attack]
+            observers: list[Observer] = [attack] if passes else [attack, index]
             passes[name] = TruthPass(truth, attack.quantization, observers, inputs.progress)
         return cls(index, passes or {str(None): TruthPass(truth, None, [index], inputs.progress)}, attacks)
 

@@ -16,7 +16,7 @@ from fedqsn_cli.auditing.digests import files_of, is_oversized
 from fedqsn_cli.auditing.findings import Entry, Finding
 from fedqsn_cli.auditing.inputs import TRUTH, Inputs
 from fedqsn_cli.auditing.invariants.holes import CLEAR_COPY, HIDDEN_UNIT_PRESENT
-from fedqsn_cli.auditing.invariants.sketches import SHORTEST, Sketches, cosine, project, similar, window
+from fedqsn_cli.auditing.invariants.sketches import SHORTEST, Sketches, cosine, of_rows, similar, window
 from fedqsn_cli.auditing.invariants.truth_index import MatrixSketches, TruthIndex, fetch, matrix_view, origins
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.truth_pass import truth_index
@@ -268,7 +268,7 @@ def _similarity_level(truth: TruthIndex, length: int, x: Floats, known: int) -> 
     """The worst that rows x, [n, length], are copies of, or what is known if that is worse."""
     low, high = window(length)
     candidates, hidden = Sketches(), truth.stacked(length)[2]
-    candidates.add(project(x[:, low:high], 0, high - low), high - low, origins(0, 0, 0, len(x)))
+    candidates.add(of_rows(x, "F32"), high - low, origins(0, 0, 0, len(x)))
     wanted = hidden.copy() if known == _SHOWN else np.ones_like(hidden)
     for unit, _, _ in _copies(truth, length, candidates, wanted, lambda place: x[place[2]], 8 * _COMPARISONS):
         if hidden[unit]:

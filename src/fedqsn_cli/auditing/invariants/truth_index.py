@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.auditing.inputs import Inputs
-from fedqsn_cli.auditing.invariants.sketches import SHORTEST, Sketches, project, window
-from fedqsn_cli.auditing.rows import as_float32, widened
+from fedqsn_cli.auditing.invariants.sketches import SHORTEST, Sketches, of_columns, of_rows, window
+from fedqsn_cli.auditing.rows import as_float32
 from fedqsn_cli.export.pipeline import CHUNK_ELEMENTS
 from fedqsn_cli.masks.job_masks import ServerMasks
 from fedqsn_cli.masks.unit_mask import UnitMask
@@ -47,16 +47,15 @@ class MatrixSketches:
         if x.shape[1] != cols:
             first, x = first // cols, x.reshape(-1, cols)
         if cols >= SHORTEST:
-            low, high = window(cols)
-            self._rows[first] = project(widened(x[:, low:high], self.dtype), 0, high - low)
+            self._rows[first] = of_rows(x, self.dtype)
         if rows >= SHORTEST:
             low, high = window(rows)
             for part in range(first // rows, -(-(first + len(x)) // rows)):
                 top = part * rows + low
                 begin, end = max(first, top), min(first + len(x), top + high - low)
                 if begin < end:
-                    part_of_columns = widened(x[begin - first : end - first], self.dtype).T
-                    self._columns[part, begin] = project(part_of_columns, begin - top, high - low)
+                    part_of_columns = x[begin - first : end - first]
+                    self._columns[part, begin] = of_columns(part_of_columns, self.dtype, begin - top, high - low)
 
     def add_to(self, by_length: dict[int, Sketches], number: int) -> None:
         """Add the sketches; `number` says where they come from."""
