@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from fedqsn_cli import audit
+from fedqsn_cli.auditing import digests
 from fedqsn_cli.auditing.findings import Audit
 from fedqsn_cli.auditing.invariants.weak_seeds import longest_runs
 from fedqsn_cli.checkpoint import Checkpoint
@@ -55,6 +56,22 @@ def test_every_weight_of_the_truth_is_read_once(job: AuditedJob, read: dict[str,
     assert audited(job).verdict == "passed"
     with Checkpoint.open(job.truth) as truth:
         assert read == {name: entry.nbytes for name, entry in truth.entries.items()}
+
+
+def test_no_file_of_a_proxy_that_is_made_again_is_read_once_more_for_its_digest(
+    job: AuditedJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+    as_it_is = digests.file_digest
+
+    def noted(path: Path) -> str:
+        hashed.append(path.name)
+        return as_it_is(path)
+
+    monkeypatch.setattr(digests, "file_digest", noted)
+    assert audited(job).verdict == "passed" and not hashed
+    audited(job, ledger=None)
+    assert "model.safetensors" in hashed
 
 
 def test_recovery_is_the_same_whether_the_release_is_made_again_or_not(job: AuditedJob) -> None:

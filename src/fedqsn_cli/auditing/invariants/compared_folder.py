@@ -251,22 +251,19 @@ class Owners:
         return found.st_uid in self.users and found.st_gid in self.groups
 
 
-def entry_problems(folder: Path, names: set[str], owners: Owners | None) -> Iterator[tuple[str, str]]:
-    """What is wrong with a folder and its entries, whatever is in them: (name, problem).
-
-    Args:
-        names: of the files that an export writes.
-        owners: None for a folder in a cache of the hub, which keeps links, and no modes, times and owners.
-    """
-    found = {entry.name: entry for entry in os.scandir(folder)}
-    for name in sorted(found.keys() - names):
+def wrong_entries(folder: Path, names: set[str]) -> Iterator[tuple[str, str]]:
+    """Entries of a folder that are not those that an export writes: (name, problem)."""
+    found = set(os.listdir(folder))
+    for name in sorted(found - names):
         yield name, "is not a file of this release"
-    for name in sorted(names - found.keys()):
+    for name in sorted(names - found):
         yield name, "is missing"
-    if owners is None:
-        return
+
+
+def wrong_properties(folder: Path, names: set[str], owners: Owners) -> Iterator[tuple[str, str]]:
+    """What is wrong with those of these files that are there, and with their folder, whatever is in them."""
     label = _attributes(folder).get(_LABEL, b"")
-    for name in (*sorted(found.keys() & names), "."):
+    for name in (*sorted(names & set(os.listdir(folder))), "."):
         problem = _problem(folder / name, owners, label)
         if problem is not None:
             yield name, problem
