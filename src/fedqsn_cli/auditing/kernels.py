@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from fedqsn_cli.kernels.jit import F, compiled, kernel, narrow, widen
-from fedqsn_cli.quantization.blocks import largest
 
 _TILE = 256  # values whose ranks stay in the first cache
 
@@ -186,33 +185,17 @@ def block_peaks(x: Any, block: int, down: bool, out: Any) -> None:
 
 
 @kernel
-def largest_values(sent: Any, divisor: Any, kind: int, block: int, down: bool, out: Any) -> None:
-    """out = sent / divisor, rounded to a dtype, where a value is the largest of its block; NaN elsewhere.
-
-    Args:
-        sent, out: fp32 [rows, cols]; blocks along rows or down columns. kind: of the dtype.
-    """
-    rows, cols = sent.shape
-    high, wide = (block, cols) if down else (1, block)
-    peaks, part, bits = np.empty(wide, np.float32), np.empty(wide, np.float32), np.empty(wide, np.uint16)
-    for top in range(0, rows, high):
-        for left in range(0, cols, wide):
-            width = min(wide, cols - left)
-            peaks[:] = 0
-            for row in range(top, min(top + high, rows)):
-                x = sent[row, left : left + width]
-                for i in range(x.size):
-                    peaks[i] = max(peaks[i], abs(x[i]))
-            if not down:
-                peaks[:] = largest(peaks)
-            for row in range(top, min(top + high, rows)):
-                x, y = sent[row, left : left + width], out[row, left : left + width]
-                for i in range(x.size):
-                    part[i] = x[i] / divisor
-                narrow(part.view(np.uint32), kind, bits)
-                widen(bits, kind, part.view(np.uint32))
-                for i in range(x.size):
-                    y[i] = part[i] if abs(x[i]) >= peaks[i] else np.float32(np.nan)
+def largest_values(sent: Any, peaks: Any, divisor: Any, kind: int, out: Any) -> None:
+    """out = sent / divisor, rounded to a dtype, where a value attains the peak of its block; NaN elsewhere."""
+    values, bits = np.empty(_TILE, np.float32), np.empty(_TILE, np.uint16)
+    for start in range(0, sent.size, _TILE):
+        x, peak, target = sent[start : start + _TILE], peaks[start : start + _TILE], out[start : start + _TILE]
+        for i in range(x.size):
+            values[i] = x[i] / divisor
+        narrow(values.view(np.uint32), kind, bits)
+        widen(bits, kind, values.view(np.uint32))
+        for i in range(x.size):
+            target[i] = values[i] if abs(x[i]) >= peak[i] else np.float32(np.nan)
 
 
 @kernel

@@ -55,24 +55,20 @@ def certain_values(proxy: OpenedProxy, task: TensorTask, sent: Floats, values: F
     dtype, quantization = proxy.tensors[task.name].dtype, proxy.manifest.quantization
     if quantization is None or task.layout.kind != "snap":
         return widened(kernels.narrowed(values, dtype), dtype).reshape(values.shape)
-    out, (shape, block, down) = np.empty_like(sent), _blocks(task, quantization, sent)
-    largest_values(sent.reshape(shape), proxy.factor(task.name), KIND[dtype], block, down, out.reshape(shape))
+    out, peaks = np.empty_like(sent), _peaks(task, quantization, sent)
+    factor = proxy.factor(task.name)
+    largest_values(sent.reshape(-1), peaks.reshape(-1), factor, KIND[dtype], out.reshape(-1))
     return out
 
 
 def _peaks(task: TensorTask, quantization: Quantization, sent: Floats) -> Floats:
     """For each value of a snapped tensor, the largest magnitude in its block: [rows, cols] of whole blocks."""
-    peaks, (shape, block, down) = np.empty_like(sent), _blocks(task, quantization, sent)
-    block_peaks(sent.reshape(shape), block, down, peaks.reshape(shape))
+    geometry, block, peaks = task.layout.geometry, quantization.block_size, np.empty_like(sent)
+    if quantization.format == "int8" and geometry != "column":
+        block = task.layout.view[2]  # int8 along rows takes one scale a row
+    shape = (1, sent.size) if geometry == "flat" else sent.shape
+    block_peaks(sent.reshape(shape), block, geometry == "column", peaks.reshape(shape))
     return peaks
-
-
-def _blocks(task: TensorTask, quantization: Quantization, sent: Floats) -> tuple[tuple[int, int], int, bool]:
-    """Blocks of snapped rows: the shape in which they lie along rows or down columns, their size, are they down?"""
-    geometry, (rows, cols) = task.layout.geometry, sent.shape
-    # int8 along rows takes one scale a row
-    block = cols if quantization.format == "int8" and geometry != "column" else quantization.block_size
-    return (1, sent.size) if geometry == "flat" else (rows, cols), block, geometry == "column"
 
 
 def intervals(proxy: OpenedProxy, task: TensorTask, first: int, sent: Floats) -> tuple[Floats, Floats]:
