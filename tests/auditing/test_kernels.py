@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.auditing import kernels
 from fedqsn_cli.auditing.invariants.sketches import of_columns, of_rows, signs, window
-from fedqsn_cli.auditing.recovery.evidence import pairs_of_levels
+from fedqsn_cli.auditing.recovery.intervals import pairs_of_levels
 from fedqsn_cli.auditing.recovery.metrics import HITS, ErrorSums
 from fedqsn_cli.kernels.jit import KIND, as_bits
 from fedqsn_cli.quantization.codebooks import FORMATS, codebook

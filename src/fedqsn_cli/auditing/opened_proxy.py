@@ -181,19 +181,19 @@ class OpenedProxy:
         """
         packing = self.tensors[name].packing
         assert packing is not None
-        codes, scales, skipped = self.coded(name, packing, first, rows)
+        codes, skipped, scales = self.coded(name, packing, first, rows)
         flat = np.empty(skipped + rows * packing.shape[1], np.float32)
         decode(codes, scales, out=flat)
         return flat[skipped:].reshape(rows, -1)
 
-    def coded(self, name: str, packing: Packing, first: int, rows: int) -> tuple[NDArray[np.uint8], Floats, int]:
-        """Packed 4-bit codes and scales of the blocks that rows are in, and how many elements precede the rows."""
+    def coded(self, name: str, packing: Packing, first: int, rows: int) -> tuple[NDArray[np.uint8], int, Floats]:
+        """Packed 4-bit codes of the blocks that rows are in, how many elements precede the rows, and the scales."""
         cols, block = packing.shape[1], packing.block
         start = first * cols
         lower = start // block * block  # of the block that the rows begin in
         count = start - lower + rows * cols
         scales = self.scales(name, packing, lower // block, -(-count // block))
-        return self.codes(name, lower, count), scales, start - lower
+        return self.codes(name, lower, count), start - lower, scales
 
     def _plain(self, name: str, layout: TensorLayout, first: int, rows: int) -> Floats:
         """Dense values; those of a transposed tensor are stored as in the truth."""

@@ -33,13 +33,8 @@ def model_rows(model: OpenModel | PublicBase, task: TensorTask, first: int, rows
 
 def as_float32(task: TensorTask, stored: Array) -> Array:
     """Stored rows in fp32, in the working view."""
-    return np.ascontiguousarray(widened(stored.T if task.layout.transposed else stored, task.tensor.dtype))
-
-
-def widened(stored: Array, dtype: str) -> Floats:
-    """Stored numbers in fp32, in the same shape."""
-    wide: Floats = kernels.widened(np.ascontiguousarray(stored), dtype).reshape(stored.shape)
-    return wide
+    wide = kernels.widened(stored, task.tensor.dtype).reshape(stored.shape)
+    return np.ascontiguousarray(wide.T) if task.layout.transposed else wide
 
 
 def shown_elements(proxy: OpenedProxy, name: str, layout: TensorLayout, first: int, rows: int) -> Array:

@@ -32,9 +32,7 @@ Bytes = NDArray[np.uint8]
 _LABEL, _SELINUX = "security.selinux", re.compile(rb"([a-z_]+:[a-z_]+:[a-z_]+(:s0)?\0?)?")  # the system sets it
 _FOLDER_MODES = frozenset({0o700, 0o750, 0o755, 0o770, 0o775, 0o777})  # what the usual umasks leave
 _MISSING = "0" * 64  # in place of a digest
-_WINDOW = 512 << 10  # bytes that are read at least
-_SMALL = 4 << 10  # bytes that may wait to be hashed
-_NOTHING: Bytes = np.empty(0, np.uint8)
+_SMALL, _LARGE = 4 << 10, 64 << 10  # bytes that may wait to be hashed; bytes that are read past the page cache
 _JSON_KEY = re.compile(r'( *)"((?:[^"\\]|\\.)*)": ')
 
 
@@ -68,8 +66,7 @@ class ComparedFile:
     _head: bytes = b""
     _taken: int = 0
     _descriptor: int = -1
-    _direct: bool = False
-    _held: tuple[int, Bytes] = 0, _NOTHING
+    _uncached: bool = False
     _sha256: Any = field(default_factory=hashlib.sha256)
     _hashed: int = 0
     _waiting: dict[int, Bytes] = field(default_factory=dict)
@@ -92,19 +89,15 @@ class ComparedFile:
         self._taken += len(data)
         wanted, found = np.frombuffer(data, np.uint8), self._read(offset, len(data))
         if offset == self._hashed or len(data) < _SMALL:
-            self._hash(offset, found)
+            self._waiting[offset] = found
+        while (piece := self._waiting.pop(self._hashed, None)) is not None:
+            self._last = self.hashing.submit(self._sha256.update, piece.data)
+            self._hashed += piece.size
         unequal = first_unequal(writable(wanted), found)
         if unequal >= 0:
             self._differs(offset + unequal)
         if self.complete:
             self.close()
-
-    def _hash(self, offset: int, found: Bytes) -> None:
-        """In the order of the file; a few small pieces wait for their turn."""
-        self._waiting[offset] = found if offset == self._hashed else found.copy()
-        while (piece := self._waiting.pop(self._hashed, None)) is not None:
-            self._last = self.hashing.submit(self._sha256.update, piece.data)
-            self._hashed += piece.size
 
     def _open(self) -> None:
         try:
@@ -115,30 +108,23 @@ class ComparedFile:
         if not stat.S_ISREG(found.st_mode):
             self.close()
         else:
-            self._direct = is_uncached(self._descriptor, found.st_size) and set_direct(self._descriptor)
+            self._uncached = is_uncached(self._descriptor, found.st_size)
             self._hashed = 0 if found.st_size == self.size else -1  # of another size, no digest helps
             if found.st_size > self.size:
                 self._differs(self.size)
 
     def _read(self, offset: int, count: int) -> Bytes:
-        """These bytes of the file, or those of them that it has."""
-        begin, held = self._held
-        if begin <= offset <= offset + count <= begin + held.size:
-            return held[offset - begin :][:count]
-        if offset != self._hashed or count >= _WINDOW:
-            return self._fetch(offset, count)
-        self._held = offset, self._fetch(offset, _WINDOW)
-        return self._held[1][:count]
-
-    def _fetch(self, offset: int, count: int) -> Bytes:
+        """These bytes, or those of them that there are; large pieces past the page cache if they are not in it."""
         if self._descriptor < 0:
-            return _NOTHING
-        found = read_direct(self._descriptor, offset, count) if self._direct else None
-        if found is None:
-            self._direct = self._direct and set_direct(self._descriptor, False)  # this file system cannot
-            found = np.empty(count, np.uint8)
-            found = found[: os.preadv(self._descriptor, [found.data], offset)]
-        return found
+            return np.empty(0, np.uint8)
+        if self._uncached and count >= _LARGE:
+            self._uncached = set_direct(self._descriptor)
+            direct = read_direct(self._descriptor, offset, count)
+            set_direct(self._descriptor, False)
+            if direct is not None:
+                return direct
+        found: Bytes = np.empty(count, np.uint8)
+        return found[: os.preadv(self._descriptor, [found.data], offset)]
 
     def _differs(self, offset: int) -> None:
         self.first = offset if self.first is None else min(self.first, offset)
@@ -147,7 +133,7 @@ class ComparedFile:
         """Compare no more."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
-            self._descriptor, self._held = -1, (0, _NOTHING)
+            self._descriptor = -1
 
     def digest(self) -> str | None:
         """SHA-256 of the file, in hex; None where it was not read in its order."""

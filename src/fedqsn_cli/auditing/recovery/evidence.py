@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,66 +15,33 @@ from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.recovery.intervals import certain_values, intervals, once_rounded
 from fedqsn_cli.auditing.rows import shown_flags
 from fedqsn_cli.models.tensor_task import TensorTask
-from fedqsn_cli.quantization.codebooks import FORMATS
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
 
 
-class Codes(NamedTuple):
-    """Codes of rows and how to read them; fields are arguments of `kernels.compare_codes`."""
-
-    packed: NDArray[np.uint8]
-    skipped: int
-    scales: Floats
-    block: int
-    pairs: NDArray[np.uint64]
-    divisor: np.float32
-
-
-@cache
-def pairs_of_levels(format: str) -> NDArray[np.uint64]:
-    """The two levels of each byte of codes, fp32, as 64 bits: [256]."""
-    levels, byte = np.array(FORMATS[format].values, np.float32), np.arange(256)
-    return np.stack([levels[byte >> 4], levels[byte & 15]], axis=1).view(np.uint64).reshape(-1)
-
-
 @dataclass(frozen=True)
 class Reading:
-    """What one proxy says about some rows of a tensor, [rows, cols] each.
+    """What one proxy says about rows of a tensor, [rows, cols] each.
 
     Args:
-        factor: what the visible part of the tensor was multiplied by.
+        sent: as a client computes with them. factor: what the visible part of the tensor was multiplied by.
         row_flags, flags: what is shown: bool [rows], and fp32 [1, cols] or [rows, cols]; an element needs both.
     """
 
     proxy: OpenedProxy
     task: TensorTask
     first: int
-    rows: int
+    sent: Floats
     factor: np.float32
     row_flags: Array
     flags: Floats
 
     @classmethod
     def of(cls, proxy: OpenedProxy, task: TensorTask, first: int, rows: int) -> Reading:
-        """Rows of a tensor, which are read when they are needed: that raises FormatError."""
-        return cls(proxy, task, first, rows, proxy.factor(task.name), *shown_flags(proxy, task, first, rows))
-
-    @cached_property
-    def sent(self) -> Floats:
-        """As a client computes with them."""
-        return self.proxy.values(self.task.name, self.task.layout, self.first, self.rows)
-
-    @property
-    def codes(self) -> Codes | None:
-        """The 4-bit codes, where they are in the order of the truth and no row begins within a byte."""
-        task, name = self.task, self.task.name
-        packing = self.proxy.packing(name, task.layout)
-        if packing is None or packing.kind != "pack4" or task.layout.transposed or task.layout.view[2] % 2:
-            return None
-        codes, scales, skipped = self.proxy.coded(name, packing, self.first, self.rows)
-        return Codes(codes, skipped, scales, packing.block, pairs_of_levels(packing.format), self.factor)
+        """Read rows of a tensor. Raises FormatError."""
+        sent = proxy.values(task.name, task.layout, first, rows)
+        return cls(proxy, task, first, sent, proxy.factor(task.name), *shown_flags(proxy, task, first, rows))
 
     @cached_property
     def values(self) -> Floats:

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from fedqsn_cli.artifacts.manifests import Quantization
 from fedqsn_cli.auditing.kernels import block_peaks, decode_levels, largest_values, snapped_cells
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
-from fedqsn_cli.auditing.rows import widened
 from fedqsn_cli.kernels.jit import KIND
 from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.quantization import kernels
@@ -35,6 +34,13 @@ def cells(format: str) -> tuple[Floats, Floats]:
     return np.where(low > -1, low - _SLACK, low), np.where(high < 1, high + _SLACK, high)
 
 
+@cache
+def pairs_of_levels(format: str) -> NDArray[np.uint64]:
+    """The two levels of each byte of codes, fp32, as 64 bits: [256]."""
+    levels, byte = np.array(FORMATS[format].values, np.float32), np.arange(256)
+    return np.stack([levels[byte >> 4], levels[byte & 15]], axis=1).view(np.uint64).reshape(-1)
+
+
 def once_rounded(proxy: OpenedProxy, task: TensorTask) -> bool:
     """Is a tensor stored more finely than it was quantized?"""
     tensor = proxy.tensors[task.name]
@@ -54,7 +60,7 @@ def certain_values(proxy: OpenedProxy, task: TensorTask, sent: Floats, values: F
         return values
     dtype, quantization = proxy.tensors[task.name].dtype, proxy.manifest.quantization
     if quantization is None or task.layout.kind != "snap":
-        return widened(kernels.narrowed(values, dtype), dtype).reshape(values.shape)
+        return kernels.widened(kernels.narrowed(values, dtype), dtype).reshape(values.shape)
     out, peaks = np.empty_like(sent), _peaks(task, quantization, sent)
     factor = proxy.factor(task.name)
     largest_values(sent.reshape(-1), peaks.reshape(-1), factor, KIND[dtype], out.reshape(-1))

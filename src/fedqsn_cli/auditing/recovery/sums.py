@@ -5,23 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedqsn_cli.auditing.kernels import compare_codes
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
-from fedqsn_cli.auditing.recovery.evidence import Codes
-from fedqsn_cli.auditing.recovery.metrics import EXACT, AttackResult, ErrorSums, Flags
-from fedqsn_cli.auditing.rows import as_float32, model_rows
-from fedqsn_cli.kernels.floats import writable
-from fedqsn_cli.kernels.jit import as_bits
-from fedqsn_cli.models.public_base import PublicBase
+from fedqsn_cli.auditing.recovery.metrics import AttackResult, ErrorSums, Flags
 from fedqsn_cli.models.tensor_task import TensorTask
 
-Array = NDArray[Any]
 Floats = NDArray[np.float32]
 
 EVERYTHING, TRUTH, BASE = "everything", "truth", "base"
@@ -81,33 +73,14 @@ class OrderedSums:
                 self.sums[key] += sums
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows of one tensor.
-
-    Args:
-        stored: the truth as it is stored. public: the public base; None where it has no such tensor.
-    """
+    """Rows of one tensor: the truth and the public base (None where it has no such tensor), [rows, cols] fp32."""
 
     task: TensorTask
     first: int
-    stored: Array
-    public: PublicBase | None
-
-    @property
-    def count(self) -> int:
-        """How many."""
-        return int(self.stored.shape[1 if self.task.layout.transposed else 0])
-
-    @cached_property
-    def w(self) -> Floats:
-        """The truth, [rows, cols] fp32."""
-        return np.asarray(as_float32(self.task, self.stored))
-
-    @cached_property
-    def base(self) -> Floats | None:
-        """The public base, [rows, cols] fp32."""
-        return None if self.public is None else model_rows(self.public, self.task, self.first, self.count)
+    w: Floats
+    base: Floats | None
 
     @property
     def everything(self) -> Flags:
@@ -117,13 +90,6 @@ class Rows:
     def add(self, sums: ErrorSums, guess: Floats, shown: Flags, **how: Any) -> None:
         """Add a guess of them; arguments are those of `ErrorSums.add`."""
         sums.add(self.w, guess, shown, base=self.base, **how)
-
-    def add_codes(self, whole: ErrorSums, sums: ErrorSums, codes: Codes, shown: Flags) -> None:
-        """Add codes as a guess of them where there is no base, and count, w and w² of all of them."""
-        bits, kind = as_bits(self.stored, self.task.tensor.dtype)
-        compare_codes(
-            *(writable(bits).reshape(self.stored.shape), kind, *codes, *shown, EXACT, whole.values, sums.values)
-        )
 
     def add_base(self, sums: ErrorSums, shown: Flags) -> None:
         """Add the public base as the guess, if it has the tensor."""

@@ -23,14 +23,18 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.auditing.completeness import NOT_A_NUMBER, Collector
 from fedqsn_cli.auditing.findings import AttackScore, Finding, Recovery, TensorRecovery
+from fedqsn_cli.auditing.kernels import compare_codes
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.recovery import attacks
 from fedqsn_cli.auditing.recovery.evidence import Evidence, Reading
+from fedqsn_cli.auditing.recovery.intervals import pairs_of_levels
 from fedqsn_cli.auditing.recovery.low_rank import complete
-from fedqsn_cli.auditing.recovery.metrics import COUNT, DD, HITS, WW, AttackResult, ErrorSums
+from fedqsn_cli.auditing.recovery.metrics import COUNT, DD, EXACT, HITS, WW, AttackResult, ErrorSums
 from fedqsn_cli.auditing.recovery.sums import BASE, EVERYTHING, TRUTH, OrderedSums, Rows, Sums, Target
-from fedqsn_cli.auditing.rows import CHUNK, has_tensor
+from fedqsn_cli.auditing.rows import CHUNK, as_float32, has_tensor, model_rows, shown_flags
 from fedqsn_cli.errors import FedqsnError, FormatError
+from fedqsn_cli.kernels.floats import writable
+from fedqsn_cli.kernels.jit import as_bits
 from fedqsn_cli.kernels.read_ahead import compute_ahead
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.public_base import PublicBase
@@ -38,6 +42,7 @@ from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.quantization.layout import rows_at_a_time
 
 Array = NDArray[Any]
+Floats = NDArray[np.float32]
 
 BEST_OF_EACH = "best of each tensor"
 
@@ -65,48 +70,50 @@ class WeightAttack:
         """Attack rows of a tensor; `result` tells what cannot be read of a proxy: others look at the truth, too."""
         found: Sums | Exception
         try:
-            found = self._attack(task, first, stored)
+            found = self._attack_codes(task, first, stored) or self._attack(task, first, as_float32(task, stored))
         except (FedqsnError, OSError) as error:
             found = error
         with self._lock:
             rows = stored.shape[1 if task.layout.transposed else 0]
             self._tensors.setdefault(task.name, OrderedSums()).put(first, rows, found)
 
-    def _attack(self, task: TensorTask, first: int, stored: Array) -> Sums:
+    def _attack_codes(self, task: TensorTask, first: int, stored: Array) -> Sums | None:
+        """Where 4-bit codes of one proxy are all there is, what they are worth; their values are written nowhere."""
+        proxy, name = self.proxies[0], task.name
+        packing = proxy.packing(name, task.layout) if proxy.read_once else None
+        if packing is None or packing.kind != "pack4" or task.layout.transposed or task.layout.view[2] % 2:
+            return None  # a row could begin within a byte
+        sums, (bits, kind) = Sums(), as_bits(stored, task.tensor.dtype)
+        compare_codes(
+            *(writable(bits).reshape(stored.shape), kind, *proxy.coded(name, packing, first, len(stored))),
+            *(packing.block, pairs_of_levels(packing.format), proxy.factor(name)),
+            *(*shown_flags(proxy, task, first, len(stored)), EXACT),
+            *(sums[EVERYTHING, TRUTH].values, sums[proxy.scope, "descale"].values),
+        )
+        return sums
+
+    def _attack(self, task: TensorTask, first: int, w: Floats) -> Sums:
         for proxy in self.proxies:
             if task.name not in proxy.tensors:
                 raise FormatError("a tensor of the model is missing", where=f"{proxy.scope}: {task.name}")
         base, sums = self._base_of(task), Sums()
-        if self._attack_codes(sums, Rows(task, first, stored, base)):
-            return sums
-        step = len(stored) if task.layout.transposed else rows_at_a_time(task.layout, self._block, CHUNK)
-        for begin in range(0, len(stored), step):
-            self._attack_rows(sums, Rows(task, first + begin, stored[begin : begin + step], base))
+        step = len(w) if task.layout.transposed else rows_at_a_time(task.layout, self._block, CHUNK)
+        for begin in range(0, len(w), step):
+            part, at = w[begin : begin + step], first + begin
+            rows = Rows(task, at, part, None if base is None else model_rows(base, task, at, len(part)))
+            rows.add(sums[EVERYTHING, TRUTH], part, rows.everything)
+            rows.add_base(sums[EVERYTHING, BASE], rows.everything)
+            self._attack_rows(sums, rows)
         return sums
-
-    def _attack_codes(self, sums: Sums, rows: Rows) -> bool:
-        """Where the codes of one proxy are all there is, what follows from them; their values are written nowhere."""
-        target = self._targets[0]
-        if not target.proxies[0].read_once:
-            return False
-        reading = Reading.of(target.proxies[0], rows.task, rows.first, rows.count)
-        codes = reading.codes
-        if codes is None:
-            return False
-        shown = reading.row_flags, reading.flags
-        rows.add_codes(sums[EVERYTHING, TRUTH], sums[target.scope, "descale"], codes, shown)
-        return True
 
     def _base_of(self, task: TensorTask) -> PublicBase | None:
         return self._base if has_tensor(self._base, task) else None
 
     def _attack_rows(self, sums: Sums, rows: Rows) -> None:
         """One chunk: every proxy alone, then what they say together."""
-        rows.add(sums[EVERYTHING, TRUTH], rows.w, rows.everything)
-        rows.add_base(sums[EVERYTHING, BASE], rows.everything)
         together = Evidence.none(rows.w.shape, scale_block(self.proxies[0], rows.task)) if self._together else None
         for target in self._alone:
-            reading = Reading.of(target.proxies[0], rows.task, rows.first, rows.count)
+            reading = Reading.of(target.proxies[0], rows.task, rows.first, len(rows.w))
             self._attack_alone(sums, target, rows, reading)
             if together is not None:
                 together.add(reading)
