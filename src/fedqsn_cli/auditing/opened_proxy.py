@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,28 @@ Array = NDArray[Any]
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float32]
 
+_KEPT = 16  # pieces of a MiB: more than there are chunks at once
+
+
+class ReadAlready:
+    """Bytes of files that were read for something else: the last few, for whoever wants them next. For many threads."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[Path, int, int], NDArray[np.uint8]] = OrderedDict()
+        self._lock = Lock()
+
+    def put(self, file: Path, start: int, data: NDArray[np.uint8]) -> None:
+        """Keep bytes that begin at an offset of a file."""
+        with self._lock:
+            self._kept[file, start, data.size] = data
+            if len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+
+    def take(self, file: Path, start: int, count: int) -> NDArray[np.uint8] | None:
+        """So many bytes from an offset on, which are given away; None where they are not kept in one piece."""
+        with self._lock:
+            return self._kept.pop((file, start, count), None)
+
 
 @dataclass
 class OpenedProxy:
@@ -46,6 +70,7 @@ class OpenedProxy:
         masks_proven: whether its masks were found to be those of the key.
         reproduced: whether an export wrote the same bytes again.
         read_once: whether its weights are read once only, so that they need not stay in the page cache.
+        read_already: codes that were read so.
     """
 
     scope: str
@@ -59,6 +84,7 @@ class OpenedProxy:
     masks_proven: bool = False
     reproduced: bool = False
     read_once: bool = False
+    read_already: ReadAlready = field(default_factory=ReadAlready)
     _nested: tuple[str, Floats, Floats, np.float32] | None = None
 
     @property
@@ -121,7 +147,10 @@ class OpenedProxy:
 
     def codes(self, name: str, first: int, count: int) -> NDArray[np.uint8]:
         """Packed 4-bit codes of `count` elements from element `first` (even): [ceil(count / 2)]."""
-        return self._read(name, first // 2, (count + 1) // 2)
+        found, entry = self._read(name, first // 2, (count + 1) // 2), self.checkpoint.entries[name]
+        if self.read_once:
+            self.read_already.put(entry.file, entry.start + first // 2, found)
+        return found
 
     def _read(self, name: str, start: int, count: int) -> NDArray[np.uint8]:
         if self.read_once:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.auditing.kernels import first_unequal
+from fedqsn_cli.auditing.opened_proxy import ReadAlready
 from fedqsn_cli.checkpoint import FILE_MODE, FILE_TIME, TensorSink, TensorSpec
 from fedqsn_cli.checkpoint.direct_io import is_uncached, read_direct
 from fedqsn_cli.checkpoint.tensor_sink import split_into_shards
@@ -55,12 +56,14 @@ class ComparedFile:
     """A file of tensors, compared with what an export writes in any order.
 
     Args:
-        size: in bytes, as it should be. hashing: takes what is read, if that is in the order of the file.
+        size: in bytes, as it should be. known: bytes that need not be read again.
+        hashing: takes what is read, if that is in the order of the file.
         first: offset of the first byte that differs.
     """
 
     path: Path
     size: int
+    known: ReadAlready
     hashing: HashQueue
     first: int | None = None
     _head: bytes = b""
@@ -117,6 +120,8 @@ class ComparedFile:
         """These bytes, or those of them that there are; large pieces past the page cache if they are not in it."""
         if self._descriptor < 0:
             return np.empty(0, np.uint8)
+        if (already := self.known.take(self.path, offset, count)) is not None:
+            return already
         if self._uncached and count >= _LARGE:
             self._uncached = set_direct(self._descriptor)
             direct = read_direct(self._descriptor, offset, count)
@@ -155,12 +160,14 @@ class ComparedFolder:
     """Takes the files of a release as `ArtifactWriter` does, and compares each with that of the same name in a folder.
 
     Args:
-        hashing: takes the bytes of all files. taken: receives SHA-256 of those that were read in their order.
+        read_already: bytes that need not be read again. hashing: takes the bytes of all files.
+        taken: receives SHA-256 of the files that were read in their order.
         known: gives SHA-256 of all files that are there: what proxy.json must say of them. Where one is not as it
             should be, that is found in the file itself.
     """
 
     folder: Path
+    read_already: ReadAlready
     hashing: HashQueue
     taken: dict[str, str]
     known: Callable[[], Mapping[str, str]]
@@ -186,12 +193,12 @@ class ComparedFolder:
 
     def file(self, path: Path, size: int) -> ComparedFile:
         """A file of tensors to compare."""
-        self._files.append(ComparedFile(path, size, self.hashing))
+        self._files.append(ComparedFile(path, size, self.read_already, self.hashing))
         return self._files[-1]
 
     def add_bytes(self, name: str, data: bytes) -> None:
         """Compare a small file."""
-        file = ComparedFile(self.folder / name, len(data), self.hashing)
+        file = ComparedFile(self.folder / name, len(data), self.read_already, self.hashing)
         file.write(0, memoryview(data))
         file.close()  # an empty one is never complete
         self.finished(file)

@@ -93,11 +93,14 @@ def reproduce(inputs: Inputs, group: Together, given: tuple[OpenModel, JobKey]) 
                 else (NOT_REPRODUCED.lacks(scope, BASE, more=": its holes are filled with the public base"))
             )
         return
-    named = [next(one for one in inputs.folders if one.opened is proxy) for proxy in group.proxies]
+    named = [(proxy, next(one for one in inputs.folders if one.opened is proxy)) for proxy in group.proxies]
     with HashThreads() as hashing:
         folders = [
-            ComparedFolder(one.folder, hashing.queue(), taken_of(inputs, one), partial(digests_of, inputs, one))
-            for one in named
+            ComparedFolder(
+                *(one.folder, proxy.read_already, hashing.queue(), taken_of(inputs, one)),
+                partial(digests_of, inputs, one),
+            )
+            for proxy, one in named
         ]
         made = _export(inputs, group.proxies, origin, job, folders)
     for proxy, folder, release in zip(group.proxies, folders, made, strict=True):
