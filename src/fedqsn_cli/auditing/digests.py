@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedqsn_cli.artifacts.manifests import file_digest
 from fedqsn_cli.auditing.inputs import Inputs, ProxyFolder
+from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.checkpoint import read_header
 from fedqsn_cli.checkpoint.companions import MAX_COMPANION_BYTES
 from fedqsn_cli.errors import FedqsnError, FormatError
@@ -19,12 +20,12 @@ NOT_READ = "-"
 _MOST_ENTRIES = 10_000  # of a folder, before none of it is read: it is no proxy, but a disk
 
 
-def digests_of(inputs: Inputs, folder: ProxyFolder) -> Digests:
+def digests_of(inputs: Inputs, folder: ProxyFolder | OpenedProxy) -> Digests:
     """The digests of a folder's files, taken by whoever needs them first. Raises FedqsnError, OSError."""
     return inputs.shared(f"digests of {folder.scope}", lambda: _hashed(folder.folder, taken_of(inputs, folder)))
 
 
-def taken_of(inputs: Inputs, folder: ProxyFolder) -> Digests:
+def taken_of(inputs: Inputs, folder: ProxyFolder | OpenedProxy) -> Digests:
     """The digests that were taken while the folder was read for something else, which fills this."""
     return inputs.shared(f"digests that were taken of {folder.scope}", dict[str, str])
 

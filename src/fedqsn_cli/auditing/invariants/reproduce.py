@@ -93,14 +93,13 @@ def reproduce(inputs: Inputs, group: Together, given: tuple[OpenModel, JobKey]) 
                 else (NOT_REPRODUCED.lacks(scope, BASE, more=": its holes are filled with the public base"))
             )
         return
-    named = [(proxy, next(one for one in inputs.folders if one.opened is proxy)) for proxy in group.proxies]
     with HashThreads() as hashing:
         folders = [
             ComparedFolder(
-                *(one.folder, proxy.read_already, hashing.queue(), taken_of(inputs, one)),
-                partial(digests_of, inputs, one),
+                *(proxy.folder, proxy.read_already, hashing.queue(), taken_of(inputs, proxy)),
+                partial(digests_of, inputs, proxy),
             )
-            for proxy, one in named
+            for proxy in group.proxies
         ]
         made = _export(inputs, group.proxies, origin, job, folders)
     for proxy, folder, release in zip(group.proxies, folders, made, strict=True):
