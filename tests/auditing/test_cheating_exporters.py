@@ -380,6 +380,13 @@ def test_entries_that_are_no_plain_files_of_the_release_are_found(cheat: Cheat, 
     assert expected in message(job)
 
 
+def test_a_file_too_many_that_proxy_json_lists_is_named_before_proxy_json(job: AuditedJob) -> None:
+    (job.proxy() / "extra.bin").write_bytes(b"more")
+    sign(job)
+    plain(job.proxy())
+    assert message(job) == "extra.bin is not a file of this release; 1 more such place"
+
+
 @kinds_with("zero fill, sharded")
 def test_an_attribute_that_cannot_be_read_is_found(job: AuditedJob, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> bytes:

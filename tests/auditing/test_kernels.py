@@ -9,7 +9,12 @@ import pytest
 from numpy.typing import NDArray
 
 from fedqsn_cli.auditing import kernels
+from fedqsn_cli.auditing.invariants.sketches import of_columns, of_rows, signs, window
+from fedqsn_cli.auditing.recovery.intervals import pairs_of_levels
+from fedqsn_cli.auditing.recovery.metrics import HITS, ErrorSums
+from fedqsn_cli.kernels.jit import KIND, as_bits
 from fedqsn_cli.quantization.codebooks import FORMATS, codebook
+from fedqsn_cli.quantization.kernels import dequantize_4bit, narrowed, widened
 
 Floats = NDArray[np.float32]
 SHAPE = (5, 130)
@@ -61,6 +66,73 @@ def test_a_reading_is_added_where_it_shows_something(lines: int) -> None:
     kernels.add_reading(values, certain, low, high, row_flags, flags, *found)
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("lines", [1, SHAPE[0]])
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+def test_codes_are_worth_what_their_values_are(dtype: str, lines: int) -> None:
+    """Rows begin and end within blocks."""
+    chance, block, skipped, divisor = np.random.default_rng(0), 32, 4, np.float32(1.25)
+    bits = narrowed(chance.standard_normal(SHAPE).astype(np.float32), dtype).reshape(SHAPE)
+    w = widened(bits, dtype).reshape(SHAPE)
+    packed = chance.integers(0, 256, (skipped + w.size) // 2, dtype=np.uint8)
+    scales = chance.random(-(-(skipped + w.size) // block)).astype(np.float32) * divisor
+    guess = np.empty(skipped + w.size, np.float32)
+    dequantize_4bit(packed, scales, format="nf4", block=block, dtype="F32", out=guess)
+    shown = chance.random(SHAPE[0]) < 0.7, (chance.random((lines, SHAPE[1])) < 0.6).astype(np.float32)
+    wanted, everything, found, whole = (ErrorSums() for _ in range(4))
+    wanted.add(w, guess[skipped:].reshape(SHAPE), shown, divisor=divisor, tolerance=0.1)
+    everything.add(w, w, (np.ones(SHAPE[0], np.bool_), np.ones((1, SHAPE[1]), np.float32)))
+    kernels.compare_codes(
+        *(as_bits(bits, dtype)[0].reshape(SHAPE), KIND[dtype], packed, skipped, scales, block),
+        *(pairs_of_levels("nf4"), divisor, *shown, np.float32(0.1), whole.values, found.values),
+    )
+    np.testing.assert_allclose(found.values, wanted.values, rtol=1e-5)
+    np.testing.assert_allclose(whole.values[:3], everything.values[:3], rtol=1e-5)
+    assert found[HITS] > 0
+
+
+def test_only_the_largest_values_of_blocks_are_certain() -> None:
+    sent, peaks = np.random.default_rng(0).standard_normal((2, 600)).astype(np.float32)
+    out, divisor = np.empty_like(sent), np.float32(1.1)
+    kernels.largest_values(sent, peaks, divisor, KIND["BF16"], out)
+    rounded = widened(narrowed(sent / divisor, "BF16"), "BF16")
+    np.testing.assert_array_equal(out, np.where(np.abs(sent) >= peaks, rounded, np.float32(np.nan)))
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+def test_projections_are_products_sums_and_squares(dtype: str) -> None:
+    x = np.random.default_rng(0).standard_normal((40, 600)).astype(np.float32)
+    bits = narrowed(x, dtype).reshape(x.shape)
+    wide = widened(bits, dtype).reshape(x.shape)
+    low, high = window(600)
+    for part, planes, found in (
+        (wide[:, low:high], signs(256), of_rows(bits, dtype)),
+        (wide[7:31].T, signs(40)[3:27], of_columns(bits[7:31], dtype, 3, 40)),
+    ):
+        wanted = np.column_stack([part @ planes, part.sum(axis=1), np.square(part).sum(axis=1)])
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_a_vector_and_its_negative_are_in_one_cell() -> None:
+    chance = np.random.default_rng(0)
+    vectors, planes = chance.standard_normal((500, 16)).astype(np.float32), np.eye(16, dtype=np.float32)
+    cells, other = np.empty(500, np.uint16), np.empty(500, np.uint16)
+    kernels.cells_of(vectors, planes, cells)
+    kernels.cells_of(-vectors, planes, other)
+    sides = (vectors > 0) ^ (vectors[:, :1] > 0)
+    np.testing.assert_array_equal(cells, sides @ (1 << np.arange(15, -1, -1)))
+    np.testing.assert_array_equal(other, cells)
+
+
+@pytest.mark.parametrize("at", [0, 4095, 4096, 9999])
+def test_the_first_byte_that_differs(at: int) -> None:
+    one = np.random.default_rng(0).integers(0, 256, 10_000, dtype=np.uint8)
+    other = one.copy()
+    assert kernels.first_unequal(one, other) == -1
+    assert kernels.first_unequal(one, other[:at]) == at
+    other[at:] ^= 1
+    assert kernels.first_unequal(one, other) == at
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from fedqsn_cli import audit
+from fedqsn_cli.auditing import digests
 from fedqsn_cli.auditing.findings import Audit
 from fedqsn_cli.auditing.invariants.weak_seeds import longest_runs
+from fedqsn_cli.auditing.opened_proxy import ReadAlready
 from fedqsn_cli.checkpoint import Checkpoint
 from support.leaks import AuditedJob, make_job, tamper
 
@@ -55,6 +57,48 @@ def test_every_weight_of_the_truth_is_read_once(job: AuditedJob, read: dict[str,
     assert audited(job).verdict == "passed"
     with Checkpoint.open(job.truth) as truth:
         assert read == {name: entry.nbytes for name, entry in truth.entries.items()}
+
+
+def test_no_file_of_a_proxy_that_is_made_again_is_read_once_more_for_its_digest(
+    job: AuditedJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+    as_it_is = digests.file_digest
+
+    def noted(path: Path) -> str:
+        hashed.append(path.name)
+        return as_it_is(path)
+
+    monkeypatch.setattr(digests, "file_digest", noted)
+    assert audited(job).verdict == "passed" and not hashed
+    audited(job, ledger=None)
+    assert "model.safetensors" in hashed
+
+
+def test_codes_of_one_proxy_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the attacks, which hand them to the comparison with what an export writes."""
+    job, kept = make_job(tmp_path / "job", clients=["alice"]), list[int]()
+    as_it_is = ReadAlready.take
+
+    def noted(self: ReadAlready, file: Path, start: int, count: int) -> Any:
+        found = as_it_is(self, file, start, count)
+        kept.extend([start] if found is not None else [])
+        return found
+
+    monkeypatch.setattr(ReadAlready, "take", noted)
+    assert audited(job).verdict == "passed"
+    with Checkpoint.open(job.proxy()) as proxy:
+        codes = [name.removesuffix(".absmax") for name in proxy.entries if name.endswith(".absmax")]
+        assert sorted(kept) == sorted(proxy.entries[name].start for name in codes) and codes
+
+
+def test_what_was_read_is_kept_for_a_while_and_given_away_once() -> None:
+    pieces, read = [np.full(3, number, np.uint8) for number in range(40)], ReadAlready()
+    for number, piece in enumerate(pieces):
+        read.put(Path("a"), 3 * number, piece)
+    assert read.take(Path("a"), 0, 3) is None, "only the last ones are kept"
+    assert read.take(Path("a"), 117, 2) is None and read.take(Path("b"), 117, 3) is None
+    assert read.take(Path("a"), 117, 3) is pieces[39] and read.take(Path("a"), 117, 3) is None
 
 
 def test_recovery_is_the_same_whether_the_release_is_made_again_or_not(job: AuditedJob) -> None:

@@ -1,54 +1,39 @@
-"""SHA-256 of all files of proxies, taken while the export that makes them again keeps the other processors busy."""
+"""SHA-256 of all files of proxies."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from threading import Event
 
+from fedqsn_cli.artifacts.manifests import file_digest
 from fedqsn_cli.auditing.inputs import Inputs, ProxyFolder
+from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.checkpoint import read_header
 from fedqsn_cli.checkpoint.companions import MAX_COMPANION_BYTES
-from fedqsn_cli.checkpoint.files import open_regular_file
 from fedqsn_cli.errors import FedqsnError, FormatError
 
 Digests = dict[str, str]
 """SHA-256 in hexadecimal, by file name; NOT_READ for what is larger than any such file."""
 
 NOT_READ = "-"
-_PIECE = 1 << 22
 _MOST_ENTRIES = 10_000  # of a folder, before none of it is read: it is no proxy, but a disk
 
 
-def digests_of(inputs: Inputs, folder: ProxyFolder) -> Digests:
+def digests_of(inputs: Inputs, folder: ProxyFolder | OpenedProxy) -> Digests:
     """The digests of a folder's files, taken by whoever needs them first. Raises FedqsnError, OSError."""
-    return inputs.shared(f"digests of {folder.scope}", lambda: _hashed(folder.folder, Event()))
+    return inputs.shared(f"digests of {folder.scope}", lambda: _hashed(folder.folder, taken_of(inputs, folder)))
 
 
-@contextmanager
-def taken_behind(inputs: Inputs, folders: Sequence[ProxyFolder]) -> Iterator[list[Callable[[], Digests]]]:
-    """Take digests in a thread; each call waits for those of one folder. What nobody waits for is given up."""
-    given_up = Event()
-
-    def started(folder: ProxyFolder) -> Callable[[], Digests]:
-        taken = thread.submit(_hashed, folder.folder, given_up)
-        return lambda: inputs.shared(f"digests of {folder.scope}", taken.result)
-
-    with ThreadPoolExecutor(1, "fedqsn-digest") as thread:
-        try:
-            yield [started(folder) for folder in folders]
-        finally:
-            given_up.set()
+def taken_of(inputs: Inputs, folder: ProxyFolder | OpenedProxy) -> Digests:
+    """The digests that were taken while the folder was read for something else, which fills this."""
+    return inputs.shared(f"digests that were taken of {folder.scope}", dict[str, str])
 
 
-def _hashed(folder: Path, given_up: Event) -> Digests:
+def _hashed(folder: Path, taken: Digests) -> Digests:
+    found = {str(path.relative_to(folder)): path for path in files_of(folder)}
     return {
-        str(path.relative_to(folder)): NOT_READ if is_oversized(path) else _sha256(path, given_up)
-        for path in files_of(folder)
+        name: NOT_READ if is_oversized(path) else taken.get(name) or file_digest(path) for name, path in found.items()
     }
 
 
@@ -72,14 +57,6 @@ def _entries(folder: Path) -> Iterator[Path]:
             yield path
             if path.is_dir() and not path.is_symlink():
                 waiting.append(path)
-
-
-def _sha256(path: Path, given_up: Event) -> str:
-    sha256 = hashlib.sha256()
-    with open(open_regular_file(path), "rb") as file:
-        while not given_up.is_set() and (piece := file.read(_PIECE)):
-            sha256.update(piece)
-    return sha256.hexdigest()
 
 
 def is_oversized(path: Path) -> bool:

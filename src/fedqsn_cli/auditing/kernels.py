@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fedqsn_cli.kernels.jit import F, compiled, kernel
+from fedqsn_cli.kernels.jit import F, compiled, kernel, narrow, widen
 
 _TILE = 256  # values whose ranks stay in the first cache
 
@@ -14,6 +14,22 @@ _TILE = 256  # values whose ranks stay in the first cache
 def loose(function: F) -> F:
     """Compile with reordered sums, which the compiler needs to add several numbers at once."""
     return compiled(function, fastmath={"reassoc", "contract", "nsz"})
+
+
+@kernel
+def first_unequal(one: Any, other: Any) -> Any:
+    """Index of the first byte that differs, or that one of them does not have; -1 if they are equal."""
+    size = min(one.size, other.size)
+    for start in range(0, size, 4096):
+        left, right = one[start : min(start + 4096, size)], other[start : min(start + 4096, size)]
+        bits = np.uint8(0)
+        for i in range(left.size):
+            bits |= left[i] ^ right[i]
+        if bits:
+            for i in range(left.size):
+                if left[i] != right[i]:
+                    return start + i
+    return -1 if one.size == other.size else size
 
 
 @kernel
@@ -49,6 +65,25 @@ def share_edges(edges: Any, block: int, guess: Any) -> None:
             guess[at] = (edge + np.float32(rivals - 1) * guess[at]) / np.float32(rivals)
 
 
+@loose
+def cells_of(vectors: Any, planes: Any, out: Any) -> None:
+    """On which side of each plane a vector is, one bit a plane; the same for a vector and its negative.
+
+    Args:
+        vectors: fp32 [n, d]. planes: fp32 [1 to 17, d]. out: uint16 [n].
+    """
+    for at in range(vectors.shape[0]):
+        vector, cell, first = vectors[at], np.uint32(0), np.uint32(0)
+        for k in range(planes.shape[0]):
+            product, plane = np.float32(0), planes[k]
+            for i in range(plane.size):
+                product += plane[i] * vector[i]
+            side = np.uint32(product > 0)
+            first = side if k == 0 else first
+            cell = cell << np.uint32(1) | (side ^ first)
+        out[at] = cell
+
+
 @kernel
 def cell_mates(one: Any, other: Any, order: Any, begin: Any, end: Any, first: int, least: Any, pairs: Any) -> Any:
     """Pairs of vectors in the same cell whose |cosine| is over `least`.
@@ -79,6 +114,55 @@ def cell_mates(one: Any, other: Any, order: Any, begin: Any, end: Any, first: in
     return found, other.shape[0]
 
 
+@loose
+def project_rows(bits: Any, kind: int, low: int, planes: Any, out: Any) -> None:
+    """Fill out, [n, planes + 2], with products of parts of rows with all planes, their sums, and sums of squares.
+
+    Args:
+        bits: [n, cols] stored numbers; the part begins at column `low`. kind: of their dtype.
+        planes: fp32 [planes, width].
+    """
+    count, width = planes.shape
+    wide = np.empty(width, np.uint32)
+    x = wide.view(np.float32)
+    for row in range(bits.shape[0]):
+        widen(bits[row, low : low + width], kind, wide)
+        total = squares = np.float32(0)
+        for i in range(width):
+            total += x[i]
+            squares += x[i] * x[i]
+        out[row, count], out[row, count + 1] = total, squares
+        for k in range(count):
+            product, plane = np.float32(0), planes[k]
+            for i in range(width):
+                product += plane[i] * x[i]
+            out[row, k] = product
+
+
+@loose
+def project_columns(bits: Any, kind: int, planes: Any, out: Any) -> None:
+    """As `project_rows` for columns: bits [height, n], planes [planes, height]."""
+    count, height = planes.shape
+    wide, sums = np.empty(_TILE, np.uint32), np.empty((count + 2, _TILE), np.float32)
+    x = wide.view(np.float32)
+    for left in range(0, bits.shape[1], _TILE):
+        right = min(left + _TILE, bits.shape[1])
+        sums[:] = 0
+        for row in range(height):
+            widen(bits[row, left:right], kind, wide)
+            for k in range(count):
+                part, plane = sums[k], planes[k, row]
+                for i in range(_TILE):
+                    part[i] += plane * x[i]
+            total, squares = sums[count], sums[count + 1]
+            for i in range(_TILE):
+                total[i] += x[i]
+                squares[i] += x[i] * x[i]
+        for i in range(right - left):
+            for k in range(count + 2):
+                out[left + i, k] = sums[k, i]
+
+
 @kernel
 def block_peaks(x: Any, block: int, down: bool, out: Any) -> None:
     """out = the largest magnitude of each value's block; [rows, cols], blocks along rows or down columns."""
@@ -98,6 +182,20 @@ def block_peaks(x: Any, block: int, down: bool, out: Any) -> None:
             for col in range(left, min(left + block, cols)):
                 peak = max(peak, abs(x[row, col]))
             out[row, left : min(left + block, cols)] = peak
+
+
+@kernel
+def largest_values(sent: Any, peaks: Any, divisor: Any, kind: int, out: Any) -> None:
+    """out = sent / divisor, rounded to a dtype, where a value attains the peak of its block; NaN elsewhere."""
+    values, bits = np.empty(_TILE, np.float32), np.empty(_TILE, np.uint16)
+    for start in range(0, sent.size, _TILE):
+        x, peak, target = sent[start : start + _TILE], peaks[start : start + _TILE], out[start : start + _TILE]
+        for i in range(x.size):
+            values[i] = x[i] / divisor
+        narrow(values.view(np.uint32), kind, bits)
+        widen(bits, kind, values.view(np.uint32))
+        for i in range(x.size):
+            target[i] = values[i] if abs(x[i]) >= peak[i] else np.float32(np.nan)
 
 
 @kernel
@@ -160,6 +258,64 @@ def clamp(guess: Any, low: Any, high: Any, total: Any, count: Any, out: Any) -> 
     for at in range(out.size):
         inside = -larger(-larger(guess[at], low[at]), -high[at])
         out[at] = inside if low[at] <= high[at] else total[at] / max(count[at], np.float32(1))
+
+
+@loose
+def compare_codes(
+    bits: Any, kind: int, packed: Any, skipped: int, scales: Any, block: int, pairs: Any, divisor: Any,
+    row_flags: Any, flags: Any, tolerance: Any, whole: Any, out: Any,
+) -> None:  # fmt: skip
+    """Add to out what 4-bit codes are worth as a guess, as `compare` does without a base: all in one pass.
+
+    Args:
+        bits: [rows, cols] the weights as they are stored; cols is even. kind: of their dtype.
+        packed, scales: from the beginning of a block on; the rows begin `skipped` elements later.
+        pairs: [256] the two levels of each byte of codes, fp32, as 64 bits. divisor: of the guess.
+        row_flags, flags, tolerance, out: those of `compare`. whole: receives count, w and w² of all elements, which
+            where all are shown are those in out to the last bit.
+    """
+    rows, cols = bits.shape
+    wide, decoded = np.empty(cols, np.uint32), np.empty(cols, np.float32)
+    w, words = wide.view(np.float32), decoded.view(np.uint64)
+    for row in range(rows):
+        widen(bits[row], kind, wide)
+        whole[0] += cols
+        if not row_flags[row]:
+            ws = ww = np.float32(0)
+            for col in range(cols):
+                ws += w[col]
+                ww += w[col] * w[col]
+            whole[1] += ws
+            whole[2] += ww
+            continue
+        start = skipped + row * cols
+        codes = packed[start // 2 : (start + cols) // 2]
+        for i in range(codes.size):
+            words[i] = pairs[codes[i]]
+        index, at, stop = start // block, 0, block - start % block
+        while at < cols:
+            part, scale = decoded[at:stop], scales[index] / divisor
+            for i in range(part.size):
+                part[i] *= scale
+            index, at, stop = index + 1, stop, stop + block
+        line = flags[row if flags.shape[0] > 1 else 0]
+        n = ws = ww = gs = gg = dd = exact = hs = hh = np.float32(0)
+        for col in range(cols):
+            a, b = w[col] * line[col], decoded[col] * line[col]
+            d, h = a - b, w[col] - a
+            n += line[col]
+            ws += a
+            ww += a * a
+            hs += h
+            hh += h * h
+            gs += b
+            gg += b * b
+            dd += d * d
+            exact += line[col] if abs(d) <= tolerance * abs(a) else np.float32(0)
+        for at, found in enumerate((n, ws, ww, gs, gg, dd, exact, gg)):
+            out[at] += found
+        whole[1] += np.float64(ws) + hs
+        whole[2] += np.float64(ww) + hh
 
 
 @loose

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,28 @@ Array = NDArray[Any]
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float32]
 
+_KEPT = 16  # pieces of a MiB: more than there are chunks at once
+
+
+class ReadAlready:
+    """Bytes of files that were read for something else: the last few, for whoever wants them next. For many threads."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[Path, int, int], NDArray[np.uint8]] = OrderedDict()
+        self._lock = Lock()
+
+    def put(self, file: Path, start: int, data: NDArray[np.uint8]) -> None:
+        """Keep bytes that begin at an offset of a file."""
+        with self._lock:
+            self._kept[file, start, data.size] = data
+            if len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+
+    def take(self, file: Path, start: int, count: int) -> NDArray[np.uint8] | None:
+        """So many bytes from an offset on, which are given away; None where they are not kept in one piece."""
+        with self._lock:
+            return self._kept.pop((file, start, count), None)
+
 
 @dataclass
 class OpenedProxy:
@@ -45,6 +69,8 @@ class OpenedProxy:
         mismatched: tensors that are not as an export makes them, once that was checked.
         masks_proven: whether its masks were found to be those of the key.
         reproduced: whether an export wrote the same bytes again.
+        read_once: whether its weights are read once only, so that they need not stay in the page cache.
+        read_already: codes that were read so.
     """
 
     scope: str
@@ -57,6 +83,8 @@ class OpenedProxy:
     mismatched: set[str] | None = None
     masks_proven: bool = False
     reproduced: bool = False
+    read_once: bool = False
+    read_already: ReadAlready = field(default_factory=ReadAlready)
     _nested: tuple[str, Floats, Floats, np.float32] | None = None
 
     @property
@@ -107,18 +135,36 @@ class OpenedProxy:
         role = rules().role(name, 2, (self.checkpoint.config or {}).get("model_type"))
         return self.tensors[name].packing is not None and role is not None and role.name == "conv1d"
 
+    def packing(self, name: str, layout: TensorLayout) -> Packing | None:
+        """How a tensor is packed; None for a dense one. Raises FormatError: it has not the shape of the planned one."""
+        if name not in self.tensors:
+            raise FormatError("a tensor of the model is missing", where=f"{self.scope}: {name}")
+        tensor, (lead, height, cols) = self.tensors[name], layout.view
+        packed = tensor.packing is not None and tensor.packing.shape != (lead * height, cols)
+        if packed or math.prod(tensor.shape) != lead * height * cols:
+            raise FormatError("has another shape than the truth", where=f"{self.scope}: {name}")
+        return tensor.packing
+
     def codes(self, name: str, first: int, count: int) -> NDArray[np.uint8]:
         """Packed 4-bit codes of `count` elements from element `first` (even): [ceil(count / 2)]."""
-        out = np.empty((count + 1) // 2, np.uint8)
-        self.checkpoint.read_into(name, first // 2, out)
+        found, entry = self._read(name, first // 2, (count + 1) // 2), self.checkpoint.entries[name]
+        if self.read_once:
+            self.read_already.put(entry.file, entry.start + first // 2, found)
+        return found
+
+    def _read(self, name: str, start: int, count: int) -> NDArray[np.uint8]:
+        if self.read_once:
+            return self.checkpoint.read_fresh(name, start, count)
+        out = np.empty(count, np.uint8)
+        self.checkpoint.read_into(name, start, out)
         return out
 
     def scales(self, name: str, packing: Packing, first: int, count: int) -> Floats:
         """Scales of `count` blocks (4-bit) or rows (int8) from `first`: fp32 [count]. Raises FormatError."""
         stored = scb_name(name) if packing.kind == "pack8" else f"{name}.absmax"
-        out: Array = np.empty(count, np.uint8 if packing.double else np.float32)
-        self.checkpoint.read_into(stored, first * out.itemsize, out)
-        absmax: Floats = out
+        width = 1 if packing.double else 4
+        out: Array = self._read(stored, first * width, count * width)
+        absmax: Floats = out.view(np.float32) if width > 1 else out
         if packing.double:
             nested, levels, offset = self._nested_of(name, packing.format)
             absmax = levels[out] * nested[np.arange(first, first + count) // NESTED_BLOCK] + offset
@@ -144,16 +190,9 @@ class OpenedProxy:
         Raises:
             FormatError: the tensor has another number of elements, or its scales are not finite.
         """
-        lead, height, cols = layout.view
-        if name not in self.tensors:
-            raise FormatError("a tensor of the model is missing", where=f"{self.scope}: {name}")
-        packing = self.tensors[name].packing
-        if math.prod(self.tensors[name].shape) != lead * height * cols:
-            raise FormatError("has another shape than the truth", where=f"{self.scope}: {name}")
+        packing, cols = self.packing(name, layout), layout.view[2]
         if packing is None:
             return self._plain(name, layout, first, rows)
-        if packing.shape != (lead * height, cols):
-            raise FormatError("has another shape than the truth", where=f"{self.scope}: {name}")
         if packing.kind == "pack8":
             codes, out = np.empty((rows, cols), np.int8), np.empty((rows, cols), np.float32)
             self.checkpoint.read_into(name, first * cols, codes)
@@ -171,13 +210,19 @@ class OpenedProxy:
         """
         packing = self.tensors[name].packing
         assert packing is not None
+        codes, skipped, scales = self.coded(name, packing, first, rows)
+        flat = np.empty(skipped + rows * packing.shape[1], np.float32)
+        decode(codes, scales, out=flat)
+        return flat[skipped:].reshape(rows, -1)
+
+    def coded(self, name: str, packing: Packing, first: int, rows: int) -> tuple[NDArray[np.uint8], int, Floats]:
+        """Packed 4-bit codes of the blocks that rows are in, how many elements precede the rows, and the scales."""
         cols, block = packing.shape[1], packing.block
         start = first * cols
         lower = start // block * block  # of the block that the rows begin in
-        flat = np.empty(start - lower + rows * cols, np.float32)
-        scales = self.scales(name, packing, lower // block, -(-flat.size // block))
-        decode(self.codes(name, lower, flat.size), scales, out=flat)
-        return flat[start - lower :].reshape(rows, cols)
+        count = start - lower + rows * cols
+        scales = self.scales(name, packing, lower // block, -(-count // block))
+        return self.codes(name, lower, count), start - lower, scales
 
     def _plain(self, name: str, layout: TensorLayout, first: int, rows: int) -> Floats:
         """Dense values; those of a transposed tensor are stored as in the truth."""
@@ -186,12 +231,11 @@ class OpenedProxy:
             raise FormatError(f"{entry.dtype} values where floats belong", where=f"{self.scope}: {name}")
         kind = DTYPES[entry.dtype].bits
         if layout.transposed:
-            whole = np.empty((cols, layout.view[1]), kind)
-            self.checkpoint.read_into(name, 0, whole)
-            transposed: Floats = kernels.widened(whole, entry.dtype).reshape(whole.shape).T[first : first + rows]
+            whole = self._read(name, 0, entry.nbytes).view(kind)
+            transposed: Floats = kernels.widened(whole, entry.dtype).reshape(cols, -1).T[first : first + rows]
             return np.ascontiguousarray(transposed)
-        out = np.empty((rows, cols), kind)
-        self.checkpoint.read_into(name, first * cols * out.itemsize, out)
+        width = np.dtype(kind).itemsize * cols
+        out = self._read(name, first * width, rows * width).view(kind)
         wide: Floats = kernels.widened(out, entry.dtype).reshape(rows, cols)
         return wide
 

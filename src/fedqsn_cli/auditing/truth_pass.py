@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.artifacts.manifests import Quantization
@@ -24,7 +23,6 @@ from fedqsn_cli.auditing.findings import Recovery
 from fedqsn_cli.auditing.inputs import Inputs
 from fedqsn_cli.auditing.invariants.truth_index import TruthIndex
 from fedqsn_cli.auditing.recovery.weights import WeightAttack
-from fedqsn_cli.auditing.rows import as_float32
 from fedqsn_cli.export.pipeline import CHUNK_ELEMENTS
 from fedqsn_cli.kernels.read_ahead import compute_ahead
 from fedqsn_cli.models.model import OpenModel
@@ -33,14 +31,13 @@ from fedqsn_cli.progress import Progress
 from fedqsn_cli.quantization.layout import TensorLayout, row_chunks
 
 Array = NDArray[Any]
-Floats = NDArray[np.float32]
 
 
 class Observer(Protocol):
     """Something that looks at every weight of the truth."""
 
-    def take(self, task: TensorTask, first: int, w: Floats) -> None:
-        """Look at rows from `first` on of a tensor's working view, [rows, cols] fp32: in any order, in any thread."""
+    def take(self, task: TensorTask, first: int, stored: Array) -> None:
+        """Look at rows from `first` on of a tensor's working view, as they are stored: in any order, in any thread."""
 
 
 @dataclass
@@ -106,9 +103,8 @@ class TruthPass:
         task = self.tasks.get(name)
         if task is None or (name, first) in self._seen:
             return
-        w = as_float32(task, x)
         for observer in self._observers:
-            observer.take(task, first, w)
+            observer.take(task, first, x)
         self._seen.add((name, first))
 
 
@@ -130,7 +126,7 @@ class Observed:
         }
         passes: dict[str, TruthPass] = {}
         for name, attack in attacks.items():
-            observers: list[Observer] = [attack] if passes else [index, attack]
+            observers: list[Observer] = [attack] if passes else [attack, index]
             passes[name] = TruthPass(truth, attack.quantization, observers, inputs.progress)
         return cls(index, passes or {str(None): TruthPass(truth, None, [index], inputs.progress)}, attacks)
 

@@ -5,24 +5,35 @@ Memory holds a few chunks, as in an export.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
+from fedqsn_cli.auditing.kernels import first_unequal
+from fedqsn_cli.auditing.opened_proxy import ReadAlready
 from fedqsn_cli.checkpoint import FILE_MODE, FILE_TIME, TensorSink, TensorSpec
+from fedqsn_cli.checkpoint.direct_io import is_uncached, read_direct
 from fedqsn_cli.checkpoint.tensor_sink import split_into_shards
-from fedqsn_cli.linux import file_flags
+from fedqsn_cli.kernels.floats import writable
+from fedqsn_cli.kernels.hash_threads import HashQueue
+from fedqsn_cli.linux import file_flags, set_direct
+
+Bytes = NDArray[np.uint8]
 
 _LABEL, _SELINUX = "security.selinux", re.compile(rb"([a-z_]+:[a-z_]+:[a-z_]+(:s0)?\0?)?")  # the system sets it
 _FOLDER_MODES = frozenset({0o700, 0o750, 0o755, 0o770, 0o775, 0o777})  # what the usual umasks leave
 _MISSING = "0" * 64  # in place of a digest
+_SMALL, _LARGE = 4 << 10, 64 << 10  # bytes that may wait to be hashed; bytes that are read past the page cache
 _JSON_KEY = re.compile(r'( *)"((?:[^"\\]|\\.)*)": ')
 
 
@@ -45,15 +56,24 @@ class ComparedFile:
     """A file of tensors, compared with what an export writes in any order.
 
     Args:
-        size: in bytes, as it should be. first: offset of the first byte that differs.
+        size: in bytes, as it should be. known: bytes that need not be read again.
+        hashing: takes what is read, if that is in the order of the file.
+        first: offset of the first byte that differs.
     """
 
     path: Path
     size: int
+    known: ReadAlready
+    hashing: HashQueue
     first: int | None = None
     _head: bytes = b""
     _taken: int = 0
     _descriptor: int = -1
+    _uncached: bool = False
+    _sha256: Any = field(default_factory=hashlib.sha256)
+    _hashed: int = 0
+    _waiting: dict[int, Bytes] = field(default_factory=dict)
+    _last: Future[None] | None = None
 
     def create(self) -> None:
         """There is nothing to create."""
@@ -70,11 +90,15 @@ class ComparedFile:
         if offset == 0:
             self._head = bytes(data)  # a header is written at once
         self._taken += len(data)
-        wanted = np.frombuffer(data, np.uint8)
-        found = np.frombuffer(os.pread(self._descriptor, len(data), offset) if self._descriptor >= 0 else b"", np.uint8)
-        if not np.array_equal(wanted, found):
-            unequal = np.flatnonzero(wanted[: found.size] != found)
-            self._differs(offset + int(unequal[0] if unequal.size else found.size))
+        wanted, found = np.frombuffer(data, np.uint8), self._read(offset, len(data))
+        if offset == self._hashed or len(data) < _SMALL:
+            self._waiting[offset] = found
+        while (piece := self._waiting.pop(self._hashed, None)) is not None:
+            self._last = self.hashing.submit(self._sha256.update, piece.data)
+            self._hashed += piece.size
+        unequal = first_unequal(writable(wanted), found)
+        if unequal >= 0:
+            self._differs(offset + unequal)
         if self.complete:
             self.close()
 
@@ -86,8 +110,26 @@ class ComparedFile:
         found = os.fstat(self._descriptor)
         if not stat.S_ISREG(found.st_mode):
             self.close()
-        elif found.st_size > self.size:
-            self._differs(self.size)
+        else:
+            self._uncached = is_uncached(self._descriptor, found.st_size)
+            self._hashed = 0 if found.st_size == self.size else -1  # of another size, no digest helps
+            if found.st_size > self.size:
+                self._differs(self.size)
+
+    def _read(self, offset: int, count: int) -> Bytes:
+        """These bytes, or those of them that there are; large pieces past the page cache if they are not in it."""
+        if self._descriptor < 0:
+            return np.empty(0, np.uint8)
+        if (already := self.known.take(self.path, offset, count)) is not None:
+            return already
+        if self._uncached and count >= _LARGE:
+            self._uncached = set_direct(self._descriptor)
+            direct = read_direct(self._descriptor, offset, count)
+            set_direct(self._descriptor, False)
+            if direct is not None:
+                return direct
+        found: Bytes = np.empty(count, np.uint8)
+        return found[: os.preadv(self._descriptor, [found.data], offset)]
 
     def _differs(self, offset: int) -> None:
         self.first = offset if self.first is None else min(self.first, offset)
@@ -97,6 +139,13 @@ class ComparedFile:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+    def digest(self) -> str | None:
+        """SHA-256 of the file, in hex; None where it was not read in its order."""
+        if self._last is None or self._hashed != self.size:
+            return None
+        self._last.result()
+        return str(self._sha256.hexdigest())
 
     def difference(self) -> Difference | None:
         """The first byte that differs."""
@@ -111,11 +160,16 @@ class ComparedFolder:
     """Takes the files of a release as `ArtifactWriter` does, and compares each with that of the same name in a folder.
 
     Args:
-        known: gives SHA-256 of the files that are there: what proxy.json must say of them. Where one is not as it
+        read_already: bytes that need not be read again. hashing: takes the bytes of all files.
+        taken: receives SHA-256 of the files that were read in their order.
+        known: gives SHA-256 of all files that are there: what proxy.json must say of them. Where one is not as it
             should be, that is found in the file itself.
     """
 
     folder: Path
+    read_already: ReadAlready
+    hashing: HashQueue
+    taken: dict[str, str]
     known: Callable[[], Mapping[str, str]]
     _files: list[ComparedFile] = field(default_factory=list)
     _texts: dict[str, Difference | None] = field(default_factory=dict)
@@ -123,8 +177,9 @@ class ComparedFolder:
     @property
     def digests(self) -> dict[str, str]:
         """SHA-256 of the files that were compared."""
-        known = self.known()
-        return {name: known.get(name, _MISSING) for name in self.names}
+        names = self.names
+        known = self.taken if names <= self.taken.keys() else self.known()
+        return {name: known.get(name, _MISSING) for name in names}
 
     def tensors(
         self, stem: str, specs: Sequence[TensorSpec], *, max_shard_bytes: int | None, metadata: dict[str, str]
@@ -138,14 +193,15 @@ class ComparedFolder:
 
     def file(self, path: Path, size: int) -> ComparedFile:
         """A file of tensors to compare."""
-        self._files.append(ComparedFile(path, size))
+        self._files.append(ComparedFile(path, size, self.read_already, self.hashing))
         return self._files[-1]
 
     def add_bytes(self, name: str, data: bytes) -> None:
         """Compare a small file."""
-        file = ComparedFile(self.folder / name, len(data))
+        file = ComparedFile(self.folder / name, len(data), self.read_already, self.hashing)
         file.write(0, memoryview(data))
         file.close()  # an empty one is never complete
+        self.finished(file)
         at = file.first
         self._texts[name] = None if at is None else Difference(name, at, _in_text(data, at))
 
@@ -153,7 +209,10 @@ class ComparedFolder:
         """Every byte was compared when it came."""
 
     def finished(self, file: Any) -> None:
-        """Its digest is known already."""
+        """Note its digest."""
+        digest = file.digest()
+        if digest is not None:
+            self.taken[file.path.name] = digest
 
     @property
     def names(self) -> set[str]:
@@ -185,22 +244,19 @@ class Owners:
         return found.st_uid in self.users and found.st_gid in self.groups
 
 
-def entry_problems(folder: Path, names: set[str], owners: Owners | None) -> Iterator[tuple[str, str]]:
-    """What is wrong with a folder and its entries, whatever is in them: (name, problem).
-
-    Args:
-        names: of the files that an export writes.
-        owners: None for a folder in a cache of the hub, which keeps links, and no modes, times and owners.
-    """
-    found = {entry.name: entry for entry in os.scandir(folder)}
-    for name in sorted(found.keys() - names):
+def wrong_entries(folder: Path, names: set[str]) -> Iterator[tuple[str, str]]:
+    """Entries of a folder that are not those that an export writes: (name, problem)."""
+    found = set(os.listdir(folder))
+    for name in sorted(found - names):
         yield name, "is not a file of this release"
-    for name in sorted(names - found.keys()):
+    for name in sorted(names - found):
         yield name, "is missing"
-    if owners is None:
-        return
+
+
+def wrong_properties(folder: Path, names: set[str], owners: Owners) -> Iterator[tuple[str, str]]:
+    """What is wrong with those of these files that are there, and with their folder, whatever is in them."""
     label = _attributes(folder).get(_LABEL, b"")
-    for name in (*sorted(found.keys() & names), "."):
+    for name in (*sorted(names & set(os.listdir(folder))), "."):
         problem = _problem(folder / name, owners, label)
         if problem is not None:
             yield name, problem

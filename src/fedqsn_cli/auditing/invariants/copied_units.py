@@ -16,11 +16,10 @@ from fedqsn_cli.auditing.digests import files_of, is_oversized
 from fedqsn_cli.auditing.findings import Entry, Finding
 from fedqsn_cli.auditing.inputs import TRUTH, Inputs
 from fedqsn_cli.auditing.invariants.holes import CLEAR_COPY, HIDDEN_UNIT_PRESENT
-from fedqsn_cli.auditing.invariants.sketches import SHORTEST, Sketches, cosine, project, similar, window
+from fedqsn_cli.auditing.invariants.sketches import SHORTEST, Sketches, cosine, of_rows, similar, window
 from fedqsn_cli.auditing.invariants.truth_index import MatrixSketches, TruthIndex, fetch, matrix_view, origins
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.truth_pass import truth_index
-from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.checkpoint.files import open_regular_file
 from fedqsn_cli.dtypes import DTYPES
 from fedqsn_cli.export.pipeline import CHUNK_ELEMENTS
@@ -197,27 +196,20 @@ def _unexpected(truth: TruthIndex, proxy: OpenedProxy) -> Iterator[tuple[str, Re
     ):
         for name, entry in checkpoint.entries.items():
             if name not in known:
-                yield name, _entry_reader(checkpoint, name), entry.nbytes
+                yield name, _reader(entry.file, entry.start), entry.nbytes
     own = {entry.file for entry in (*proxy.checkpoint.entries.values(), *proxy.units.stored.entries.values())}
     for path in files_of(proxy.folder):
         listed = path in own or path.name in {PROXY_MANIFEST, VISIBLE_TENSORS, "config.json"}
         if not listed and not is_oversized(path):
-            yield path.name, _file_reader(path), path.stat().st_size
+            yield path.name, _reader(path), path.stat().st_size
 
 
-def _entry_reader(checkpoint: Checkpoint, name: str) -> ReadBytes:
-    def read(start: int, count: int) -> bytes:
-        out = np.empty(count, np.uint8)
-        checkpoint.read_into(name, start, out)
-        return out.tobytes()
+def _reader(path: Path, start: int = 0) -> ReadBytes:
+    """Reads a file from a place on."""
 
-    return read
-
-
-def _file_reader(path: Path) -> ReadBytes:
-    def read(start: int, count: int) -> bytes:
+    def read(begin: int, count: int) -> bytes:
         with open(open_regular_file(path), "rb") as file:
-            file.seek(start)
+            file.seek(start + begin)
             return file.read(count)
 
     return read
@@ -268,7 +260,7 @@ def _similarity_level(truth: TruthIndex, length: int, x: Floats, known: int) -> 
     """The worst that rows x, [n, length], are copies of, or what is known if that is worse."""
     low, high = window(length)
     candidates, hidden = Sketches(), truth.stacked(length)[2]
-    candidates.add(project(x[:, low:high], 0, high - low), high - low, origins(0, 0, 0, len(x)))
+    candidates.add(of_rows(x, "F32"), high - low, origins(0, 0, 0, len(x)))
     wanted = hidden.copy() if known == _SHOWN else np.ones_like(hidden)
     for unit, _, _ in _copies(truth, length, candidates, wanted, lambda place: x[place[2]], 8 * _COMPARISONS):
         if hidden[unit]:

@@ -9,16 +9,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import starmap
 from pathlib import Path
 
 from fedqsn_cli.artifacts.ledger import Release
 from fedqsn_cli.artifacts.manifests import SIGNATURE
 from fedqsn_cli.auditing.checks import Together, check, grouped
 from fedqsn_cli.auditing.completeness import DOES_NOT_BELONG
-from fedqsn_cli.auditing.digests import taken_behind
+from fedqsn_cli.auditing.digests import digests_of, taken_of
 from fedqsn_cli.auditing.findings import Entry, Finding
 from fedqsn_cli.auditing.inputs import BASE, LEDGER, ORIGIN, OWNER, PROXY, Inputs
-from fedqsn_cli.auditing.invariants.compared_folder import ComparedFolder, Difference, Owners, entry_problems
+from fedqsn_cli.auditing.invariants.compared_folder import (
+    ComparedFolder,
+    Owners,
+    wrong_entries,
+    wrong_properties,
+)
 from fedqsn_cli.auditing.invariants.secrets import ordinary
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.registry import EXPORT_AGAIN, Rule
@@ -26,6 +33,7 @@ from fedqsn_cli.auditing.truth_pass import watched
 from fedqsn_cli.export.proxy import ProxyExport
 from fedqsn_cli.export.session import MaskingSession
 from fedqsn_cli.kernels.digests import algorithm_of
+from fedqsn_cli.kernels.hash_threads import HashThreads
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.masks.job_masks import ClientMasks, ServerMasks
 from fedqsn_cli.models.model import OpenModel
@@ -49,6 +57,9 @@ _TRAINED = (
     "its holes are those of --server, which hold what earlier updates made of the public base; whether they hold "
     "anything else cannot be known from these inputs, but attacks read them"
 )
+Place = tuple[str, str | None]
+"""What differs there, and in which tensor."""
+
 _COMMIT = re.compile(r"hf://[\w.-]+/[\w.-]+@[0-9a-f]{40}", re.ASCII)
 
 
@@ -82,9 +93,14 @@ def reproduce(inputs: Inputs, group: Together, given: tuple[OpenModel, JobKey]) 
                 else (NOT_REPRODUCED.lacks(scope, BASE, more=": its holes are filled with the public base"))
             )
         return
-    named = [next(one for one in inputs.folders if one.opened is proxy) for proxy in group.proxies]
-    with taken_behind(inputs, named) as digests:
-        folders = [ComparedFolder(one.folder, known) for one, known in zip(named, digests, strict=True)]
+    with HashThreads() as hashing:
+        folders = [
+            ComparedFolder(
+                *(proxy.folder, proxy.read_already, hashing.queue(), taken_of(inputs, proxy)),
+                partial(digests_of, inputs, proxy),
+            )
+            for proxy in group.proxies
+        ]
         made = _export(inputs, group.proxies, origin, job, folders)
     for proxy, folder, release in zip(group.proxies, folders, made, strict=True):
         yield from _judge(inputs, proxy, folder, release)
@@ -134,11 +150,7 @@ def _judge(inputs: Inputs, proxy: OpenedProxy, folder: ComparedFolder, made: Rel
         yield DOES_NOT_BELONG.finding(scope, message)
         yield NOT_REPRODUCED.not_run(scope, "the truth is not the model of this release")
         return
-    names = folder.names | {SIGNATURE} if (proxy.folder / SIGNATURE).exists() else folder.names
-    downloaded = next(one.downloaded for one in inputs.folders if one.scope == scope)
-    owners = None if downloaded else Owners.of(Path(str(inputs.options.ledger)))
-    problems = list(entry_problems(proxy.folder, names, owners))
-    found = list(_first(scope, folder.differences(), problems))
+    found = list(_first(scope, list(_places(inputs, proxy, folder))))
     if not found and not line.same_as(made):
         found = [NOT_REPRODUCED.finding(scope, "its ledger line is not the one that an export writes")]
     if inputs.base is not None and inputs.base.source.revision is None and _reference(proxy) is not None:
@@ -151,15 +163,28 @@ def _judge(inputs: Inputs, proxy: OpenedProxy, folder: ComparedFolder, made: Rel
     yield from NOT_REPRODUCED.checked(scope, "the release was made again, and every byte and entry compared", found)
 
 
-def _first(scope: str, differences: Sequence[Difference], problems: Sequence[tuple[str, str]]) -> Iterator[Finding]:
+def _places(inputs: Inputs, proxy: OpenedProxy, folder: ComparedFolder) -> Iterator[Place]:
+    """Where a folder is not what an export writes.
+
+    Entries come before bytes: proxy.json lists the files, so that it differs where one is too many.
+    """
+    names = folder.names | {SIGNATURE} if (proxy.folder / SIGNATURE).exists() else folder.names
+    yield from starmap(_of_entry, wrong_entries(proxy.folder, names))
+    for one in folder.differences():
+        yield f"{one.file} differs from what an export writes at byte {one.offset} ({one.place})", one.tensor
+    downloaded = next(one.downloaded for one in inputs.folders if one.scope == proxy.scope)
+    if not downloaded:  # a cache of the hub keeps links, and no modes, times and owners
+        owners = Owners.of(Path(str(inputs.options.ledger)))
+        yield from starmap(_of_entry, wrong_properties(proxy.folder, names, owners))
+
+
+def _of_entry(name: str, problem: str) -> Place:
+    return f"{'the folder' if name == '.' else ordinary(name, 'an entry')} {problem}", None
+
+
+def _first(scope: str, places: Sequence[Place]) -> Iterator[Finding]:
     """One finding: what differs first, and in how many places more."""
-    rest = len(differences) + len(problems) - 1
-    more = f"; {rest} more such place{'s' * (rest > 1)}" if rest > 0 else ""
-    if differences:
-        one = differences[0]
-        where = f"{one.file} differs from what an export writes at byte {one.offset} ({one.place})"
-        yield NOT_REPRODUCED.finding(scope, where + more, tensor=one.tensor)
-    elif problems:
-        name, problem = problems[0]
-        what = "the folder" if name == "." else ordinary(name, "an entry")
-        yield NOT_REPRODUCED.finding(scope, f"{what} {problem}{more}")
+    rest = len(places) - 1
+    for message, tensor in places[:1]:
+        more = f"; {rest} more such place{'s' * (rest > 1)}" if rest else ""
+        yield NOT_REPRODUCED.finding(scope, message + more, tensor=tensor)

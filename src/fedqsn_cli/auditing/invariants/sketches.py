@@ -28,7 +28,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedqsn_cli.auditing.kernels import cell_mates
+from fedqsn_cli.auditing.kernels import cell_mates, cells_of, project_columns, project_rows
+from fedqsn_cli.kernels.floats import writable
+from fedqsn_cli.kernels.jit import as_bits
+from fedqsn_cli.kernels.threads import run_ranges
 
 Floats = NDArray[np.float32]
 Ints = NDArray[Any]
@@ -38,7 +41,7 @@ WINDOW = 256  # numbers of a vector that are projected
 TABLES = 12
 SHORTEST = 8  # numbers in a unit that can be told from chance
 _MOST = 1 << 16  # pairs at a time
-_HASHED = 1 << 15  # vectors at a time
+_HASHED = 1 << 12  # vectors that are worth a thread
 _ALIKE = 0.95  # cosine of sketches worth a closer look
 
 
@@ -61,7 +64,7 @@ class Sketches:
     where: list[Ints] = field(default_factory=list)
 
     def add(self, projected: Floats, width: int, where: Ints) -> None:
-        """Add vectors, given what `project` makes of their windows of `width` numbers."""
+        """Add vectors, given what `of_rows` makes of their windows of `width` numbers."""
         total, squares = projected[:, SIZE], projected[:, SIZE + 1]
         centred = projected[:, :SIZE] - total[:, None] / np.float32(width) * signs(width).sum(axis=0)
         energy = squares - total * total / np.float32(width)
@@ -83,26 +86,34 @@ def window(length: int) -> tuple[int, int]:
     return (length - width) // 2, (length - width) // 2 + width
 
 
-def project(x: Floats, begin: int, width: int) -> Floats:
-    """What sketches are made from; that of parts of a window adds up to that of the window.
+def of_rows(x: NDArray[Any], dtype: str) -> Floats:
+    """What sketches of rows are made from: fp32 [n, SIZE + 2] projections on the signs, sums, sums of squares.
 
     Args:
-        x: [n, part] the numbers from `begin` on of the windows of n vectors. width: of a window.
-
-    Returns:
-        fp32 [n, SIZE + 2]: projections on the signs, sums, sums of squares.
+        x: [n, length] as they are stored in the dtype.
     """
-    with np.errstate(invalid="ignore"):  # what is not a number has no sketch
-        projected = x @ _planes(width)[begin : begin + x.shape[1]]
-    projected[:, SIZE + 1] = np.einsum("ij,ij->i", x, x)
-    return np.asarray(projected)
+    (low, high), (bits, kind) = window(x.shape[1]), as_bits(np.ascontiguousarray(x), dtype)
+    projected = np.empty((len(x), SIZE + 2), np.float32)
+    project_rows(writable(bits).reshape(x.shape), kind, low, _planes(high - low), projected)
+    return projected
+
+
+def of_columns(x: NDArray[Any], dtype: str, begin: int, width: int) -> Floats:
+    """The same for columns; that of parts of a window adds up to that of the window.
+
+    Args:
+        x: [part, n] the numbers from `begin` on of the windows of n columns. width: of a window.
+    """
+    bits, kind = as_bits(np.ascontiguousarray(x), dtype)
+    projected = np.empty((x.shape[1], SIZE + 2), np.float32)
+    planes = np.ascontiguousarray(_planes(width)[:, begin : begin + len(x)])
+    project_columns(writable(bits).reshape(x.shape), kind, planes, projected)
+    return projected
 
 
 @cache
 def _planes(width: int) -> Floats:
-    """The signs, a column of ones, and one of zeros, in whose place squares are put."""
-    ends = np.broadcast_to(np.array([1, 0], np.float32), (width, 2))
-    return np.concatenate([signs(width), ends], axis=1)
+    return np.ascontiguousarray(signs(width).T)
 
 
 def similar(one: Floats, other: Floats, least: float = _ALIKE, tables: int = TABLES) -> Iterator[tuple[Ints, Ints]]:
@@ -115,7 +126,7 @@ def similar(one: Floats, other: Floats, least: float = _ALIKE, tables: int = TAB
         return
     bits = int(np.clip(np.ceil(np.log2(max(len(one), len(other)))), 6, SIZE))
     for planes in _rotations(tables):
-        left, right = (_hash(vectors, planes[:, :bits]) for vectors in (one, other))
+        left, right = (_hash(vectors, planes[:bits]) for vectors in (one, other))
         order = np.argsort(left, kind="stable")
         ends = np.cumsum(np.bincount(left, minlength=1 << 16))  # of the cells, in that order
         begins = np.concatenate([[0], ends[:-1]])
@@ -126,17 +137,14 @@ def similar(one: Floats, other: Floats, least: float = _ALIKE, tables: int = TAB
 def _rotations(tables: int) -> tuple[Floats, ...]:
     """Which planes cut the sketches, [SIZE, SIZE] for each table; they decide nothing secret."""
     chance = np.random.Generator(np.random.Philox(2024))
-    return tuple(np.linalg.qr(chance.standard_normal((SIZE, SIZE)))[0].astype(np.float32) for _ in range(tables))
+    made = [np.linalg.qr(chance.standard_normal((SIZE, SIZE)))[0] for _ in range(tables)]
+    return tuple(np.ascontiguousarray(planes.T, np.float32) for planes in made)
 
 
-def _hash(vectors: Floats, plane: Floats) -> NDArray[np.uint16]:
-    """On which side of each plane a vector is, one bit a plane; the same for a vector and its negative."""
+def _hash(vectors: Floats, planes: Floats) -> NDArray[np.uint16]:
+    """The cell of each vector, the same for its negative."""
     cells = np.empty(len(vectors), np.uint16)
-    for first in range(0, len(vectors), _HASHED):
-        sides = (vectors[first : first + _HASHED] @ plane) > 0
-        bits = np.zeros((len(sides), 16), np.bool_)
-        bits[:, : plane.shape[1] - 1] = sides[:, 1:] ^ sides[:, :1]
-        cells[first : first + _HASHED] = np.packbits(bits, axis=1).view(np.uint16)[:, 0]
+    run_ranges(len(vectors), _HASHED, lambda first, stop: cells_of(vectors[first:stop], planes, cells[first:stop]))
     return cells
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.auditing.inputs import Inputs
-from fedqsn_cli.auditing.invariants.sketches import SHORTEST, Sketches, project, window
+from fedqsn_cli.auditing.invariants.sketches import SHORTEST, Sketches, of_columns, of_rows, window
 from fedqsn_cli.auditing.rows import as_float32
 from fedqsn_cli.export.pipeline import CHUNK_ELEMENTS
 from fedqsn_cli.masks.job_masks import ServerMasks
@@ -32,29 +32,30 @@ class MatrixSketches:
 
     Args:
         view: its `matrix_view` as it comes. turned: is that the transpose of the stored one?
+        dtype: of the numbers.
     """
 
     view: View
     turned: bool = False
+    dtype: str = "F32"
     _rows: dict[int, Floats] = field(default_factory=dict)
     _columns: dict[tuple[int, int], Floats] = field(default_factory=dict)
 
-    def take(self, first: int, x: Floats) -> None:
-        """Rows from `first` on, [n, cols]; of a bias, units [n, 1], whole rows of them."""
+    def take(self, first: int, x: Array) -> None:
+        """Rows from `first` on, [n, cols] as they are stored; of a bias, units [n, 1], whole rows of them."""
         _, rows, cols = self.view
         if x.shape[1] != cols:
             first, x = first // cols, x.reshape(-1, cols)
         if cols >= SHORTEST:
-            low, high = window(cols)
-            self._rows[first] = project(x[:, low:high], 0, high - low)
+            self._rows[first] = of_rows(x, self.dtype)
         if rows >= SHORTEST:
             low, high = window(rows)
             for part in range(first // rows, -(-(first + len(x)) // rows)):
                 top = part * rows + low
                 begin, end = max(first, top), min(first + len(x), top + high - low)
                 if begin < end:
-                    part_of_columns = x[begin - first : end - first].T
-                    self._columns[part, begin] = project(part_of_columns, begin - top, high - low)
+                    part_of_columns = x[begin - first : end - first]
+                    self._columns[part, begin] = of_columns(part_of_columns, self.dtype, begin - top, high - low)
 
     def add_to(self, by_length: dict[int, Sketches], number: int) -> None:
         """Add the sketches; `number` says where they come from."""
@@ -84,10 +85,11 @@ class TruthIndex:
         self._matrices: dict[str, MatrixSketches] = {}
         self._stacked: dict[int, tuple[Floats, Array, Array]] = {}
 
-    def take(self, task: TensorTask, first: int, w: Floats) -> None:
+    def take(self, task: TensorTask, first: int, stored: Array) -> None:
         """Look at rows of a tensor."""
-        new = MatrixSketches(matrix_view(task.layout.view), task.layout.transposed)
-        self._matrices.setdefault(task.name, new).take(first, w)
+        turned = task.layout.transposed
+        new = MatrixSketches(matrix_view(task.layout.view), turned, task.tensor.dtype)
+        self._matrices.setdefault(task.name, new).take(first, stored.T if turned else stored)
 
     def settle(self) -> None:
         """All rows were seen."""

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.artifacts.manifests import Quantization
-from fedqsn_cli.auditing.kernels import block_peaks, decode_levels, snapped_cells
+from fedqsn_cli.auditing.kernels import block_peaks, decode_levels, largest_values, snapped_cells
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
+from fedqsn_cli.kernels.jit import KIND
 from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.quantization import kernels
 from fedqsn_cli.quantization.codebooks import FORMATS, codebook
@@ -33,6 +34,13 @@ def cells(format: str) -> tuple[Floats, Floats]:
     return np.where(low > -1, low - _SLACK, low), np.where(high < 1, high + _SLACK, high)
 
 
+@cache
+def pairs_of_levels(format: str) -> NDArray[np.uint64]:
+    """The two levels of each byte of codes, fp32, as 64 bits: [256]."""
+    levels, byte = np.array(FORMATS[format].values, np.float32), np.arange(256)
+    return np.stack([levels[byte >> 4], levels[byte & 15]], axis=1).view(np.uint64).reshape(-1)
+
+
 def once_rounded(proxy: OpenedProxy, task: TensorTask) -> bool:
     """Is a tensor stored more finely than it was quantized?"""
     tensor = proxy.tensors[task.name]
@@ -50,13 +58,13 @@ def certain_values(proxy: OpenedProxy, task: TensorTask, sent: Floats, values: F
     """
     if once_rounded(proxy, task):
         return values
-    tensor = proxy.tensors[task.name]
-    rounded = kernels.widened(kernels.narrowed(values, tensor.dtype), tensor.dtype).reshape(values.shape)
-    quantization = proxy.manifest.quantization
+    dtype, quantization = proxy.tensors[task.name].dtype, proxy.manifest.quantization
     if quantization is None or task.layout.kind != "snap":
-        return rounded
-    peaks = _peaks(task, quantization, sent)
-    return np.where(np.abs(sent) >= peaks, rounded, np.float32(np.nan))
+        return kernels.widened(kernels.narrowed(values, dtype), dtype).reshape(values.shape)
+    out, peaks = np.empty_like(sent), _peaks(task, quantization, sent)
+    factor = proxy.factor(task.name)
+    largest_values(sent.reshape(-1), peaks.reshape(-1), factor, KIND[dtype], out.reshape(-1))
+    return out
 
 
 def _peaks(task: TensorTask, quantization: Quantization, sent: Floats) -> Floats:

@@ -16,26 +16,32 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial, reduce
 from operator import add
 from threading import Lock
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.auditing.completeness import NOT_A_NUMBER, Collector
 from fedqsn_cli.auditing.findings import AttackScore, Finding, Recovery, TensorRecovery
+from fedqsn_cli.auditing.kernels import compare_codes
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.recovery import attacks
 from fedqsn_cli.auditing.recovery.evidence import Evidence, Reading
+from fedqsn_cli.auditing.recovery.intervals import pairs_of_levels
 from fedqsn_cli.auditing.recovery.low_rank import complete
-from fedqsn_cli.auditing.recovery.metrics import COUNT, DD, HITS, WW, AttackResult, ErrorSums
+from fedqsn_cli.auditing.recovery.metrics import COUNT, DD, EXACT, HITS, WW, AttackResult, ErrorSums
 from fedqsn_cli.auditing.recovery.sums import BASE, EVERYTHING, TRUTH, OrderedSums, Rows, Sums, Target
-from fedqsn_cli.auditing.rows import CHUNK, has_tensor, model_rows
+from fedqsn_cli.auditing.rows import CHUNK, as_float32, has_tensor, model_rows, shown_flags
 from fedqsn_cli.errors import FedqsnError, FormatError
+from fedqsn_cli.kernels.floats import writable
+from fedqsn_cli.kernels.jit import as_bits
 from fedqsn_cli.kernels.read_ahead import compute_ahead
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.public_base import PublicBase
 from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.quantization.layout import rows_at_a_time
 
+Array = NDArray[Any]
 Floats = NDArray[np.float32]
 
 BEST_OF_EACH = "best of each tensor"
@@ -56,18 +62,35 @@ class WeightAttack:
         self._targets = [*self._alone, *([self._together] if self._together is not None else [])]
         self.quantization = proxies[0].manifest.quantization
         self._block = self.quantization.block_size if self.quantization else 1
+        proxies[0].read_once = len(proxies) == 1 and base is None and not self._alone[0].reads_holes
         self._tensors: dict[str, OrderedSums] = {}
         self._lock = Lock()
 
-    def take(self, task: TensorTask, first: int, w: Floats) -> None:
+    def take(self, task: TensorTask, first: int, stored: Array) -> None:
         """Attack rows of a tensor; `result` tells what cannot be read of a proxy: others look at the truth, too."""
         found: Sums | Exception
         try:
-            found = self._attack(task, first, w)
+            found = self._attack_codes(task, first, stored) or self._attack(task, first, as_float32(task, stored))
         except (FedqsnError, OSError) as error:
             found = error
         with self._lock:
-            self._tensors.setdefault(task.name, OrderedSums()).put(first, len(w), found)
+            rows = stored.shape[1 if task.layout.transposed else 0]
+            self._tensors.setdefault(task.name, OrderedSums()).put(first, rows, found)
+
+    def _attack_codes(self, task: TensorTask, first: int, stored: Array) -> Sums | None:
+        """Where 4-bit codes of one proxy are all there is, what they are worth; their values are written nowhere."""
+        proxy, name = self.proxies[0], task.name
+        packing = proxy.packing(name, task.layout) if proxy.read_once else None
+        if packing is None or packing.kind != "pack4" or task.layout.transposed or task.layout.view[2] % 2:
+            return None  # a row could begin within a byte
+        sums, (bits, kind) = Sums(), as_bits(stored, task.tensor.dtype)
+        compare_codes(
+            *(writable(bits).reshape(stored.shape), kind, *proxy.coded(name, packing, first, len(stored))),
+            *(packing.block, pairs_of_levels(packing.format), proxy.factor(name)),
+            *(*shown_flags(proxy, task, first, len(stored)), EXACT),
+            *(sums[EVERYTHING, TRUTH].values, sums[proxy.scope, "descale"].values),
+        )
+        return sums
 
     def _attack(self, task: TensorTask, first: int, w: Floats) -> Sums:
         for proxy in self.proxies:

@@ -14,7 +14,7 @@ def render(audit: Audit) -> str:
     """All findings, the worst first: a site that shows only some shows those."""
     lines = [_annotation(finding) for finding in ordered(audit)]
     last = f"::{'notice' if audit.exit_code == 0 else 'error'} title=fedqsn audit::"
-    skill = "".join(f" {name}: {value}." for name, value in headline(audit))
+    skill = "".join(f" {name}: {value.rstrip('.')}." for name, value in headline(audit))
     return "\n".join([*lines, last + _data(f"{verdict(audit)}: {meaning(audit)}{skill}"), ""])
 
 

@@ -19,8 +19,8 @@ from fedqsn_cli.auditing.report.wording import (
     about,
     delta,
     meaning,
+    nearly_all_seen,
     ordered,
-    proxies_to_99,
     rule_name,
     title,
     unchecked,
@@ -71,7 +71,7 @@ def render(audit: Audit) -> str:
         statuses=STATUSES,
         about=about,
         rule_name=rule_name,
-        proxies_to_99=proxies_to_99,
+        nearly_all_seen=nearly_all_seen(audit.exposure) if audit.exposure is not None else None,
     )
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from fedqsn_cli.auditing.findings import Audit, FunctionRecovery, TensorRecovery
-from fedqsn_cli.auditing.report.wording import proxies_to_99, worst_recovery
+from fedqsn_cli.auditing.report.wording import nearly_all_seen, worst_recovery
 from fedqsn_cli.exposure.results import ClientExposure, Exposure
 from fedqsn_cli.html import charts
 from fedqsn_cli.html.charts import Bar, Level, Line, Picture, Plot
@@ -36,10 +36,11 @@ def _seen(audit: Audit) -> list[Picture]:
     worst = max(seen.clients, key=lambda client: client.shares[-1])
     plot = Plot("Exposure over rounds", "proxies a client has got", _lines(seen, worst), levels, _band(seen.clients))
     estimate = "" if seen.looked_at >= 1 else f" Estimated from {percent(seen.looked_at)} of all units."
+    when = nearly_all_seen(seen)
+    nearly_all = "" if when is None else f"; with fresh masks 99 % of what is sent at all is seen {when}"
     lead = (
         f"Client {worst.client} has seen {percent(worst.shares[-1])} of all parameters in {len(worst.rounds)} "
-        f"{'proxy' if len(worst.rounds) == 1 else 'proxies'}; with fresh masks 99 % of what is sent at all is seen "
-        f"after {proxies_to_99(seen.proxies_to_99)}.{estimate}"
+        f"{'proxy' if len(worst.rounds) == 1 else 'proxies'}{nearly_all}.{estimate}"
     )
     many = len(seen.clients) > MOST_LINES
     key = [("#2456c8", "most exposed client")]

@@ -15,8 +15,8 @@ from fedqsn_cli.auditing.report.wording import (
     delta,
     meaning,
     members,
+    nearly_all_seen,
     ordered,
-    proxies_to_99,
     rule_name,
     squared,
     unchecked,
@@ -93,8 +93,9 @@ def _exposure(exposure: Exposure) -> list[Part]:
     facts: list[tuple[str, object]] = [
         ("hidden from everyone", percent(exposure.hidden_share)),
         ("in the clear", percent(exposure.clear_share)),
-        ("99 % of the rest seen", f"after {proxies_to_99(exposure.proxies_to_99)}"),
     ]
+    when = nearly_all_seen(exposure)
+    facts += [("99 % of the rest seen", when)] if when is not None else []
     facts += [(f"worst {coalition.size} clients", _coalition(coalition)) for coalition in exposure.coalitions]
     return [*_clients(exposure), Facts(facts)]
 

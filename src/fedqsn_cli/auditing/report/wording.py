@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fedqsn_cli.auditing.findings import Audit, Check, Finding, Recovery, Severity
 from fedqsn_cli.auditing.report.headline import NOT_MEASURED, doubts
 from fedqsn_cli.auditing.rules import RULES
+from fedqsn_cli.exposure.results import Exposure
 from fedqsn_cli.text import percent
 
 WHAT_IT_MEANS = {
@@ -39,12 +40,16 @@ def verdict(audit: Audit) -> str:
 
 
 def meaning(audit: Audit) -> str:
-    """The verdict in a sentence or two; a pass says what was not limited, and what it leaves open about skill."""
+    """The verdict in a sentence or two; a pass says what was not limited, and what it leaves open about skill.
+
+    That the function was not measured is said by the headline, whatever the verdict.
+    """
     if audit.verdict == "passed" and audit.policy.get("sha256") is None:
         said = "Nothing forbidden was found. No policy was given, so nothing was compared with a limit."
     else:
         said = WHAT_IT_MEANS[audit.verdict]
-    return " ".join([said, *(one for one in doubts(audit) if audit.verdict == "passed" or one == NOT_MEASURED)])
+    left_open = doubts(audit) if audit.verdict == "passed" else []
+    return " ".join([said, *(one for one in left_open if one != NOT_MEASURED)])
 
 
 def ordered(audit: Audit) -> list[Finding]:
@@ -72,9 +77,12 @@ def about(finding: Finding) -> str:
     return finding.scope if finding.tensor is None else f"{finding.scope}, {finding.tensor}"
 
 
-def proxies_to_99(count: int | None) -> str:
-    """`3 fresh proxies`, or that this never happens."""
-    return "never" if count is None else f"{count} fresh {'proxy' if count == 1 else 'proxies'}"
+def nearly_all_seen(exposure: Exposure) -> str | None:
+    """When 99 % of all that is ever sent is seen: `after 3 fresh proxies`; None where nothing masked is sent."""
+    if exposure.hidden_share + exposure.clear_share > 1 - 1e-9:
+        return None
+    count = exposure.proxies_to_99
+    return f"after {'no number of' if count is None else count} fresh {'proxy' if count == 1 else 'proxies'}"
 
 
 def members(names: Sequence[str], most: int = 5) -> str:
