@@ -3,8 +3,8 @@
 A sealed proxy goes to a site, is opened and verified there, and an update of its size is sealed and comes back, by
 FLARE with real processes and mutual TLS. Nothing is trained: the update lies there already. Down and up are timed, and
 what the site does in between (open, verify, seal) apart. Next to them: `cp` and SHA-256 of the same bytes on the same
-disk, the least that a verified transfer does. The peak of every process is its own high-water mark (VmHWM); its
-processor time is that of its last look before it ended.
+disk, the least that a verified transfer does. The peak of every process is its own high-water mark (VmHWM). Processor
+seconds are user and system time, of each process within each of the three steps: what they took to start is not in it.
 
 With `--sites N`: so many sites on this machine, each with a proxy of 1 MiB, all at once; and what all processes hold
 together at the worst instant (proportional set sizes: shared pages count once).
@@ -21,8 +21,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,14 +54,18 @@ SMALL = 1 << 20  # bytes of each proxy where there are many sites
 
 @dataclass
 class Transfer:
-    """One size: seconds down and up, between the two, and of cp with SHA-256, both ways; MiB and CPU s by process."""
+    """One size: seconds down and up, between the two, and of cp with SHA-256, both ways.
+
+    Args:
+        peaks: MiB of each process. processor: CPU seconds for a GiB, by step and process.
+    """
 
     gib: float
     courier: float
     between: float
     copied: float
-    peaks: dict[str, int] = field(default_factory=dict)
-    processor: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int]
+    processor: dict[str, dict[str, float]]
 
     @property
     def ratio(self) -> float:
@@ -68,9 +73,13 @@ class Transfer:
 
     def row(self) -> str:
         peak = ", ".join(f"{name} {size}" for name, size in sorted(self.peaks.items()))
-        used = ", ".join(f"{name} {seconds:.1f}" for name, seconds in sorted(self.processor.items()))
         times = f"{self.courier:.1f} | {self.between:.1f} | {self.copied:.1f} | {self.ratio:.2f}x"
+        used = "; ".join(f"{step}: {_listed(seconds)}" for step, seconds in self.processor.items())
         return f"| {self.gib:g} | {times} | {peak} | {used} |"
+
+
+def _listed(seconds: dict[str, float]) -> str:
+    return ", ".join(f"{name} {used:.1f}" for name, used in sorted(seconds.items()) if used >= 0.05)
 
 
 def random_file(path: Path, size: int) -> Path:
@@ -83,14 +92,14 @@ def random_file(path: Path, size: int) -> Path:
     return path
 
 
-def copied(source: Path, target: Path) -> float:
-    """Seconds for copying a file and hashing the copy."""
-    begin = time.perf_counter()
+def copied(source: Path, target: Path) -> tuple[float, float]:
+    """Seconds, and processor seconds, for copying a file and hashing the copy."""
+    begin, used = time.perf_counter(), time.process_time()
     shutil.copyfile(source, target)
     with target.open("rb") as file:
         hashlib.file_digest(file, "sha256")
         os.fsync(file.fileno())
-    seconds = time.perf_counter() - begin
+    seconds = time.perf_counter() - begin, time.process_time() - used
     target.unlink()
     return seconds
 
@@ -108,26 +117,41 @@ class Watch:
     processor: dict[str, float] = field(default_factory=dict)
     together: int = 0
     most: int = 0
+    _names: dict[Path, str | None] = field(default_factory=dict)
 
-    def look(self) -> None:
-        """Take down what the processes have used so far."""
-        held: list[int] = []
+    def look(self) -> dict[str, float]:
+        """Take down what the processes have used so far; returns their processor seconds."""
         for process in Path("/proc").glob("[0-9]*"):
             try:
-                words = (process / "cmdline").read_bytes().split(b"\0")
-                status, times = (process / "status").read_text(), (process / "stat").read_text().rsplit(")", 1)[1]
-                shares = (process / "smaps_rollup").read_text()
+                name = self._name(process)
+                if name is not None:
+                    status, times = (process / "status").read_text(), (process / "stat").read_text().rsplit(")", 1)[1]
             except OSError:
                 continue
-            module = next((word.decode() for word in words if word.startswith(b"nvflare.private")), None)
-            if module is None or not any(bytes(self.home) in word for word in words) or "VmHWM" not in status:
+            if name is None or "VmHWM" not in status:
                 continue
-            name, used = module.rsplit(".", 1)[-1], times.split()
+            used = times.split()
             self.peaks[name] = max(self.peaks.get(name, 0), int(status.split("VmHWM:")[1].split()[0]) >> 10)
             self.processor[name] = (int(used[11]) + int(used[12])) / os.sysconf("SC_CLK_TCK")
-            held.append(int(shares.split("Pss:")[1].split()[0]) >> 10)
+        return dict(self.processor)
+
+    def look_at_shares(self) -> None:
+        """Take down what all of them hold together: this walks through their pages, and slows them."""
+        held = []
+        for process in [process for process, name in self._names.items() if name is not None]:
+            with suppress(OSError):  # it has ended
+                held.append(int((process / "smaps_rollup").read_text().split("Pss:")[1].split()[0]) >> 10)
         if sum(held) > self.together:
             self.together, self.most = sum(held), len(held)
+
+    def _name(self, process: Path) -> str | None:
+        """The module that a process runs; None if it is none of this courier's."""
+        if self._names.get(process) is None:  # a process of another kind may have become one
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            module = next((word.decode() for word in words if word.startswith(b"nvflare.private")), None)
+            ours = module is not None and any(bytes(self.home) in word for word in words)
+            self._names[process] = module.rsplit(".", 1)[-1] if module is not None and ours else None
+        return self._names[process]
 
 
 @contextmanager
@@ -195,8 +219,9 @@ def transfer(owner: Owner, gib: float) -> Transfer:
     size, update = int(gib * GIB), owner.host.carried / "file.update"
     sent = consignment(owner, size)
     round = answered(owner, sent, size)
-    baseline = sum(copied(sent.sealed, owner.home / "copy") for _ in range(2))
-    session, watch, seen = Session(owner.host.admin), Watch(owner.home), dict[str, float]()
+    copies = [copied(sent.sealed, owner.home / "copy") for _ in range(2)]
+    session, watch = Session(owner.host.admin), Watch(owner.home)
+    seen, used = dict[str, float](), dict[str, dict[str, float]]()
     submit(session, sent, update)
     events = {
         "down": round.folder / "proxy.sealed.part",
@@ -207,16 +232,22 @@ def transfer(owner: Owner, gib: float) -> Transfer:
         time.sleep(0.05)
         for name, path in events.items():
             if name not in seen and path.exists():
-                seen[name] = time.perf_counter()
+                seen[name], used[name] = time.perf_counter(), watch.look()
         watch.look()
-    end = time.perf_counter()
+    seen["end"], used["end"] = time.perf_counter(), watch.look()
     session.close()
     for path in (sent.sealed, update):
         path.unlink()
     for path in (round.folder, round.folder.with_name(round.folder.name + ".answered")):
         remove_tree(path)
-    courier = seen["opened"] - seen["down"] + end - seen["up"]
-    return Transfer(gib, courier, seen["up"] - seen["opened"], baseline, watch.peaks, watch.processor)
+    times = list(seen.values())
+    down, between, up = (after - before for before, after in pairwise(times))
+    processor = {
+        name: {one: (seconds - used[before].get(one, 0.0)) / gib for one, seconds in used[after].items()}
+        for name, (before, after) in zip(("down", "between", "up"), pairwise(used), strict=True)
+    }
+    processor["cp"] = {"one process": sum(cpu for _, cpu in copies) / 2 / gib}
+    return Transfer(gib, down + up, between, sum(taken for taken, _ in copies), watch.peaks, processor)
 
 
 def many_sites(work: Path, count: int) -> int:
@@ -235,6 +266,7 @@ def many_sites(work: Path, count: int) -> int:
         while not all(update.exists() for update in updates.values()):
             time.sleep(0.5)
             watch.look()
+            watch.look_at_shares()
         seconds = time.perf_counter() - begin
         session.close()
     peaks = ", ".join(f"{kind} {size}" for kind, size in sorted(watch.peaks.items()))
@@ -245,7 +277,15 @@ def many_sites(work: Path, count: int) -> int:
 def main(work: Path, out: Path | None, sizes: Sequence[float] = SIZES) -> int:
     """Measure and print. Returns 0."""
     results: list[dict[str, Any]] = []
-    columns = ("GiB each way", "courier, s", "open and seal, s", "cp and SHA-256, s", "ratio", "peak, MiB", "CPU, s")
+    columns = (
+        "GiB each way",
+        "courier, s",
+        "open and seal, s",
+        "cp and SHA-256, s",
+        "ratio",
+        "peak, MiB",
+        "CPU, s/GiB",
+    )
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
     with tempfile.TemporaryDirectory(dir=work) as name, running(Path(name)) as owner:
         for gib in sizes:
