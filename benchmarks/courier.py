@@ -117,41 +117,37 @@ class Watch:
     processor: dict[str, float] = field(default_factory=dict)
     together: int = 0
     most: int = 0
-    _names: dict[Path, str | None] = field(default_factory=dict)
 
     def look(self) -> dict[str, float]:
         """Take down what the processes have used so far; returns their processor seconds."""
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                name = self._name(process)
-                if name is not None:
-                    status, times = (process / "status").read_text(), (process / "stat").read_text().rsplit(")", 1)[1]
-            except OSError:
-                continue
-            if name is None or "VmHWM" not in status:
-                continue
-            used = times.split()
-            self.peaks[name] = max(self.peaks.get(name, 0), int(status.split("VmHWM:")[1].split()[0]) >> 10)
-            self.processor[name] = (int(used[11]) + int(used[12])) / os.sysconf("SC_CLK_TCK")
+        for name, process in self._ours():
+            with suppress(OSError, IndexError):  # it has ended
+                status, times = (
+                    (process / "status").read_text(),
+                    (process / "stat").read_text().rsplit(")", 1)[1].split(),
+                )
+                held = int(status.split("VmHWM:")[1].split()[0]) >> 10
+                self.peaks[name] = max(self.peaks.get(name, 0), held)
+                self.processor[name] = (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
         return dict(self.processor)
 
     def look_at_shares(self) -> None:
         """Take down what all of them hold together: this walks through their pages, and slows them."""
         held = []
-        for process in [process for process, name in self._names.items() if name is not None]:
-            with suppress(OSError):  # it has ended
+        for _, process in self._ours():
+            with suppress(OSError):
                 held.append(int((process / "smaps_rollup").read_text().split("Pss:")[1].split()[0]) >> 10)
         if sum(held) > self.together:
             self.together, self.most = sum(held), len(held)
 
-    def _name(self, process: Path) -> str | None:
-        """The module that a process runs; None if it is none of this courier's."""
-        if self._names.get(process) is None:  # a process of another kind may have become one
-            words = (process / "cmdline").read_bytes().split(b"\0")
-            module = next((word.decode() for word in words if word.startswith(b"nvflare.private")), None)
-            ours = module is not None and any(bytes(self.home) in word for word in words)
-            self._names[process] = module.rsplit(".", 1)[-1] if module is not None and ours else None
-        return self._names[process]
+    def _ours(self) -> Iterator[tuple[str, Path]]:
+        """The processes of this courier, by the modules that they run."""
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                words = (process / "cmdline").read_bytes().split(b"\0")
+                module = next((word.decode() for word in words if word.startswith(b"nvflare.private")), None)
+                if module is not None and any(bytes(self.home) in word for word in words):
+                    yield module.rsplit(".", 1)[-1], process
 
 
 @contextmanager

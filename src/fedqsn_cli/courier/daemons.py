@@ -26,10 +26,12 @@ _ORGANISATION = "org=fedqsn"
 _RESTART = 2.0  # seconds between the end of a process and its next start
 _GRACE = 10.0  # seconds that processes have to end by themselves
 _LARGEST_MESSAGE = 64 << 20  # bytes; by default, a host may make a site hold 4 GiB
+_FRAME = 4 << 20  # bytes of a message that are sent at once; each frame costs much Python
 _ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "2",  # fewer arenas hold less
     "NVFLARE_ENABLE_JEMALLOC_PRELOAD": "false",
     "NVFLARE_STREAMING_MAX_BLOB_SIZE": str(_LARGEST_MESSAGE),
+    "NVFLARE_STREAMING_CHUNK_SIZE": str(_FRAME),
 }
 
 

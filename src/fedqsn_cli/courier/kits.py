@@ -30,6 +30,7 @@ ADMIN = "owner@fedqsn.local"
 ALLOWED = ["fedqsn_cli.courier.flare."]
 """Prefixes of the classes that a job may name."""
 
+_DEPOT = {"id": "courier_depot", "path": "fedqsn_cli.courier.flare.depot.CourierDepot"}
 _ROLE = "lead"  # may submit jobs and end its own, and nothing else
 _ORGANISATION = "fedqsn"
 _AUTHORITY = "rootCA.pem"
@@ -119,12 +120,17 @@ def client_of(kit: Path) -> str:
 
 
 def place_server(kit: Path) -> None:
-    """Let a server keep its state in its kit, not in /tmp, wherever the kit is now. Raises InputError, FormatError."""
+    """Let a server keep its state in its kit, not in /tmp, wherever the kit is now, and carry the files of its jobs.
+
+    Raises InputError, FormatError.
+    """
     path = kit / "local" / "resources.json"
     with _settings(path) as document:
         document["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(kit / "snapshots")
         jobs = next(one for one in document["components"] if one["id"] == "job_manager")
         jobs["args"] = jobs.get("args", {}) | {"uri_root": str(kit / "jobs")}
+        others = [one for one in document["components"] if one["id"] != _DEPOT["id"]]
+        document["components"] = [*others, _DEPOT | {"args": {"kit": str(kit)}}]
     write_file_atomically(path, json.dumps(document, indent=2).encode())
 
 

@@ -1,6 +1,7 @@
 """All that imports NVIDIA FLARE.
 
 transfer.py  a part over FLARE: offered, and fetched
+depot.py     at the server: its own process sends and receives the files, its workers say which
 job.py       the two classes of a job: one at the server, one at the site; and the files that name them
 session.py   the owner's session: jobs submitted, looked at, ended
 """

@@ -24,7 +24,8 @@ from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 
-from fedqsn_cli.courier.flare.transfer import fetch_parts, offer_parts
+from fedqsn_cli.courier.flare.depot import Depot
+from fedqsn_cli.courier.flare.transfer import fetch_parts, offer_parts, settle
 from fedqsn_cli.courier.layout import Site
 from fedqsn_cli.courier.outbox import Consignment
 from fedqsn_cli.courier.parts import PART, Parts
@@ -32,19 +33,21 @@ from fedqsn_cli.courier.work import NoUpdate, SiteRound, log
 from fedqsn_cli.errors import FedqsnError, FormatError
 from fedqsn_cli.text import clean
 
-TASK = "round"
+TASK, SERVER = "round", "server"
 ORDER, PARTS, REFERENCES, PROBLEM = "fedqsn_order", "fedqsn_parts", "fedqsn_references", "fedqsn_problem"
 _LONGEST = 200  # characters of a site's problem that the server keeps
 _TIMES, _MORE = 16, 64 << 20  # an update is at most so many times as large as its proxy, and so much larger
 
 
 class CourierController(Controller):  # type: ignore[misc]
-    """At the server: carries one sealed proxy out and one sealed update in.
+    """At the server: sees to it that one sealed proxy goes out and one sealed update comes in.
 
     Args:
         client: the site. proxy: the sealed file. update: where the answer goes.
         parts: of the sealed file. order: signed.
     """
+
+    _depot: Depot
 
     def __init__(self, client: str, proxy: str, update: str, parts: list[Any], order: str) -> None:
         super().__init__()
@@ -58,10 +61,12 @@ class CourierController(Controller):  # type: ignore[misc]
 
     def start_controller(self, fl_ctx: FLContext) -> None:
         """Keep torch out of the server's worker: a job's end would import it, to end transfers of tensors."""
+        self._depot = Depot(Path(fl_ctx.get_workspace().get_root_dir()))
         sys.modules["nvflare.app_opt.pt"] = None  # type: ignore[assignment]  # as where torch is not installed
 
     def stop_controller(self, fl_ctx: FLContext) -> None:
-        """Nothing to clean up: parts that have come are kept."""
+        """Withdraw the proxy; parts that have come are kept."""
+        self._depot.close()
 
     def process_result_of_unknown_task(self, *_: Any, **__: Any) -> None:
         """Answers to what was not asked are dropped."""
@@ -70,7 +75,7 @@ class CourierController(Controller):  # type: ignore[misc]
         """Offer the proxy, and wait for the answer."""
         self._abort = abort_signal
         data = Shareable()
-        data[REFERENCES] = offer_parts(self._proxy, self._parts, fl_ctx.get_engine().get_cell())
+        data[REFERENCES] = self._depot.offer(self._proxy, self._parts)
         data[ORDER] = self._order
         task = Task(name=TASK, data=data, timeout=0, result_received_cb=self._received)
         self.broadcast_and_wait(task, fl_ctx, targets=[self._client], min_responses=1, abort_signal=abort_signal)
@@ -96,8 +101,8 @@ class CourierController(Controller):  # type: ignore[misc]
                 raise FormatError("is far larger than any update of this proxy", where=self._client)
             if len(parts.parts) != -(-parts.size // PART):  # each part costs the server a request and a sync
                 raise FormatError("is in more parts than a site cuts it into", where=self._client)
-            sender, cell = f"{self._client}.{fl_ctx.get_job_id()}", fl_ctx.get_engine().get_cell()
-            fetch_parts(parts, result.get(REFERENCES), sender, self._update, cell, self._abort)
+            sender = f"{self._client}.{fl_ctx.get_job_id()}"
+            self._depot.fetch(parts, result.get(REFERENCES), sender, self._update, self._abort)
         return None
 
 
@@ -108,20 +113,21 @@ class CourierExecutor(Executor):  # type: ignore[misc]
         """Answer a round: an offer of the sealed update, or why there is none."""
         site = Site(Path(fl_ctx.get_workspace().get_root_dir()).parent)
         reply = make_reply(ReturnCode.OK)
-        cell, sender = fl_ctx.get_engine().get_cell(), f"server.{fl_ctx.get_job_id()}"
+        cell = fl_ctx.get_engine().get_cell()
+        settle()
 
         def ended() -> bool:
             return bool(abort_signal.triggered)
 
         def fetch(parts: Parts, target: Path) -> None:
-            fetch_parts(parts, shareable.get(REFERENCES), sender, target, cell, abort_signal)
+            fetch_parts(parts, shareable.get(REFERENCES), SERVER, target, cell, abort_signal)
 
         try:
             round = SiteRound.of(site, str(shareable.get(ORDER)))
             with round.alone(ended) as held:
                 parts = round.answer(fetch, held, ended)
             reply[PARTS] = parts.to_document()
-            reply[REFERENCES] = offer_parts(round.sealed_update, parts, cell)
+            _, reply[REFERENCES] = offer_parts(round.sealed_update, parts, cell)
         except NoUpdate as error:
             reply[PROBLEM] = error.reason
         except (FedqsnError, OSError) as error:  # no word of it leaves the site: it may name files

@@ -3,36 +3,54 @@
 from __future__ import annotations
 
 import gc
+import threading
 from pathlib import Path
 from typing import Any
 
-from nvflare.fuel.f3.streaming.download_service import Consumer, Downloadable, ProduceRC, download_object
+from nvflare.fuel.f3.streaming.download_service import (
+    Consumer,
+    Downloadable,
+    DownloadService,
+    ProduceRC,
+    download_object,
+)
 from nvflare.fuel.f3.streaming.obj_downloader import ObjectDownloader
 
 from fedqsn_cli.courier.parts import Part, Parts, PartWriter, fetch_file
 from fedqsn_cli.errors import FormatError
 
-CHUNK = 4 << 20
+CHUNK = 8 << 20  # of a part, for each request; larger ones cost less time and more memory
 _TRANSACTION = 24 * 3600.0  # seconds without a request after which an offer ends
 _REQUEST = 120.0  # seconds for a chunk
-_COLLECTED = 8  # chunks after which those that were sent are freed
+_COLLECTED = 4  # chunks after which those that were sent or received are freed
 
 
-def free_sent(taken: int) -> None:
-    """Free the chunks that FLARE has sent or received, after every `_COLLECTED` of them.
+class _Sent:
+    """Counts the bytes that have passed, and frees them after every `_COLLECTED`.
 
     FLARE's records of a message refer to each other, so each lives, with its chunk, until the cyclic garbage collector
     looks at its generation; for the oldest one that is rarely, and until then most of a file is in memory.
-
-    Args:
-        taken: bytes of the part so far.
     """
-    if taken // CHUNK % _COLLECTED == 0:
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._bytes = 0
+
+    def add(self, length: int) -> None:
+        """Count so many bytes of any transfer of this process."""
+        with self._lock:
+            self._bytes += length
+            if self._bytes < _COLLECTED * CHUNK:
+                return
+            self._bytes = 0
         gc.collect()
 
 
-def _settle() -> None:
-    """Let `free_sent` pass over what is there before a transfer: hundreds of thousands of objects that stay."""
+_SENT = _Sent()
+
+
+def settle() -> None:
+    """Let the collector pass over what is there before all transfers: hundreds of thousands of objects that stay."""
     gc.collect()
     gc.freeze()
 
@@ -53,7 +71,7 @@ class OfferedPart(Downloadable):  # type: ignore[misc]
         with self._path.open("rb") as file:
             file.seek(self._part.start + done)
             data = file.read(min(CHUNK, self._part.length - done))
-        free_sent(done)
+        _SENT.add(len(data))
         return ProduceRC.OK, data, {"taken": done + len(data)}
 
 
@@ -69,7 +87,8 @@ class WrittenPart(Consumer):  # type: ignore[misc]
 
     def consume(self, ref_id: str, state: dict[str, Any], data: bytes) -> dict[str, Any]:
         """Take a chunk."""
-        free_sent(self._writer.write(data))
+        self._writer.write(data)
+        _SENT.add(len(data))
         return state
 
     def download_completed(self, ref_id: str) -> None:
@@ -80,11 +99,15 @@ class WrittenPart(Consumer):  # type: ignore[misc]
         self.failure = reason
 
 
-def offer_parts(path: Path, parts: Parts, cell: Any) -> list[str]:
-    """Offer a file to one receiver; returns the references of its parts."""
-    _settle()
+def offer_parts(path: Path, parts: Parts, cell: Any) -> tuple[str, list[str]]:
+    """Offer a file to one receiver; returns the offer's name, and the references of its parts."""
     downloader = ObjectDownloader(cell, timeout=_TRANSACTION, num_receivers=1)
-    return [str(downloader.add_object(OfferedPart(path, part))) for part in parts.parts]
+    return downloader.tx_id, [str(downloader.add_object(OfferedPart(path, part))) for part in parts.parts]
+
+
+def withdraw(offer: str) -> None:
+    """End an offer."""
+    DownloadService.delete_transaction(offer)
 
 
 def fetch_parts(parts: Parts, references: Any, sender: str, target: Path, cell: Any, abort: Any) -> int:
@@ -99,7 +122,6 @@ def fetch_parts(parts: Parts, references: Any, sender: str, target: Path, cell: 
     if type(references) is not list or [type(one) for one in references] != [str] * len(parts.parts):
         raise FormatError("is not an offer of these parts", where=target)
     known = dict(zip(parts.parts, references, strict=True))
-    _settle()
 
     def fetch(part: Part, writer: PartWriter) -> None:
         consumer = WrittenPart(writer)
