@@ -10,12 +10,16 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from fedqsn_cli.errors import InputError
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # values per absmax: bitsandbytes' own range
 
 CLIENT_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+CLIENT = "{client}"
+"""In an option, it stands for the name of each client."""
+
 _HOST = r"[A-Za-z0-9._:\[\]-]{1,253}"
 
 _INTERVAL = re.compile(r"(\d{1,15}(?:\.\d{1,15})?) *([smh]?)", re.IGNORECASE | re.ASCII)
@@ -36,6 +40,34 @@ def not_empty(value: str, where: str) -> str:
 def client(value: str, where: str | None = None) -> str:
     """A client id: a letter or digit, then at most 63 letters, digits, dots, underscores, dashes."""
     return _name("client id", value, where)
+
+
+def clients(value: str | Sequence[str], where: str) -> tuple[str, ...]:
+    """Different client ids, at least one."""
+    names = tuple(client(name, where) for name in ([value] if isinstance(value, str) else value))
+    if not names:
+        raise InputError("no client was named", where=where)
+    if len(set(names)) != len(names):
+        raise InputError("a client is named twice", where=where)
+    return names
+
+
+def for_each_client(value: str, where: str, several: bool) -> str:
+    """Text in which {client}, and no other placeholder, stands for a client's name."""
+    unknown = next(iter(re.findall(r"\{[^{}]*\}?|\}", value.replace(CLIENT, ""))), None)
+    if unknown is not None:
+        raise InputError(f"{unknown!r} is no placeholder", where=where, hint=f"the only one is {CLIENT}")
+    if several and CLIENT not in value:
+        raise InputError("is the same for several clients", where=where, hint=f'put "{CLIENT}" into it')
+    return value
+
+
+def here(value: str | Path, where: str) -> str | Path:
+    """A path on this machine."""
+    not_empty(str(value), where)
+    if str(value).startswith("hf:/"):  # a Path has one slash of two
+        raise InputError(f"{value} is not a path on this machine", where=where, hint="give a file or folder")
+    return value
 
 
 def project(value: str, where: str | None = None) -> str:

@@ -273,9 +273,21 @@ def test_what_goes_between_owner_and_site_is_read_strictly(
     again = courier_join(invitation, tmp_path / "again", name="bob", data="x.jsonl")
     with pytest.raises(InputError, match="has joined with another key"):
         courier_approve(job.courier, str(again.next), tmp_path / "second")
-    with pytest.raises(InputError):  # of another request: its private key does not belong to it
+    with pytest.raises(InputError, match="answers another request; ask the owner for the approval of .*again/bob"):
         courier_join(invitation, tmp_path / "again", name="bob", approval=approved.next)
+    with pytest.raises(InputError, match="has not asked to join as 'carol'"):
+        courier_join(invitation, tmp_path / "site", name="carol", approval=approved.next)
+    (tmp_path / "other.json").write_bytes(replace(Invitation.read(invitation), port=1).to_bytes())
+    with pytest.raises(InputError, match="asked to join by another invitation"):
+        courier_join(tmp_path / "other.json", tmp_path / "site", name="bob", approval=approved.next)
+    with pytest.raises(FormatError, match="not a request or approval"):
+        courier_join(invitation, tmp_path / "site", name="bob", approval=made.next)
     courier_join(invitation, tmp_path / "site", name="bob", approval=approved.next)
+    with pytest.raises(OutputExists, match="has joined already"):
+        courier_join(invitation, tmp_path / "site", name="bob", approval=approved.next)
+    shutil.copytree(job.courier / "sites/alice/kit", tmp_path / "again/kit")
+    with pytest.raises(InputError, match="is the kit of client 'alice', as which this site never asked to join"):
+        courier_serve(tmp_path / "again")
     settings = json.loads((tmp_path / "site/kit/local/resources.json").read_text())
     assert settings["class_allow_list"] == kits.ALLOWED and settings["allow_log_streaming"] is False
     rights = json.loads((tmp_path / "site/kit/local/authorization.json").read_text())["permissions"]

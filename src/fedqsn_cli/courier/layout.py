@@ -176,6 +176,10 @@ class Site:
         """FLARE's start-up kit; it exists when the owner has approved."""
         return self.home / "kit"
 
+    def request(self, name: str) -> Path:
+        """What the site asked the owner to sign, for the client of this name."""
+        return self.home / f"{name}.request"
+
     @property
     def settings(self) -> Path:
         """What the site decides."""

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedqsn_cli import validate
 from fedqsn_cli.artifacts import ledger as ledgers
 from fedqsn_cli.artifacts.ledger import Release
 from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, ProxyManifest, read_manifest
@@ -85,7 +86,9 @@ def courier_pack(path: str | Path, proxies: Sequence[str | Path], options: Couri
     owner, key, out = Owner.open(path), load_signing_key(options.key), Path(options.out)
     attestation = Path(options.attestation)
     audited = read_passed(attestation, key.public_key(), options.policy)
-    folders = [Path(proxy) for proxy in ([proxies] if isinstance(proxies, str | Path) else proxies)]
+    folders = [
+        Path(validate.here(proxy, "PROXY")) for proxy in ([proxies] if isinstance(proxies, str | Path) else proxies)
+    ]
     sealing = _sealings(owner, folders, ledgers.read(Path(options.ledger)))
     if os.path.lexists(out):
         raise OutputExists("already exists", where=out, hint="choose another folder")

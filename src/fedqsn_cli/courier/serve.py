@@ -98,7 +98,13 @@ def _site(site: Site) -> Daemon:
         raise InputError("the owner has not approved this site yet", where=site.home, hint=hint)
     kits.require_valid(site.kit)
     SiteSettings.read(site.settings)  # what is wrong in it shows now, not when a proxy comes
-    return Daemon(kits.client_of(site.kit), site.kit)
+    client = kits.client_of(site.kit)
+    if not site.request(client).exists():
+        hint = "put back the kit that belongs here"
+        raise InputError(
+            f"is the kit of client {client!r}, as which this site never asked to join", where=site.kit, hint=hint
+        )
+    return Daemon(client, site.kit)
 
 
 def courier_stop(path: str | Path, options: CourierStopOptions) -> Served:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedqsn_cli import strictjson, validate
 from fedqsn_cli.checkpoint.files import read_file, write_file_atomically
@@ -28,6 +29,7 @@ from fedqsn_cli.options import CourierApproveOptions, CourierInitOptions, Courie
 _LARGEST = 1 << 20  # bytes of a request or an approval
 _DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, ValueError, struct.error)
 _KEY, _ASKED, _SIGNED = "site.pub", "request.zip", "signed.zip"
+_REQUEST, _ANSWER = "request.json", "signed.json"  # in them
 _FINGERPRINT = re.compile(r"SHA256:([0-9A-F]{2}:){31}[0-9A-F]{2}")
 
 
@@ -59,7 +61,7 @@ def courier_init(path: str | Path, options: CourierInitOptions) -> CourierSetup:
         >>> courier_init("courier", server="fl.example.org:443", key="owner.pub").next
     """
     kits.require_flare()
-    home = Path(path).absolute()
+    home = Path(validate.here(path, "COURIER")).absolute()
     if home.exists():
         raise OutputExists("already exists", where=home, hint="choose another folder")
     public = Path(options.key)
@@ -142,9 +144,25 @@ def courier_join(path: str | Path, options: CourierJoinOptions) -> CourierSetup:
         return _request(site, invitation, options)
     site = Site.open(site.home)
     signed = site.home / f"{options.name}.{_SIGNED}"
-    signed.write_bytes(_unpacked(Path(options.approval), {_SIGNED})[_SIGNED])
+    signed.write_bytes(_answer(site, invitation, options.name, Path(options.approval)))
     kits.package(signed, site.home / "request", invitation, site.kit, "client")
     return CourierSetup(str(site.home), None, fingerprint(load_verify_key(site.owner_key)))
+
+
+def _answer(site: Site, invitation: Invitation, name: str, approval: Path) -> bytes:
+    """The certificate in an approval. Raises InputError, FormatError: it does not answer what the site asked for."""
+    if site.kit.exists():
+        raise OutputExists("has joined already", where=site.home, hint="serve it: fedqsn courier-serve")
+    if Invitation.read(site.home / INVITATION) != invitation:
+        raise InputError("has asked to join by another invitation", where=site.home, hint="give that one")
+    asked = site.request(name)
+    if not asked.exists():
+        raise InputError(f"has not asked to join as {name!r}", where=site.home, hint="give the --name of its request")
+    signed = _unpacked(approval, {_SIGNED})[_SIGNED]
+    request = _told(_unpacked(asked, {_ASKED, _KEY})[_ASKED], _REQUEST, asked)
+    if _told(signed, _ANSWER, approval).get("request_id") != request.get("request_id"):
+        raise InputError("answers another request", where=approval, hint=f"ask the owner for the approval of {asked}")
+    return signed
 
 
 def _request(site: Site, invitation: Invitation, options: CourierJoinOptions) -> CourierSetup:
@@ -158,7 +176,7 @@ def _request(site: Site, invitation: Invitation, options: CourierJoinOptions) ->
         site.settings.write_text(_settings(options), encoding="utf-8")
         SiteSettings.read(site.settings)
         asked = kits.request(site.home / "request", invitation, options.name, "client")
-        packed = site.home / f"{options.name}.request"
+        packed = site.request(options.name)
         _pack(packed, {_ASKED: asked.read_bytes(), _KEY: Path(pair.public).read_bytes()})
     return CourierSetup(str(site.home), str(packed), pair.fingerprint)
 
@@ -229,15 +247,23 @@ def _check_keys(data: bytes, name: str, where: Path) -> None:
 
 def _named(data: bytes, where: Path) -> str:
     """The client whose certificate a request asks for. Raises FormatError, InputError."""
-    found = _entries(data)
+    told = _told(data, _REQUEST, where)
     try:
-        told = strictjson.loads(found["request.json"], where)
         name, kind = str(told["name"]), told["cert_type"]
-    except (KeyError, TypeError, FormatError):
+    except KeyError:
         raise FormatError("is not a request of a site", where=where) from None
     if kind != "client":
         raise InputError(f"asks for the certificate of a {kind}, not of a site", where=where)
     return validate.client(name, str(where))
+
+
+def _told(data: bytes, name: str, where: Path) -> dict[str, Any]:
+    """What FLARE wrote into a request or its answer. Raises FormatError."""
+    kind = "a request of a site" if name == _REQUEST else "an approval"
+    try:
+        return dict(strictjson.loads(_entries(data)[name], where))
+    except (KeyError, TypeError, ValueError, FormatError):
+        raise FormatError(f"is not {kind}", where=where) from None
 
 
 def _pack(path: Path, parts: dict[str, bytes]) -> None:

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
+from fedqsn_cli import validate
 from fedqsn_cli.checkpoint.files import read_file, write_file_atomically
 from fedqsn_cli.checkpoint.secret_files import create_secret, read_secret
 from fedqsn_cli.errors import KeyFileError, OutputExists
@@ -61,7 +62,7 @@ def keygen(path: str | Path, options: KeygenOptions) -> KeyPair:
         >>> keygen("alice.key").public
         'alice.pub'
     """
-    private, public = Path(path), options.public_file(path)
+    private, public = Path(validate.here(path, "KEY")), options.public_file(path)
     if os.path.lexists(public):
         raise OutputExists("already exists", where=public, hint="keys are never replaced; choose another name")
     signing, sealing = ec.generate_private_key(ec.SECP256R1()), X25519PrivateKey.generate()

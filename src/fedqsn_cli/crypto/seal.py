@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 
+from fedqsn_cli import validate
 from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, SIGNATURE, UPDATE_MANIFEST
 from fedqsn_cli.checkpoint import ArtifactWriter
 from fedqsn_cli.checkpoint.files import open_regular_file, stream_new_file
@@ -58,7 +59,7 @@ def seal(path: str | Path, options: SealOptions) -> Sealed:
     Example:
         >>> seal("proxies/alice", "alice.sealed", to="alice.pub").bytes
     """
-    folder, out = Path(path), Path(options.out)
+    folder, out = Path(validate.here(path, "PATH")), Path(options.out)
     pieces = sealed_pieces(folder, load_recipient(options.to))
     if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
         raise InputError("is inside of the folder that is sealed", where="--out", hint="write it elsewhere")
@@ -96,9 +97,9 @@ def unseal(path: str | Path, options: UnsealOptions) -> Unsealed:
         >>> unseal("alice.sealed", "proxy", key="alice.key", verify_key="owner.pub").verified
         True
     """
+    source = Path(validate.here(path, "FILE"))
     sender = load_verify_key(options.verify_key) if options.verify_key is not None else None
     key = load_opening_key(options.key)
-    source = Path(path)
     with ArtifactWriter(Path(options.out), force=options.force, replaces=_SENT, uniform=True) as writer:
         with open(open_regular_file(source), "rb") as file:
             write_folder(stream.decrypt(file.read, key, source), writer, source)

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedqsn_cli import validate
 from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, ServerStateRecord
 from fedqsn_cli.checkpoint import ArtifactWriter, write_file_atomically
 from fedqsn_cli.checkpoint.files import keep_outside, require_file_target
@@ -112,8 +113,8 @@ def _check_updates(updates: Sequence[str | Path], options: MergeOptions) -> None
     if options.restore is None and not updates:
         raise InputError("no update was given", hint="name the folders of updates, or end the job with --restore")
     several = len(updates) + (options.control is not None) > 1
-    if several and options.verify_key is not None and "{client}" not in str(options.verify_key):
-        raise InputError("is the same for several clients", where="--verify-key", hint='put "{client}" into it')
+    if several and options.verify_key is not None:
+        validate.for_each_client(str(options.verify_key), "--verify-key", several=True)
     if options.report is not None:
         require_file_target(options.report)
 

@@ -68,16 +68,6 @@ def _round(value: int, flag: str) -> int:
     return value
 
 
-def _clients(value: Sequence[str], flag: str) -> tuple[str, ...]:
-    """Different client ids, at least one."""
-    clients = tuple(validate.client(name, flag) for name in ([value] if isinstance(value, str) else value))
-    if not clients:
-        raise InputError("no client was named", where=flag)
-    if len(set(clients)) != len(clients):
-        raise InputError("a client is named twice", where=flag)
-    return clients
-
-
 @dataclass(frozen=True, kw_only=True)
 class MaskOptions(MaskingOptions, ModelOutputOptions):
     """`mask`."""
@@ -121,12 +111,17 @@ class ExportOptions(QuantizationOptions, MaskingOptions, ModelOutputOptions):
 
     out: Annotated[
         str | Path,
-        Option("Folder to write; {client} in it stands for the client's name.", OUTPUT, metavar="DIR"),
+        Option(
+            "Folder to write; {client} in it stands for the client's name.",
+            OUTPUT,
+            metavar="DIR",
+            check=validate.here,
+        ),
     ]
     _: KW_ONLY
     client: Annotated[
         Sequence[str],
-        Option("Name of a client; give it again for more clients.", JOB, metavar="NAME", check=_clients),
+        Option("Name of a client; give it again for more clients.", JOB, metavar="NAME", check=validate.clients),
     ]
     round: Annotated[int, Option("Number of the round.", JOB, check=_round)]
     key: Annotated[str | Path, Option("The job's secret; created if missing.", JOB, env=KEY)]
@@ -173,18 +168,18 @@ class ExportOptions(QuantizationOptions, MaskingOptions, ModelOutputOptions):
         if self.coalition is not None and self.budget is None:
             raise InputError("limits nothing without --budget", where="--coalition")
         for flag, text in (("--out", str(self.out)), ("--push", self.push)):
-            if len(self.client) > 1 and text is not None and "{client}" not in text:
-                raise InputError("is the same for several clients", where=flag, hint='put "{client}" into it')
+            if text is not None:
+                validate.for_each_client(text, flag, several=len(self.client) > 1)
 
     @property
     def targets(self) -> list[Path]:
         """The folder of each client."""
-        return [Path(str(self.out).replace("{client}", name)) for name in self.client]
+        return [Path(str(self.out).replace(validate.CLIENT, name)) for name in self.client]
 
     @property
     def repositories(self) -> list[str]:
         """The hub repository of each client; none where nothing is pushed."""
-        return [self.push.replace("{client}", name) for name in self.client] if self.push else []
+        return [self.push.replace(validate.CLIENT, name) for name in self.client] if self.push else []
 
 
 @dataclass(frozen=True)

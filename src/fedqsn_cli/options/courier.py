@@ -39,10 +39,6 @@ def _address(value: str, flag: str) -> str:
     return value
 
 
-def _clients(value: Sequence[str], flag: str) -> tuple[str, ...]:
-    return tuple(validate.client(name, flag) for name in ([value] if isinstance(value, str) else value))
-
-
 def _time(value: str, flag: str) -> str:
     """A time such as 6h."""
     if validate.interval(value, flag)[1] is None:
@@ -67,7 +63,7 @@ class CourierInitOptions(Options):
             "Make a site of this client on this machine, too; may be repeated.",
             COURIER,
             metavar="CLIENT",
-            check=_clients,
+            check=validate.clients,
         ),
     ] = None
 
@@ -106,7 +102,7 @@ class CourierJoinOptions(Options):
 class CourierApproveOptions(Options):
     """`courier_approve`."""
 
-    out: Annotated[str | Path, Option("File to write, for the site.", OUTPUT)]
+    out: Annotated[str | Path, Option("File to write, for the site.", OUTPUT, check=validate.here)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +157,9 @@ class ProposalOptions(LoraOptions):
 class CourierPackOptions(ProposalOptions):
     """`courier_pack`."""
 
-    out: Annotated[str | Path, Option("Folder to make, for 'fedqsn courier-send'.", OUTPUT, metavar="DIR")]
+    out: Annotated[
+        str | Path, Option("Folder to make, for 'fedqsn courier-send'.", OUTPUT, metavar="DIR", check=validate.here)
+    ]
     _: KW_ONLY
     key: Annotated[str | Path, Option("Your private key, from 'fedqsn keygen'.", SIGNATURES, metavar="PRIVATE")]
     attestation: Annotated[str | Path, Option("The passed audit of these proxies, from 'fedqsn audit --attest'.", GATE)]
@@ -180,7 +178,9 @@ class CourierPackOptions(ProposalOptions):
 class CourierSendOptions(Options):
     """`courier_send`."""
 
-    into: Annotated[str | Path, Option("Folder for the updates, one for each client.", OUTPUT, metavar="DIR")]
+    into: Annotated[
+        str | Path, Option("Folder for the updates, one for each client.", OUTPUT, metavar="DIR", check=validate.here)
+    ]
     key: Annotated[
         str | Path | None,
         Option("Open the updates with your private key; without it, they stay sealed.", SIGNATURES, metavar="PRIVATE"),

@@ -94,7 +94,7 @@ LAYOUT = Option(
 DOUBLE_QUANT = Option("Quantize the scales too (nf4 and fp4 in layout bnb).", QUANTIZATION)
 
 
-OUT = Option("Folder to write.", OUTPUT, metavar="DIR")
+OUT = Option("Folder to write.", OUTPUT, metavar="DIR", check=validate.here)
 FORCE = Option("Replace what is at --out, if fedqsn wrote it and it is of the same kind.", OUTPUT)
 SIGN = Option("Sign the output with this private key, from 'fedqsn keygen'.", SIGNATURES, metavar="PRIVATE")
 PLAN_FILE = Option("TOML rules for tensors that need other treatment.", MASKING, aliases=("--plan",))

@@ -6,6 +6,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated
 
+from fedqsn_cli import validate
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.options.declare import Option, Options
 from fedqsn_cli.options.groups import FORCE, OUT, OUTPUT, SIGNATURES
@@ -39,7 +40,7 @@ class KeygenOptions(Options):
 class SealOptions(Options):
     """`seal`."""
 
-    out: Annotated[str | Path, Option("File to write.", OUTPUT)]
+    out: Annotated[str | Path, Option("File to write.", OUTPUT, check=validate.here)]
     _: KW_ONLY
     to: Annotated[str | Path, Option("Public key of the recipient.", SIGNATURES, metavar="PUBLIC")]
 

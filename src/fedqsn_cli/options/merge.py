@@ -137,6 +137,8 @@ class MergeOptions(AdmissionOptions, ServerOptimizerOptions, CentralPrivacyOptio
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.verify_key is not None:
+            validate.for_each_client(str(self.verify_key), "--verify-key", several=False)
         if self.restore is not None:
             self._check_restore()
         else:
@@ -160,7 +162,7 @@ class MergeOptions(AdmissionOptions, ServerOptimizerOptions, CentralPrivacyOptio
 
     def verify_key_of(self, client: str) -> Path | None:
         """The public key of a client; None where updates need no signature."""
-        return None if self.verify_key is None else Path(str(self.verify_key).replace("{client}", client))
+        return None if self.verify_key is None else Path(str(self.verify_key).replace(validate.CLIENT, client))
 
     def _check_partial(self) -> None:
         """Refuse what is only decided when all updates are there. Raises InputError."""
