@@ -134,7 +134,9 @@ def test_a_round_over_a_host_and_a_site_that_are_machines_of_their_own(job: Job,
     strongroom = job.home.rename(job.home.with_name("hidden"))
     try:
         with served(host, site):
-            sent = courier_send(host, outbox, into=tmp_path / "inbox", deadline="250s")
+            sent = courier_send(
+                host, os.path.relpath(outbox), into=os.path.relpath(tmp_path / "inbox"), deadline="250s"
+            )
             status = courier_status(host)
     finally:
         strongroom.rename(job.home)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -51,6 +52,14 @@ def test_an_answer_of_its_client_is_taken(desk: Desk) -> None:
     delivery.check()
     assert delivery.done and "update.json" in contents(delivery.update)
     assert not delivery.sealed_update.exists() and [path.name for path in delivery.inbox.iterdir()] == ["alice"]
+
+
+def test_paths_may_be_relative(desk: Desk, carrier: Carrier, monkeypatch: pytest.MonkeyPatch) -> None:
+    outbox = desk.pack()
+    monkeypatch.chdir(outbox.parent)
+    owner, key = (os.path.relpath(path) for path in (desk.owner.home, desk.key.private))
+    sent = courier_send(owner, outbox.name, into="in", key=key)
+    assert sent.arrived == 2 and {path.name for path in (outbox.parent / "in").iterdir()} == {"alice", "bob"}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -146,9 +147,10 @@ class Carrier:
         if self.slow:
             return number
         try:
-            round = SiteRound.of(self.sites[told["client"]], told["order"])
-            parts = answer(round, carry(Path(told["proxy"])))
-            carry(round.sealed_update)(parts, Path(told["update"]))
+            with contextlib.chdir("/"):  # as FLARE's processes, which work in folders of their own
+                round = SiteRound.of(self.sites[told["client"]], told["order"])
+                parts = answer(round, carry(Path(told["proxy"])))
+                carry(round.sealed_update)(parts, Path(told["update"]))
             self.jobs[number] = "FINISHED:COMPLETED"
         except (FedqsnError, NoUpdate) as error:
             self.problems.append(str(error))

@@ -144,7 +144,8 @@ def write_job(folder: Path, sent: Consignment, update: Path) -> Path:
         update: where the answer goes.
     """
     here, client = f"{__name__}.", sent.order.client
-    arguments: dict[str, Any] = {"client": client, "proxy": str(sent.sealed), "update": str(update)}
+    paths = {"proxy": str(sent.sealed.absolute()), "update": str(update.absolute())}  # the server works elsewhere
+    arguments: dict[str, Any] = {"client": client, **paths}
     arguments |= {"parts": sent.order.sealed.to_document(), "order": sent.text}
     workflow = {"id": "courier", "path": here + "CourierController", "args": arguments}
     executor = {"tasks": [TASK], "executor": {"path": here + "CourierExecutor", "args": {}}}
