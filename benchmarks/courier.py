@@ -155,6 +155,8 @@ def running(home: Path, clients: Sequence[str] = (CLIENT,)) -> Iterator[Owner]:
     """A courier with its sites."""
     keygen(home / "owner.key")
     courier_init(home / "courier", key=home / "owner.pub", server=f"localhost:{PORT}", local=clients)
+    for client in clients:
+        (home / "courier/sites" / client / f"{client}.jsonl").touch()
     words = [sys.executable, "-m", "fedqsn_cli", "courier", "serve", str(home / "courier"), "--quiet"]
     server = subprocess.Popen(words, stdout=subprocess.DEVNULL)
     try:

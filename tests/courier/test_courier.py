@@ -287,6 +287,9 @@ def test_what_goes_between_owner_and_site_is_read_strictly(
     courier_join(invitation, tmp_path / "site", name="bob", approval=approved.next)
     with pytest.raises(OutputExists, match="has joined already"):
         courier_join(invitation, tmp_path / "site", name="bob", approval=approved.next)
+    with pytest.raises(InputError, match=r"site/x.jsonl: there is no such file; put it there, or correct .*site.toml"):
+        courier_serve(tmp_path / "site")
+    (tmp_path / "again/x.jsonl").touch()
     shutil.copytree(job.courier / "sites/alice/kit", tmp_path / "again/kit")
     with pytest.raises(InputError, match="is the kit of client 'alice', as which this site never asked to join"):
         courier_serve(tmp_path / "again")

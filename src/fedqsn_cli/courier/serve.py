@@ -55,7 +55,7 @@ def courier_serve(path: str | Path, options: CourierServeOptions) -> Served:
 
     Raises:
         InputError: there is no such folder, the owner has not approved the site yet, it is served already, the
-            certificates cannot be used, or site.toml is malformed.
+            certificates cannot be used, a kit is another client's, or site.toml is malformed or names no data.
 
     Example:
         >>> courier_serve("site").path
@@ -97,7 +97,7 @@ def _site(site: Site) -> Daemon:
         hint = "give the owner its request, then: fedqsn courier-join INVITATION --out SITE --approval FILE"
         raise InputError("the owner has not approved this site yet", where=site.home, hint=hint)
     kits.require_valid(site.kit)
-    SiteSettings.read(site.settings)  # what is wrong in it shows now, not when a proxy comes
+    SiteSettings.read(site.settings).require_data(site.settings)  # what is wrong shows now, not when a proxy comes
     client = kits.client_of(site.kit)
     if not site.request(client).exists():
         hint = "put back the kit that belongs here"

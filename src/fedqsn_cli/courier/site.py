@@ -137,6 +137,13 @@ class SiteSettings:
         _require_at_most("bytes", order.sealed.size, self.max_bytes, where)
         self.bounds.require(order.proposal, where)
 
+    def require_data(self, where: Path) -> None:
+        """Refuse settings that name files which are not there. Raises InputError."""
+        for path in (self.data, self.eval_data):
+            if path is not None and not path.exists():
+                hint = f"put it there, or correct {where}: its paths start in its folder"
+                raise InputError("there is no such file", where=path, hint=hint)
+
     def words(self) -> list[str]:
         """As options of `client-train`."""
         words = ["--data", str(self.data), "--device", self.device, "--max-length", str(self.max_length)]
