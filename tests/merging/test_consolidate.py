@@ -193,7 +193,7 @@ def test_adapters_are_added_to_the_restored_model(
 
     written = LoraStudent.write
     monkeypatch.setattr(LoraStudent, "write", write)
-    done = language.consolidate(tmp_path / "out", own_data=language.data, **ADAPTERS)
+    done = language.consolidate(tmp_path / "out", own_data=language.data, **ADAPTERS | {"steps": 30})
     assert done.last_loss < done.first_loss
     restore = {"restore": language.home / "server", "public_base": language.home / "base", "blend": 0.9}
     merge(language.home / "global", [], tmp_path / "restored", key=language.home / "job.key", **restore)
