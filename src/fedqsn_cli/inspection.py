@@ -316,8 +316,10 @@ def _with_ratio(tensor: TensorPlan, p1: float) -> TensorPlan:
 
 def _manifest_facts(manifest: ModelManifest, tensors: Mapping[str, ModelTensor]) -> dict[str, Any]:
     facts = manifest.model_dump(
-        mode="json", exclude={"format", "kind", "groups", "tensors", "overrides", "quantization"}
+        mode="json", exclude={"format", "kind", "groups", "tensors", "overrides", "quantization", "merged"}
     )
+    if manifest.merged is not None:
+        facts["merged"] = len(manifest.merged)
     facts |= _placement(manifest.overrides)
     facts["quantization"] = manifest.quantization
     if manifest.p1 == 1:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,9 @@ from fedqsn_cli import merge
 from fedqsn_cli.errors import RefusedUpdate
 from fedqsn_cli.merging import merge_pass
 from fedqsn_cli.merging.sums.average_kernel import MOST_AVERAGED
+from fedqsn_cli.merging.updates import adapters
+from fedqsn_cli.merging.updates.adapters import UntrainedValues
+from fedqsn_cli.merging.updates.stored_values import ReadBytes, ReadValues, UpdateSlice
 from support.adapters import draft_adapters
 from support.helpers import contents, draft, make_model, noise, nothing_written, read_model
 from support.passes import chunks_of, threads_of
@@ -89,6 +94,60 @@ def test_matrices_that_nobody_trained(job: JobFolder, monkeypatch: pytest.Monkey
     both_ways(job, folders, monkeypatch)
     before, after = read_model(job.model), read_model(job.root / "at-once")
     assert {name for name in before if not np.array_equal(before[name][1], after[name][1])} == keep.keys()
+
+
+class ReadZeros(UntrainedValues):
+    """Zeros that look like those of a full update."""
+
+    def read(self, part: UpdateSlice, read: ReadBytes) -> ReadValues:
+        return replace(super().read(part, read), untrained=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"clip_norm": 0.1},
+        {"normalize": "clients"},
+        {"control": "c9"},
+        {"partial": True},
+        {"rule": "median", "byzantine": 1},
+        {"rule": "krum", "byzantine": 1},
+        {"rule": "geometric-median", "byzantine": 1},
+        {"server_optimizer": "momentum"},
+        {"clip_norm": 0.1, "noise_multiplier": 1.0, "delta": 0.01},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("axis", ["neuron", "input"])
+def test_what_nobody_trained_is_left_alone_however_updates_are_put_together(
+    folder: Path, axis: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = JobFolder(Scenario("llama", "BF16", 64, 128, 1, axis, "none", None, 64, False, "zero", 0.2, 0.3), folder)
+    make_model(job.model, "llama", dtype="BF16", hidden=64, inner=128)
+    names = tuple(f"c{index}" for index in range(MOST_AVERAGED + 2))
+    proxies = job.export(job.model, "proxies", clients=names)
+    one, other = ({f"model.layers.0.mlp.{name}_proj.weight": True} for name in ("up", "down"))
+    sent = [
+        draft_adapters(proxies / name, number, keep=one | (other if number % 2 else {})).write(job.root / name)
+        for number, name in enumerate(names)
+    ]
+    options = {name: job.root / value if name == "control" else value for name, value in options.items()}
+    folders = sent[:-1] if "control" in options else sent
+
+    def merged(name: str) -> Any:
+        records = {"key": job.key, "ledger": job.root / "ledger.jsonl"}
+        return merge(str(job.model), folders, job.root / name, **records, **options)
+
+    left_alone = merged("skipped")
+    monkeypatch.setattr(adapters, "UntrainedValues", ReadZeros)
+    looked_at = merged("read")
+    assert contents(job.root / "skipped") == contents(job.root / "read")
+    assert replace(left_alone, path="") == replace(looked_at, path="")
+    if not options:
+        before, after = read_model(job.model), read_model(job.root / "skipped")
+        moved = {name for name in before if not np.array_equal(before[name][1], after[name][1])}
+        assert moved == one.keys() | other.keys()
 
 
 @pytest.mark.parametrize("options", [{"clip_norm": 0.1}, {"rule": "multi-krum", "byzantine": 1}])

@@ -176,6 +176,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"clip_norm": "auto"}, "--clip-norm: noise needs a fixed limit"),
     ({"delta": None}, "--delta: is needed"),
     ({"delta": 1.0}, "--delta"),
+    ({"delta": 0.6}, "--delta: 0.6 is not less than 1 / "),
     ({"noise_multiplier": 0}, "--noise-multiplier"),
     ({"noise_multiplier": None}, "--delta: there is no noise"),
     ({"noise_multiplier": None, "delta": None, "epsilon": 3.0}, "--epsilon: there is no noise"),

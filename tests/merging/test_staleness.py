@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fedqsn_cli import merge
+from fedqsn_cli import mask, merge
 from fedqsn_cli.errors import InputError, RefusedUpdate
 from fedqsn_cli.options import MergeOptions
 from merging.test_merge import fedavg, whole_update
@@ -116,7 +117,6 @@ def test_order_and_grouping_change_no_byte(job: JobFolder) -> None:
     [
         (("u1-ann", "u2-bob"), 3, "proxies of another model"),  # none is on time
         (("u3-cat", "u2-bob"), 2, "proxies of another model"),  # one is of a later round
-        (("u3-dan", "u2-dan"), 3, "'dan' sent more than one update"),
     ],
 )
 @pytest.mark.parametrize("skip", [False, True])
@@ -131,6 +131,58 @@ def test_a_second_model_of_the_same_round_is_never_late(job: JobFolder) -> None:
     draft(proxies / "eve", noise(5, 0.01)).write(job.root / "u3-eve")
     with nothing_written(job.root), pytest.raises(RefusedUpdate, match="it was trained on another model"):
         merged(job, "u3-cat", "u3-eve", staleness_discount=1.0)
+
+
+@pytest.mark.parametrize("first", [("u1-dan",), ("u1-dan", "u1-ann"), ("sum",)])
+def test_an_update_that_was_merged_is_not_merged_again(folder: Path, first: tuple[str, ...]) -> None:
+    job = JobFolder(scenario("neuron"), folder / "job")
+    make_model(job.root / "model", "bert", hidden=33)
+    for number in (1, 2, 3):
+        proxies = job.export(model_of(job, number), f"round-{number}", clients=("ann", "dan"), round=number)
+        for name in ("ann", "dan"):
+            draft(proxies / name, noise(number, 0.01)).write(job.root / f"u{number}-{name}")
+        if number == 1:
+            merged(job, "u1-dan", into=1, out="sum", partial=True)
+        if number < 3:
+            merged(job, *(first if number == 1 else ["u2-dan"]), into=number, out=f"model-{number + 1}")
+    with nothing_written(job.root), pytest.raises(RefusedUpdate, match="'dan' for round 1 is in this model already"):
+        merged(job, "u1-dan", "u3-ann", staleness_discount=1.0)
+    result = merged(job, "u1-dan", "u2-ann", "u3-dan", staleness_discount=1.0, on_refused="skip", out="both")
+    assert [client.client for client in result.clients] == ["ann", "dan"]
+    assert [refused.client for refused in result.refused] == ["dan"]
+    with nothing_written(job.root), pytest.raises(RefusedUpdate, match="'ann' sent more than one update"):
+        merged(job, "u2-ann", "u3-ann", "u3-dan", staleness_discount=1.0)
+
+
+def test_an_update_that_a_rule_left_out_may_come_again(folder: Path) -> None:
+    job = JobFolder(scenario("neuron"), folder / "job")
+    make_model(job.root / "model", "bert", hidden=33)
+    names = ("ann", "bob", "cat")
+    for number in (1, 2):
+        proxies = job.export(model_of(job, number), f"round-{number}", clients=names, round=number)
+        for name in names:
+            draft(proxies / name, noise(number + len(name), 0.01)).write(job.root / f"u{number}-{name}")
+        if number == 1:
+            done = merged(job, *(f"u1-{name}" for name in names), into=1, out="model-2", rule="krum", byzantine=0)
+    left = [client.client for client in done.clients if client.verdict == "left out"]
+    chosen = next(name for name in names if name not in left)
+    assert len(left) == 2
+    merged(job, f"u1-{left[0]}", f"u2-{chosen}", into=2, staleness_discount=1.0)
+    with pytest.raises(RefusedUpdate, match="in this model already"):
+        merged(job, f"u1-{chosen}", f"u2-{left[0]}", into=2, out="again", staleness_discount=1.0)
+
+
+def test_what_was_merged_is_known_after_a_mask_and_after_a_restore(job: JobFolder) -> None:
+    def known(folder: str) -> Any:
+        return json.loads((job.root / folder / "fedqsn.json").read_bytes()).get("merged")
+
+    dan = [json.loads((job.root / f"u{number}-dan/update.json").read_bytes())["proxy_id"][:16] for number in (1, 2)]
+    assert known("model-3") == sorted(dan)
+    mask(str(job.root / "model-3"), job.root / "server", key=job.key)
+    assert known("server") == sorted(dan)
+    merge(str(job.root / "model-2"), [], job.root / "whole", key=job.key, restore=job.root / "server")
+    assert known("whole") == sorted(dan)
+    assert known("model-2") == dan[:1]
 
 
 def test_a_control_must_be_on_time(job: JobFolder) -> None:

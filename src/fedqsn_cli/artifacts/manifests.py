@@ -51,6 +51,15 @@ Fill = Literal["zero", "base"]
 TrainsFill = Literal["all"] | None  # None: clients train visible units only, and no field is written
 
 
+ShortId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+"""The first digits of the id of a proxy: nobody without the key can choose them."""
+
+
+def short_id(proxy_id: str) -> str:
+    """What a merged model's manifest keeps of the id of a proxy."""
+    return proxy_id[:16]
+
+
 class Quantization(Strict):
     """How quantized tensors are stored: block-wise absmax codes (`bnb`) or values snapped to the grid (`dense`)."""
 
@@ -130,6 +139,7 @@ class ModelManifest(Manifest):
     source: SourceRecord
     trained_fill: Literal[True] | None = None  # clients trained the public base's units in the holes
     server_state: ServerStateRecord | None = None
+    merged: tuple[ShortId, ...] | None = Field(default=None, strict=False)  # updates, by their proxies, of all rounds
 
     @model_validator(mode="after")
     def _groups_are_listed(self) -> Self:
@@ -161,6 +171,15 @@ class ModelManifest(Manifest):
             "source": SourceRecord.of(source),
         }
         return cls.model_validate(defaults | differs)
+
+
+def merged_before(manifest: ModelManifest | None, job: str) -> frozenset[str]:
+    """Which updates of a job are in a model, by the short ids of their proxies, as far as its manifest knows.
+
+    Args:
+        job: commitment to its key.
+    """
+    return frozenset(manifest.merged or ()) if manifest is not None and manifest.job == job else frozenset()
 
 
 class GroupUnits(Strict):

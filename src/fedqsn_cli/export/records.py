@@ -20,6 +20,7 @@ from fedqsn_cli.artifacts.manifests import (
     Quantization,
     SourceRecord,
     TrainsFill,
+    merged_before,
     unit_table,
 )
 from fedqsn_cli.errors import InputError
@@ -50,6 +51,7 @@ def masked_manifest(
         groups={name: GroupCount(units=n, hidden=job.hides(name, n)) for name, n in plan.groups().items()},
         tensors=unit_table(plan.tensors),
         trained_fill=True if session.model.has_trained_fill else None,
+        merged=tuple(sorted(merged_before(session.model.manifest, job.commitment))) or None,
     )
 
 

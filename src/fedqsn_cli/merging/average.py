@@ -26,7 +26,6 @@ from fedqsn_cli.merging.sums.average_kernel import (
     average_rows,
     singles_for,
 )
-from fedqsn_cli.merging.updates.adapters import UntrainedValues
 from fedqsn_cli.merging.updates.read_update import UpdateChunk, UpdateReader
 from fedqsn_cli.planning.tensor_plan import UnitAxis
 
@@ -80,10 +79,6 @@ class _Part:
     def seen(self) -> Longs | slice:
         """The units that it has."""
         return slice(None) if self.axis is None else self.piece.part.index
-
-    def is_trained(self, name: str) -> bool:
-        """Has it anything but zeros for a tensor?"""
-        return not isinstance(self.reader.update.stored[name], UntrainedValues)
 
     def squares(self, rows: Doubles, columns: Doubles, cols: int) -> PieceSquares:
         """Σ u² of its units.
@@ -150,7 +145,7 @@ def _run(chunk: ModelChunk, parts: Sequence[_Part], weights: Doubles, rate: floa
             *(sums, column_squares, bad),
         )
 
-    if any(part.is_trained(chunk.task.name) for part in parts):  # else nothing moves
+    if not all(part.piece.read.untrained for part in parts):  # else nothing moves
         run_ranges(rows, STRIPE * -(-GRAIN // (STRIPE * cols)), work)
     return sums, column_squares, int(bad.sum())
 

@@ -31,13 +31,17 @@ class CentralPrivacy:
     """The noise of one merge, and its account.
 
     Raises:
-        InputError: opacus is missing, or the merge would exceed the budget. `record` decides that again.
+        InputError: opacus is missing, δ is too large for so few clients, or the merge would exceed the budget, which
+            `record` decides again.
     """
 
     def __init__(self, job: JobKey, updates: Sequence[ClientUpdate], options: MergeOptions) -> None:
         if importlib.util.find_spec("opacus") is None:
             raise InputError("needs opacus", where="--noise-multiplier", hint="install fedqsn-cli[dp]")
         assert isinstance(options.clip_norm, float) and options.noise_multiplier and options.delta
+        if options.delta * len(updates) >= 1:
+            what = f"{options.delta:g} is not less than 1 / {len(updates)}, the share of one client"
+            raise InputError(what, where="--delta", hint="give a much smaller number")
         self._job, self._ledger = job, options.required_ledger()
         self._delta, self._budget = options.delta, options.epsilon
         facts = _facts(updates, options)

@@ -356,7 +356,7 @@ class _Consolidation:
         with model_sinks(writer, whole, inputs.tasks, limit, with_residual=False) as (sink, _):
             student.write(sink)
         files.remove_tree(self.work)
-        manifest = merged_manifest(whole, inputs.job)
+        manifest = merged_manifest(whole, inputs.job, added=inputs.merged)
         for folder in states:
             folder.finish(MODEL_MANIFEST, hashlib.sha256(manifest_bytes(manifest)).hexdigest())
         return publish(writer, whole, manifest)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, ModelManifest, SourceRecord, manifest_bytes
+from fedqsn_cli.artifacts.manifests import (
+    MODEL_MANIFEST,
+    ModelManifest,
+    SourceRecord,
+    manifest_bytes,
+    merged_before,
+    short_id,
+)
 from fedqsn_cli.checkpoint import ArtifactWriter, TensorSink
 from fedqsn_cli.errors import InputError, KeyFileError
 from fedqsn_cli.export.companions import copy_companions
@@ -63,12 +70,17 @@ def publish(writer: ArtifactWriter, model: OpenModel, manifest: ModelManifest) -
     return str(writer.publish())
 
 
-def merged_manifest(model: OpenModel, job: JobKey, digest: str | None = None, **facts: object) -> ModelManifest:
+def merged_manifest(
+    model: OpenModel, job: JobKey, digest: str | None = None, *, added: Iterable[str] = (), **facts: object
+) -> ModelManifest:
     """`fedqsn.json` of what a model is merged or restored to; a server model stays one.
 
     Args:
-        digest: of the new server model. facts: other fields that differ.
+        digest: of the new server model. added: the proxies whose updates are in it now, too, by their ids.
+        facts: other fields that differ.
     """
+    merged = {*merged_before(model.manifest, job.commitment), *map(short_id, added)}
+    facts["merged"] = tuple(sorted(merged)) or None
     if model.manifest is None or model.kind != "server-model":
         return ModelManifest.of(model.plan, model.source, job=job.commitment, p1=job.p1, **facts)
     return model.manifest.model_copy(

@@ -168,7 +168,9 @@ def merge_updates(
         digest = merged.digest_after()
         facts = {"trained_fill": True} if found.moves_fill else {}
         account = private.record() if private is not None else None
-        path = publish(writer, model, merged_manifest(model, job, digest, **facts, **run.state_record(merged)))
+        path = publish(
+            writer, model, merged_manifest(model, job, digest, added=how.merged, **facts, **run.state_record(merged))
+        )
     return MergeResult(
         path=path,
         kind=model.kind,

@@ -22,6 +22,7 @@ from fedqsn_cli.merging.step.chunk_sum import ChunkStep, ChunkSum, Scratch
 from fedqsn_cli.merging.step.chunks import (
     ModelChunk,
     Source,
+    average_elements,
     joint_chunks,
     stack_elements,
     visible_count,
@@ -92,7 +93,9 @@ class MergePass:
             RefusedUpdate: an update is not finite, or the merged model is not. Digests and norms are only known when
                 all chunks were taken.
         """
-        elements = stack_elements(len(self.clients)) if self._how.order else None
+        elements = average_elements() if self._averages else None
+        if self._how.order:
+            elements = stack_elements(len(self.clients))
         sources: list[Source] = [*self.clients, *self.partials, *([self.control] if self.control else [])]
         with closing(joint_chunks(self._model, self._tasks, sources, elements)) as chunks:
             for chunk, pieces in chunks:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, ModelManifest
+from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, ModelManifest, merged_before
 from fedqsn_cli.checkpoint import ArtifactWriter
 from fedqsn_cli.dtypes import SHORT_DTYPES
 from fedqsn_cli.errors import InputError
@@ -91,6 +91,11 @@ class RestoreInputs:
     tasks: Sequence[TensorTask]
     base: PublicBase | None
     residuals: tuple[Residual, Residual]
+
+    @property
+    def merged(self) -> frozenset[str]:
+        """Which updates are in the server model."""
+        return merged_before(self.manifest, self.job.commitment)
 
     def has_residual(self, blend: float) -> bool:
         """Whether the restored model has a residual: at λ = 1 its weights are those of the two models."""
@@ -191,7 +196,7 @@ def write_restored(
     whole, with_residual = inputs.whole, inputs.has_residual(blend)
     with model_sinks(writer, whole, inputs.tasks, max_shard_bytes, with_residual=with_residual) as (sink, residual):
         restore_into(sink, residual, inputs, blend, progress)
-    return publish(writer, whole, merged_manifest(whole, inputs.job))
+    return publish(writer, whole, merged_manifest(whole, inputs.job, added=inputs.merged))
 
 
 def restore_into(

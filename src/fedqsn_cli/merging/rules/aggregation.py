@@ -34,6 +34,7 @@ class Aggregation:
         least: how many clients must have seen a unit that is averaged.
         noise: what is added to each sum; None for none.
         others: what all updates in partial sums count together. late: how many rounds late each update is.
+        merged: the ids of the proxies whose updates count.
     """
 
     weights: tuple[float, ...]
@@ -45,6 +46,7 @@ class Aggregation:
     noise: Noise | None
     others: float
     late: tuple[int, ...]
+    merged: tuple[str, ...]
 
     @property
     def whole(self) -> float:
@@ -94,6 +96,10 @@ def aggregation(options: MergeOptions, found: Round, survey: Survey | None, nois
         noise=noise,
         others=others,
         late=tuple(update.late for update in updates),
+        merged=(
+            *(update.release.proxy_id for update, weight in zip(updates, weights, strict=True) if weight),
+            *(release.proxy_id for partial in found.partials for release in partial.releases),
+        ),
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from fedqsn_cli.merging.rules.order_rules import OrderRule
-from fedqsn_cli.merging.step.chunk_sum import ChunkStep, Scratch, accumulate
+from fedqsn_cli.merging.step.chunk_sum import ChunkStep, Doubles, Scratch, accumulate
 from fedqsn_cli.merging.step.chunks import ModelChunk
 from fedqsn_cli.merging.updates.read_update import UpdateChunk, UpdateReader
 
@@ -20,18 +20,30 @@ class ChunkStack(ChunkStep):
     """The rows of all updates in one chunk of the model.
 
     Attributes:
-        values: [clients, rows, cols]. seen: [clients, units].
+        seen: [clients, units].
     """
 
     def __init__(self, chunk: ModelChunk, scratch: Scratch, clients: int) -> None:
         super().__init__(chunk, scratch, chunk.rows)
-        self.values = scratch.zeros("stack", (clients, *self._total.shape))
+        self._values: Doubles | None = None
         self.seen = np.zeros((clients, self._weights.size))
+
+    @property
+    def values(self) -> Doubles:
+        """[clients, rows, cols], zeros until something is added."""
+        if self._values is None:
+            self._values = self._scratch.zeros("stack", (len(self.seen), *self._total.shape))
+        return self._values
+
+    @property
+    def untrained(self) -> bool:
+        """Whether no client trained anything of these rows."""
+        return self._values is None
 
     def add(self, number: int, reader: UpdateReader, piece: UpdateChunk, factor: float) -> None:
         """Put the Δ_k of a client, `factor` times, beside the others. Raises RefusedUpdate for NaN, infinity."""
         update, tensor = reader.update, self._chunk.task.plan
-        accumulate(self.values[number], self._chunk, reader, piece, factor / update.scale(tensor))
+        accumulate(lambda: self.values[number], self._chunk, reader, piece, factor / update.scale(tensor))
         self.seen[number, piece.part.index if update.axis(tensor) else slice(None)] = 1.0
         self._kept.append((reader, piece))
 
@@ -43,6 +55,8 @@ class ChunkStack(ChunkStep):
 
     def combine(self, rule: OrderRule, chosen: int) -> None:
         """Make one step of what the first `chosen` clients sent; a unit that too few of them saw stays."""
-        values, seen = self.values[:chosen], self.seen[:chosen]
+        seen = self.seen[:chosen]
         self._weights[:] = seen.sum(axis=0) >= rule.least
-        rule.apply(values, seen, self.strides, self._total)
+        if not self.untrained:
+            rule.apply(self.values[:chosen], seen, self.strides, self._total)
+            self._moves = True

@@ -41,6 +41,11 @@ class PairSums:
 
         run_ranges(len(self._pairs), 1, work)
 
+    def add_zeros(self, seen: Doubles, size: int) -> None:
+        """Some rows that no update moves, `size` weights: they only count."""
+        first, second = self._pairs.T
+        self._sums[:, 3] += (seen @ seen.T)[first, second] * (size // max(1, seen.shape[1]))
+
     def distances(self, kept: Sequence[int], factors: Sequence[float]) -> Doubles:
         """D of some of the updates, each of them times its factor: [kept, kept].
 

@@ -140,7 +140,9 @@ class SurveyPass:
         for number, reader in enumerate(self._readers):
             with self._noting(reader):
                 self._measure(chunk, stack, number, next(pieces))
-        if self._pairs and stack:
+        if self._pairs and stack and stack.untrained:
+            self._pairs.add_zeros(stack.seen, chunk.values.size)
+        elif self._pairs and stack:
             self._pairs.add(stack.values, stack.seen, stack.strides)
 
     @contextmanager
@@ -163,7 +165,7 @@ class SurveyPass:
             stack.add(number, reader, piece, 1.0)
         else:
             weight = reader.update.examples / reader.update.scale(chunk.task.plan)
-            accumulate(self._unused(chunk.values.shape), chunk, reader, piece, weight)
+            accumulate(lambda: self._unused(chunk.values.shape), chunk, reader, piece, weight)
 
     def _unused(self, shape: tuple[int, ...]) -> Digits:
         """Takes sums that nobody looks at: what matters is whether a merge can add them up."""

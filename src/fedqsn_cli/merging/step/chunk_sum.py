@@ -7,6 +7,7 @@ the sum is complete, to measure how each of them points.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,19 +71,26 @@ def by_unit(values: Doubles, axis: UnitAxis | None, shape: tuple[int, ...]) -> D
 
 
 def accumulate(
-    total: Doubles | Digits, chunk: ModelChunk, reader: UpdateReader, piece: UpdateChunk, weight: float
+    total: Callable[[], Doubles | Digits], chunk: ModelChunk, reader: UpdateReader, piece: UpdateChunk, weight: float
 ) -> None:
     """total += weight * U; hashes and measures U on the way.
+
+    Args:
+        total: asked for unless U is of a tensor that its client did not train.
 
     Raises:
         RefusedUpdate: for NaN and infinity, and for what is too large for an exact sum.
     """
     read, tensor = piece.read, chunk.task.plan
     reader.hash(read)
+    if read.untrained:
+        reader.measure(tensor, chunk.first, PieceSquares.of_zeros(chunk.rows), read.values.size)
+        return
     axis, index = rows_as_units(tensor, reader.update.axis(tensor), piece, chunk.rows)
-    squares = arithmetic.add(total, read.values, read.dtype, index, axis, weight)
+    into = total()
+    squares = arithmetic.add(into, read.values, read.dtype, index, axis, weight)
     reader.measure(tensor, chunk.first, squares, read.values.size)
-    if isinstance(total, Digits):
+    if isinstance(into, Digits):
         require_summable(reader, tensor, weight, squares)
 
 
@@ -112,7 +120,8 @@ class ChunkStep:
     def __init__(self, chunk: ModelChunk, scratch: Scratch, kept_rows: int) -> None:
         self._chunk = chunk
         self._scratch = scratch
-        self._total = scratch.empty("total", chunk.values.shape)  # a subclass fills it
+        self._total = scratch.empty("total", chunk.values.shape)  # a subclass fills it, where anything moves
+        self._moves = False  # is there anything in the total? Not where nobody trained a tensor
         self._weights = np.zeros(unit_count(chunk.task.plan.axis, *self._total.shape))
         self._kept: list[tuple[UpdateReader, UpdateChunk]] = []
         self._kept_rows = kept_rows
@@ -120,16 +129,22 @@ class ChunkStep:
     def subtract(self, reader: UpdateReader, piece: UpdateChunk, weight: float) -> None:
         """Take `weight` times the control's Δ off every client's: times the weights of those who saw the unit."""
         drift, tensor = self._scratch.zeros("drift", self._total.shape), self._chunk.task.plan
-        accumulate(drift, self._chunk, reader, piece, 1.0 / reader.update.scale(tensor))
-        arithmetic.subtract(self._total, drift, self._weights, tensor.axis, weight)
+        accumulate(lambda: drift, self._chunk, reader, piece, 1.0 / reader.update.scale(tensor))
+        if not piece.read.untrained:
+            arithmetic.subtract(self._begun(), drift, self._weights, tensor.axis, weight)
 
     @property
     def covered(self) -> int:
-        """Number of elements that move."""
+        """Number of elements that a client trained."""
         return int(np.count_nonzero(self._weights)) * (self._total.size // max(1, self._weights.size))
 
     def compare(self) -> None:
         """Measure how each update points in comparison with the step."""
+        if self._moves:
+            self._compare()
+        self._kept.clear()
+
+    def _compare(self) -> None:
         rows, axis = self._kept_rows, self._chunk.task.plan.axis
         weights = by_unit(np.where(self._weights > 0, self._weights, np.inf), axis, self._total.shape)
         total, divisors = self._total[:rows], np.broadcast_to(weights, self._total.shape)[:rows]
@@ -141,11 +156,10 @@ class ChunkStep:
         run_ranges(rows, -(-GRAIN // max(total.shape[1], 1)), work)
         for reader, piece in self._kept:
             compare(mean, self._chunk.task.plan, reader, piece)
-        self._kept.clear()
 
     def disturb(self, noise: Noise) -> None:
         """Add noise to the total."""
-        noise.add_to(self._total, self._chunk.task.name, self._chunk.first * self._chunk.task.layout.view[2])
+        noise.add_to(self._begun(), self._chunk.task.name, self._chunk.first * self._chunk.task.layout.view[2])
 
     def move(self, rate: float, divisor: float | None) -> None:
         """W' = W + η Δ in place.
@@ -156,15 +170,24 @@ class ChunkStep:
         Raises:
             RefusedUpdate: the result is not finite.
         """
-        move(self._chunk, self._total, self._divisors(divisor), rate)
+        if self._moves:
+            move(self._chunk, self._total, self._divisors(divisor), rate)
 
     def move_by(self, optimizer: ServerOptimizer, rate: float, divisor: float | None) -> None:
         """The same with what an optimizer makes of Δ."""
         divisors = by_unit(self._divisors(divisor), self._chunk.task.plan.axis, self._total.shape)
         seen = divisors > 0
-        np.divide(self._total, np.where(seen, divisors, np.inf), out=self._total)
-        optimizer.advance(self._chunk, self._total, seen)
-        move(self._chunk, self._total, (self._weights > 0).astype(np.float64), rate)
+        total = self._begun()
+        np.divide(total, np.where(seen, divisors, np.inf), out=total)
+        optimizer.advance(self._chunk, total, seen)
+        move(self._chunk, total, (self._weights > 0).astype(np.float64), rate)
+
+    def _begun(self) -> Doubles:
+        """The total, which is zeros if nothing was put into it."""
+        if not self._moves:
+            self._total.fill(0)
+            self._moves = True
+        return self._total
 
     def _divisors(self, divisor: float | None) -> Doubles:
         return self._weights if divisor is None else np.where(self._weights > 0, divisor, 0.0)
@@ -179,9 +202,16 @@ class ChunkSum(ChunkStep):
 
     def __init__(self, chunk: ModelChunk, scratch: Scratch, clients: int, least: int = 1) -> None:
         super().__init__(chunk, scratch, chunk.rows if clients <= KEPT else -(-chunk.rows * KEPT // clients))
-        self.digits = scratch.digits(self._total.shape)
+        self._digits: Digits | None = None
         self._least = least
         self._count = np.zeros(self._weights.size if least > 1 else 0, np.int64)
+
+    @property
+    def digits(self) -> Digits:
+        """The exact sums: zeros until something is added."""
+        if self._digits is None:
+            self._digits = self._scratch.digits(self._total.shape)
+        return self._digits
 
     @property
     def weights(self) -> Doubles:
@@ -191,7 +221,7 @@ class ChunkSum(ChunkStep):
     def add(self, reader: UpdateReader, piece: UpdateChunk, weight: float, factor: float) -> None:
         """Add one client's Δ_k, `factor` times, with a weight. Raises RefusedUpdate as `accumulate`."""
         update, tensor = reader.update, self._chunk.task.plan
-        accumulate(self.digits, self._chunk, reader, piece, weight * factor / update.scale(tensor))
+        accumulate(lambda: self.digits, self._chunk, reader, piece, weight * factor / update.scale(tensor))
         seen = piece.part.index if update.axis(tensor) else slice(None)
         self._weights[seen] += weight
         if self._count.size:
@@ -205,7 +235,9 @@ class ChunkSum(ChunkStep):
 
     def close(self) -> None:
         """Round the sums, and leave units as they are that too few clients saw."""
-        self.digits.settle(self._total)
+        if self._digits is not None:
+            self._digits.settle(self._total)
+            self._moves = True
         if self._count.size:
             self._weights[self._count < self._least] = 0.0
 

@@ -103,6 +103,11 @@ def stack_elements(clients: int) -> int:
     return max(1, min(CHUNK_ELEMENTS, STACK_ELEMENTS // max(1, clients)))
 
 
+def average_elements() -> int:
+    """About how many weights a chunk has that needs no exact sum in memory."""
+    return 2 * CHUNK_ELEMENTS
+
+
 def joint_chunks(
     model: OpenModel, tasks: Sequence[TensorTask], sources: Sequence[Source], elements: int | None = None
 ) -> Generator[tuple[ModelChunk, Iterator[Any]], None, None]:

@@ -47,6 +47,11 @@ class PieceSquares:
     width: int
     places: NDArray[np.int64]
 
+    @classmethod
+    def of_zeros(cls, width: int) -> PieceSquares:
+        """Of a piece of zeros, in which no unit is worth naming."""
+        return cls(0.0, np.zeros(0), width, _NONE)
+
     def divided(self, scale: float) -> PieceSquares:
         """The squares of U / scale."""
         return PieceSquares(self.total / scale**2, self.units / scale**2, self.width, self.places)

@@ -32,8 +32,8 @@ COARSE, FINE = 2.0**-16, 2.0**-64
 SHIFT = 48  # one unit of `high` is 2^SHIFT units of `low`
 GRAIN = 1 << 16
 
-_TO_COARSE, _TO_FINE = 1.5 * 2.0**52 * COARSE, 1.5 * 2.0**52 * FINE
-_COARSE_BITS, _FINE_BITS = (int(np.float64(x).view(np.int64)) for x in (_TO_COARSE, _TO_FINE))
+TO_COARSE, TO_FINE = 1.5 * 2.0**52 * COARSE, 1.5 * 2.0**52 * FINE
+COARSE_BITS, FINE_BITS = (int(np.float64(x).view(np.int64)) for x in (TO_COARSE, TO_FINE))
 _HALF = 1 << SHIFT - 1
 
 
@@ -73,16 +73,9 @@ def _settle(high: Any, low: Any, out: Any) -> None:
 @kernel
 def _digits(term: Any) -> Any:
     """A term as integers: units of `COARSE`, and what is left in units of `FINE`."""
-    coarse = term + _TO_COARSE
-    fine = (term - (coarse - _TO_COARSE)) + _TO_FINE
-    return np.float64(coarse).view(np.int64) - _COARSE_BITS, np.float64(fine).view(np.int64) - _FINE_BITS
-
-
-@kernel
-def in_two(term: Any) -> Any:
-    """The same as numbers: a multiple of `COARSE`, and what is left as a multiple of `FINE`."""
-    coarse = (term + _TO_COARSE) - _TO_COARSE
-    return coarse, ((term - coarse) + _TO_FINE) - _TO_FINE
+    coarse = term + TO_COARSE
+    fine = (term - (coarse - TO_COARSE)) + TO_FINE
+    return np.float64(coarse).view(np.int64) - COARSE_BITS, np.float64(fine).view(np.int64) - FINE_BITS
 
 
 @kernel

@@ -40,11 +40,17 @@ _NONE: NDArray[np.int64] = np.empty(0, np.int64)
 
 
 class UntrainedValues:
-    """U of a tensor without an adapter: zeros. One of the `TensorValues`."""
+    """U of a tensor without an adapter: zeros, and always the same ones. One of the `TensorValues`."""
+
+    def __init__(self) -> None:
+        self._zeros = np.zeros(0, np.float32)
 
     def read(self, part: UpdateSlice, read: ReadBytes) -> ReadValues:
         """As many zeros as were asked for."""
-        return ReadValues(np.zeros(part.count, np.float32), "F32", ())
+        zeros = self._zeros
+        if zeros.size < part.count:
+            self._zeros = zeros = np.zeros(part.count, np.float32)
+        return ReadValues(zeros[: part.count], "F32", (), untrained=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +177,7 @@ class AdapterFolder:
         self._dtype = UPDATE_FORMATS[manifest.precision].dtype
         self._records = dict(manifest.adapters or {})
         self._saved = dict(manifest.saved or {})
+        self._untrained = UntrainedValues()
 
     def take(self, tensor: TensorPlan, axis: UnitAxis | None) -> AdapterValues | UntrainedValues | None:
         """How U of a tensor is computed; None if the update holds it.
@@ -187,7 +194,7 @@ class AdapterFolder:
         if saved is not None:
             self._entry(saved, tensor.shape)
             return None
-        return self._values(tensor, record, axis) if record is not None else UntrainedValues()
+        return self._values(tensor, record, axis) if record is not None else self._untrained
 
     def finish(self) -> None:
         """Refuse what no tensor of the model has asked for. Raises RefusedUpdate."""

@@ -57,12 +57,13 @@ class ReadValues:
 
     Args:
         values: stored bits, or the fp32 values that codes stand for. dtype: F32, F16 or BF16.
-        pieces: the bytes that were read for it.
+        pieces: the bytes that were read for it. untrained: whether nothing was read, since all of U is zeros.
     """
 
     values: Array
     dtype: str
     pieces: tuple[StoredPiece, ...]
+    untrained: bool = False
 
 
 class TensorValues(Protocol):

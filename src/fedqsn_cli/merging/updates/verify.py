@@ -14,7 +14,9 @@ from fedqsn_cli.artifacts.manifests import (
     UPDATE_MANIFEST,
     UPDATE_TENSORS,
     UpdateManifest,
+    merged_before,
     read_manifest,
+    short_id,
 )
 from fedqsn_cli.artifacts.update_folder import files_of, format_of, most_header_bytes, require_no_more, update_shape
 from fedqsn_cli.checkpoint import read_header
@@ -106,6 +108,7 @@ class UpdateVerifier:
         self._key_of = key_of
         self._takes_late = takes_late
         self._factors = KeptFactors()
+        self._merged = merged_before(model.manifest, job.commitment)
         self._releases = {release.proxy_id: release for release in ledgers.read(ledger, job)}
 
     def round(self, folders: Sequence[str | Path], refusals: Refusals) -> Round:
@@ -122,7 +125,7 @@ class UpdateVerifier:
         opened.sort(key=lambda each: each.client)
         newest = max(opened, key=lambda each: each.round, default=None) if self._takes_late else None
         if newest is not None:
-            opened = [_aged(each, newest) for each in opened]
+            opened = self._new([_aged(each, newest) for each in opened], refusals)
         last = {client: each for each in opened for client, _ in each.claims}
         sent = Counter(client for each in opened for client, _ in each.claims)
         for each in opened:
@@ -142,6 +145,15 @@ class UpdateVerifier:
                 where=each.folder,
                 hint="merge the updates of one round only",
             )
+
+    def _new(self, opened: Sequence[Sent], refusals: Refusals) -> list[Sent]:
+        """Those whose proxies have no update in the model yet. Raises RefusedUpdate as `round`."""
+        for each in opened:
+            if is_late(each) and isinstance(each, ClientUpdate) and short_id(each.manifest.proxy_id) in self._merged:
+                with refusals.noting(each.folder, each.client):
+                    what = f"an update of client {each.client!r} for round {each.round} is in this model already"
+                    raise RefusedUpdate(what, where=each.folder, hint="a proxy has one update, which is merged once")
+        return list(refusals.without(opened))
 
     def _check_fill(self, each: Sent) -> None:
         if each.moves_fill and self._model.kind != "server-model":
