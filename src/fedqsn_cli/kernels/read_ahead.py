@@ -12,6 +12,7 @@ from fedqsn_cli.kernels.threads import thread_count, work_alone
 T = TypeVar("T")
 
 MOST_WORKERS = 4  # calls at once; together faster than one thread hashes
+WAITING = 2  # calls that wait for the disk, about, while others compute
 
 
 def read_ahead(pool: Executor, calls: Iterable[Callable[[], T] | None], depth: int) -> Iterator[T]:
@@ -35,7 +36,11 @@ def read_ahead(pool: Executor, calls: Iterable[Callable[[], T] | None], depth: i
 
 
 def compute_ahead(calls: Iterable[Callable[[], T] | None]) -> Iterator[T]:
-    """Results of the calls in order, as `read_ahead` gives them; a call, kernels included, keeps one processor busy."""
-    count = min(MOST_WORKERS, thread_count())
+    """Results of the calls in order, as `read_ahead` gives them.
+
+    A call reads from the disk, and then keeps one processor busy, kernels included.
+    """
+    threads = thread_count()
+    count = min(MOST_WORKERS, threads + WAITING) if threads > 1 else 1
     with ThreadPoolExecutor(count, "fedqsn-worker", work_alone) as workers:
         yield from read_ahead(workers, calls, depth=count)
