@@ -73,11 +73,11 @@ def test_a_packed_batch_takes_the_step_of_its_texts(name: str) -> None:
 
 def test_a_model_that_does_not_heed_positions_is_refused() -> None:
     model = new_model("llama")
-    check_separation(model, "here")
+    check_separation(model)
     forward = model.forward
     model.forward = lambda input_ids, position_ids, use_cache: forward(input_ids=input_ids, use_cache=use_cache)
-    with pytest.raises(InputError, match="here: texts in one row would see each other with LlamaForCausalLM"):
-        check_separation(model, "here")
+    with pytest.raises(InputError, match="--packing: texts in one row would see each other with LlamaForCausalLM"):
+        check_separation(model)
 
 
 def test_client_train_counts_texts_and_refuses_other_tasks(tmp_path: Path) -> None:

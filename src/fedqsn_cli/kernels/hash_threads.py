@@ -34,7 +34,7 @@ class HashThreads:
 
 
 class HashQueue:
-    """Calls that run one after the other in a thread; `submit` waits while too much waits in all lanes."""
+    """Calls that run one after the other in a thread; `submit` waits while too much waits in all queues."""
 
     def __init__(self, pool: ThreadPoolExecutor, slots: threading.BoundedSemaphore) -> None:
         self._pool = pool

@@ -56,7 +56,7 @@ def model_sinks(
     weights = writer.tensors(
         "model", tensor_specs(tasks, None), max_shard_bytes=max_shard_bytes, metadata=model.checkpoint.metadata
     )
-    residual = residual_sink(writer, model.plan.tensors, None) if with_residual else None
+    residual = residual_sink(writer, model.plan.tensors) if with_residual else None
     yield weights, residual
     weights.close()
     if residual is not None:

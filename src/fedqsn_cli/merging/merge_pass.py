@@ -25,11 +25,10 @@ from fedqsn_cli.merging.step.chunks import (
     average_elements,
     joint_chunks,
     stack_elements,
-    visible_count,
     visible_rows,
 )
+from fedqsn_cli.merging.step.model_measures import ModelMeasures
 from fedqsn_cli.merging.step.server_optimizer import ServerOptimizer
-from fedqsn_cli.merging.sums import arithmetic
 from fedqsn_cli.merging.updates.measures import ModelSizes
 from fedqsn_cli.merging.updates.partial_sum import PartialReader
 from fedqsn_cli.merging.updates.read_update import ClientUpdate, UpdateReader
@@ -37,6 +36,31 @@ from fedqsn_cli.merging.updates.verify import Round
 from fedqsn_cli.models.digest import ModelHash
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.tensor_task import TensorTask
+
+
+def sum_up(
+    chunk: ModelChunk,
+    pieces: Iterator[Any],
+    clients: Sequence[UpdateReader],
+    partials: Sequence[PartialReader],
+    how: Aggregation,
+    scratch: Scratch,
+) -> ChunkSum:
+    """The weighted sum of all updates, and of partial sums, over one chunk.
+
+    Args:
+        pieces: what comes next are their rows in this chunk.
+
+    Raises:
+        RefusedUpdate: an update is not finite, or a term is too large for an exact sum.
+    """
+    chunk_sum = ChunkSum(chunk, scratch, len(clients), how.least)
+    for reader, weight, factor in zip(clients, how.weights, how.factors, strict=True):
+        chunk_sum.add(reader, next(pieces), weight, factor)
+    for partial in partials:
+        chunk_sum.add_partial(partial.take(next(pieces)))
+    chunk_sum.close()
+    return chunk_sum
 
 
 class MergePass:
@@ -76,10 +100,14 @@ class MergePass:
         """Number of elements of the model."""
         self.covered = 0
         """Number of elements that at least one client trained."""
-        self.sizes = ModelSizes()
-        algorithm = algorithm_of(found.model_digest)
-        self._before = ModelHash(hashing.queue(), algorithm)
-        self._after = ModelHash(hashing.queue(), algorithm) if model.kind == "server-model" or optimizer else None
+        self._before = ModelMeasures(hashing.queue(), found.model_digest)
+        hashed = model.kind == "server-model" or optimizer is not None
+        self._after = ModelHash(hashing.queue(), algorithm_of(found.model_digest)) if hashed else None
+
+    @property
+    def sizes(self) -> ModelSizes:
+        """Of the model that was read."""
+        return self._before.sizes
 
     @property
     def readers(self) -> list[UpdateReader]:
@@ -112,14 +140,11 @@ class MergePass:
 
     def _merge(self, chunk: ModelChunk, pieces: Iterator[Any]) -> None:
         """Move a chunk in place, and hash it before and after; the next pieces are the same rows of every update."""
-        task = chunk.task
-        visible = visible_rows(chunk, copy=True)  # the rows themselves will move while these are hashed
-        self._before.update(task.name, visible)
-        if task.tensor.is_float:
-            self.sizes.add(task, arithmetic.sum_of_squares(visible, task.tensor.dtype), visible_count(chunk))
+        self._before.take(chunk, copy=True)  # the rows move while these are hashed
+        if chunk.task.tensor.is_float:
             self._step(chunk, pieces)
         if self._after is not None:
-            self._after.update(task.name, visible_rows(chunk, copy=False))
+            self._after.update(chunk.task.name, visible_rows(chunk, copy=False))
 
     def _step(self, chunk: ModelChunk, pieces: Iterator[Any]) -> None:
         """W' = W + η Δ: put all updates together, take the control off, move the rows."""
@@ -127,7 +152,11 @@ class MergePass:
             taken = [next(pieces) for _ in self.clients]
             self.covered += step_by_average(chunk, self.clients, taken, self._how, self._rate)
             return
-        step = self._ordered(chunk, pieces, self._how.order) if self._how.order else self._summed(chunk, pieces)
+        step: ChunkStep
+        if self._how.order is not None:
+            step = self._ordered(chunk, pieces, self._how.order)
+        else:
+            step = sum_up(chunk, pieces, self.clients, self.partials, self._how, self._scratch)
         step.compare()
         if self._how.noise is not None:
             step.disturb(self._how.noise)
@@ -138,16 +167,6 @@ class MergePass:
             step.move_by(self._optimizer, self._rate, self._how.divisor)
         else:
             step.move(self._rate, self._how.divisor)
-
-    def _summed(self, chunk: ModelChunk, pieces: Iterator[Any]) -> ChunkStep:
-        """The weighted average of all updates."""
-        chunk_sum = ChunkSum(chunk, self._scratch, len(self.clients), self._how.least)
-        for reader, weight, factor in zip(self.clients, self._how.weights, self._how.factors, strict=True):
-            chunk_sum.add(reader, next(pieces), weight, factor)
-        for partial in self.partials:
-            chunk_sum.add_partial(partial.take(next(pieces)))
-        chunk_sum.close()
-        return chunk_sum
 
     def _ordered(self, chunk: ModelChunk, pieces: Iterator[Any], rule: OrderRule) -> ChunkStep:
         """What a rule makes of all updates side by side."""

@@ -13,17 +13,16 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.artifacts.partial_folder import SUM, WEIGHTS, unit_run
 from fedqsn_cli.checkpoint import TensorSink
-from fedqsn_cli.kernels.digests import algorithm_of
 from fedqsn_cli.kernels.hash_threads import HashThreads
+from fedqsn_cli.merging.merge_pass import sum_up
 from fedqsn_cli.merging.rules.aggregation import Aggregation
 from fedqsn_cli.merging.step.chunk_sum import ChunkSum, Scratch
-from fedqsn_cli.merging.step.chunks import ModelChunk, joint_chunks, visible_count, visible_rows
-from fedqsn_cli.merging.sums import arithmetic
+from fedqsn_cli.merging.step.chunks import ModelChunk, joint_chunks
+from fedqsn_cli.merging.step.model_measures import ModelMeasures
 from fedqsn_cli.merging.updates.measures import ModelSizes
 from fedqsn_cli.merging.updates.partial_sum import PartialReader
 from fedqsn_cli.merging.updates.read_update import UpdateReader
 from fedqsn_cli.merging.updates.verify import Round
-from fedqsn_cli.models.digest import ModelHash
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.progress import Progress
@@ -43,10 +42,9 @@ class PartialPass:
         self._tasks = tasks
         self._how = how
         self._scratch = Scratch()
-        self._digest = ModelHash(hashing.queue(), algorithm_of(found.model_digest))
+        self._measures = ModelMeasures(hashing.queue(), found.model_digest)
         self.clients = [UpdateReader(update, hashing.queue()) for update in found.updates]
         self.partials = [PartialReader(each, hashing.queue()) for each in found.partials]
-        self.sizes = ModelSizes()
         self.size = sum(task.size for task in tasks)
         self.covered = 0
 
@@ -55,25 +53,22 @@ class PartialPass:
         progress.start("adding up", self._model.checkpoint.total_bytes, "bytes")
         with closing(joint_chunks(self._model, self._tasks, [*self.clients, *self.partials])) as chunks:
             for chunk, pieces in chunks:
-                visible = visible_rows(chunk, copy=False)
-                self._digest.update(chunk.task.name, visible)
+                self._measures.take(chunk, copy=False)
                 if chunk.task.tensor.is_float:
-                    squares = arithmetic.sum_of_squares(visible, chunk.task.tensor.dtype)
-                    self.sizes.add(chunk.task, squares, visible_count(chunk))
-                    chunk_sum = ChunkSum(chunk, self._scratch, len(self.clients))
-                    for reader, weight, factor in zip(self.clients, self._how.weights, self._how.factors, strict=True):
-                        chunk_sum.add(reader, next(pieces), weight, factor)
-                    for partial in self.partials:
-                        chunk_sum.add_partial(partial.take(next(pieces)))
-                    chunk_sum.close()
+                    chunk_sum = sum_up(chunk, pieces, self.clients, self.partials, self._how, self._scratch)
                     self.covered += chunk_sum.covered
                     self._store(sink, chunk, chunk_sum)
                 progress.advance(chunk.values.nbytes)
         progress.finish()
 
+    @property
+    def sizes(self) -> ModelSizes:
+        """Of the model that was read."""
+        return self._measures.sizes
+
     def digest(self) -> str:
         """Content digest of the model that was read."""
-        return self._digest.digest(self._tasks)
+        return self._measures.digest(self._tasks)
 
     def _store(self, sink: TensorSink, chunk: ModelChunk, chunk_sum: ChunkSum) -> None:
         """Write the sums of a chunk, and what its units count unless an earlier chunk had the same units."""

@@ -39,10 +39,10 @@ def residual_specs(tensors: Sequence[TensorPlan]) -> list[TensorSpec]:
     return [TensorSpec(tensor.name, "BF16", tensor.shape) for tensor in chosen]
 
 
-def residual_sink(writer: ArtifactWriter, tensors: Sequence[TensorPlan], limit: int | None) -> TensorSink | None:
+def residual_sink(writer: ArtifactWriter, tensors: Sequence[TensorPlan]) -> TensorSink | None:
     """A sink for the residual of a model; None for a model without 16-bit floats."""
     specs = residual_specs(tensors)
-    return writer.tensors(STEM, specs, max_shard_bytes=limit, metadata={}) if specs else None
+    return writer.tensors(STEM, specs, max_shard_bytes=None, metadata={}) if specs else None
 
 
 class Residual:
@@ -78,7 +78,7 @@ def copy_residual(model: OpenModel, writer: ArtifactWriter, hidden: Callable[[Te
     residual = Residual(model)
     if not residual.exists:
         return
-    sink = residual_sink(writer, model.plan.tensors, None)
+    sink = residual_sink(writer, model.plan.tensors)
     assert sink is not None
     for tensor in sorted(residual_tensors(model.plan.tensors), key=lambda tensor: tensor.name):
         mask, storage = hidden(tensor), layout_of(tensor, None)
@@ -92,6 +92,6 @@ def copy_residual(model: OpenModel, writer: ArtifactWriter, hidden: Callable[[Te
 
 
 def _open(folder: Path) -> Checkpoint | None:
-    """The residual file or its shards."""
+    """The residual beside a model; None where it has none."""
     single = folder / f"{STEM}.safetensors"
     return Checkpoint.open(single) if single.is_file() else None

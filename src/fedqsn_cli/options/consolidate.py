@@ -17,6 +17,7 @@ from fedqsn_cli.options.groups import (
     OUT,
     OUTPUT,
     RESTORING,
+    TRAINED_BASE,
     TRAINING,
     ModelOutputOptions,
     OptimizerName,
@@ -63,14 +64,7 @@ class ConsolidateOptions(LoraOptions, ModelOutputOptions):
     ] = 2000
     written_length: Annotated[int, Option("How many tokens each of them has.", DATA, check=_two)] = 32
     max_length: Annotated[int, max_length_option(DATA)] = 256
-    public_base: Annotated[
-        str | Path | None,
-        Option(
-            "The public model of the job, if clients trained it in the holes (--train all).",
-            RESTORING,
-            metavar="BASE",
-        ),
-    ] = None
+    public_base: Annotated[str | Path | None, TRAINED_BASE] = None
     blend: Annotated[
         float,
         Option("Start from the restore with this blend.", RESTORING, check=validate.up_to_one),

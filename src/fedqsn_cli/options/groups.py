@@ -97,6 +97,9 @@ DOUBLE_QUANT = Option("Quantize the scales too (nf4 and fp4 in layout bnb).", QU
 OUT = Option("Folder to write.", OUTPUT, metavar="DIR", check=validate.here)
 FORCE = Option("Replace what is at --out, if fedqsn wrote it and it is of the same kind.", OUTPUT)
 SIGN = Option("Sign the output with this private key, from 'fedqsn keygen'.", SIGNATURES, metavar="PRIVATE")
+TRAINED_BASE = Option(
+    "The public model of the job, if clients trained it in the holes (--train all).", RESTORING, metavar="BASE"
+)
 PLAN_FILE = Option("TOML rules for tensors that need other treatment.", MASKING, aliases=("--plan",))
 AXIS = Option(
     "What to hide in linear layers: output neurons, input features, or single weights.",

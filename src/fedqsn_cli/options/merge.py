@@ -26,6 +26,7 @@ from fedqsn_cli.options.groups import (
     RESTORING,
     SEARCHING,
     SIGNATURES,
+    TRAINED_BASE,
     USUAL_SHARD_SIZE,
     ModelOutputOptions,
     batch_size_option,
@@ -82,14 +83,7 @@ class MergeOptions(AdmissionOptions, ServerOptimizerOptions, CentralPrivacyOptio
             metavar="SERVER",
         ),
     ] = None
-    public_base: Annotated[
-        str | Path | None,
-        Option(
-            "The public model of the job, if clients trained it in the holes (--train all).",
-            RESTORING,
-            metavar="BASE",
-        ),
-    ] = None
+    public_base: Annotated[str | Path | None, TRAINED_BASE] = None
     blend: Annotated[
         float | Auto,
         Option(

@@ -93,7 +93,7 @@ class Placement:
                 raise PlanError(f"the model has {what}", where=option, hint=hint)
 
 
-def location_of(name: str, role: str, *, embedding: bool) -> Location:
+def location_of(name: str, *, embedding: bool) -> Location:
     """The place of a weight: its layer, else embeddings or head."""
     layer = rules().layer(name)
     if layer is not None:

@@ -201,7 +201,7 @@ class _Planner:
     def placed(self, name: str, role: str) -> tuple[Location, str | None]:
         """Where a weight is, and the option that leaves it visible, if one does."""
         embedding = role == "embedding" or rules().tied_inputs.search(self.tied.get(name, "")) is not None
-        place = location_of(name, role, embedding=embedding)
+        place = location_of(name, embedding=embedding)
         self.locations.add(place)
         if self.override(name).masked is not None:
             return place, None

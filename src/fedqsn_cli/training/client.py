@@ -300,7 +300,7 @@ def _check_packing(loaded: Loaded) -> None:
     """Refuse a model that cannot keep the texts of a row apart. Raises InputError."""
     if loaded.task != "causal-lm":
         raise InputError("is for causal language models", where="--packing", hint="train without it")
-    check_separation(loaded.model, "--packing")
+    check_separation(loaded.model)
 
 
 @dataclass(frozen=True, slots=True)

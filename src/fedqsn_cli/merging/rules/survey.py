@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.errors import InputError, RefusedUpdate
-from fedqsn_cli.kernels.digests import algorithm_of
 from fedqsn_cli.kernels.hash_threads import HashThreads
 from fedqsn_cli.merging.rules.chunk_stack import ChunkStack
 from fedqsn_cli.merging.rules.client_weights import compares
@@ -24,10 +23,8 @@ from fedqsn_cli.merging.step.chunks import (
     ModelChunk,
     joint_chunks,
     stack_elements,
-    visible_count,
-    visible_rows,
 )
-from fedqsn_cli.merging.sums import arithmetic
+from fedqsn_cli.merging.step.model_measures import ModelMeasures
 from fedqsn_cli.merging.sums.exact_sum import Digits
 from fedqsn_cli.merging.updates.admission import (
     check_claims,
@@ -41,7 +38,6 @@ from fedqsn_cli.merging.updates.partial_sum import PartialReader
 from fedqsn_cli.merging.updates.read_update import ClientUpdate, UpdateChunk, UpdateReader
 from fedqsn_cli.merging.updates.refusals import Refusals
 from fedqsn_cli.merging.updates.verify import Round, Sent, UpdateVerifier, is_late
-from fedqsn_cli.models.digest import ModelHash
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.options import MergeOptions
@@ -100,8 +96,7 @@ class SurveyPass:
         self._readers = [UpdateReader(update, hashing.queue()) for update in updates]
         self._bad: set[str] = set()
         released = next((update.model_digest for update in updates), None)  # there may be partial sums alone
-        self._digest = ModelHash(hashing.queue(), algorithm_of(released))
-        self._sizes = ModelSizes()
+        self._measures = ModelMeasures(hashing.queue(), released)
         self._pairs = PairSums(len(updates)) if compares else None
 
     def run(self, options: MergeOptions, progress: Progress) -> Survey:
@@ -113,14 +108,14 @@ class SurveyPass:
                 self._take(chunk, pieces)
                 progress.advance(chunk.values.nbytes)
         progress.finish()
-        digest = self._digest.digest(self._tasks)
+        digest = self._measures.digest(self._tasks)
         for reader in self._readers:
             update = reader.update
             with self._refusals.noting(update.folder, update.client):
                 require_model(update, digest, self._model)
                 if str(update.folder) not in self._bad:
                     reader.finish()
-                    check_norms(update, reader.measures, self._sizes, options)
+                    check_norms(update, reader.measures, self._measures.sizes, options)
         return self._result()
 
     def _result(self) -> Survey:
@@ -131,11 +126,9 @@ class SurveyPass:
         return Survey(tuple(reader.update for reader in kept), norms, self._pairs, places)
 
     def _take(self, chunk: ModelChunk, pieces: Iterator[UpdateChunk]) -> None:
-        visible = visible_rows(chunk, copy=False)
-        self._digest.update(chunk.task.name, visible)
+        self._measures.take(chunk, copy=False)
         if not chunk.task.tensor.is_float:
             return
-        self._sizes.add(chunk.task, arithmetic.sum_of_squares(visible, chunk.task.tensor.dtype), visible_count(chunk))
         stack = ChunkStack(chunk, self._scratch, len(self._readers)) if self._pairs else None
         for number, reader in enumerate(self._readers):
             with self._noting(reader):

@@ -131,7 +131,7 @@ class ChunkStep:
         drift, tensor = self._scratch.zeros("drift", self._total.shape), self._chunk.task.plan
         accumulate(lambda: drift, self._chunk, reader, piece, 1.0 / reader.update.scale(tensor))
         if not piece.read.untrained:
-            arithmetic.subtract(self._begun(), drift, self._weights, tensor.axis, weight)
+            arithmetic.subtract(self._begun(), drift, by_unit(weight * self._weights, tensor.axis, drift.shape))
 
     @property
     def covered(self) -> int:

@@ -150,12 +150,3 @@ def visible_rows(chunk: ModelChunk, *, copy: bool) -> Array:
     visible = chunk.values.copy()
     hidden.overwrite(visible, chunk.first, None)
     return visible
-
-
-def visible_count(chunk: ModelChunk) -> int:
-    """How many of a chunk's weights the server does not hide."""
-    hidden: UnitMask | None = chunk.task.hidden
-    if hidden is None:
-        return chunk.values.size
-    flags = hidden.flags_of_rows(chunk.first, chunk.rows)
-    return chunk.values.size - int(np.count_nonzero(flags)) * (chunk.values.size // max(1, flags.size))

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.kernels.jit import as_bits, kernel, view_kernel, widen
 from fedqsn_cli.kernels.threads import run_ranges
+from fedqsn_cli.kernels.values import narrowed, widened
 from fedqsn_cli.merging.sums.exact_sum import FINE, Digits, add_run, add_scattered
 from fedqsn_cli.planning.tensor_plan import UnitAxis
-from fedqsn_cli.quantization.kernels import narrowed, widened
 
 Array = NDArray[Any]
 Doubles = NDArray[np.float64]
@@ -213,23 +213,16 @@ def _add_to(sums: Any, others: Any) -> None:
         sums[i] += others[i]
 
 
-def subtract(total: Doubles, drift: Doubles, weights: Array, axis: UnitAxis | None, coefficient: float) -> None:
-    """total -= coefficient * weights * drift, unit by unit; `drift` holds that product afterwards.
+def subtract(total: Doubles, drift: Doubles, factors: Doubles) -> None:
+    """total -= factors * drift; `drift` holds that product afterwards.
 
-    It is rounded as the terms of `total` were: a client that sent the same is cancelled to the last bit. Where a weight
+    It is rounded as the terms of `total` were: a client that sent the same is cancelled to the last bit. Where a factor
     is 0, no client saw the unit, and its sum stays as it is.
 
     Args:
-        total, drift: [rows, cols]. weights: as for `step`.
+        total, drift: [rows, cols]. factors: broadcast to that shape.
     """
-    factors = coefficient * weights
-    shapes: dict[UnitAxis | None, tuple[int, ...]] = {
-        None: (1, 1),
-        "row": (-1, 1),
-        "column": (1, -1),
-        "element": drift.shape,
-    }
-    np.multiply(drift, factors.reshape(shapes[axis]) / FINE, out=drift)
+    np.multiply(drift, factors / FINE, out=drift)
     np.multiply(np.rint(drift, out=drift), FINE, out=drift)
     np.subtract(total, drift, out=total)
 

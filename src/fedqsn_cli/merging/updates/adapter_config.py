@@ -93,9 +93,7 @@ def _check_modules(document: Mapping[str, Any], manifest: UpdateManifest, path: 
         raise RefusedUpdate(f"adapts other modules than {UPDATE_MANIFEST} says", where=path)
     kept = list((manifest.saved or {}).values())
     names = [f"{PEFT_PREFIX}{name}." for name in saved] if isinstance(saved, list) else []
-    if (saved is not None and not isinstance(saved, list)) or not all(
-        any(tensor.startswith(name) for tensor in kept) for name in names
-    ):
-        raise RefusedUpdate(f"trains other modules in full than {UPDATE_MANIFEST} says", where=path)
-    if not all(any(tensor.startswith(name) for name in names) for tensor in kept):
+    empty = any(not any(tensor.startswith(name) for tensor in kept) for name in names)
+    unnamed = any(not tensor.startswith(tuple(names)) for tensor in kept)
+    if not isinstance(saved, list | None) or empty or unnamed:
         raise RefusedUpdate(f"trains other modules in full than {UPDATE_MANIFEST} says", where=path)

@@ -9,7 +9,6 @@ zero: it is not part of U, and no place for anything else.
 
 from __future__ import annotations
 
-import math
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +19,14 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.artifacts.manifests import ADAPTER_TENSORS, UPDATE_MANIFEST, AdapterRecord, UpdateManifest
 from fedqsn_cli.artifacts.update_folder import UPDATE_FORMATS, factor_names
-from fedqsn_cli.checkpoint import read_header
+from fedqsn_cli.checkpoint import TensorSpec, read_header
 from fedqsn_cli.checkpoint.header import FileIdentity, TensorEntry
 from fedqsn_cli.dtypes import DTYPES
 from fedqsn_cli.errors import RefusedUpdate
 from fedqsn_cli.kernels.values import widened
 from fedqsn_cli.merging.updates.adapter_config import read_config
 from fedqsn_cli.merging.updates.products import product
-from fedqsn_cli.merging.updates.stored_values import ReadBytes, ReadValues, StoredPiece, UpdateSlice
+from fedqsn_cli.merging.updates.stored_values import ReadBytes, ReadValues, StoredPiece, UpdateSlice, take_entry
 from fedqsn_cli.planning.tensor_plan import TensorPlan, UnitAxis
 
 Array = NDArray[Any]
@@ -225,13 +224,7 @@ class AdapterFolder:
 
     def _entry(self, name: str, shape: tuple[int, ...]) -> TensorEntry:
         """Take a tensor of the file that must be there, in this shape."""
-        where, entry = self._where(name), self.entries.pop(name, None)
-        if entry is None:
-            raise RefusedUpdate("the tensor is missing", where=where)
-        if (entry.dtype, entry.shape) != (self._dtype, shape) or not math.prod(shape):
-            found, wanted = f"{entry.dtype} {list(entry.shape)}", f"{self._dtype} {list(shape)}"
-            raise RefusedUpdate(f"expected {wanted}, found {found}", where=where)
-        return entry
+        return take_entry(self.entries, TensorSpec(name, self._dtype, shape), self._folder)
 
     def _where(self, name: str) -> str:
         return f"{self._folder}: {name}"

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.artifacts.manifests import UPDATE_TENSORS
 from fedqsn_cli.artifacts.update_folder import SCALES, Coding, StoredFormat, stored_specs
+from fedqsn_cli.checkpoint import TensorSpec
 from fedqsn_cli.checkpoint.header import TensorEntry
 from fedqsn_cli.dtypes import DTYPES
 from fedqsn_cli.errors import RefusedUpdate
@@ -78,6 +79,21 @@ class TensorValues(Protocol):
         """Elements `part.first` .. `part.first + part.count` of U. Raises RefusedUpdate: they are malformed."""
 
 
+def take_entry(entries: dict[str, TensorEntry], spec: TensorSpec, folder: Path) -> TensorEntry:
+    """Take a tensor out of `entries`, those of a file that nothing has asked for yet.
+
+    Raises:
+        RefusedUpdate: it is missing, or has another dtype or shape.
+    """
+    where, entry = f"{folder}: {spec.name}", entries.pop(spec.name, None)
+    if entry is None:
+        raise RefusedUpdate("the tensor is missing", where=where)
+    if (entry.dtype, entry.shape) != (spec.dtype, spec.shape):
+        found, wanted = f"{entry.dtype} {list(entry.shape)}", f"{spec.dtype} {list(spec.shape)}"
+        raise RefusedUpdate(f"expected {wanted}, found {found}", where=where)
+    return entry
+
+
 @dataclass(frozen=True, slots=True)
 class StoredValues:
     """The U of one tensor as values, or as codes and scales: one of the `TensorValues`.
@@ -107,13 +123,7 @@ class StoredValues:
         """
         starts = {}
         for spec in stored_specs(name, stored, shape):
-            where, entry = f"{folder}: {spec.name}", entries.pop(spec.name, None)
-            if entry is None:
-                raise RefusedUpdate("the tensor is missing", where=where)
-            if (entry.dtype, entry.shape) != (spec.dtype, spec.shape):
-                found, wanted = f"{entry.dtype} {list(entry.shape)}", f"{spec.dtype} {list(spec.shape)}"
-                raise RefusedUpdate(f"expected {wanted}, found {found}", where=where)
-            starts[spec.name] = entry.start
+            starts[spec.name] = take_entry(entries, spec, folder).start
         return cls(f"{folder}: {name}", stored, math.prod(shape), starts[name], starts.get(name + SCALES, 0))
 
     def read(self, part: UpdateSlice, read: ReadBytes) -> ReadValues:

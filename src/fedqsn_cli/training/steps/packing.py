@@ -72,7 +72,7 @@ def _targets(texts: Sequence[list[int]]) -> list[int]:
 
 
 @torch.no_grad()
-def check_separation(model: Any, where: object) -> None:
+def check_separation(model: Any) -> None:
     """Compare the logits of two short texts in one row with those of each alone.
 
     Raises:
@@ -85,7 +85,7 @@ def check_separation(model: Any, where: object) -> None:
     alone = torch.cat([_logits(model, _features([text])) for text in (first, second)])
     if not bool(((together - alone).abs() <= TOLERANCE * alone.abs().max()).all()):
         what = f"texts in one row would see each other with {type(model).__name__}"
-        raise InputError(what, where=where, hint="train without --packing")
+        raise InputError(what, where="--packing", hint="train without --packing")
 
 
 def _logits(model: Any, features: dict[str, list[int]]) -> torch.Tensor:
