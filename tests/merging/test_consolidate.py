@@ -19,7 +19,7 @@ from fedqsn_cli.merging.ending.weight_search import WEIGHTS, WeightTrial, rank
 from fedqsn_cli.options import RecipeOptions
 from fedqsn_cli.progress import SILENT, Silent
 from fedqsn_cli.training.scoring.scoring import Evaluation
-from fedqsn_cli.training.scoring.teachers import Distillation, Lesson, Said, kept_tokens, listen
+from fedqsn_cli.training.scoring.teachers import Distillation, Lesson, SoftTargets, kept_tokens, listen
 from fedqsn_cli.training.steps.batching import IGNORED, Examples, Padding, collate
 from support.families import build
 from support.helpers import contents, nothing_written
@@ -269,11 +269,11 @@ def test_auto_asks_each_teacher_once(
 ) -> None:
     asked: list[int] = []
 
-    def counted(model: Any, examples: Examples, *rest: Any) -> list[Said]:
+    def counted(model: Any, examples: Examples, *rest: Any) -> list[SoftTargets]:
         asked.append(len(examples))
         return listen(model, examples, *rest)
 
-    monkeypatch.setattr("fedqsn_cli.merging.consolidate.listen", counted)
+    monkeypatch.setattr("fedqsn_cli.merging.ending.distillation_data.listen", counted)
     language.consolidate(tmp_path / "out", own_data=language.data, **both_skills, **AUTO, own_tolerance=1.0)
     assert asked == [12, 24]
 
@@ -401,11 +401,11 @@ def test_the_loss_is_the_divergence_over_the_likeliest_tokens_and_the_rest(monke
     generator = torch.Generator().manual_seed(0)
     teacher, student = (torch.randn(6, 50, generator=generator) for _ in range(2))
     examples = texts([6, 4, 5], ignored=1)
-    said = listen(Fixed(teacher), examples, 2, Padding(0), SILENT)
-    assert [len(one.probabilities) for one in said] == [4, 2, 3]
-    lessons = Distillation([Lesson(examples, said, 1.0)])
-    batch = collate(lessons.examples, [0, 1, 2], Padding(0))
-    found = lessons.backward(Fixed(student), "causal-lm", [batch], batch.count, RecipeOptions())
+    targets = listen(Fixed(teacher), examples, 2, Padding(0), SILENT)
+    assert [len(one.probabilities) for one in targets] == [4, 2, 3]
+    loss = Distillation([Lesson(examples, targets, 1.0)])
+    batch = collate(loss.examples, [0, 1, 2], Padding(0))
+    found = loss.backward(Fixed(student), "causal-lm", [batch], batch.count, RecipeOptions())
     positions = [position for length in (6, 4, 5) for position in range(1, length - 1)]
     assert batch.count == len(positions)
     assert found == pytest.approx(np.mean([reference(teacher[p], student[p]) for p in positions]), rel=1e-4)
@@ -414,25 +414,28 @@ def test_the_loss_is_the_divergence_over_the_likeliest_tokens_and_the_rest(monke
 def test_a_student_that_agrees_has_no_loss() -> None:
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(1))
     examples = texts([6, 6])
-    lessons = Distillation([Lesson(examples, listen(Fixed(logits), examples, 2, Padding(0), SILENT), 1.0)])
-    batch = collate(lessons.examples, [0, 1], Padding(0))
-    assert lessons.backward(Fixed(logits), "causal-lm", [batch], batch.count, RecipeOptions()) == pytest.approx(
+    targets = listen(Fixed(logits), examples, 2, Padding(0), SILENT)
+    loss = Distillation([Lesson(examples, targets, 1.0)])
+    batch = collate(loss.examples, [0, 1], Padding(0))
+    assert loss.backward(Fixed(logits), "causal-lm", [batch], batch.count, RecipeOptions()) == pytest.approx(
         0, abs=1e-5
     )
 
 
-def test_lessons_count_by_their_weights_whatever_their_sizes() -> None:
+def test_teachers_count_by_their_weights_whatever_the_sizes_of_their_texts() -> None:
     few, many = texts([6]), texts([3] * 5)
 
-    def said(examples: Examples, kept: int) -> list[Said]:
+    def sure(examples: Examples, kept: int) -> list[SoftTargets]:
         positions = [len(row) - 1 for row in examples.targets]  # type: ignore[arg-type]
-        return [Said(torch.zeros(n, 1, dtype=torch.int32), torch.full((n, 1), 1.0 - 10.0**-kept)) for n in positions]
+        return [
+            SoftTargets(torch.zeros(n, 1, dtype=torch.int32), torch.full((n, 1), 1.0 - 10.0**-kept)) for n in positions
+        ]
 
-    lessons = Distillation([Lesson(few, said(few, 6), 1.0), Lesson(many, said(many, 6), 3.0)])
-    assert len(lessons.examples) == 10
+    loss = Distillation([Lesson(few, sure(few, 6), 1.0), Lesson(many, sure(many, 6), 3.0)])
+    assert len(loss.examples) == 10
     model = Fixed(torch.zeros(6, 2))
-    batch = collate(lessons.examples, list(range(10)), Padding(0))
-    found = lessons.backward(model, "causal-lm", [batch], batch.count, RecipeOptions())
+    batch = collate(loss.examples, list(range(10)), Padding(0))
+    found = loss.backward(model, "causal-lm", [batch], batch.count, RecipeOptions())
     one = float(np.log(2))  # each position: a sure teacher, an undecided student
     assert found == pytest.approx(1.0 * one + 3.0 * one, rel=1e-3)
 

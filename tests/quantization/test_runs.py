@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.kernels.jit import NonFinite
 from fedqsn_cli.quantization.codebooks import NF4
-from fedqsn_cli.quantization.runs import MalformedCodes, decode_run, decoded, encode_run
+from fedqsn_cli.quantization.runs import MalformedCodes, decode_run, encode_run
 from support.scenario import few
 
 Float32s = NDArray[np.float32]
@@ -25,6 +25,11 @@ def run_of(size: int, seed: int, scale: float = 1.0) -> Float32s:
     values = np.random.default_rng(seed).standard_normal(size).astype(np.float32)
     values[::13] = 0
     return (values * np.float64(scale)).astype(np.float32)
+
+
+def decoded(x: Float32s, format: Any, block: int) -> Float32s:
+    """What a run of values becomes when it is encoded and decoded."""
+    return decode_run(*encode_run(x, format, block), format, block, x.size)
 
 
 def reference(x: Float32s, format: str) -> Float32s:

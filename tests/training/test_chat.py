@@ -23,7 +23,10 @@ LLAMA2 = (
     "{{ '<s>' }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
     "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
 )
-PLAIN = "{% for m in messages %}{{ m.role }} says: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant says: {% endif %}"  # noqa: E501
+PLAIN = (
+    "{% for m in messages %}{{ m.role }} says: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant says: {% endif %}"
+)
 MARKED = (
     "{% for m in messages %}{% if m.role == 'assistant' %}assistant says: {% generation %}{{ m.content }}\n"
     "{% endgeneration %}{% else %}{{ m.role }} says: {{ m.content }}\n{% endif %}{% endfor %}"

@@ -17,11 +17,6 @@ LONGEST = 100  # proxies, of the curve
 FOREVER = 100_000  # proxies; what is not seen by then counts as never seen
 
 
-def coverage(p1: float, p2: float, proxies: int) -> float:
-    """Share of units that so many fresh proxies show, on average: (1 - p1)(1 - p2^K)."""
-    return (1.0 - p1) * (1.0 - p2**proxies)
-
-
 def job_parameters(job: JobKey) -> int:
     """All parameters of the job's model."""
     return job.clear + sum(size for _, size in job.groups.values())

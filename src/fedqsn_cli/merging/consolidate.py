@@ -13,33 +13,35 @@ import hashlib
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, file_digest, manifest_bytes
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, files, write_file_atomically
 from fedqsn_cli.errors import InputError
+from fedqsn_cli.merging.ending.distillation_data import (
+    ConsolidationFiles,
+    DistillationData,
+    EvaluationSet,
+    Teachers,
+    evaluate,
+)
 from fedqsn_cli.merging.ending.restore import RestoreInputs, open_restore_inputs
 from fedqsn_cli.merging.ending.students import FullStudent, Student
 from fedqsn_cli.merging.ending.weight_search import WEIGHTS, WeightSearch, WeightTrial, rank, require_better
-from fedqsn_cli.merging.ending.written_texts import written_texts
 from fedqsn_cli.merging.job_model import merged_manifest, model_sinks, publish
 from fedqsn_cli.models.architecture import task_of
 from fedqsn_cli.models.messages import quiet
-from fedqsn_cli.models.torch_model import Loaded, choose_device, load_model, memory_errors
+from fedqsn_cli.models.torch_model import choose_device, memory_errors
 from fedqsn_cli.options import ConsolidateOptions, MergeOptions
 from fedqsn_cli.progress import SILENT, Progress
-from fedqsn_cli.training.data.data_files import DataFile, open_data
 from fedqsn_cli.training.data.encoder import Encoder
-from fedqsn_cli.training.data.tables import Rows
-from fedqsn_cli.training.scoring.scoring import Evaluation, score
-from fedqsn_cli.training.scoring.teachers import TAUGHT_TASKS, Distillation, Lesson, Unlabelled, listen
-from fedqsn_cli.training.steps.batching import Examples
+from fedqsn_cli.training.scoring.scoring import Evaluation
+from fedqsn_cli.training.scoring.teachers import TAUGHT_TASKS
 from fedqsn_cli.training.steps.loop import Surroundings, TrainingSummary, train
-from fedqsn_cli.training.steps.states import StateFolder, remove_finished
+from fedqsn_cli.training.steps.states import StateFolder, facts_of, remove_finished
 
 _MEASURING = frozenset({"eval_data", "own_eval_data", "own_tolerance", "report"})
 _NOT_BINDING = _MEASURING | {"out", "force", "max_shard_size", "device", "save_every", "key"}
@@ -128,53 +130,6 @@ def _named(options: ConsolidateOptions, weight: float) -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class _Data:
-    """The owner's data and transfer texts, and what is measured on, as far as they are given."""
-
-    own: DataFile | None
-    transfer: DataFile | None
-    eval: DataFile | None
-    own_eval: DataFile | None
-
-    @classmethod
-    def of(cls, options: ConsolidateOptions) -> _Data:
-        """Look through all of them."""
-        paths = (options.own_data, options.transfer_data, options.eval_data, options.own_eval_data)
-        return cls(*(open_data(path) if path is not None else None for path in paths))
-
-
-@dataclass(frozen=True, slots=True)
-class _Benchmark:
-    """Examples that models are measured on, encoded once: students have the global model's tokenizer.
-
-    Args:
-        before: the global model on them.
-    """
-
-    examples: Examples
-    before: Evaluation
-
-
-@dataclass(frozen=True, slots=True)
-class _Lessons:
-    """What both teachers say, and what students are measured on."""
-
-    own: Lesson
-    transfer: Lesson
-    eval: _Benchmark | None
-    own_eval: _Benchmark | None
-
-    @property
-    def before(self) -> Evaluation | None:
-        """The global model on the evaluation data."""
-        return self.eval.before if self.eval is not None else None
-
-    def with_weight(self, weight: float) -> Distillation:
-        """The loss of a student."""
-        return Distillation([self.own, replace(self.transfer, weight=weight)])
-
-
-@dataclass(frozen=True, slots=True)
 class _Attempt:
     """A student that was trained with one weight.
 
@@ -200,7 +155,7 @@ class _Consolidation:
 
     inputs: RestoreInputs
     options: ConsolidateOptions
-    data: _Data
+    teachers: Teachers
     device: torch.device
     work: Path
     progress: Progress
@@ -211,36 +166,36 @@ class _Consolidation:
     ) -> _Consolidation:
         """Open models and data."""
         device = choose_device(options.device)
-        data = _Data.of(options)
+        teachers = Teachers(ConsolidationFiles.of(options), options, device, progress)
         restore = MergeOptions(
             options.out, key=options.key, restore=trained, public_base=options.public_base, blend=options.blend
         )
         inputs = open_restore_inputs(source, trained, restore)
         _check_task(inputs.whole.checkpoint)
-        return cls(inputs, options, data, device, work, progress)
+        return cls(inputs, options, teachers, device, work, progress)
 
     def run(self, writer: ArtifactWriter) -> ConsolidateResult:
         """Ask the teachers, train students, write the best."""
-        lessons = self._lessons()
+        data = self.teachers.ask(self.inputs)
         weight = self.options.transfer_weight
         if weight == "auto":
-            best, search = self._searched(lessons)
+            best, search = self._searched(data)
         else:
-            best, search = self._attempt(lessons, weight), None
+            best, search = self._attempt(data, weight), None
         states = [found for tried in _weights(self.options) if (found := self._states(tried)) is not None]
         path = self._write(writer, best.student, states)
         for folder in states:
             folder.remove()
-        return self._result(path, lessons, best, search)
+        return self._result(path, data, best, search)
 
-    def _searched(self, lessons: _Lessons) -> tuple[_Attempt, WeightSearch]:
+    def _searched(self, data: DistillationData) -> tuple[_Attempt, WeightSearch]:
         """The best student of all weights; two are in memory at a time."""
-        assert lessons.own_eval is not None and lessons.eval is not None  # the options require both
-        own_before, before, tolerance = lessons.own_eval.before, lessons.eval.before, self.options.tolerance
+        assert data.own_eval is not None and data.eval is not None  # the options require both
+        own_before, before, tolerance = data.own_eval.before, data.eval.before, self.options.tolerance
         best: _Attempt | None = None
         trials: list[WeightTrial] = []
         for weight in WEIGHTS:
-            one = self._attempt(lessons, weight)
+            one = self._attempt(data, weight)
             trials.append(WeightTrial(weight, _known(one.own_after), _known(one.after)))
             chosen = min(trials, key=lambda trial: rank(trial, own_before.loss + tolerance))
             best = one if best is None or chosen is trials[-1] else best
@@ -248,66 +203,25 @@ class _Consolidation:
         require_better(chosen, own_before, before, tolerance)
         return best, WeightSearch(best.weight, own_before, before, tolerance, tuple(trials))
 
-    def _lessons(self) -> _Lessons:
-        """What both teachers say; one of them is in memory at a time."""
-        data = self.data
-        own, benchmarks = self._lesson(self.inputs.whole.checkpoint, data.own, (data.eval, data.own_eval))
-        transfer, _ = self._lesson(self.inputs.server.checkpoint, data.transfer, ())
-        return _Lessons(own, transfer, *benchmarks)
-
-    def _lesson(
-        self, checkpoint: Checkpoint, data: DataFile | None, measured: Sequence[DataFile | None]
-    ) -> tuple[Lesson, list[_Benchmark | None]]:
-        """What one teacher says about its texts, and how good it is on others."""
-        loaded = load_model(checkpoint)
-        encoder = Encoder.of(loaded, self.options.max_length)
-        loaded.model.to(self.device).eval()
-        found = [self._benchmark(loaded, encoder, one) if one is not None else None for one in measured]
-        if data is not None:
-            texts: Rows = Unlabelled(data) if loaded.task == "classification" else data
-            examples = self._sample(encoder.encode(texts, self.progress))
-        else:
-            examples = self._written(loaded, encoder)
-        twice = 2 * self.options.batch_size
-        return Lesson(examples, listen(loaded.model, examples, twice, encoder.padding, self.progress), 1.0), found
-
-    def _sample(self, examples: Examples) -> Examples:
-        """As many examples as there may be in all batches; the teacher need not be asked about more."""
-        most = self.options.steps * self.options.batch_size
-        if len(examples) <= most:
-            return examples
-        generator = torch.Generator().manual_seed(self.options.seed % 2**63)
-        rows = sorted(torch.randperm(len(examples), generator=generator)[:most].tolist())
-        targets: list[Any] = [examples.targets[row] for row in rows]
-        return replace(examples, features=[examples.features[row] for row in rows], targets=targets)
-
-    def _written(self, loaded: Loaded, encoder: Encoder) -> Examples:
-        """Texts that a language model writes itself, from the first tokens of texts that are given."""
-        own, transfer = self.data.own, self.data.transfer
-        if loaded.task != "causal-lm":
-            flag = "--own-data" if own is None else "--transfer-data"
-            raise InputError(f"a {loaded.task} model writes no texts", where=flag, hint="give texts, labels or not")
-        return written_texts(loaded, encoder, own or transfer, self.options, self.progress)
-
-    def _attempt(self, lessons: _Lessons, weight: float) -> _Attempt:
+    def _attempt(self, data: DistillationData, weight: float) -> _Attempt:
         """Train a student with one weight, and measure it."""
-        lesson, states = lessons.with_weight(weight), self._states(weight)
+        loss, states = data.with_weight(weight), self._states(weight)
         with states.opened() if states is not None else nullcontext():
             student = self._student()
             encoder = Encoder.of(student.loaded, self.options.max_length)
-            restored = self._measure(student, encoder, lessons.eval)
-            around = Surroundings(backward=lesson.backward, states=states)
+            restored = self._measure(student, encoder, data.eval)
+            around = Surroundings(backward=loss.backward, states=states)
             summary = train(
                 student.loaded.model,
-                lesson.examples,
+                loss.examples,
                 student.trainable(),
                 self.options.recipe,
                 encoder.padding,
                 self.progress,
                 around,
             )
-            after = self._measure(student, encoder, lessons.eval)
-            own_after = self._measure(student, encoder, lessons.own_eval)
+            after = self._measure(student, encoder, data.eval)
+            own_after = self._measure(student, encoder, data.own_eval)
         return _Attempt(student, weight, summary, restored, after, own_after)
 
     def _student(self) -> Student:
@@ -318,28 +232,17 @@ class _Consolidation:
 
         return LoraStudent.of(self.work, self.inputs, self.options, self.device, self.progress)
 
-    def _benchmark(self, loaded: Loaded, encoder: Encoder, data: DataFile) -> _Benchmark:
-        """Encode data for the global model, and measure it."""
-        examples = encoder.encode(data, SILENT)
-        return _Benchmark(examples, self._score(loaded, encoder, examples))
-
-    def _measure(self, student: Student, encoder: Encoder, benchmark: _Benchmark | None) -> Evaluation | None:
-        return self._score(student.loaded, encoder, benchmark.examples) if benchmark is not None else None
-
-    def _score(self, loaded: Loaded, encoder: Encoder, examples: Examples) -> Evaluation:
-        twice = 2 * self.options.batch_size
-        return score(loaded.model, examples, batch_size=twice, padding=encoder.padding, progress=self.progress)
+    def _measure(self, student: Student, encoder: Encoder, measured: EvaluationSet | None) -> Evaluation | None:
+        if measured is None:
+            return None
+        return evaluate(student.loaded, encoder, measured.examples, self.options, self.progress)
 
     def _states(self, weight: float) -> StateFolder | None:
         """Where the states of the training with one weight are kept."""
         options = self.options
         if options.save_every is None:
             return None
-        facts: dict[str, Any] = {
-            "--" + field.name.replace("_", "-"): _listed(getattr(options, field.name))
-            for field in fields(options)
-            if field.name not in _NOT_BINDING | {*_FILES, "public_base"}
-        }
+        facts = facts_of(options, _NOT_BINDING | {*_FILES, "public_base"})
         facts["--transfer-weight"] = weight
         for name in _FILES:
             path = getattr(options, name)
@@ -361,19 +264,21 @@ class _Consolidation:
             folder.finish(MODEL_MANIFEST, hashlib.sha256(manifest_bytes(manifest)).hexdigest())
         return publish(writer, whole, manifest)
 
-    def _result(self, path: str, lessons: _Lessons, best: _Attempt, search: WeightSearch | None) -> ConsolidateResult:
+    def _result(
+        self, path: str, data: DistillationData, best: _Attempt, search: WeightSearch | None
+    ) -> ConsolidateResult:
         return ConsolidateResult(
             path=path,
             blend=self.options.blend,
             transfer_weight=best.weight,
-            own_texts=len(lessons.own.said),
-            transfer_texts=len(lessons.transfer.said),
-            own_written=self.data.own is None,
-            transfer_written=self.data.transfer is None,
+            own_texts=len(data.own.examples),
+            transfer_texts=len(data.transfer.examples),
+            own_written=self.teachers.files.own is None,
+            transfer_written=self.teachers.files.transfer is None,
             steps=best.summary.steps,
             first_loss=best.summary.first_loss,
             last_loss=best.summary.last_loss,
-            before=lessons.before,
+            before=data.before,
             restored=best.restored,
             after=best.after,
             seconds=best.summary.seconds,
@@ -393,8 +298,3 @@ def _known(evaluation: Evaluation | None) -> Evaluation:
     """A measurement whose data the options require."""
     assert evaluation is not None
     return evaluation
-
-
-def _listed(value: Any) -> Any:
-    """A value as JSON gives it back."""
-    return list(value) if isinstance(value, tuple) else value

@@ -121,15 +121,15 @@ def _unpacked(checkpoint: Checkpoint, name: str, logical: ModelTensor, kind: str
     from fedqsn_cli.quantization import kernels  # needs a compiler, which who trains packed weights does without
 
     assert logical.packing is not None
-    rescale_factors = read_scales(checkpoint, name)
+    scales = read_scales(checkpoint, name)
     out = np.empty(logical.packing.shape, DTYPES[logical.dtype].bits)
     try:
         if logical.packing.kind == "pack8":
-            kernels.dequantize_int8(checkpoint.read(name), rescale_factors.absmax, logical.dtype, out)
+            kernels.dequantize_int8(checkpoint.read(name), scales.absmax, logical.dtype, out)
         else:
             kernels.dequantize_4bit(
                 checkpoint.read(name).reshape(-1),
-                rescale_factors.absmax,
+                scales.absmax,
                 format=logical.packing.format,
                 block=logical.packing.block,
                 dtype=logical.dtype,

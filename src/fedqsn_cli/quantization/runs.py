@@ -11,7 +11,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fedqsn_cli.kernels.jit import NonFinite
 from fedqsn_cli.quantization.blocks8 import LARGEST, dequantize_blocks8, quantize_blocks8
 from fedqsn_cli.quantization.codebooks import FORMATS
 from fedqsn_cli.quantization.codes4 import dequantize_4bit, quantize_4bit
@@ -65,11 +64,3 @@ def decode_run(codes: Bytes, absmax: Float32s, format: RunFormat, block: int, co
         raise MalformedCodes("there is a code after the last value")
     dequantize_4bit(codes, absmax, format=format, block=block, dtype="F32", out=out)
     return out
-
-
-def decoded(x: Float32s, format: RunFormat, block: int) -> Float32s:
-    """What a run of values becomes when it is encoded and decoded. Raises NonFinite."""
-    return decode_run(*encode_run(x, format, block), format, block, x.size)
-
-
-__all__ = ["MalformedCodes", "NonFinite", "RunFormat", "decode_run", "decoded", "encode_run"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ from fedqsn_cli.training.steps.precision import ChosenPrecision, choose_precisio
 from fedqsn_cli.training.steps.private_loop import plan_privacy, require_opacus, train_privately
 from fedqsn_cli.training.steps.processes import Processes, joined, launched, own_device
 from fedqsn_cli.training.steps.shared_examples import shared
-from fedqsn_cli.training.steps.states import StateFolder, remove_finished
+from fedqsn_cli.training.steps.states import StateFolder, facts_of, remove_finished
 from fedqsn_cli.training.updates import update
 from fedqsn_cli.training.updates.error_feedback import settle_published
 from fedqsn_cli.training.updates.privacy import privacy_record, reported_losses
@@ -338,21 +338,12 @@ def _states(options: TrainOptions, folder: Path, processes: Processes) -> StateF
     """Where the states of this training are kept."""
     if options.save_every is None:
         return None
-    facts: dict[str, Any] = {
-        "--" + field.name.replace("_", "-"): _plain(getattr(options, field.name))
-        for field in fields(options)
-        if field.name not in NOT_BINDING
-    }
+    facts = facts_of(options, NOT_BINDING)
     digest = processes.in_first(lambda: file_digest(Path(options.data)))
     facts |= {"PROXY": file_digest(folder / PROXY_MANIFEST)}
     facts["--data"] = processes.from_first((digest or "").encode()).decode()
     facts["number of processes"] = processes.count
     return StateFolder(Path(options.out), facts, options.save_every)
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON gives it back."""
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _write_update(

@@ -1,16 +1,15 @@
-"""What teachers say about texts, computed beforehand, and how far a student is from it.
+"""Soft targets: a teacher's probabilities, computed beforehand, and the divergence of a student from them.
 
     text ──teacher──▶ probabilities       of the classes, or of the next token at every position: the K likeliest, and
                                           all others together
     KL(teacher ‖ student) = Σ p log(p / q)     over the same K + 1 events, in nats
 
 Teachers are in memory one after the other, and none of them while the student is trained. The examples of all teachers
-go through one training loop: the target of an example is its number, by which `Distillation` finds what was said.
+go through one training loop: the target of an example is its number, by which `Distillation` finds its soft targets.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,12 +26,12 @@ from fedqsn_cli.training.steps.batching import IGNORED, Batch, Examples, Padding
 from fedqsn_cli.training.steps.loop import extra_inputs
 
 TAUGHT_TASKS: tuple[Task, ...] = ("classification", "causal-lm")
-"""What teachers know to speak about."""
+"""In which a model answers with probabilities."""
 
 LIKELIEST = 1024
 """Tokens that are kept for each position at most; the others count together. A flat distribution needs many."""
 
-MOST_BYTES = 1 << 29  # of what one teacher says; where texts are many and long, fewer tokens are kept
+MOST_BYTES = 1 << 29  # of one teacher's soft targets; where texts are many and long, fewer tokens are kept
 _LEAST = 1e-6  # the least probability of all others together: its logarithm is finite
 
 
@@ -59,8 +58,8 @@ class Unlabelled:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """What a teacher says about one example.
+class SoftTargets:
+    """A teacher's probabilities for one example.
 
     Args:
         events: ids of the likeliest tokens, int32 [positions, K]; None for classes, which are all there.
@@ -72,8 +71,8 @@ class Said:
 
 
 @torch.no_grad()
-def listen(model: Any, examples: Examples, batch_size: int, padding: Padding, progress: Progress) -> list[Said]:
-    """What a teacher says about every example, in their order.
+def listen(model: Any, examples: Examples, batch_size: int, padding: Padding, progress: Progress) -> list[SoftTargets]:
+    """A teacher's probabilities for every example, in their order.
 
     Args:
         model: in evaluation mode, on its device.
@@ -81,15 +80,15 @@ def listen(model: Any, examples: Examples, batch_size: int, padding: Padding, pr
     """
     progress.start("asking the teacher", len(examples), "examples")
     kept = kept_tokens(sum(examples.lengths))
-    said: dict[int, Said] = {}
+    found: dict[int, SoftTargets] = {}
     for rows in in_order(examples.lengths, batch_size):
         batch = collate(examples, rows, padding).to(model.device)
         logits = model(**batch.inputs, **extra_inputs(model)).logits.float()
         for place, row in enumerate(rows):
-            said[row] = _said(examples.task, logits[place], batch.targets[place], kept)
+            found[row] = _likeliest(examples.task, logits[place], batch.targets[place], kept)
         progress.advance(len(rows))
     progress.finish()
-    return [said[row] for row in range(len(examples))]
+    return [found[row] for row in range(len(examples))]
 
 
 def kept_tokens(positions: int) -> int:
@@ -97,56 +96,51 @@ def kept_tokens(positions: int) -> int:
     return max(16, min(LIKELIEST, MOST_BYTES // (8 * max(1, positions))))
 
 
-def _said(task: Task, logits: Tensor, targets: Tensor, kept: int) -> Said:
+def _likeliest(task: Task, logits: Tensor, targets: Tensor, kept: int) -> SoftTargets:
     if task == "classification":
-        return Said(None, logits.softmax(dim=-1)[None].cpu())
+        return SoftTargets(None, logits.softmax(dim=-1)[None].cpu())
     probabilities = logits[:-1][targets[1:] != IGNORED].softmax(dim=-1)
     best = probabilities.topk(min(kept, probabilities.shape[-1]), dim=-1)
-    return Said(best.indices.int().cpu(), best.values.cpu())
+    return SoftTargets(best.indices.int().cpu(), best.values.cpu())
 
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """Examples, what their teacher says about them, and how much it counts."""
+    """Examples, their teacher's soft targets, and how much they count."""
 
     examples: Examples
-    said: Sequence[Said]
+    soft_targets: Sequence[SoftTargets]
     weight: float
-
-    @property
-    def positions(self) -> int:
-        """Number of predictions."""
-        return sum(len(one.probabilities) for one in self.said)
 
 
 class Distillation:
-    """The loss of a student of several teachers: Σ over lessons of weight · mean KL(teacher ‖ student).
+    """The loss of a student of several teachers: Σ over teachers of weight · mean KL(teacher ‖ student).
 
-    Shorter lessons are repeated until all have as many examples, so that batches hold examples of each.
+    The examples of one are repeated until all have as many, so that batches hold examples of each.
     """
 
-    def __init__(self, lessons: Sequence[Lesson]) -> None:
-        """Put the lessons together."""
-        most = max(len(lesson.said) for lesson in lessons)
-        self._said: list[Said] = []
+    def __init__(self, taught: Sequence[Lesson]) -> None:
+        """Put the examples of all teachers together."""
+        most = max(len(one.examples) for one in taught)
+        self._soft_targets: list[SoftTargets] = []
         self._weights: list[float] = []
         features: list[dict[str, list[int]]] = []
         targets: list[Any] = []
-        for lesson in lessons:
+        for one in taught:
             for number in range(most):
-                row = number % len(lesson.said)
-                features.append(lesson.examples.features[row])
-                targets.append(_numbered(lesson.examples.targets[row], len(self._said)))
-                self._said.append(lesson.said[row])
-                self._weights.append(lesson.weight)
-        self.examples: Examples = replace(lessons[0].examples, features=features, targets=targets, skipped=0)
-        self._balance(most, lessons)
+                row = number % len(one.examples)
+                features.append(one.examples.features[row])
+                targets.append(_numbered(one.examples.targets[row], len(self._soft_targets)))
+                self._soft_targets.append(one.soft_targets[row])
+                self._weights.append(one.weight)
+        self.examples: Examples = replace(taught[0].examples, features=features, targets=targets, skipped=0)
+        self._balance(most, len(taught))
 
-    def _balance(self, most: int, lessons: Sequence[Lesson]) -> None:
-        """Let each lesson count by its weight, however many positions its texts have."""
+    def _balance(self, most: int, teachers: int) -> None:
+        """Let each teacher count by its weight, however many positions its texts have."""
         sizes = [
-            sum(len(one.probabilities) for one in self._said[number * most : (number + 1) * most])
-            for number in range(len(lessons))
+            sum(len(one.probabilities) for one in self._soft_targets[number * most : (number + 1) * most])
+            for number in range(teachers)
         ]
         for row in range(len(self._weights)):
             self._weights[row] *= sum(sizes) / sizes[row // most]
@@ -169,10 +163,9 @@ class Distillation:
         else:
             rows, counts = targets[:, 1:].max(dim=1).values, targets[:, 1:] != IGNORED
             sizes, student = counts.sum(dim=1).tolist(), logits[:, :-1][counts]
-        ends = list(itertools.accumulate(sizes))
         weighted = [
-            self._weights[row] * _divergences(self._said[row], student[end - size : end].log_softmax(dim=-1)).sum()
-            for row, size, end in zip(rows.tolist(), sizes, ends, strict=True)
+            self._weights[row] * _divergences(self._soft_targets[row], each.log_softmax(dim=-1)).sum()
+            for row, each in zip(rows.tolist(), torch.split(student, sizes), strict=True)
         ]
         return torch.stack(weighted).sum()
 
@@ -184,15 +177,16 @@ def _numbered(target: Any, number: int) -> Any:
     return number
 
 
-def _divergences(said: Said, student: Tensor) -> Tensor:
+def _divergences(targets: SoftTargets, student: Tensor) -> Tensor:
     """KL(teacher ‖ student) at each position of an example, in nats.
 
     Args:
         student: log-probabilities of all tokens or classes, [positions, vocabulary].
     """
-    probabilities = said.probabilities.to(student.device)
-    if said.events is not None:
-        student, probabilities = _with_the_rest(student.gather(1, said.events.long().to(student.device)), probabilities)
+    probabilities = targets.probabilities.to(student.device)
+    if targets.events is not None:
+        events = targets.events.long().to(student.device)
+        student, probabilities = _with_the_rest(student.gather(1, events), probabilities)
     return (torch.xlogy(probabilities, probabilities) - probabilities * student).sum(dim=1)
 
 

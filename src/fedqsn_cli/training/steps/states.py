@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from fedqsn_cli.checkpoint import ArtifactWriter, TensorSpec, files, read_header
 from fedqsn_cli.checkpoint.companions import MANIFESTS
 from fedqsn_cli.errors import FormatError, InputError
 from fedqsn_cli.models.dense import TORCH_DTYPES
+from fedqsn_cli.options import Options
 from fedqsn_cli.progress import Progress
 from fedqsn_cli.text import listed
 
@@ -238,6 +239,19 @@ class StateFolder:
     def remove(self) -> None:
         """Delete all states: the output is there."""
         _remove(self.path)
+
+
+def facts_of(options: Options, left_out: Collection[str]) -> dict[str, Any]:
+    """Values of options that a training can only be continued with, by flag, as JSON gives them back.
+
+    Args:
+        left_out: names of options that may change.
+    """
+    given = {field.name: getattr(options, field.name) for field in fields(options) if field.name not in left_out}
+    return {
+        "--" + name.replace("_", "-"): list(value) if isinstance(value, tuple) else value
+        for name, value in given.items()
+    }
 
 
 def _digest(path: Path) -> str:
