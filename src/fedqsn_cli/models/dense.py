@@ -102,7 +102,7 @@ def _scaled(tensor: Tensor, factor: np.float32) -> Tensor:
 def _plain(checkpoint: Checkpoint, name: str) -> Tensor:
     entry = checkpoint.entries[name]
     _check_dtype(entry.dtype, f"{entry.file}: {name}")
-    return _tensor(checkpoint.read(name), entry.dtype)
+    return from_stored(checkpoint.read(name), entry.dtype)
 
 
 def _check_dtype(dtype: str, where: object) -> None:
@@ -137,7 +137,7 @@ def _unpacked(checkpoint: Checkpoint, name: str, logical: ModelTensor, kind: str
             )
     except kernels.NonFinite as error:
         raise FormatError(str(error), where=f"{checkpoint.path}: {name}") from None
-    tensor = _tensor(out, logical.dtype)
+    tensor = from_stored(out, logical.dtype)
     role = rules().role(name, 2, kind)
     return tensor.t().contiguous() if role is not None and role.name == "conv1d" else tensor
 
@@ -149,8 +149,14 @@ def from_bytes(data: NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> T
     return torch.from_numpy(data).view(TORCH_DTYPES[dtype]).reshape(shape)
 
 
-def _tensor(array: NDArray[Any], dtype: str) -> Tensor:
+def from_stored(array: NDArray[Any], dtype: str) -> Tensor:
     """A numpy array of stored values or bits as a torch tensor of the same memory."""
     if array.dtype == np.uint16:
         array = array.view(np.int16)
     return torch.from_numpy(array).view(TORCH_DTYPES[dtype])
+
+
+def to_stored(tensor: Tensor) -> NDArray[Any]:
+    """Values of a contiguous tensor on the CPU as they are stored, flat, in its memory; 16-bit floats as uint16."""
+    flat = tensor.view(-1)
+    return flat.view(torch.int16).numpy().view(np.uint16) if flat.element_size() == 2 else flat.numpy()

@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedqsn_cli.dtypes import DTYPES, WEIGHT_DTYPES
+from fedqsn_cli.dtypes import WEIGHT_DTYPES
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.export.outputs import tensor_specs
 from fedqsn_cli.merging.ending.restore import RestoreInputs, restore_into
 from fedqsn_cli.merging.step.chunks import InMemorySink, Sink
-from fedqsn_cli.models.dense import TORCH_DTYPES, from_bytes
+from fedqsn_cli.models.dense import TORCH_DTYPES, from_bytes, to_stored
 from fedqsn_cli.models.torch_model import Loaded, load_model, stored_tensors
 from fedqsn_cli.progress import Progress
 from fedqsn_cli.training.steps.compact import VisibleParameters
@@ -75,4 +75,4 @@ def stored_bits(name: str, tensor: Tensor, dtype: str) -> Array:
     rounded = tensor.detach().cpu().to(TORCH_DTYPES[dtype]).contiguous().reshape(-1)
     if not bool(rounded.isfinite().all()):
         raise InputError("the result is not finite", where=name, hint="lower --lr")
-    return rounded.numpy() if DTYPES[dtype].nbytes == 4 else rounded.view(torch.int16).numpy().view(np.uint16)
+    return to_stored(rounded)

@@ -36,6 +36,7 @@ from fedqsn_cli.training.steps.visible import expanded, read_visible
 from fedqsn_cli.training.updates import update
 
 _ADAPTER = "default"  # peft's name of the only adapter
+_A_SUFFIX, _B_SUFFIX = f".lora_A.{_ADAPTER}.weight", f".lora_B.{_ADAPTER}.weight"  # of a module's name, once it has one
 
 
 @dataclass(slots=True)
@@ -95,7 +96,7 @@ class LoraMethod:
         trained = TrainedPart.of(model)
         with torch.no_grad():
             for name, mask in masks.items():
-                if name.endswith((_a_suffix(), _b_suffix())):
+                if name.endswith((_A_SUFFIX, _B_SUFFIX)):
                     trained.parameters[name].mul_(mask)
         return VisibleParameters(trained, masks)
 
@@ -151,8 +152,8 @@ class LoraMethod:
         """A [rank, in] and B [out, rank] by the tensor that they change, and whether that is stored as [in, out]."""
         return {
             target.tensor: (
-                self._parameter(target.name + _a_suffix()),
-                self._parameter(target.name + _b_suffix()),
+                self._parameter(target.name + _A_SUFFIX),
+                self._parameter(target.name + _B_SUFFIX),
                 target.transposed,
             )
             for target in self.chosen.targets
@@ -216,7 +217,7 @@ class LoraMethod:
         factors = {
             name: self._parameter(target.name + suffix)
             for target in self.chosen.targets
-            for name, suffix in zip(factor_names(PEFT_PREFIX + target.name), (_a_suffix(), _b_suffix()), strict=True)
+            for name, suffix in zip(factor_names(PEFT_PREFIX + target.name), (_A_SUFFIX, _B_SUFFIX), strict=True)
         }
         saved = {PEFT_PREFIX + name: self._parameter(_saved(name, self.chosen)) for name, _ in self._saved_names()}
         return dict(sorted((factors | saved).items()))
@@ -280,16 +281,8 @@ def _factor_mask(target: TargetModule, mask: UnitMask, rank: int) -> tuple[str, 
     outputs: Literal["row", "column"] = "column" if target.transposed else "row"
     flags = torch.from_numpy(mask.flags).reshape(-1)
     if mask.axis == outputs:
-        return f"{target.name}{_b_suffix()}", flags[:, None].expand(-1, rank)
-    return f"{target.name}{_a_suffix()}", flags[None].expand(rank, -1)
-
-
-def _a_suffix() -> str:
-    return f".lora_A.{_ADAPTER}.weight"
-
-
-def _b_suffix() -> str:
-    return f".lora_B.{_ADAPTER}.weight"
+        return f"{target.name}{_B_SUFFIX}", flags[:, None].expand(-1, rank)
+    return f"{target.name}{_A_SUFFIX}", flags[None].expand(rank, -1)
 
 
 def _public(config: Any) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -31,7 +30,7 @@ from fedqsn_cli.artifacts.update_folder import (
 from fedqsn_cli.checkpoint import ArtifactWriter, TensorSpec
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.masks.unit_mask import UnitMask
-from fedqsn_cli.models.dense import TORCH_DTYPES, DenseTensors
+from fedqsn_cli.models.dense import TORCH_DTYPES, DenseTensors, from_stored, to_stored
 from fedqsn_cli.models.torch_model import stored_tensors
 from fedqsn_cli.options.groups import UpdateFormat
 from fedqsn_cli.training.steps.visible import visible_part
@@ -177,8 +176,7 @@ class EncodedUpdate:
             from fedqsn_cli.quantization.runs import decode_run  # needs a compiler, which most updates do without
 
             return torch.from_numpy(decode_run(data, self.parts[1][1], coding.format, coding.block, self.size))
-        bits = torch.from_numpy(data if data.dtype == np.float32 else data.view(np.int16))
-        return bits.view(TORCH_DTYPES[self.stored.dtype]).float()
+        return from_stored(data, self.stored.dtype).float()
 
 
 def encode_update(name: str, update: Tensor, stored: StoredFormat) -> EncodedUpdate:
@@ -193,5 +191,4 @@ def encode_update(name: str, update: Tensor, stored: StoredFormat) -> EncodedUpd
 
         codes, scales = encode_run(rounded.numpy(), coding.format, coding.block)
         return EncodedUpdate(((name, codes), (name + SCALES, scales)), stored, rounded.numel())
-    bits: Array = rounded.numpy() if dtype == torch.float32 else rounded.view(torch.int16).numpy().view(np.uint16)
-    return EncodedUpdate(((name, bits),), stored, rounded.numel())
+    return EncodedUpdate(((name, to_stored(rounded)),), stored, rounded.numel())
