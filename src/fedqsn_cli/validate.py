@@ -62,6 +62,20 @@ def for_each_client(value: str, where: str, several: bool) -> str:
     return value
 
 
+def none_given(*options: tuple[str, bool, str, str]) -> None:
+    """Refuse the first option that is given where it cannot be.
+
+    Args:
+        options: the flag of each, whether it is given, what is wrong then, and a hint.
+
+    Raises:
+        InputError: one is given.
+    """
+    for flag, given, what, hint in options:
+        if given:
+            raise InputError(what, where=flag, hint=hint)
+
+
 def here(value: str | Path, where: str) -> str | Path:
     """A path on this machine."""
     not_empty(str(value), where)

@@ -133,13 +133,12 @@ class RuleOptions(Options):
 
     def check_no_rule(self) -> None:
         """Refuse everything about updates where there are none. Raises InputError."""
-        for flag, given in (
-            ("--clip-norm", self.clip_norm is not None),  # which noise needs, too
-            ("--staleness-discount", self.staleness_discount is not None),
-            ("--rule", self.rule != "fedavg" or self.byzantine is not None),
-        ):
-            if given:
-                raise InputError("a restore takes no updates", where=flag, hint="merge them first")
+        why = "a restore takes no updates", "merge them first"
+        validate.none_given(
+            ("--clip-norm", self.clip_norm is not None, *why),  # which noise needs, too
+            ("--staleness-discount", self.staleness_discount is not None, *why),
+            ("--rule", self.rule != "fedavg" or self.byzantine is not None, *why),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -160,11 +160,14 @@ class MergeOptions(AdmissionOptions, ServerOptimizerOptions, CentralPrivacyOptio
 
     def _check_partial(self) -> None:
         """Refuse what is only decided when all updates are there. Raises InputError."""
-        if self.rule != "fedavg":
-            what = f"{self.rule} needs all updates at once"
-            raise InputError(what, where="--partial", hint="merge the updates themselves")
-        last = "give it in the merge of the partial sums"
-        for flag, given, what, hint in (
+        last, themselves = "give it in the merge of the partial sums", "merge the updates themselves"
+        validate.none_given(
+            (
+                "--partial",
+                self.rule != "fedavg",
+                f"{self.rule} needs all updates at once",
+                "merge the updates themselves",
+            ),
             ("--restore", self.restore is not None, "a restore takes no updates", "leave out --partial"),
             ("--clip-norm", self.clip_norm == "auto", "the median of all norms is not known yet", "give a number"),
             ("--noise-multiplier", self.noise_multiplier is not None, "noise needs all updates at once", "merge them"),
@@ -173,25 +176,21 @@ class MergeOptions(AdmissionOptions, ServerOptimizerOptions, CentralPrivacyOptio
             ("--server-lr", self.server_lr != 1.0, "a sum takes no step", last),
             ("--server-optimizer", self.server_optimizer != "sgd", "a sum takes no step", last),
             ("--control", self.control is not None, "nothing is taken off a sum", last),
-            ("--keep-adapter", self.keep_adapter is not None, "a sum takes no step", "merge the updates themselves"),
+            ("--keep-adapter", self.keep_adapter is not None, "a sum takes no step", themselves),
             ("--report", self.report is not None, "a sum has no page", last),
             ("--max-shard-size", self.max_shard_size != USUAL_SHARD_SIZE, "a sum is one file", "leave it out"),
-        ):
-            if given:
-                raise InputError(what, where=flag, hint=hint)
+        )
 
     def _check_restore(self) -> None:
-        if self.verify_key is not None:
-            raise InputError("a restore takes no updates", where="--verify-key", hint="give it when you merge them")
+        updates, step = "a restore takes no updates", "a restore takes no step"
+        validate.none_given(("--verify-key", self.verify_key is not None, updates, "give it when you merge them"))
         self.check_no_rule()
-        if self.server_optimizer != "sgd":
-            raise InputError("a restore takes no step", where="--server-optimizer", hint="leave it out")
-        if self.noise_multiplier is not None:
-            raise InputError("a restore takes no updates", where="--noise-multiplier", hint="leave it out")
-        if self.server_lr == "auto":
-            raise InputError("a restore takes no step", where="--server-lr", hint="did you mean --blend auto?")
-        if self.control is not None:
-            raise InputError("a restore takes no updates, nor a control", where="--control", hint="merge them first")
+        validate.none_given(
+            ("--server-optimizer", self.server_optimizer != "sgd", step, "leave it out"),
+            ("--noise-multiplier", self.noise_multiplier is not None, updates, "leave it out"),
+            ("--server-lr", self.server_lr == "auto", step, "did you mean --blend auto?"),
+            ("--control", self.control is not None, f"{updates}, nor a control", "merge them first"),
+        )
 
     def _check_merge(self) -> None:
         self.required_ledger()
@@ -201,31 +200,29 @@ class MergeOptions(AdmissionOptions, ServerOptimizerOptions, CentralPrivacyOptio
             what = "with noise, how many updates count must not depend on what is in them"
             raise InputError(what, where="--on-refused", hint="leave it out, and name the updates to merge")
         self.check_optimizer(self.server_lr)
-        if self.blend != 1.0:
-            raise InputError("only a restore blends", where="--blend", hint="use it with --restore")
-        if self.public_base is not None:
-            raise InputError("only a restore takes a public base", where="--public-base", hint="use it with --restore")
-        if self.control is None and self.control_weight != 1.0:
-            raise InputError("there is no control update", where="--control-weight", hint="give it with --control")
+        restore, weighs = "use it with --restore", self.control is None and self.control_weight != 1.0
+        validate.none_given(
+            ("--blend", self.blend != 1.0, "only a restore blends", restore),
+            ("--public-base", self.public_base is not None, "only a restore takes a public base", restore),
+            ("--control-weight", weighs, "there is no control update", "give it with --control"),
+        )
 
     def _check_adapter(self) -> None:
-        if self.adapter_rank is not None and self.keep_adapter is None:
-            raise InputError("no adapter is written", where="--adapter-rank", hint="give it with --keep-adapter")
-        if self.keep_adapter is not None and self.restore is not None:
-            raise InputError("a restore is not a step", where="--keep-adapter", hint="use it when updates are merged")
-        if self.keep_adapter is not None and (self.rule != "fedavg" or self.clip_norm is not None):
-            what = "only a weighted average is an adapter"
-            raise InputError(what, where="--keep-adapter", hint="leave out --rule and --clip-norm")
-        if self.keep_adapter is not None and self.staleness_discount is not None:
-            what = "an adapter is made of the updates of one round"
-            raise InputError(what, where="--keep-adapter", hint="leave out --staleness-discount")
-        if self.keep_adapter is not None and self.server_optimizer != "sgd":
-            what = f"a step of {self.server_optimizer} is not an adapter"
-            raise InputError(what, where="--keep-adapter", hint="leave out --server-optimizer")
-        if self.keep_adapter is not None and self.control is not None:
-            raise InputError(
-                "a control cannot be part of an adapter", where="--keep-adapter", hint="leave out --control"
+        flag = "--keep-adapter"
+        if self.keep_adapter is None:
+            validate.none_given(
+                ("--adapter-rank", self.adapter_rank is not None, "no adapter is written", f"give it with {flag}")
             )
+            return
+        weighs, late = self.rule == "fedavg" and self.clip_norm is None, self.staleness_discount is not None
+        other, optimizer = "leave out --rule and --clip-norm", self.server_optimizer
+        validate.none_given(
+            (flag, self.restore is not None, "a restore is not a step", "use it when updates are merged"),
+            (flag, not weighs, "only a weighted average is an adapter", other),
+            (flag, late, "an adapter is made of the updates of one round", "leave out --staleness-discount"),
+            (flag, optimizer != "sgd", f"a step of {optimizer} is not an adapter", "leave out --server-optimizer"),
+            (flag, self.control is not None, "a control cannot be part of an adapter", "leave out --control"),
+        )
 
     def _check_search(self) -> None:
         option = "--blend auto" if self.restore is not None else "--server-lr auto"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
+from fedqsn_cli import validate
 from fedqsn_cli.artifacts.partial_folder import SummedClient
 from fedqsn_cli.errors import InputError, RefusedUpdate
 from fedqsn_cli.merging.sums.exact_sum import MOST_TERMS
@@ -84,14 +85,14 @@ def check_partials(found: Round, options: MergeOptions, refusals: Refusals) -> R
 
 def _require_sums(first: PartialSum, options: MergeOptions) -> None:
     """Refuse partial sums where a merge is not a sum of updates."""
-    for flag, given, why in (
-        ("--rule", options.rule != "fedavg", f"{options.rule} needs all updates at once"),
-        ("--clip-norm", options.clip_norm == "auto", "the median of the norms needs all updates at once"),
-        ("--noise-multiplier", options.noise_multiplier is not None, "noise needs all updates at once"),
-        ("--keep-adapter", options.keep_adapter is not None, "an adapter is made of all updates"),
-    ):
-        if given:
-            raise InputError(f"{why}, and {first.folder} is a partial sum", where=flag, hint="merge the updates")
+    there, hint = f", and {first.folder} is a partial sum", "merge the updates"
+    median = "the median of the norms needs all updates at once"
+    validate.none_given(
+        ("--rule", options.rule != "fedavg", f"{options.rule} needs all updates at once{there}", hint),
+        ("--clip-norm", options.clip_norm == "auto", f"{median}{there}", hint),
+        ("--noise-multiplier", options.noise_multiplier is not None, f"noise needs all updates at once{there}", hint),
+        ("--keep-adapter", options.keep_adapter is not None, f"an adapter is made of all updates{there}", hint),
+    )
 
 
 def _check_recorded(client: SummedClient, folder: Path, options: MergeOptions) -> None:
