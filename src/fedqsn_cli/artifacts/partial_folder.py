@@ -36,7 +36,7 @@ _UNSEALED = "0" * 64
 NotNegative = Annotated[float, Field(ge=0)]
 
 
-class Movement(Strict):
+class MovementRecord(Strict):
     """What of a model an update moves furthest, and how far in proportion to the weights there."""
 
     tensor: str
@@ -59,8 +59,8 @@ class SummedClient(Strict):
     norm: NotNegative
     relative_norm: NotNegative
     coverage: Annotated[float, Field(ge=0, le=1)]
-    largest_tensor: Movement
-    largest_unit: Movement
+    largest_tensor: MovementRecord
+    largest_unit: MovementRecord
     first_loss: float | None
     last_loss: float | None
 

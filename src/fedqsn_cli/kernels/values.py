@@ -71,12 +71,3 @@ def narrowed(x: NDArray[Any], dtype: str) -> NDArray[Any]:
     out = np.empty(x.size, np.uint32 if dtype == "F32" else np.uint16)
     narrow(x.reshape(-1).view(np.uint32), KIND[dtype], out)
     return out.view(np.float32) if dtype == "F32" else out
-
-
-@kernel
-def total(values: Any) -> Any:
-    """Their sum, from the first to the last, without numba's `sum`, with which loading a kernel imports scipy."""
-    result = values[0]
-    for i in range(1, values.size):
-        result += values[i]
-    return result

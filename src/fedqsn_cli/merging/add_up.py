@@ -13,7 +13,6 @@ from fedqsn_cli.artifacts.manifests import manifest_bytes
 from fedqsn_cli.artifacts.partial_folder import (
     PARTIAL_MANIFEST,
     PARTIAL_TENSORS,
-    Movement,
     PartialManifest,
     SummedClient,
     partial_specs,
@@ -26,7 +25,6 @@ from fedqsn_cli.merging.partial_pass import PartialPass
 from fedqsn_cli.merging.results import MergedClient, MergeResult
 from fedqsn_cli.merging.rules.aggregation import Aggregation, aggregation
 from fedqsn_cli.merging.rules.survey import admit, check_read
-from fedqsn_cli.merging.updates.measures import Excess
 from fedqsn_cli.merging.updates.refusals import Refusals
 from fedqsn_cli.merging.updates.verify import Round, UpdateVerifier
 from fedqsn_cli.models.tensor_task import tensor_tasks
@@ -99,14 +97,10 @@ def _summed_clients(found: Round, clients: Sequence[MergedClient], how: Aggregat
             norm=told.norm,
             relative_norm=told.relative_norm,
             coverage=told.coverage,
-            largest_tensor=_movement(told.largest_tensor),
-            largest_unit=_movement(told.largest_unit),
+            largest_tensor=told.largest_tensor.record,
+            largest_unit=told.largest_unit.record,
             first_loss=told.first_loss,
             last_loss=told.last_loss,
         )
     for each in found.partials:
         yield from each.manifest.clients
-
-
-def _movement(excess: Excess) -> Movement:
-    return Movement(tensor=excess.tensor, unit=excess.unit, ratio=excess.ratio)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from fedqsn_cli.artifacts.partial_folder import Movement
 from fedqsn_cli.merging.results import MergedClient
 from fedqsn_cli.merging.rules.aggregation import Aggregation, clipped
 from fedqsn_cli.merging.updates.admission import relative_norm
-from fedqsn_cli.merging.updates.measures import Excess, ModelSizes
+from fedqsn_cli.merging.updates.measures import ModelSizes, Movement
 from fedqsn_cli.merging.updates.partial_sum import PartialReader
 from fedqsn_cli.merging.updates.read_update import UpdateReader
 
@@ -66,13 +65,9 @@ def _summed(partial: PartialReader, whole: float) -> Iterator[MergedClient]:
             relative_norm=client.relative_norm,
             cosine=None,
             coverage=client.coverage,
-            largest_tensor=_excess(client.largest_tensor),
-            largest_unit=_excess(client.largest_unit),
+            largest_tensor=Movement.of(client.largest_tensor),
+            largest_unit=Movement.of(client.largest_unit),
             verdict=clipped(client.factor),
             first_loss=client.first_loss,
             last_loss=client.last_loss,
         )
-
-
-def _excess(recorded: Movement) -> Excess:
-    return Excess(recorded.tensor, recorded.unit, recorded.ratio)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedqsn_cli.merging.ending.line_search import Search
-from fedqsn_cli.merging.updates.measures import Excess
+from fedqsn_cli.merging.updates.measures import Movement
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,8 @@ class MergedClient:
     relative_norm: float
     cosine: float | None
     coverage: float
-    largest_tensor: Excess
-    largest_unit: Excess
+    largest_tensor: Movement
+    largest_unit: Movement
     verdict: str
     first_loss: float | None
     last_loss: float | None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fedqsn_cli.html import charts
 from fedqsn_cli.html.charts import Bar, Picture
 from fedqsn_cli.merging.results import MergedClient, MergeResult
-from fedqsn_cli.merging.updates.measures import Excess
+from fedqsn_cli.merging.updates.measures import Movement
 from fedqsn_cli.text import number, percent, real
 
 MOST_BARS = 40
@@ -48,8 +48,8 @@ def rows(clients: Sequence[MergedClient]) -> list[tuple[str, ...]]:
             f"{client.norm:.3g}",
             real(client.cosine),
             percent(client.coverage),
-            excess(client.largest_tensor),
-            excess(client.largest_unit),
+            moved(client.largest_tensor),
+            moved(client.largest_unit),
             client.verdict,
         )
         for client in clients
@@ -61,7 +61,7 @@ def refused_rows(result: MergeResult) -> list[tuple[str, str, str]]:
     return [(item.folder, item.client or "-", item.reason) for item in result.refused]
 
 
-def excess(item: Excess) -> str:
+def moved(item: Movement) -> str:
     """A tensor or unit, and how far it moves."""
     place = item.tensor if item.unit is None else f"{item.tensor} unit {item.unit}"
     return f"{place} ({item.ratio:.2g})"

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.kernels.jit import as_bits, kernel, widen
 from fedqsn_cli.kernels.threads import run_ranges
-from fedqsn_cli.kernels.values import total
 from fedqsn_cli.merging.sums.arithmetic import COLUMNS, ELEMENTS, GRAIN, PIECE, ROWS, STRIPE, parts_of
 from fedqsn_cli.merging.updates.read_update import UpdateChunk, UpdateReader
 from fedqsn_cli.merging.updates.stored_values import ReadValues
@@ -92,9 +91,18 @@ def _products(
                 begin = (index[part] * cols if mode == ROWS else first) + inside
                 _multiply(values[:count], mean[begin : begin + count], dots, owns, means)
         if (part + 1) % STRIPE == 0 or part + 1 == stop:
-            sums[part // STRIPE, 0] = total(dots)
-            sums[part // STRIPE, 1] = total(owns)
-            sums[part // STRIPE, 2] = total(means)
+            sums[part // STRIPE, 0] = _total(dots)
+            sums[part // STRIPE, 1] = _total(owns)
+            sums[part // STRIPE, 2] = _total(means)
+
+
+@kernel
+def _total(values: Any) -> Any:
+    """Their sum, from the first to the last, without numba's `sum`, with which loading a kernel imports scipy."""
+    result = values[0]
+    for i in range(1, values.size):
+        result += values[i]
+    return result
 
 
 @kernel

@@ -13,7 +13,7 @@ from fedqsn_cli import validate
 from fedqsn_cli.artifacts.partial_folder import SummedClient
 from fedqsn_cli.errors import InputError, RefusedUpdate
 from fedqsn_cli.merging.sums.exact_sum import MOST_TERMS
-from fedqsn_cli.merging.updates.measures import Excess, ModelSizes, UpdateMeasures
+from fedqsn_cli.merging.updates.measures import ModelSizes, Movement, UpdateMeasures
 from fedqsn_cli.merging.updates.partial_sum import PartialSum
 from fedqsn_cli.merging.updates.read_update import ClientUpdate
 from fedqsn_cli.merging.updates.refusals import Refusals
@@ -98,8 +98,8 @@ def _require_sums(first: PartialSum, options: MergeOptions) -> None:
 def _check_recorded(client: SummedClient, folder: Path, options: MergeOptions) -> None:
     """Hold what was measured of an update in a partial sum against the limits. Raises RefusedUpdate."""
     _check_norm(f"the norm of client {client.client!r} is", client.relative_norm, folder, options)
-    for excess in (client.largest_tensor, client.largest_unit):
-        _check_excess(client.client, Excess(excess.tensor, excess.unit, excess.ratio), folder, options)
+    for record in (client.largest_tensor, client.largest_unit):
+        _check_movement(client.client, Movement.of(record), folder, options)
 
 
 def check_norms(update: ClientUpdate, measures: UpdateMeasures, sizes: ModelSizes, options: MergeOptions) -> None:
@@ -109,8 +109,8 @@ def check_norms(update: ClientUpdate, measures: UpdateMeasures, sizes: ModelSize
         RefusedUpdate: the client, the tensor and the unit are named.
     """
     _check_norm("its norm is", relative_norm(measures, sizes), update.folder, options)
-    for excess in measures.largest(sizes):
-        _check_excess(update.client, excess, update.folder, options)
+    for movement in measures.largest(sizes):
+        _check_movement(update.client, movement, update.folder, options)
 
 
 def _check_norm(what: str, norm: float, folder: Path, options: MergeOptions) -> None:
@@ -119,11 +119,11 @@ def _check_norm(what: str, norm: float, folder: Path, options: MergeOptions) -> 
         raise RefusedUpdate(told, where=folder)
 
 
-def _check_excess(client: str, excess: Excess, folder: Path, options: MergeOptions) -> None:
-    if excess.ratio > options.unit_limit:
-        place = excess.tensor if excess.unit is None else f"unit {excess.unit} of {excess.tensor}"
+def _check_movement(client: str, movement: Movement, folder: Path, options: MergeOptions) -> None:
+    if movement.ratio > options.unit_limit:
+        place = movement.tensor if movement.unit is None else f"unit {movement.unit} of {movement.tensor}"
         raise RefusedUpdate(
-            f"client {client!r} moves {place} by {excess.ratio:.3g} times the size of the weights there, "
+            f"client {client!r} moves {place} by {movement.ratio:.3g} times the size of the weights there, "
             f"over --max-unit-norm {options.unit_limit:g}",
             where=folder,
         )

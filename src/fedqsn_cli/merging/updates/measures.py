@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fedqsn_cli.artifacts.partial_folder import MovementRecord
 from fedqsn_cli.merging.sums.arithmetic import PieceSquares
 from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.planning.tensor_plan import TensorPlan, UnitAxis
@@ -22,8 +23,8 @@ Doubles = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Excess:
-    """The tensor, or the unit of one, that moves furthest in proportion to the weights.
+class Movement:
+    """What of a model an update moves furthest in proportion to the weights: a tensor, or a unit of one.
 
     Args:
         unit: which unit of the tensor; None for all of it.
@@ -33,6 +34,16 @@ class Excess:
     tensor: str
     unit: int | None
     ratio: float
+
+    @classmethod
+    def of(cls, record: MovementRecord) -> Movement:
+        """What a partial sum recorded of an update in it."""
+        return cls(record.tensor, record.unit, record.ratio)
+
+    @property
+    def record(self) -> MovementRecord:
+        """As a partial sum records it."""
+        return MovementRecord(tensor=self.tensor, unit=self.unit, ratio=self.ratio)
 
 
 class ModelSizes:
@@ -141,10 +152,10 @@ class UpdateMeasures:
         norms = math.sqrt(self.own_squares) * math.sqrt(self.mean_squares)
         return max(-1.0, min(1.0, self.dot / norms)) if norms > 0 else None
 
-    def largest(self, sizes: ModelSizes) -> tuple[Excess, Excess]:
+    def largest(self, sizes: ModelSizes) -> tuple[Movement, Movement]:
         """The tensor and the unit that move furthest in proportion to the weights."""
         references, names = sizes.references(), sizes.names
         whole = np.sqrt(np.array(self._squares) / np.maximum(np.array(self._seen), 1)) / references
         units = np.sqrt(np.array(self._tops)) / references
         at, of = int(whole.argmax()), int(units.argmax())
-        return Excess(names[at], None, float(whole[at])), Excess(names[of], self._units[of], float(units[of]))
+        return Movement(names[at], None, float(whole[at])), Movement(names[of], self._units[of], float(units[of]))
