@@ -112,18 +112,14 @@ def _refused(result: MergeResult) -> console.Table:
 
 def _curve(search: Search) -> console.Table:
     """What auto tried, with a mark at what it took."""
-    names = (search.option.removeprefix("--"), "loss", _score(search))
+    names = (search.option.removeprefix("--"), "loss", search.metric)
     rows = [
         (
             f"{point.value:.10g}",
             f"{point.loss:.6g}",
-            text.real(getattr(point, names[2])),
+            text.real(getattr(point, search.metric)),
             "<- taken" if point.value == search.chosen else "",
         )
         for point in search.curve
     ]
     return console.Table((*names, ""), rows, numbers=frozenset(names))
-
-
-def _score(search: Search) -> str:
-    return "perplexity" if search.at(search.chosen).accuracy is None else "accuracy"

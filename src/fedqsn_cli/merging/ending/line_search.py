@@ -49,6 +49,11 @@ class Search:
         """The point of a value that was tried."""
         return next(point for point in self.curve if point.value == value)
 
+    @property
+    def metric(self) -> Literal["accuracy", "perplexity"]:
+        """The field of its points that is shown beside the loss."""
+        return "accuracy" if self.at(self.chosen).accuracy is not None else "perplexity"
+
 
 Measure = Callable[[float], Point]
 

@@ -66,7 +66,7 @@ def _search_parts(search: Search) -> dict[str, object]:
     )
     dashed = [("#17693f", "the model before")] if _levels(search) else []
     plot = Picture(title, lead, _plot(search, axis), [("#8aa5dd", "tried"), ("#2456c8", "taken")], dashed)
-    return {"plot": plot, "columns": (name, "loss", _score(search), ""), "rows": _rows(search)}
+    return {"plot": plot, "columns": (name, "loss", search.metric, ""), "rows": _rows(search)}
 
 
 def _references(search: Search) -> list[tuple[Point, str]]:
@@ -108,18 +108,13 @@ def _levels(search: Search) -> list[Level]:
     return [Level("ceiling", start)] if search.option == "--server-lr" and math.isfinite(start) else []
 
 
-def _score(search: Search) -> str:
-    """What is listed beside the loss."""
-    return "accuracy" if search.at(search.chosen).accuracy is not None else "perplexity"
-
-
 def _rows(search: Search) -> list[tuple[str, ...]]:
     """All that was tried."""
     return [
         (
             f"{point.value:g}",
             real(point.loss),
-            real(getattr(point, _score(search))),
+            real(getattr(point, search.metric)),
             "taken" if point.value == search.chosen else "",
         )
         for point in search.curve
