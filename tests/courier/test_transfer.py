@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import os
+import tempfile
 import weakref
 from pathlib import Path
 
 import pytest
 
+from fedqsn_cli.checkpoint.direct_io import is_uncached
 from fedqsn_cli.courier.flare import transfer
 from fedqsn_cli.courier.parts import Part, PartWriter
 from fedqsn_cli.errors import FormatError
@@ -61,3 +64,22 @@ def test_a_part_that_grows_is_refused(tmp_path: Path) -> None:
     assert target.consume("reference", state, b"abc") == state
     with pytest.raises(FormatError, match="longer than it was said"):
         target.consume("reference", {}, b"de")
+
+
+def test_a_file_that_is_not_in_the_page_cache_is_offered_from_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:  # mostly on a disk; other files of tests are in memory
+        path, data = Path(folder) / "file", os.urandom(1 << 20)
+        with path.open("wb") as file:
+            file.write(data)
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        offered = transfer.OfferedPart(path, Part(5, 900_000, ""))
+        monkeypatch.setattr(transfer, "CHUNK", 500_000)
+        chunks = [offered.produce({"taken": done}, "receiver")[1] for done in (0, 500_000)]
+        assert chunks == [data[5:500_005], data[500_005:900_005]]
+        with path.open("rb") as file:
+            before = is_uncached(file.fileno(), len(data))
+        monkeypatch.setattr(transfer, "read_direct", lambda *_: None)  # a file system that cannot
+        assert offered.produce({"taken": 500_000}, "receiver")[1] == chunks[1]
+        with path.open("rb") as file:
+            assert before or not is_uncached(file.fileno(), len(data))

@@ -6,6 +6,7 @@ companions.py  the files of a tokenizer beside a model
 companion_limits.py  how much they may say before they could carry weights
 header.py     one safetensors header, read strictly or planned ahead
 direct_io.py  reading around the page cache
+in_order.py  plain files from beginning to end, around the page cache and ahead of their reader
 descriptors.py  which files are open for reading
 model_config.py  config.json: types, and sizes against the tensors
 reader.py     config, index and shards -> tensors, whole or in chunks

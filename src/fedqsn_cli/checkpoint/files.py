@@ -23,6 +23,7 @@ from functools import cache
 from pathlib import Path
 
 from fedqsn_cli import linux
+from fedqsn_cli.checkpoint.in_order import InOrderWriter, ahead
 from fedqsn_cli.errors import FormatError, InputError, OutputExists
 
 
@@ -149,7 +150,8 @@ def stream_new_file(path: Path, pieces: Iterable[bytes]) -> None:
     taken = OutputExists("already exists", where=path, hint="choose another path")
     if os.path.lexists(path):
         raise taken
-    staging, descriptor = stage_file(path, pieces, 0o666, False)
+    with contextlib.closing(ahead(pieces)) as made:
+        staging, descriptor = stage_file(path, made, 0o666, False)
     try:
         rename_exclusive(staging, path)
         sync_directory(path.parent)
@@ -175,8 +177,10 @@ def stage_file(path: Path, pieces: Iterable[bytes], mode: int, exactly: bool) ->
     try:
         if exactly:
             os.fchmod(descriptor, mode)
+        writer = InOrderWriter(descriptor)
         for piece in pieces:
-            write_all(descriptor, piece)
+            writer.write(piece)
+        writer.finish()
         os.fsync(descriptor)
     except BaseException:
         remove_tree(staging)

@@ -18,6 +18,7 @@ from pathlib import Path
 from fedqsn_cli.checkpoint import files
 from fedqsn_cli.checkpoint.companions import MANIFESTS
 from fedqsn_cli.checkpoint.header import TensorSpec, is_plain_file_name
+from fedqsn_cli.checkpoint.in_order import InOrderWriter
 from fedqsn_cli.checkpoint.stream import BUFFER_BYTES, FileStream, WriterThreads
 from fedqsn_cli.checkpoint.tensor_sink import TensorSink, split_into_shards
 from fedqsn_cli.errors import InputError, OutputExists
@@ -137,18 +138,19 @@ class ArtifactWriter:
         with open(files.open_regular_file(source), "rb") as file:
             self.add_pieces(name, iter(lambda: file.read(BUFFER_BYTES), b""))
 
-    def add_pieces(self, name: str, pieces: Iterable[bytes]) -> None:
+    def add_pieces(self, name: str, pieces: Iterable[bytes | memoryview]) -> None:
         """Add a file that comes in pieces.
 
         Raises:
             OSError: the disk is full or failed. What `pieces` raises.
         """
         sha256 = hashlib.sha256()
-        with open(self.place(name), "xb") as file:
+        with open(self.place(name), "xb", buffering=0) as file:
+            writer = InOrderWriter(file.fileno())
             for piece in pieces:
                 sha256.update(piece)
-                file.write(piece)
-            file.flush()
+                writer.write(piece)
+            writer.finish()
             os.fsync(file.fileno())
         self._digests[name] = sha256.hexdigest()
 

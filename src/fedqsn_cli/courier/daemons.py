@@ -29,6 +29,8 @@ _LARGEST_MESSAGE = 64 << 20  # bytes; by default, a host may make a site hold 4 
 _FRAME = 4 << 20  # bytes of a message that are sent at once; each frame costs much Python
 _ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "2",  # fewer arenas hold less
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),  # freed messages are kept for the next ones: fresh pages cost more than
+    "MALLOC_TRIM_THRESHOLD_": str(128 << 20),  # the copies into them
     "NVFLARE_ENABLE_JEMALLOC_PRELOAD": "false",
     "NVFLARE_STREAMING_MAX_BLOB_SIZE": str(_LARGEST_MESSAGE),
     "NVFLARE_STREAMING_CHUNK_SIZE": str(_FRAME),

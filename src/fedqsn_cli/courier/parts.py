@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from fedqsn_cli.checkpoint.files import open_regular_file, sync_directory, write_all
+from fedqsn_cli.checkpoint.files import open_regular_file, sync_directory
+from fedqsn_cli.checkpoint.in_order import InOrderReader, InOrderWriter
 from fedqsn_cli.errors import FormatError, InputError
 
 PART = 128 << 20
@@ -48,8 +49,9 @@ class Parts:
     def of(cls, path: Path, size: int = PART) -> Self:
         """The parts of a file that is there: reads it once. Raises InputError: it cannot be opened."""
         parts = PartDigests(size)
-        with open(open_regular_file(path), "rb") as file:
-            while piece := file.read(_PIECE):
+        with open(open_regular_file(path), "rb", buffering=0) as file:
+            reader = InOrderReader(file.fileno())
+            while piece := reader.read(_PIECE):
                 parts.add(piece)
         return cls(parts.finish())
 
@@ -126,19 +128,20 @@ class PartWriter:
     path: Path
     part: Part
     _descriptor: int = -1
+    _writer: InOrderWriter | None = None
     _taken: int = 0
     _sha256: Any = field(default_factory=hashlib.sha256)
 
     def write(self, data: bytes) -> int:
         """Take the next bytes; returns how many came so far. Raises FormatError: there are too many."""
-        if self._descriptor < 0:
+        if self._writer is None:
             self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
-            os.lseek(self._descriptor, self.part.start, os.SEEK_SET)
+            self._writer = InOrderWriter(self._descriptor, self.part.start)
         self._taken += len(data)
         if self._taken > self.part.length:
             raise FormatError("a part is longer than it was said to be", where=self.path)
         self._sha256.update(data)
-        write_all(self._descriptor, data)
+        self._writer.write(data)
         return self._taken
 
     def finish(self) -> None:
@@ -147,8 +150,10 @@ class PartWriter:
         A whole file would push out what the machine works with, and a page that is new to a virtual machine costs it
         far more than one that is used again.
         """
-        if self._taken != self.part.length or self._sha256.hexdigest() != self.part.sha256:
+        complete = self._taken == self.part.length and self._sha256.hexdigest() == self.part.sha256
+        if self._writer is None or not complete:
             raise FormatError("a part did not arrive as it was sent", where=self.path)
+        self._writer.finish()
         os.fsync(self._descriptor)
         os.posix_fadvise(self._descriptor, self.part.start, self.part.length, os.POSIX_FADV_DONTNEED)
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fedqsn_cli import strictjson
 from fedqsn_cli.checkpoint import ArtifactWriter
 from fedqsn_cli.checkpoint.files import open_regular_file
 from fedqsn_cli.checkpoint.header import is_plain_file_name
+from fedqsn_cli.checkpoint.in_order import InOrderReader, ahead
 from fedqsn_cli.errors import FormatError, InputError
 
 FORMAT = "fedqsn-folder/1"
@@ -63,24 +65,26 @@ def _size(path: Path) -> int:
 
 def _contents(path: Path, size: int) -> Iterator[bytes]:
     left = size
-    with open(open_regular_file(path), "rb") as file:
-        while piece := file.read(_PIECE):
+    with open(open_regular_file(path), "rb", buffering=0) as file:
+        reader = InOrderReader(file.fileno())
+        while piece := reader.read(_PIECE):
             left -= len(piece)
             yield piece
     if left:
         raise InputError("changed while it was read", where=path)
 
 
-def write_folder(pieces: Iterator[bytes], writer: ArtifactWriter, where: object) -> None:
+def write_folder(pieces: Iterable[bytes], writer: ArtifactWriter, where: object) -> None:
     """Write the files of a stream; they count only if this returns.
 
     Raises:
         FormatError: the stream is malformed, or longer or shorter than its index says. What `pieces` raises.
     """
-    stream = _Stream(pieces, where)
-    for name, size in _index(stream, where):
-        writer.add_pieces(name, stream.take(size))
-    stream.end()
+    with closing(ahead(pieces)) as opened:
+        stream = _Stream(opened, where)
+        for name, size in _index(stream, where):
+            writer.add_pieces(name, stream.take(size))
+        stream.end()
 
 
 def _index(stream: _Stream, where: object) -> list[tuple[str, int]]:
@@ -111,7 +115,7 @@ class _Stream:
         self._where = where
         self._held = memoryview(b"")
 
-    def take(self, count: int) -> Iterator[bytes]:
+    def take(self, count: int) -> Iterator[memoryview]:
         """The next bytes, so many of them. Raises FormatError: the stream ends before."""
         while count:
             if not self._held:
@@ -121,7 +125,7 @@ class _Stream:
                 self._held = memoryview(piece)
             part, self._held = self._held[:count], self._held[count:]
             count -= len(part)
-            yield bytes(part)
+            yield part
 
     def end(self) -> None:
         """Check that nothing is left. Raises FormatError."""

@@ -13,6 +13,7 @@ from fedqsn_cli import validate
 from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, SIGNATURE, UPDATE_MANIFEST
 from fedqsn_cli.checkpoint import ArtifactWriter
 from fedqsn_cli.checkpoint.files import open_regular_file, stream_new_file
+from fedqsn_cli.checkpoint.in_order import InOrderReader
 from fedqsn_cli.crypto import stream
 from fedqsn_cli.crypto.folder import folder_stream, write_folder
 from fedqsn_cli.crypto.keys import VerifyKey, load_opening_key, load_recipient, load_verify_key
@@ -101,8 +102,8 @@ def unseal(path: str | Path, options: UnsealOptions) -> Unsealed:
     sender = load_verify_key(options.verify_key) if options.verify_key is not None else None
     key = load_opening_key(options.key)
     with ArtifactWriter(Path(options.out), force=options.force, replaces=_SENT, uniform=True) as writer:
-        with open(open_regular_file(source), "rb") as file:
-            write_folder(stream.decrypt(file.read, key, source), writer, source)
+        with open(open_regular_file(source), "rb", buffering=0) as file:
+            write_folder(stream.decrypt(InOrderReader(file.fileno()).read, key, source), writer, source)
         if not any(name in writer.digests for name in _SENT):
             raise FormatError("holds neither a proxy nor an update", where=source)
         if sender is not None:

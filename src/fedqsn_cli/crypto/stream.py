@@ -92,12 +92,16 @@ def _marked(chunks: Iterator[bytes]) -> Iterator[tuple[int, bytes, bool]]:
 
 
 def _chunks(pieces: Iterable[bytes], size: int) -> Iterator[bytes]:
-    """The same bytes in chunks of one size, the last one shorter."""
-    held = bytearray()
+    """The same bytes in chunks of one size, the last one shorter. Each byte is copied once."""
+    held, length = list[memoryview](), 0
     for piece in pieces:
-        held += piece
-        while len(held) >= size:
-            yield bytes(held[:size])
-            del held[:size]
+        view = memoryview(piece)
+        while length + len(view) >= size:
+            cut = size - length
+            yield b"".join([*held, view[:cut]])
+            held, length, view = [], 0, view[cut:]
+        if len(view):
+            held.append(view)
+            length += len(view)
     if held:
-        yield bytes(held)
+        yield b"".join(held)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from nvflare.fuel.f3.streaming.download_service import (
 )
 from nvflare.fuel.f3.streaming.obj_downloader import ObjectDownloader
 
+from fedqsn_cli.checkpoint.direct_io import is_uncached, read_direct
 from fedqsn_cli.courier.parts import Part, Parts, PartWriter, fetch_file
 from fedqsn_cli.errors import FormatError
+from fedqsn_cli.linux import set_direct
 
 CHUNK = 8 << 20  # of a part, for each request; larger ones cost less time and more memory
 _TRANSACTION = 24 * 3600.0  # seconds without a request after which an offer ends
@@ -62,17 +65,26 @@ class OfferedPart(Downloadable):  # type: ignore[misc]
         super().__init__(str(path))
         self._path = path
         self._part = part
+        self._direct: bool | None = None  # whether it is read past the page cache, if that is known already
 
     def produce(self, state: dict[str, Any] | None, requester: str) -> tuple[str, bytes | None, dict[str, Any]]:
         """The chunk after what has come so far."""
         done = int((state or {}).get("taken", 0))
         if not 0 <= done < self._part.length:
             return ProduceRC.EOF, None, {}
-        with self._path.open("rb") as file:
-            file.seek(self._part.start + done)
-            data = file.read(min(CHUNK, self._part.length - done))
+        data = self._read(self._part.start + done, min(CHUNK, self._part.length - done))
         _SENT.add(len(data))
         return ProduceRC.OK, data, {"taken": done + len(data)}
+
+    def _read(self, start: int, count: int) -> bytes:
+        with self._path.open("rb", buffering=0) as file:
+            if self._direct is None:
+                self._direct = is_uncached(file.fileno(), os.fstat(file.fileno()).st_size)
+            found = read_direct(file.fileno(), start, count) if self._direct and set_direct(file.fileno()) else None
+            if found is not None:
+                return found.tobytes()
+            set_direct(file.fileno(), False)
+            return os.pread(file.fileno(), count, start)
 
 
 class WrittenPart(Consumer):  # type: ignore[misc]
