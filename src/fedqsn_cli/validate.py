@@ -20,7 +20,8 @@ CLIENT_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 CLIENT = "{client}"
 """In an option, it stands for the name of each client."""
 
-_HOST = r"[A-Za-z0-9._:\[\]-]{1,253}"
+_HOST = r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}"
+_NO_SITES = ("server", "admin")  # FLARE's own
 
 _INTERVAL = re.compile(r"(\d{1,15}(?:\.\d{1,15})?) *([smh]?)", re.IGNORECASE | re.ASCII)
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?) *([KMGT]?)(I?)B?", re.IGNORECASE | re.ASCII)
@@ -50,6 +51,27 @@ def clients(value: str | Sequence[str], where: str) -> tuple[str, ...]:
     if len(set(names)) != len(names):
         raise InputError("a client is named twice", where=where)
     return names
+
+
+def site(value: str, where: str | None = None) -> str:
+    """A client id that its site can have in FLARE, where dots separate the names of parent and child."""
+    client(value, where)
+    if "." in value:
+        raise InputError(f"{value!r} cannot be the name of a site", where=where, hint="use letters, digits, _ and -")
+    if value.lower() in _NO_SITES:
+        raise InputError(f"{value!r} cannot be the name of a site", where=where, hint="choose another name")
+    return value
+
+
+def sites(value: str | Sequence[str], where: str) -> tuple[str, ...]:
+    """Different names of sites, at least one."""
+    return tuple(site(name, where) for name in clients(value, where))
+
+
+def not_the_host(names: Sequence[str], host: str, where: str) -> None:
+    """Refuse sites that are called as the server's machine is: their certificates would be its own."""
+    if host.lower() in [name.lower() for name in names]:
+        raise InputError(f"{host!r} is the name of the server", where=where, hint="choose another name for the site")
 
 
 def for_each_client(value: str, where: str, several: bool) -> str:

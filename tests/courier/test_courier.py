@@ -123,7 +123,8 @@ def served(*folders: Path, within: tuple[str, ...] = ()) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    return make_job(tmp_path_factory.mktemp("courier") / "job", "alice")
+    """In a folder whose name FLARE's own command lines would take apart."""
+    return make_job(tmp_path_factory.mktemp("courier") / "a job, ärgerlich #1", "alice")
 
 
 def test_a_round_over_a_host_and_a_site_that_are_machines_of_their_own(job: Job, tmp_path: Path) -> None:
@@ -248,6 +249,14 @@ def test_a_request_that_names_no_site_is_refused(told: str) -> None:
         setup._named(data.getvalue(), Path("request"))
 
 
+def test_a_request_for_a_name_that_no_site_can_have_is_refused() -> None:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as file:
+        file.writestr("request.json", '{"name": "server", "cert_type": "client"}')
+    with pytest.raises(InputError, match="asked.*'server' cannot be the name of a site"):
+        setup._named(data.getvalue(), Path("asked"))
+
+
 def test_what_goes_between_owner_and_site_is_read_strictly(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,6 +269,8 @@ def test_what_goes_between_owner_and_site_is_read_strictly(
         courier_join(tmp_path / "other.json", tmp_path / "site", name="bob", data="x")
     with pytest.raises(InputError, match="--data: is needed"):
         courier_join(invitation, tmp_path / "site", name="bob")
+    with nothing_written(tmp_path), pytest.raises(InputError, match="--name: 'localhost' is the name of the server"):
+        courier_join(invitation, tmp_path / "site", name="localhost", data="x")
     made = courier_join(invitation, tmp_path / "site", name="bob", data="x.jsonl")
     with pytest.raises(InputError, match="has not approved this site"):
         courier_serve(tmp_path / "site")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from fedqsn_cli import courier_send, seal
 from fedqsn_cli.courier import rounds
 from fedqsn_cli.courier.outbox import read_outbox
-from fedqsn_cli.courier.rounds import Opened, Sealed
+from fedqsn_cli.courier.rounds import Opened, Sealed, Unreachable
 from fedqsn_cli.crypto.keys import load_verify_key
 from fedqsn_cli.errors import GateFailed, InputError, KeyFileError, RefusedUpdate
 from support.courier import Carrier, Desk
@@ -121,6 +122,52 @@ def test_of_two_who_send_a_proxy_at_once_one_is_refused(desk: Desk, carrier: Car
         assert not carrier.jobs and contents(desk.owner.host.carried) == before
     assert courier_send(desk.owner.home, outbox, **options).arrived == 2
     assert not list(desk.owner.host.carried.iterdir())
+
+
+def test_the_key_of_somebody_else_is_refused_before_anything_is_sent(desk: Desk, carrier: Carrier) -> None:
+    outbox, other = desk.pack(), desk.site("alice").private_key
+    with nothing_written(desk.home), pytest.raises(InputError, match="not the key that updates are sealed for"):
+        courier_send(desk.owner.home, outbox, into=desk.home / "in", key=other)
+    assert not carrier.jobs
+
+
+@pytest.mark.parametrize("inbox", ["file", "file/in", "/proc/in/box"])
+def test_an_inbox_that_cannot_be_written_is_refused_before_anything_is_sent(
+    desk: Desk, carrier: Carrier, inbox: str
+) -> None:
+    outbox = desk.pack()
+    (desk.home / "file").touch()
+    with nothing_written(desk.home), pytest.raises(InputError, match="give a folder for the updates of this round"):
+        courier_send(desk.owner.home, outbox, into=desk.home / inbox, key=desk.key.private)
+    assert not carrier.jobs
+
+
+def test_a_disk_without_room_for_an_update_is_named(
+    desk: Desk, carrier: Carrier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(rounds, "unseal", full)
+    with pytest.raises(OSError, match="No space left on device: '.*/in'"):
+        courier_send(desk.owner.home, desk.pack(), into=desk.home / "in", key=desk.key.private)
+
+
+def test_a_server_that_does_not_answer_is_asked_once_for_all_clients(
+    desk: Desk, carrier: Carrier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each attempt takes seconds: with many clients, the deadline would be long over."""
+    asked = list[Path]()
+
+    def silent(job: Path) -> str:
+        asked.append(job)
+        time.sleep(0.2)
+        raise Unreachable("cannot connect")
+
+    monkeypatch.setattr(carrier, "submit", silent)
+    with pytest.raises(GateFailed, match="0 of 2 updates came in time"):
+        courier_send(desk.owner.home, desk.pack(), into=desk.home / "in", key=desk.key.private, deadline="0.1s")
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("key", ["with the key", None])

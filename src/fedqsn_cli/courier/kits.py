@@ -30,6 +30,11 @@ ADMIN = "owner@fedqsn.local"
 ALLOWED = ["fedqsn_cli.courier.flare."]
 """Prefixes of the classes that a job may name."""
 
+_LAUNCHER = {"id": "process_launcher", "args": {}}  # FLARE's own takes no folder with a space in its name
+_LAUNCHERS = {
+    "server": "fedqsn_cli.courier.flare.launch.ServerLauncher",
+    "client": "fedqsn_cli.courier.flare.launch.SiteLauncher",
+}
 _DEPOT = {"id": "courier_depot", "path": "fedqsn_cli.courier.flare.depot.CourierDepot"}
 _ROLE = "lead"  # may submit jobs and end its own, and nothing else
 _ORGANISATION = "fedqsn"
@@ -129,9 +134,22 @@ def place_server(kit: Path) -> None:
         document["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(kit / "snapshots")
         jobs = next(one for one in document["components"] if one["id"] == "job_manager")
         jobs["args"] = jobs.get("args", {}) | {"uri_root": str(kit / "jobs")}
-        others = [one for one in document["components"] if one["id"] != _DEPOT["id"]]
-        document["components"] = [*others, _DEPOT | {"args": {"kit": str(kit)}}]
+        _place(document, _LAUNCHER | {"path": _LAUNCHERS["server"]}, _DEPOT | {"args": {"kit": str(kit)}})
     write_file_atomically(path, json.dumps(document, indent=2).encode())
+
+
+def place_site(kit: Path) -> None:
+    """Let a site start its workers in its kit, wherever that is now. Raises InputError, FormatError."""
+    path = kit / "local" / "resources.json"
+    with _settings(path) as document:
+        _place(document, _LAUNCHER | {"path": _LAUNCHERS["client"]})
+    write_file_atomically(path, json.dumps(document, indent=2).encode())
+
+
+def _place(document: Any, *components: dict[str, Any]) -> None:
+    """Put components into the settings of a kit, in place of those of the same name."""
+    names = {one["id"] for one in components}
+    document["components"] = [*(one for one in document["components"] if one["id"] not in names), *components]
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Every client has a job of its own. One that fails is submitted again, and goes o
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from contextlib import ExitStack
@@ -12,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedqsn_cli.checkpoint.files import require_file_target
 from fedqsn_cli.courier import kits
 from fedqsn_cli.courier.layout import Host, Owner
 from fedqsn_cli.courier.outbox import Consignment, read_outbox
 from fedqsn_cli.courier.rounds import Delivery, Opened, Sealed, Unreachable
-from fedqsn_cli.crypto.keys import load_opening_key, load_verify_key
+from fedqsn_cli.crypto.keys import load_opening_key, load_recipient, load_verify_key
 from fedqsn_cli.errors import GateFailed, InputError, RefusedUpdate
 from fedqsn_cli.options import CourierSendOptions
 from fedqsn_cli.progress import SILENT, Progress
@@ -80,10 +82,9 @@ def courier_send(
     if least > len(sent):
         raise InputError(f"there are {len(sent)} proxies", where="--at-least", hint="give a smaller number")
     deliveries = [_delivery(host, path, one, options) for one in sent]
-    if Path(options.into).exists() and not Path(options.into).is_dir():
-        raise InputError("is not a folder", where=options.into, hint="give a folder for the updates of this round")
     for delivery in deliveries:
         delivery.check()
+    _require_writable(Path(options.into))
     from fedqsn_cli.courier.flare.session import Session
 
     with ExitStack() as held:
@@ -100,8 +101,22 @@ def _delivery(host: Host, path: str | Path, sent: Consignment, options: CourierS
     inbox = Path(options.into)
     if options.key is None:
         return Sealed(sent, host.carried, inbox)
-    load_opening_key(options.key)
+    if load_opening_key(options.key).public_key() != load_recipient(host.owner_key):
+        raise InputError("is not the key that updates are sealed for", where=options.key, hint="give the owner's own")
     return Opened(sent, host.carried, inbox, Path(options.key), Owner.open(path).public_key(sent.order.client))
+
+
+def _require_writable(inbox: Path) -> None:
+    """Refuse now what would stop the first update, perhaps in hours. Raises InputError."""
+    place = inbox.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise InputError("is not a folder", where=place, hint="give a folder for the updates of this round")
+    try:
+        require_file_target(place / ".new")
+    except InputError as error:
+        raise InputError(error.what, where=inbox, hint="give a folder for the updates of this round") from None
 
 
 @dataclass(slots=True)
@@ -153,7 +168,9 @@ class Sending:
                     self._look(client)
                 except Unreachable as error:
                     self._later(client, f"the server does not answer ({error})")
-            self._find_lost()
+                    break  # it would not answer for the others, and each attempt takes seconds
+            else:
+                self._find_lost()
             time.sleep(_POLL)
 
     @property
@@ -202,6 +219,8 @@ class Sending:
         except RefusedUpdate as error:
             client.refused = True
             self.progress.note(error.what)
+        except OSError as error:  # of reading or writing, which name no file
+            raise OSError(error.errno, error.strerror, str(client.delivery.inbox)) from error
 
     def _submit(self, client: _Client) -> None:
         from fedqsn_cli.courier.flare.job import write_job

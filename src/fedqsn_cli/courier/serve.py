@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import signal
+import socket
 import threading
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -15,6 +19,8 @@ from fedqsn_cli.courier.rounds import Unreachable
 from fedqsn_cli.courier.site import SiteSettings
 from fedqsn_cli.errors import InputError
 from fedqsn_cli.options import CourierServeOptions, CourierStatusOptions, CourierStopOptions
+
+_FREED = 5.0  # seconds in which a server that was killed gives back its port
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +61,15 @@ def courier_serve(path: str | Path, options: CourierServeOptions) -> Served:
 
     Raises:
         InputError: there is no such folder, the owner has not approved the site yet, it is served already, the
-            certificates cannot be used, a kit is another client's, or site.toml is malformed or names no data.
+            certificates or the port cannot be used, a kit is another client's, or site.toml is malformed or names no
+            data.
 
     Example:
         >>> courier_serve("site").path
     """
     kits.require_flare()
     home = Path(path).absolute()
-    lock, served = _served(home), _daemons(home, options)
+    locks, served = [_served(home), *_sites(home, options)], _daemons(home, options)
     ended = threading.Event()
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -70,12 +77,45 @@ def courier_serve(path: str | Path, options: CourierServeOptions) -> Served:
 
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        with daemons.serving(lock):
+        with ExitStack() as held:
+            for lock in locks:
+                held.enter_context(daemons.serving(lock))
+            _require_port(home, served)
             daemons.keep_alive(served, ended)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     return Served(str(home), True)
+
+
+def _sites(home: Path, options: CourierServeOptions) -> list[Path]:
+    """The folders of the sites on this machine that the owner's folder serves."""
+    return [] if options.server_only else [site.home for site in Owner(home).sites()]
+
+
+def _require_port(home: Path, served: Sequence[Daemon]) -> None:
+    """FLARE would go on without the port, and say nothing. Raises InputError: the server cannot have it."""
+    if served[0].name is not None:
+        return
+    served[0].end_workers()  # an earlier server whose `courier-serve` was killed may still have it
+    port = Invitation.read(Host.open(home).invitation).port
+    deadline = time.monotonic() + _FREED
+    while (problem := _taken(port)) is not None:
+        if time.monotonic() > deadline:
+            hint = "end the program that has it, or make the courier with another --server"
+            raise InputError(f"port {port} of this machine cannot be used ({problem})", where=home, hint=hint)
+        time.sleep(0.1)
+
+
+def _taken(port: int) -> str | None:
+    """Why no server can listen at a port of this machine; None if one can."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended do not count
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            return error.strerror
+    return None
 
 
 def _daemons(home: Path, options: CourierServeOptions) -> list[Daemon]:
@@ -104,6 +144,7 @@ def _site(site: Site) -> Daemon:
         raise InputError(
             f"is the kit of client {client!r}, as which this site never asked to join", where=site.kit, hint=hint
         )
+    kits.place_site(site.kit)
     return Daemon(client, site.kit)
 
 

@@ -168,6 +168,7 @@ def _answer(site: Site, invitation: Invitation, name: str, approval: Path) -> by
 def _request(site: Site, invitation: Invitation, options: CourierJoinOptions) -> CourierSetup:
     if site.home.exists():
         raise OutputExists("already exists", where=site.home, hint="choose another folder, or give the --approval")
+    validate.not_the_host([options.name], invitation.host, "--name")
     with _new_folder(site.home):
         site.rounds.mkdir(mode=0o700)
         write_file_atomically(site.home / INVITATION, invitation.to_bytes())
@@ -254,7 +255,7 @@ def _named(data: bytes, where: Path) -> str:
         raise FormatError("is not a request of a site", where=where) from None
     if kind != "client":
         raise InputError(f"asks for the certificate of a {kind}, not of a site", where=where)
-    return validate.client(name, str(where))
+    return validate.site(name, str(where))
 
 
 def _told(data: bytes, name: str, where: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import Annotated
@@ -41,9 +42,10 @@ def _address(value: str, flag: str) -> str:
 
 def _time(value: str, flag: str) -> str:
     """A time such as 6h."""
-    if validate.interval(value, flag)[1] is None:
-        raise InputError(f"{value!r} is not a time", where=flag, hint="give a time such as 30m or 6h")
-    return value
+    with suppress(InputError):
+        if validate.interval(value, flag)[1] is not None:
+            return value
+    raise InputError(f"{value!r} is not a time", where=flag, hint="give a time such as 30m or 6h")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +65,13 @@ class CourierInitOptions(Options):
             "Make a site of this client on this machine, too; may be repeated.",
             COURIER,
             metavar="CLIENT",
-            check=validate.clients,
+            check=validate.sites,
         ),
     ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validate.not_the_host(self.local or (), self.address[0], "--local")
 
     @property
     def address(self) -> tuple[str, int]:
@@ -83,7 +89,7 @@ class CourierJoinOptions(Options):
     name: Annotated[
         str,
         Option(
-            "Name of the client, as the owner exports proxies for it.", COURIER, metavar="CLIENT", check=validate.client
+            "Name of the client, as the owner exports proxies for it.", COURIER, metavar="CLIENT", check=validate.site
         ),
     ]
     data: Annotated[str | Path | None, Option("Training data, written into site.toml.", DATA)] = None

@@ -9,7 +9,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nvflare.fuel.flare_api.flare_api import new_secure_session
+from nvflare.fuel.flare_api import flare_api
 
 from fedqsn_cli.courier.kits import ADMIN, require_valid
 from fedqsn_cli.courier.rounds import Unreachable
@@ -65,16 +65,15 @@ class Session:
         return found
 
     def close(self) -> None:
-        """End the session."""
-        if self._session is not None:
-            self._session.close()
-            self._session = None
+        """End the session, also one that is being made: FLARE's threads would go on."""
+        self._forget()
 
     def _try(self, call: Callable[[Any], T]) -> T:
         try:
             with redirect_stdout(io.StringIO()):  # FLARE prints there, and that is for results
                 if self._session is None:
-                    self._session = new_secure_session(ADMIN, str(self._kit), timeout=_CONNECT)
+                    self._session = flare_api.Session(ADMIN, str(self._kit))
+                    self._session.try_connect(_CONNECT)
                 return call(self._session)
         except Exception as error:  # FLARE's errors have no common base; all of them mean: not now
             self._forget()
