@@ -370,7 +370,7 @@ def test_what_a_site_refuses_is_no_update_and_the_same_command_goes_on(job: Job)
     with served(job.courier):
         outbox = job.pack(2, "alice", epochs=1000)
         with pytest.raises(GateFailed, match="0 of 1 updates came in time"):
-            job.send(outbox, deadline="12s")
+            job.send(outbox, deadline="30s")
         log = job.courier / "sites/alice/courier.log"
         assert "epochs 1000, and the site allows 10" in log.read_text()
         outbox = job.pack(3, "alice")
