@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from support.chance import CHANCE
 from support.large_pages import use_large_pages
 from support.untrainable import accept_untrainable_models
 
@@ -99,6 +101,37 @@ settle()
 tame_hypothesis()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--chance", default="0", help="draw the keys of jobs from this number, or from a new one: 'new'")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.chance == "new":  # workers get the number
+        config.option.chance = str(secrets.randbits(31))
+    CHANCE.install(int(config.option.chance))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.option.chance != "0":
+        terminalreporter.write_line(f"drawn with --chance {config.option.chance}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    with CHANCE.of(item.nodeid):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object], request: pytest.FixtureRequest) -> Iterator[None]:
+    """What tests share is the same whichever of them asks first."""
+    if fixturedef.scope == "function":
+        return (yield)
+    number = getattr(request, "param_index", 0)
+    with CHANCE.of(f"{request.node.nodeid} {fixturedef.baseid} {fixturedef.argname} {number}"):
+        return (yield)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """One more than cores: a test that waits for a process of its own, or for a site, leaves a core to another one."""
@@ -115,9 +148,14 @@ def pytest_collection() -> Iterator[None]:
         gc.enable()
 
 
+@pytest.hookimpl(trylast=True)  # a hook may have chosen some of them
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 def pytest_collection_finish() -> None:
     gc.set_threshold(100_000, 20, 20)  # as the command line has it
-    leave_to_rest()
+    gc.freeze()  # without looking for garbage first, which takes half a second
     use_large_pages()
 
 

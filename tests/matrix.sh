@@ -38,7 +38,7 @@ on four-workers try -n 4 --hypothesis-profile soak tests
 on c-locale env LC_ALL=C PYTHONUTF8=0 "$python" -m pytest -q -n auto --dist worksteal "${system[@]}" tests/training
 on umask-nohup shut -n auto "${system[@]}"
 on disk on_disk -n auto tests/checkpoint tests/cli tests/export/test_server_model.py tests/export/test_proxy.py
-on new-examples try -n auto --hypothesis-profile explore tests -k "not examples and not study and not benchmarks"
+on new-examples try -n auto --hypothesis-profile explore --chance new tests -k "not examples and not study and not benchmarks"
 
 ((${#failed[@]} == 0)) || { echo "== failed: ${failed[*]}" >&2; exit 1; }
 echo "== all passed"

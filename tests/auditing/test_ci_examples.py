@@ -71,6 +71,7 @@ def desk(folder: Path) -> tuple[Path, dict[str, str]]:
     return folder, environment
 
 
+@pytest.mark.long
 def test_the_makefile_releases_what_passes_and_stops_what_does_not(desk: tuple[Path, dict[str, str]]) -> None:
     folder, environment = desk
 

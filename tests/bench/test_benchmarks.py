@@ -45,6 +45,7 @@ def bench(work: Path, *options: str) -> tuple[dict, str]:
     return json.loads(out.read_text()), done.stdout
 
 
+@pytest.mark.long
 def test_figures_of_our_own_are_measured_and_written_down(tmp_path: Path) -> None:
     figures, table = bench(tmp_path, "--only", "merge")
 

@@ -73,7 +73,7 @@ def test_a_parent_that_cannot_hold_it_is_named(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file"]
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 def test_a_file_system_that_makes_no_folders_is_no_endless_loop() -> None:
     with pytest.raises(InputError, match="cannot be created"):
         ArtifactWriter(Path("/proc/1/out"), force=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedqsn_cli.courier import send, work
-from support.courier import CLIENTS, Carrier, Desk, make_desk, train
+from support.courier import CLIENTS, Carrier, Clock, Desk, make_desk, train
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +31,6 @@ def carrier(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Carrier:
 
     made = Carrier({name: desk.site(name) for name in CLIENTS})
     monkeypatch.setattr(session, "Session", made)
-    monkeypatch.setattr(send, "_POLL", 0.0)
+    monkeypatch.setattr(send, "time", Clock())
     monkeypatch.setattr(send, "_RETRY", (0.0, 0.0))
     return made

@@ -10,7 +10,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -46,19 +45,13 @@ from fedqsn_cli.courier.send import SendResult
 from fedqsn_cli.errors import FormatError, GateFailed, InputError, OutputExists
 from support.courier import forked_nvflare
 from support.helpers import nothing_written, search_path
-from support.processes import command, environment
+from support.processes import command, environment, free_port
 from support.training_jobs import labelled, small_model
 
 ROOT = Path(__file__).parents[2]
 FAST = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-pytestmark = pytest.mark.timeout(600)
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return int(found.getsockname()[1])
+pytestmark = [pytest.mark.timeout(600), pytest.mark.long]
 
 
 @dataclass(frozen=True)
@@ -148,6 +141,9 @@ def test_a_round_over_a_host_and_a_site_that_are_machines_of_their_own(job: Job,
     merged = merge(job.home / "global", [tmp_path / "update"], job.home / "next", **job.secrets)
     assert [one.client for one in merged.clients] == ["alice"]
     assert "--method=lora --lora-r=2" in (site / "courier.log").read_text()
+    (log,) = site.rglob("training.log")  # all that a process says: libraries warn of nothing
+    labels = ["fedqsn: training", "update", "trained on", "steps", "training loss", "numbers sent back"]
+    assert all(line.startswith(label) for line, label in zip(log.read_text().splitlines(), labels, strict=True))
 
     texts = {path: path.read_bytes() for path in (site / "kit").rglob("*.json")}
     assert any(path.name == "config_fed_client.json" for path in texts)  # FLARE keeps the jobs that ran

@@ -23,7 +23,7 @@ PARTS = Parts((Part(0, 3, "a" * 64), Part(3, 1, "b" * 64)))
 
 def until(happens: Callable[[], bool]) -> None:
     """Wait for something."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while not happens():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -72,6 +72,15 @@ class Transfers:
         finally:
             self.fetching.remove((references, sender, target))
 
+    def end_once_begun(self, ended: Signal) -> None:
+        """Give this signal when a file is being fetched."""
+
+        def end() -> None:
+            until(lambda: bool(self.fetching))
+            ended.trigger(True)
+
+        threading.Thread(target=end).start()
+
 
 @pytest.fixture
 def transfers(monkeypatch: pytest.MonkeyPatch) -> Transfers:
@@ -97,7 +106,7 @@ def test_a_file_is_fetched_or_the_worker_is_told_why_not(kit: Path, transfers: T
 
 def test_a_job_that_is_ended_ends_its_fetch(kit: Path, transfers: Transfers) -> None:
     worker, abort = Depot(kit), Signal()
-    threading.Timer(0.2, abort.trigger, [True]).start()
+    transfers.end_once_begun(abort)
     with pytest.raises(FormatError, match="the job was ended"):
         worker.fetch(PARTS, [], "alice.job", Path("/update"), abort)
     worker.close()
@@ -110,7 +119,7 @@ def test_two_workers_never_write_one_file_at_once(kit: Path, transfers: Transfer
         Signal(),
         threading.Thread(target=next_one.fetch, args=(PARTS, ["new"], "alice.job", Path("/update"), None)),
     )
-    threading.Timer(0.2, first.trigger, [True]).start()
+    transfers.end_once_begun(first)
     with pytest.raises(FormatError):
         killed.fetch(PARTS, ["old"], "alice.job", Path("/update"), first)
     second.start()

@@ -33,13 +33,16 @@ from support.signing import Party, party, sign_folder
 PROPOSAL = ProposalOptions(epochs=2.0, lr=1e-3, batch_size=8)
 
 TRAINER = """
-import json, os, sys, time
+import json, os, resource, sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 words = sys.argv[1:]
 Path({calls!r}).open("a").write(json.dumps(words) + "\\n")
 time.sleep(float(os.environ.get("TRAINING_TAKES", "0")))
-bytearray(int(os.environ.get("TRAINING_TAKES_BYTES", "0")))
+if "TRAINING_TAKES_BYTES" in os.environ:
+    while resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY:
+        time.sleep(0.01)  # the site sets it when it has started this process
+    bytearray(int(os.environ["TRAINING_TAKES_BYTES"]))
 if "TRAINING_FAILS" in os.environ:
     os.kill(os.getpid(), 9)
 out = Path(words[words.index("--out") + 1])

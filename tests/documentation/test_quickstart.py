@@ -161,6 +161,7 @@ def figures(shown: str) -> dict[str, float]:
 
 
 @pytest.mark.usefixtures("short_attacks")
+@pytest.mark.long
 def test_the_script_plays_a_job_and_its_audit_is_complete(
     small_job: dict[str, str], scripts: Scripts, tmp_path: Path
 ) -> None:

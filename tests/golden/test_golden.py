@@ -52,6 +52,7 @@ def compare_here(section: str) -> None:
     assert not found, "\n".join([*found, MEANT])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("section", QUICK)
 def test_what_measures_nothing_is_as_it_was_recorded(section: str) -> None:
     assert fork(partial(compare_here, section)).wait() == 0, "see stderr"

@@ -55,6 +55,7 @@ def called(folder: Path) -> tuple[int, bool]:
     return int(result), hits != "0"
 
 
+@pytest.mark.long
 def test_a_kernel_is_compiled_again_when_a_kernel_or_a_constant_of_another_file_changes(tmp_path: Path) -> None:
     (tmp_path / "caller.py").write_text(CALLER)
     (tmp_path / "called.py").write_text(CALLED.format(level=0, operator="+"))

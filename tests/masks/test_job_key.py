@@ -19,6 +19,7 @@ from fedqsn_cli.errors import InputError, KeyFileError, OutputExists
 from fedqsn_cli.masks import job_key
 from fedqsn_cli.masks.job_key import JobKey
 from fedqsn_cli.planning.plan import Plan, make_plan
+from support.chance import CHANCE, by_chance
 
 TENSORS = {"model.embed_tokens.weight": ("F32", (97, 64)), "model.layers.0.mlp.up_proj.weight": ("F32", (128, 64))}
 PLAN = make_plan(TENSORS, {"model_type": "llama"})
@@ -76,9 +77,19 @@ def test_only_the_owner_can_open_a_new_key_whatever_the_umask(path: Path, mask: 
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_every_new_job_has_another_key_of_32_bytes(tmp_path: Path) -> None:
+def test_every_new_job_has_another_key_of_32_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secrets.token_bytes", by_chance)
     drawn = {job_key.draw(0.1, "neuron", PLAN).key for _ in range(20)}
     assert len(drawn) == 20 and {len(key) for key in drawn} == {32}
+
+
+def test_a_test_draws_the_same_keys_in_every_run_and_other_tests_draw_others() -> None:
+    def drawn(owner: str) -> list[bytes]:
+        with CHANCE.of(owner):
+            return [job_key.draw(0.1, "neuron", PLAN).key for _ in range(2)]
+
+    assert drawn("a test") == drawn("a test")
+    assert len({*drawn("a test"), *drawn("another")}) == 4
 
 
 def test_a_key_is_never_overwritten(path: Path) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import socket
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,3 +61,13 @@ def process(*arguments: str | Path, **environ: str) -> Outcome:
     """Run a command as a process."""
     done = subprocess.run(command(*arguments), env=environment(**environ), capture_output=True, text=True, timeout=600)
     return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def free_port() -> int:
+    """A port that nobody takes before the server does: those that connections get by themselves are above 32767."""
+    for port in range(20_000 + os.getpid() % 10_000, 32_768):
+        with socket.socket() as found, suppress(OSError):
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(("localhost", port))
+            return port
+    raise AssertionError("no port is free")

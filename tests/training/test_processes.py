@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 from fedqsn_cli import client_train
 from fedqsn_cli.training.steps.processes import ALONE, Processes, launched, own_device
 from support.forks import fork_command
-from support.processes import environment
+from support.processes import environment, free_port
 from support.training_jobs import labelled, make_proxy, small_model
 
 EXACT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -70,9 +69,7 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch(job: Path, met
 
 def two_processes(folder: Path, words: list[str]) -> tuple[list[int], str]:
     """The exit codes of two processes, and what they print; only the first of them can reach the data."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with (folder / "printed").open("w") as printed:
         both = [
             fork_command(*given, told=printed, folder=folder, RANK=str(rank), LOCAL_RANK=str(rank), **common)

@@ -128,7 +128,7 @@ def similar(one: Floats, other: Floats, least: float = _ALIKE, tables: int = TAB
     for planes in _rotations(tables):
         left, right = (_hash(vectors, planes[:bits]) for vectors in (one, other))
         order = np.argsort(left, kind="stable")
-        ends = np.cumsum(np.bincount(left, minlength=1 << 16))  # of the cells, in that order
+        ends = np.cumsum(np.bincount(left, minlength=1 << bits))  # of the cells, in that order
         begins = np.concatenate([[0], ends[:-1]])
         yield from _pairs(one, other, order, begins[right], ends[right], least)
 
