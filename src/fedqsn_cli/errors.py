@@ -9,6 +9,7 @@
     │   ├── RefusedUpdate                  an update is stale, foreign, duplicate, non-finite or too large
     │   ├── OutputExists                   an output path is taken and --force was not given
     │   ├── DataError                      a training or evaluation file cannot be used
+    │   ├── Diverged                       a training left the finite numbers
     │   └── HubError                       a hf:// reference cannot be resolved, fetched or pushed
     └── GateFailed                exit 1   more leakage than a policy allows, or a merge that only makes the model worse
 
@@ -78,6 +79,10 @@ class OutputExists(InputError):
 
 class DataError(InputError):
     """A training or evaluation file cannot be used."""
+
+
+class Diverged(InputError):
+    """A training left the finite numbers."""
 
 
 class HubError(InputError):

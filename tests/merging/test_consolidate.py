@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fedqsn_cli import client_train, consolidate, evaluate, export_proxy, inspect, mask, merge
-from fedqsn_cli.errors import DataError, GateFailed, InputError, OutputExists
+from fedqsn_cli.errors import DataError, Diverged, GateFailed, InputError, OutputExists
 from fedqsn_cli.merging.ending.lora_student import LoraStudent
+from fedqsn_cli.merging.ending.rate_search import RATES
+from fedqsn_cli.merging.ending.rate_search import search as search_rates
 from fedqsn_cli.merging.ending.weight_search import WEIGHTS, WeightTrial, rank
 from fedqsn_cli.options import RecipeOptions
 from fedqsn_cli.progress import SILENT, Silent
@@ -338,6 +341,111 @@ def test_options_of_auto_go_with_auto(
 ) -> None:
     with nothing_written(tmp_path), pytest.raises(InputError, match=message):
         language.consolidate(tmp_path / "out", own_data=language.data, **both_skills | AUTO | options)
+
+
+# ------------------------------------------------------------------------------------------ the learning rate by auto
+
+
+def test_auto_takes_the_rate_that_brings_the_model_closest_to_its_teachers(classifier: Job, tmp_path: Path) -> None:
+    data = {"own_data": classifier.data, "transfer_data": classifier.data}
+    found = classifier.consolidate(tmp_path / "out", **data, lr="auto", steps=20)
+    trials = found.rates.trials
+    assert [trial.lr for trial in trials] == list(RATES[: len(trials)])
+    assert found.lr == found.rates.chosen == min(trials, key=lambda trial: trial.divergence).lr
+    # Untrained rates of this model are far too small: 20 steps of 5e-5 change nearly nothing.
+    assert found.lr > RATES[0] and found.after is None
+    kept_out = range(0, 24, 10)
+    expected = sum(
+        weight * _mean_divergence(classifier.home / name, tmp_path / "out", classifier.data, kept_out)
+        for name, weight in (("global", 1.0), ("server", 0.75))
+    )
+    assert min(trial.divergence for trial in trials) == pytest.approx(expected, rel=1e-3)
+
+
+def _mean_divergence(teacher: Path, student: Path, data: Path, rows: range) -> float:
+    """KL(teacher ‖ student) on some rows, in nats, by transformers."""
+    texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    said = []
+    for path in (teacher, student):
+        model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
+        with torch.no_grad():
+            said.append(
+                torch.cat([model(**tokenizer(texts[row], return_tensors="pt")).logits for row in rows]).log_softmax(-1)
+            )
+    return float(torch.nn.functional.kl_div(said[1], said[0], log_target=True, reduction="batchmean"))
+
+
+def test_with_auto_a_tenth_is_kept_out_and_few_texts_are_whole() -> None:
+    def lesson(count: int) -> Lesson:
+        examples = Examples("classification", [{"input_ids": [row]} for row in range(count)], list(range(count)))
+        return Lesson(examples, [SoftTargets(None, torch.full((1, 2), float(row))) for row in range(count)], 1.0)
+
+    trained, kept_out = lesson(25).divided()
+    assert [one["input_ids"] for one in kept_out.examples.features] == [[0], [10], [20]]
+    assert [one.probabilities[0, 0].item() for one in kept_out.soft_targets] == kept_out.examples.targets == [0, 10, 20]
+    assert sorted([*trained.examples.targets, *kept_out.examples.targets]) == list(range(25))
+    assert len(lesson(9000).divided()[1].soft_targets) == 200
+    few = lesson(9)
+    assert few.divided() == (few, few)
+
+
+def test_rates_are_tried_until_one_is_worse_or_diverges() -> None:
+    class Tried(NamedTuple):
+        divergence: float
+
+    def outcomes(*values: float | None) -> tuple[float, list[float]]:
+        tried: list[float] = []
+
+        def attempt(rate: float) -> Tried:
+            tried.append(rate)
+            value = values[len(tried) - 1]
+            if value is None:
+                raise Diverged("the loss is nan at step 2")
+            return Tried(value)
+
+        best, search = search_rates(attempt)
+        assert best.divergence == min(trial.divergence for trial in search.trials if trial.divergence > 0)
+        return search.chosen, tried
+
+    assert outcomes(3, 2, 1, 0.5) == (RATES[3], list(RATES))
+    assert outcomes(3, 2, 2.5) == (RATES[1], list(RATES[:3]))
+    assert outcomes(3, 4) == (RATES[0], list(RATES[:2]))
+    assert outcomes(3, 2, None) == (RATES[1], list(RATES[:3]))
+    assert outcomes(3, float("nan")) == (RATES[0], list(RATES[:2]))
+    with pytest.raises(Diverged):
+        outcomes(None)
+
+
+def test_rate_and_weight_by_auto_go_on_where_they_were(
+    language: Job, both_skills: dict[str, Path], tmp_path: Path
+) -> None:
+    class Ended(Silent):
+        def __init__(self, left: int) -> None:
+            self.left = left
+
+        def advance(self, amount: float = 1, **facts: float) -> None:
+            if "lr" in facts:
+                self.left -= 1
+                if self.left == 0:
+                    raise KeyboardInterrupt
+
+    same = {"own_data": language.data, **both_skills, **AUTO, "own_tolerance": 1.0, "lr": "auto"}
+    whole = language.consolidate(tmp_path / "whole", **same)
+    assert [trial.weight for trial in whole.search.trials] == list(WEIGHTS)
+    assert whole.lr == whole.rates.chosen
+    for left in (5, 3, 6):
+        with pytest.raises(KeyboardInterrupt):
+            language.consolidate(tmp_path / "out", **same, save_every="1", progress=Ended(left))
+    language.consolidate(tmp_path / "out", **same, save_every="1")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_a_rate_is_a_number_or_auto(language: Job, tmp_path: Path) -> None:
+    for lr, message in (("some", "neither a number nor auto"), (0.0, "--lr"), (-1.0, "--lr"), (float("nan"), "--lr")):
+        with nothing_written(tmp_path), pytest.raises(InputError, match=message):
+            language.consolidate(tmp_path / "out", own_data=language.data, lr=lr)
 
 
 # ------------------------------------------------------------------------------------------------- the command line

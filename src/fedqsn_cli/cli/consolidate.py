@@ -10,6 +10,7 @@ from fedqsn_cli.cli.command import argument
 if TYPE_CHECKING:
     from fedqsn_cli.cli.views import ViewOptions
     from fedqsn_cli.merging.consolidate import ConsolidateResult
+    from fedqsn_cli.merging.ending.rate_search import RateSearch
     from fedqsn_cli.merging.ending.weight_search import WeightSearch
     from fedqsn_cli.options import ConsolidateOptions
 
@@ -54,6 +55,7 @@ def _parts(result: ConsolidateResult) -> list[console.Part]:
         ("own texts", f"{text.number(result.own_texts)}{written[result.own_written]}"),
         ("transfer texts", f"{text.number(result.transfer_texts)}{written[result.transfer_written]}"),
         ("transfer weight", f"{result.transfer_weight:g}"),
+        ("learning rate", f"{result.lr:g}"),
         ("steps", f"{text.number(result.steps)} in {result.seconds:.1f} s"),
         ("divergence", f"{text.real(result.first_loss)} -> {text.real(result.last_loss)}"),
     ]
@@ -61,7 +63,14 @@ def _parts(result: ConsolidateResult) -> list[console.Part]:
     measured = [(when, one) for when, one in named.items() if one is not None]
     parts: list[console.Part] = [console.Facts(facts)]
     parts += [tables.evaluations(measured)] if measured else []
+    parts += [_rates(result.rates)] if result.rates is not None else []
     return parts + ([_trials(result.search)] if result.search is not None else [])
+
+
+def _rates(search: RateSearch) -> console.Table:
+    """The learning rates that auto tried, with a mark at what it took."""
+    names = ("learning rate", "divergence on texts kept out")
+    return console.Table((*names, ""), search.rows("<- taken"), numbers=frozenset(names))
 
 
 def _trials(search: WeightSearch) -> console.Table:

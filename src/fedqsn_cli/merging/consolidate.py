@@ -4,23 +4,26 @@
     loss       KL(global ‖ student) on the owner's data + w · KL(server ‖ student) on transfer texts
 
 A language model that is the teacher on texts that are not given writes them itself, from the first tokens of those that
-are. Teachers are asked once, whatever number of weights w is tried. No client takes part, and nothing is sent.
+are. Teachers are asked once, whatever number of learning rates and weights w is tried. No client takes part, and
+nothing is sent.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, file_digest, manifest_bytes
 from fedqsn_cli.checkpoint import ArtifactWriter, Checkpoint, files, write_file_atomically
-from fedqsn_cli.errors import InputError
+from fedqsn_cli.errors import Diverged, InputError
 from fedqsn_cli.merging.ending.distillation_data import (
     ConsolidationFiles,
     DistillationData,
@@ -28,9 +31,18 @@ from fedqsn_cli.merging.ending.distillation_data import (
     Teachers,
     evaluate,
 )
+from fedqsn_cli.merging.ending.rate_search import RATES, RateSearch
+from fedqsn_cli.merging.ending.rate_search import search as search_rates
 from fedqsn_cli.merging.ending.restore import RestoreInputs, open_restore_inputs
 from fedqsn_cli.merging.ending.students import FullStudent, Student
-from fedqsn_cli.merging.ending.weight_search import WEIGHTS, WeightSearch, WeightTrial, rank, require_better
+from fedqsn_cli.merging.ending.weight_search import (
+    USUAL_WEIGHT,
+    WEIGHTS,
+    WeightSearch,
+    WeightTrial,
+    rank,
+    require_better,
+)
 from fedqsn_cli.merging.job_model import merged_manifest, model_sinks, publish
 from fedqsn_cli.models.architecture import task_of
 from fedqsn_cli.models.messages import quiet
@@ -57,16 +69,18 @@ class ConsolidateResult:
         transfer_weight: w, as it was given or found.
         own_texts, transfer_texts: how many texts each teacher was asked about.
         own_written, transfer_written: whether the teacher wrote them itself.
+        lr: the largest learning rate, as it was given or found.
         steps: optimizer steps. first_loss, last_loss: mean loss over the first and the last tenth of them, in nats.
         before: the global model on the evaluation data. restored: the student before training. after: the result. All
             None without evaluation data.
         seconds: wall time of the steps.
-        search: how w was found, where it was auto.
+        search: how w was found, where it was auto. rates: how the learning rate was.
     """
 
     path: str
     blend: float
     transfer_weight: float
+    lr: float
     own_texts: int
     transfer_texts: int
     own_written: bool
@@ -79,6 +93,7 @@ class ConsolidateResult:
     after: Evaluation | None
     seconds: float
     search: WeightSearch | None = None
+    rates: RateSearch | None = None
 
 
 def consolidate(
@@ -103,8 +118,8 @@ def consolidate(
     files.keep_outside(Path(options.out), **{name.replace("_", "-"): getattr(options, name) for name in outside})
     if options.report is not None:
         files.require_file_target(options.report)
-    for weight in _weights(options):
-        remove_finished(_named(options, weight), Path(options.out))
+    for setting in _settings(options):
+        remove_finished(_named(options, setting), Path(options.out))
     with (
         ArtifactWriter(Path(options.out), force=options.force, replaces=[MODEL_MANIFEST], digest=None) as writer,
         quiet(),
@@ -118,31 +133,43 @@ def consolidate(
     return result
 
 
-def _weights(options: ConsolidateOptions) -> Sequence[float]:
-    """The weights of the transfer that are tried."""
-    return WEIGHTS if options.transfer_weight == "auto" else (options.transfer_weight,)
+class _Setting(NamedTuple):
+    """What a student is trained with: the weight of the transfer, and the largest learning rate."""
+
+    weight: float
+    lr: float
 
 
-def _named(options: ConsolidateOptions, weight: float) -> Path:
-    """What the states of the training with one weight are named after."""
+def _settings(options: ConsolidateOptions) -> list[_Setting]:
+    """All that may be tried."""
+    weights = WEIGHTS if options.transfer_weight == "auto" else (options.transfer_weight,)
+    rates = RATES if options.lr == "auto" else (options.lr,)
+    return [_Setting(weight, lr) for weight in weights for lr in rates]
+
+
+def _named(options: ConsolidateOptions, setting: _Setting) -> Path:
+    """What the states of the training with one setting are named after."""
     out = Path(os.path.abspath(options.out))
-    return out.with_name(f"{out.name}-{weight:g}") if options.transfer_weight == "auto" else out
+    searched = ((options.transfer_weight, setting.weight), (options.lr, setting.lr))
+    return out.with_name("-".join([out.name, *(f"{tried:g}" for given, tried in searched if given == "auto")]))
 
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """A student that was trained with one weight.
+    """A student that was trained with one setting.
 
     Args:
+        divergence: from its teachers on the texts that were kept out of the training; NaN where none were.
         restored, after: before and after the training, on the evaluation data. own_after: on that of the owner's skill.
     """
 
     student: Student
-    weight: float
+    setting: _Setting
     summary: TrainingSummary
     restored: Evaluation | None
     after: Evaluation | None
     own_after: Evaluation | None
+    divergence: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,35 +204,47 @@ class _Consolidation:
     def run(self, writer: ArtifactWriter) -> ConsolidateResult:
         """Ask the teachers, train students, write the best."""
         data = self.teachers.ask(self.inputs)
-        weight = self.options.transfer_weight
-        if weight == "auto":
-            best, search = self._searched(data)
-        else:
-            best, search = self._attempt(data, weight), None
-        states = [found for tried in _weights(self.options) if (found := self._states(tried)) is not None]
+        best, rates, weights = self._best(data)
+        states = [found for tried in _settings(self.options) if (found := self._states(tried)) is not None]
         path = self._write(writer, best.student, states)
         for folder in states:
             folder.remove()
-        return self._result(path, data, best, search)
+        return self._result(path, data, best, rates, weights)
 
-    def _searched(self, data: DistillationData) -> tuple[_Attempt, WeightSearch]:
+    def _best(self, data: DistillationData) -> tuple[_Attempt, RateSearch | None, WeightSearch | None]:
+        """The best student of all that are tried, and how it was found."""
+        weight, lr, rates = self.options.transfer_weight, self.options.lr, None
+        if lr == "auto":
+            data, kept_out = data.divided()
+            usual = USUAL_WEIGHT if weight == "auto" else weight
+            best, rates = search_rates(lambda rate: self._attempt(data, _Setting(usual, rate), kept_out))
+            if weight != "auto":
+                return best, rates, None
+            lr = rates.chosen
+            del best  # its memory is needed
+        if weight != "auto":
+            return self._attempt(data, _Setting(weight, lr)), rates, None
+        best, weights = self._best_weight(data, lr)
+        return best, rates, weights
+
+    def _best_weight(self, data: DistillationData, lr: float) -> tuple[_Attempt, WeightSearch]:
         """The best student of all weights; two are in memory at a time."""
         assert data.own_eval is not None and data.eval is not None  # the options require both
         own_before, before, tolerance = data.own_eval.before, data.eval.before, self.options.tolerance
         best: _Attempt | None = None
         trials: list[WeightTrial] = []
         for weight in WEIGHTS:
-            one = self._attempt(data, weight)
+            one = self._attempt(data, _Setting(weight, lr))
             trials.append(WeightTrial(weight, _known(one.own_after), _known(one.after)))
             chosen = min(trials, key=lambda trial: rank(trial, own_before.loss + tolerance))
             best = one if best is None or chosen is trials[-1] else best
         assert best is not None
         require_better(chosen, own_before, before, tolerance)
-        return best, WeightSearch(best.weight, own_before, before, tolerance, tuple(trials))
+        return best, WeightSearch(best.setting.weight, own_before, before, tolerance, tuple(trials))
 
-    def _attempt(self, data: DistillationData, weight: float) -> _Attempt:
-        """Train a student with one weight, and measure it."""
-        loss, states = data.with_weight(weight), self._states(weight)
+    def _attempt(self, data: DistillationData, setting: _Setting, kept_out: DistillationData | None = None) -> _Attempt:
+        """Train a student with one setting, and measure it."""
+        loss, states = data.with_weight(setting.weight), self._states(setting)
         with states.opened() if states is not None else nullcontext():
             student = self._student()
             encoder = Encoder.of(student.loaded, self.options.max_length)
@@ -215,14 +254,20 @@ class _Consolidation:
                 student.loaded.model,
                 loss.examples,
                 student.trainable(),
-                self.options.recipe,
+                self.options.recipe(setting.lr),
                 encoder.padding,
                 self.progress,
                 around,
             )
+            divergence = math.nan
+            if kept_out is not None:
+                others = kept_out.with_weight(setting.weight)
+                divergence = others.mean(student.loaded.model, self.options.batch_size, encoder.padding)
+                if not math.isfinite(divergence):
+                    raise Diverged(f"the divergence is {divergence} after training", where=f"--lr {setting.lr:g}")
             after = self._measure(student, encoder, data.eval)
             own_after = self._measure(student, encoder, data.own_eval)
-        return _Attempt(student, weight, summary, restored, after, own_after)
+        return _Attempt(student, setting, summary, restored, after, own_after, divergence)
 
     def _student(self) -> Student:
         """The restored model, ready to be trained."""
@@ -237,20 +282,20 @@ class _Consolidation:
             return None
         return evaluate(student.loaded, encoder, measured.examples, self.options, self.progress)
 
-    def _states(self, weight: float) -> StateFolder | None:
-        """Where the states of the training with one weight are kept."""
+    def _states(self, setting: _Setting) -> StateFolder | None:
+        """Where the states of the training with one setting are kept."""
         options = self.options
         if options.save_every is None:
             return None
         facts = facts_of(options, _NOT_BINDING | {*_FILES, "public_base"})
-        facts["--transfer-weight"] = weight
+        facts["--transfer-weight"] = setting.weight
         for name in _FILES:
             path = getattr(options, name)
             facts["--" + name.replace("_", "-")] = file_digest(Path(path)) if path is not None else None
         for name, model in (("GLOBAL", self.inputs.whole), ("SERVER", self.inputs.server)):
             paths = {Path(entry.file) for entry in model.checkpoint.entries.values()}
             facts[name] = {path.name: file_digest(path) for path in sorted(paths)}
-        return StateFolder(_named(options, weight), facts, options.save_every)
+        return StateFolder(_named(options, setting), facts, options.save_every)
 
     def _write(self, writer: ArtifactWriter, student: Student, states: Sequence[StateFolder]) -> str:
         """Write the student in the dtypes of the global model."""
@@ -265,12 +310,18 @@ class _Consolidation:
         return publish(writer, whole, manifest)
 
     def _result(
-        self, path: str, data: DistillationData, best: _Attempt, search: WeightSearch | None
+        self,
+        path: str,
+        data: DistillationData,
+        best: _Attempt,
+        rates: RateSearch | None,
+        weights: WeightSearch | None,
     ) -> ConsolidateResult:
         return ConsolidateResult(
             path=path,
             blend=self.options.blend,
-            transfer_weight=best.weight,
+            transfer_weight=best.setting.weight,
+            lr=best.setting.lr,
             own_texts=len(data.own.examples),
             transfer_texts=len(data.transfer.examples),
             own_written=self.teachers.files.own is None,
@@ -282,7 +333,8 @@ class _Consolidation:
             restored=best.restored,
             after=best.after,
             seconds=best.summary.seconds,
-            search=search,
+            search=weights,
+            rates=rates,
         )
 
 

@@ -7,5 +7,6 @@ students.py       what is trained of a restored model: all of it
 lora_student.py   adapters on it, in 4 bits
 distillation_data.py  what students are trained and measured on: soft targets of both teachers
 written_texts.py  texts that a language model writes itself
+rate_search.py    the learning rate of a consolidation
 weight_search.py  how much the clients' teacher counts
 """

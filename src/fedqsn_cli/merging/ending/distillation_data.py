@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -69,6 +68,11 @@ class DistillationData:
         """The loss of a student, for a weight of the transfer."""
         return Distillation([self.own, replace(self.transfer, weight=weight)])
 
+    def divided(self) -> tuple[DistillationData, DistillationData]:
+        """What students are trained with, and what is kept out to compare learning rates by."""
+        (own, own_out), (transfer, transfer_out) = self.own.divided(), self.transfer.divided()
+        return replace(self, own=own, transfer=transfer), replace(self, own=own_out, transfer=transfer_out)
+
 
 @dataclass(frozen=True, slots=True)
 class Teachers:
@@ -118,9 +122,7 @@ class Teachers:
         if len(examples) <= most:
             return examples
         generator = torch.Generator().manual_seed(self.options.seed % 2**63)
-        rows = sorted(torch.randperm(len(examples), generator=generator)[:most].tolist())
-        targets: list[Any] = [examples.targets[row] for row in rows]
-        return replace(examples, features=[examples.features[row] for row in rows], targets=targets)
+        return examples.some(sorted(torch.randperm(len(examples), generator=generator)[:most].tolist()))
 
     def _written(self, loaded: Loaded, encoder: Encoder) -> Examples:
         """Texts that a language model writes itself, from the first tokens of texts that are given."""

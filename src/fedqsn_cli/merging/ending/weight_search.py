@@ -14,6 +14,8 @@ from fedqsn_cli.text import real
 from fedqsn_cli.training.scoring.scoring import Evaluation
 
 WEIGHTS = (0.25, 0.5, 0.75, 1.0, 1.5)
+USUAL_WEIGHT = 0.75
+"""What learning rates are compared with, before weights are."""
 
 
 @dataclass(frozen=True, slots=True)

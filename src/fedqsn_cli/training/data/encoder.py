@@ -75,7 +75,7 @@ class Encoder(Encoding):
             found = self._encoded(part)
             for example in zip(found.features, found.targets, found.lengths, strict=True):
                 stored.add(*example)
-            self._check_vocabulary(found)
+            self._check_vocabulary(found, data.path)
             counts = counts.and_counts_of(found)
             progress.advance(part.rows)
         progress.finish()
@@ -95,11 +95,15 @@ class Encoder(Encoding):
             )
         )
 
-    def _check_vocabulary(self, examples: Examples) -> None:
+    def _check_vocabulary(self, examples: Examples, path: Path) -> None:
         """Refuse ids that the model does not know. Raises InputError."""
         largest = max((max(ids) for feature in examples.features for ids in _ids(feature)), default=0)
         if largest >= self.vocabulary:
-            raise InputError(f"the tokenizer has ids beyond the model's vocabulary of {self.vocabulary}")
+            raise InputError(
+                f"the tokenizer turns a text into token {largest}, beyond the model's vocabulary of {self.vocabulary}",
+                where=path,
+                hint="use the model's own tokenizer, or take special tokens that it does not know out of the texts",
+            )
 
 
 def _label_ids(config: Any) -> dict[str, int]:

@@ -40,6 +40,11 @@ class Examples:
     def __len__(self) -> int:
         return len(self.features)
 
+    def some(self, rows: Iterable[int]) -> Self:
+        """The examples of some rows, which are not packed."""
+        kept = list(rows)
+        return replace(self, features=[self.features[row] for row in kept], targets=[self.targets[row] for row in kept])
+
     def texts_in(self, rows: Iterable[int]) -> int:
         """How many texts are in some examples."""
         return sum(1 if self.texts is None else self.texts[row] for row in rows)

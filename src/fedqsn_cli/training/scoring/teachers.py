@@ -31,6 +31,8 @@ TAUGHT_TASKS: tuple[Task, ...] = ("classification", "causal-lm")
 LIKELIEST = 1024
 """Tokens that are kept for each position at most; the others count together. A flat distribution needs many."""
 
+MOST_KEPT_OUT = 200  # examples: enough to compare students by
+
 MOST_BYTES = 1 << 29  # of one teacher's soft targets; where texts are many and long, fewer tokens are kept
 _LEAST = 1e-6  # the least probability of all others together: its logarithm is finite
 
@@ -112,6 +114,18 @@ class Lesson:
     soft_targets: Sequence[SoftTargets]
     weight: float
 
+    def divided(self) -> tuple[Lesson, Lesson]:
+        """Without a tenth of its examples, and that tenth; a lesson of fewer than ten is whole in both."""
+        count = len(self.examples)
+        if count < 10:
+            return self, self
+        kept_out = range(0, count, 10)[:MOST_KEPT_OUT]
+        return self._some(sorted(set(range(count)) - set(kept_out))), self._some(kept_out)
+
+    def _some(self, rows: Sequence[int]) -> Lesson:
+        targets = [self.soft_targets[row] for row in rows]
+        return replace(self, examples=self.examples.some(rows), soft_targets=targets)
+
 
 class Distillation:
     """The loss of a student of several teachers: Σ over teachers of weight · mean KL(teacher ‖ student).
@@ -155,6 +169,17 @@ class Distillation:
             torch.autograd.backward(loss)
             total += loss.item()
         return total
+
+    @torch.no_grad()
+    def mean(self, model: Any, batch_size: int, padding: Padding) -> float:
+        """The loss of a model in evaluation mode, on all examples."""
+        examples, total, count = self.examples, 0.0, 0
+        for rows in in_order(examples.lengths, batch_size):
+            batch = collate(examples, rows, padding).to(model.device)
+            logits = model(**batch.inputs, **extra_inputs(model)).logits.float()
+            total += self._divergence(examples.task, logits, batch.targets).item()
+            count += batch.count
+        return total / count
 
     def _divergence(self, task: Task, logits: Tensor, targets: Tensor) -> Tensor:
         """Sum of the weighted divergences of a batch."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fedqsn_cli.checkpoint import TensorSpec
-from fedqsn_cli.errors import FormatError, InputError
+from fedqsn_cli.errors import Diverged, FormatError, InputError
 from fedqsn_cli.models.architecture import Task
 from fedqsn_cli.options import RecipeOptions
 from fedqsn_cli.progress import Progress
@@ -125,7 +125,7 @@ def train(
         around: processes, states, journals.
 
     Raises:
-        InputError: the loss is not finite, or the device lacks what `recipe` asks for.
+        Diverged: the loss is not finite. InputError: the device lacks what `recipe` asks for.
         KeyboardInterrupt: a signal came, and a state was saved.
     """
     around = around or Surroundings()
@@ -200,7 +200,7 @@ class _Run:
         rate = learning_rate(self.recipe, step, self.total)
         loss = self._gradients(window)
         if not math.isfinite(loss):
-            raise InputError(f"the loss is {loss} at step {step + 1}", hint="lower --lr, or use --precision fp32")
+            raise Diverged(f"the loss is {loss} at step {step + 1}", hint="lower --lr, or use --precision fp32")
         norm = torch.nn.utils.clip_grad_norm_(self.trainable.leaves, self.recipe.max_grad_norm)
         self.optimizers.step(rate)
         self.trainable.drop_gradients()

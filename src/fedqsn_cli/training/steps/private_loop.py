@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fedqsn_cli.artifacts.manifests import TrainingPrivacy
-from fedqsn_cli.errors import InputError
+from fedqsn_cli.errors import Diverged, InputError
 from fedqsn_cli.options import RecipeOptions
 from fedqsn_cli.options.privacy import PrivacyOptions
 from fedqsn_cli.progress import Progress
@@ -128,7 +128,7 @@ def train_privately(
             rows = np.flatnonzero(uniforms(len(examples)) < privacy.sampling_rate).tolist()
             loss = sum(per_example.add(_losses(model, examples, part, padding)) for part in _parts(rows, recipe))
             if not math.isfinite(loss):
-                raise InputError(f"the loss is {loss} at step {step + 1}", hint="lower --lr")
+                raise Diverged(f"the loss is {loss} at step {step + 1}", hint="lower --lr")
             per_example.finish(privacy, len(examples))
             rate = learning_rate(recipe, step, privacy.steps)
             optimizers.step(rate)
