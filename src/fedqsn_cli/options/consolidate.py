@@ -62,7 +62,7 @@ class ConsolidateOptions(LoraOptions, ModelOutputOptions):
     written_examples: Annotated[
         int, Option("How many texts a language model writes itself.", DATA, check=validate.at_least_one)
     ] = 2000
-    written_length: Annotated[int, Option("How many tokens each of them has.", DATA, check=_two)] = 32
+    written_length: Annotated[int, Option("How many tokens each of them has.", DATA, check=_two)] = 64
     max_length: Annotated[int, max_length_option(DATA)] = 256
     public_base: Annotated[str | Path | None, TRAINED_BASE] = None
     blend: Annotated[
@@ -78,7 +78,7 @@ class ConsolidateOptions(LoraOptions, ModelOutputOptions):
             check=positive_or_auto,
         ),
     ] = 0.75
-    steps: Annotated[int, Option("Optimizer steps.", TRAINING, check=validate.at_least_one)] = 150
+    steps: Annotated[int, Option("Optimizer steps.", TRAINING, check=validate.at_least_one)] = 300
     lr: Annotated[
         float | Auto,
         Option(
