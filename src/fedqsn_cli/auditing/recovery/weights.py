@@ -26,6 +26,7 @@ from fedqsn_cli.auditing.findings import AttackScore, Finding, Recovery, TensorR
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.recovery import attacks
 from fedqsn_cli.auditing.recovery.evidence import Evidence, Reading
+from fedqsn_cli.auditing.recovery.intervals import once_rounded
 from fedqsn_cli.auditing.recovery.low_rank import complete
 from fedqsn_cli.auditing.recovery.metrics import COUNT, DD, HITS, WW, AttackResult, ErrorSums
 from fedqsn_cli.auditing.recovery.sums import BASE, EVERYTHING, TRUTH, OrderedSums, Rows, Sums, Target
@@ -74,7 +75,8 @@ class WeightAttack:
 
     def _attack(self, task: TensorTask, first: int, stored: Array) -> Sums:
         count, base, sums = _count(task, stored), self._base_of(task), Sums()
-        step = count if task.layout.transposed else rows_at_a_time(task.layout, self._block, CHUNK)
+        whole = task.layout.transposed or self._compares_as_stored(task)
+        step = count if whole else rows_at_a_time(task.layout, self._block, CHUNK)
         for begin in range(0, count, step):
             at, part = first + begin, stored if step >= count else stored[begin : begin + step]
             truth = StoredRows.of(part.T if task.layout.transposed else part, task.tensor.dtype)
@@ -83,6 +85,11 @@ class WeightAttack:
             rows.add_base(sums[EVERYTHING, BASE], rows.everything)
             self._attack_rows(sums, rows)
         return sums
+
+    def _compares_as_stored(self, task: TensorTask) -> bool:
+        """Are rows of the tensor compared without wide copies of them? Then all can be taken at once."""
+        alone = self._base is None and len(self._targets) == 1 and not self._targets[0].reads_holes
+        return alone and task.name in self.proxies[0].tensors and once_rounded(self.proxies[0], task)
 
     def _base_of(self, task: TensorTask) -> PublicBase | None:
         return self._base if has_tensor(self._base, task) else None
