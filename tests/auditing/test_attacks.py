@@ -18,6 +18,7 @@ from fedqsn_cli.auditing.inputs import open_inputs
 from fedqsn_cli.auditing.recovery import attacks
 from fedqsn_cli.auditing.recovery.intervals import cells
 from fedqsn_cli.auditing.recovery.metrics import ErrorSums
+from fedqsn_cli.auditing.stored_rows import StoredRows
 from fedqsn_cli.auditing.truth_pass import recover_weights
 from fedqsn_cli.export.outputs import METADATA
 from fedqsn_cli.options import AuditOptions
@@ -223,8 +224,9 @@ def test_sums_of_a_part_and_the_rest_make_the_whole() -> None:
     w, guess = noise.standard_normal((2, 8, 50)).astype(np.float32)
     rows, flags = noise.random(8) < 0.5, (noise.random((1, 50)) < 0.5).astype(np.float32)
     part, whole = ErrorSums(), ErrorSums()
-    part.add(w, guess, (rows, flags))
-    whole.add(w, guess, (np.ones(8, np.bool_), np.ones((1, 50), np.float32)))
+    stored = StoredRows.of(w), StoredRows.of(guess)
+    part.add(*stored, (rows, flags))
+    whole.add(*stored, (np.ones(8, np.bool_), np.ones((1, 50), np.float32)))
     rest = whole.minus(part)
     on = rows[:, None] & (flags > 0)
     assert part[5] == pytest.approx(np.square((w - guess)[on]).sum(), rel=1e-5)

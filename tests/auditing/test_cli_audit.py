@@ -67,7 +67,7 @@ def owner(job: Path) -> list[str | Path]:
 def test_clean_proxies_pass_and_the_report_says_what_was_measured(job: Path) -> None:
     outcome = audit(job, "--policy", job / "policy.toml")
     assert (outcome.code, outcome.err) == (0, "")
-    assert outcome.out.startswith("verdict  passed, but function was not measured (exit code 0)")
+    assert outcome.out.startswith("verdict  passed, but not for skill (exit code 0)")
     for word in ("hidden from everyone", "worst 2 clients", "coalition of 2", "lower bound"):
         assert word in outcome.out
 

@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.auditing import kernels
 from fedqsn_cli.auditing.invariants.sketches import of_columns, of_rows, signs, window
-from fedqsn_cli.auditing.recovery.intervals import pairs_of_levels
-from fedqsn_cli.auditing.recovery.metrics import HITS, ErrorSums
-from fedqsn_cli.kernels.jit import KIND, as_bits
+from fedqsn_cli.auditing.recovery.metrics import COUNT, HITS, ErrorSums
+from fedqsn_cli.auditing.stored_rows import StoredRows
+from fedqsn_cli.kernels.jit import KIND
+from fedqsn_cli.quantization.bnb_format import Packing
 from fedqsn_cli.quantization.codebooks import FORMATS, codebook
-from fedqsn_cli.quantization.kernels import dequantize_4bit, narrowed, widened
+from fedqsn_cli.quantization.kernels import narrowed, widened
 
 Floats = NDArray[np.float32]
 SHAPE = (5, 130)
@@ -70,26 +71,28 @@ def test_a_reading_is_added_where_it_shows_something(lines: int) -> None:
 
 @pytest.mark.parametrize("lines", [1, SHAPE[0]])
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
-def test_codes_are_worth_what_their_values_are(dtype: str, lines: int) -> None:
-    """Rows begin and end within blocks."""
-    chance, block, skipped, divisor = np.random.default_rng(0), 32, 4, np.float32(1.25)
-    bits = narrowed(chance.standard_normal(SHAPE).astype(np.float32), dtype).reshape(SHAPE)
-    w = widened(bits, dtype).reshape(SHAPE)
-    packed = chance.integers(0, 256, (skipped + w.size) // 2, dtype=np.uint8)
-    scales = chance.random(-(-(skipped + w.size) // block)).astype(np.float32) * divisor
-    guess = np.empty(skipped + w.size, np.float32)
-    dequantize_4bit(packed, scales, format="nf4", block=block, dtype="F32", out=guess)
-    shown = chance.random(SHAPE[0]) < 0.7, (chance.random((lines, SHAPE[1])) < 0.6).astype(np.float32)
-    wanted, everything, found, whole = (ErrorSums() for _ in range(4))
-    wanted.add(w, guess[skipped:].reshape(SHAPE), shown, divisor=divisor, tolerance=0.1)
-    everything.add(w, w, (np.ones(SHAPE[0], np.bool_), np.ones((1, SHAPE[1]), np.float32)))
-    kernels.compare_codes(
-        *(as_bits(bits, dtype)[0].reshape(SHAPE), KIND[dtype], packed, skipped, scales, block),
-        *(pairs_of_levels("nf4"), divisor, *shown, np.float32(0.1), whole.values, found.values),
+@pytest.mark.parametrize(("cols", "skipped"), [(130, 4), (129, 7)])
+def test_a_guess_is_worth_the_same_as_codes_and_as_values(dtype: str, lines: int, cols: int, skipped: int) -> None:
+    """Rows begin and end within blocks, and within a byte of codes."""
+    chance, shape, divisor = np.random.default_rng(0), (5, cols), np.float32(1.25)
+    bits = narrowed(chance.standard_normal(shape).astype(np.float32), dtype).reshape(shape)
+    w, size = widened(bits, dtype).reshape(shape), skipped + 5 * cols
+    packing = Packing("pack4", "nf4", dtype, shape, 32, False, ())
+    packed = chance.integers(0, 256, -(-size // 2), dtype=np.uint8)
+    scales = chance.random(-(-size // 32)).astype(np.float32) * divisor
+    codes = StoredRows(*shape, packed, "U8", packing, scales, skipped)
+    shown = chance.random(5) < 0.7, (chance.random((lines, cols)) < 0.6).astype(np.float32)
+    a, b = (
+        np.where(shown[0][:, None] & (shown[1] > 0), x, 0).astype(np.float64) for x in (w, codes.values() / divisor)
     )
-    np.testing.assert_allclose(found.values, wanted.values, rtol=1e-5)
-    np.testing.assert_allclose(whole.values[:3], everything.values[:3], rtol=1e-5)
-    assert found[HITS] > 0
+    flags = shown[0][:, None] * np.broadcast_to(shown[1], shape)
+    exact = flags * (np.abs(a - b) <= 0.1 * np.abs(a))
+    wanted = [x.sum() for x in (flags, a, a * a, b, b * b, (a - b) ** 2, exact, b * b)]
+    for guess in (codes, StoredRows.of(codes.values())):
+        found = ErrorSums()
+        found.add(StoredRows.of(bits, dtype), guess, shown, divisor=divisor, tolerance=0.1)
+        np.testing.assert_allclose(found.values, wanted, rtol=1e-5)
+    assert 0 < found[HITS] < found[COUNT]
 
 
 def test_only_the_largest_values_of_blocks_are_certain() -> None:
@@ -123,16 +126,6 @@ def test_a_vector_and_its_negative_are_in_one_cell() -> None:
     sides = (vectors > 0) ^ (vectors[:, :1] > 0)
     np.testing.assert_array_equal(cells, sides @ (1 << np.arange(15, -1, -1)))
     np.testing.assert_array_equal(other, cells)
-
-
-@pytest.mark.parametrize("at", [0, 4095, 4096, 9999])
-def test_the_first_byte_that_differs(at: int) -> None:
-    one = np.random.default_rng(0).integers(0, 256, 10_000, dtype=np.uint8)
-    other = one.copy()
-    assert kernels.first_unequal(one, other) == -1
-    assert kernels.first_unequal(one, other[:at]) == at
-    other[at:] ^= 1
-    assert kernels.first_unequal(one, other) == at
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -16,8 +16,8 @@ from fedqsn_cli import audit
 from fedqsn_cli.auditing import digests
 from fedqsn_cli.auditing.findings import Audit
 from fedqsn_cli.auditing.invariants.weak_seeds import longest_runs
-from fedqsn_cli.auditing.opened_proxy import ReadAlready
 from fedqsn_cli.checkpoint import Checkpoint
+from fedqsn_cli.checkpoint.descriptors import StoredFile
 from support.leaks import AuditedJob, make_job, tamper
 
 JOBS: dict[str, dict[str, Any]] = {
@@ -75,30 +75,19 @@ def test_no_file_of_a_proxy_that_is_made_again_is_read_once_more_for_its_digest(
     assert "model.safetensors" in hashed
 
 
-def test_codes_of_one_proxy_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the attacks, which hand them to the comparison with what an export writes."""
-    job, kept = make_job(tmp_path / "job", clients=["alice"]), list[int]()
-    as_it_is = ReadAlready.take
+def test_weights_of_one_proxy_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the attacks, and by the comparison with what an export writes, which takes what was read for them."""
+    job, read = make_job(tmp_path / "job", clients=["alice"]), list[tuple[int, int]]()
+    as_it_is = StoredFile._read
 
-    def noted(self: ReadAlready, file: Path, start: int, count: int) -> Any:
-        found = as_it_is(self, file, start, count)
-        kept.extend([start] if found is not None else [])
-        return found
+    def noted(self: StoredFile, start: int, count: int) -> Any:
+        read.extend([(start, count)] if self.path == job.proxy() / "model.safetensors" else [])
+        return as_it_is(self, start, count)
 
-    monkeypatch.setattr(ReadAlready, "take", noted)
+    monkeypatch.setattr(StoredFile, "_read", noted)
     assert audited(job).verdict == "passed"
-    with Checkpoint.open(job.proxy()) as proxy:
-        codes = [name.removesuffix(".absmax") for name in proxy.entries if name.endswith(".absmax")]
-        assert sorted(kept) == sorted(proxy.entries[name].start for name in codes) and codes
-
-
-def test_what_was_read_is_kept_for_a_while_and_given_away_once() -> None:
-    pieces, read = [np.full(3, number, np.uint8) for number in range(40)], ReadAlready()
-    for number, piece in enumerate(pieces):
-        read.put(Path("a"), 3 * number, piece)
-    assert read.take(Path("a"), 0, 3) is None, "only the last ones are kept"
-    assert read.take(Path("a"), 117, 2) is None and read.take(Path("b"), 117, 3) is None
-    assert read.take(Path("a"), 117, 3) is pieces[39] and read.take(Path("a"), 117, 3) is None
+    ends = [0, *(start + count for start, count in sorted(read))]
+    assert ends == [*(start for start, _ in sorted(read)), (job.proxy() / "model.safetensors").stat().st_size]
 
 
 def test_recovery_is_the_same_whether_the_release_is_made_again_or_not(job: AuditedJob) -> None:

@@ -300,6 +300,48 @@ def test_a_checkpoint_larger_than_half_of_the_memory_reads_the_same(
         assert np.array_equal(buffer, array[start : start + buffer.size])
 
 
+def test_an_expected_piece_is_shown_in_part_and_given_away_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    array, read = np.arange(40_000, dtype=np.float32), list[tuple[int, int]]()
+    save_file({"w": array}, tmp_path / "model.safetensors")
+    as_it_is = descriptors.StoredFile._read
+
+    def noted(self: descriptors.StoredFile, start: int, count: int) -> Any:
+        read.append((start, count))
+        return as_it_is(self, start, count)
+
+    monkeypatch.setattr(descriptors.StoredFile, "_read", noted)
+    with Checkpoint.open(tmp_path) as checkpoint:
+        begin = checkpoint.entries["w"].start
+        checkpoint.expect("w", 400, 4000)
+        part, whole = checkpoint.view("w", 800, 400), checkpoint.read_fresh("w", 400, 4000)
+        assert read == [(begin + 400, 4000)]
+        assert np.array_equal(part.view("f4"), array[200:300]) and np.array_equal(whole.view("f4"), array[100:1100])
+        whole[:] = 0  # whoever took it may write to it
+        assert np.array_equal(checkpoint.read_fresh("w", 400, 4000).view("f4"), array[100:1100])
+        assert np.array_equal(checkpoint.view("w", 800, 400).view("f4"), array[200:300])
+        assert read[1:] == [(begin + 400, 4000), (begin + 800, 400)]
+
+
+def test_pieces_that_nobody_asks_for_are_dropped_and_large_ones_are_not_expected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({"w": np.arange(1000, dtype=np.uint8)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr(descriptors, "LARGEST_EXPECTED", 100)
+    monkeypatch.setattr(descriptors, "MOST_EXPECTED", 300)
+    with Checkpoint.open(tmp_path) as checkpoint:
+        file = checkpoint.files[tmp_path / "model.safetensors"]
+        begin = checkpoint.entries["w"].start
+        checkpoint.expect("w", 0, 101)
+        assert not file._expected
+        for start in range(0, 1000, 100):
+            checkpoint.expect("w", start, 100)
+        assert [start - begin for start, _ in file._expected] == [700, 800, 900]
+        for start in range(0, 1000, 100):
+            assert np.array_equal(checkpoint.read_fresh("w", start, 100), np.arange(start, start + 100).astype("u1"))
+
+
 MANY = """
 import resource, sys
 import numpy as np

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from fedqsn_cli.kernels.read_ahead import compute_ahead, read_ahead
+from fedqsn_cli.kernels.read_ahead import announced, compute_ahead, read_ahead
 
 
 def test_results_come_in_the_order_of_the_calls() -> None:
@@ -36,3 +36,9 @@ def test_the_first_failure_in_order_is_raised() -> None:
 
 def test_workers_compute_in_order_too() -> None:
     assert list(compute_ahead(partial(pow, i, 2) for i in range(100))) == [i * i for i in range(100)]
+
+
+def test_items_are_announced_before_those_ahead_of_them_are_used() -> None:
+    told: list[int] = []
+    for number in announced(range(10), told.append, distance=3):
+        assert told == list(range(min(10, number + 4)))

@@ -5,6 +5,7 @@ policy.py        what a policy may limit and require
 registry.py      what a rule is: id, severity, needs, what, why and how to fix it
 completeness.py  FQ901 to FQ905, and where findings and checks are collected
 opened_proxy.py  one proxy, opened for inspection
+stored_rows.py   rows of weights as they are stored: floats, or codes with their scales
 inputs.py        everything an audit opens: proxies, and the owner's side as far as it is given
 outbox.py        the proxies of a round, found by the ledger
 digests.py       SHA-256 of the files of proxies

@@ -8,42 +8,13 @@ import numpy as np
 
 from fedqsn_cli.kernels.jit import F, compiled, kernel, narrow, widen
 
+PACKED = 3  # kind of 4-bit codes, beside those of floats
 _TILE = 256  # values whose ranks stay in the first cache
 
 
 def loose(function: F) -> F:
     """Compile with reordered sums, which the compiler needs to add several numbers at once."""
     return compiled(function, fastmath={"reassoc", "contract", "nsz"})
-
-
-@kernel
-def first_unequal(one: Any, other: Any) -> Any:
-    """Index of the first byte that differs, or that one of them does not have; -1 if they are equal."""
-    size = min(one.size, other.size)
-    for start in range(0, size, 4096):
-        left, right = one[start : min(start + 4096, size)], other[start : min(start + 4096, size)]
-        bits = np.uint8(0)
-        for i in range(left.size):
-            bits |= left[i] ^ right[i]
-        if bits:
-            for i in range(left.size):
-                if left[i] != right[i]:
-                    return start + i
-    return -1 if one.size == other.size else size
-
-
-@kernel
-def decode_levels(packed: Any, absmax: Any, block: int, table: Any, out: Any) -> None:
-    """out[i] = table[code i] * absmax of its block: levels, or the ends of the cells that are rounded to them.
-
-    Args:
-        packed: 4-bit codes from the beginning of a block. table: fp32 [16] by code. out: fp32 [n].
-    """
-    for start in range(0, out.size, block):
-        scale = absmax[start // block]
-        for at in range(start, min(start + block, out.size)):
-            byte = np.int64(packed[at // 2])
-            out[at] = table[byte & 15 if at % 2 else byte >> 4] * scale
 
 
 @kernel
@@ -261,86 +232,65 @@ def clamp(guess: Any, low: Any, high: Any, total: Any, count: Any, out: Any) -> 
 
 
 @loose
-def compare_codes(
-    bits: Any, kind: int, packed: Any, skipped: int, scales: Any, block: int, pairs: Any, divisor: Any,
-    row_flags: Any, flags: Any, tolerance: Any, whole: Any, out: Any,
-) -> None:  # fmt: skip
-    """Add to out what 4-bit codes are worth as a guess, as `compare` does without a base: all in one pass.
+def load_row(data: Any, kind: int, start: int, scales: Any, block: int, pairs: Any, divisor: Any, row: Any) -> None:
+    """Fill a row, fp32 [cols], with stored numbers / divisor, from number `start` on.
 
     Args:
-        bits: [rows, cols] the weights as they are stored; cols is even. kind: of their dtype.
-        packed, scales: from the beginning of a block on; the rows begin `skipped` elements later.
-        pairs: [256] the two levels of each byte of codes, fp32, as 64 bits. divisor: of the guess.
-        row_flags, flags, tolerance, out: those of `compare`. whole: receives count, w and w² of all elements, which
-            where all are shown are those in out to the last bit.
+        data: bits of floats, or packed 4-bit codes. kind: of their dtype, or PACKED.
+        scales, block, pairs: of codes: fp32 scales of blocks of so many; the two levels of each byte, [256] 64 bits.
     """
-    rows, cols = bits.shape
-    wide, decoded = np.empty(cols, np.uint32), np.empty(cols, np.float32)
-    w, words = wide.view(np.float32), decoded.view(np.uint64)
-    for row in range(rows):
-        widen(bits[row], kind, wide)
-        whole[0] += cols
-        if not row_flags[row]:
-            ws = ww = np.float32(0)
-            for col in range(cols):
-                ws += w[col]
-                ww += w[col] * w[col]
-            whole[1] += ws
-            whole[2] += ww
-            continue
-        start = skipped + row * cols
-        codes = packed[start // 2 : (start + cols) // 2]
-        for i in range(codes.size):
-            words[i] = pairs[codes[i]]
-        index, at, stop = start // block, 0, block - start % block
-        while at < cols:
-            part, scale = decoded[at:stop], scales[index] / divisor
-            for i in range(part.size):
-                part[i] *= scale
-            index, at, stop = index + 1, stop, stop + block
-        line = flags[row if flags.shape[0] > 1 else 0]
-        n = ws = ww = gs = gg = dd = exact = hs = hh = np.float32(0)
-        for col in range(cols):
-            a, b = w[col] * line[col], decoded[col] * line[col]
-            d, h = a - b, w[col] - a
-            n += line[col]
-            ws += a
-            ww += a * a
-            hs += h
-            hh += h * h
-            gs += b
-            gg += b * b
-            dd += d * d
-            exact += line[col] if abs(d) <= tolerance * abs(a) else np.float32(0)
-        for at, found in enumerate((n, ws, ww, gs, gg, dd, exact, gg)):
-            out[at] += found
-        whole[1] += np.float64(ws) + hs
-        whole[2] += np.float64(ww) + hh
+    if kind != PACKED:
+        widen(data[start : start + row.size], kind, row.view(np.uint32))
+        if divisor != 1:
+            for i in range(row.size):
+                row[i] /= divisor
+        return
+    codes, at = data[start // 2 : (start + row.size + 1) // 2], start % 2
+    words = np.empty(codes.size, np.uint64)
+    for i in range(codes.size):
+        words[i] = pairs[codes[i]]
+    levels, first = words.view(np.float32)[at : at + row.size], 0
+    while first < row.size:
+        index = (start + first) // block
+        stop = min((index + 1) * block - start, row.size)
+        source, part, scale = levels[first:stop], row[first:stop], scales[index] / divisor
+        for i in range(part.size):
+            part[i] = source[i] * scale
+        first = stop
 
 
 @loose
 def compare(
-    w: Any, guess: Any, certain: Any, base: Any, divisor: Any, row_flags: Any, flags: Any, tolerance: Any, out: Any
-) -> None:
-    """Add to out what a guess is worth on the visible elements of rows.
+    bits: Any, w_kind: int, data: Any, kind: int, skipped: int, scales: Any, block: int, pairs: Any, divisor: Any,
+    certain: Any, base: Any, row_flags: Any, flags: Any, tolerance: Any, out: Any,
+) -> None:  # fmt: skip
+    """Add to out what a guess is worth on the visible elements of rows; wide copies of a row stay in the first cache.
 
     Args:
-        w, guess, certain: [rows, cols] fp32; the guess is guess / divisor, and what the attacker is certain of is
-            certain / divisor, NaN where nothing is.
-        base: [rows, cols] fp32; [0, cols] for zeros.
+        bits, w_kind: the weights, as `load_row` takes them. data, kind, scales, block, pairs, divisor: the guess,
+            likewise; it begins after `skipped` numbers.
+        certain: fp32 [rows, cols] what the attacker is certain of, NaN where nothing is; [0, cols] for the guess.
+        base: fp32 [rows, cols]; [0, cols] for zeros.
         row_flags: bool [rows]. flags: fp32 [1, cols] or [rows, cols], 1 where visible; an element needs both.
         tolerance: relative; what is certain and within it counts as exact.
         out: [8] sums over visible elements: count, w, w², guess, guess², (w - guess)², exact ones, (guess - base)².
     """
-    with_base = base.shape[0] > 0
-    for row in range(w.shape[0]):
+    cols, with_base = flags.shape[1], base.shape[0] > 0
+    one = np.float32(1) if kind == PACKED else divisor
+    w, guess = np.empty(cols, np.float32), np.empty(cols, np.float32)
+    for row in range(row_flags.size):
         if not row_flags[row]:
             continue
+        load_row(bits, w_kind, row * cols, scales, block, pairs, np.float32(1), w)
+        load_row(
+            data, kind, skipped + row * cols, scales, block, pairs, divisor if kind == PACKED else np.float32(1), guess
+        )
+        sure = certain[row] if certain.shape[0] else guess
         line = flags[row if flags.shape[0] > 1 else 0]
         n = ws = ww = gs = gg = dd = exact = moved = np.float32(0)
-        for col in range(w.shape[1]):
-            a = w[row, col] * line[col]
-            b = guess[row, col] / divisor * line[col]
+        for col in range(cols):
+            a = w[col] * line[col]
+            b = guess[col] / one * line[col]
             d = a - b
             m = b - base[row, col] * line[col] if with_base else b
             n += line[col]
@@ -350,8 +300,8 @@ def compare(
             gg += b * b
             dd += d * d
             moved += m * m
-            off = abs(w[row, col] - certain[row, col] / divisor)
-            exact += line[col] if off <= tolerance * abs(w[row, col]) else np.float32(0)
+            off = abs(w[col] - sure[col] / one)
+            exact += line[col] if off <= tolerance * abs(w[col]) else np.float32(0)
         out[0] += n
         out[1] += ws
         out[2] += ww

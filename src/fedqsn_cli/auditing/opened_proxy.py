@@ -5,12 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -19,6 +16,7 @@ from numpy.typing import NDArray
 from fedqsn_cli import strictjson
 from fedqsn_cli.artifacts.manifests import PROXY_MANIFEST, ProxyManifest, missing_manifest, parse_manifest
 from fedqsn_cli.artifacts.proxy_folder import VisibleUnits, open_visible
+from fedqsn_cli.auditing.stored_rows import StoredRows
 from fedqsn_cli.checkpoint import Checkpoint
 from fedqsn_cli.checkpoint.files import read_file
 from fedqsn_cli.dtypes import DTYPES, WEIGHT_DTYPES
@@ -28,7 +26,6 @@ from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.models.model import ModelTensor, model_tensors
 from fedqsn_cli.planning.roles import rules
 from fedqsn_cli.planning.tensor_plan import TRANSPOSED
-from fedqsn_cli.quantization import kernels
 from fedqsn_cli.quantization.bnb_format import Packing, scb_name, state_name
 from fedqsn_cli.quantization.layout import TensorLayout
 from fedqsn_cli.quantization.nested_scales import NESTED_BLOCK
@@ -36,28 +33,6 @@ from fedqsn_cli.quantization.nested_scales import NESTED_BLOCK
 Array = NDArray[Any]
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float32]
-
-_KEPT = 16  # pieces of a MiB: more than there are chunks at once
-
-
-class ReadAlready:
-    """Bytes of files that were read for something else: the last few, for whoever wants them next. For many threads."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[Path, int, int], NDArray[np.uint8]] = OrderedDict()
-        self._lock = Lock()
-
-    def put(self, file: Path, start: int, data: NDArray[np.uint8]) -> None:
-        """Keep bytes that begin at an offset of a file."""
-        with self._lock:
-            self._kept[file, start, data.size] = data
-            if len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
-
-    def take(self, file: Path, start: int, count: int) -> NDArray[np.uint8] | None:
-        """So many bytes from an offset on, which are given away; None where they are not kept in one piece."""
-        with self._lock:
-            return self._kept.pop((file, start, count), None)
 
 
 @dataclass
@@ -69,8 +44,6 @@ class OpenedProxy:
         mismatched: tensors that are not as an export makes them, once that was checked.
         masks_proven: whether its masks were found to be those of the key.
         reproduced: whether an export wrote the same bytes again.
-        read_once: whether its weights are read once only, so that they need not stay in the page cache.
-        read_already: codes that were read so.
     """
 
     scope: str
@@ -83,8 +56,6 @@ class OpenedProxy:
     mismatched: set[str] | None = None
     masks_proven: bool = False
     reproduced: bool = False
-    read_once: bool = False
-    read_already: ReadAlready = field(default_factory=ReadAlready)
     _nested: tuple[str, Floats, Floats, np.float32] | None = None
 
     @property
@@ -146,28 +117,19 @@ class OpenedProxy:
         return tensor.packing
 
     def codes(self, name: str, first: int, count: int) -> NDArray[np.uint8]:
-        """Packed 4-bit codes of `count` elements from element `first` (even): [ceil(count / 2)]."""
-        found, entry = self._read(name, first // 2, (count + 1) // 2), self.checkpoint.entries[name]
-        if self.read_once:
-            self.read_already.put(entry.file, entry.start + first // 2, found)
-        return found
-
-    def _read(self, name: str, start: int, count: int) -> NDArray[np.uint8]:
-        if self.read_once:
-            return self.checkpoint.read_fresh(name, start, count)
-        out = np.empty(count, np.uint8)
-        self.checkpoint.read_into(name, start, out)
-        return out
+        """Packed 4-bit codes of `count` elements from element `first` (even): [ceil(count / 2)]. Read-only."""
+        return self.checkpoint.view(name, first // 2, (count + 1) // 2)
 
     def scales(self, name: str, packing: Packing, first: int, count: int) -> Floats:
         """Scales of `count` blocks (4-bit) or rows (int8) from `first`: fp32 [count]. Raises FormatError."""
-        stored = scb_name(name) if packing.kind == "pack8" else f"{name}.absmax"
+        stored = _scales_of(name, packing)
         width = 1 if packing.double else 4
-        out: Array = self._read(stored, first * width, count * width)
-        absmax: Floats = out.view(np.float32) if width > 1 else out
+        absmax: Array = self.checkpoint.view(stored, first * width, count * width)
         if packing.double:
             nested, levels, offset = self._nested_of(name, packing.format)
-            absmax = levels[out] * nested[np.arange(first, first + count) // NESTED_BLOCK] + offset
+            absmax = levels[absmax] * nested[np.arange(first, first + count) // NESTED_BLOCK] + offset
+        else:
+            absmax = absmax.view(np.float32)
         if not np.isfinite(absmax).all():
             raise FormatError("a block scale is NaN or infinite", where=f"{self.scope}: {stored}")
         return absmax
@@ -182,7 +144,11 @@ class OpenedProxy:
         return found[1:]
 
     def values(self, name: str, layout: TensorLayout, first: int, rows: int) -> Floats:
-        """Rows of a tensor as a client computes with them, in fp32: [rows, cols] of the working view of `layout`.
+        """Rows of a tensor as a client computes with them, in fp32: [rows, cols]. As `stored`."""
+        return self.stored(name, layout, first, rows).values()
+
+    def stored(self, name: str, layout: TensorLayout, first: int, rows: int) -> StoredRows:
+        """Rows of a tensor of the working view of `layout`.
 
         Args:
             layout: the planned one; where the tensor is stored otherwise, its values are still found.
@@ -192,52 +158,42 @@ class OpenedProxy:
         """
         packing, cols = self.packing(name, layout), layout.view[2]
         if packing is None:
-            return self._plain(name, layout, first, rows)
+            return StoredRows.of(self._dense(name, layout, first, rows), self.checkpoint.entries[name].dtype)
         if packing.kind == "pack8":
-            codes, out = np.empty((rows, cols), np.int8), np.empty((rows, cols), np.float32)
-            self.checkpoint.read_into(name, first * cols, codes)
-            kernels.dequantize_int8(codes, self.scales(name, packing, first, rows), "F32", out)
-            return out
-        return self.decoded(
-            name, first, rows, partial(kernels.dequantize_4bit, format=packing.format, block=packing.block, dtype="F32")
-        )
+            codes = self.checkpoint.view(name, first * cols, rows * cols).view(np.int8).reshape(rows, cols)
+            return StoredRows(rows, cols, codes, "I8", packing, self.scales(name, packing, first, rows))
+        lower = first * cols // packing.block  # the block that the rows begin in
+        skipped = first * cols - lower * packing.block
+        count = skipped + rows * cols
+        scales = self.scales(name, packing, lower, -(-count // packing.block))
+        return StoredRows(rows, cols, self.codes(name, lower * packing.block, count), "U8", packing, scales, skipped)
 
-    def decoded(self, name: str, first: int, rows: int, decode: Callable[..., None]) -> Floats:
-        """Rows of packed 4-bit codes, [rows, cols].
-
-        Args:
-            decode: takes the codes and scales of whole blocks, and writes their values into `out`.
-        """
-        packing = self.tensors[name].packing
-        assert packing is not None
-        codes, skipped, scales = self.coded(name, packing, first, rows)
-        flat = np.empty(skipped + rows * packing.shape[1], np.float32)
-        decode(codes, scales, out=flat)
-        return flat[skipped:].reshape(rows, -1)
-
-    def coded(self, name: str, packing: Packing, first: int, rows: int) -> tuple[NDArray[np.uint8], int, Floats]:
-        """Packed 4-bit codes of the blocks that rows are in, how many elements precede the rows, and the scales."""
-        cols, block = packing.shape[1], packing.block
-        start = first * cols
-        lower = start // block * block  # of the block that the rows begin in
-        count = start - lower + rows * cols
-        scales = self.scales(name, packing, lower // block, -(-count // block))
-        return self.codes(name, lower, count), start - lower, scales
-
-    def _plain(self, name: str, layout: TensorLayout, first: int, rows: int) -> Floats:
-        """Dense values; those of a transposed tensor are stored as in the truth."""
+    def _dense(self, name: str, layout: TensorLayout, first: int, rows: int) -> Array:
+        """Stored bits; those of a transposed tensor are stored as in the truth."""
         entry, cols = self.checkpoint.entries[name], layout.view[2]
         if entry.dtype not in WEIGHT_DTYPES:
             raise FormatError(f"{entry.dtype} values where floats belong", where=f"{self.scope}: {name}")
-        kind = DTYPES[entry.dtype].bits
+        kind = np.dtype(DTYPES[entry.dtype].bits)
         if layout.transposed:
-            whole = self._read(name, 0, entry.nbytes).view(kind)
-            transposed: Floats = kernels.widened(whole, entry.dtype).reshape(cols, -1).T[first : first + rows]
-            return np.ascontiguousarray(transposed)
-        width = np.dtype(kind).itemsize * cols
-        out = self._read(name, first * width, rows * width).view(kind)
-        wide: Floats = kernels.widened(out, entry.dtype).reshape(rows, cols)
-        return wide
+            whole: Array = self.checkpoint.view(name, 0, entry.nbytes).view(kind)
+            return np.ascontiguousarray(whole.reshape(cols, -1).T[first : first + rows])
+        width = kind.itemsize * cols
+        return self.checkpoint.view(name, first * width, rows * width).view(kind).reshape(rows, cols)
+
+    def expect_rows(self, name: str, layout: TensorLayout, first: int, rows: int) -> None:
+        """Begin to read rows that `stored` will be asked for, and an export's bytes be compared with after that."""
+        entry, tensor = self.checkpoint.entries.get(name), self.tensors.get(name)
+        if entry is None or tensor is None:
+            return
+        total = layout.view[0] * layout.view[1]
+        begin, end = entry.nbytes * first // total, entry.nbytes * (first + rows) // total
+        self.checkpoint.expect(name, begin, end - begin)
+        for companion in tensor.packing.companions if tensor.packing is not None and not first else ():
+            self.checkpoint.expect(companion, 0, self.checkpoint.entries[companion].nbytes)
+
+
+def _scales_of(name: str, packing: Packing) -> str:
+    return scb_name(name) if packing.kind == "pack8" else f"{name}.absmax"
 
 
 def natural_view(shape: Sequence[int]) -> tuple[int, int, int]:

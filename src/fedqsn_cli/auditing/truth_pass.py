@@ -22,9 +22,10 @@ from fedqsn_cli.auditing.completeness import Collector
 from fedqsn_cli.auditing.findings import Recovery
 from fedqsn_cli.auditing.inputs import Inputs
 from fedqsn_cli.auditing.invariants.truth_index import TruthIndex
+from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.recovery.weights import WeightAttack
 from fedqsn_cli.export.pipeline import CHUNK_ELEMENTS
-from fedqsn_cli.kernels.read_ahead import compute_ahead
+from fedqsn_cli.kernels.read_ahead import announced, compute_ahead
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.tensor_task import TensorTask, tensor_tasks
 from fedqsn_cli.progress import Progress
@@ -42,9 +43,15 @@ class Observer(Protocol):
 
 @dataclass
 class WatchedModel(OpenModel):
-    """A model that hands on what is read of it."""
+    """A model that hands on what is read of it, and tells what will be."""
 
+    expects: Callable[[str, int, int], None] = field(kw_only=True)
     watch: Callable[[str, int, Array], None] = field(kw_only=True)
+
+    def expect_rows(self, name: str, storage: TensorLayout, first: int, rows: int) -> None:
+        """As `OpenModel.expect_rows`."""
+        super().expect_rows(name, storage, first, rows)
+        self.expects(name, first, rows)
 
     def read_rows(self, name: str, storage: TensorLayout, first: int, rows: int) -> Array:
         """As `OpenModel.read_rows`."""
@@ -54,12 +61,21 @@ class WatchedModel(OpenModel):
 
 
 class TruthPass:
-    """The runs of rows of all tensors of weights, as an export with this quantization reads them, each seen once."""
+    """The runs of rows of all tensors of weights, as an export with this quantization reads them, each seen once.
+
+    Args:
+        beside: proxies that observers read beside the truth, and that what an export makes of it is compared with.
+    """
 
     def __init__(
-        self, truth: OpenModel, quantization: Quantization | None, observers: Sequence[Observer], progress: Progress
+        self,
+        truth: OpenModel,
+        quantization: Quantization | None,
+        observers: Sequence[Observer],
+        progress: Progress,
+        beside: Sequence[OpenedProxy] = (),
     ) -> None:
-        self._truth, self._observers, self._progress = truth, observers, progress
+        self._truth, self._observers, self._progress, self._beside = truth, observers, progress, beside
         self._block = quantization.block_size if quantization else 1
         tasks = tensor_tasks(truth, quantization, lambda tensor: None)
         self.tasks = {task.name: task for task in tasks if task.tensor.is_float}
@@ -69,9 +85,8 @@ class TruthPass:
     def watched(self) -> OpenModel:
         """The truth, for an export: what it reads needs not be read again."""
         truth = self._truth
-        return WatchedModel(
-            truth.source, truth.checkpoint, truth.manifest, truth.tensors, truth.plan, watch=self._hand_on
-        )
+        parts = truth.source, truth.checkpoint, truth.manifest, truth.tensors, truth.plan
+        return WatchedModel(*parts, expects=self._expect, watch=self._hand_on)
 
     def finish(self) -> None:
         """Read what was not seen yet."""
@@ -84,11 +99,16 @@ class TruthPass:
         self._progress.finish()
 
     def _calls(self, tasks: Sequence[TensorTask]) -> Iterator[Callable[[], int] | None]:
-        for task in tasks:
-            if task.plan.axis == "element":
+        pieces = ((task, *piece) for task in tasks for piece in self._unseen(task))
+        current = None
+        for task, first, rows in announced(pieces, lambda piece: self._expect_truth(*piece)):
+            if task.plan.axis == "element" and task is not current:
                 yield None  # element masks are as large as their tensor: hold those of one tensor at a time
-            for first, rows in self._unseen(task):
-                yield partial(self._read, task, first, rows)
+            current = task
+            yield partial(self._read, task, first, rows)
+
+    def _expect_truth(self, task: TensorTask, first: int, rows: int) -> None:
+        self._truth.expect_rows(task.name, task.layout, first, rows)
 
     def _unseen(self, task: TensorTask) -> list[tuple[int, int]]:
         runs = row_chunks(task.layout, self._block, CHUNK_ELEMENTS)
@@ -98,6 +118,12 @@ class TruthPass:
         x = self._truth.read_rows(task.name, task.layout, first, rows)
         self._hand_on(task.name, first, x)
         return x.nbytes
+
+    def _expect(self, name: str, first: int, rows: int) -> None:
+        task = self.tasks.get(name)
+        if task is not None:
+            for proxy in self._beside:
+                proxy.expect_rows(name, task.layout, first, rows)
 
     def _hand_on(self, name: str, first: int, x: Array) -> None:
         task = self.tasks.get(name)
@@ -127,7 +153,8 @@ class Observed:
         passes: dict[str, TruthPass] = {}
         for name, attack in attacks.items():
             observers: list[Observer] = [attack] if passes else [attack, index]
-            passes[name] = TruthPass(truth, attack.quantization, observers, inputs.progress)
+            beside = attack.proxies if len(attack.proxies) == 1 else ()  # pieces of many would fill the memory
+            passes[name] = TruthPass(truth, attack.quantization, observers, inputs.progress, beside)
         return cls(index, passes or {str(None): TruthPass(truth, None, [index], inputs.progress)}, attacks)
 
 
@@ -147,7 +174,6 @@ def truth_index(inputs: Inputs, truth: OpenModel) -> TruthIndex:
     """The truth as sketches."""
     found = observed(inputs, truth)
     next(iter(found.passes.values())).finish()
-    found.index.settle()
     return found.index
 
 

@@ -6,6 +6,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,12 @@ from fedqsn_cli.checkpoint.direct_io import is_uncached, read_direct
 from fedqsn_cli.checkpoint.files import open_regular_file
 from fedqsn_cli.checkpoint.header import FileIdentity
 from fedqsn_cli.errors import FormatError
+from fedqsn_cli.kernels.threads import reading_threads
 from fedqsn_cli.linux import set_direct
 
 MAX_OPEN_FILES = 64
+LARGEST_EXPECTED, MOST_EXPECTED = 8 << 20, 96 << 20  # bytes of a piece that is read ahead, and of all of a file
+READ_AHEAD = 1 << 20  # bytes before a piece that are dropped with it: a large page may cross its start
 
 
 @dataclass(slots=True)
@@ -94,26 +98,92 @@ class DescriptorPool:
 DESCRIPTORS = DescriptorPool(MAX_OPEN_FILES)
 
 
-class DirectFile:
-    """One version of a file that may not be in the page cache; that is found out at the first read."""
+class StoredFile:
+    """One version of a file, read past the page cache where it is not in it; that is found out at the first read.
 
-    def __init__(self, file: Path, identity: FileIdentity) -> None:
-        self._file = file
-        self._identity = identity
+    What will be asked for soon can be announced: it is read meanwhile, and the last such pieces are kept.
+
+    Attributes:
+        drop_behind: whether what was read through the page cache is dropped from it.
+    """
+
+    def __init__(self, path: Path, identity: FileIdentity) -> None:
+        self.path = path
+        self.identity = identity
+        self.drop_behind = False
         self._uncached: bool | None = None
+        self._expected: OrderedDict[tuple[int, int], Future[NDArray[np.uint8]]] = OrderedDict()
+        self._lock = threading.Lock()
 
-    def read(self, start: int, count: int) -> NDArray[np.uint8] | None:
-        """`count` bytes from an absolute offset on, past the page cache; None where reading through it is better.
+    @classmethod
+    def open(cls, path: Path) -> StoredFile:
+        """The version that is there now. Raises InputError: there is no regular file."""
+        descriptor = open_regular_file(path)
+        try:
+            return cls(path, FileIdentity.of(descriptor))
+        finally:
+            os.close(descriptor)
+
+    def expect(self, start: int, count: int) -> None:
+        """Begin to read the bytes [start, start + count), which `read` will be asked for in one piece.
+
+        A large piece is left to `read`. Of pieces that nobody asks for, the last ones are kept.
+        """
+        if count > LARGEST_EXPECTED:
+            return
+        piece = reading_threads().submit(self._read, start, count)
+        with self._lock:
+            self._expected[start, count] = piece
+            while sum(size for _, size in self._expected) > MOST_EXPECTED:
+                self._expected.popitem(last=False)
+
+    def read(self, start: int, count: int) -> NDArray[np.uint8]:
+        """The bytes [start, start + count), as many of them as there are, in a fresh array, aligned for numbers.
 
         Raises:
             FormatError: the file is another one now.
         """
+        with self._lock:
+            piece = self._expected.pop((start, count), None)
+        return self._read(start, count) if piece is None else piece.result()
+
+    def view(self, start: int, count: int) -> NDArray[np.uint8]:
+        """As `read`, but not to be written to, and of an expected piece, which stays, any part."""
+        with self._lock:
+            pieces = list(self._expected.items())
+        for (begin, size), piece in pieces:
+            if begin <= start and start + count <= begin + size:
+                return piece.result()[start - begin : start - begin + count]
+        return self._read(start, count)
+
+    def _read(self, start: int, count: int) -> NDArray[np.uint8]:
         if self._uncached is None:
-            with DESCRIPTORS.borrow(self._file, self._identity) as descriptor:
-                self._uncached = is_uncached(descriptor, self._identity.size)
-        if not self._uncached:
-            return None
-        with DESCRIPTORS.borrow(self._file, self._identity, direct=True) as descriptor:
-            found = read_direct(descriptor, start, count)
-        self._uncached = found is not None
-        return found if found is not None and len(found) == count else None
+            with DESCRIPTORS.borrow(self.path, self.identity) as descriptor:
+                self._uncached = is_uncached(descriptor, self.identity.size)
+        if self._uncached:
+            with DESCRIPTORS.borrow(self.path, self.identity, direct=True) as descriptor:
+                found = read_direct(descriptor, start, count)
+            if found is not None:
+                return found
+            self._uncached = False
+        out: NDArray[np.uint8] = np.empty(count, np.uint8)
+        return out[: self.read_into(start, out.data)]
+
+    def read_into(self, start: int, out: memoryview) -> int:
+        """Fill `out` with the bytes from `start` on, through the page cache; returns how many there were.
+
+        Raises:
+            FormatError: the file is another one now.
+        """
+        with DESCRIPTORS.borrow(self.path, self.identity) as descriptor:
+            done = 0
+            while done < len(out) and (got := os.preadv(descriptor, [out[done:]], start + done)):
+                done += got
+            if self.drop_behind:
+                begin = max(0, start - READ_AHEAD)
+                os.posix_fadvise(descriptor, begin, start + done - begin, os.POSIX_FADV_DONTNEED)
+        return done
+
+    def close(self) -> None:
+        """Close the file; a later read opens it again."""
+        DESCRIPTORS.discard(self.path, self.identity)

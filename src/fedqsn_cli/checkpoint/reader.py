@@ -18,11 +18,10 @@ from numpy.typing import NDArray
 
 from fedqsn_cli import strictjson
 from fedqsn_cli.checkpoint.companions import find_companions
-from fedqsn_cli.checkpoint.descriptors import DESCRIPTORS, DirectFile
+from fedqsn_cli.checkpoint.descriptors import DESCRIPTORS, StoredFile
 from fedqsn_cli.checkpoint.files import read_file
 from fedqsn_cli.checkpoint.header import (
     MAX_NAME,
-    FileIdentity,
     Header,
     TensorEntry,
     is_plain_file_name,
@@ -34,7 +33,6 @@ from fedqsn_cli.dtypes import DTYPES
 from fedqsn_cli.errors import FormatError, InputError
 
 MAX_JSON_BYTES = 100_000_000
-READ_AHEAD = 1 << 20  # bytes before a chunk that are dropped with it: a large page may cross its start
 
 _CONVERT = "convert to safetensors first (save_pretrained writes them)"
 _PICKLE = "pickled weights, which are never loaded", _CONVERT
@@ -62,6 +60,7 @@ class Checkpoint:
         path: what was opened.
         config: parsed config.json, None for a single file or a directory without one.
         entries: every tensor in sequential reading order: shards by file name, then the order within the file.
+        files: the files that they are in.
         metadata: the `__metadata__` of all files; where two files differ, the first one counts.
         manifest: parsed fedqsn.json, None if there is none.
         proxy_manifest: parsed proxy.json, None if there is none.
@@ -76,14 +75,13 @@ class Checkpoint:
         self.companions: list[Path] = []
         self.entries: dict[str, TensorEntry] = {}
         self.metadata: dict[str, str] = {}
-        self._identities: dict[Path, FileIdentity] = {}
-        self._direct: dict[Path, DirectFile] = {}
+        self.files: dict[Path, StoredFile] = {}
         self._mappings: dict[Path, mmap.mmap] = {}
-        self._drop_behind = False
         for header in headers:
             self._add(header)
-        if hasattr(os, "posix_fadvise"):
-            self._drop_behind = self.total_bytes > _memory_bytes() // 2
+        if hasattr(os, "posix_fadvise") and self.total_bytes > _memory_bytes() // 2:
+            for file in self.files.values():
+                file.drop_behind = True
 
     def _add(self, header: Header) -> None:
         for name, entry in header.entries.items():
@@ -91,8 +89,7 @@ class Checkpoint:
                 other = self.entries[name].file.name
                 raise FormatError(f"tensor {name!r} is in {other} too", where=entry.file)
             self.entries[name] = entry
-            self._identities[entry.file] = header.identity
-            self._direct.setdefault(entry.file, DirectFile(entry.file, header.identity))
+            self.files.setdefault(entry.file, StoredFile(entry.file, header.identity))
         self.metadata = header.metadata | self.metadata
 
     @classmethod
@@ -155,7 +152,7 @@ class Checkpoint:
         entry = self.entries[name]
         mapping = self._mappings.get(entry.file)
         if mapping is None:
-            with DESCRIPTORS.borrow(entry.file, self._identities[entry.file]) as descriptor:
+            with DESCRIPTORS.borrow(entry.file, self.files[entry.file].identity) as descriptor:
                 mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
             self._mappings[entry.file] = mapping
         return np.frombuffer(mapping, np.uint8, entry.nbytes, entry.start)
@@ -169,21 +166,10 @@ class Checkpoint:
         Raises:
             FormatError: the file got shorter or changed since it was opened.
         """
-        entry = self.entries[name]
         view = byte_view(out)
-        if start < 0 or start + len(view) > entry.nbytes:
-            raise ValueError(f"bytes [{start}, {start + len(view)}) are outside of {name!r} ({entry.nbytes} bytes)")
-        with DESCRIPTORS.borrow(entry.file, self._identities[entry.file]) as descriptor:
-            position = entry.start + start
-            while len(view):
-                count = os.preadv(descriptor, [view], position)
-                if not count:
-                    raise FormatError("truncated while it was read", where=f"{entry.file}: {name}")
-                position += count
-                view = view[count:]
-            if self._drop_behind:
-                begin = max(0, entry.start + start - READ_AHEAD)
-                os.posix_fadvise(descriptor, begin, position - begin, os.POSIX_FADV_DONTNEED)
+        file, begin = self._place(name, start, len(view))
+        if file.read_into(begin, view) < len(view):
+            raise FormatError("truncated while it was read", where=f"{file.path}: {name}")
 
     def read_fresh(self, name: str, start: int, count: int) -> NDArray[np.uint8]:
         """The bytes [start, start + count) of a tensor in a fresh array, past the page cache where they are not in it.
@@ -191,26 +177,43 @@ class Checkpoint:
         Raises:
             FormatError: the file got shorter or changed since it was opened.
         """
+        file, begin = self._place(name, start, count)
+        return _complete(file.read(begin, count), count, file, name)
+
+    def view(self, name: str, start: int, count: int) -> NDArray[np.uint8]:
+        """As `read_fresh`, but not to be written to: others who were promised these bytes may share them."""
+        file, begin = self._place(name, start, count)
+        return _complete(file.view(begin, count), count, file, name)
+
+    def expect(self, name: str, start: int, count: int) -> None:
+        """Begin to read bytes that `view` or `read_fresh` will be asked for."""
+        file, begin = self._place(name, start, count)
+        file.expect(begin, count)
+
+    def _place(self, name: str, start: int, count: int) -> tuple[StoredFile, int]:
+        """The file that these bytes of a tensor are in, and where."""
         entry = self.entries[name]
-        if 0 <= start <= start + count <= entry.nbytes:
-            found = self._direct[entry.file].read(entry.start + start, count)
-            if found is not None:
-                return found
-        out = np.empty(count, np.uint8)
-        self.read_into(name, start, out)
-        return out
+        if start < 0 or start + count > entry.nbytes:
+            raise ValueError(f"bytes [{start}, {start + count}) are outside of {name!r} ({entry.nbytes} bytes)")
+        return self.files[entry.file], entry.start + start
 
     def close(self) -> None:
         """Close the files of this checkpoint; a later read opens them again. Mapped bytes stay."""
         self._mappings.clear()
-        for file, identity in self._identities.items():
-            DESCRIPTORS.discard(file, identity)
+        for file in self.files.values():
+            file.close()
 
     def __enter__(self) -> Checkpoint:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _complete(found: NDArray[np.uint8], count: int, file: StoredFile, name: str) -> NDArray[np.uint8]:
+    if found.size < count:
+        raise FormatError("truncated while it was read", where=f"{file.path}: {name}")
+    return found
 
 
 def _memory_bytes() -> int:

@@ -21,10 +21,11 @@ from fedqsn_cli.errors import InputError
 from fedqsn_cli.linux import keep_freed_memory
 from fedqsn_cli.version import VERSION
 
-# Libraries that talk on stderr by themselves; who wants to hear them sets these before.
+# Libraries that talk on stderr by themselves, or look for plugins of others; who wants that sets these before.
 _QUIET = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "PYDANTIC_DISABLE_PLUGINS": "__all__",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }

@@ -24,7 +24,7 @@ from fedqsn_cli.errors import InputError
 from fedqsn_cli.export.encode import check_finite, encode, encode_with
 from fedqsn_cli.kernels.digests import Algorithm
 from fedqsn_cli.kernels.hash_threads import HashThreads
-from fedqsn_cli.kernels.read_ahead import compute_ahead
+from fedqsn_cli.kernels.read_ahead import announced, compute_ahead
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.models.digest import ModelHash
 from fedqsn_cli.models.model import OpenModel
@@ -170,14 +170,15 @@ def encode_calls(
     chunk_elements: int,
 ) -> Iterator[Callable[[], EncodedChunk] | None]:
     """The calls that encode every chunk, in order; None: what follows waits until everything before it is used."""
-    encoder = ChunkEncoder(model, base, quantization)
-    for task in tasks:
-        if task.plan.axis == "element":
-            yield None  # element masks are as large as their tensor: hold those of one tensor at a time
-        hidden = task.hidden
-        chunks = list(row_chunks(task.layout, quantization.block_size if quantization else 1, chunk_elements))
-        for first, rows in chunks:
-            yield partial(encoder.encode, task, hidden, first, rows, last=(first, rows) == chunks[-1])
+    encoder, hidden = ChunkEncoder(model, base, quantization), None
+    block = quantization.block_size if quantization else 1
+    pieces = ((task, *piece) for task in tasks for piece in row_chunks(task.layout, block, chunk_elements))
+    for task, first, rows in announced(pieces, lambda piece: encoder.expect(*piece)):
+        if not first:
+            if task.plan.axis == "element":
+                yield None  # element masks are as large as their tensor: hold those of one tensor at a time
+            hidden = task.hidden
+        yield partial(encoder.encode, task, hidden, first, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +189,16 @@ class ChunkEncoder:
     base: PublicBase | None
     quantization: Quantization | None
 
-    def encode(self, task: TensorTask, hidden: UnitMask | None, first: int, rows: int, *, last: bool) -> EncodedChunk:
-        """Read, hide and quantize rows `first` .. `first + rows`; `last` if they end the tensor."""
+    def expect(self, task: TensorTask, first: int, rows: int) -> None:
+        """Begin to read what `encode` will need."""
+        filled = self.base is not None and self.base.fills(task.plan)
+        if self.base is not None and filled:
+            self.base.expect_rows(task.name, task.layout, first, rows)
+        if not filled or not self._replaced:
+            self.model.expect_rows(task.name, task.layout, first, rows)
+
+    def encode(self, task: TensorTask, hidden: UnitMask | None, first: int, rows: int) -> EncodedChunk:
+        """Read, hide and quantize rows `first` .. `first + rows`."""
         b = None
         if self.base is not None and self.base.fills(task.plan):
             b = self.base.read_rows(task.name, task.layout, first, rows)
@@ -203,6 +212,7 @@ class ChunkEncoder:
         fill, fill_scales = (
             (None, None) if self.base is None or self.base.whole or b is None else self._fill(task, b, scales)
         )
+        last = first + rows == task.layout.view[0] * task.layout.view[1]
         return EncodedChunk(task, first, rows, last, x, values, scales, b, fill, fill_scales)
 
     @property

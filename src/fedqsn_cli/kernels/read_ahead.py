@@ -12,7 +12,18 @@ from fedqsn_cli.kernels.threads import thread_count, work_alone
 T = TypeVar("T")
 
 MOST_WORKERS = 4  # calls at once; together faster than one thread hashes
-WAITING = 2  # calls that wait for the disk, about, while others compute
+ANNOUNCED = 4  # what is read while what comes before it is computed
+
+
+def announced(items: Iterable[T], announce: Callable[[T], object], distance: int = ANNOUNCED) -> Iterator[T]:
+    """The items, each of them announced when so many others are still to come before it."""
+    waiting: deque[T] = deque()
+    for item in items:
+        announce(item)
+        waiting.append(item)
+        if len(waiting) > distance:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def read_ahead(pool: Executor, calls: Iterable[Callable[[], T] | None], depth: int) -> Iterator[T]:
@@ -38,9 +49,9 @@ def read_ahead(pool: Executor, calls: Iterable[Callable[[], T] | None], depth: i
 def compute_ahead(calls: Iterable[Callable[[], T] | None]) -> Iterator[T]:
     """Results of the calls in order, as `read_ahead` gives them.
 
-    A call reads from the disk, and then keeps one processor busy, kernels included.
+    A call keeps one processor busy, kernels included; now and then it waits for the disk, and another takes its place.
     """
     threads = thread_count()
-    count = min(MOST_WORKERS, threads + WAITING) if threads > 1 else 1
+    count = min(MOST_WORKERS, threads + 1) if threads > 1 else 1
     with ThreadPoolExecutor(count, "fedqsn-worker", work_alone) as workers:
         yield from read_ahead(workers, calls, depth=count)

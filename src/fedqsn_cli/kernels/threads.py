@@ -73,3 +73,14 @@ def _run(fn: Callable[[int, int], None], start: int, stop: int) -> None:
 def _pool(pid: int, count: int) -> ThreadPoolExecutor:
     """The pool; a forked child has none of its parent's threads and makes its own."""
     return ThreadPoolExecutor(count - 1, thread_name_prefix="fedqsn-kernel")
+
+
+def reading_threads() -> ThreadPoolExecutor:
+    """Threads that read ahead of those who compute: two keep a disk busy."""
+    return _readers(os.getpid())
+
+
+@cache
+def _readers(pid: int) -> ThreadPoolExecutor:
+    """As `_pool`."""
+    return ThreadPoolExecutor(2, thread_name_prefix="fedqsn-reader")

@@ -94,16 +94,26 @@ class OpenModel:
             Stored float bits [rows, cols] (16-bit floats as uint16; a transposed tensor as it is stored), int8 codes
             [rows, cols], packed 4-bit codes [rows * cols / 2], or the opaque values of any other dtype.
         """
-        entry, logical = self.checkpoint.entries[name], self.tensors[name]
-        cols = storage.view[2]
+        logical, cols = self.tensors[name], storage.view[2]
+        found = self.checkpoint.read_fresh(name, *self._span(name, storage, first, rows))
         if logical.packing is not None and logical.packing.kind == "pack4":
-            begin = first * cols // 2
-            return self.checkpoint.read_fresh(name, begin, min(entry.nbytes, begin + (rows * cols + 1) // 2) - begin)
-        dtype = array_dtype(entry.dtype)
+            return found
         turned = storage.transposed and logical.packing is None
-        size = dtype.itemsize
-        values = self.checkpoint.read_fresh(name, first * cols * size, rows * cols * size).view(dtype)
+        values = found.view(array_dtype(self.checkpoint.entries[name].dtype))
         return values.reshape((cols, rows) if turned else (rows, cols))
+
+    def expect_rows(self, name: str, storage: TensorLayout, first: int, rows: int) -> None:
+        """Begin to read what `read_rows` will be asked for."""
+        self.checkpoint.expect(name, *self._span(name, storage, first, rows))
+
+    def _span(self, name: str, storage: TensorLayout, first: int, rows: int) -> tuple[int, int]:
+        """Where rows are in the bytes of a tensor, and how many bytes they are."""
+        entry, packing, cols = self.checkpoint.entries[name], self.tensors[name].packing, storage.view[2]
+        if packing is not None and packing.kind == "pack4":
+            begin = first * cols // 2
+            return begin, min(entry.nbytes, begin + (rows * cols + 1) // 2) - begin
+        size = array_dtype(entry.dtype).itemsize
+        return first * cols * size, rows * cols * size
 
     def scales(self, name: str) -> Scales:
         """Block scales of a packed tensor."""

@@ -98,20 +98,33 @@ class PublicBase:
         values = self._values(match, dtype, first * cols, rows * cols)
         return values.reshape((cols, rows) if storage.transposed else (rows, cols))
 
-    def _values(self, match: Match, dtype: str, start: int, count: int) -> Array:
-        """`count` values from a flat position on; rows of another number of them only end elsewhere."""
+    def expect_rows(self, name: str, storage: TensorLayout, first: int, rows: int) -> None:
+        """Begin to read what `read_rows` will be asked for."""
+        span = self._span(self._found[name][0], first * storage.view[2], rows * storage.view[2])
+        if span is not None:
+            self._checkpoint.expect(*span)
+
+    def _span(self, match: Match, start: int, count: int) -> tuple[str, int, int] | None:
+        """Where these values are, as far as the base has them: tensor, first byte, bytes; None where it has none."""
         known = 0
         if match.kind != "zeros" and match.shape is not None:
             known = max(0, min(count, math.prod(match.shape) - start))
         if not known:
-            return np.zeros(count, array_dtype(dtype))
+            return None
         assert match.source is not None and match.dtype is not None
-        stored = array_dtype(match.dtype)
-        data = self._checkpoint.read_fresh(match.source, start * stored.itemsize, known * stored.itemsize)
-        found: Array = data.view(stored)
+        size = array_dtype(match.dtype).itemsize
+        return match.source, start * size, known * size
+
+    def _values(self, match: Match, dtype: str, start: int, count: int) -> Array:
+        """`count` values from a flat position on; rows of another number of them only end elsewhere."""
+        span = self._span(match, start, count)
+        if span is None or match.dtype is None:
+            return np.zeros(count, array_dtype(dtype))
+        found: Array = self._checkpoint.read_fresh(*span).view(array_dtype(match.dtype))
         if match.dtype != dtype:
             found = _converted(found, match.dtype, dtype, f"{self.source.reference}: {match.source}")
-        return found if known == count else np.concatenate([found, np.zeros(count - known, DTYPES[dtype].bits)])
+        missing = count - found.size
+        return found if not missing else np.concatenate([found, np.zeros(missing, DTYPES[dtype].bits)])
 
 
 def open_base(reference: str, model: OpenModel, *, partial: bool = False, whole: bool = False) -> PublicBase:

@@ -62,6 +62,7 @@ def dequantize_4bit(packed: Bytes, absmax: Float32s, *, format: str, block: int,
         raise NonFinite("a block scale is NaN or infinite")
     levels = np.empty_like(book.levels)
     levels[book.order] = book.levels
+    pairs = pairs_of(levels)
     packed, absmax = writable(packed), writable(absmax)
 
     def work(start: int, stop: int) -> None:
@@ -69,10 +70,16 @@ def dequantize_4bit(packed: Bytes, absmax: Float32s, *, format: str, block: int,
         for first in range(start, stop, PIECE):
             last = min(first + PIECE, stop)
             values = target.room(first, last, scratch)
-            _decode(packed[first // 2 : (last + 1) // 2], absmax[first // block :], block, levels, values)
+            decode(packed[first // 2 : (last + 1) // 2], absmax[first // block :], block, pairs, values)
             target.write(first, last, values)
 
     run_ranges(target.size, max(block, GRAIN), work)
+
+
+def pairs_of(levels: Float32s) -> NDArray[np.uint64]:
+    """The two levels of each byte of codes, fp32, as 64 bits: [256], from the levels by code, [16]."""
+    byte = np.arange(256)
+    return np.stack([levels[byte >> 4], levels[byte & 15]], axis=1).view(np.uint64).reshape(-1)
 
 
 def _quantize(
@@ -146,14 +153,18 @@ def _encode(
 
 
 @kernel
-def _decode(packed: Any, absmax: Any, block: int, levels: Any, out: Any) -> None:
-    """All blocks of a piece."""
-    for start in range(0, out.size, block):
-        target = out[start : min(start + block, out.size)]
-        codes = packed[start // 2 : (start + target.size + 1) // 2]
-        scale = absmax[start // block]
-        for i in range(target.size // 2):
-            target[2 * i] = levels[codes[i] >> np.uint8(4)] * scale
-            target[2 * i + 1] = levels[codes[i] & np.uint8(15)] * scale
-        if target.size % 2:
-            target[target.size - 1] = levels[codes[codes.size - 1] >> np.uint8(4)] * scale
+def decode(packed: Any, absmax: Any, block: int, pairs: Any, out: Any) -> None:
+    """out = level of each code times the absmax of its block, fp32; see `pairs_of`. Codes begin with a block."""
+    batch = max(block, BATCH)
+    words = np.empty(batch // 2, np.uint64)
+    levels = words.view(np.float32)
+    for begin in range(0, out.size, batch):
+        target = out[begin : min(begin + batch, out.size)]
+        codes = packed[begin // 2 : (begin + target.size + 1) // 2]
+        for i in range(codes.size):
+            words[i] = pairs[codes[i]]
+        for start in range(0, target.size, block):
+            stop, scale = min(start + block, target.size), absmax[(begin + start) // block]
+            source, part = levels[start:stop], target[start:stop]
+            for i in range(part.size):
+                part[i] = source[i] * scale

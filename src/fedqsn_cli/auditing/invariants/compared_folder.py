@@ -19,21 +19,19 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fedqsn_cli.auditing.kernels import first_unequal
-from fedqsn_cli.auditing.opened_proxy import ReadAlready
 from fedqsn_cli.checkpoint import FILE_MODE, FILE_TIME, TensorSink, TensorSpec
-from fedqsn_cli.checkpoint.direct_io import is_uncached, read_direct
+from fedqsn_cli.checkpoint.descriptors import StoredFile
 from fedqsn_cli.checkpoint.tensor_sink import split_into_shards
-from fedqsn_cli.kernels.floats import writable
+from fedqsn_cli.errors import InputError
 from fedqsn_cli.kernels.hash_threads import HashQueue
-from fedqsn_cli.linux import file_flags, set_direct
+from fedqsn_cli.linux import file_flags
 
 Bytes = NDArray[np.uint8]
 
 _LABEL, _SELINUX = "security.selinux", re.compile(rb"([a-z_]+:[a-z_]+:[a-z_]+(:s0)?\0?)?")  # the system sets it
 _FOLDER_MODES = frozenset({0o700, 0o750, 0o755, 0o770, 0o775, 0o777})  # what the usual umasks leave
 _MISSING = "0" * 64  # in place of a digest
-_SMALL, _LARGE = 4 << 10, 64 << 10  # bytes that may wait to be hashed; bytes that are read past the page cache
+_SMALL = 4 << 10  # bytes that may wait to be hashed
 _JSON_KEY = re.compile(r'( *)"((?:[^"\\]|\\.)*)": ')
 
 
@@ -56,20 +54,18 @@ class ComparedFile:
     """A file of tensors, compared with what an export writes in any order.
 
     Args:
-        size: in bytes, as it should be. known: bytes that need not be read again.
+        size: in bytes, as it should be. stored: the file, where it is open already.
         hashing: takes what is read, if that is in the order of the file.
         first: offset of the first byte that differs.
     """
 
     path: Path
     size: int
-    known: ReadAlready
+    stored: StoredFile | None
     hashing: HashQueue
     first: int | None = None
     _head: bytes = b""
     _taken: int = 0
-    _descriptor: int = -1
-    _uncached: bool = False
     _sha256: Any = field(default_factory=hashlib.sha256)
     _hashed: int = 0
     _waiting: dict[int, Bytes] = field(default_factory=dict)
@@ -90,55 +86,36 @@ class ComparedFile:
         if offset == 0:
             self._head = bytes(data)  # a header is written at once
         self._taken += len(data)
-        wanted, found = np.frombuffer(data, np.uint8), self._read(offset, len(data))
+        found = np.empty(0, np.uint8) if self.stored is None else self.stored.read(offset, len(data))
+        wanted = np.frombuffer(data, np.uint8)
         if offset == self._hashed or len(data) < _SMALL:
             self._waiting[offset] = found
         while (piece := self._waiting.pop(self._hashed, None)) is not None:
             self._last = self.hashing.submit(self._sha256.update, piece.data)
             self._hashed += piece.size
-        unequal = first_unequal(writable(wanted), found)
-        if unequal >= 0:
-            self._differs(offset + unequal)
+        unequal = np.flatnonzero(wanted[: found.size] != found)
+        if unequal.size or found.size < wanted.size:
+            self._differs(offset + int(unequal[0] if unequal.size else found.size))
         if self.complete:
             self.close()
 
     def _open(self) -> None:
         try:
-            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError:
+            self.stored = self.stored or StoredFile.open(self.path)
+        except InputError:
             return  # no byte is as it should be
-        found = os.fstat(self._descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            self.close()
-        else:
-            self._uncached = is_uncached(self._descriptor, found.st_size)
-            self._hashed = 0 if found.st_size == self.size else -1  # of another size, no digest helps
-            if found.st_size > self.size:
-                self._differs(self.size)
-
-    def _read(self, offset: int, count: int) -> Bytes:
-        """These bytes, or those of them that there are; large pieces past the page cache if they are not in it."""
-        if self._descriptor < 0:
-            return np.empty(0, np.uint8)
-        if (already := self.known.take(self.path, offset, count)) is not None:
-            return already
-        if self._uncached and count >= _LARGE:
-            self._uncached = set_direct(self._descriptor)
-            direct = read_direct(self._descriptor, offset, count)
-            set_direct(self._descriptor, False)
-            if direct is not None:
-                return direct
-        found: Bytes = np.empty(count, np.uint8)
-        return found[: os.preadv(self._descriptor, [found.data], offset)]
+        there = self.stored.identity.size
+        self._hashed = 0 if there == self.size else -1  # of another size, no digest helps
+        if there > self.size:
+            self._differs(self.size)
 
     def _differs(self, offset: int) -> None:
         self.first = offset if self.first is None else min(self.first, offset)
 
     def close(self) -> None:
         """Compare no more."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        if self.stored is not None:
+            self.stored.close()
 
     def digest(self) -> str | None:
         """SHA-256 of the file, in hex; None where it was not read in its order."""
@@ -160,14 +137,14 @@ class ComparedFolder:
     """Takes the files of a release as `ArtifactWriter` does, and compares each with that of the same name in a folder.
 
     Args:
-        read_already: bytes that need not be read again. hashing: takes the bytes of all files.
+        open_files: files of it that are open already. hashing: takes the bytes of all files.
         taken: receives SHA-256 of the files that were read in their order.
         known: gives SHA-256 of all files that are there: what proxy.json must say of them. Where one is not as it
             should be, that is found in the file itself.
     """
 
     folder: Path
-    read_already: ReadAlready
+    open_files: Mapping[Path, StoredFile]
     hashing: HashQueue
     taken: dict[str, str]
     known: Callable[[], Mapping[str, str]]
@@ -193,12 +170,12 @@ class ComparedFolder:
 
     def file(self, path: Path, size: int) -> ComparedFile:
         """A file of tensors to compare."""
-        self._files.append(ComparedFile(path, size, self.read_already, self.hashing))
+        self._files.append(ComparedFile(path, size, self.open_files.get(path), self.hashing))
         return self._files[-1]
 
     def add_bytes(self, name: str, data: bytes) -> None:
         """Compare a small file."""
-        file = ComparedFile(self.folder / name, len(data), self.read_already, self.hashing)
+        file = ComparedFile(self.folder / name, len(data), None, self.hashing)
         file.write(0, memoryview(data))
         file.close()  # an empty one is never complete
         self.finished(file)

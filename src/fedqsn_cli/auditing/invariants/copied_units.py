@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,23 @@ from fedqsn_cli.auditing.digests import files_of, is_oversized
 from fedqsn_cli.auditing.findings import Entry, Finding
 from fedqsn_cli.auditing.inputs import TRUTH, Inputs
 from fedqsn_cli.auditing.invariants.holes import CLEAR_COPY, HIDDEN_UNIT_PRESENT
-from fedqsn_cli.auditing.invariants.sketches import SHORTEST, Sketches, cosine, of_rows, similar, window
-from fedqsn_cli.auditing.invariants.truth_index import MatrixSketches, TruthIndex, fetch, matrix_view, origins
+from fedqsn_cli.auditing.invariants.sketches import (
+    SHORTEST,
+    HashTable,
+    Sketches,
+    cosine,
+    hash_tables,
+    joined,
+    of_rows,
+    window,
+)
+from fedqsn_cli.auditing.invariants.truth_index import MatrixSketches, Part, TruthIndex, fetch, matrix_view, origins
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.truth_pass import truth_index
 from fedqsn_cli.checkpoint.files import open_regular_file
 from fedqsn_cli.dtypes import DTYPES
 from fedqsn_cli.export.pipeline import CHUNK_ELEMENTS
+from fedqsn_cli.kernels.read_ahead import compute_ahead
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.quantization import kernels
 from fedqsn_cli.quantization.layout import TensorLayout, row_chunks
@@ -35,6 +46,7 @@ ReadBytes = Callable[[int, int], bytes]
 SAME, COPY, SHORT_COPY = 0.9999, 0.98, 1 - 1e-6  # cosines; see sketches.py
 _SHORT = 16  # numbers; below, unrelated vectors may be alike by chance
 _COMPARISONS = 16  # pairs a tensor that are compared number by number
+_AT_ONCE = 16  # tensors whose vectors are looked up in one call
 _READ = 1 << 22  # bytes of unexpected content at a time
 _HIDDEN, _SHOWN, _NOTHING = 2, 1, 0  # what a vector is a copy of
 
@@ -75,22 +87,42 @@ def _compared_with(inputs: Inputs) -> str:
 
 def _in_truth(truth: TruthIndex) -> Iterator[Finding]:
     """Hidden units that the truth holds once more where they are shown."""
-    reported: set[tuple[int, int]] = set()
-    partial = np.array([truth.is_partially_hidden(number) for number in range(len(truth.tasks))])
+    reported: set[Pair] = set()
     for length in truth.lengths():
-        vectors, where, hidden = truth.stacked(length)
-        units, shown = np.flatnonzero(hidden), np.flatnonzero(~hidden | partial[where[:, 0]])
         if length < _SHORT:
             continue
-        for left, right in similar(vectors[units], vectors[shown], SAME, tables=3):
-            unit, copy = where[units[left]], where[shown[right]]
-            itself = (unit[:, :2] == copy[:, :2]).all(axis=1) & ((unit[:, 2] == copy[:, 2]) | partial[unit[:, 0]])
-            for one, other in _first_pairs(unit[~itself], copy[~itself]):
-                pair = int(one[0]), int(other[0])
-                if pair not in reported and cosine(truth.vector(*one), truth.vector(*other)) > SAME:
-                    reported.add(pair)
+        parts, in_part = truth.parts(length), truth.partially_hidden
+        units = joined([part.only(part.hidden) for part in parts])
+        shown = [part.only(~part.hidden | in_part[part.where[:, 0]]) for part in parts]
+        runs = [shown[first : first + _AT_ONCE] for first in range(0, len(shown), _AT_ONCE)]
+        for table in hash_tables(units.vectors, sum(len(part.where) for part in shown), tables=3):
+            for found in compute_ahead(partial(_shown_copies, truth, table, units.where, run) for run in runs):
+                for pair in sorted(found - reported):
                     message = f"units that are hidden here are shown as part of {truth.tasks[pair[1]].name}"
                     yield HIDDEN_UNIT_PRESENT.finding("truth", message, tensor=truth.tasks[pair[0]].name)
+                reported |= found
+
+
+Pair = tuple[int, int]
+"""Numbers of two tensors: the one that a hidden unit is of, and the one that shows it."""
+
+
+def _shown_copies(truth: TruthIndex, table: HashTable, where: Array, parts: Sequence[Part]) -> set[Pair]:
+    """Tensors whose hidden units these parts of the truth show.
+
+    Args:
+        table: of sketches of hidden units. where: they come from.
+    """
+    shown, found = joined(parts), set[Pair]()
+    for left, right in table.like(shown.vectors, SAME):
+        unit, copy = where[left], shown.where[right]
+        in_part = truth.partially_hidden[unit[:, 0]]
+        itself = (unit[:, :2] == copy[:, :2]).all(axis=1) & ((unit[:, 2] == copy[:, 2]) | in_part)
+        for one, other in _first_pairs(unit[~itself], copy[~itself]):
+            pair = int(one[0]), int(other[0])
+            if pair not in found and cosine(truth.vector(*one), truth.vector(*other)) > SAME:
+                found.add(pair)
+    return found
 
 
 def _first_pairs(unit: Array, copy: Array) -> Iterator[tuple[Array, Array]]:
@@ -118,11 +150,11 @@ def _in_tensor(truth: TruthIndex, proxy: OpenedProxy, number: int, name: str) ->
     def vector(kind: int, index: int) -> Floats:
         return fetch(read, view, kind, index)
 
-    matrix, by_length = MatrixSketches(view), dict[int, Sketches]()
+    matrix = MatrixSketches(view)
     for first, count in row_chunks(replace(layout, transposed=False), 1, CHUNK_ELEMENTS):
         matrix.take(first, read(first, count, slice(None)))
-    matrix.add_to(by_length, 0)
-    hits = sum(_confirm(truth, length, sketches, vector, number, transposed) for length, sketches in by_length.items())
+    found = matrix.by_length(0)
+    hits = sum(_confirm(truth, length, sketches, vector, number, transposed) for length, sketches in found.items())
     if hits:
         message = "holds units of the truth that are hidden (at least so many)"
         yield HIDDEN_UNIT_PRESENT.finding(proxy.scope, message, tensor=name, value=float(hits), limit=0.0)
@@ -145,7 +177,7 @@ def _confirm(
         return 0
     _, origin, hidden = truth.stacked(length)
     # what is left of a vector when some of its numbers are hidden is still like it
-    wanted = hidden & ~((origin[:, 0] == number) & truth.is_partially_hidden(number))
+    wanted = hidden & ~((origin[:, 0] == number) & truth.partially_hidden[number])
     confirmed = 0
 
     def read(place: Array) -> Floats:
@@ -171,9 +203,11 @@ def _copies(
         wanted: flags of the vectors that are looked for; those of which enough is known may be cleared meanwhile.
         most: comparisons number by number.
     """
-    (sketches, origin, _), (vectors, places) = truth.stacked(length), candidates.stacked()
+    (sketches, origin, _), (vectors, places) = truth.stacked(length), candidates
     units, comparisons = np.flatnonzero(wanted), 0
-    for left, right in similar(sketches if wanted.all() else sketches[units], vectors):
+    known = sketches if wanted.all() else sketches[units]
+    pairs = (pair for table in hash_tables(known, len(vectors)) for pair in table.like(vectors))
+    for left, right in pairs:
         for unit, place in zip(units[left], places[right], strict=True):
             if comparisons == most:
                 return
@@ -181,7 +215,7 @@ def _copies(
                 continue
             comparisons += 1
             near = cosine(read(place), truth.vector(*origin[unit]))
-            partial = truth.is_partially_hidden(int(origin[unit][0]))
+            partial = truth.partially_hidden[origin[unit][0]]
             if near > (SHORT_COPY if length < _SHORT else SAME if partial else COPY):
                 yield int(unit), place, near
 
@@ -259,8 +293,8 @@ def _numbers(data: bytes, dtype: str) -> Floats:
 def _similarity_level(truth: TruthIndex, length: int, x: Floats, known: int) -> int:
     """The worst that rows x, [n, length], are copies of, or what is known if that is worse."""
     low, high = window(length)
-    candidates, hidden = Sketches(), truth.stacked(length)[2]
-    candidates.add(of_rows(x, "F32"), high - low, origins(0, 0, 0, len(x)))
+    candidates = Sketches.of(of_rows(x, "F32"), high - low, origins(0, 0, 0, len(x)))
+    hidden = truth.stacked(length).hidden
     wanted = hidden.copy() if known == _SHOWN else np.ones_like(hidden)
     for unit, _, _ in _copies(truth, length, candidates, wanted, lambda place: x[place[2]], 8 * _COMPARISONS):
         if hidden[unit]:

@@ -96,7 +96,7 @@ def reproduce(inputs: Inputs, group: Together, given: tuple[OpenModel, JobKey]) 
     with HashThreads() as hashing:
         folders = [
             ComparedFolder(
-                *(proxy.folder, proxy.read_already, hashing.queue(), taken_of(inputs, proxy)),
+                *(proxy.folder, proxy.checkpoint.files, hashing.queue(), taken_of(inputs, proxy)),
                 partial(digests_of, inputs, proxy),
             )
             for proxy in group.proxies

@@ -20,10 +20,10 @@ there are 12.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,8 @@ from fedqsn_cli.kernels.threads import run_ranges
 
 Floats = NDArray[np.float32]
 Ints = NDArray[Any]
+
+Together = TypeVar("Together", bound=tuple[Any, ...])
 
 SIZE = 16  # numbers a sketch
 WINDOW = 256  # numbers of a vector that are projected
@@ -52,32 +54,30 @@ def signs(length: int) -> Floats:
     return np.unpackbits(np.frombuffer(stream, np.uint8)).reshape(length, SIZE).astype(np.float32) * 2 - 1
 
 
-@dataclass
-class Sketches:
+class Sketches(NamedTuple):
     """Sketches of many vectors of one length, normalised to length 1 after their means were taken out.
 
     Args:
         vectors: fp32 [n, SIZE]. where: [n, 3]: (number of the tensor, 0 a row or 1 a column, index).
     """
 
-    vectors: list[Floats] = field(default_factory=list)
-    where: list[Ints] = field(default_factory=list)
+    vectors: Floats
+    where: Ints
 
-    def add(self, projected: Floats, width: int, where: Ints) -> None:
-        """Add vectors, given what `of_rows` makes of their windows of `width` numbers."""
+    @classmethod
+    def of(cls, projected: Floats, width: int, where: Ints) -> Sketches:
+        """Of vectors, given what `of_rows` makes of their windows of `width` numbers; constant ones are left out."""
         total, squares = projected[:, SIZE], projected[:, SIZE + 1]
         centred = projected[:, :SIZE] - total[:, None] / np.float32(width) * signs(width).sum(axis=0)
         energy = squares - total * total / np.float32(width)
         norm = np.sqrt(np.einsum("ij,ij->i", centred, centred))
         sound = (energy > 1e-6 * squares) & (energy > 0) & (norm > 0) & np.isfinite(norm)
-        self.vectors.append((centred[sound] / norm[sound, None]).astype(np.float32))
-        self.where.append(where[sound])
+        return cls((centred[sound] / norm[sound, None]).astype(np.float32), where[sound])
 
-    def stacked(self) -> tuple[Floats, Ints]:
-        """All vectors and where they come from."""
-        if not self.vectors:
-            return np.empty((0, SIZE), np.float32), np.empty((0, 3), np.int64)
-        return np.concatenate(self.vectors), np.concatenate(self.where)
+
+def joined(parts: Sequence[Together]) -> Together:
+    """Sketches, and what is known of each beside them, one after the other."""
+    return type(parts[0])(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def window(length: int) -> tuple[int, int]:
@@ -116,21 +116,53 @@ def _planes(width: int) -> Floats:
     return np.ascontiguousarray(signs(width).T)
 
 
-def similar(one: Floats, other: Floats, least: float = _ALIKE, tables: int = TABLES) -> Iterator[tuple[Ints, Ints]]:
-    """Pairs of sketches that are alike up to sign: indices into both, table by table (pairs may come again).
+@dataclass(frozen=True, slots=True)
+class HashTable:
+    """Sketches by the cell that each is in.
 
     Args:
-        one, other: fp32 [n, SIZE], of length 1. least: |cosine| of a pair. tables: hash tables to look in.
+        vectors: fp32 [n, SIZE], of length 1. planes: between cells. order: [n] indices of the vectors, cell by cell.
+        ends: of the cells in that order.
     """
-    if not len(one) or not len(other):
-        return
-    bits = int(np.clip(np.ceil(np.log2(max(len(one), len(other)))), 6, SIZE))
-    for planes in _rotations(tables):
-        left, right = (_hash(vectors, planes[:bits]) for vectors in (one, other))
-        order = np.argsort(left, kind="stable")
-        ends = np.cumsum(np.bincount(left, minlength=1 << bits))  # of the cells, in that order
-        begins = np.concatenate([[0], ends[:-1]])
-        yield from _pairs(one, other, order, begins[right], ends[right], least)
+
+    vectors: Floats
+    planes: Floats
+    order: Ints
+    ends: Ints
+
+    @classmethod
+    def of(cls, vectors: Floats, planes: Floats) -> HashTable:
+        """Put vectors into cells."""
+        cells = _hash(vectors, planes)
+        ends = np.cumsum(np.bincount(cells, minlength=1 << len(planes)))
+        return cls(vectors, planes, np.argsort(cells, kind="stable"), ends)
+
+    def like(self, other: Floats, least: float = _ALIKE) -> Iterator[tuple[Ints, Ints]]:
+        """Pairs in the same cell whose sketches are alike: indices into both.
+
+        They come a bounded number at a time, the most alike of them first.
+
+        Args:
+            other: fp32 [m, SIZE], of length 1. least: |cosine| of a pair.
+        """
+        first, room, cells = 0, np.empty((_MOST, 2), np.int64), _hash(other, self.planes)
+        end, begin = self.ends[cells], np.concatenate([[0], self.ends[:-1]])[cells]
+        while first < len(other):
+            known = self.vectors, other, self.order, begin, end
+            found, first = cell_mates(*known, first, np.float32(least), room)
+            if found:
+                left, right = room[:found].T.copy()
+                alike = np.abs(np.einsum("ij,ij->i", self.vectors[left], other[right]))
+                nearest = np.argsort(-alike, kind="stable")
+                yield left[nearest], right[nearest]
+
+
+def hash_tables(vectors: Floats, others: int, tables: int = TABLES) -> Iterator[HashTable]:
+    """Hash tables of vectors, to find among so many others those that are like them: each misses some."""
+    if len(vectors) and others:
+        bits = int(np.clip(np.ceil(np.log2(max(len(vectors), others))), 6, SIZE))
+        for planes in _rotations(tables):
+            yield HashTable.of(vectors, planes[:bits])
 
 
 @cache
@@ -146,19 +178,6 @@ def _hash(vectors: Floats, planes: Floats) -> NDArray[np.uint16]:
     cells = np.empty(len(vectors), np.uint16)
     run_ranges(len(vectors), _HASHED, lambda first, stop: cells_of(vectors[first:stop], planes, cells[first:stop]))
     return cells
-
-
-def _pairs(
-    one: Floats, other: Floats, order: Ints, begin: Ints, end: Ints, least: float
-) -> Iterator[tuple[Ints, Ints]]:
-    """Pairs in the same cell whose sketches are alike, a bounded number at a time, the most alike of them first."""
-    first, room = 0, np.empty((_MOST, 2), np.int64)
-    while first < len(other):
-        found, first = cell_mates(one, other, order, begin, end, first, np.float32(least), room)
-        if found:
-            left, right = room[:found].T.copy()
-            nearest = np.argsort(-np.abs(np.einsum("ij,ij->i", one[left], other[right])), kind="stable")
-            yield left[nearest], right[nearest]
 
 
 def cosine(one: NDArray[Any], other: NDArray[Any]) -> float:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from threading import Lock
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.auditing.inputs import Inputs
-from fedqsn_cli.auditing.invariants.sketches import SHORTEST, Sketches, of_columns, of_rows, window
+from fedqsn_cli.auditing.invariants.sketches import SHORTEST, Sketches, joined, of_columns, of_rows, window
 from fedqsn_cli.auditing.rows import as_float32
 from fedqsn_cli.export.pipeline import CHUNK_ELEMENTS
 from fedqsn_cli.masks.job_masks import ServerMasks
@@ -24,6 +27,22 @@ Array = NDArray[Any]
 Floats = NDArray[np.float32]
 Read = Callable[[int, int, slice], Floats]
 """(first row, rows, columns) -> fp32 [rows, columns]."""
+
+
+class Part(NamedTuple):
+    """Vectors of one length.
+
+    Args:
+        vectors: their sketches. where: they come from, [n, 3]. hidden: whether each is, at least in part, [n].
+    """
+
+    vectors: Floats
+    where: Array
+    hidden: Array
+
+    def only(self, flags: Array) -> Part:
+        """Some of them."""
+        return Part(self.vectors[flags], self.where[flags], self.hidden[flags])
 
 
 @dataclass
@@ -41,8 +60,12 @@ class MatrixSketches:
     _rows: dict[int, Floats] = field(default_factory=dict)
     _columns: dict[tuple[int, int], Floats] = field(default_factory=dict)
 
-    def take(self, first: int, x: Array) -> None:
-        """Rows from `first` on, [n, cols] as they are stored; of a bias, units [n, 1], whole rows of them."""
+    def take(self, first: int, x: Array) -> int:
+        """Rows from `first` on, [n, cols] as they are stored; of a bias, units [n, 1], whole rows of them.
+
+        Returns:
+            Numbers that were taken.
+        """
         _, rows, cols = self.view
         if x.shape[1] != cols:
             first, x = first // cols, x.reshape(-1, cols)
@@ -56,19 +79,22 @@ class MatrixSketches:
                 if begin < end:
                     part_of_columns = x[begin - first : end - first]
                     self._columns[part, begin] = of_columns(part_of_columns, self.dtype, begin - top, high - low)
+        return x.size
 
-    def add_to(self, by_length: dict[int, Sketches], number: int) -> None:
-        """Add the sketches; `number` says where they come from."""
+    def by_length(self, number: int) -> dict[int, Sketches]:
+        """The sketches of all rows and columns, by their length; `number` says where they come from."""
         _, rows, cols = self.view
+        parts: defaultdict[int, list[Sketches]] = defaultdict(list)
         for first, projected in sorted(self._rows.items(), key=lambda item: item[0]):
-            of_rows = by_length.setdefault(cols, Sketches())
-            of_rows.add(projected, _width(cols), origins(number, int(self.turned), first, len(projected)))
+            where = origins(number, int(self.turned), first, len(projected))
+            parts[cols].append(Sketches.of(projected, _width(cols), where))
         columns: dict[int, Floats] = {}
         for (part, _), projected in sorted(self._columns.items(), key=lambda item: item[0]):
             columns[part] = columns[part] + projected if part in columns else projected
         for part, projected in columns.items():
             where = origins(number, 1 - int(self.turned), part * cols, cols)
-            by_length.setdefault(rows, Sketches()).add(projected, _width(rows), where)
+            parts[rows].append(Sketches.of(projected, _width(rows), where))
+        return {length: joined(found) for length, found in parts.items()}
 
 
 class TruthIndex:
@@ -80,57 +106,59 @@ class TruthIndex:
 
     def __init__(self, inputs: Inputs, truth: OpenModel) -> None:
         self.tasks = tensor_tasks(truth, None, lambda tensor: _hidden_units(inputs, tensor))
-        self._sketches: dict[int, Sketches] = {}
+        self._numbers = {task.name: number for number, task in enumerate(self.tasks)}
         self._model = truth
-        self._matrices: dict[str, MatrixSketches] = {}
-        self._stacked: dict[int, tuple[Floats, Array, Array]] = {}
+        self._matrices: dict[int, MatrixSketches] = {}
+        self._left = {number: task.size for number, task in enumerate(self.tasks)}
+        self._parts: dict[tuple[int, int], Part] = {}
+        self._stacked: dict[int, Part] = {}
+        self._lock = Lock()
 
     def take(self, task: TensorTask, first: int, stored: Array) -> None:
-        """Look at rows of a tensor."""
-        turned = task.layout.transposed
+        """Look at rows of a tensor, in any thread; the last of them complete its sketches."""
+        number, turned = self._numbers[task.name], task.layout.transposed
         new = MatrixSketches(matrix_view(task.layout.view), turned, task.tensor.dtype)
-        self._matrices.setdefault(task.name, new).take(first, stored.T if turned else stored)
-
-    def settle(self) -> None:
-        """All rows were seen."""
-        for number, task in enumerate(self.tasks):
-            matrix = self._matrices.pop(task.name, None)
-            if matrix is not None:
-                matrix.add_to(self._sketches, number)
+        matrix = self._matrices.setdefault(number, new)
+        taken = matrix.take(first, stored.T if turned else stored)
+        with self._lock:
+            self._left[number] -= taken
+            complete = not self._left[number]
+        if complete:
+            for length, found in self._matrices.pop(number).by_length(number).items():
+                self._parts[length, number] = Part(*found, self._hidden(number, found.where))
 
     def find(self, names: Iterable[str]) -> Iterator[tuple[int, str]]:
         """Number and name of those of these tensors that the truth has."""
-        numbers = {task.name: number for number, task in enumerate(self.tasks)}
-        return ((numbers[name], name) for name in names if name in numbers)
+        return ((self._numbers[name], name) for name in names if name in self._numbers)
 
     def lengths(self) -> list[int]:
         """Lengths of which there is a hidden vector."""
-        lengths = sorted(self._sketches.keys() | self._stacked.keys())
-        return [length for length in lengths if self.stacked(length)[2].any()]
+        return sorted({length for (length, _), part in self._parts.items() if part.hidden.any()})
 
-    def stacked(self, length: int) -> tuple[Floats, Array, Array]:
-        """Sketches of one length, where they come from [n, 3], and whether each is (in part) hidden [n]."""
+    def parts(self, length: int) -> list[Part]:
+        """Vectors of one length, tensor by tensor."""
+        return [part for (known, _), part in sorted(self._parts.items(), key=lambda item: item[0]) if known == length]
+
+    def stacked(self, length: int) -> Part:
+        """All vectors of one length."""
         if length not in self._stacked:
-            vectors, where = self._sketches.pop(length, Sketches()).stacked()
-            self._stacked[length] = vectors, where, self._hidden(where)
+            self._stacked[length] = joined(self.parts(length))
         return self._stacked[length]
 
-    def _hidden(self, where: Array) -> Array:
-        hidden = np.zeros(len(where), np.bool_)
-        numbers, begins = np.unique(where[:, 0], return_index=True)  # vectors are in the order of tensors
-        for number, begin, end in zip(numbers, begins, np.append(begins, len(where))[1:], strict=True):
-            mask = self.tasks[number].hidden
-            if mask is not None:
-                kinds, index = where[begin:end, 1], where[begin:end, 2]
-                rows, columns = hidden_vectors(mask)
-                of_row, of_column = rows[index % max(1, len(rows))], columns[index % max(1, len(columns))]
-                hidden[begin:end] = np.where(kinds == 0, of_row, of_column)
-        return hidden
+    def _hidden(self, number: int, where: Array) -> Array:
+        mask = self.tasks[number].hidden
+        if mask is None:
+            return np.zeros(len(where), np.bool_)
+        rows, columns = hidden_vectors(mask)
+        kinds, index = where[:, 1], where[:, 2]
+        of_row, of_column = rows[index % max(1, len(rows))], columns[index % max(1, len(columns))]
+        return np.asarray(np.where(kinds == 0, of_row, of_column))
 
-    def is_partially_hidden(self, number: int) -> bool:
-        """Is a vector of this tensor hidden in part only (single weights as units, biases)?"""
-        hidden = self.tasks[number].hidden
-        return hidden is not None and (hidden.axis == "element" or hidden.view[2] == 1)
+    @cached_property
+    def partially_hidden(self) -> Array:
+        """Of which tensors a vector is hidden in part only (single weights as units, biases): flags by number."""
+        masks = (task.hidden for task in self.tasks)
+        return np.array([mask is not None and (mask.axis == "element" or mask.view[2] == 1) for mask in masks])
 
     def reader(self, number: int) -> Read:
         """Reads rows of a tensor of the truth."""

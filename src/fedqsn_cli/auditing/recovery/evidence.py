@@ -14,6 +14,7 @@ from fedqsn_cli.auditing import kernels
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.recovery.intervals import certain_values, intervals, once_rounded
 from fedqsn_cli.auditing.rows import shown_flags
+from fedqsn_cli.auditing.stored_rows import StoredRows
 from fedqsn_cli.models.tensor_task import TensorTask
 
 Array = NDArray[Any]
@@ -25,14 +26,13 @@ class Reading:
     """What one proxy says about rows of a tensor, [rows, cols] each.
 
     Args:
-        sent: as a client computes with them. factor: what the visible part of the tensor was multiplied by.
+        stored: as the proxy has them. factor: what the visible part of the tensor was multiplied by.
         row_flags, flags: what is shown: bool [rows], and fp32 [1, cols] or [rows, cols]; an element needs both.
     """
 
     proxy: OpenedProxy
     task: TensorTask
-    first: int
-    sent: Floats
+    stored: StoredRows
     factor: np.float32
     row_flags: Array
     flags: Floats
@@ -40,8 +40,13 @@ class Reading:
     @classmethod
     def of(cls, proxy: OpenedProxy, task: TensorTask, first: int, rows: int) -> Reading:
         """Read rows of a tensor. Raises FormatError."""
-        sent = proxy.values(task.name, task.layout, first, rows)
-        return cls(proxy, task, first, sent, proxy.factor(task.name), *shown_flags(proxy, task, first, rows))
+        stored = proxy.stored(task.name, task.layout, first, rows)
+        return cls(proxy, task, stored, proxy.factor(task.name), *shown_flags(proxy, task, first, rows))
+
+    @cached_property
+    def sent(self) -> Floats:
+        """As a client computes with them."""
+        return self.stored.values()
 
     @cached_property
     def values(self) -> Floats:
@@ -61,7 +66,7 @@ class Reading:
     @cached_property
     def intervals(self) -> tuple[Floats, Floats]:
         """Where each weight is, by its rounded value: (low, high)."""
-        return intervals(self.proxy, self.task, self.first, self.sent)
+        return intervals(self.proxy, self.task, self.stored, self.sent)
 
 
 @dataclass(slots=True)

@@ -9,12 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedqsn_cli.artifacts.manifests import Quantization
-from fedqsn_cli.auditing.kernels import block_peaks, decode_levels, largest_values, snapped_cells
+from fedqsn_cli.auditing.kernels import block_peaks, largest_values, snapped_cells
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
+from fedqsn_cli.auditing.stored_rows import StoredRows
 from fedqsn_cli.kernels.jit import KIND
 from fedqsn_cli.models.tensor_task import TensorTask
 from fedqsn_cli.quantization import kernels
 from fedqsn_cli.quantization.codebooks import FORMATS, codebook
+from fedqsn_cli.quantization.codes4 import decode, pairs_of
 
 Floats = NDArray[np.float32]
 
@@ -32,13 +34,6 @@ def cells(format: str) -> tuple[Floats, Floats]:
     zeros = [code for code in range(count) if FORMATS[format].values[code] == 0]  # fp4 has two codes of zero
     low[zeros], high[zeros] = low[zeros].min(), high[zeros].max()
     return np.where(low > -1, low - _SLACK, low), np.where(high < 1, high + _SLACK, high)
-
-
-@cache
-def pairs_of_levels(format: str) -> NDArray[np.uint64]:
-    """The two levels of each byte of codes, fp32, as 64 bits: [256]."""
-    levels, byte = np.array(FORMATS[format].values, np.float32), np.arange(256)
-    return np.stack([levels[byte >> 4], levels[byte & 15]], axis=1).view(np.uint64).reshape(-1)
 
 
 def once_rounded(proxy: OpenedProxy, task: TensorTask) -> bool:
@@ -77,17 +72,18 @@ def _peaks(task: TensorTask, quantization: Quantization, sent: Floats) -> Floats
     return peaks
 
 
-def intervals(proxy: OpenedProxy, task: TensorTask, first: int, sent: Floats) -> tuple[Floats, Floats]:
+def intervals(proxy: OpenedProxy, task: TensorTask, stored: StoredRows, sent: Floats) -> tuple[Floats, Floats]:
     """Where each weight is, by its rounded value: (low, high), [rows, cols], descaled."""
-    packing, quantization = proxy.tensors[task.name].packing, proxy.manifest.quantization
+    packing, quantization = stored.packing, proxy.manifest.quantization
     factor = proxy.factor(task.name)
     if packing is not None and packing.kind == "pack4":
-        decode, block = partial(proxy.decoded, task.name, first, len(sent)), packing.block
-        low, high = (decode(partial(decode_levels, block=block, table=ends)) for ends in cells(packing.format))
+        low, high = (
+            stored.decoded(partial(decode, block=packing.block, pairs=pairs))
+            for pairs in map(pairs_of, cells(packing.format))
+        )
         return low / factor, high / factor
-    if packing is not None:
-        scales = proxy.scales(task.name, packing, first, len(sent))
-        half: Any = scales[:, None] / np.float32(254) * np.float32(1.001)
+    if stored.scales is not None:
+        half: Any = stored.scales[:, None] / np.float32(254) * np.float32(1.001)
         return np.asarray((sent - half) / factor, np.float32), np.asarray((sent + half) / factor, np.float32)
     if quantization is None or task.layout.kind == "raw":
         return sent / factor, sent / factor

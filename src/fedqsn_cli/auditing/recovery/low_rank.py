@@ -20,6 +20,7 @@ from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.recovery.evidence import Evidence, collect
 from fedqsn_cli.auditing.recovery.metrics import DD, MOVED, ErrorSums
 from fedqsn_cli.auditing.rows import CHUNK, model_rows
+from fedqsn_cli.auditing.stored_rows import StoredRows
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.public_base import PublicBase
 from fedqsn_cli.models.tensor_task import TensorTask
@@ -49,11 +50,11 @@ def complete(
     left, right = (left @ u).astype(np.float32), (s[:, None] * vt).astype(np.float32)
     sums = {rank: ErrorSums() for rank in RANKS}
     for rows in _rows(public_base, proxies, task):
-        w, shown = model_rows(truth, task, rows.part.start, len(rows.base)), rows.evidence.count > 0
+        w, shown = StoredRows.of(model_rows(truth, task, rows.part.start, len(rows.base))), rows.evidence.count > 0
         flags = np.asarray(shown.any(axis=1)), shown.astype(np.float32)
         for rank in RANKS:
             guess = rows.evidence.clamped(rows.base + left[rows.part, :rank] @ right[:rank])
-            sums[rank].add(w, guess.astype(np.float32), flags)
+            sums[rank].add(w, StoredRows.of(guess.astype(np.float32)), flags)
     best = min(sums.values(), key=lambda found: found[DD])
     best.values[MOVED] = math.nan  # not added up
     return best

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.auditing.findings import LEAST_LOG10, AttackScore
 from fedqsn_cli.auditing.kernels import compare
+from fedqsn_cli.auditing.stored_rows import StoredRows
 
 Floats = NDArray[np.float32]
 Array = NDArray[Any]
@@ -39,8 +40,8 @@ class ErrorSums:
 
     def add(
         self,
-        w: Floats,
-        guess: Floats,
+        w: StoredRows,
+        guess: StoredRows,
         shown: Flags,
         *,
         certain: Floats | None = None,
@@ -54,8 +55,11 @@ class ErrorSums:
             shown: which elements, as row_flags and flags of `kernels.compare`; the others are its arguments, too.
             certain: what the attacker is certain of, where that is not the guess.
         """
-        certain, base = guess if certain is None else certain, w[:0] if base is None else base
-        compare(w, guess, certain, base, np.float32(divisor), *shown, np.float32(tolerance), self.values)
+        nothing = np.empty((0, shown[1].shape[1]), np.float32)
+        certain, base = nothing if certain is None else certain, nothing if base is None else base
+        bits, kind, *_ = w.numbers
+        compared = certain, base, *shown, np.float32(tolerance)
+        compare(bits, kind, *guess.numbers, np.float32(divisor), *compared, self.values)
 
     def __getitem__(self, index: int) -> float:
         return float(self.values[index])

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.recovery.metrics import AttackResult, ErrorSums, Flags
+from fedqsn_cli.auditing.stored_rows import StoredRows
 from fedqsn_cli.models.tensor_task import TensorTask
 
 Floats = NDArray[np.float32]
@@ -73,25 +74,25 @@ class OrderedSums:
                 self.sums[key] += sums
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Rows:
-    """Rows of one tensor: the truth and the public base (None where it has no such tensor), [rows, cols] fp32."""
+    """Rows of one tensor: the truth, and the public base (None where it has no such tensor), [rows, cols] fp32."""
 
     task: TensorTask
     first: int
-    w: Floats
+    truth: StoredRows
     base: Floats | None
 
     @property
     def everything(self) -> Flags:
         """Flags of all elements."""
-        return np.ones(len(self.w), np.bool_), np.ones((1, self.w.shape[1]), np.float32)
+        return np.ones(self.truth.rows, np.bool_), np.ones((1, self.truth.cols), np.float32)
 
-    def add(self, sums: ErrorSums, guess: Floats, shown: Flags, **how: Any) -> None:
+    def add(self, sums: ErrorSums, guess: StoredRows, shown: Flags, **how: Any) -> None:
         """Add a guess of them; arguments are those of `ErrorSums.add`."""
-        sums.add(self.w, guess, shown, base=self.base, **how)
+        sums.add(self.truth, guess, shown, base=self.base, **how)
 
     def add_base(self, sums: ErrorSums, shown: Flags) -> None:
         """Add the public base as the guess, if it has the tensor."""
         if self.base is not None:
-            self.add(sums, self.base, shown, tolerance=0.0)
+            self.add(sums, StoredRows.of(self.base), shown, tolerance=0.0)

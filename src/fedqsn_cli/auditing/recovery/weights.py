@@ -23,18 +23,16 @@ from numpy.typing import NDArray
 
 from fedqsn_cli.auditing.completeness import NOT_A_NUMBER, Collector
 from fedqsn_cli.auditing.findings import AttackScore, Finding, Recovery, TensorRecovery
-from fedqsn_cli.auditing.kernels import compare_codes
 from fedqsn_cli.auditing.opened_proxy import OpenedProxy
 from fedqsn_cli.auditing.recovery import attacks
 from fedqsn_cli.auditing.recovery.evidence import Evidence, Reading
-from fedqsn_cli.auditing.recovery.intervals import pairs_of_levels
+from fedqsn_cli.auditing.recovery.intervals import once_rounded
 from fedqsn_cli.auditing.recovery.low_rank import complete
-from fedqsn_cli.auditing.recovery.metrics import COUNT, DD, EXACT, HITS, WW, AttackResult, ErrorSums
+from fedqsn_cli.auditing.recovery.metrics import COUNT, DD, HITS, WW, AttackResult, ErrorSums
 from fedqsn_cli.auditing.recovery.sums import BASE, EVERYTHING, TRUTH, OrderedSums, Rows, Sums, Target
-from fedqsn_cli.auditing.rows import CHUNK, as_float32, has_tensor, model_rows, shown_flags
-from fedqsn_cli.errors import FedqsnError, FormatError
-from fedqsn_cli.kernels.floats import writable
-from fedqsn_cli.kernels.jit import as_bits
+from fedqsn_cli.auditing.rows import CHUNK, has_tensor, model_rows
+from fedqsn_cli.auditing.stored_rows import StoredRows
+from fedqsn_cli.errors import FedqsnError
 from fedqsn_cli.kernels.read_ahead import compute_ahead
 from fedqsn_cli.models.model import OpenModel
 from fedqsn_cli.models.public_base import PublicBase
@@ -62,7 +60,6 @@ class WeightAttack:
         self._targets = [*self._alone, *([self._together] if self._together is not None else [])]
         self.quantization = proxies[0].manifest.quantization
         self._block = self.quantization.block_size if self.quantization else 1
-        proxies[0].read_once = len(proxies) == 1 and base is None and not self._alone[0].reads_holes
         self._tensors: dict[str, OrderedSums] = {}
         self._lock = Lock()
 
@@ -70,50 +67,39 @@ class WeightAttack:
         """Attack rows of a tensor; `result` tells what cannot be read of a proxy: others look at the truth, too."""
         found: Sums | Exception
         try:
-            found = self._attack_codes(task, first, stored) or self._attack(task, first, as_float32(task, stored))
+            found = self._attack(task, first, stored)
         except (FedqsnError, OSError) as error:
             found = error
         with self._lock:
-            rows = stored.shape[1 if task.layout.transposed else 0]
-            self._tensors.setdefault(task.name, OrderedSums()).put(first, rows, found)
+            self._tensors.setdefault(task.name, OrderedSums()).put(first, _count(task, stored), found)
 
-    def _attack_codes(self, task: TensorTask, first: int, stored: Array) -> Sums | None:
-        """Where 4-bit codes of one proxy are all there is, what they are worth; their values are written nowhere."""
-        proxy, name = self.proxies[0], task.name
-        packing = proxy.packing(name, task.layout) if proxy.read_once else None
-        if packing is None or packing.kind != "pack4" or task.layout.transposed or task.layout.view[2] % 2:
-            return None  # a row could begin within a byte
-        sums, (bits, kind) = Sums(), as_bits(stored, task.tensor.dtype)
-        compare_codes(
-            *(writable(bits).reshape(stored.shape), kind, *proxy.coded(name, packing, first, len(stored))),
-            *(packing.block, pairs_of_levels(packing.format), proxy.factor(name)),
-            *(*shown_flags(proxy, task, first, len(stored)), EXACT),
-            *(sums[EVERYTHING, TRUTH].values, sums[proxy.scope, "descale"].values),
-        )
-        return sums
-
-    def _attack(self, task: TensorTask, first: int, w: Floats) -> Sums:
-        for proxy in self.proxies:
-            if task.name not in proxy.tensors:
-                raise FormatError("a tensor of the model is missing", where=f"{proxy.scope}: {task.name}")
-        base, sums = self._base_of(task), Sums()
-        step = len(w) if task.layout.transposed else rows_at_a_time(task.layout, self._block, CHUNK)
-        for begin in range(0, len(w), step):
-            part, at = w[begin : begin + step], first + begin
-            rows = Rows(task, at, part, None if base is None else model_rows(base, task, at, len(part)))
-            rows.add(sums[EVERYTHING, TRUTH], part, rows.everything)
+    def _attack(self, task: TensorTask, first: int, stored: Array) -> Sums:
+        count, base, sums = _count(task, stored), self._base_of(task), Sums()
+        whole = task.layout.transposed or self._compares_as_stored(task)
+        step = count if whole else rows_at_a_time(task.layout, self._block, CHUNK)
+        for begin in range(0, count, step):
+            at, part = first + begin, stored if step >= count else stored[begin : begin + step]
+            truth = StoredRows.of(part.T if task.layout.transposed else part, task.tensor.dtype)
+            rows = Rows(task, at, truth, None if base is None else model_rows(base, task, at, truth.rows))
+            rows.add(sums[EVERYTHING, TRUTH], truth, rows.everything)
             rows.add_base(sums[EVERYTHING, BASE], rows.everything)
             self._attack_rows(sums, rows)
         return sums
+
+    def _compares_as_stored(self, task: TensorTask) -> bool:
+        """Are rows of the tensor compared without wide copies of them? Then all can be taken at once."""
+        alone = self._base is None and len(self._targets) == 1 and not self._targets[0].reads_holes
+        return alone and task.name in self.proxies[0].tensors and once_rounded(self.proxies[0], task)
 
     def _base_of(self, task: TensorTask) -> PublicBase | None:
         return self._base if has_tensor(self._base, task) else None
 
     def _attack_rows(self, sums: Sums, rows: Rows) -> None:
         """One chunk: every proxy alone, then what they say together."""
-        together = Evidence.none(rows.w.shape, scale_block(self.proxies[0], rows.task)) if self._together else None
+        shape = rows.truth.rows, rows.truth.cols
+        together = Evidence.none(shape, scale_block(self.proxies[0], rows.task)) if self._together else None
         for target in self._alone:
-            reading = Reading.of(target.proxies[0], rows.task, rows.first, len(rows.w))
+            reading = Reading.of(target.proxies[0], rows.task, rows.first, rows.truth.rows)
             self._attack_alone(sums, target, rows, reading)
             if together is not None:
                 together.add(reading)
@@ -124,16 +110,16 @@ class WeightAttack:
         """Add one proxy's rows."""
         shown, descaled = (reading.row_flags, reading.flags), sums[target.scope, "descale"]
         if reading.is_certain:  # the factor is taken away in the same pass
-            rows.add(descaled, reading.sent, shown, divisor=reading.factor)
+            rows.add(descaled, reading.stored, shown, divisor=reading.factor)
         else:
-            rows.add(descaled, reading.values, shown, certain=reading.certain)
+            rows.add(descaled, StoredRows.of(reading.values), shown, certain=reading.certain)
         rows.add_base(sums[target.scope, BASE], shown)
         if target.reads_holes:
-            rows.add(sums[target.scope, attacks.HOLES], reading.values, rows.everything)
+            rows.add(sums[target.scope, attacks.HOLES], StoredRows.of(reading.values), rows.everything)
         if self._base is not None:
-            alone = Evidence.none(rows.w.shape)
+            alone = Evidence.none((rows.truth.rows, rows.truth.cols))
             alone.add(reading)
-            rows.add(sums[target.scope, "clamp"], attacks.clamp(alone, rows.base), shown)
+            rows.add(sums[target.scope, "clamp"], StoredRows.of(attacks.clamp(alone, rows.base)), shown)
 
     def _attack_together(self, sums: Sums, target: Target, rows: Rows, evidence: Evidence) -> None:
         """Add what several proxies say about the same rows."""
@@ -141,7 +127,8 @@ class WeightAttack:
         shown = np.asarray(seen.any(axis=1)), seen.astype(np.float32)
         for name, estimate in self._estimates(target).items():
             certain = attacks.known_edges(evidence) if name == attacks.SCALE_READING else None
-            rows.add(sums[target.scope, name], estimate(evidence, rows.base), shown, certain=certain)
+            guess = StoredRows.of(estimate(evidence, rows.base))
+            rows.add(sums[target.scope, name], guess, shown, certain=certain)
         rows.add_base(sums[target.scope, BASE], shown)
 
     def _estimates(self, target: Target) -> dict[str, attacks.Estimate]:
@@ -192,6 +179,11 @@ class WeightAttack:
             clamped = results["clamp, base fill"]
             results[attacks.LOW_RANK] = clamped if completed is None else AttackResult(completed, hidden_base)
         return results
+
+
+def _count(task: TensorTask, stored: Array) -> int:
+    """Rows of the working view."""
+    return int(stored.shape[1 if task.layout.transposed else 0])
 
 
 Results = dict[str, AttackResult]

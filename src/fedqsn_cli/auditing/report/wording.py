@@ -28,10 +28,7 @@ ORDER: dict[Severity, int] = {"hard": 0, "incomplete": 1, "gate": 2, "info": 3}
 
 def title(audit: Audit) -> str:
     """The verdict in a few words: a pass that leaves skill open is not called just that."""
-    open_questions = doubts(audit)
-    if audit.verdict != "passed" or not open_questions:
-        return audit.verdict
-    return "passed, but function was not measured" if NOT_MEASURED in open_questions else "passed, but not for skill"
+    return "passed, but not for skill" if audit.verdict == "passed" and doubts(audit) else audit.verdict
 
 
 def verdict(audit: Audit) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedqsn_cli.checkpoint.descriptors import DESCRIPTORS, DirectFile
+from fedqsn_cli.checkpoint.descriptors import StoredFile
 from fedqsn_cli.checkpoint.header import FileIdentity
 from fedqsn_cli.errors import RefusedUpdate
 from fedqsn_cli.kernels.digests import Algorithm, new_hash, written
@@ -25,9 +24,7 @@ class FileHash:
     """
 
     def __init__(self, path: Path, identity: FileIdentity, queue: HashQueue, algorithm: Algorithm) -> None:
-        self._path = path
-        self._identity = identity
-        self._direct = DirectFile(path, identity)
+        self._file = StoredFile(path, identity)
         self._queue = queue
         self._algorithm = algorithm
         self._digest = new_hash(algorithm)
@@ -43,7 +40,7 @@ class FileHash:
 
     def recorded(self) -> str:
         """The digest of the whole file, as manifests have it; reads what was not read yet."""
-        self._catch_up(self._identity.size)
+        self._catch_up(self._file.identity.size)
         if self._last is not None:
             self._last.result()
         return written(self._algorithm, self._digest)
@@ -62,15 +59,7 @@ class FileHash:
         Raises:
             RefusedUpdate: the file got shorter. FormatError: it is another one now.
         """
-        data = self._direct.read(start, count)
-        if data is not None:
-            return data
-        out = np.empty(count, np.uint8)
-        with DESCRIPTORS.borrow(self._path, self._identity) as descriptor:
-            done = 0
-            while done < count:
-                got = os.preadv(descriptor, [out[done:].data], start + done)
-                if not got:
-                    raise RefusedUpdate("truncated while it was read", where=self._path)
-                done += got
-        return out
+        data = self._file.read(start, count)
+        if data.size < count:
+            raise RefusedUpdate("truncated while it was read", where=self._file.path)
+        return data
