@@ -196,7 +196,7 @@ def require_same_kind(out: str | Path, kind: str, quantization: Quantization | N
     Raises:
         OutputExists: there is another kind of model. FormatError: there is a model whose manifest is malformed.
     """
-    path = Path(out)
+    path = Path(os.path.abspath(out))
     if not os.path.isfile(path / MODEL_MANIFEST):
         return
     found, wanted = read_manifest(path, ModelManifest).described, _described(kind, quantization)
