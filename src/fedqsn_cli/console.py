@@ -202,15 +202,22 @@ def _render(parts: Sequence[Part], screen: Console) -> str:
             elif isinstance(part, str):
                 screen.print(clean(part), soft_wrap=True)
             elif isinstance(part, Table) and _least_width(part) > screen.width:
-                for number, row in enumerate(part.rows):
-                    screen.print(*([""] if number else []), _renderable(Facts(tuple(zip(part.columns, row, strict=True)))))
+                _print_rows(part, screen)
             else:
                 screen.print(_renderable(part))
     return "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines())
 
 
+def _print_rows(table: Table, screen: Console) -> None:
+    """Print a table row by row, a cell a line."""
+    for number, row in enumerate(table.rows):
+        if number:
+            screen.print()
+        screen.print(_renderable(Facts(tuple(zip(table.columns, row, strict=True)))))
+
+
 def _least_width(table: Table) -> int:
-    """Columns of a terminal in which a table can be read: its numbers are whole, and of longer texts some is in a line."""
+    """How wide a terminal must be to show a table with whole numbers, and some of each longer text in a line."""
     from rich.cells import cell_len
 
     least = 2 * (len(table.columns) - 1)

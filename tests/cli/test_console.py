@@ -67,7 +67,10 @@ def test_a_table_that_is_too_wide_for_a_terminal_is_shown_row_by_row() -> None:
     )
     for columns, expected in (
         (25, "         norm /  largest\nclient    model  unit\nann       0.029  k_proj\n"),
-        (22, "client        ann\nnorm / model  0.029\nlargest unit  k_proj\n              8: 0.16\n\nclient        bob\n"),
+        (
+            22,
+            "client        ann\nnorm / model  0.029\nlargest unit  k_proj\n              8: 0.16\n\nclient        bob",
+        ),
     ):
         assert console._render([table], Console(width=columns)).startswith(expected)
 
