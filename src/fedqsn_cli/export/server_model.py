@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, Quantization, manifest_bytes, require_same_kind
 from fedqsn_cli.checkpoint import ArtifactWriter
@@ -83,7 +84,7 @@ def mask(source: str | Path, options: MaskOptions, *, progress: Progress = SILEN
     refuse_untrainable(model, options.allow_untrainable)
     masks = session.client_masks(options.client, options) if options.client is not None else None
     tasks = session.tasks(quantization)
-    kind = "server-model" if masks is None else "masked-model"
+    kind: Literal["server-model", "masked-model"] = "server-model" if masks is None else "masked-model"
     require_same_kind(options.out, kind, quantization)
     with ArtifactWriter(Path(options.out), force=options.force, replaces=[MODEL_MANIFEST], digest=None) as writer:
         specs = tensor_specs(tasks, quantization)
