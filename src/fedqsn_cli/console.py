@@ -29,6 +29,7 @@ View = Literal["table", "json", "quiet"]
 
 _UNLIMITED = 100_000  # columns: what is piped into another program is never folded
 _FOLDED_ROWS = 1000  # of a table on a terminal; rich takes a millisecond for a row
+_FOLDED_TEXT = 8  # columns of a terminal that a text in a table is folded to at most
 _TOKENS = 10_000  # of JSON that are printed at a time
 
 
@@ -200,9 +201,31 @@ def _render(parts: Sequence[Part], screen: Console) -> str:
                 screen.out(_aligned(part), highlight=False)
             elif isinstance(part, str):
                 screen.print(clean(part), soft_wrap=True)
+            elif isinstance(part, Table) and _least_width(part) > screen.width:
+                _print_rows(part, screen)
             else:
                 screen.print(_renderable(part))
     return "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines())
+
+
+def _print_rows(table: Table, screen: Console) -> None:
+    """Print a table row by row, a cell a line."""
+    for number, row in enumerate(table.rows):
+        if number:
+            screen.print()
+        screen.print(_renderable(Facts(tuple(zip(table.columns, row, strict=True)))))
+
+
+def _least_width(table: Table) -> int:
+    """How wide a terminal must be to show a table with whole numbers, and some of each longer text in a line."""
+    from rich.cells import cell_len
+
+    least = 2 * (len(table.columns) - 1)
+    for name, *cells in zip(table.columns, *table.rows, strict=True):
+        longest = max((cell_len(clean(str(cell))) for cell in cells), default=0)
+        word = max(map(cell_len, name.split()), default=0)
+        least += max(word, longest if name in table.numbers else min(longest, _FOLDED_TEXT))
+    return least
 
 
 def _aligned(table: Table) -> str:

@@ -277,7 +277,7 @@ def _model(source: Source, options: InspectOptions) -> Inspection:
         totals = TensorTotals.of_model(tensors, checkpoint.total_bytes)
         config = checkpoint.config
     quantization = manifest.quantization if manifest else None
-    kind = ("quantized " if quantization else "") + (manifest.kind.replace("-", " ") if manifest else "global model")
+    kind = manifest.described if manifest else "global model"
     facts: dict[str, Any] = {"architecture": (config or {}).get("architectures"), "revision": source.revision}
     if manifest is not None:
         facts |= _manifest_facts(manifest, tensors)

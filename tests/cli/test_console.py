@@ -59,6 +59,22 @@ def test_a_table_that_is_piped_is_what_rich_makes_of_it(
     assert console.as_text([table]) == expected
 
 
+def test_a_table_that_is_too_wide_for_a_terminal_is_shown_row_by_row() -> None:
+    table = console.Table(
+        ("client", "norm / model", "largest unit"),
+        [("ann", "0.029", "k_proj 8: 0.16"), ("bob", "0.031", "v_proj 3: 0.2")],
+        numbers=frozenset({"norm / model"}),
+    )
+    for columns, expected in (
+        (25, "         norm /  largest\nclient    model  unit\nann       0.029  k_proj\n"),
+        (
+            22,
+            "client        ann\nnorm / model  0.029\nlargest unit  k_proj\n              8: 0.16\n\nclient        bob",
+        ),
+    ):
+        assert console._render([table], Console(width=columns)).startswith(expected)
+
+
 def test_a_table_of_100_000_rows_is_printed_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     began = time.process_time()
     console.show(

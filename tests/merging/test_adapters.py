@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -368,6 +369,7 @@ def both(update: AdapterUpdate) -> None:
         (lambda u: (record(rank=10**9)(u), config(r=10**9)(u)), "contradicts update.json"),
         (record(rank=10**10), "rank"),
         (record(scaling=1e30), "contradicts update.json"),
+        (record(scaling=2.0 + 2**-40), "contradicts update.json"),
         (record(scaling=0.0), "scaling"),
         (record(scaling=float("nan")), "NaN"),
         (record(transposed=1), "transposed"),
@@ -418,6 +420,13 @@ def test_a_file_that_was_changed_on_the_way_is_refused(job: JobFolder, name: str
     data[-3] ^= 1
     (folder / name).write_bytes(data)
     with nothing_written(job.root), pytest.raises(FedqsnError, match="its digest is not"):
+        merged(job, folder)
+
+
+def test_a_file_that_update_json_does_not_list_is_refused(job: JobFolder) -> None:
+    folder = draft_adapters(job.root / "proxies/ann", 1).write(job.root / "u")
+    shutil.copy(folder / "adapter_model.safetensors", folder / "update.safetensors")
+    with nothing_written(job.root), pytest.raises(FedqsnError, match="'update.safetensors', which is not a file"):
         merged(job, folder)
 
 

@@ -186,6 +186,10 @@ FAULTS: dict[str, tuple[Callable[[JobFolder], object], str]] = {
     "no manifest": (lambda job: (job.root / "u-bob/update.json").unlink(), "no update.json"),
     "a wrong digest": (lambda job: say(job, "bob", files={"update.safetensors": "0" * 64}), "its digest is not"),
     "one more file": (lambda job: (job.root / "u-bob/run.py").write_text(""), "'run.py'"),
+    "a file of adapters": (
+        lambda job: (job.root / "u-bob/adapter_config.json").write_text(""),
+        "'adapter_config.json'",
+    ),
 }
 
 

@@ -178,6 +178,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"delta": 1.0}, "--delta"),
     ({"delta": 0.6}, "--delta: 0.6 is not less than 1 / "),
     ({"noise_multiplier": 0}, "--noise-multiplier"),
+    ({"noise_multiplier": 1e-160}, "--noise-multiplier: after 1 merges ε is inf .* so little noise hides nothing"),
+    ({"noise_multiplier": 1e-300}, "--noise-multiplier: after 1 merges ε is inf .* so little noise hides nothing"),
     ({"noise_multiplier": None}, "--delta: there is no noise"),
     ({"noise_multiplier": None, "delta": None, "epsilon": 3.0}, "--epsilon: there is no noise"),
     ({"rule": "median", "byzantine": 1}, "--noise-multiplier: noise is made for a sum"),

@@ -191,6 +191,14 @@ def test_no_residual_leaves_the_owner(folder: Path) -> None:
     assert contents(job.export(model, "again", round=2)) == before
 
 
+def test_a_residual_that_is_a_link_to_nothing_is_not_taken_for_none(folder: Path) -> None:
+    job = JobFolder(Scenario("llama", "BF16", 33, 48, 1, "neuron", "nf4", None, 64, False, "zero", 0.3, 0.2), folder)
+    make_model(job.model, "llama", dtype="BF16", hidden=33)
+    (job.model / "fedqsn-residual.safetensors").symlink_to("moved.safetensors")
+    with nothing_written(job.root), pytest.raises(InputError, match=r"fedqsn-residual\.safetensors"):
+        job.server(job.model, "server")
+
+
 # ---------------------------------------------------------------- results, options
 
 

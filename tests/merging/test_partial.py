@@ -62,7 +62,9 @@ def test_a_sum_is_exact_to_its_last_bit_in_any_order_and_grouping(terms: list[An
     out = np.empty((1, 1))
     groups[0].settle(out)
     assert (int(groups[0].high[0, 0]) << 48) + int(groups[0].low[0, 0]) == wanted
-    assert groups[0].could_be_of(len(terms))
+    sizes = math.fsum(abs(float(np.float32(u))) * n * clip for u, n, clip in terms)
+    assert groups[0].could_be_of(len(terms), sizes)
+    assert not groups[0].could_be_of(len(terms), abs(out[0, 0]) / 2 - 2**-14)
     assert math.isclose(out[0, 0], wanted / 2**64, rel_tol=2**-51, abs_tol=0)
 
 
@@ -207,6 +209,10 @@ HOSTILE: dict[str, tuple[Callable[[JobFolder], object], str]] = {
     "numbers that no two updates add up to": (
         rewrite(lambda tensors: tensors[f"{NAME}.weight.sum"][1].__setitem__((0, 0, 0), 2 << 49)),
         "is not a sum of 2 updates",
+    ),
+    "a number beyond the norms of its updates": (
+        rewrite(lambda tensors: tensors[f"{NAME}.weight.sum"][1].__setitem__((0, 0, 0), 1 << 30)),
+        r"is not a sum of 2 updates with the norms in partial\.json",
     ),
     "the least number": (
         rewrite(lambda tensors: tensors[f"{NAME}.weight.sum"][1].__setitem__((0, 0, 0), -(1 << 63))),

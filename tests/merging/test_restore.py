@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedqsn_cli import mask, merge
-from fedqsn_cli.errors import InputError, KeyFileError
+from fedqsn_cli import mask, merge, quantize
+from fedqsn_cli.errors import InputError, KeyFileError, OutputExists
 from support.helpers import (
     contents,
     hidden_elements,
@@ -49,6 +49,27 @@ def restored(job: JobFolder, server: Path, **options: Any) -> Path:
     out = job.root / f"restored{options.get('blend', '')}"
     merge(str(job.model), [], out, key=job.key, restore=str(server), **options)
     return out
+
+
+def test_force_replaces_no_model_of_another_kind(folder: Path) -> None:
+    job = JobFolder(USUAL, folder)
+    make_model(job.model, "bert", hidden=33)
+    whole, server = play(job, 1)
+    packed = job.quantized(server, "packed")
+    again = {"key": job.key, "force": True}
+    update = [job.root / "u1-ann"]
+    with nothing_written(job.root):
+        with pytest.raises(OutputExists, match="is a server model, not a global model; choose another path"):
+            merge(str(job.model), [], server, restore=server, **again)
+        with pytest.raises(OutputExists, match="is a server model, not a global model"):
+            merge(str(job.model), update, server, ledger=job.root / "ledger.jsonl", **again)
+        with pytest.raises(OutputExists, match="is a global model, not a server model"):
+            mask(str(job.model), whole, p1=0.3, **again)
+        with pytest.raises(OutputExists, match="is a quantized server model, not a server model"):
+            mask(str(job.model), packed, p1=0.3, **again)
+        with pytest.raises(OutputExists, match="is a server model, not a quantized server model"):
+            quantize(str(server), server, format="nf4", force=True)
+    merge(str(job.model), [], whole, restore=server, **again)
 
 
 @few(20)

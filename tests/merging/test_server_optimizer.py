@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,19 @@ def test_a_state_that_is_taken_out_begins_anew(job: JobFolder) -> None:
     (job.root / "m1" / STATE).unlink()
     anew = step(job, job.root / "m1", updates, "anew", **ADAM)
     assert contents(carried)["model.safetensors"] != contents(anew)["model.safetensors"]
+
+
+def test_a_state_that_is_not_a_file_does_not_count_as_taken_out(job: JobFolder) -> None:
+    path = job.root / "m1" / STATE
+    updates, _ = round_of(job, job.root / "m1", 2)
+    path.unlink()
+    path.symlink_to("moved.safetensors")
+    with nothing_written(job.root), pytest.raises(InputError, match=STATE):
+        step(job, job.root / "m1", updates, "next", **ADAM)
+    path.unlink()
+    os.mkfifo(path)
+    with nothing_written(job.root), pytest.raises(InputError, match="not a regular file"):
+        step(job, job.root / "m1", updates, "next", **ADAM)
 
 
 def test_the_state_of_another_optimizer_is_refused(job: JobFolder) -> None:

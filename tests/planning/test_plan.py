@@ -288,6 +288,9 @@ _HUB = {
         model.layers.0.self_attn.kv_a_layernorm.weight 1
         model.layers.3.mlp.gate.e_score_correction_bias 1 model.layers.3.mlp.shared_experts.up_proj.weight 2
         model.layers.3.mlp.experts.255.up_proj.weight 2""",
+    "apertus": """model.layers.0.mlp.act_fn.alpha_n 1 model.layers.0.mlp.act_fn.alpha_p 1
+        model.layers.0.mlp.act_fn.beta 0 model.layers.0.mlp.act_fn.eps 0 model.layers.0.self_attn.q_norm.weight 1""",
+    "cohere": "model.layers.0.self_attn.q_norm.weight 2 model.layers.0.self_attn.k_norm.weight 2",
     "mpt": "transformer.blocks.0.attn.Wqkv.weight 2 transformer.blocks.0.norm_1.weight 1",
 }
 

@@ -243,8 +243,10 @@ def test_a_loss_that_is_not_finite_stops_the_training() -> None:
     model = new_model()
     with torch.no_grad():
         model.classifier.weight[0, 0] = torch.inf
-    with pytest.raises(InputError, match="the loss is .* at step 1"):
-        train(model, some_examples(), {}, RecipeOptions())
+    with pytest.raises(InputError, match="the loss is .* at step 1; lower --lr, or use --precision fp32$"):
+        train(model, some_examples(), {}, RecipeOptions(precision="bf16"))
+    with pytest.raises(InputError, match="the loss is .* at step 1; lower --lr$"):
+        train(model, some_examples(), {}, RecipeOptions(precision="fp32"))
 
 
 def test_mixed_precision_trains_too_and_weights_stay_fp32() -> None:

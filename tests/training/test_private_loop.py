@@ -170,6 +170,13 @@ def test_epsilon_is_that_of_the_accountant_and_at_most_what_was_asked_for(epsilo
     assert epsilon - 0.02 <= plan.epsilon <= epsilon
 
 
+def test_an_epsilon_that_the_accountant_puts_below_zero_is_the_one_that_was_asked_for() -> None:
+    recipe = RecipeOptions(max_steps=1, batch_size=4)
+    plan = plan_privacy(PrivacyOptions(dp_epsilon=1e-300, dp_delta=0.01, dp_clip=1.0), recipe, 10)
+    assert plan is not None
+    assert plan.epsilon == 1e-300
+
+
 def test_every_example_is_drawn_by_itself_with_the_sampling_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     model, examples, drawn = new_model(num_hidden_layers=1), classified(240), []
     monkeypatch.setattr(PerExample, "add", lambda self, losses: drawn.append(losses) or 0.0)

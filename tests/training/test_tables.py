@@ -75,7 +75,7 @@ def test_one_relative_path_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("data.csv", 'text,label\na,"b\n', "not a readable CSV file"),
         ("data.csv", "label,text\n1,a\n1,hello, world\n", "line 3: 3 fields, but the header has 2"),
         ("data.csv", "text,text\na,b\n", "two columns have the same name"),
-        ("data.txt", "a\n", "unsupported file type '.txt'"),
+        ("data.txt", "a\n", r"unsupported file type '.txt'; use \.jsonl, \.json, \.csv or \.parquet"),
         ("data", "a\n", "unsupported file type ''"),
     ],
 )
@@ -94,6 +94,12 @@ def test_a_csv_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_bytes("text,label\ncafé,1\n".encode("latin-1"))
     with pytest.raises(DataError, match="not a readable CSV file"):
         read_table(tmp_path / "data.csv")
+
+
+def test_blanks_around_the_name_of_a_column_are_shown_where_it_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("text, label\na, 1\n")
+    with pytest.raises(DataError, match="column 'label' is missing \\(found: text, ' label'\\); a label"):
+        read_table(tmp_path / "data.csv").require("text", "label", why="a label")
 
 
 def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from fedqsn_cli.artifacts.document import (
     problem,
 )
 from fedqsn_cli.checkpoint.files import open_regular_file, read_file
-from fedqsn_cli.errors import InputError
+from fedqsn_cli.errors import InputError, OutputExists
 from fedqsn_cli.planning.tensor_plan import MaskAxis, TensorPlan, UnitAxis
 
 if TYPE_CHECKING:
@@ -151,6 +151,11 @@ class ModelManifest(Manifest):
                 raise problem(f"group {name!r} hides {group.hidden} of {group.units} units")
         return self
 
+    @property
+    def described(self) -> str:
+        """What kind of model this is, in words."""
+        return _described(self.kind, self.quantization)
+
     @classmethod
     def of(cls, plan: Plan, source: Source, **differs: Any) -> ModelManifest:
         """The manifest of a dense global model without a job, except for the fields in `differs`."""
@@ -180,6 +185,28 @@ def merged_before(manifest: ModelManifest | None, job: str) -> frozenset[str]:
         job: commitment to its key.
     """
     return frozenset(manifest.merged or ()) if manifest is not None and manifest.job == job else frozenset()
+
+
+def require_same_kind(out: str | Path, kind: str, quantization: Quantization | None = None) -> None:
+    """Refuse to replace a model of another kind, such as a trained server model by what it is restored to.
+
+    Args:
+        out: where a model is about to be written. kind, quantization: of that model.
+
+    Raises:
+        OutputExists: there is another kind of model. FormatError: there is a model whose manifest is malformed.
+    """
+    path = Path(os.path.abspath(out))
+    if not os.path.isfile(path / MODEL_MANIFEST):
+        return
+    found, wanted = read_manifest(path, ModelManifest).described, _described(kind, quantization)
+    if found != wanted:
+        raise OutputExists(f"already exists, and is a {found}, not a {wanted}", where=path, hint="choose another path")
+
+
+def _described(kind: str, quantization: Quantization | None) -> str:
+    words = kind.replace("-", " ")
+    return words if quantization is None else f"quantized {words}"
 
 
 class GroupUnits(Strict):

@@ -51,9 +51,6 @@ from fedqsn_cli.errors import InputError
 SCALES = ".absmax"
 """What the name of a tensor of block scales ends with."""
 
-FILES = frozenset({UPDATE_MANIFEST, UPDATE_TENSORS, ADAPTER_CONFIG, ADAPTER_TENSORS, SIGNATURE})
-"""All that an update may hold."""
-
 PEFT_PREFIX = "base_model.model."
 """Of the names of a model's modules and parameters in files of peft."""
 
@@ -137,11 +134,12 @@ def lora_scaling(rank: int, alpha: float, *, rank_stabilised: bool) -> float:
     return alpha / math.sqrt(rank) if rank_stabilised else alpha / rank
 
 
-def require_no_more(folder: Path) -> None:
-    """Refuse a folder that holds anything beside the files of an update. Raises InputError."""
-    others = sorted(entry.name for entry in os.scandir(folder) if entry.name not in FILES)
+def require_no_more(folder: Path, manifest: UpdateManifest) -> None:
+    """Refuse a folder with anything beside the files of this update: no digest covers it. Raises InputError."""
+    known = {UPDATE_MANIFEST, SIGNATURE} | files_of(manifest)
+    others = sorted(entry.name for entry in os.scandir(folder) if entry.name not in known)
     if others:
-        raise InputError(f"holds {others[0]!r}, which is not a file of an update", where=folder, hint="take it out")
+        raise InputError(f"holds {others[0]!r}, which is not a file of this update", where=folder, hint="take it out")
 
 
 class _Named(Protocol):

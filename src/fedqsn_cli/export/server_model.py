@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, Quantization, manifest_bytes
+from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, Quantization, manifest_bytes, require_same_kind
 from fedqsn_cli.checkpoint import ArtifactWriter
 from fedqsn_cli.checkpoint.files import keep_outside
 from fedqsn_cli.errors import InputError
@@ -83,6 +84,8 @@ def mask(source: str | Path, options: MaskOptions, *, progress: Progress = SILEN
     refuse_untrainable(model, options.allow_untrainable)
     masks = session.client_masks(options.client, options) if options.client is not None else None
     tasks = session.tasks(quantization)
+    kind: Literal["server-model", "masked-model"] = "server-model" if masks is None else "masked-model"
+    require_same_kind(options.out, kind, quantization)
     with ArtifactWriter(Path(options.out), force=options.force, replaces=[MODEL_MANIFEST], digest=None) as writer:
         specs = tensor_specs(tasks, quantization)
         sink = writer.tensors("model", specs, max_shard_bytes=options.max_shard_bytes, metadata=METADATA)
@@ -94,7 +97,7 @@ def mask(source: str | Path, options: MaskOptions, *, progress: Progress = SILEN
             copy_companions(model, writer)
         else:
             write_public_companions(model, writer, quantization)
-        manifest = masked_manifest(session, "server-model" if masks is None else "masked-model", digests)
+        manifest = masked_manifest(session, kind, digests)
         writer.add_bytes(MODEL_MANIFEST, manifest_bytes(manifest))
         tell_what_stays(model, progress)
         session.save_key()
@@ -132,6 +135,7 @@ def quantize(source: str | Path, options: QuantizeOptions, *, progress: Progress
     model = _open_dense(source, options.plan_file)
     tasks = tensor_tasks(model, quantization, lambda tensor: None)
     algorithm = algorithm_of(model.manifest.model_digest if model.manifest else None)
+    require_same_kind(options.out, model.kind, quantization)
     with ArtifactWriter(Path(options.out), force=options.force, replaces=[MODEL_MANIFEST], digest=None) as writer:
         specs = tensor_specs(tasks, quantization)
         sink = writer.tensors("model", specs, max_shard_bytes=options.max_shard_bytes, metadata=METADATA)

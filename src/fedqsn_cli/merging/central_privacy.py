@@ -14,6 +14,7 @@ noise, and is recorded once; other updates, another C or z have other noise.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -77,11 +78,11 @@ class CentralPrivacy:
 
     def _check(self, merges: Sequence[PrivateMerge]) -> None:
         """Hold merges against the budget. Raises InputError."""
-        if self._budget is None:
-            return
         epsilon = epsilon_of(merges, self._delta)
-        if epsilon > self._budget:
-            spent = f"after {len(merges)} merges ε is {epsilon:.4g} at δ = {self._delta:g}"
+        spent = f"after {len(merges)} merges ε is {epsilon:.4g} at δ = {self._delta:g}"
+        if not math.isfinite(epsilon):
+            raise InputError(spent, where="--noise-multiplier", hint="so little noise hides nothing; give more")
+        if self._budget is not None and epsilon > self._budget:
             raise InputError(
                 f"{spent}, over --epsilon {self._budget:g}",
                 where=Path(self._ledger),
@@ -90,12 +91,15 @@ class CentralPrivacy:
 
 
 def epsilon_of(merges: Sequence[PrivateMerge], delta: float) -> float:
-    """ε of all merges together, by the RDP accountant of opacus."""
+    """ε of all merges together, by the RDP accountant of opacus; infinite if one of them had next to no noise."""
     from opacus.accountants import RDPAccountant
 
     accountant = RDPAccountant()
     accountant.history = [(merge.noise_multiplier, 1.0, 1) for merge in merges]
-    return float(accountant.get_epsilon(delta))
+    try:
+        return max(float(accountant.get_epsilon(delta)), 0.0)  # its bound falls below 0 where noise is huge
+    except ZeroDivisionError:  # the square of the noise is 0
+        return math.inf
 
 
 def _facts(updates: Sequence[ClientUpdate], options: MergeOptions) -> list[str]:

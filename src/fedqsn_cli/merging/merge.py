@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedqsn_cli import validate
-from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, ServerStateRecord
+from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, ServerStateRecord, require_same_kind
 from fedqsn_cli.checkpoint import ArtifactWriter, write_file_atomically
 from fedqsn_cli.checkpoint.files import keep_outside, require_file_target
 from fedqsn_cli.errors import InputError, OutputExists
@@ -146,6 +146,7 @@ def merge_updates(
         RefusedUpdate, GateFailed, InputError: as `merge`.
     """
     job, model = open_job_model(source, options.key)
+    require_same_kind(options.out, model.kind)
     with (
         ArtifactWriter(Path(options.out), force=options.force, replaces=[MODEL_MANIFEST], digest=None) as writer,
         ExitStack() as stack,

@@ -7,6 +7,7 @@ fp32 result minus the stored weight. The next merge starts from weight + residua
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,5 +94,5 @@ def copy_residual(model: OpenModel, writer: ArtifactWriter, hidden: Callable[[Te
 
 def _open(folder: Path) -> Checkpoint | None:
     """The residual beside a model; None where it has none."""
-    single = folder / f"{STEM}.safetensors"
-    return Checkpoint.open(single) if single.is_file() else None
+    path = folder / f"{STEM}.safetensors"
+    return Checkpoint.open(path) if os.path.lexists(path) else None

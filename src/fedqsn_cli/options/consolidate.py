@@ -62,7 +62,9 @@ class ConsolidateOptions(LoraOptions, ModelOutputOptions):
     written_examples: Annotated[
         int, Option("How many texts a language model writes itself.", DATA, check=validate.at_least_one)
     ] = 2000
-    written_length: Annotated[int, Option("How many tokens each of them has.", DATA, check=_two)] = 64
+    written_length: Annotated[
+        int, Option("How many tokens each of them has, up to --max-length.", DATA, check=_two)
+    ] = 64
     max_length: Annotated[int, max_length_option(DATA)] = 256
     public_base: Annotated[str | Path | None, TRAINED_BASE] = None
     blend: Annotated[

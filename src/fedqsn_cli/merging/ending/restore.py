@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, ModelManifest, merged_before
+from fedqsn_cli.artifacts.manifests import MODEL_MANIFEST, ModelManifest, merged_before, require_same_kind
 from fedqsn_cli.checkpoint import ArtifactWriter
 from fedqsn_cli.dtypes import SHORT_DTYPES
 from fedqsn_cli.errors import InputError
@@ -112,7 +112,7 @@ def open_restore_inputs(source: str | Path, trained: str | Path, options: MergeO
     """Open both models and the public base.
 
     Raises:
-        InputError: they do not belong together.
+        InputError: they do not belong together, or the output would replace a model of another kind.
     """
     job, whole = open_job_model(source, options.key)
     _, server = open_job_model(trained, options.key)
@@ -120,6 +120,7 @@ def open_restore_inputs(source: str | Path, trained: str | Path, options: MergeO
         raise InputError("this is a server model", where=source, hint="give the global model")
     if server.manifest is None or server.kind != "server-model":
         raise InputError("this is not a server model", where=trained, hint="it is made by 'fedqsn mask'")
+    require_same_kind(options.out, whole.kind)
     _check_same_shapes(whole, server, trained)
     tasks = tensor_tasks(whole, None, ServerMasks(job).hidden)
     base = None

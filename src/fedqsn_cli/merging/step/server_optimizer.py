@@ -13,6 +13,7 @@ client saw keeps its weight, its m and its v. Both are kept in fp32 beside the m
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +51,7 @@ def open_state(model: OpenModel, job: JobKey, optimizer: str) -> SavedState | No
         InputError: it is of another optimizer, job or model.
     """
     path = model.source.path / f"{STEM}.safetensors"
-    if not path.is_file():
+    if not os.path.lexists(path):  # a link to nothing is no new beginning
         return None
     record = model.manifest.server_state if model.manifest else None
     file = Checkpoint.open(path)

@@ -35,6 +35,7 @@ GRAIN = 1 << 16
 TO_COARSE, TO_FINE = 1.5 * 2.0**52 * COARSE, 1.5 * 2.0**52 * FINE
 COARSE_BITS, FINE_BITS = (int(np.float64(x).view(np.int64)) for x in (TO_COARSE, TO_FINE))
 _HALF = 1 << SHIFT - 1
+_ROUNDINGS = 1e-9  # of norms and of coefficients in double precision, with room to spare
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +55,16 @@ class Digits:
         high, low, total = self.high.reshape(-1), self.low.reshape(-1), out.reshape(-1)
         run_ranges(total.size, GRAIN, lambda start, stop: _settle(high[start:stop], low[start:stop], total[start:stop]))
 
-    def could_be_of(self, terms: int) -> bool:
-        """Whether these are settled sums of so many terms."""
-        largest = max((abs(int(x)) for x in (self.high.min(initial=0), self.high.max(initial=0))), default=0)
+    def could_be_of(self, terms: int, sizes: float) -> bool:
+        """Whether these are settled sums of so many terms.
+
+        Args:
+            sizes: what the absolute values of the terms add up to at most.
+        """
+        largest = max(abs(int(x)) for x in (self.high.min(initial=0), self.high.max(initial=0)))
         within = self.low.min(initial=0) >= -_HALF and self.low.max(initial=0) < _HALF
-        return bool(within) and largest <= terms << SHIFT
+        most = sizes * (1 + _ROUNDINGS) / COARSE + 1
+        return bool(within) and largest <= min(most, terms << SHIFT)
 
 
 @kernel

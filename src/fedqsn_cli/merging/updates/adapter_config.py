@@ -8,7 +8,6 @@ that peft gets later may be there while they are off.
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -81,7 +80,7 @@ def _check_scaling(document: Mapping[str, Any], manifest: UpdateManifest, path: 
         raise RefusedUpdate("has no rank or no scale", where=path)
     scaling = lora_scaling(rank, alpha, rank_stabilised=document.get("use_rslora", False))
     for name, adapter in (manifest.adapters or {}).items():
-        if adapter.rank != rank or not math.isclose(adapter.scaling, scaling, rel_tol=1e-9):
+        if (adapter.rank, adapter.scaling) != (rank, scaling):  # exactly: digests cover the scale in this file only
             raise RefusedUpdate(f"contradicts {UPDATE_MANIFEST} about {name}", where=path)
 
 

@@ -1,11 +1,12 @@
 """A partial sum that is merged on: checked like the updates in it, then read once.
 
 It is made with the job's key, which seals it, by `partial_pass`. What it says of its clients is held against the ledger
-and the limits of this merge once more; its numbers must be such as so many clients can add up to.
+and the limits of this merge once more; its numbers must be such as updates of these norms can add up to.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -104,6 +105,11 @@ class PartialSum:
         return sum(count for _, count in self.claims)
 
     @property
+    def most(self) -> float:
+        """Σ n_k ‖Δ_k‖, after clipping: no number in the sum is larger."""
+        return math.fsum(client.num_examples * client.factor * client.norm for client in self.manifest.clients)
+
+    @property
     def round(self) -> int:
         """The latest round that one of its updates answers."""
         return max(release.round for release in self.releases)
@@ -152,6 +158,7 @@ class PartialReader:
 
     def __init__(self, partial_sum: PartialSum, queue: HashQueue) -> None:
         self.sum = partial_sum
+        self._most = partial_sum.most
         algorithm = algorithm_of(partial_sum.manifest.files[PARTIAL_TENSORS])
         self._hash = FileHash(partial_sum.folder / PARTIAL_TENSORS, partial_sum.identity, queue, algorithm)
 
@@ -169,8 +176,9 @@ class PartialReader:
             return error
         high_and_low = data.view(np.int64).reshape(rows, 2, cols)
         digits = Digits(high_and_low[:, 0], high_and_low[:, 1])
-        if not digits.could_be_of(len(self.sum.releases)):
-            return RefusedUpdate(f"is not a sum of {len(self.sum.releases)} updates", where=self._where(task, SUM))
+        if not digits.could_be_of(len(self.sum.releases), self._most):
+            what = f"is not a sum of {len(self.sum.releases)} updates with the norms in {PARTIAL_MANIFEST}"
+            return RefusedUpdate(what, where=self._where(task, SUM))
         if weights.size and not 0 <= weights.min() <= weights.max() <= self.sum.examples:
             what = f"counts more than its clients' {self.sum.examples} examples, or fewer than none"
             return RefusedUpdate(what, where=self._where(task, WEIGHTS))

@@ -194,7 +194,6 @@ class UpdateVerifier:
 
     def _open(self, folder: Path) -> ClientUpdate:
         manifest = read_manifest(folder, UpdateManifest)
-        require_no_more(folder)
         release = self._releases.get(manifest.proxy_id)
         if release is None:
             raise RefusedUpdate(f"its proxy {manifest.proxy_id[:12]} is not in the ledger {self._ledger}", where=folder)
@@ -205,6 +204,7 @@ class UpdateVerifier:
         if manifest.files.keys() != files_of(manifest):
             names = ", ".join(sorted(files_of(manifest)))
             raise RefusedUpdate(f"it must list exactly {names}", where=folder / UPDATE_MANIFEST)
+        require_no_more(folder, manifest)
         self._check_signature(folder, manifest, release.client)
         client = ClientMasks(self.masks, release.client, release.round, release.p2, release.schedule, release.rescale)
         stored, identities = self._values(folder, manifest, client, release)

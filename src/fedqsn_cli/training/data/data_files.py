@@ -135,7 +135,9 @@ def _state(file: BinaryIO) -> tuple[int, ...]:
 def _reader(path: Path) -> Reader:
     read = READERS.get(path.suffix.lower())
     if read is None:
-        raise DataError(f"unsupported file type {path.suffix!r}", where=path, hint="use .jsonl, .csv or .parquet")
+        raise DataError(
+            f"unsupported file type {path.suffix!r}", where=path, hint="use .jsonl, .json, .csv or .parquet"
+        )
     return read
 
 

@@ -99,7 +99,7 @@ class Table:
         """Check that the file has these columns. Raises DataError, with `why` as its hint."""
         missing = [name for name in names if name not in self.columns]
         if missing:
-            found = listed([name.encode(errors="backslashreplace").decode() for name in self.names]) or "none"
+            found = listed([_shown(name) for name in self.names]) or "none"
             raise self.error(f"column {missing[0]!r} is missing (found: {found})", hint=why)
 
     def values(self, name: str) -> list[Any]:
@@ -176,3 +176,9 @@ def _text_bytes(row: Sequence[object]) -> int:
 def type_name(value: object) -> str:
     """A value's type in words."""
     return _TYPE_NAMES.get(type(value), type(value).__name__)
+
+
+def _shown(name: str) -> str:
+    """The name of a column in a message; quoted where blanks at its ends would not be seen."""
+    text = name.encode(errors="backslashreplace").decode()
+    return text if name == name.strip() else repr(text)

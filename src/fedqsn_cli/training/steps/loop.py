@@ -200,7 +200,8 @@ class _Run:
         rate = learning_rate(self.recipe, step, self.total)
         loss = self._gradients(window)
         if not math.isfinite(loss):
-            raise Diverged(f"the loss is {loss} at step {step + 1}", hint="lower --lr, or use --precision fp32")
+            hint = "lower --lr" if self.recipe.precision == "fp32" else "lower --lr, or use --precision fp32"
+            raise Diverged(f"the loss is {loss} at step {step + 1}", hint=hint)
         norm = torch.nn.utils.clip_grad_norm_(self.trainable.leaves, self.recipe.max_grad_norm)
         self.optimizers.step(rate)
         self.trainable.drop_gradients()

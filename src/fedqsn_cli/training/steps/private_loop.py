@@ -97,7 +97,8 @@ def _noise(epsilon: float, delta: float, rate: float, steps: int) -> tuple[float
         ) from None
     accountant = create_accountant(mechanism=ACCOUNTANT)
     accountant.history = [(multiplier, rate, steps)]
-    return float(multiplier), float(accountant.get_epsilon(delta=delta))
+    found = float(accountant.get_epsilon(delta=delta))
+    return float(multiplier), found if found > 0 else epsilon  # its bound falls below 0 where noise is huge
 
 
 def train_privately(
