@@ -31,7 +31,7 @@ from fedqsn_cli.merging.ending.distillation_data import (
     Teachers,
     evaluate,
 )
-from fedqsn_cli.merging.ending.rate_search import RATES, RateSearch
+from fedqsn_cli.merging.ending.rate_search import RATES, SHARE, RateSearch
 from fedqsn_cli.merging.ending.rate_search import search as search_rates
 from fedqsn_cli.merging.ending.restore import RestoreInputs, open_restore_inputs
 from fedqsn_cli.merging.ending.students import FullStudent, Student
@@ -118,7 +118,7 @@ def consolidate(
     files.keep_outside(Path(options.out), **{name.replace("_", "-"): getattr(options, name) for name in outside})
     if options.report is not None:
         files.require_file_target(options.report)
-    for setting in _settings(options):
+    for setting in _settings(options, RATES[0]):
         remove_finished(_named(options, setting), Path(options.out))
     with (
         ArtifactWriter(Path(options.out), force=options.force, replaces=[MODEL_MANIFEST], digest=None) as writer,
@@ -134,24 +134,35 @@ def consolidate(
 
 
 class _Setting(NamedTuple):
-    """What a student is trained with: the weight of the transfer, and the largest learning rate."""
+    """What a student is trained with.
+
+    Args:
+        weight: of the transfer. lr: the largest learning rate. trial: whether a short training tries the rate.
+    """
 
     weight: float
     lr: float
+    trial: bool = False
 
 
-def _settings(options: ConsolidateOptions) -> list[_Setting]:
-    """All that may be tried."""
-    weights = WEIGHTS if options.transfer_weight == "auto" else (options.transfer_weight,)
-    rates = RATES if options.lr == "auto" else (options.lr,)
-    return [_Setting(weight, lr) for weight in weights for lr in rates]
+def _settings(options: ConsolidateOptions, lr: float) -> list[_Setting]:
+    """All trainings that there may be.
+
+    Args:
+        lr: of those that are no trials.
+    """
+    given = options.transfer_weight
+    weights, usual = (WEIGHTS, USUAL_WEIGHT) if given == "auto" else ((given,), given)
+    trials = [_Setting(usual, rate, trial=True) for rate in RATES] if options.lr == "auto" else []
+    return trials + [_Setting(weight, lr) for weight in weights]
 
 
 def _named(options: ConsolidateOptions, setting: _Setting) -> Path:
-    """What the states of the training with one setting are named after."""
+    """What the states of a training are named after."""
     out = Path(os.path.abspath(options.out))
-    searched = ((options.transfer_weight, setting.weight), (options.lr, setting.lr))
-    return out.with_name("-".join([out.name, *(f"{tried:g}" for given, tried in searched if given == "auto")]))
+    if setting.trial:
+        return out.with_name(f"{out.name}-lr-{setting.lr:g}")
+    return out.with_name(f"{out.name}-{setting.weight:g}") if options.transfer_weight == "auto" else out
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +170,6 @@ class _Attempt:
     """A student that was trained with one setting.
 
     Args:
-        divergence: from its teachers on the texts that were kept out of the training; NaN where none were.
         restored, after: before and after the training, on the evaluation data. own_after: on that of the owner's skill.
     """
 
@@ -169,7 +179,6 @@ class _Attempt:
     restored: Evaluation | None
     after: Evaluation | None
     own_after: Evaluation | None
-    divergence: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,28 +213,38 @@ class _Consolidation:
     def run(self, writer: ArtifactWriter) -> ConsolidateResult:
         """Ask the teachers, train students, write the best."""
         data = self.teachers.ask(self.inputs)
-        best, rates, weights = self._best(data)
-        states = [found for tried in _settings(self.options) if (found := self._states(tried)) is not None]
+        rates, lr, weight = None, self.options.lr, self.options.transfer_weight
+        if lr == "auto":
+            rates = self._rates(data)
+            lr = rates.chosen
+        if weight == "auto":
+            best, weights = self._best_weight(data, lr)
+        else:
+            best, weights = self._attempt(data, _Setting(weight, lr)), None
+        states = [found for tried in _settings(self.options, lr) if (found := self._states(tried)) is not None]
         path = self._write(writer, best.student, states)
         for folder in states:
             folder.remove()
         return self._result(path, data, best, rates, weights)
 
-    def _best(self, data: DistillationData) -> tuple[_Attempt, RateSearch | None, WeightSearch | None]:
-        """The best student of all that are tried, and how it was found."""
-        weight, lr, rates = self.options.transfer_weight, self.options.lr, None
-        if lr == "auto":
-            data, kept_out = data.divided()
-            usual = USUAL_WEIGHT if weight == "auto" else weight
-            best, rates = search_rates(lambda rate: self._attempt(data, _Setting(usual, rate), kept_out))
-            if weight != "auto":
-                return best, rates, None
-            lr = rates.chosen
-            del best  # its memory is needed
-        if weight != "auto":
-            return self._attempt(data, _Setting(weight, lr)), rates, None
-        best, weights = self._best_weight(data, lr)
-        return best, rates, weights
+    def _rates(self, data: DistillationData) -> RateSearch:
+        """The best learning rate."""
+        trained, kept_out = data.divided()
+        trials = {setting.lr: setting for setting in _settings(self.options, RATES[0]) if setting.trial}
+        return search_rates(lambda rate: self._divergence(trained, kept_out, trials[rate]))
+
+    def _divergence(self, data: DistillationData, kept_out: DistillationData, setting: _Setting) -> float:
+        """How far a student of a short training is from its teachers, on texts that were kept out of it."""
+        states = self._states(setting)
+        with states.opened() if states is not None else nullcontext():
+            student = self._student()
+            encoder = Encoder.of(student.loaded, self.options.max_length)
+            self._train(student, encoder, data, setting, states)
+        loss = kept_out.with_weight(setting.weight)
+        found = loss.mean(student.loaded.model, 2 * self.options.batch_size, encoder.padding)
+        if not math.isfinite(found):
+            raise Diverged(f"the divergence is {found} after training", where=f"--lr {setting.lr:g}")
+        return found
 
     def _best_weight(self, data: DistillationData, lr: float) -> tuple[_Attempt, WeightSearch]:
         """The best student of all weights; two are in memory at a time."""
@@ -242,32 +261,36 @@ class _Consolidation:
         require_better(chosen, own_before, before, tolerance)
         return best, WeightSearch(best.setting.weight, own_before, before, tolerance, tuple(trials))
 
-    def _attempt(self, data: DistillationData, setting: _Setting, kept_out: DistillationData | None = None) -> _Attempt:
+    def _attempt(self, data: DistillationData, setting: _Setting) -> _Attempt:
         """Train a student with one setting, and measure it."""
-        loss, states = data.with_weight(setting.weight), self._states(setting)
+        states = self._states(setting)
         with states.opened() if states is not None else nullcontext():
             student = self._student()
             encoder = Encoder.of(student.loaded, self.options.max_length)
             restored = self._measure(student, encoder, data.eval)
-            around = Surroundings(backward=loss.backward, states=states)
-            summary = train(
-                student.loaded.model,
-                loss.examples,
-                student.trainable(),
-                self.options.recipe(setting.lr),
-                encoder.padding,
-                self.progress,
-                around,
-            )
-            divergence = math.nan
-            if kept_out is not None:
-                others = kept_out.with_weight(setting.weight)
-                divergence = others.mean(student.loaded.model, self.options.batch_size, encoder.padding)
-                if not math.isfinite(divergence):
-                    raise Diverged(f"the divergence is {divergence} after training", where=f"--lr {setting.lr:g}")
+            summary = self._train(student, encoder, data, setting, states)
             after = self._measure(student, encoder, data.eval)
             own_after = self._measure(student, encoder, data.own_eval)
-        return _Attempt(student, setting, summary, restored, after, own_after, divergence)
+        return _Attempt(student, setting, summary, restored, after, own_after)
+
+    def _train(
+        self,
+        student: Student,
+        encoder: Encoder,
+        data: DistillationData,
+        setting: _Setting,
+        states: StateFolder | None,
+    ) -> TrainingSummary:
+        loss = data.with_weight(setting.weight)
+        return train(
+            student.loaded.model,
+            loss.examples,
+            student.trainable(),
+            self.options.recipe(setting.lr, _steps(self.options, setting)),
+            encoder.padding,
+            self.progress,
+            Surroundings(backward=loss.backward, states=states),
+        )
 
     def _student(self) -> Student:
         """The restored model, ready to be trained."""
@@ -288,7 +311,7 @@ class _Consolidation:
         if options.save_every is None:
             return None
         facts = facts_of(options, _NOT_BINDING | {*_FILES, "public_base"})
-        facts["--transfer-weight"] = setting.weight
+        facts |= {"--transfer-weight": setting.weight, "--lr": setting.lr, "--steps": _steps(options, setting)}
         for name in _FILES:
             path = getattr(options, name)
             facts["--" + name.replace("_", "-")] = file_digest(Path(path)) if path is not None else None
@@ -344,6 +367,11 @@ def _check_task(checkpoint: Checkpoint) -> None:
     if task not in TAUGHT_TASKS:
         what = f"{architecture} is a model for {task}, which cannot be consolidated"
         raise InputError(what, where=checkpoint.path, hint="use fedqsn merge --restore")
+
+
+def _steps(options: ConsolidateOptions, setting: _Setting) -> int:
+    """The optimizer steps of a training."""
+    return max(1, options.steps // SHARE) if setting.trial else options.steps
 
 
 def _known(evaluation: Evaluation | None) -> Evaluation:

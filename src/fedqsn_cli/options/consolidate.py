@@ -80,12 +80,12 @@ class ConsolidateOptions(LoraOptions, ModelOutputOptions):
             check=positive_or_auto,
         ),
     ] = 0.75
-    steps: Annotated[int, Option("Optimizer steps.", TRAINING, check=validate.at_least_one)] = 300
+    steps: Annotated[int, Option("Optimizer steps.", TRAINING, check=validate.at_least_one)] = 1000
     lr: Annotated[
         float | Auto,
         Option(
-            "Largest learning rate; auto tries up to four, and takes the one that brings the model closest to both "
-            "teachers on a tenth of the texts, kept out of the training.",
+            "Largest learning rate; auto tries up to four for a quarter of the steps, and takes the one that brings "
+            "the model closest to both teachers on texts kept out of these trials.",
             TRAINING,
             metavar="X|auto",
             check=positive_or_auto,
@@ -154,11 +154,11 @@ class ConsolidateOptions(LoraOptions, ModelOutputOptions):
         """How much loss of the owner's skill is accepted, in nats."""
         return 0.05 if self.own_tolerance is None else self.own_tolerance
 
-    def recipe(self, lr: float) -> RecipeOptions:
-        """How the student is trained with a learning rate: in fp32, without weight decay."""
+    def recipe(self, lr: float, steps: int) -> RecipeOptions:
+        """How a student is trained with a learning rate for some steps: in fp32, without weight decay."""
         return RecipeOptions(
-            epochs=float(self.steps),
-            max_steps=self.steps,
+            epochs=float(steps),
+            max_steps=steps,
             lr=lr,
             warmup_ratio=self.warmup_ratio,
             weight_decay=0.0,

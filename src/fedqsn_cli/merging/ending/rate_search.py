@@ -1,15 +1,14 @@
 """`consolidate --lr auto`: the largest learning rate.
 
-Students are compared by how close they come to their teachers on texts that are kept out of the training, which needs
-neither labels nor development data. Rates are tried in ascending order, until one brings the student less close than
-the one before, or its training diverges.
+Short trainings are compared by how close they bring a student to its teachers on texts that are kept out of them, which
+needs neither labels nor development data. Rates are tried in ascending order, until one brings the student less close
+than the one before, or its training diverges.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 from fedqsn_cli.errors import Diverged
 from fedqsn_cli.text import real
@@ -17,10 +16,13 @@ from fedqsn_cli.text import real
 RATES = (5e-5, 2e-4, 8e-4, 3.2e-3)
 """From that of large models to that of models with a million weights and of adapters."""
 
+SHARE = 4
+"""A trial takes this part of the steps of the whole training."""
+
 
 @dataclass(frozen=True, slots=True)
 class RateTrial:
-    """The student of one learning rate.
+    """A short training with one learning rate.
 
     Args:
         divergence: the loss of the training on the texts that are kept out, in nats.
@@ -42,32 +44,21 @@ class RateSearch:
         return [(f"{one.lr:g}", real(one.divergence), mark * (one.lr == self.chosen)) for one in self.trials]
 
 
-class _Tried(Protocol):
-    """A student that was trained, and how far it is from its teachers on the texts that are kept out."""
-
-    @property
-    def divergence(self) -> float: ...
-
-
-TriedT = TypeVar("TriedT", bound=_Tried)
-
-
-def search(attempt: Callable[[float], TriedT]) -> tuple[TriedT, RateSearch]:
-    """The best student, and what was tried. Two students are in memory at a time.
+def search(divergence: Callable[[float], float]) -> RateSearch:
+    """Try rates.
 
     Args:
-        attempt: trains a student with a learning rate.
+        divergence: trains with a rate, and tells how far the student is from its teachers then.
+
+    Raises:
+        Diverged: the training with the smallest rate did.
     """
-    best, trials = attempt(RATES[0]), []
-    trials.append(RateTrial(RATES[0], best.divergence))
+    trials = [RateTrial(RATES[0], divergence(RATES[0]))]
     for rate in RATES[1:]:
         try:
-            one = attempt(rate)
+            trials.append(RateTrial(rate, divergence(rate)))
         except Diverged:
             break
-        trials.append(RateTrial(rate, one.divergence))
-        if not one.divergence < best.divergence:
+        if trials[-1].divergence >= trials[-2].divergence:
             break
-        best = one
-    chosen = min(trials, key=lambda trial: trial.divergence).lr
-    return best, RateSearch(chosen, tuple(trials))
+    return RateSearch(min(trials, key=lambda trial: trial.divergence).lr, tuple(trials))
