@@ -16,7 +16,7 @@ COPY constraints.txt pyproject.toml README.md LICENSE /source/
 COPY src /source/src
 # What the owner's commands import, at the pinned versions; then the package itself, without what only training needs.
 RUN python -m pip install --no-cache-dir -c /source/constraints.txt \
-        blake3 cryptography huggingface_hub Jinja2 numba numpy pydantic rich safetensors scipy threadpoolctl typer \
+        blake3 cryptography huggingface_hub Jinja2 llvmlite numba numpy pydantic rich safetensors scipy threadpoolctl typer \
     && python -m pip install --no-cache-dir --no-deps /source \
     && rm -rf /source
 
