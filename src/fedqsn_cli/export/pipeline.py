@@ -24,7 +24,7 @@ from fedqsn_cli.errors import InputError
 from fedqsn_cli.export.encode import check_finite, encode, encode_with
 from fedqsn_cli.kernels.digests import Algorithm
 from fedqsn_cli.kernels.hash_threads import HashThreads
-from fedqsn_cli.kernels.read_ahead import announced, compute_ahead
+from fedqsn_cli.kernels.read_ahead import ANNOUNCED, announced, compute_ahead
 from fedqsn_cli.masks.unit_mask import UnitMask
 from fedqsn_cli.models.digest import ModelHash
 from fedqsn_cli.models.model import OpenModel
@@ -173,7 +173,7 @@ def encode_calls(
     encoder, hidden = ChunkEncoder(model, base, quantization), None
     block = quantization.block_size if quantization else 1
     pieces = ((task, *piece) for task in tasks for piece in row_chunks(task.layout, block, chunk_elements))
-    for task, first, rows in announced(pieces, lambda piece: encoder.expect(*piece)):
+    for task, first, rows in announced(pieces, lambda piece: encoder.expect(*piece), encoder.distance):
         if not first:
             if task.plan.axis == "element":
                 yield None  # element masks are as large as their tensor: hold those of one tensor at a time
@@ -188,6 +188,11 @@ class ChunkEncoder:
     model: OpenModel
     base: PublicBase | None
     quantization: Quantization | None
+
+    @property
+    def distance(self) -> int:
+        """How many pieces are read ahead: none where a wider piece of the public base may come with each."""
+        return ANNOUNCED if self.base is None else 0
 
     def expect(self, task: TensorTask, first: int, rows: int) -> None:
         """Begin to read what `encode` will need."""
