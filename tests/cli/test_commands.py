@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cli.conftest import Round
-from support.processes import run
+from support.processes import process, run
 
 MADE = {"mask": "server", "quantize": "server-nf4", "client-train": "update", "merge": "next"}
 
@@ -125,6 +125,12 @@ def test_a_tampered_proxy_is_refused_in_one_line(played: Round, tmp_path: Path) 
     outcome = run("client-train", proxy, "--out", tmp_path / "u", "--data", played.folder / "train.jsonl")
     assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
     assert not (tmp_path / "u").exists()
+
+
+def test_a_whole_command_as_a_process_says_nothing_on_stderr(played: Round, tmp_path: Path) -> None:
+    words = ["client-train", played.folder / "bob", "--out", tmp_path / "u", "--data", played.folder / "train.jsonl"]
+    outcome = process(*words, "--max-steps", "1", "--device", "cpu", "-q", OMP_NUM_THREADS="1")
+    assert (outcome.code, outcome.out, outcome.err) == (0, f"{tmp_path}/u\n", "")
 
 
 def test_owners_commands_load_no_training_library(played: Round, tmp_path: Path) -> None:

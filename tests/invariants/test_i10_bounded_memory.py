@@ -19,7 +19,7 @@ from support.helpers import as_strings, contents, environment, make_model, send
 linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 
 LIMIT = 600.0  # MiB
-SLACK = 64.0  # MiB between two peaks: buffers that a small model does not fill, 16 of them for what is read ahead
+SLACK = 48.0  # MiB between two peaks: buffers that a small model does not fill
 HEAVY = ("torch", "bitsandbytes", "transformers", "pyarrow", "accelerate", "pandas")
 
 IN_SOAK = [pytest.param(name, marks=pytest.mark.soak) for name in ("mask", "quantize")]  # an export is both

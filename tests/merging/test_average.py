@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedqsn_cli import merge
+from fedqsn_cli.errors import RefusedUpdate
 from fedqsn_cli.merging import merge_pass
 from fedqsn_cli.merging.average import step_by_average
 from fedqsn_cli.merging.sums.average_kernel import MOST_AVERAGED
@@ -19,7 +20,8 @@ from fedqsn_cli.merging.updates import adapters
 from fedqsn_cli.merging.updates.adapters import UntrainedValues
 from fedqsn_cli.merging.updates.stored_values import ReadBytes, ReadValues, UpdateSlice
 from support.adapters import draft_adapters
-from support.helpers import contents, draft, make_model, noise, read_model
+from support.helpers import contents, draft, make_model, noise, nothing_written, read_model
+from support.passes import chunks_of, threads_of
 from support.scenario import JobFolder, Scenario, few, job_folder, scenarios
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -168,3 +170,29 @@ def test_what_nobody_trained_is_left_alone_however_updates_are_put_together(
     if not way:
         before, after = read_model(made.job.model), read_model(folder / "skipped")
         assert {name for name in before if not np.array_equal(before[name][1], after[name][1])} == set(MATRICES)
+
+
+@pytest.mark.parametrize("options", [{"clip_norm": 0.1}, {"rule": "multi-krum", "byzantine": 1}])
+def test_clipped_and_chosen_updates(
+    job: JobFolder, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both_ways(job, updates_of(job, 5), monkeypatch, **options)
+
+
+def test_threads_and_chunks_change_nothing(job: JobFolder) -> None:
+    folders, found = updates_of(job, 3), []
+    for number, (threads, chunk) in enumerate([(1, 1 << 19), (3, 1 << 19), (2, 5000)]):
+        with threads_of(threads), chunks_of(chunk):
+            result = merge(
+                str(job.model), folders, job.root / f"n{number}", key=job.key, ledger=job.root / "ledger.jsonl"
+            )
+        found.append((contents(job.root / f"n{number}"), [client.norm for client in result.clients]))
+    assert found[0] == found[1]
+    assert found[0][0] == found[2][0]
+
+
+def test_a_model_that_would_overflow_is_refused(job: JobFolder) -> None:
+    folders = updates_of(job, 2, 1e30)
+    with pytest.raises(RefusedUpdate, match="cannot be summed exactly"), nothing_written(job.root / "next"):
+        limits = {"max_update_norm": 1e38, "max_unit_norm": 1e38}
+        merge(str(job.model), folders, job.root / "next", key=job.key, ledger=job.root / "ledger.jsonl", **limits)

@@ -59,6 +59,19 @@ class Job:
         return consolidate(self.home / "global", self.home / "server", out, **self.options(**more))
 
 
+class Ended(Silent):
+    """Ends trainings at a step, counted over all of them, as Ctrl-C does; counts those after it, too."""
+
+    def __init__(self, at: int | None = None) -> None:
+        self.at, self.steps = at, 0
+
+    def advance(self, amount: float = 1, **facts: float) -> None:
+        if "lr" in facts:
+            self.steps += 1
+            if self.steps == self.at:
+                raise KeyboardInterrupt
+
+
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return Job(tmp_path_factory.mktemp("classifier"), "bert")
@@ -106,16 +119,6 @@ def test_the_same_call_gives_the_same_bytes(language: Job, tmp_path: Path) -> No
 
 
 def test_what_was_ended_goes_on_and_ends_with_the_same_bytes(language: Job, tmp_path: Path) -> None:
-    class Ended(Silent):
-        def __init__(self, step: int) -> None:
-            self.left = step
-
-        def advance(self, amount: float = 1, **facts: float) -> None:
-            if "lr" in facts:
-                self.left -= 1
-                if self.left == 0:
-                    raise KeyboardInterrupt
-
     whole = language.consolidate(tmp_path / "whole", own_data=language.data)
     for step in (2, 3):
         with pytest.raises(KeyboardInterrupt):
@@ -304,23 +307,13 @@ def test_of_weights_that_keep_the_skill_the_one_that_learnt_most_is_first() -> N
 
 
 def test_auto_goes_on_where_it_was(language: Job, both_skills: dict[str, Path], tmp_path: Path) -> None:
-    class Ended(Silent):
-        steps = 0
-
-        def advance(self, amount: float = 1, **facts: float) -> None:
-            if "lr" in facts:
-                self.steps += 1
-                if self.steps == 8:  # in the third training
-                    raise KeyboardInterrupt
-
     same = {"own_data": language.data, **both_skills, **AUTO, "own_tolerance": 1.0}
     language.consolidate(tmp_path / "whole", **same)
     with pytest.raises(KeyboardInterrupt):
-        language.consolidate(tmp_path / "out", **same, save_every="1", progress=Ended())
+        language.consolidate(tmp_path / "out", **same, save_every="1", progress=Ended(8))  # in the third training
     again = Ended()
-    again.steps = -100
     language.consolidate(tmp_path / "out", **same, save_every="1", progress=again)
-    assert again.steps == -100 + 8  # one of the third training, and two trainings
+    assert again.steps == 8  # one of the third training, and two trainings
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
@@ -442,16 +435,6 @@ def test_rates_are_tried_until_one_is_worse_or_diverges() -> None:
 def test_rate_and_weight_by_auto_go_on_where_they_were(
     language: Job, both_skills: dict[str, Path], tmp_path: Path
 ) -> None:
-    class Ended(Silent):
-        def __init__(self, left: int) -> None:
-            self.left = left
-
-        def advance(self, amount: float = 1, **facts: float) -> None:
-            if "lr" in facts:
-                self.left -= 1
-                if self.left == 0:
-                    raise KeyboardInterrupt
-
     same = {"own_data": language.data, **both_skills, **AUTO, "own_tolerance": 1.0, "lr": "auto"}
     whole = language.consolidate(tmp_path / "whole", **same)
     assert [trial.weight for trial in whole.search.trials] == list(WEIGHTS)

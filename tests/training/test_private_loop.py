@@ -189,7 +189,7 @@ def test_every_example_is_drawn_by_itself_with_the_sampling_rate(monkeypatch: py
     count = sum(map(len, drawn))
     assert abs(count - 600) < 8 * math.sqrt(600 * 0.75)
     assert max(map(len, drawn)) <= 10
-    assert len({len(rows) for rows in drawn}) > 1  # not always 60 in a step, which makes six whole batches
+    assert len({len(rows) for rows in drawn}) > 3
 
 
 @pytest.fixture(scope="module")

@@ -101,9 +101,8 @@ def trained(
     return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()]), done
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "kill_after"), [("adamw", 1), ("adamw", 4), ("adamw", 9), ("adamw-8bit", 4), ("sgd", 4)]
-)
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit", "sgd"])
+@pytest.mark.parametrize("kill_after", [1, 4, 9])
 def test_what_goes_on_ends_with_the_same_bits(tmp_path: Path, optimizer: Any, kill_after: int) -> None:
     recipe = RecipeOptions(epochs=3, batch_size=4, lr=1e-2, optimizer=optimizer)
     whole, figures = trained(None, recipe)

@@ -12,7 +12,7 @@ from fedqsn_cli.kernels.threads import thread_count, work_alone
 T = TypeVar("T")
 
 MOST_WORKERS = 4  # calls at once; together faster than one thread hashes
-ANNOUNCED = 4  # what is read while what comes before it is computed
+ANNOUNCED = 2  # what is read while what comes before it is computed
 
 
 def announced(items: Iterable[T], announce: Callable[[T], object], distance: int = ANNOUNCED) -> Iterator[T]:

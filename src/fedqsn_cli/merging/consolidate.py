@@ -118,7 +118,7 @@ def consolidate(
     files.keep_outside(Path(options.out), **{name.replace("_", "-"): getattr(options, name) for name in outside})
     if options.report is not None:
         files.require_file_target(options.report)
-    for setting in _settings(options, RATES[0]):
+    for setting in [*_trials(options), *_whole(options, RATES[0])]:  # their names do not depend on the rate
         remove_finished(_named(options, setting), Path(options.out))
     with (
         ArtifactWriter(Path(options.out), force=options.force, replaces=[MODEL_MANIFEST], digest=None) as writer,
@@ -145,16 +145,16 @@ class _Setting(NamedTuple):
     trial: bool = False
 
 
-def _settings(options: ConsolidateOptions, lr: float) -> list[_Setting]:
-    """All trainings that there may be.
+def _trials(options: ConsolidateOptions) -> list[_Setting]:
+    """The short trainings that may try learning rates."""
+    weight = USUAL_WEIGHT if options.transfer_weight == "auto" else options.transfer_weight
+    return [_Setting(weight, rate, trial=True) for rate in RATES] if options.lr == "auto" else []
 
-    Args:
-        lr: of those that are no trials.
-    """
-    given = options.transfer_weight
-    weights, usual = (WEIGHTS, USUAL_WEIGHT) if given == "auto" else ((given,), given)
-    trials = [_Setting(usual, rate, trial=True) for rate in RATES] if options.lr == "auto" else []
-    return trials + [_Setting(weight, lr) for weight in weights]
+
+def _whole(options: ConsolidateOptions, lr: float) -> list[_Setting]:
+    """The other trainings, once the learning rate is known."""
+    weights = WEIGHTS if options.transfer_weight == "auto" else (options.transfer_weight,)
+    return [_Setting(weight, lr) for weight in weights]
 
 
 def _named(options: ConsolidateOptions, setting: _Setting) -> Path:
@@ -221,7 +221,11 @@ class _Consolidation:
             best, weights = self._best_weight(data, lr)
         else:
             best, weights = self._attempt(data, _Setting(weight, lr)), None
-        states = [found for tried in _settings(self.options, lr) if (found := self._states(tried)) is not None]
+        states = [
+            found
+            for tried in [*_trials(self.options), *_whole(self.options, lr)]
+            if (found := self._states(tried)) is not None
+        ]
         path = self._write(writer, best.student, states)
         for folder in states:
             folder.remove()
@@ -230,7 +234,7 @@ class _Consolidation:
     def _rates(self, data: DistillationData) -> RateSearch:
         """The best learning rate."""
         trained, kept_out = data.divided()
-        trials = {setting.lr: setting for setting in _settings(self.options, RATES[0]) if setting.trial}
+        trials = {setting.lr: setting for setting in _trials(self.options)}
         return search_rates(lambda rate: self._divergence(trained, kept_out, trials[rate]))
 
     def _divergence(self, data: DistillationData, kept_out: DistillationData, setting: _Setting) -> float:
